@@ -54,7 +54,7 @@ def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
     batch = {name: t.to(device) for name, t in batch.items()}
 
     def step() -> None:
-        loss = engine.forward_backward([batch]).item()
+        loss = engine.forward_backward([batch], step=1).item()
         engine.update(LR, loss=loss)
 
     return Contender(step, lambda: engine.modules[0](*batch.values()))
@@ -114,10 +114,9 @@ def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor)
             position_embedding_type="rope",
             share_embeddings_and_output_weights=False,
         )
-        gpt.set_loss_scale = lambda scale: None  # the schedule sets that of its own layers
         gpt.end_step = lambda applied: None  # it has no bias to move
         plain_forward = gpt.forward
-        gpt.forward = lambda tokens, positions, labels: plain_forward(tokens, positions, hidden, labels=labels)
+        gpt.forward = lambda tokens, positions, labels, _=None: plain_forward(tokens, positions, hidden, labels=labels)
         return gpt.to(runtime.device)
 
     sequence = tokens_BS.shape[1]

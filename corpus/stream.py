@@ -180,8 +180,8 @@ class ValidWindows:
         return int(self._ends[-1])
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """Window `index`: tokens, labels, positions int64 [S] and loss_mask float32 [S]. Windows past the last one are
-        padding with a loss_mask of 0, so that the last batch can be as large as the others."""
+        """Window `index`: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding bool [S]. Windows past
+        the last one are padding with a loss_mask of 0, so that the last batch can be as large as the others."""
         size = self._sequence_length
         text = np.empty(0, dtype=np.int64)
         if index < len(self):
@@ -195,6 +195,7 @@ class ValidWindows:
             "tokens": padded[:-1].contiguous(),
             "labels": padded[1:].contiguous(),
             "loss_mask": (torch.arange(size) < labels).float(),
+            "padding": torch.arange(size) >= len(text),
             "positions": positions_within(padded[:-1], self._eod_id),
         }
 

@@ -15,9 +15,8 @@ from moe.experts import Experts
 from moe.router import Router, Routing
 from moe.statistics import LoadStatistics
 from parallel.collectives import all_gather
+from parallel.forward_pass import EVALUATE, GENERATE, PLAIN, TRAIN, ForwardPass
 from parallel.runtime import Groups
-
-TRAIN, EVALUATE, GENERATE = "train", "evaluate", "generate"
 
 
 class MoELayer(nn.Module):
@@ -25,10 +24,18 @@ class MoELayer(nn.Module):
     as zero: the residual around the layer passes them on."""
 
     def __init__(
-        self, model: ModelConfig, *, backend: str, dtype: torch.dtype, sequence_parallel: bool, groups: Groups
+        self,
+        model: ModelConfig,
+        *,
+        backend: str,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        groups: Groups,
+        draws: tuple[int, int],
     ):
+        """draws: (seed of the run, layer), which name this layer's random numbers (moe.draws)."""
         super().__init__()
-        self.moe, self.tp = model.moe, groups.tp
+        self.moe, self.tp, self.draws = model.moe, groups.tp, draws
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
@@ -38,23 +45,19 @@ class MoELayer(nn.Module):
         self.statistics = LoadStatistics(model.moe.num_experts)
         # float64: exact sums, so that every layout sees the same load.
         self.register_buffer("step_load_E", torch.zeros(model.moe.num_experts, dtype=torch.float64), persistent=False)
-        self.loss_scale = 1.0
-        """What backward multiplies the auxiliary losses by; the engine sets it to match the main loss."""
-        self.mode = TRAIN
-        """Which capacity applies: train, evaluate, or generate (dropless)."""
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
         routing = self.router(x_SBD.flatten(0, 1))
-        keep_TK, loss = self._balance(routing, sequences=x_SBD.shape[1])
+        keep_TK, loss = self._balance(routing, about, sequences=x_SBD.shape[1])
         out_SBD = self._experts(x_SBD, routing, keep_TK)
-        return AttachLoss.apply(out_SBD, loss, self.loss_scale) if torch.is_grad_enabled() else out_SBD
+        return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD
 
-    def _balance(self, routing: Routing, sequences: int) -> tuple[Tensor, Tensor]:
+    def _balance(self, routing: Routing, about: ForwardPass, sequences: int) -> tuple[Tensor, Tensor]:
         """(keep_TK, this rank's part of the weighted auxiliary losses). Capacity and load are those of the whole
         micro-batch, so all its ranks gather the choices and decide alike."""
         moe, experts_TK = self.moe, routing.experts_TK
         experts_MK = all_gather(experts_TK, self.micro_batch_group)
-        factor = {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[self.mode]
+        factor = {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[about.mode]
         keep_TK = torch.ones_like(experts_TK, dtype=torch.bool)
         if factor is not None:
             limit = capacity(experts_MK.shape[0], moe.top_k, moe.num_experts, factor)
@@ -65,7 +68,7 @@ class MoELayer(nn.Module):
         scope = sequences if moe.aux_loss_scope == "sequence" else 1
         aux = load_balancing_loss(routing.probs_TE, experts_MK, scope)
         z = router_z_loss(routing.logits_TE, experts_MK.shape[0])
-        if self.mode == TRAIN:
+        if about.mode == TRAIN:
             if self.router.bias is not None:
                 self.step_load_E += torch.bincount(experts_TK.flatten(), minlength=moe.num_experts)
             self.statistics.add(routing.probs_TE, experts_TK, keep_TK, aux, z)

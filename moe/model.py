@@ -19,6 +19,7 @@ from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.layer import MoELayer
 from moe.norm import RMSNorm
+from parallel.forward_pass import PLAIN, ForwardPass
 from parallel.placement import place
 from parallel.runtime import Runtime
 from parallel.selection import Norm, torch_rms_norm
@@ -42,6 +43,8 @@ class Parts:
     runtime: Runtime
     backend: str
     """How the experts' products run (moe.experts.choose_backend)."""
+    seed: int
+    """Of the initial weights and of the layers' random numbers."""
     norm_function: Norm = torch_rms_norm
     """Which RMSNorm runs (parallel.selection.select_norm)."""
 
@@ -64,27 +67,31 @@ class Block(nn.Module):
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
         self.attention = Attention(parts.model, parts.config, groups)
-        if is_sparse(layer, parts.model):
+        self.sparse = is_sparse(layer, parts.model)
+        if self.sparse:
             self.ffn = MoELayer(
                 parts.model,
                 backend=parts.backend,
                 dtype=parts.config.params_dtype,
                 sequence_parallel=parts.config.sequence_parallel,
                 groups=groups,
+                draws=(parts.seed, layer),
             )
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), cos, sin, mask)
-        return x_SBD + self.ffn(self.ffn_norm(x_SBD))
+    def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Tensor | None], about: ForwardPass) -> Tensor:
+        """attend: cosines and sines of the positions, and the attention mask."""
+        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), *attend)
+        normed_SBD = self.ffn_norm(x_SBD)
+        return x_SBD + (self.ffn(normed_SBD, about) if self.sparse else self.ffn(normed_SBD))
 
 
 class Stage(MegatronModule):
     """One pipeline chunk: a run of layers, with the embedding if it is the first and the head if it is the last.
     Layers are named by their index in the whole model, so that a parameter has one name under every layout."""
 
-    def __init__(self, parts: Parts, *, chunk: int, sequence_length: int, document_mask: bool, seed: int):
+    def __init__(self, parts: Parts, *, chunk: int, sequence_length: int, document_mask: bool):
         super().__init__(parts.config)
         model, layout, groups = parts.model, parts.runtime.layout, parts.runtime.groups
         chunks, index = layout.pp * layout.vpp, chunk * layout.pp + groups.pp.rank()
@@ -116,7 +123,7 @@ class Stage(MegatronModule):
             self.final_norm = parts.norm()
             self._build_head(parts, std)
         self.to(parts.runtime.device)
-        initialise(self, seed)
+        initialise(self, parts.seed)
 
     def _build_head(self, parts: Parts, std: float) -> None:
         model, groups = parts.model, parts.runtime.groups
@@ -145,7 +152,13 @@ class Stage(MegatronModule):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        forward_pass: ForwardPass = PLAIN,
+    ) -> Tensor:
         """Args:
             tokens_BS, labels_BS: this rank's slice of the sequence.
             positions_BS: of the whole sequence; a 0 starts a document.
@@ -164,7 +177,7 @@ class Stage(MegatronModule):
         cos, sin = self.rotary.angles(mine_BS.t())
         mask = attention_mask(positions_BS, self.cp, self.document_mask)
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, cos, sin, mask)
+            x_SBD = layer(x_SBD, (cos, sin, mask), forward_pass)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
@@ -177,11 +190,6 @@ class Stage(MegatronModule):
     def sparse(self) -> dict[int, MoELayer]:
         """The sparse layers of this chunk by their index in the model."""
         return {int(i): block.ffn for i, block in self.layers.items() if isinstance(block.ffn, MoELayer)}
-
-    def set_loss_scale(self, scale: float) -> None:
-        """What backward multiplies the auxiliary losses by."""
-        for layer in self.sparse().values():
-            layer.loss_scale = scale
 
     def end_step(self, *, applied: bool) -> None:
         """Updates the routers' biases from the loads of a step whose update was applied, and forgets the loads."""
@@ -197,8 +205,3 @@ class Stage(MegatronModule):
             layer.step_load_E.zero_()
             if applied:
                 layer.router.update_bias(load_E)
-
-    def set_mode(self, mode: str) -> None:
-        """Which capacity the experts have: moe.layer.TRAIN, EVALUATE or GENERATE."""
-        for layer in self.sparse().values():
-            layer.mode = mode

@@ -1,12 +1,13 @@
 """Megatron-Core's schedules, gradient buckets and distributed optimizer behind three calls: forward-backward over a
 global batch, update, evaluate. Knows nothing of what the model computes; a chunk offers
-`forward(tokens, positions, labels) -> loss per token [B, S]`, `set_loss_scale` and what the schedules ask for.
+`forward(tokens, positions, labels, forward_pass) -> loss per token [B, S]`, `end_step` and what the schedules ask for.
 
 Legend: B batch, S sequence.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,19 +16,19 @@ from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig
 from parallel.cpu import tensor_types_as_cuda
+from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.runtime import Runtime
 
 Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence."""
+"""One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence; padding
+bool [B, S], True where there is no token, unless there is one everywhere."""
 
 
 class Chunk(Protocol):
     """A pipeline chunk of the model."""
 
-    def end_step(self, *, applied: bool) -> None: ...
-
-    def set_loss_scale(self, scale: float) -> None:
-        """What backward multiplies losses by that the chunk computes by itself."""
+    def end_step(self, *, applied: bool) -> None:
+        """The step is over, its update applied or skipped."""
 
 
 def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool) -> Any:
@@ -121,11 +122,12 @@ class Engine:
             self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks)
         self._schedule = get_forward_backward_func()
 
-    def forward_backward(self, batches: list[Batch]) -> Tensor:
+    def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:
         """Adds up the gradients of one global batch, reduced over all ranks.
 
         Args:
-            batches: this data-parallel rank's micro-batches.
+            batches: this data-parallel rank's micro-batches, dealt out in turn (corpus.stream.micro_batches).
+            step: the optimizer step that they belong to; names the layers' random numbers.
 
         Returns:
             The mean cross-entropy over the global batch's tokens in nats, a scalar, the same on every rank.
@@ -137,15 +139,14 @@ class Engine:
             chunk.train()
         # Megatron-Core multiplies the main loss by cp and divides it by the micro-batches, and its gradient buckets
         # divide by dp * cp. Losses attached inside the model must go through the same factors.
-        for module in self.modules:
-            module.set_loss_scale(self.runtime.layout.cp / len(batches))
+        about = ForwardPass(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             # Training sequences are packed: every token of the micro-batch counts.
             mean = losses_BS.sum() / batch["labels"].numel()
             return mean, mean.detach().clone()
 
-        parts = self._run(batches, loss, forward_only=False)
+        parts = self._run(batches, loss, about)
         finalize_model_grads(self.chunks)
         layout = self.runtime.layout
         # Cut sequences add up; copies over data-parallel ranks average; tensor-parallel ranks hold the same number.
@@ -162,7 +163,7 @@ class Engine:
             return total.clone(), torch.stack([total, mask_BS.double().sum()])
 
         with torch.no_grad():
-            parts = self._run(batches, loss, forward_only=True)
+            parts = self._run(batches, loss, ForwardPass(EVALUATE))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, round(tokens)
 
@@ -184,10 +185,11 @@ class Engine:
                 found.append(logits_BSV[0, position].float())
             return torch.zeros((), device=self.runtime.device), torch.zeros((), device=self.runtime.device)
 
-        batch = {"tokens": tokens, "positions": torch.arange(length)[None]}
+        positions = torch.arange(length)[None]
+        batch = {"tokens": tokens, "positions": positions, "padding": positions > last}
         layout = self.runtime.layout
         # The interleaved schedule does not run with fewer micro-batches than stages.
-        self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, forward_only=True)
+        self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, ForwardPass(GENERATE))
         # Each holder fills its slice of the vocabulary; everyone else adds zeros.
         logits_V = torch.zeros(self.vocab_size, device=self.runtime.device)
         if found:
@@ -195,17 +197,19 @@ class Engine:
         dist.all_reduce(logits_V)
         return logits_V.cpu()
 
-    def _run(self, batches: list[Batch], loss: Callable[[Tensor, Batch], Any], *, forward_only: bool) -> list[Tensor]:
+    def _run(self, batches: list[Batch], loss: Callable[[Tensor, Batch], Any], about: ForwardPass) -> list[Tensor]:
         """What `loss` returned second for each micro-batch, on the last pipeline stage; elsewhere nothing."""
+        dp = self.runtime.groups.dp
 
-        def step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            batch = next(batches)
-            cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels") if k in batch}
-            return chunk(cut["tokens"], batch["positions"], cut.get("labels")), lambda out: loss(out, batch)
+        def step(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            index, batch = next(batches)
+            cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
+            this = replace(about, micro_batch=index * dp.size() + dp.rank(), padding_BS=cut.get("padding"))
+            return chunk(cut["tokens"], batch["positions"], cut.get("labels"), this), lambda out: loss(out, batch)
 
         device = self.runtime.device
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
-        iterators = [iter(batches) for _ in self.chunks]
+        iterators = [iter(enumerate(batches)) for _ in self.chunks]
         micro_batch, sequence = batches[0]["tokens"].shape
         return self._schedule(
             forward_step_func=step,
@@ -215,7 +219,7 @@ class Engine:
             seq_length=sequence,
             micro_batch_size=micro_batch,
             decoder_seq_length=sequence,
-            forward_only=forward_only,
+            forward_only=about.mode != TRAIN,
         )
 
     def _my_slice(self, x_BS: Tensor) -> Tensor:

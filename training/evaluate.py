@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from corpus.stream import ValidWindows, micro_batches
-from moe.layer import EVALUATE, TRAIN
 from parallel.engine import Batch
 from training.session import Session
 
@@ -44,25 +43,21 @@ def evaluate(
     needed = -(-len(windows) // per_batch)
     nats, tokens = 0.0, 0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=session.runtime.device)
-    _set_mode(session, EVALUATE)
-    try:
-        for i in range(needed if batches is None else min(batches, needed)):
-            batch = list(
-                micro_batches(
-                    windows,
-                    first_sample=i * per_batch,
-                    micro_batch_size=micro,
-                    num_micro_batches=per_batch // (micro * dp),
-                    dp_rank=groups.dp.rank(),
-                    dp_size=dp,
-                )
+    for i in range(needed if batches is None else min(batches, needed)):
+        batch = list(
+            micro_batches(
+                windows,
+                first_sample=i * per_batch,
+                micro_batch_size=micro,
+                num_micro_batches=per_batch // (micro * dp),
+                dp_rank=groups.dp.rank(),
+                dp_size=dp,
             )
-            batch_nats, batch_tokens = session.engine.evaluate(batch)
-            nats, tokens = nats + batch_nats, tokens + batch_tokens
-            if byte_lengths is not None:
-                text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
-    finally:
-        _set_mode(session, TRAIN)
+        )
+        batch_nats, batch_tokens = session.engine.evaluate(batch)
+        nats, tokens = nats + batch_nats, tokens + batch_tokens
+        if byte_lengths is not None:
+            text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
     dist.all_reduce(text_bytes, group=groups.dp)
     bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
     return HeldOut(nats / tokens, tokens, bits)
@@ -71,8 +66,3 @@ def evaluate(
 def _bytes(batch: Batch, byte_lengths: np.ndarray) -> float:
     lengths = byte_lengths[batch["labels"].numpy()]
     return float((lengths * batch["loss_mask"].numpy()).sum())
-
-
-def _set_mode(session: Session, mode: str) -> None:
-    for module in session.engine.modules:
-        module.set_mode(mode)

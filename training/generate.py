@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 
 from corpus.tokenizer import Tokenizer
-from moe.layer import GENERATE, TRAIN
 from training.sampling import next_token
 from training.session import Session
 
@@ -32,20 +31,13 @@ def generate(
     assert prompt
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
-    modules = session.engine.modules
-    try:
-        for module in modules:
-            module.set_mode(GENERATE)
-        for _ in range(max_tokens):
-            window = ids[-session.config.train.sequence_length :]
-            logits_V = session.engine.next_logits(window)
-            ids.append(next_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
-            if ids[-1] == eod_id:
-                return
-            yield ids[-1]
-    finally:
-        for module in modules:
-            module.set_mode(TRAIN)
+    for _ in range(max_tokens):
+        window = ids[-session.config.train.sequence_length :]
+        logits_V = session.engine.next_logits(window)
+        ids.append(next_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
+        if ids[-1] == eod_id:
+            return
+        yield ids[-1]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

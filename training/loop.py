@@ -139,7 +139,7 @@ class Trainer:
             dp_size=dp,
         )
         engine = self.session.engine
-        loss = engine.forward_backward(list(batches)).item()
+        loss = engine.forward_backward(list(batches), step=step).item()
         lr = learning_rate(step, self.config.optim, train.steps)
         norm, applied = engine.update(lr, loss=loss)
         if applied:

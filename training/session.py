@@ -93,7 +93,7 @@ def start(config: Config, world: World, *, train: bool) -> Session:
         rows += [(adam.part, adam.name, adam.why)]
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    parts = Parts(config.model, core, run, backend, norm)
+    parts = Parts(config.model, core, run, backend, config.train.seed, norm)
 
     def build_chunk(chunk: int) -> Stage:
         return Stage(
@@ -101,7 +101,6 @@ def start(config: Config, world: World, *, train: bool) -> Session:
             chunk=chunk,
             sequence_length=config.train.sequence_length,
             document_mask=config.data.document_mask,
-            seed=config.train.seed,
         )
 
     engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk)

@@ -216,11 +216,15 @@ def test_held_out_windows_predict_each_token_but_the_first_once(tmp_path_factory
     for index in range(len(windows)):
         window = windows.sample(index)
         assert window["loss_mask"].any()
+        # Every token has a label, except the last one of a source, after which there is nothing.
+        unlabelled = (~window["padding"]).sum() - window["loss_mask"].sum()
+        assert unlabelled in (0, 1)
         for token, label, mask in zip(*(window[k].tolist() for k in ("tokens", "labels", "loss_mask")), strict=True):
             assert mask == 0 or label == token + 1  # tokens are consecutive numbers
             predicted += [label] if mask else []
     assert predicted == [token for documents in pairs.values() for token in list(chain(*documents))[1:]]
-    assert not windows.sample(len(windows)).pop("loss_mask").any()  # past the end: padding
+    past = windows.sample(len(windows))
+    assert not past["loss_mask"].any() and past["padding"].all()
 
 
 class Numbers:

@@ -22,14 +22,16 @@ def tiny(moe: MoeConfig | None = None, **settings: object) -> ModelConfig:
 def sparse_layer(
     model: ModelConfig, runtime: Runtime, *, backend: str = "loop", dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> MoELayer:
-    layer = MoELayer(model, backend=backend, dtype=dtype, sequence_parallel=False, groups=runtime.groups)
+    layer = MoELayer(
+        model, backend=backend, dtype=dtype, sequence_parallel=False, groups=runtime.groups, draws=(seed, 0)
+    )
     initialise(layer.to(runtime.device), seed)
     return layer
 
 
-def parts_of(model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Parts:
+def parts_of(model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32, seed: int = 1) -> Parts:
     backend, _ = choose_backend(model, runtime.device, dtype)
-    return Parts(model, core_config(model, runtime, dtype, deterministic=False), runtime, backend)
+    return Parts(model, core_config(model, runtime, dtype, deterministic=False), runtime, backend, seed)
 
 
 def whole_model(
@@ -42,8 +44,8 @@ def whole_model(
     seed: int = 1,
 ) -> Stage:
     """All layers: the chunk of a single pipeline stage."""
-    parts = parts_of(model, runtime, dtype)
-    return Stage(parts, chunk=0, sequence_length=sequence_length, document_mask=document_mask, seed=seed)
+    parts = parts_of(model, runtime, dtype, seed)
+    return Stage(parts, chunk=0, sequence_length=sequence_length, document_mask=document_mask)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
 from moe.statistics import SUMS
+from parallel.forward_pass import ForwardPass
 from parallel.runtime import Runtime
 from tests.moe.helpers import assert_close, random, sparse_layer, tiny
 
@@ -49,9 +50,7 @@ class Passed:
 
 def sparse(moe: MoeConfig, runtime: Runtime) -> MoELayer:
     model = tiny(moe, hidden_size=HIDDEN, ffn_hidden_size=FFN, activation="swiglu", init_scale=1.0)
-    layer = sparse_layer(model, runtime)
-    layer.loss_scale = LOSS_SCALE
-    return layer
+    return sparse_layer(model, runtime)
 
 
 def inputs(runtime: Runtime) -> tuple[Tensor, Tensor]:
@@ -62,7 +61,7 @@ def inputs(runtime: Runtime) -> tuple[Tensor, Tensor]:
 
 def pass_through(layer: MoELayer, runtime: Runtime) -> Passed:
     x_SBD, above_SBD = inputs(runtime)
-    out_SBD = layer(x_SBD)
+    out_SBD = layer(x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
     out_SBD.backward(above_SBD)
     experts = as_linear(layer.experts.w_in.grad, layer.experts.w_out.grad)
     return Passed(out_SBD, x_SBD.grad, layer.router.weight.grad, *experts)

@@ -87,8 +87,7 @@ def initial_values(world: World, parallel: dict[str, int], model: ModelConfig) -
     try:
         parts = parts_of(model, runtime)
         return [
-            values_of(Stage(parts, chunk=chunk, sequence_length=16, document_mask=False, seed=1))
-            for chunk in range(layout.vpp)
+            values_of(Stage(parts, chunk=chunk, sequence_length=16, document_mask=False)) for chunk in range(layout.vpp)
         ]
     finally:
         runtimes.stop()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from conf.schema import ACTIVATIONS, AUX_LOSS_SCOPES, DROP_POLICIES, MoeConfig
 from moe.experts import BACKENDS
-from moe.layer import EVALUATE, GENERATE, TRAIN, MoELayer
+from moe.layer import MoELayer
 from moe.statistics import SUMS
+from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.runtime import Runtime
 from tests.moe import reference
 from tests.moe.helpers import (
@@ -37,8 +38,7 @@ def compare(layer: MoELayer, x_SBD: Tensor, activation: str) -> reference.Sparse
     ((wanted.out_TD.view(x_SBD.shape) * above_SBD).sum() + LOSS_SCALE * losses).backward()
 
     x_SBD = x_SBD.to(layer.router.weight.device).requires_grad_()
-    layer.loss_scale = LOSS_SCALE
-    out_SBD = layer(x_SBD)
+    out_SBD = layer(x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
     out_SBD.backward(above_SBD.to(out_SBD.device))
 
     assert_close(out_SBD, wanted.out_TD.view(x_SBD.shape))
@@ -205,8 +205,7 @@ def test_capacity_follows_the_mode(mode: str, kept: int, runtime: Runtime) -> No
     moe = MoeConfig(num_experts=4, capacity_factor=1.1, eval_capacity_factor=2.0)
     layer = sparse_layer(tiny(moe), runtime)
     x_SBD = force_experts(layer, random(3, 3, 8), [2] * 9)
-    layer.mode = mode
-    out_TD = layer(x_SBD.to(runtime.device)).flatten(0, 1)
+    out_TD = layer(x_SBD.to(runtime.device), ForwardPass(mode)).flatten(0, 1)
     assert [bool(row.any()) for row in out_TD] == [True] * kept + [False] * (9 - kept)
 
 
@@ -245,11 +244,9 @@ def test_statistics_count_only_training_passes(runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MoeConfig(num_experts=4)), runtime)
     x_SBD = random(4, 2, 8).to(runtime.device)
     for mode in (EVALUATE, GENERATE):
-        layer.mode = mode
-        layer(x_SBD)
+        layer(x_SBD, ForwardPass(mode))
     assert not layer.statistics.load_E.any() and not layer.statistics.sums.any()
-    layer.mode = TRAIN
-    layer(x_SBD)
+    layer(x_SBD, ForwardPass(TRAIN))
     assert layer.statistics.load_E.sum() == layer.statistics.sums[SUMS.index("tokens")] == 8
 
 

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.layer import EVALUATE, GENERATE
 from moe.model import Stage, sparse_layers
+from parallel.forward_pass import EVALUATE, GENERATE, ForwardPass
 from parallel.runtime import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, tiny, whole_model
@@ -45,8 +45,7 @@ def test_equals_the_reference(model: ModelConfig, document_mask: bool, runtime: 
     (losses_BS.mean() + 0.5 * auxiliary).backward()
 
     inputs = [t.to(runtime.device) for t in (tokens_BS, POSITIONS, labels_BS)]
-    stage.set_loss_scale(0.5)
-    got_BS = stage(*inputs)
+    got_BS = stage(*inputs, ForwardPass(loss_scale=0.5))
     got_BS.mean().backward()
     assert_close(got_BS, losses_BS)
     assert_gradients_close(stage, weights)
@@ -68,13 +67,13 @@ def test_a_later_token_never_changes_an_earlier_output(changed: int, token: int,
     second. Nor does a token change another sequence of the batch."""
     model = tiny(MoeConfig(num_experts=4, top_k=2), num_attention_heads=4, num_query_groups=2)
     stage = whole_model(model, runtime, sequence_length=12)
-    stage.set_mode(GENERATE)
     tokens_BS = tokens_of(2, 12, seed=seed)
     other_BS = tokens_BS.clone()
     other_BS[0, changed] = token if token != tokens_BS[0, changed] else (token + 1) % 16
     positions_BS = torch.arange(12).expand(2, -1).to(runtime.device)
     with torch.no_grad():
-        before, after = (stage(t.to(runtime.device), positions_BS) for t in (tokens_BS, other_BS))
+        dropless = {"forward_pass": ForwardPass(GENERATE)}
+        before, after = (stage(t.to(runtime.device), positions_BS, **dropless) for t in (tokens_BS, other_BS))
     moved = (before - after).abs().amax(-1).cpu()
     assert moved[0, :changed].numel() == 0 or moved[0, :changed].max() < 1e-4 * before.abs().max()
     assert moved[1].max() < 1e-4 * before.abs().max()
@@ -112,8 +111,7 @@ def test_mode_reaches_every_sparse_layer(runtime: Runtime) -> None:
     wanted = dropless(*inputs)
     assert not torch.equal(stage(*inputs), wanted)
     for mode in (EVALUATE, GENERATE):
-        stage.set_mode(mode)
-        assert torch.equal(stage(*inputs), wanted)
+        assert torch.equal(stage(*inputs, forward_pass=ForwardPass(mode)), wanted)
 
 
 def test_only_the_router_stays_fp32_in_a_bf16_model(runtime: Runtime) -> None:

@@ -68,8 +68,8 @@ def build_engine(runtime: Runtime, variant: Variant, optim: OptimConfig | None =
 
     model = variant.config()
     core = core_config(model, runtime, variant.dtype, deterministic=False)
-    parts = Parts(model, core, runtime, backend="loop")
-    stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask, "seed": variant.seed}
+    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed)
+    stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
     return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage))
 
 
@@ -95,7 +95,7 @@ def train(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     told = []
     for step in steps:
-        loss = engine.forward_backward(my_batches(engine.runtime, step)).item()
+        loss = engine.forward_backward(my_batches(engine.runtime, step), step=step).item()
         norm, applied = engine.update(OPTIM.lr, loss=loss)
         assert applied
         told.append((loss, norm))
@@ -184,22 +184,14 @@ def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant]
 
 
 def _measure(runtime: Runtime, variant: Variant, steps: int) -> Outcome:
-    from moe.layer import EVALUATE, GENERATE
-
     engine = build_engine(runtime, variant)
     told, loads, first = [], [], None
     for step in range(steps):
-        loss = engine.forward_backward(my_batches(runtime, step)).item()
+        loss = engine.forward_backward(my_batches(runtime, step), step=step).item()
         if step == 0:
             first = gradients(engine)
         told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
         loads.append(_expert_load(engine, variant.config()))
-    modes = {}
-    for mode in (EVALUATE, GENERATE):
-        for module in engine.modules:
-            module.set_mode(mode)
-        # 11 tokens: a number that neither context nor tensor parallelism divides.
-        modes[mode] = engine.evaluate(my_batches(runtime, 99)) if mode == EVALUATE else engine.next_logits([*range(11)])
     losses, norms = (list(column) for column in zip(*told, strict=True))
     sparse = [load for load in loads if load is not None]
     return Outcome(
@@ -208,8 +200,9 @@ def _measure(runtime: Runtime, variant: Variant, steps: int) -> Outcome:
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
-        modes[EVALUATE],
-        modes[GENERATE].numpy(),
+        engine.evaluate(my_batches(runtime, 99)),
+        # 11 tokens: a number that neither context nor tensor parallelism divides.
+        engine.next_logits([*range(11)]).numpy(),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
 

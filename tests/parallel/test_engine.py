@@ -47,7 +47,7 @@ def test_weight_decay_leaves_norms_alone(runtime):
 @pytest.mark.parametrize("clip_grad", [0.3, 1e9, 0.0], ids=["clipped", "small enough", "off"])
 def test_clipping_is_torchs(runtime, clip_grad):
     engine = build_engine(runtime, SPARSE, OptimConfig(clip_grad=clip_grad))
-    loss = engine.forward_backward(my_batches(runtime, 0)).item()
+    loss = engine.forward_backward(my_batches(runtime, 0), step=0).item()
     copies = {name: torch.nn.Parameter(torch.empty_like(g)) for name, g in gradients(engine).items()}
     for name, gradient in gradients(engine).items():
         copies[name].grad = gradient.clone()
@@ -80,7 +80,7 @@ def test_three_updates_are_torchs_adamw(runtime):
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}], betas=(0.8, 0.9), eps=1e-4, weight_decay=0.1
     )
     for step, lr in enumerate((1e-2, 3e-2, 2e-2)):
-        loss = engine.forward_backward(my_batches(runtime, step)).item()
+        loss = engine.forward_backward(my_batches(runtime, step), step=step).item()
         for name, gradient in gradients(engine).items():
             copies[name].grad = gradient.double()
         torch.nn.utils.clip_grad_norm_(copies.values(), 0.5)
@@ -101,7 +101,7 @@ def test_a_bad_gradient_changes_nothing(runtime, bad):
     engine = build_engine(runtime, SPARSE)
     train(engine, range(1))
     before = copy.deepcopy(optimizer_tensors(engine))
-    loss = engine.forward_backward(my_batches(runtime, 1)).item()
+    loss = engine.forward_backward(my_batches(runtime, 1), step=1).item()
     assert engine.non_finite() == []
     for name in ("layers.1.ffn.experts.w_in", "final_norm.weight"):
         engine.modules[0].get_parameter(name).main_grad.view(-1)[3] = bad
@@ -117,7 +117,7 @@ def test_a_bad_loss_changes_nothing(runtime, bad):
     engine = build_engine(runtime, SPARSE)
     train(engine, range(1))
     before = copy.deepcopy(optimizer_tensors(engine))
-    engine.forward_backward(my_batches(runtime, 1))
+    engine.forward_backward(my_batches(runtime, 1), step=1)
     norm, applied = engine.update(1e-2, loss=bad)
     assert math.isfinite(norm) and not applied and engine.non_finite() == []
     assert_untouched(engine, before)
@@ -136,7 +136,7 @@ def spoil_one_rank(world: World) -> tuple[bool, bool]:
     with started(world, ParallelConfig(ep=2)) as runtime:
         engine = build_engine(runtime, SPARSE)
         before = copy.deepcopy(weights(engine))
-        loss = engine.forward_backward(my_batches(runtime, 0)).item()
+        loss = engine.forward_backward(my_batches(runtime, 0), step=0).item()
         if world.rank == 1:
             engine.modules[0].get_parameter("layers.0.ffn.experts.w_out").main_grad.view(-1)[0] = math.inf
         _, applied = engine.update(1e-2, loss=loss)
@@ -152,7 +152,7 @@ def test_micro_batches_add_up_to_one_batch(runtime):
     parts = [micro_batch(key) for key in range(4)]
     whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     assert whole["tokens"].shape[0] == 4 * MICRO_BATCH
-    losses = small.forward_backward(parts).item(), large.forward_backward([whole]).item()
+    losses = small.forward_backward(parts, step=0).item(), large.forward_backward([whole], step=0).item()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     wanted = gradients(large)
     for name, gradient in gradients(small).items():
@@ -174,7 +174,7 @@ def test_losses_are_those_of_the_logits(runtime):
     masked = sum((n * b["loss_mask"]).sum().item() for n, b in zip(nats, batches, strict=True))
     assert counted == pytest.approx(masked, rel=1e-6)
     # In training every token counts.
-    assert engine.forward_backward(batches).item() == pytest.approx(torch.stack(nats).mean().item(), rel=1e-6)
+    assert engine.forward_backward(batches, step=0).item() == pytest.approx(torch.stack(nats).mean().item(), rel=1e-6)
 
 
 def test_next_logits_are_those_after_the_last_token(runtime):
