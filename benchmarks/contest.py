@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from training.noise import redirect_noise
 
@@ -26,7 +30,7 @@ class Result:
     seconds: float
     """Median of the repetitions."""
     kept_bytes: int
-    """What the forward pass keeps for the backward pass, parameters included, every storage counted once."""
+    """What the forward pass leaves behind for the backward pass, its output included."""
 
 
 def measure(contenders: dict[str, Contender], repetitions: int) -> dict[str, Result]:
@@ -49,18 +53,32 @@ def synchronise() -> None:
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd holds after a forward pass."""
-    storages: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes that a forward pass allocates and that are still held when it is over."""
+    with _Allocations() as made:
         output = forward()
-    held = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    held = sum(size for storage, size in made.storages.values() if not storage.expired())
     del output
     return held
+
+
+class _Allocations(TorchDispatchMode):
+    """Every storage that an operation returns, watched without holding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in given:  # neither a view nor in place
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def version(package: str) -> str | None:

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from conf.limits import BOUNDS, CHOICES, IDLE, NARROW_PRECISIONS
-from conf.schema import DATA_KINDS, Config
+from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
 WORLD_SIZE = "world_size"
 """A key beside the settings: the number of ranks."""
@@ -71,7 +71,7 @@ def violations(case: Case) -> list[Violation]:
     for violation in found:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
-    sections = (_model, _experts, _layout, _batch, _schedule, _data, _blend, _idle)
+    sections = (_model, _recompute, _experts, _layout, _batch, _schedule, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 
@@ -170,6 +170,20 @@ def _model(case: Case) -> Iterator[Violation]:
         )
     if case["model.num_query_groups"] is not None:
         yield from _divisible(case, heads, "model.num_query_groups")
+
+
+def _recompute(case: Case) -> Iterator[Violation]:
+    key, wanted = "model.recompute", case["model.recompute"]
+    known = [part for part in wanted if part in RECOMPUTE]
+    if known != wanted:
+        parts = [part if part in known else difflib.get_close_matches(part, RECOMPUTE, 1, 0.0)[0] for part in wanted]
+        rule = f"{key} is made of {', '.join(RECOMPUTE)}"
+        yield Violation(rule, f"it is {_shown(wanted)}", {key: [sorted(set(parts)), known]})
+    elif "full" in wanted and len(wanted) > 1:
+        yield Violation(f"{key}=[full] goes alone", f"it is {_shown(wanted)}", {key: [["full"]]})
+    elif "moe" in wanted and not case["model.moe.num_experts"]:
+        without = [part for part in wanted if part != "moe"]
+        yield Violation(f"moe in {key} needs model.moe.num_experts > 0", "the model is dense", {key: [without]})
 
 
 def _experts(case: Case) -> Iterator[Violation]:

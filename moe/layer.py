@@ -12,8 +12,9 @@ from conf.schema import ModelConfig
 from moe.balance import AttachLoss, capacity, load_balancing_loss, router_z_loss, within_capacity
 from moe.dispatch import Dispatcher
 from moe.experts import Experts
+from moe.recompute import decision, recomputed
 from moe.router import Router, Routing
-from moe.statistics import LoadStatistics
+from moe.statistics import LoadStatistics, Report
 from parallel.collectives import all_gather
 from parallel.forward_pass import EVALUATE, GENERATE, PLAIN, TRAIN, ForwardPass
 from parallel.runtime import Groups
@@ -36,6 +37,7 @@ class MoELayer(nn.Module):
         """draws: (seed of the run, layer), which name this layer's random numbers (moe.draws)."""
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
+        self.recompute = "moe" in model.recompute
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
@@ -47,14 +49,30 @@ class MoELayer(nn.Module):
         self.register_buffer("step_load_E", torch.zeros(model.moe.num_experts, dtype=torch.float64), persistent=False)
 
     def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
-        routing = self.router(x_SBD.flatten(0, 1))
-        keep_TK, loss = self._balance(routing, about, sequences=x_SBD.shape[1])
-        out_SBD = self._experts(x_SBD, routing, keep_TK)
-        return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD
+        out_SBD, report = self.run(x_SBD, about)
+        self.record(report, about)
+        return out_SBD
 
-    def _balance(self, routing: Routing, about: ForwardPass, sequences: int) -> tuple[Tensor, Tensor]:
-        """(keep_TK, this rank's part of the weighted auxiliary losses). Capacity and load are those of the whole
-        micro-batch, so all its ranks gather the choices and decide alike."""
+    def run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
+        """forward, but that what it counted is returned instead of recorded: this may run twice (moe.recompute)."""
+        return recomputed(self._run, x_SBD, about) if self.recompute else self._run(x_SBD, about)
+
+    def record(self, report: Report, about: ForwardPass) -> None:
+        """Adds up what a training pass counted."""
+        if about.mode == TRAIN:
+            self.statistics.add(report)
+            if self.router.bias is not None:
+                self.step_load_E += report.load_E
+
+    def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
+        routing = self.router(x_SBD.flatten(0, 1))
+        keep_TK, loss, report = self._balance(routing, about, sequences=x_SBD.shape[1])
+        out_SBD = self._experts(x_SBD, routing, keep_TK)
+        return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
+
+    def _balance(self, routing: Routing, about: ForwardPass, sequences: int) -> tuple[Tensor, Tensor, Report]:
+        """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
+        the whole micro-batch, so all its ranks gather the choices and decide alike."""
         moe, experts_TK = self.moe, routing.experts_TK
         experts_MK = all_gather(experts_TK, self.micro_batch_group)
         factor = {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[about.mode]
@@ -64,15 +82,12 @@ class MoELayer(nn.Module):
             by_gate = moe.drop_policy == "probability"
             gates_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group) if by_gate else None
             keep_MK = within_capacity(experts_MK, moe.num_experts, limit, gates_MK)
-            keep_TK = keep_MK.chunk(self.micro_batch_group.size())[self.micro_batch_group.rank()]
+            keep_TK = decision(keep_MK.chunk(self.micro_batch_group.size())[self.micro_batch_group.rank()])
         scope = sequences if moe.aux_loss_scope == "sequence" else 1
         aux = load_balancing_loss(routing.probs_TE, experts_MK, scope)
         z = router_z_loss(routing.logits_TE, experts_MK.shape[0])
-        if about.mode == TRAIN:
-            if self.router.bias is not None:
-                self.step_load_E += torch.bincount(experts_TK.flatten(), minlength=moe.num_experts)
-            self.statistics.add(routing.probs_TE, experts_TK, keep_TK, aux, z)
-        return keep_TK, moe.aux_loss_coeff * aux + moe.z_loss_coeff * z
+        report = Report.of(routing.probs_TE, experts_TK, keep_TK, aux, z)
+        return keep_TK, moe.aux_loss_coeff * aux + moe.z_loss_coeff * z, report
 
     def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor) -> Tensor:
         gates_TK, experts_TK = routing.gates_TK, routing.experts_TK

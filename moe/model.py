@@ -3,7 +3,10 @@
 Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this rank's slice).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,8 @@ from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.layer import MoELayer
 from moe.norm import RMSNorm
+from moe.recompute import recomputed, with_output_recomputed
+from moe.statistics import Report
 from parallel.forward_pass import PLAIN, ForwardPass
 from parallel.placement import place
 from parallel.runtime import Runtime
@@ -59,6 +64,10 @@ class Parts:
         )
 
 
+Ran = tuple[Tensor, Report | None]
+"""The output of a block, and what a sparse one counted."""
+
+
 class Block(nn.Module):
     """Attention and a feed-forward layer, each after a norm and inside a residual."""
 
@@ -67,7 +76,7 @@ class Block(nn.Module):
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
         self.attention = Attention(parts.model, parts.config, groups)
-        self.sparse = is_sparse(layer, parts.model)
+        self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
         if self.sparse:
             self.ffn = MoELayer(
                 parts.model,
@@ -82,9 +91,21 @@ class Block(nn.Module):
 
     def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Tensor | None], about: ForwardPass) -> Tensor:
         """attend: cosines and sines of the positions, and the attention mask."""
-        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), *attend)
-        normed_SBD = self.ffn_norm(x_SBD)
-        return x_SBD + (self.ffn(normed_SBD, about) if self.sparse else self.ffn(normed_SBD))
+        run = partial(recomputed, self._run) if "full" in self.recompute else self._run
+        x_SBD, report = run(x_SBD, attend, about)
+        if report is not None:
+            self.ffn.record(report, about)
+        return x_SBD
+
+    def _run(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Tensor | None], about: ForwardPass) -> Ran:
+        x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
+        if not self.sparse:
+            return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
+        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn.run(normed, about))
+        return x_SBD + out_SBD, report
+
+    def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
+        return with_output_recomputed(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
 
 
 class Stage(MegatronModule):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from moe.recompute import decision
 from parallel.placement import place
 from parallel.runtime import Groups
 
@@ -83,7 +84,7 @@ class Router(nn.Module):
         if self.moe.num_expert_groups > 1:
             scores_TE = scores_TE.masked_fill(~self._in_best_groups(scores_TE), -torch.inf)
         # A stable sort, because topk breaks ties differently from device to device.
-        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
+        return decision(scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k])
 
     def _in_best_groups(self, scores_TE: Tensor) -> Tensor:
         """bool [T, E]: experts of the top_k_groups groups whose two best scores add up to most (DeepSeek-V3,

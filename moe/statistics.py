@@ -3,6 +3,8 @@
 Legend: T tokens of this rank, E experts, K choices per token, L sparse layers.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +13,26 @@ from moe.load import ExpertLoad
 from parallel.layout import Layout
 
 SUMS = ("tokens", "dropped", "entropy", "aux_loss", "z_loss")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one pass through a sparse layer counted over this rank's tokens. Returned by the layer and added up by its
+    caller, so that a pass which is computed twice is counted once."""
+
+    load_E: Tensor
+    """Choices of each expert."""
+    sums: Tensor
+    """As in SUMS, float64."""
+
+    @staticmethod
+    @torch.no_grad()
+    def of(probs_TE: Tensor, experts_TK: Tensor, keep_TK: Tensor, aux_loss: Tensor, z_loss: Tensor) -> "Report":
+        """aux_loss, z_loss: this rank's parts, without their coefficients."""
+        entropy = -torch.special.xlogy(probs_TE, probs_TE).sum()
+        tokens = torch.full_like(entropy, probs_TE.shape[0])
+        sums = torch.stack([tokens, (~keep_TK).sum(), entropy, aux_loss, z_loss]).double()
+        return Report(torch.bincount(experts_TK.flatten(), minlength=probs_TE.shape[1]), sums)
 
 
 class LoadStatistics(nn.Module):
@@ -22,13 +44,9 @@ class LoadStatistics(nn.Module):
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
         self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64), persistent=False)
 
-    @torch.no_grad()
-    def add(self, probs_TE: Tensor, experts_TK: Tensor, keep_TK: Tensor, aux_loss: Tensor, z_loss: Tensor) -> None:
-        """aux_loss, z_loss: this rank's parts, without their coefficients."""
-        self.load_E += torch.bincount(experts_TK.flatten(), minlength=self.load_E.numel())
-        entropy = -torch.special.xlogy(probs_TE, probs_TE).sum()
-        tokens = torch.full_like(entropy, probs_TE.shape[0])
-        self.sums += torch.stack([tokens, (~keep_TK).sum(), entropy, aux_loss, z_loss])
+    def add(self, report: Report) -> None:
+        self.load_E += report.load_E
+        self.sums += report.sums
 
     def reset(self) -> None:
         self.load_E.zero_()

@@ -68,10 +68,10 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     assert 0.01 <= results["a"].seconds < 0.3
 
 
-def test_kept_bytes_count_a_storage_once() -> None:
-    """x * x keeps x twice, exp its result: 2 * 100 fp32 values."""
+def test_kept_bytes_are_those_held_after_the_forward_pass() -> None:
+    """Of 100 fp32 values: exp keeps its result, sin its input, cos goes; a view and the caller's own do not count."""
     x = torch.ones(100, requires_grad=True)
-    assert kept_bytes(lambda: (x * x).sum() + x.exp().sum()) == 2 * 100 * 4
+    assert kept_bytes(lambda: x.exp().view(10, 10).sin().sum() + x.detach().cos().sum()) == 100 * 4 + 4
 
 
 def test_ratios_take_the_fastest_variant_of_a_peer() -> None:

@@ -49,7 +49,7 @@ def advice(line: str) -> list[tuple[str, object]]:
 
 def parsed(value: str) -> object:
     if value.startswith("["):
-        return [int(part) for part in value[1:-1].split(",")] if len(value) > 2 else []
+        return [parsed(part) for part in value[1:-1].split(",")] if len(value) > 2 else []
     if value in ("null", "true", "false"):
         return {"null": None, "true": True, "false": False}[value]
     try:
@@ -66,6 +66,9 @@ BROKEN = [
     ({"precision": "fp8"}, 1, "precision is one of auto, fp32, bf16, but fp8", "precision=bf16"),
     ({"precision": "fp31"}, 1, "fp31 is not available", "precision=fp32"),
     ({"model.activation": "swigul"}, 1, "one of swiglu, geglu, gelu, relu", "model.activation=swiglu"),
+    ({"model.recompute": ["norms"]}, 1, "is made of norm, moe, full, but it is [norms]", "model.recompute=[norm]"),
+    ({"model.recompute": ["norm", "full"]}, 1, "[full] goes alone", "model.recompute=[full]"),
+    ({"model.recompute": ["norm", "moe"]}, 1, "the model is dense", "model.recompute=[norm]"),
     ({"model.moe.backend": "groupedmm", **SPARSE}, 1, "groupedmm is not available", "model.moe.backend=grouped_mm"),
     ({"data.kind": "stdlb"}, 1, "stdlib, text, megatron, blend", "data.kind=stdlib"),
     ({"optim.schedule": "cosin"}, 1, "cosine, linear, wsd, constant", "optim.schedule=cosine"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conf.schema import MoeConfig
-from moe.statistics import LoadStatistics, collect
+from moe.statistics import LoadStatistics, Report, collect
 from parallel.runtime import Runtime
 from tests.moe import reference
 from tests.moe.helpers import in_float64, random, sparse_layer, tiny
@@ -48,7 +48,7 @@ def test_probabilities_of_zero_have_no_entropy(runtime: Runtime) -> None:
     statistics = LoadStatistics(2).to(runtime.device)
     one_hot_TE = torch.tensor([[1.0, 0.0]], device=runtime.device)
     zero = torch.zeros((), device=runtime.device)
-    statistics.add(one_hot_TE, one_hot_TE[:, :1].long(), one_hot_TE[:, :1].bool(), zero, zero)
+    statistics.add(Report.of(one_hot_TE, one_hot_TE[:, :1].long(), one_hot_TE[:, :1].bool(), zero, zero))
     assert statistics.sums.tolist() == [1, 0, 0, 0, 0]
 
 
@@ -56,7 +56,8 @@ def test_counts_stay_exact_past_what_fp32_holds(runtime: Runtime) -> None:
     statistics = LoadStatistics(1).to(runtime.device)
     statistics.load_E += 2.0**24
     one = torch.ones(1, 1, device=runtime.device)
-    statistics.add(one, torch.zeros(1, 1, dtype=torch.int64, device=runtime.device), one.bool(), one.sum(), one.sum())
+    first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
+    statistics.add(Report.of(one, first, one.bool(), one.sum(), one.sum()))
     assert statistics.load_E.item() == 2**24 + 1
 
 
