@@ -5,7 +5,7 @@ login node without PyTorch can read and check a configuration."""
 from dataclasses import dataclass, field
 from typing import Any
 
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
 AUX_LOSS_SCOPES = ("micro_batch", "sequence")
 BACKENDS = ("auto", "loop", "fused", "grouped_mm")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
@@ -88,7 +88,7 @@ class ModelConfig:
     ffn_hidden_size: int = 512
     """Hidden width of the dense feed-forward layers and of each expert."""
     activation: str = "geglu"
-    """swiglu, geglu (gated: two input projections), gelu or relu."""
+    """swiglu, geglu (gated: two input projections), gelu, relu or relu2 (squared; Primer, arXiv:2109.08668, section 3)."""
     vocab_size: int = 4096
     """Rows of the embedding. Also the size of the tokenizer when one is trained on the corpus."""
     tie_embeddings: bool = False

@@ -19,10 +19,11 @@ from parallel.placement import place
 from parallel.runtime import Groups
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
-PLAIN = {"gelu": F.gelu, "relu": F.relu}
+PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
 aten = torch.ops.aten
 BACKWARD = {"swiglu": aten.silu_backward, "geglu": aten.gelu_backward, "gelu": aten.gelu_backward}
 BACKWARD["relu"] = functools.partial(aten.threshold_backward, threshold=0)
+BACKWARD["relu2"] = lambda grad, h: grad * (2 * F.relu(h))
 """The gradient of each nonlinearity: (gradient of its output, its input) -> gradient of its input."""
 
 

@@ -51,7 +51,7 @@ def feed_forward(x_D: Tensor, into: list[Tensor], out_FD: Tensor, activation: st
     elif activation == "geglu":
         h_F = gelu(x_D @ into[0]) * (x_D @ into[1])
     else:
-        h_F = {"gelu": gelu, "relu": relu}[activation](x_D @ into[0])
+        h_F = {"gelu": gelu, "relu": relu, "relu2": lambda h: relu(h) ** 2}[activation](x_D @ into[0])
     return h_F @ out_FD
 
 

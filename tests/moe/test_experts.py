@@ -20,6 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ("name", "wanted"),
     [
         ("relu", [0.0, 2.0]),
+        ("relu2", [0.0, 4.0]),
         ("gelu", [-0.5 * (1 - math.erf(0.5**0.5)), 1 + math.erf(2**0.5)]),
         ("swiglu", [3 * -1 / (1 + math.e), 5 * 2 / (1 + math.exp(-2))]),
         ("geglu", [3 * -0.5 * (1 - math.erf(0.5**0.5)), 5 * (1 + math.erf(2**0.5))]),
