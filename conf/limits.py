@@ -74,7 +74,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.ep parallel.etp model.moe.top_k model.moe.score_function model.moe.softmax_order "
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.aux_loss_scope model.moe.z_loss_coeff "
-        "model.moe.bias_update_rate model.moe.backend",
+        "model.moe.bias_update_rate model.moe.backend model.moe.expert_bias",
     ),
     (
         "model.moe.score_function=softmax",

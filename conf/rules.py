@@ -254,6 +254,8 @@ def _layout(case: Case) -> Iterator[Violation]:
         yield from _divisible(case, WORLD_SIZE, etp, ep, pp)
         yield from _divisible(case, "model.moe.num_experts", ep)
         yield from _divisible(case, "model.ffn_hidden_size", etp)
+        if case["model.moe.expert_bias"]:
+            yield from _divisible(case, "model.hidden_size", etp)
     # A sparse layer spreads its tokens over the tensor-parallel ranks, with or without sequence parallelism.
     cuts_tokens = case["parallel.sequence_parallel"] or case["model.moe.num_experts"]
     yield from _divisible(case, "train.sequence_length", *((cp, tp) if cuts_tokens else (cp,)))

@@ -69,6 +69,9 @@ class MoeConfig:
     aux_loss_coeff. Needs softmax_order=before."""
     z_loss_coeff: float = 1e-3
     """Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    expert_bias: bool = False
+    """Each expert's two projections have a bias, zero at first and without weight decay. Dense feed-forward layers have
+    none."""
     backend: str = "auto"
     """How the experts' matrix products run: auto, loop (one product per expert), fused (the loop as one operation,
     which keeps less) or grouped_mm (one launch for all)."""
@@ -88,7 +91,7 @@ class ModelConfig:
     ffn_hidden_size: int = 512
     """Hidden width of the dense feed-forward layers and of each expert."""
     activation: str = "geglu"
-    """swiglu, geglu (gated: two input projections), gelu, relu or relu2 (squared; Primer, arXiv:2109.08668, section 3)."""
+    """swiglu, geglu (gated: two input projections), gelu, relu or relu2 (squared ReLU; Primer, arXiv:2109.08668)."""
     vocab_size: int = 4096
     """Rows of the embedding. Also the size of the tokenizer when one is trained on the corpus."""
     tie_embeddings: bool = False

@@ -5,7 +5,7 @@ G 2 for gated activations, else 1.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,23 +37,59 @@ def activate(parts: Sequence[Tensor], name: str) -> Tensor:
     return GATED[name](gate) * up
 
 
-def loop_experts(x_RD: Tensor, counts: list[int], w_in_LDGF: Tensor, w_out_LFD: Tensor, activation: str) -> Tensor:
-    """One product per expert: the reference."""
-    out = []
+def loop_experts(
+    x_RD: Tensor,
+    counts: Sequence[int],
+    w_in_LDGF: Tensor,
+    w_out_LFD: Tensor,
+    activation: str,
+    b_in_LGF: Tensor | None = None,
+    keep_RF: Tensor | None = None,
+) -> Tensor:
+    """One product per expert: the reference.
+
+    Args:
+        b_in_LGF: added to the hidden width before the activation.
+        keep_RF: what the activation is multiplied by (dropout): 0, or 1 over the share that is kept.
+    """
+    counts = list(counts)
     # unbind, not indexing: the gradient of w[e] would be a zero tensor of the size of all experts, once per expert.
-    for x, w_in_DGF, w_out_FD in zip(x_RD.split(counts), w_in_LDGF.unbind(0), w_out_LFD.unbind(0), strict=True):
+    biases = [None] * len(counts) if b_in_LGF is None else b_in_LGF.unbind(0)
+    keeps = _split_or_none(keep_RF, counts)
+    parts = (x_RD.split(counts), w_in_LDGF.unbind(0), w_out_LFD.unbind(0), biases, keeps)
+    out = []
+    for x, w_in_DGF, w_out_FD, b_in_GF, keep in zip(*parts, strict=True):
         h = (x @ w_in_DGF.flatten(1)).unflatten(-1, w_in_DGF.shape[1:])
-        out.append(activate(h.unbind(-2), activation) @ w_out_FD)
+        h = h if b_in_GF is None else h + b_in_GF
+        act = activate(h.unbind(-2), activation)
+        out.append((act if keep is None else act * keep) @ w_out_FD)
     return torch.cat(out)
 
 
-def grouped_experts(x_RD: Tensor, counts: list[int], w_in_LDGF: Tensor, w_out_LFD: Tensor, activation: str) -> Tensor:
+def grouped_experts(
+    x_RD: Tensor,
+    counts: Sequence[int],
+    w_in_LDGF: Tensor,
+    w_out_LFD: Tensor,
+    activation: str,
+    b_in_LGF: Tensor | None = None,
+    keep_RF: Tensor | None = None,
+) -> Tensor:
     """torch's grouped matrix product: one launch for all experts."""
     if not x_RD.shape[0]:
-        return loop_experts(x_RD, counts, w_in_LDGF, w_out_LFD, activation)  # a grouped product needs a row
+        # A grouped product needs a row.
+        return loop_experts(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF)
     ends = torch.tensor(counts, device=x_RD.device).cumsum(0).to(torch.int32)
     h = F.grouped_mm(x_RD, w_in_LDGF.flatten(2), offs=ends).unflatten(-1, w_in_LDGF.shape[2:])
-    return F.grouped_mm(activate(h.unbind(-2), activation), w_out_LFD, offs=ends)
+    h = h if b_in_LGF is None else h + of_rows(b_in_LGF, counts)
+    act = activate(h.unbind(-2), activation)
+    return F.grouped_mm(act if keep_RF is None else act * keep_RF, w_out_LFD, offs=ends)
+
+
+def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
+    """[L, ...] -> [R, ...]: for every row what belongs to its expert."""
+    repeats = torch.tensor(counts, device=per_expert.device)
+    return per_expert.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
 
 class FusedExperts(torch.autograd.Function):
@@ -61,29 +97,53 @@ class FusedExperts(torch.autograd.Function):
     hidden width only h is kept for the backward pass: repeating the activation is cheaper than storing it."""
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, counts: list[int], w_in_LDGF: Tensor, w_out_LFD: Tensor, activation: str) -> Tensor:
-        ctx.counts, ctx.activation = counts, activation
+    def forward(
+        ctx,
+        x_RD: Tensor,
+        counts: Sequence[int],
+        w_in_LDGF: Tensor,
+        w_out_LFD: Tensor,
+        activation: str,
+        b_in_LGF: Tensor | None = None,
+        keep_RF: Tensor | None = None,
+    ) -> Tensor:
+        ctx.counts, ctx.activation = list(counts), activation
         h_RGF = x_RD.new_empty((x_RD.shape[0], *w_in_LDGF.shape[2:]))
         y_RD = torch.empty_like(x_RD)
-        rows = (t.split(counts) for t in (x_RD, h_RGF, y_RD))
-        for x, h, y, w_in_DGF, w_out_FD in zip(*rows, w_in_LDGF, w_out_LFD, strict=True):
-            torch.mm(x, w_in_DGF.flatten(1), out=h.flatten(1))
-            torch.mm(activate(h.unbind(1), activation), w_out_FD, out=y)
-        ctx.save_for_backward(x_RD, h_RGF, w_in_LDGF, w_out_LFD)
+        rows = (t.split(ctx.counts) for t in (x_RD, h_RGF, y_RD))
+        keeps = _split_or_none(keep_RF, ctx.counts)
+        for e, (x, h, y, keep) in enumerate(zip(*rows, keeps, strict=True)):
+            torch.mm(x, w_in_LDGF[e].flatten(1), out=h.flatten(1))
+            if b_in_LGF is not None:
+                h += b_in_LGF[e]
+            act = activate(h.unbind(1), activation)
+            torch.mm(act if keep is None else act * keep, w_out_LFD[e], out=y)
+        ctx.has_bias = b_in_LGF is not None
+        ctx.save_for_backward(x_RD, h_RGF, keep_RF, w_in_LDGF, w_out_LFD)
         return y_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
-        x_RD, h_RGF, *weights = ctx.saved_tensors
+    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, h_RGF, keep_RF, *weights = ctx.saved_tensors
         dx_RD, *dweights = (torch.empty_like(t) for t in (x_RD, *weights))
+        db_in_LGF = weights[0].new_empty((len(ctx.counts), *weights[0].shape[2:])) if ctx.has_bias else None
         rows = (t.split(ctx.counts) for t in (x_RD, h_RGF, dy_RD, dx_RD))
-        for x, h, dy, dx, w_in_DGF, w_out_FD, dw_in_DGF, dw_out_FD in zip(*rows, *weights, *dweights, strict=True):
-            act, dh = _activate_again(h, dy @ w_out_FD.t(), ctx.activation)
-            torch.mm(act.t(), dy, out=dw_out_FD)
+        keeps = _split_or_none(keep_RF, ctx.counts)
+        for e, (x, h, dy, dx, keep) in enumerate(zip(*rows, keeps, strict=True)):
+            w_in_DGF, w_out_FD, dw_in_DGF, dw_out_FD = (w[e] for w in (*weights, *dweights))
+            dact = dy @ w_out_FD.t()
+            act, dh = _activate_again(h, dact if keep is None else dact * keep, ctx.activation)
+            torch.mm((act if keep is None else act * keep).t(), dy, out=dw_out_FD)
             torch.mm(x.t(), dh, out=dw_in_DGF.flatten(1))
             torch.mm(dh, w_in_DGF.flatten(1).t(), out=dx)
-        return dx_RD, None, *dweights, None
+            if db_in_LGF is not None:
+                torch.sum(dh, 0, out=db_in_LGF[e].view(-1))
+        return dx_RD, None, *dweights, None, db_in_LGF, None
+
+
+def _split_or_none(t_RX: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(counts) if t_RX is None else t_RX.split(counts)
 
 
 def _activate_again(h_RGF: Tensor, dact_RF: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -98,7 +158,12 @@ def _activate_again(h_RGF: Tensor, dact_RF: Tensor, name: str) -> tuple[Tensor, 
     return nonlinear * up, dh_RGF.flatten(1)
 
 
-BACKENDS = {"loop": loop_experts, "grouped_mm": grouped_experts, "fused": FusedExperts.apply}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "loop": loop_experts,
+    "grouped_mm": grouped_experts,
+    "fused": FusedExperts.apply,
+}
+"""What can run the experts' products: loop_experts' arguments, loop_experts' result."""
 
 
 def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -136,15 +201,29 @@ class Experts(nn.Module):
         width, gates = model.ffn_hidden_size // groups.etp.size(), 2 if model.activation in GATED else 1
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(local, width, hidden, dtype=dtype))
-        for weight, axis, fan_in in ((self.w_in, 3, hidden), (self.w_out, 1, model.ffn_hidden_size)):
-            std = (model.init_scale / fan_in) ** 0.5
+        placed = [
+            (self.w_in, 3, (model.init_scale / hidden) ** 0.5),
+            (self.w_out, 1, (model.init_scale / model.ffn_hidden_size) ** 0.5),
+        ]
+        self.b_in: nn.Parameter | None = None
+        self.b_out: nn.Parameter | None = None
+        if model.moe.expert_bias:
+            self.b_in = nn.Parameter(torch.empty(local, gates, width, dtype=dtype))
+            # Cut as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
+            self.b_out = nn.Parameter(torch.empty(local, hidden // groups.etp.size(), dtype=dtype))
+            placed += [(self.b_in, 2, 0.0), (self.b_out, 1, 0.0)]
+            before = groups.etp.rank() * self.b_out.shape[1]
+            self.columns = (before, hidden - before - self.b_out.shape[1])
+            """Before and after those of b_out."""
+        for weight, axis, std in placed:
             place(weight, (0, groups.ep), (axis, groups.etp), std=std, per_expert=True)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             weight.allreduce = False
 
-    def forward(self, x_RD: Tensor, counts: list[int]) -> Tensor:
-        """counts: rows of each expert. Returns [R, D], partial sums over etp when F is cut."""
-        return self.backend(x_RD, counts, self.w_in, self.w_out, self.activation)
+    def forward(self, x_RD: Tensor, counts: Sequence[int], keep_RF: Tensor | None = None) -> Tensor:
+        """counts: rows of each expert. keep_RF: dropout's mask. Returns [R, D], partial sums over etp when F is cut."""
+        y_RD = self.backend(x_RD, counts, self.w_in, self.w_out, self.activation, self.b_in, keep_RF)
+        return y_RD if self.b_out is None else y_RD + of_rows(F.pad(self.b_out, self.columns), counts)
 
 
 class DenseFFN(nn.Module):

@@ -70,8 +70,13 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
 
 
 def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any]) -> Any:
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
 
+    # Decay is for what was drawn at random; norms start as ones (None), biases as zeros. Megatron-Core goes by shape
+    # and name, but an expert's bias is a row of a matrix.
+    start_fixed = ParamPredicate("starts_fixed", lambda parameter: not parameter.placement.std)
+    no_decay = {ParamKey(predicate=start_fixed): ParamGroupOverride(wd_mult=0.0)}
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -85,7 +90,7 @@ def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any]) 
         use_distributed_optimizer=True,
     )
     with tensor_types_as_cuda():
-        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(config, chunks, no_decay, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         if "foreach" in group:  # torch's AdamW; Apex's and TransformerEngine's are fused by nature
             group["fused"], group["foreach"] = True, False

@@ -65,6 +65,12 @@ def force_experts(layer: MoELayer, x_SBD: Tensor, experts: list[int]) -> Tensor:
     return named
 
 
+def randomise_biases(layer: MoELayer) -> None:
+    """The experts' biases start as zeros, which would hide them."""
+    for seed, bias in enumerate(b for b in (layer.experts.b_in, layer.experts.b_out) if b is not None):
+        bias.data.copy_(random(*bias.shape, seed=seed))
+
+
 def in_float64(module: nn.Module) -> Weights:
     """Copies of the weights to feed the reference, which will hold its gradients."""
     return {n: p.detach().cpu().double().requires_grad_() for n, p in module.named_parameters()}

@@ -44,15 +44,27 @@ def relu(h: Tensor) -> Tensor:
     return torch.where(h > 0, h, 0)
 
 
-def feed_forward(x_D: Tensor, into: list[Tensor], out_FD: Tensor, activation: str) -> Tensor:
-    """into: [gate, up] of a gated activation, else one projection, each [D, F]."""
+def feed_forward(
+    x_D: Tensor,
+    into: list[Tensor],
+    out_FD: Tensor,
+    activation: str,
+    biases: tuple[list[Tensor], Tensor] | None = None,
+    keep_F: Tensor | float = 1.0,
+) -> Tensor:
+    """into: [gate, up] of a gated activation, else one projection, each [D, F]. biases: of those, and of the way out.
+    keep_F: what dropout multiplies the activation by."""
+    h = [x_D @ w for w in into]
+    if biases:
+        h = [h_F + b_F for h_F, b_F in zip(h, biases[0], strict=True)]
     if activation == "swiglu":
-        h_F = silu(x_D @ into[0]) * (x_D @ into[1])
+        act_F = silu(h[0]) * h[1]
     elif activation == "geglu":
-        h_F = gelu(x_D @ into[0]) * (x_D @ into[1])
+        act_F = gelu(h[0]) * h[1]
     else:
-        h_F = {"gelu": gelu, "relu": relu, "relu2": lambda h: relu(h) ** 2}[activation](x_D @ into[0])
-    return h_F @ out_FD
+        act_F = {"gelu": gelu, "relu": relu, "relu2": lambda h: relu(h) ** 2}[activation](h[0])
+    y_D = (act_F * keep_F) @ out_FD
+    return y_D + biases[1] if biases else y_D
 
 
 def softmax(h: Tensor) -> Tensor:
@@ -142,6 +154,7 @@ def sparse_layer(
 ) -> Sparse:
     """factor: the capacity factor; None: dropless. batch: sequences, whose tokens come in turn."""
     router_ED, w_in_EDGF, w_out_EFD = (weights[n] for n in ("router.weight", "experts.w_in", "experts.w_out"))
+    b_in_EGF, b_out_ED = weights.get("experts.b_in"), weights.get("experts.b_out")
     logits_TE = torch.stack([torch.stack([x_D @ router_D for router_D in router_ED]) for x_D in x_TD])
     rows = (route(logits_E, moe, weights.get("router.bias", 0.0)) for logits_E in logits_TE)
     probs, experts, gates = (list(column) for column in zip(*rows, strict=True))
@@ -157,7 +170,8 @@ def sparse_layer(
         for k, e in enumerate(experts[t]):
             if kept[t][k]:
                 into = [w_in_EDGF[e, :, g, :] for g in range(w_in_EDGF.shape[2])]
-                out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation)
+                biases = None if b_in_EGF is None else (list(b_in_EGF[e]), b_out_ED[e])
+                out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases)
         rows.append(out_D)
     aux = scoped_balancing_loss(probs_TE, experts, moe.aux_loss_scope, batch)
     return Sparse(torch.stack(rows), aux, z_loss(logits_TE), probs_TE, experts, kept)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from conf.schema import ACTIVATIONS
 from moe.experts import BACKENDS, DenseFFN, FusedExperts, activate, choose_backend, loop_experts
@@ -34,50 +35,70 @@ def test_activations_by_hand(name: str, wanted: list[float]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 0, 6], [6, 0, 0, 0], [0, 0, 0, 0]])
-def test_rows_go_to_their_expert_whatever_the_counts(counts: list[int], backend: str, runtime: Runtime) -> None:
+def test_rows_go_to_their_expert_whatever_the_counts(
+    counts: list[int], extras: bool, backend: str, runtime: Runtime
+) -> None:
     """Also with no row at all, as on a rank whose experts nobody chose: its weights get a gradient of zeros, which
     the gradient buckets wait for."""
-    x_RD, w_in, w_out = random(sum(counts), 8), random(4, 8, 2, 4, seed=1), random(4, 4, 8, seed=2)
-    wanted64 = [t.double().requires_grad_() for t in (x_RD, w_in, w_out)]
-    mine = [t.to(runtime.device).requires_grad_() for t in (x_RD, w_in, w_out)]
+    x_RD, w_in, w_out, b_in = (
+        random(*shape, seed=i) for i, shape in enumerate(((sum(counts), 8), (4, 8, 2, 4), (4, 4, 8), (4, 2, 4)))
+    )
+    keep_RF = (random(sum(counts), 4, seed=4) > 0) * 2.0
+    wanted64 = [t.double().requires_grad_() for t in (x_RD, w_in, w_out, b_in)]
+    mine = [t.to(runtime.device).requires_grad_() for t in (x_RD, w_in, w_out, b_in)]
     experts = [e for e, n in enumerate(counts) for _ in range(n)]
-    x64, in64, out64 = wanted64
-    rows = [
-        reference.feed_forward(x64[r], [in64[e, :, 0], in64[e, :, 1]], out64[e], "swiglu")
-        for r, e in enumerate(experts)
-    ]
+    x64, in64, out64, bias64 = wanted64
+    rows = []
+    for r, e in enumerate(experts):
+        more = ((list(bias64[e]), torch.zeros(8)), keep_RF[r].double()) if extras else ()
+        rows.append(reference.feed_forward(x64[r], [in64[e, :, 0], in64[e, :, 1]], out64[e], "swiglu", *more))
     wanted_RD = torch.stack(rows) if rows else x64 * 1
     wanted_RD.square().sum().backward()
-    out_RD = BACKENDS[backend](*mine[:1], counts, *mine[1:], "swiglu")
+    more = (mine[3], keep_RF.to(runtime.device)) if extras else ()
+    out_RD = BACKENDS[backend](mine[0], counts, *mine[1:3], "swiglu", *more)
     out_RD.square().sum().backward()
     assert out_RD.shape == x_RD.shape
     if rows:
         assert_close(out_RD, wanted_RD)
         assert_close(mine[0].grad, x64.grad)
-    for got, wanted in zip(mine[1:], wanted64[1:], strict=True):
-        assert_close(got.grad, wanted.grad)
+    for got, wanted in list(zip(mine[1:], wanted64[1:], strict=True))[: 3 if extras else 2]:
+        assert_close(got.grad, torch.zeros_like(wanted) if wanted.grad is None else wanted.grad)
 
 
+EXTRAS = {"plain": (), "bias": ("b_in",), "dropout": ("keep",), "both": ("b_in", "keep")}
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_written_by_hand_are_those_of_finite_differences(activation: str) -> None:
+def test_gradients_written_by_hand_are_those_of_finite_differences(activation: str, extras: str) -> None:
     gates = 2 if activation.endswith("glu") else 1
-    x_RD, w_in, w_out = random(5, 3), random(3, 3, gates, 2, seed=1), random(3, 2, 3, seed=2)
-    inputs = [t.double().requires_grad_() for t in (x_RD, w_in, w_out)]
-    assert torch.autograd.gradcheck(lambda x, a, b: FusedExperts.apply(x, [2, 0, 3], a, b, activation), inputs)
+    shapes = ((5, 3), (3, 3, gates, 2), (3, 2, 3), (3, gates, 2))
+    inputs = [random(*shape, seed=i).double().requires_grad_() for i, shape in enumerate(shapes)]
+    keep_RF = (random(5, 2, seed=9) > 0) * 2.0 if "keep" in EXTRAS[extras] else None
+    with_bias = "b_in" in EXTRAS[extras]
+
+    def run(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None) -> Tensor:
+        return FusedExperts.apply(x, [2, 0, 3], w_in, w_out, activation, b_in, keep_RF)
+
+    assert torch.autograd.gradcheck(run, inputs if with_bias else inputs[:3])
 
 
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_operation_gives_the_bits_of_the_loop(activation: str) -> None:
+def test_one_operation_gives_the_bits_of_the_loop(activation: str, extras: bool) -> None:
     """In bf16, where a product in another precision or order would show."""
     gates = 2 if activation.endswith("glu") else 1
-    shapes = ((6, 16), (4, 16, gates, 8), (4, 8, 16))
+    shapes = ((6, 16), (4, 16, gates, 8), (4, 8, 16), (4, gates, 8))
+    keep_RF = ((random(6, 8, seed=9) > 0) * 1.25).bfloat16()
     results = []
     for backend in (loop_experts, FusedExperts.apply):
         inputs = [random(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate(shapes)]
-        out = backend(inputs[0], [1, 3, 0, 2], *inputs[1:], activation)
+        more = (inputs[3], keep_RF) if extras else ()
+        out = backend(inputs[0], [1, 3, 0, 2], *inputs[1:3], activation, *more)
         out.square().sum().backward()
-        results.append([out, *(t.grad for t in inputs)])
+        results.append([out, *(t.grad for t in inputs[: 4 if extras else 3])])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 

@@ -21,6 +21,7 @@ from tests.moe.helpers import (
     force_experts,
     in_float64,
     random,
+    randomise_biases,
     sparse_layer,
     tiny,
 )
@@ -80,6 +81,7 @@ CASES = st.fixed_dictionaries(
         "activation": st.sampled_from(ACTIVATIONS),
         "backend": st.sampled_from(tuple(BACKENDS)),
         "bias": st.booleans(),
+        "expert_bias": st.booleans(),
         "routing": st.sampled_from(("random", "collapsed", "tied")),
         "seed": st.integers(0, 1000),
     }
@@ -101,6 +103,7 @@ PLAIN: dict[str, Any] = {
     "activation": "swiglu",
     "backend": "loop",
     "bias": False,
+    "expert_bias": False,
     "routing": "random",
     "seed": 0,
 }
@@ -129,6 +132,7 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
         capacity_factor=case["capacity_factor"],
         drop_policy=case["drop_policy"],
         bias_update_rate=0.1 if case["bias"] and case["scores"] != "after" else 0.0,
+        expert_bias=case["expert_bias"],
         aux_loss_scope=case["aux_loss_scope"],
         aux_loss_coeff=0.5,
         z_loss_coeff=0.2,
@@ -139,6 +143,7 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
     layer = sparse_layer(model, runtime, backend=case["backend"], seed=case["seed"])
     if layer.router.bias is not None:
         layer.router.bias.copy_(random(experts, seed=case["seed"]))
+    randomise_biases(layer)
     x_SBD = random(case["sequence"], case["batch"], case["hidden"], seed=case["seed"])
     if case["routing"] == "collapsed":
         x_SBD = force_experts(layer, x_SBD, [experts - 1] * (case["sequence"] * case["batch"]))
