@@ -9,6 +9,7 @@ from conf.schema import (
     AUX_LOSS_SCOPES,
     BACKENDS,
     DATA_KINDS,
+    DISPATCHERS,
     DROP_POLICIES,
     PRECISIONS,
     SCHEDULES,
@@ -21,6 +22,7 @@ CHOICES = {
     "model.activation": ACTIVATIONS,
     "model.moe.aux_loss_scope": AUX_LOSS_SCOPES,
     "model.moe.backend": BACKENDS,
+    "model.moe.dispatcher": DISPATCHERS,
     "model.moe.drop_policy": DROP_POLICIES,
     "model.moe.score_function": SCORE_FUNCTIONS,
     "model.moe.softmax_order": SOFTMAX_ORDERS,
@@ -46,7 +48,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         ">= 0",
         lambda x: 0 <= x < math.inf,
         0,
-        "model.moe.num_experts model.moe.aux_loss_coeff model.moe.bias_update_rate model.moe.z_loss_coeff train.seed "
+        "model.moe.num_experts model.moe.num_shared_experts model.moe.aux_loss_coeff model.moe.bias_update_rate "
+        "model.moe.z_loss_coeff train.seed "
         "optim.min_lr optim.warmup_steps optim.weight_decay optim.clip_grad eval.every eval.sample_tokens "
         "checkpoint.every guard.max_skipped",
     ),
@@ -74,7 +77,8 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.ep parallel.etp model.moe.top_k model.moe.score_function model.moe.softmax_order "
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.aux_loss_scope model.moe.z_loss_coeff "
-        "model.moe.bias_update_rate model.moe.backend model.moe.expert_bias",
+        "model.moe.bias_update_rate model.moe.backend model.moe.expert_bias "
+        "model.moe.num_shared_experts",
     ),
     (
         "model.moe.score_function=softmax",
@@ -94,6 +98,17 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         ),
         "model.moe.drop_policy",
     ),
+    (
+        "model.moe.num_experts > 0 and model.moe.capacity_factor",
+        lambda c: c["model.moe.num_experts"] > 0 and c["model.moe.capacity_factor"] is not None,
+        "model.moe.pad_to_capacity",
+    ),
+    (
+        "model.moe.num_shared_experts > 0",
+        lambda c: c["model.moe.num_shared_experts"] > 0,
+        "model.moe.shared_expert_gate",
+    ),
+    ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),

@@ -9,6 +9,7 @@ ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
 AUX_LOSS_SCOPES = ("micro_batch", "sequence")
 BACKENDS = ("auto", "loop", "fused", "grouped_mm")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
+DISPATCHERS = ("auto", "all_to_all", "all_gather")
 DROP_POLICIES = ("position", "probability")
 PRECISIONS = ("auto", "fp32", "bf16")
 RECOMPUTE = ("norm", "moe", "full")
@@ -69,6 +70,19 @@ class MoeConfig:
     aux_loss_coeff. Needs softmax_order=before."""
     z_loss_coeff: float = 1e-3
     """Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    dispatcher: str = "auto"
+    """How rows reach experts on other ranks (parallel.ep > 1). all_to_all: each row to the rank of its expert.
+    all_gather: every rank gets all tokens and adds its experts' part; moves less where top_k exceeds ep. auto:
+    all_gather where it moves less."""
+    pad_to_capacity: bool = False
+    """Every expert gets its capacity of rows, zeros where fewer chose it: the sizes are known beforehand, so that the
+    host need not wait for the device, and results are the same. A micro-batch that is cut over n ranks is padded by
+    each of them, up to n times in all. Needs a capacity factor; evaluation follows eval_capacity_factor."""
+    num_shared_experts: int = 0
+    """Experts that every token visits besides its top_k, computed while rows travel (DeepSeekMoE, arXiv:2401.06066,
+    section 3.2). They are one dense layer of num_shared_experts * ffn_hidden_size."""
+    shared_expert_gate: bool = False
+    """Each token scales the shared experts' answer by sigmoid(x . g), g trained (Qwen2-MoE)."""
     expert_bias: bool = False
     """Each expert's two projections have a bias, zero at first and without weight decay. Dense feed-forward layers have
     none."""

@@ -229,22 +229,21 @@ class Experts(nn.Module):
 class DenseFFN(nn.Module):
     """The feed-forward layer of a dense block, F cut over tensor-parallel ranks."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups, *, width: int | None = None):
+        """width: F; None: model.ffn_hidden_size."""
         super().__init__()
-        self.activation = model.activation
+        self.activation, width = model.activation, width or model.ffn_hidden_size
         linear = {"config": config, "bias": False, "init_method": None, "tp_group": groups.tp}
         into = {"gather_output": False, **linear}
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
-        self.up = tp.ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, **into)
+        self.up = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.gate = None
         if model.activation in GATED:
-            self.gate = tp.ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, **into)
-        self.down = tp.RowParallelLinear(
-            model.ffn_hidden_size, model.hidden_size, input_is_parallel=True, skip_bias_add=True, **linear
-        )
+            self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
+        self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, skip_bias_add=True, **linear)
         for layer in filter(None, (self.up, self.gate)):
             place(layer.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
-        place(self.down.weight, (1, groups.tp), std=(model.init_scale / model.ffn_hidden_size) ** 0.5)
+        place(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         parts = [layer(x_SBD)[0] for layer in (self.gate, self.up) if layer is not None]

@@ -23,6 +23,7 @@ from moe.init import initialise
 from moe.layer import MoELayer
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
+from moe.shared_experts import SharedExperts
 from moe.statistics import Report
 from parallel.forward_pass import PLAIN, ForwardPass
 from parallel.placement import place
@@ -50,6 +51,8 @@ class Parts:
     """How the experts' products run (moe.experts.choose_backend)."""
     seed: int
     """Of the initial weights and of the layers' random numbers."""
+    dispatcher: str | None = None
+    """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
     norm_function: Norm = torch_rms_norm
     """Which RMSNorm runs (parallel.selection.select_norm)."""
 
@@ -85,6 +88,8 @@ class Block(nn.Module):
                 sequence_parallel=parts.config.sequence_parallel,
                 groups=groups,
                 draws=(parts.seed, layer),
+                dispatcher=parts.dispatcher,
+                shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
             )
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)

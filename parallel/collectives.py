@@ -34,25 +34,6 @@ class GatherSequence(torch.autograd.Function):
         return reduce_scatter(grad, ctx.group), None
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
-
-
-class AllToAll(torch.autograd.Function):
-    """Sends `send[r]` rows to rank r and receives `receive[r]` rows from it; the gradient travels back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.route = (receive, send, group)
-        return _exchange(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, *ctx.route), None, None, None
-
-
 def _gather_ragged(x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
     # Padded to the longest: the all-gather of equal shapes is the one that every backend has.
     longest = max(counts)

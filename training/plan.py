@@ -34,7 +34,8 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     sparse = model.num_layers // moe.every if moe.num_experts else 0
     dense = model.num_layers - sparse
     router = d * moe.num_experts
-    outside = sparse * router + model.num_layers * (attention + norms) + dense * ffn + d
+    shared = moe.num_shared_experts * ffn + (d if moe.shared_expert_gate else 0)
+    outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d
     tables = table if model.tie_embeddings else 2 * table
     total = outside + sparse * moe.num_experts * expert + tables

@@ -28,6 +28,8 @@ _MAY_CHANGE = {
     "model.moe.drop_policy",
     "model.moe.aux_loss_scope",
     "model.moe.backend",
+    "model.moe.dispatcher",
+    "model.moe.pad_to_capacity",
 }
 
 

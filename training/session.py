@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from conf.schema import PRECISIONS, Config
+from moe.dispatch import choose_dispatcher
 from moe.experts import choose_backend
 from moe.model import Parts, Stage
 from parallel import cpu, runtime, selection
@@ -87,7 +88,8 @@ def start(config: Config, world: World, *, train: bool) -> Session:
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
     rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]
     if config.model.moe.num_experts:
-        rows += [("experts", backend, why_backend)]
+        dispatcher, why_dispatcher = choose_dispatcher(config.model.moe, layout.ep, layout.etp)
+        rows += [("experts", backend, why_backend), ("dispatch", dispatcher, why_dispatcher)]
     if train:
         adam = selection.select_adam(run.device)
         rows += [(adam.part, adam.name, adam.why)]

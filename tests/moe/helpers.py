@@ -8,6 +8,7 @@ from moe.experts import choose_backend
 from moe.init import initialise
 from moe.layer import MoELayer
 from moe.model import Parts, Stage
+from moe.shared_experts import SharedExperts
 from parallel.engine import core_config
 from parallel.runtime import Runtime
 from tests.moe.reference import Weights
@@ -22,8 +23,15 @@ def tiny(moe: MoeConfig | None = None, **settings: object) -> ModelConfig:
 def sparse_layer(
     model: ModelConfig, runtime: Runtime, *, backend: str = "loop", dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> MoELayer:
+    core = core_config(model, runtime, dtype, deterministic=False)
     layer = MoELayer(
-        model, backend=backend, dtype=dtype, sequence_parallel=False, groups=runtime.groups, draws=(seed, 0)
+        model,
+        backend=backend,
+        dtype=dtype,
+        sequence_parallel=False,
+        groups=runtime.groups,
+        draws=(seed, 0),
+        shared=SharedExperts(model, core, runtime.groups) if model.moe.num_shared_experts else None,
     )
     initialise(layer.to(runtime.device), seed)
     return layer

@@ -166,7 +166,7 @@ def sparse_layer(
         kept = keep_largest(experts, [[g.item() for g in row] for row in gates], moe.num_experts, limit)
     rows = []
     for t, x_D in enumerate(x_TD):
-        out_D = torch.zeros_like(x_D)
+        out_D = shared_experts(x_D, under(weights, "shared."), activation)
         for k, e in enumerate(experts[t]):
             if kept[t][k]:
                 into = [w_in_EDGF[e, :, g, :] for g in range(w_in_EDGF.shape[2])]
@@ -175,6 +175,13 @@ def sparse_layer(
         rows.append(out_D)
     aux = scoped_balancing_loss(probs_TE, experts, moe.aux_loss_scope, batch)
     return Sparse(torch.stack(rows), aux, z_loss(logits_TE), probs_TE, experts, kept)
+
+
+def shared_experts(x_D: Tensor, weights: Weights, activation: str) -> Tensor:
+    if not weights:
+        return torch.zeros_like(x_D)
+    gate = 1 / (1 + torch.exp(-(weights["gate"][0] @ x_D))) if "gate" in weights else 1.0
+    return gate * dense_layer(x_D, under(weights, "ffn."), activation)
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:

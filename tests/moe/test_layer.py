@@ -82,6 +82,8 @@ CASES = st.fixed_dictionaries(
         "backend": st.sampled_from(tuple(BACKENDS)),
         "bias": st.booleans(),
         "expert_bias": st.booleans(),
+        "pad": st.booleans(),
+        "shared": st.sampled_from((None, "plain", "gated")),
         "routing": st.sampled_from(("random", "collapsed", "tied")),
         "seed": st.integers(0, 1000),
     }
@@ -104,6 +106,8 @@ PLAIN: dict[str, Any] = {
     "backend": "loop",
     "bias": False,
     "expert_bias": False,
+    "pad": False,
+    "shared": None,
     "routing": "random",
     "seed": 0,
 }
@@ -133,6 +137,9 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
         drop_policy=case["drop_policy"],
         bias_update_rate=0.1 if case["bias"] and case["scores"] != "after" else 0.0,
         expert_bias=case["expert_bias"],
+        pad_to_capacity=case["pad"] and case["capacity_factor"] is not None,
+        num_shared_experts=2 if case["shared"] else 0,
+        shared_expert_gate=case["shared"] == "gated",
         aux_loss_scope=case["aux_loss_scope"],
         aux_loss_coeff=0.5,
         z_loss_coeff=0.2,

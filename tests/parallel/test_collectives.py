@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from parallel import collectives
+from parallel import collectives, flight
 from parallel.world import World
 from tests.parallel.helpers import started
 
@@ -23,14 +23,14 @@ def run_all(world: World, cases: list[tuple[str, Any]]) -> list[tuple[Tensor, Te
     results = []
     with started(world, ParallelConfig()) as runtime:
         for name, rows in cases:
-            group, function = runtime.groups.world, getattr(collectives, name)
-            if name == "AllToAll":
+            group, function = runtime.groups.world, getattr(collectives, name, None)
+            if name == "exchanging":
                 send, receive = rows[world.rank], [row[world.rank] for row in rows]
                 x = drawn("x", world.rank, sum(send)).requires_grad_()
-                y = function.apply(x, send, receive, group)
-            elif name == "GatherSequence":
-                x = drawn("x", world.rank, rows).requires_grad_()
-                y = function.apply(x, group)
+                y = flight.fly(x, flight.exchanging(send, receive, group))
+            elif name in ("GatherSequence", "gathering", "summing"):
+                x = drawn("x", world.rank, rows * (world.size if name == "summing" else 1)).requires_grad_()
+                y = function.apply(x, group) if function else flight.fly(x, getattr(flight, name)(group))
             else:
                 mine = rows[world.rank] if name == "GatherRagged" else sum(rows)
                 x = drawn("x", world.rank, mine).requires_grad_()
@@ -43,13 +43,13 @@ def run_all(world: World, cases: list[tuple[str, Any]]) -> list[tuple[Tensor, Te
 
 def expected(name: str, rows: Any, n: int) -> list[tuple[Tensor, Tensor]]:
     """The same from all ranks' inputs at once."""
-    if name == "AllToAll":
+    if name == "exchanging":
         xs = [drawn("x", r, sum(rows[r])).split(rows[r]) for r in range(n)]
         columns = [[rows[sender][r] for sender in range(n)] for r in range(n)]
         grads = [drawn("grad", r, sum(columns[r])).split(columns[r]) for r in range(n)]
         return [(torch.cat([xs[s][r] for s in range(n)]), torch.cat([grads[s][r] for s in range(n)])) for r in range(n)]
-    counts = [rows] * n if name == "GatherSequence" else rows
-    if name == "ReduceScatterRagged":
+    counts = rows if "Ragged" in name else [rows] * n
+    if name in ("ReduceScatterRagged", "summing"):
         total = sum(drawn("x", r, sum(counts)) for r in range(n)).split(counts)
         gathered = torch.cat([drawn("grad", r, counts[r]) for r in range(n)])
         return [(total[r], gathered) for r in range(n)]
@@ -61,14 +61,18 @@ def expected(name: str, rows: Any, n: int) -> list[tuple[Tensor, Tensor]]:
 CASES = {
     2: [
         ("GatherSequence", 2),
-        ("AllToAll", [[1, 2], [3, 0]]),
+        ("exchanging", [[1, 2], [3, 0]]),
+        ("gathering", 2),
+        ("summing", 3),
         ("GatherRagged", [3, 1]),
         ("ReduceScatterRagged", [1, 2]),
     ],
     3: [
         ("GatherSequence", 1),
-        ("AllToAll", [[0, 4, 1], [2, 0, 0], [0, 1, 3]]),
-        ("AllToAll", [[0, 0, 2], [0, 0, 1], [0, 0, 0]]),  # two ranks get nothing, one sends nothing
+        ("exchanging", [[0, 4, 1], [2, 0, 0], [0, 1, 3]]),
+        ("exchanging", [[0, 0, 2], [0, 0, 1], [0, 0, 0]]),  # two ranks get nothing, one sends nothing
+        ("gathering", 1),
+        ("summing", 2),
         ("GatherRagged", [2, 0, 5]),
         ("GatherRagged", [0, 0, 0]),
         ("ReduceScatterRagged", [0, 4, 1]),

@@ -1,0 +1,31 @@
+"""Experts that every token visits."""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from moe.experts import DenseFFN
+from parallel.placement import place
+from parallel.runtime import Groups
+
+
+class SharedExperts(nn.Module):
+    """num_shared_experts of them, as one dense layer of their widths together (DeepSeekMoE, arXiv:2401.06066, eq. 9),
+    cut over the tensor-parallel ranks as any dense layer is. With shared_expert_gate each token scales their answer by
+    sigmoid(x . g), as in Qwen2-MoE."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
+        super().__init__()
+        width = model.moe.num_shared_experts * model.ffn_hidden_size
+        self.ffn = DenseFFN(model, config, groups, width=width)
+        self.gate: nn.Parameter | None = None
+        if model.moe.shared_expert_gate:
+            self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))
+            place(self.gate, copies=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
+            # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+            self.gate.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        y_SBD = self.ffn(x_SBD)
+        return y_SBD if self.gate is None else y_SBD * nn.functional.linear(x_SBD, self.gate).sigmoid()
