@@ -29,7 +29,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     attention = d * (d + 2 * groups * head_width) + d * d
     gates = 2 if model.activation in ("swiglu", "geglu") else 1
     ffn = d * model.ffn_hidden_size * (gates + 1)
-    expert = ffn + (gates * model.ffn_hidden_size + d if moe.expert_bias else 0)
+    biases = gates * model.ffn_hidden_size + d if moe.expert_bias else 0
     norms = 2 * d
     sparse = model.num_layers // moe.every if moe.num_experts else 0
     dense = model.num_layers - sparse
@@ -38,8 +38,8 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d
     tables = table if model.tie_embeddings else 2 * table
-    total = outside + sparse * moe.num_experts * expert + tables
-    active = outside + sparse * moe.top_k * expert + tables
+    total = outside + sparse * moe.num_experts * (ffn + biases) + tables
+    active = outside + sparse * moe.top_k * (ffn + biases) + tables
     # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
-    multiplied = active - tables + table
+    multiplied = active - tables + table - sparse * moe.top_k * biases
     return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * d * sequence_length)

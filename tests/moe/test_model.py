@@ -134,6 +134,9 @@ COSTED = {
     "grouped queries": tiny(
         MoeConfig(num_experts=2, capacity_factor=None), hidden_size=16, num_attention_heads=4, num_query_groups=1
     ),
+    "shared experts and biases": tiny(
+        MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)
+    ),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import OptimConfig, ParallelConfig
+from parallel import optimizer_state
 from parallel.engine import Engine
 from parallel.world import World
 from tests.parallel.helpers import (
@@ -42,6 +43,18 @@ def test_weight_decay_leaves_norms_alone(runtime):
     for name, weight in before.items():
         wanted = weight * (1 - 0.01 * 0.1) if is_decayed(name) else weight
         torch.testing.assert_close(after[name], wanted, rtol=1e-7 if is_decayed(name) else 0, atol=0)
+
+
+def test_weight_decay_leaves_the_experts_biases_alone(runtime):
+    """Which are matrices, a row for each expert."""
+    engine = build_engine(runtime, Variant(moe={"expert_bias": True}), OptimConfig(weight_decay=0.1))
+    biases = [p for name, p in engine.modules[0].named_parameters() if name.endswith(("b_in", "b_out"))]
+    for parameter, piece in optimizer_state._pieces(engine).items():
+        if any(parameter is bias for bias in biases):
+            piece.master.data.fill_(1.0)
+    engine.update(0.01, loss=1.0)
+    after = {name: w for name, w in weights(engine).items() if name.endswith(("b_in", "b_out"))}
+    assert len(biases) == len(after) == 2 * 4 and all((w == 1.0).all() for w in after.values())
 
 
 @pytest.mark.parametrize("clip_grad", [0.3, 1e9, 0.0], ids=["clipped", "small enough", "off"])

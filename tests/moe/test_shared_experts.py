@@ -1,0 +1,69 @@
+"""Shared experts: their answer is in test_layer.py and test_against_others.py; here, when they compute."""
+
+from typing import Any
+
+import pytest
+
+from conf.schema import MoeConfig, ParallelConfig
+from parallel import flight
+from parallel.world import World
+from tests.parallel.helpers import started
+
+
+class Told:
+    """A handle that says when it is waited for."""
+
+    def __init__(self, work: Any, events: list[str], name: str):
+        self.work, self.events, self.name = work, events, name
+
+    def wait(self) -> None:
+        self.events.append(f"{self.name} waited for")
+        self.work.wait()
+
+
+def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
+    """What happened in which order in a forward and backward pass of a layer over two ranks."""
+    from tests.moe.helpers import random, sparse_layer, tiny
+
+    events: list[str] = []
+
+    def telling(name: str, plain: Any) -> Any:
+        def start(*args: Any) -> Any:
+            out, work = plain(*args)
+            events.append(f"{name} departed")
+            return out, Told(work, events, name)
+
+        return start
+
+    originals = {name: getattr(flight, name) for name in ("_start_exchange", "_start_gather", "_start_sum")}
+    for name, plain in originals.items():
+        setattr(flight, name, telling(name.removeprefix("_start_"), plain))
+    try:
+        with started(world, ParallelConfig(ep=2)) as runtime:
+            moe = MoeConfig(num_experts=4, top_k=2, num_shared_experts=1, dispatcher=dispatcher)
+            layer = sparse_layer(tiny(moe), runtime)
+            layer.shared.register_forward_hook(lambda *_: events.append("shared experts"))
+            layer.shared.register_full_backward_hook(lambda *_: events.append("shared experts' gradient"))
+            layer.experts.register_forward_hook(lambda *_: events.append("experts"))
+            x_SBD = random(4, 2, 8, seed=world.rank).requires_grad_()
+            layer(x_SBD).square().sum().backward()
+    finally:
+        for name, plain in originals.items():
+            setattr(flight, name, plain)
+    return events
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "there", "back"),
+    [
+        ("all_to_all", "exchange", "exchange"),
+        ("all_gather", "gather", "sum"),
+    ],
+)
+def test_compute_while_rows_travel(dispatcher: str, there: str, back: str, ranks) -> None:
+    """And their gradients while the gradients of those rows travel back."""
+    for events in ranks.run(2, events_of_a_pass, dispatcher, timeout=60):
+        first = [f"{there} departed", "shared experts", f"{there} waited for", "experts"]
+        assert events[:4] == first, events
+        last = [f"{back} departed", "shared experts' gradient", f"{back} waited for"]
+        assert events[-3:] == last, events
