@@ -39,6 +39,8 @@ class Passed:
     """[E, 2 F, D]"""
     down_grad: Tensor
     """[E, D, F]"""
+    shared_grad: Tensor
+    """Of the shared experts' gate and up, down, and their own gate, flattened after one another."""
 
     def assert_equals(self, other: "Passed") -> None:
         for name, value in vars(self).items():
@@ -59,12 +61,25 @@ def inputs(runtime: Runtime) -> tuple[Tensor, Tensor]:
     return x_SBD.requires_grad_(), above_SBD
 
 
+def flat(weights: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(1), *(w.flatten().cpu() for w in weights)])
+
+
+def shared_weights(layer: MoELayer) -> list[nn.Parameter]:
+    """Ours: [gate, up, down and the gate over all], as far as there are any."""
+    if layer.shared is None:
+        return []
+    ffn, gate = layer.shared.ffn, layer.shared.gate
+    return [ffn.gate.weight, ffn.up.weight, ffn.down.weight] + ([] if gate is None else [gate])
+
+
 def pass_through(layer: MoELayer, runtime: Runtime) -> Passed:
     x_SBD, above_SBD = inputs(runtime)
     out_SBD = layer(x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
     out_SBD.backward(above_SBD)
     experts = as_linear(layer.experts.w_in.grad, layer.experts.w_out.grad)
-    return Passed(out_SBD, x_SBD.grad, layer.router.weight.grad, *experts)
+    shared = flat([w.grad for w in shared_weights(layer)])
+    return Passed(out_SBD, x_SBD.grad, layer.router.weight.grad, *experts, shared)
 
 
 def logged(layer: MoELayer, name: str) -> float:
@@ -90,6 +105,10 @@ MEGATRON = {
     "drops": (
         {"top_k": 2, "capacity_factor": 0.75, "drop_policy": "probability"},
         {"moe_expert_capacity_factor": 0.75, "moe_token_drop_policy": "probs"},
+    ),
+    "shared": (
+        {"top_k": 2, "num_shared_experts": 2, "shared_expert_gate": True},
+        {"moe_shared_expert_intermediate_size": 2 * FFN, "moe_shared_expert_gate": True},
     ),
     # It adds up top_k / top_k_groups = 2 scores of a group, as we and DeepSeek-V3 always do. It balances a choice
     # without groups, we the choice that was made: so no balancing loss here.
@@ -139,7 +158,19 @@ def megatron_layer(layer: MoELayer, settings: dict[str, Any]) -> nn.Module:
         ):
             expert.linear_fc1.weight.copy_(into)
             expert.linear_fc2.weight.copy_(down)
+        for weight, ours in zip(megatron_shared(theirs), megatron_order(shared_weights(layer)), strict=True):
+            weight.copy_(ours)
     return theirs
+
+
+def megatron_shared(theirs: nn.Module) -> list[nn.Parameter]:
+    shared = theirs.shared_experts
+    return [] if shared is None else [shared.linear_fc1.weight, shared.linear_fc2.weight, shared.gate_weight]
+
+
+def megatron_order(ours: list[nn.Parameter]) -> list[Tensor]:
+    """It keeps gate and up after one another."""
+    return [torch.cat(list(ours[:2])), *ours[2:]] if ours else []
 
 
 def megatron_pass(theirs: nn.Module, runtime: Runtime) -> Passed:
@@ -152,7 +183,8 @@ def megatron_pass(theirs: nn.Module, runtime: Runtime) -> Passed:
         torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
         for weights in ([e.linear_fc1.weight for e in experts], [e.linear_fc2.weight for e in experts])
     ]
-    return Passed(out_SBD, x_SBD.grad, theirs.router.weight.grad, *gradients)
+    shared = flat([w.grad for w in megatron_shared(theirs)])
+    return Passed(out_SBD, x_SBD.grad, theirs.router.weight.grad, *gradients, shared)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Megatron-Core, about its own future
@@ -189,11 +221,24 @@ TRANSFORMERS = {
     "mixtral": ("Mixtral", {"top_k": 2, "softmax_order": "after"}, {"num_local_experts": EXPERTS}),
     "qwen3_moe": ("Qwen3Moe", {"top_k": 4}, {"num_experts": EXPERTS, "norm_topk_prob": True}),
     "olmoe": ("Olmoe", {"top_k": 4, "renormalize": False}, {"num_experts": EXPERTS}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"top_k": 4, "renormalize": False, "num_shared_experts": 2, "shared_expert_gate": True},
+        {"num_experts": EXPERTS, "shared_expert_intermediate_size": 2 * FFN},
+    ),
     "deepseek_v3": (
         "DeepseekV3",
-        {"top_k": 3, "score_function": "sigmoid", "routed_scaling_factor": 2.5, "bias_update_rate": 0.001, **GROUPS},
+        {
+            "top_k": 3,
+            "num_shared_experts": 2,
+            "score_function": "sigmoid",
+            "routed_scaling_factor": 2.5,
+            "bias_update_rate": 0.001,
+            **GROUPS,
+        },
         {
             "n_routed_experts": EXPERTS,
+            "n_shared_experts": 2,
             "n_group": 3,
             "topk_group": 2,
             "routed_scaling_factor": 2.5,
@@ -218,12 +263,20 @@ def transformers_block(name: str, prefix: str, layer: MoELayer, settings: dict[s
     block = getattr(modelling, prefix + kind)(config).to(layer.router.weight.device)
     into, down = as_linear(layer.experts.w_in, layer.experts.w_out)
     with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.zero_()  # so that DeepSeek's shared expert adds nothing
         block.gate.weight.copy_(layer.router.weight)
         block.experts.gate_up_proj.copy_(into)
         block.experts.down_proj.copy_(down)
+        for theirs, ours in zip(transformers_shared(block), shared_weights(layer), strict=True):
+            theirs.copy_(ours)
     return block
+
+
+def transformers_shared(block: nn.Module) -> list[nn.Parameter]:
+    shared = getattr(block, "shared_experts", None) or getattr(block, "shared_expert", None)
+    if shared is None:
+        return []
+    gate = [block.shared_expert_gate.weight] if hasattr(block, "shared_expert_gate") else []
+    return [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight, *gate]
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -243,7 +296,8 @@ def test_equals_transformers(name: str, runtime: Runtime) -> None:
     out_SBD = block(x_SBD.transpose(0, 1).contiguous()).transpose(0, 1)
     out_SBD.backward(above_SBD)
     experts = (block.experts.gate_up_proj.grad, block.experts.down_proj.grad)
-    pass_through(layer, runtime).assert_equals(Passed(out_SBD, x_SBD.grad, block.gate.weight.grad, *experts))
+    shared = flat([w.grad for w in transformers_shared(block)])
+    pass_through(layer, runtime).assert_equals(Passed(out_SBD, x_SBD.grad, block.gate.weight.grad, *experts, shared))
 
 
 def test_bias_moves_as_in_megatron_core(runtime: Runtime) -> None:
