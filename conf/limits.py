@@ -40,6 +40,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         1,
         "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.ffn_hidden_size "
         "model.vocab_size model.moe.every model.moe.top_k model.moe.num_expert_groups model.moe.top_k_groups "
+        "model.moe.expert_chunk_rows "
         "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp data.tokenizer_sample_mib train.steps "
         "train.micro_batch_size train.global_batch_size train.sequence_length train.stop_after train.log_every "
         "eval.batches eval.final_batches checkpoint.keep runtime.threads world_size",
@@ -60,7 +61,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         "model.rope_theta model.norm_eps model.init_scale model.moe.capacity_factor model.moe.eval_capacity_factor "
         "model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout",
     ),
-    (">= 0 and < 1", lambda x: 0 <= x < 1, None, "optim.beta1 optim.beta2"),
+    (">= 0 and < 1", lambda x: 0 <= x < 1, None, "optim.beta1 optim.beta2 model.moe.expert_dropout"),
     ("> 0 and < 1", lambda x: 0 < x < 1, None, "data.valid_fraction"),
     ("> 0 and <= 1", lambda x: 0 < x <= 1, None, "optim.decay_fraction"),
     (">= 2", lambda x: x >= 2, 2, "parallel.vpp"),
@@ -78,7 +79,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.aux_loss_scope model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.backend model.moe.expert_bias "
-        "model.moe.num_shared_experts",
+        "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows",
     ),
     (
         "model.moe.score_function=softmax",

@@ -86,6 +86,13 @@ class MoeConfig:
     expert_bias: bool = False
     """Each expert's two projections have a bias, zero at first and without weight decay. Dense feed-forward layers have
     none."""
+    expert_dropout: float = 0.0
+    """Share of an expert's hidden units dropped in training: against overfitting when a sparse model is trained further
+    on little data (Switch, section 2.4; 0.4 there). The shared experts have none."""
+    expert_chunk_rows: int | None = None
+    """Experts compute at most this many rows at a time, and compute them again in the backward pass: a bound on the
+    memory of their hidden width when one expert gets many of the tokens of a dropless model. (A capacity factor bounds
+    the rows themselves.) null: all rows at once."""
     backend: str = "auto"
     """How the experts' matrix products run: auto, loop (one product per expert), fused (the loop as one operation,
     which keeps less) or grouped_mm (one launch for all)."""

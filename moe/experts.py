@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
+from moe.chunks import InPieces
+from moe.dropout import Dropout
 from parallel.placement import place
 from parallel.runtime import Groups
 
@@ -197,6 +199,8 @@ class Experts(nn.Module):
     def __init__(self, model: ModelConfig, *, backend: str, dtype: torch.dtype, groups: Groups):
         super().__init__()
         self.activation, self.backend = model.activation, BACKENDS[backend]
+        self.etp, self.ffn_hidden_size = groups.etp, model.ffn_hidden_size
+        self.chunk_rows = model.moe.expert_chunk_rows
         local, hidden = model.moe.num_experts // groups.ep.size(), model.hidden_size
         width, gates = model.ffn_hidden_size // groups.etp.size(), 2 if model.activation in GATED else 1
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
@@ -220,9 +224,18 @@ class Experts(nn.Module):
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             weight.allreduce = False
 
-    def forward(self, x_RD: Tensor, counts: Sequence[int], keep_RF: Tensor | None = None) -> Tensor:
-        """counts: rows of each expert. keep_RF: dropout's mask. Returns [R, D], partial sums over etp when F is cut."""
-        y_RD = self.backend(x_RD, counts, self.w_in, self.w_out, self.activation, self.b_in, keep_RF)
+    def forward(self, x_RD: Tensor, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
+        """counts: rows of each expert. Returns [R, D], partial sums over etp when F is cut."""
+
+        def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
+            keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
+            return self.backend(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep)
+
+        weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
+        if self.chunk_rows is None or x_RD.shape[0] <= self.chunk_rows:
+            y_RD = run(slice(None), x_RD, counts, *weights)
+        else:
+            y_RD = InPieces.apply(run, self.chunk_rows, counts, x_RD, *weights)
         return y_RD if self.b_out is None else y_RD + of_rows(F.pad(self.b_out, self.columns), counts)
 
 

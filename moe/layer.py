@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from moe.balance import AttachLoss, capacity, load_balancing_loss, router_z_loss, within_capacity
 from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
+from moe.draws import key
+from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.recompute import decision, recomputed
 from moe.router import Router, Routing
@@ -75,7 +77,7 @@ class MoELayer(nn.Module):
     def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
         routing = self.router(x_SBD.flatten(0, 1))
         keep_TK, loss, report = self._balance(routing, about, sequences=x_SBD.shape[1])
-        out_SBD = self._experts(x_SBD, routing, keep_TK, self._slots(routing, about))
+        out_SBD = self._experts(x_SBD, routing, keep_TK, about)
         return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
     def _capacity_factor(self, about: ForwardPass) -> float | None:
@@ -111,17 +113,35 @@ class MoELayer(nn.Module):
         limit = capacity(tokens * self.micro_batch_group.size(), self.moe.top_k, self.moe.num_experts, factor)
         return min(limit, tokens // self.tp.size() if self.share_tokens else tokens)
 
-    def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor, slots: int | None) -> Tensor:
+    def _names(self, routing: Routing, about: ForwardPass) -> Tensor | None:
+        """[T, K] names of the choices where noise belongs to them, else None."""
+        if not self.moe.expert_dropout or about.mode != TRAIN:
+            return None
+        experts_TK, group = routing.experts_TK, self.micro_batch_group
+        place = {"part": group.rank(), "parts": group.size(), "micro_batch": about.micro_batch}
+        return name_choices(*experts_TK.shape, **place, device=experts_TK.device)
+
+    def _dropout(self, names_R: Tensor | None, about: ForwardPass) -> Dropout | None:
+        if names_R is None:
+            return None
+        seed, layer = self.draws
+        named = key(seed, "expert dropout", about.step, layer)
+        return Dropout(self.moe.expert_dropout, named, names_R, self.experts.ffn_hidden_size)
+
+    def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor, about: ForwardPass) -> Tensor:
         gates_TK, experts_TK, mine_SBD = routing.gates_TK, routing.experts_TK, x_SBD
+        names_TK = self._names(routing, about)
         if self.share_tokens:
             mine_SBD = scatter_to_sequence_parallel_region(x_SBD, group=self.tp)
             gates_TK = scatter_to_sequence_parallel_region(gates_TK, group=self.tp)
             rank, ranks = self.tp.rank(), self.tp.size()
             experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
-        started = self.dispatcher.start(mine_SBD.flatten(0, 1), Choices(experts_TK, gates_TK, keep_TK), slots)
+            names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
+        choices = Choices(experts_TK, gates_TK, keep_TK, names_TK)
+        started = self.dispatcher.start(mine_SBD.flatten(0, 1), choices, self._slots(routing, about))
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
-        y_RD = self.experts(sent.rows_RD, sent.counts)
+        y_RD = self.experts(sent.rows_RD, sent.counts, self._dropout(sent.names_R, about))
         out_SBD = self.dispatcher.combine(y_RD, sent).view(mine_SBD.shape)
         if self.share_tokens:
             out_SBD = gather_from_sequence_parallel_region(out_SBD, tensor_parallel_output_grad=False, group=self.tp)

@@ -30,6 +30,8 @@ _MAY_CHANGE = {
     "model.moe.backend",
     "model.moe.dispatcher",
     "model.moe.pad_to_capacity",
+    "model.moe.expert_dropout",
+    "model.moe.expert_chunk_rows",
 }
 
 

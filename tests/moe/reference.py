@@ -6,6 +6,7 @@ S sequence, B batch, N width of a head, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -150,9 +151,16 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 
 
 def sparse_layer(
-    x_TD: Tensor, weights: Weights, moe: MoeConfig, activation: str, factor: float | None, batch: int = 1
+    x_TD: Tensor,
+    weights: Weights,
+    moe: MoeConfig,
+    activation: str,
+    factor: float | None,
+    batch: int = 1,
+    keep: Callable[[int, int], Tensor | float] = lambda token, choice: 1.0,
 ) -> Sparse:
-    """factor: the capacity factor; None: dropless. batch: sequences, whose tokens come in turn."""
+    """factor: the capacity factor; None: dropless. batch: sequences, whose tokens come in turn. keep: what dropout
+    multiplies the hidden width [F] of a token's choice by."""
     router_ED, w_in_EDGF, w_out_EFD = (weights[n] for n in ("router.weight", "experts.w_in", "experts.w_out"))
     b_in_EGF, b_out_ED = weights.get("experts.b_in"), weights.get("experts.b_out")
     logits_TE = torch.stack([torch.stack([x_D @ router_D for router_D in router_ED]) for x_D in x_TD])
@@ -171,7 +179,7 @@ def sparse_layer(
             if kept[t][k]:
                 into = [w_in_EDGF[e, :, g, :] for g in range(w_in_EDGF.shape[2])]
                 biases = None if b_in_EGF is None else (list(b_in_EGF[e]), b_out_ED[e])
-                out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases)
+                out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases, keep(t, k))
         rows.append(out_D)
     aux = scoped_balancing_loss(probs_TE, experts, moe.aux_loss_scope, batch)
     return Sparse(torch.stack(rows), aux, z_loss(logits_TE), probs_TE, experts, kept)

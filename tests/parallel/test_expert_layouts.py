@@ -1,4 +1,4 @@
-"""Biases, shared experts, padding to capacity, and each way to the experts: the same model under every layout."""
+"""Biases, shared experts, dropout, padding to capacity, and each way to the experts: the same under every layout."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ SHARED = {"num_shared_experts": 2, "shared_expert_gate": True}
 VARIANTS = {
     "plain": Variant(),
     "peers": Variant(moe=SHARED | {"expert_bias": True}),
+    "dropout": Variant(moe={"expert_dropout": 0.4}),
     "dropless": Variant(moe=SHARED | {"capacity_factor": None, "top_k": 3}),
 }
 CELLS = [
@@ -28,6 +29,10 @@ CELLS = [
     (4, {"cp": 2, "ep": 2, "etp": 2}, "peers", GATHER),
     (4, {"tp": 2, "ep": 2, "etp": 2}, "dropless", GATHER),
     (4, {"tp": 2, "ep": 4}, "plain", GATHER | PAD),
+    (2, {"pp": 2}, "dropout", {"expert_chunk_rows": 7}),
+    (2, {"ep": 2}, "dropout", PAD | {"dispatcher": "all_to_all"}),
+    (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, "dropout", {"dispatcher": "all_to_all"}),
+    (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2, "sequence_parallel": True}, "dropout", GATHER),
 ]
 
 

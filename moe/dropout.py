@@ -1,0 +1,40 @@
+"""Expert dropout (Switch, arXiv:2101.03961, section 2.4): when a sparse model is trained further on little data, its
+experts' hidden units are dropped at a higher rate than anything else, against overfitting.
+
+Legend: T tokens, K choices per token, R routed rows, F hidden width of an expert.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.draws import uniform
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Of each row's hidden units, each by itself with probability `rate`, whichever rank computes the row."""
+
+    rate: float
+    key: int
+    """From moe.draws.key: seed, step and layer."""
+    names_R: Tensor
+    """int64: which choice of which token of which micro-batch a row is."""
+    width: int
+    """F over all ranks."""
+
+    def factors(self, rows: slice, part: int, parts: int, dtype: torch.dtype) -> Tensor:
+        """[rows, F / parts]: 0 where a unit is dropped, else 1 / (1 - rate)."""
+        kept_RF = uniform(self.key, self.names_R[rows], self.width) >= self.rate
+        return kept_RF.chunk(parts, dim=1)[part].to(dtype) / (1 - self.rate)
+
+
+def name_choices(tokens: int, top_k: int, *, part: int, parts: int, micro_batch: int, device: torch.device) -> Tensor:
+    """int64 [T, K]: a number for each choice that no other choice of the step has.
+
+    Args:
+        part, parts: which of the equal parts of the micro-batch's tokens these are.
+    """
+    token_T = torch.arange(tokens, device=device) + (micro_batch * parts + part) * tokens
+    return token_T[:, None] * top_k + torch.arange(top_k, device=device)

@@ -1,0 +1,83 @@
+"""Experts that compute some rows at a time: the same answer with a bounded hidden width."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.contest import peak_bytes
+from conf.schema import MoeConfig
+from moe.chunks import pieces
+from moe.experts import BACKENDS, Experts
+from moe.init import initialise
+from parallel.runtime import Runtime
+from tests.moe.helpers import assert_close, random, sparse_layer, tiny
+
+
+def test_pieces_by_hand() -> None:
+    """At most 4 rows: experts 0 and 1 share a piece, 2 has three of its own, 3 would not fit beside 4, 5 has no row."""
+    assert list(pieces([1, 3, 9, 2, 3, 0], 4)) == [
+        (slice(0, 2), [(slice(0, 4), [1, 3])]),
+        (slice(2, 3), [(slice(4, 8), [4]), (slice(8, 12), [4]), (slice(12, 13), [1])]),
+        (slice(3, 4), [(slice(13, 15), [2])]),
+        (slice(4, 6), [(slice(15, 18), [3, 0])]),
+    ]
+
+
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), limit=st.integers(1, 10))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_pieces_are_all_rows_once_and_none_too_large(counts: list[int], limit: int) -> None:
+    rows, experts, of_each = [], [], [0] * len(counts)
+    for mine, parts in pieces(counts, limit):
+        experts += range(len(counts))[mine]
+        for piece, here in parts:
+            assert piece.stop - piece.start == sum(here) <= limit
+            rows += range(piece.start, piece.stop)
+            for e, n in zip(range(len(counts))[mine], here, strict=True):
+                of_each[e] += n
+    assert experts == list(range(len(counts))) and rows == list(range(sum(counts))) and of_each == counts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", [[3, 0, 20, 1], [0, 0, 0, 24], [6, 6, 6, 6], [0, 0, 0, 0]])
+def test_answers_and_gradients_are_those_of_all_rows_at_once(counts: list[int], backend: str, runtime: Runtime) -> None:
+    results = []
+    for limit in (None, 5):
+        moe = MoeConfig(num_experts=4, capacity_factor=None, expert_bias=True, expert_chunk_rows=limit)
+        experts = Experts(tiny(moe), backend=backend, dtype=torch.float32, groups=runtime.groups)
+        initialise(experts.to(runtime.device), seed=1)
+        experts.b_in.data.normal_(generator=torch.Generator().manual_seed(0))
+        x_RD = random(sum(counts), 8).to(runtime.device).requires_grad_()
+        y_RD = experts(x_RD, counts)
+        y_RD.square().sum().backward()
+        results.append([y_RD, x_RD.grad, *(p.grad for p in experts.parameters())])
+    for whole, chunked in zip(*results, strict=True):
+        assert chunked.shape == whole.shape
+        if whole.numel():
+            assert_close(chunked, whole.detach().cpu().double())
+
+
+def test_memory_of_the_hidden_width_is_bounded_when_one_expert_gets_half_of_all(runtime: Runtime) -> None:
+    """Two sizes of a batch whose second half goes to one expert: what a row costs beyond its way in and out. Hidden
+    width 64 times the model's: 64 * 8 * 4 bytes for the gate, as many for up."""
+    cost = {}
+    for limit in (None, 64):
+        moe = MoeConfig(num_experts=4, capacity_factor=None, expert_chunk_rows=limit)
+        experts = Experts(tiny(moe, ffn_hidden_size=512), backend="loop", dtype=torch.float32, groups=runtime.groups)
+        initialise(experts.to(runtime.device), seed=1)
+        peaks = []
+        for rows in (512, 1024):
+            counts = [rows // 6, rows // 6, rows // 2, rows - rows // 2 - 2 * (rows // 6)]
+            x_RD = random(rows, 8).to(runtime.device).requires_grad_()
+            peaks.append(peak_bytes(lambda x=x_RD, n=counts, e=experts: e(x, n).sum().backward()))
+        cost[limit] = (peaks[1] - peaks[0]) / 512
+    assert cost[None] > 2 * 512 * 4, cost
+    assert cost[64] < 8 * 8 * 4, cost
+
+
+def test_the_layer_is_the_same_with_chunks(runtime: Runtime) -> None:
+    outputs = [
+        sparse_layer(tiny(MoeConfig(num_experts=4, top_k=2, expert_chunk_rows=n)), runtime)(random(8, 2, 8))
+        for n in (None, 3)
+    ]
+    torch.testing.assert_close(*outputs)
