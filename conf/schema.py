@@ -12,7 +12,7 @@ DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 DISPATCHERS = ("auto", "all_to_all", "all_gather")
 DROP_POLICIES = ("position", "probability")
 PRECISIONS = ("auto", "fp32", "bf16")
-RECOMPUTE = ("norm", "moe", "full")
+RECOMPUTE = ("norm", "activation", "moe", "full")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 SOFTMAX_ORDERS = ("before", "after")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -122,8 +122,9 @@ class ModelConfig:
     """s of the normal distribution with standard deviation sqrt(s / fan_in), cut at two of them; Switch, section 2.4,
     reduces the transformer's usual 1.0 tenfold for stability."""
     recompute: list[str] = field(default_factory=list)
-    """What is computed again in the backward pass instead of being kept: norm (the outputs of the norms), moe (the
-    whole sparse layer), full (the whole block; goes alone). A router's choice is always kept, never taken again."""
+    """What is computed again in the backward pass instead of being kept: norm (the outputs of the norms),
+    activation (between the two products of feed-forward layers and experts), moe (the whole sparse layer), full (the
+    whole block; goes alone). A router's choice is always kept, never taken again."""
     moe: MoeConfig = field(default_factory=MoeConfig)
 
 

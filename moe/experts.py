@@ -4,8 +4,8 @@ Legend: R routed rows grouped by expert, D hidden, F expert hidden (this rank's 
 G 2 for gated activations, else 1.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from conf.schema import ModelConfig
 from moe.chunks import InPieces
 from moe.dropout import Dropout
+from moe.recompute import PRODUCTS, recomputed
 from parallel.placement import place
 from parallel.runtime import Groups
 
@@ -24,7 +25,7 @@ GATED = {"swiglu": F.silu, "geglu": F.gelu}
 PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
 aten = torch.ops.aten
 BACKWARD = {"swiglu": aten.silu_backward, "geglu": aten.gelu_backward, "gelu": aten.gelu_backward}
-BACKWARD["relu"] = functools.partial(aten.threshold_backward, threshold=0)
+BACKWARD["relu"] = partial(aten.threshold_backward, threshold=0)
 BACKWARD["relu2"] = lambda grad, h: grad * (2 * F.relu(h))
 """The gradient of each nonlinearity: (gradient of its output, its input) -> gradient of its input."""
 
@@ -167,6 +168,9 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 """What can run the experts' products: loop_experts' arguments, loop_experts' result."""
 
+KEEP_PRODUCTS_ONLY = ("fused",)
+"""Those that compute the activation again in the backward pass anyway."""
+
 
 def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, why) for model.moe.backend.
@@ -201,6 +205,7 @@ class Experts(nn.Module):
         self.activation, self.backend = model.activation, BACKENDS[backend]
         self.etp, self.ffn_hidden_size = groups.etp, model.ffn_hidden_size
         self.chunk_rows = model.moe.expert_chunk_rows
+        self.recompute = "activation" in model.recompute and backend not in KEEP_PRODUCTS_ONLY
         local, hidden = model.moe.num_experts // groups.ep.size(), model.hidden_size
         width, gates = model.ffn_hidden_size // groups.etp.size(), 2 if model.activation in GATED else 1
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
@@ -229,7 +234,8 @@ class Experts(nn.Module):
 
         def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
-            return self.backend(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep)
+            run = partial(recomputed, self.backend, kept=PRODUCTS) if self.recompute else self.backend
+            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep)
 
         weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
         if self.chunk_rows is None or x_RD.shape[0] <= self.chunk_rows:
@@ -246,6 +252,7 @@ class DenseFFN(nn.Module):
         """width: F; None: model.ffn_hidden_size."""
         super().__init__()
         self.activation, width = model.activation, width or model.ffn_hidden_size
+        self.recompute = "activation" in model.recompute
         linear = {"config": config, "bias": False, "init_method": None, "tp_group": groups.tp}
         into = {"gather_output": False, **linear}
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
@@ -259,5 +266,8 @@ class DenseFFN(nn.Module):
         place(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
+        return recomputed(self._run, x_SBD, kept=PRODUCTS) if self.recompute else self._run(x_SBD)
+
+    def _run(self, x_SBD: Tensor) -> Tensor:
         parts = [layer(x_SBD)[0] for layer in (self.gate, self.up) if layer is not None]
         return self.down(activate(parts, self.activation))[0]

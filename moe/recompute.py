@@ -25,17 +25,24 @@ def _(choice: Tensor) -> Tensor:
     return torch.empty_like(choice)
 
 
-def _keep_decisions(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation is torch.ops.switchyard.decision.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+DECISIONS = frozenset({torch.ops.switchyard.decision.default})
+PRODUCTS = DECISIONS | {torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default}
 
 
-def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of whose inside only the decisions are kept: the rest is computed again in the backward pass.
-    The function must not have effects besides its result, or they happen twice."""
+def _policy(kept: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(function: Callable[..., Any], *args: Any, kept: frozenset[Any] = DECISIONS) -> Any:
+    """function(*args), of whose inside only the results of some operations are kept: the rest is computed again in the
+    backward pass. The function must not have effects besides its result, or they happen twice.
+
+    Args:
+        kept: DECISIONS, or PRODUCTS: those of matrices as well.
+    """
     if not torch.is_grad_enabled():
         return function(*args)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_decisions)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     # Our random numbers are hashes of what they are for: there is no state to restore.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 

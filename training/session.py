@@ -8,7 +8,7 @@ import torch
 
 from conf.schema import PRECISIONS, Config
 from moe.dispatch import choose_dispatcher
-from moe.experts import choose_backend
+from moe.experts import KEEP_PRODUCTS_ONLY, choose_backend
 from moe.model import Parts, Stage
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, core_config
@@ -91,6 +91,7 @@ def start(config: Config, world: World, *, train: bool) -> Session:
         dispatcher, why_dispatcher = choose_dispatcher(config.model.moe, layout.ep, layout.etp)
         rows += [("experts", backend, why_backend), ("dispatch", dispatcher, why_dispatcher)]
     if train:
+        rows += _recompute_row(config.model.recompute, backend)
         adam = selection.select_adam(run.device)
         rows += [(adam.part, adam.name, adam.why)]
 
@@ -121,6 +122,11 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
 
 def _layout_rows(layout: Layout) -> list[tuple[str, str, str]]:
     return [("ranks", f"{layout.world}", layout.describe())] if layout.world > 1 else []
+
+
+def _recompute_row(parts: list[str], backend: str) -> list[tuple[str, str, str]]:
+    why = f"{backend} experts keep no activations anyway" if backend in KEEP_PRODUCTS_ONLY else "as asked for"
+    return [("recompute", ", ".join(parts), why if "activation" in parts else "as asked for")] if parts else []
 
 
 def _model_words(config: Config, cost: Cost) -> tuple[str, str]:

@@ -66,7 +66,12 @@ BROKEN = [
     ({"precision": "fp8"}, 1, "precision is one of auto, fp32, bf16, but fp8", "precision=bf16"),
     ({"precision": "fp31"}, 1, "fp31 is not available", "precision=fp32"),
     ({"model.activation": "swigul"}, 1, "one of swiglu, geglu, gelu, relu", "model.activation=swiglu"),
-    ({"model.recompute": ["norms"]}, 1, "is made of norm, moe, full, but it is [norms]", "model.recompute=[norm]"),
+    (
+        {"model.recompute": ["norms"]},
+        1,
+        "is made of norm, activation, moe, full, but it is [norms]",
+        "model.recompute=[norm]",
+    ),
     ({"model.recompute": ["norm", "full"]}, 1, "[full] goes alone", "model.recompute=[full]"),
     ({"model.recompute": ["norm", "moe"]}, 1, "the model is dense", "model.recompute=[norm]"),
     ({"model.moe.backend": "groupedmm", **SPARSE}, 1, "groupedmm is not available", "model.moe.backend=grouped_mm"),

@@ -1,6 +1,7 @@
 """Recompute changes what is kept and nothing else: not the numbers, not the routing, not the counts."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.moe.helpers import force_experts, random, sparse_layer, tiny, whole_m
 from tests.parallel.helpers import Variant, measure
 
 MOE = MoeConfig(num_experts=4, top_k=2, every=2, capacity_factor=1.0)
-CHOICES = [["norm"], ["moe"], ["norm", "moe"], ["full"]]
+CHOICES = [["norm"], ["activation"], ["moe"], ["norm", "activation", "moe"], ["full"]]
 TOKENS_BS = torch.randint(0, 16, (3, 16), generator=torch.Generator().manual_seed(0))
 POSITIONS_BS = torch.arange(16).expand(3, -1)
 
@@ -47,8 +48,22 @@ def test_only_memory_changes_and_loads_are_counted_once(runtime: Runtime) -> Non
             assert torch.equal(gradient, again[name]), (recompute, name)
         for name, buffer in counted.items():
             assert torch.equal(buffer, counted_again[name]), (recompute, name)
-    assert sizes[("full",)] < sizes[("norm", "moe")] < min(sizes[("norm",)], sizes[("moe",)])
-    assert max(sizes[("norm",)], sizes[("moe",)]) < kept
+    full, alone = sizes[("full",)], [sizes[(part,)] for part in CHOICES[0] + CHOICES[1] + CHOICES[2]]
+    assert full < sizes[("norm", "activation", "moe")] < min(alone) and max(alone) < kept
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_no_activation_of_an_expert_is_kept(activation: str, backend: str, runtime: Runtime) -> None:
+    """With 48 choices of hidden width 64: what stays is the first products, the answers and little of the routing."""
+    held = []
+    for recompute in ([], ["activation"]):
+        model = tiny(MOE, hidden_size=8, ffn_hidden_size=64, activation=activation, recompute=recompute)
+        layer = sparse_layer(model, runtime, backend=backend)
+        x_SBD = random(12, 2, 8).to(runtime.device).requires_grad_()
+        held.append(kept_bytes(partial(layer, x_SBD)))
+    hidden_bytes, gates = 48 * 64 * 4, 2 if activation == "swiglu" else 1
+    assert held[1] < (gates + 1) * hidden_bytes < held[0]
 
 
 @pytest.mark.parametrize("drop_policy", ["position", "probability"])
