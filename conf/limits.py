@@ -6,11 +6,11 @@ from typing import Any
 
 from conf.schema import (
     ACTIVATIONS,
-    AUX_LOSS_SCOPES,
     BACKENDS,
     DATA_KINDS,
     DISPATCHERS,
     DROP_POLICIES,
+    LOAD_BALANCING,
     PRECISIONS,
     SCHEDULES,
     SCORE_FUNCTIONS,
@@ -20,10 +20,10 @@ from conf.schema import (
 CHOICES = {
     "precision": PRECISIONS,
     "model.activation": ACTIVATIONS,
-    "model.moe.aux_loss_scope": AUX_LOSS_SCOPES,
     "model.moe.backend": BACKENDS,
     "model.moe.dispatcher": DISPATCHERS,
     "model.moe.drop_policy": DROP_POLICIES,
+    "model.moe.load_balancing": LOAD_BALANCING,
     "model.moe.score_function": SCORE_FUNCTIONS,
     "model.moe.softmax_order": SOFTMAX_ORDERS,
     "data.kind": DATA_KINDS,
@@ -61,7 +61,12 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         "model.rope_theta model.norm_eps model.init_scale model.moe.capacity_factor model.moe.eval_capacity_factor "
         "model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout",
     ),
-    (">= 0 and < 1", lambda x: 0 <= x < 1, None, "optim.beta1 optim.beta2 model.moe.expert_dropout"),
+    (
+        ">= 0 and < 1",
+        lambda x: 0 <= x < 1,
+        None,
+        "optim.beta1 optim.beta2 model.moe.expert_dropout model.moe.jitter",
+    ),
     ("> 0 and < 1", lambda x: 0 < x < 1, None, "data.valid_fraction"),
     ("> 0 and <= 1", lambda x: 0 < x <= 1, None, "optim.decay_fraction"),
     (">= 2", lambda x: x >= 2, 2, "parallel.vpp"),
@@ -77,8 +82,8 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         # `every` is not here: num_experts=0 alone makes the dense twin of a sparse preset
         "parallel.ep parallel.etp model.moe.top_k model.moe.score_function model.moe.softmax_order "
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
-        "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.aux_loss_scope model.moe.z_loss_coeff "
-        "model.moe.bias_update_rate model.moe.backend model.moe.expert_bias "
+        "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
+        "model.moe.bias_update_rate model.moe.jitter model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows",
     ),
     (
@@ -110,6 +115,16 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.shared_expert_gate",
     ),
     ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
+    (
+        "a model.moe.load_balancing by a loss (aux_loss, seq_aux_loss, global_aux_loss)",
+        lambda c: c["model.moe.load_balancing"] not in ("sinkhorn", "expert_choice"),
+        "model.moe.aux_loss_coeff model.moe.bias_update_rate model.moe.num_expert_groups",
+    ),
+    (
+        "another model.moe.load_balancing than expert_choice",
+        lambda c: c["model.moe.load_balancing"] != "expert_choice",
+        "model.moe.softmax_order model.moe.renormalize model.moe.drop_policy model.moe.eval_capacity_factor",
+    ),
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),

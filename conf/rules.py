@@ -207,6 +207,8 @@ def _experts(case: Case) -> Iterator[Violation]:
         )
     if case["model.moe.num_expert_groups"] > 1:
         yield from _expert_groups(case)
+    if case["model.moe.load_balancing"] == "expert_choice":
+        yield from _expert_choice(case)
     if case[every] > case["model.num_layers"]:
         yield Violation(
             f"{every} <= model.num_layers",
@@ -240,6 +242,19 @@ def _expert_groups(case: Case) -> Iterator[Violation]:
             f"{top_k} <= {chosen} * {experts} / {groups}",
             f"{case[top_k]} > {case[chosen]} * {size}",
             {top_k: [case[chosen] * size], chosen: range(case[chosen] + 1, case[groups])},
+        )
+
+
+def _expert_choice(case: Case) -> Iterator[Violation]:
+    key, factor, sample = "model.moe.load_balancing", "model.moe.capacity_factor", "eval.sample_tokens"
+    if case[factor] is None:
+        repairs = {factor: [DEFAULTS[factor]], key: [DEFAULTS[key]]}
+        yield Violation(f"{key}=expert_choice needs a {factor}", "it is null, and says how many each takes", repairs)
+    if case[sample]:
+        yield Violation(
+            f"{key}=expert_choice needs {sample}=0",
+            f"it is {case[sample]}: experts choose among all tokens, and a text being written has no later ones yet",
+            {sample: [0], key: [DEFAULTS[key]]},
         )
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
-AUX_LOSS_SCOPES = ("micro_batch", "sequence")
 BACKENDS = ("auto", "loop", "fused", "grouped_mm")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 DISPATCHERS = ("auto", "all_to_all", "all_gather")
-DROP_POLICIES = ("position", "probability")
+DROP_POLICIES = ("position", "probability", "random")
+LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 PRECISIONS = ("auto", "fp32", "bf16")
 RECOMPUTE = ("norm", "activation", "moe", "full")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -50,19 +50,28 @@ class MoeConfig:
     """Groups that a token may use. Needs num_expert_groups > 1."""
     capacity_factor: float | None = 1.25
     """An expert takes at most ceil(capacity_factor * tokens * top_k / num_experts) choices of a micro-batch while
-    training; tokens past that are dropped: they pass through the residual alone. null: dropless."""
+    training; tokens past that are dropped: they pass through the residual alone. null: dropless. With
+    load_balancing=expert_choice every expert takes just so many, in evaluation too."""
     eval_capacity_factor: float | None = 2.0
     """The same for evaluation. Text generation is always dropless."""
     drop_policy: str = "position"
     """Which choices a full expert takes. position: first choices before second ones, earlier tokens before later ones
     (Switch, section 2.2). probability: those with the largest gates, among equals by position; a token's fate then
     hangs on later tokens even at top_k = 1. (Batch prioritised routing, Riquelme et al. 2021, arXiv:2106.05974,
-    section 4.1, orders whole tokens by their largest gate instead of each expert's choices.)"""
+    section 4.1, orders whole tokens by their largest gate instead of each expert's choices.) random: drawn anew for
+    every choice, step and layer, the same under every layout."""
+    load_balancing: str = "aux_loss"
+    """What keeps the experts evenly loaded, named as in Megatron-Core. By a loss on the router: aux_loss, over the
+    tokens of a micro-batch (Switch, eq. 4 to 6); seq_aux_loss, over those of each sequence, the losses then averaged
+    (DeepSeek-V3, eq. 17 to 20); global_aux_loss, the probabilities of a micro-batch against the loads of the whole
+    previous optimizer step (before the first one they count as even, and the loss pushes nowhere). By the choice
+    itself, without a loss: sinkhorn, a token's best experts in a balanced transport plan over the micro-batch while
+    training, and by its own logits otherwise (S-BASE, Clark et al. 2022, arXiv:2202.01169); expert_choice, each expert
+    takes its best tokens of the micro-batch, top_k * capacity_factor experts per token on average (Zhou et al. 2022,
+    arXiv:2202.09368). An expert that chooses looks at later tokens, which a causal model must not: held-out losses come
+    out too low, and no text can be generated."""
     aux_loss_coeff: float = 1e-2
-    """Weight of the load-balancing loss (Switch, eq. 4 to 6)."""
-    aux_loss_scope: str = "micro_batch"
-    """Over which tokens loads are to be even: all of a micro_batch together (Switch), or those of each sequence, the
-    losses of the sequences then averaged (DeepSeek-V3, eq. 17 to 20)."""
+    """Weight of the load-balancing loss; 0 only measures it."""
     bias_update_rate: float = 0.0
     """Balancing without a loss: a bias of each expert, added to its score for the choice alone, grows by this much
     after a step in which the expert got fewer choices than the mean and shrinks by it after more (DeepSeek-V3, eq. 16
@@ -70,6 +79,9 @@ class MoeConfig:
     aux_loss_coeff. Needs softmax_order=before."""
     z_loss_coeff: float = 1e-3
     """Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    jitter: float = 0.0
+    """While training, every value that a router sees is multiplied by a random number between 1 - jitter and
+    1 + jitter (Switch, section 2.4; 0.01 there), so that the choice explores. In [0, 1); 0: none."""
     dispatcher: str = "auto"
     """How rows reach experts on other ranks (parallel.ep > 1). all_to_all: each row to the rank of its expert.
     all_gather: every rank gets all tokens and adds its experts' part; moves less where top_k exceeds ep. auto:

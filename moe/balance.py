@@ -10,29 +10,51 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(probs_TE: Tensor, experts_MK: Tensor, sequences: int = 1) -> Tensor:
+def count_loads(experts_MK: Tensor, num_experts: int, sequences: int = 1) -> Tensor:
+    """int64 [B, E]: choices of each expert, of each sequence by itself. Index E is no choice.
+
+    Args:
+        sequences: B, where tokens come in the order of (position, sequence).
+    """
+    sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % sequences
+    flat = (sequence_M[:, None] * (num_experts + 1) + experts_MK).flatten()
+    counts = torch.bincount(flat, minlength=sequences * (num_experts + 1))
+    return counts.view(sequences, num_experts + 1)[:, :num_experts]
+
+
+def load_balancing_loss(probs_TE: Tensor, load_BE: Tensor, tokens_B: Tensor, padding_T: Tensor | None = None) -> Tensor:
     """This rank's part of E * sum_e f_e P_e (Switch, arXiv:2101.03961, eq. 4 to 6): 1 when uniform, E when one expert
     gets all. With several sequences the mean of each one's loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20). Summed
     over the ranks of a micro-batch it is the micro-batch's loss.
 
     Args:
-        probs_TE: router probabilities of this rank's tokens.
-        experts_MK: choices of the whole micro-batch, before any drop.
-        sequences: B, where tokens come in the order of (position, sequence); each rank holds part of every sequence.
+        probs_TE: router probabilities of this rank's tokens, in the order of (position, sequence).
+        load_BE: loads of the experts, of which only the proportions count: choices before any drop. A row for the
+            whole micro-batch, or for each of its sequences; each rank holds part of every sequence.
+        tokens_B: tokens over which the probabilities are averaged, on all ranks; a sequence without any is left out.
+        padding_T: True where there is no token.
     """
-    num_experts = probs_TE.shape[1]
-    sequence = torch.arange(experts_MK.shape[0], device=experts_MK.device) % sequences
-    flat = (sequence[:, None] * num_experts + experts_MK).flatten()
-    counts_BE = torch.bincount(flat, minlength=sequences * num_experts).view(sequences, num_experts)
-    share_BE = counts_BE.to(probs_TE.dtype) / (experts_MK.numel() // sequences)
-    sums_BE = probs_TE.unflatten(0, (-1, sequences)).sum(0)
-    # A sequence has M / B tokens; its mean over them, and then the mean over B sequences, divide by M together.
-    return num_experts * (share_BE * sums_BE).sum() / experts_MK.shape[0]
+    if padding_T is not None:
+        probs_TE = probs_TE.masked_fill(padding_T[:, None], 0.0)
+    rows, num_experts = load_BE.shape
+    load_BE = load_BE.to(probs_TE.dtype)
+    relative_BE = load_BE / load_BE.sum(1, keepdim=True).clamp(min=1) * num_experts
+    sums_BE = probs_TE.unflatten(0, (len(probs_TE) // rows, rows)).sum(0)
+    of_each_B = (relative_BE * sums_BE).sum(1) / tokens_B.clamp(min=1)
+    return of_each_B.sum() / (tokens_B > 0).sum().clamp(min=1)
 
 
-def router_z_loss(logits_TE: Tensor, tokens: int) -> Tensor:
-    """This rank's part of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().sum() / tokens
+def router_z_loss(logits_TE: Tensor, tokens: int | Tensor, padding_T: Tensor | None = None) -> Tensor:
+    """This rank's part of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5).
+
+    Args:
+        tokens: of the micro-batch, at least 1.
+        padding_T: True where there is no token.
+    """
+    squares_T = logits_TE.logsumexp(-1).square()
+    if padding_T is not None:
+        squares_T = squares_T.masked_fill(padding_T, 0.0)
+    return squares_T.sum() / tokens
 
 
 class AttachLoss(torch.autograd.Function):
@@ -55,22 +77,24 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     return math.ceil(factor * tokens * top_k / num_experts - 1e-9)
 
 
-def within_capacity(experts_MK: Tensor, num_experts: int, limit: int, gates_MK: Tensor | None = None) -> Tensor:
-    """bool [M, K]: the choices that fit, each expert taking the first `limit` of its own.
+def within_capacity(experts_MK: Tensor, num_experts: int, limit: int, urgency_MK: Tensor | None = None) -> Tensor:
+    """bool [M, K]: the choices that fit, each expert taking the first `limit` of its own. Index E is no choice and
+    does not fit.
 
     Args:
-        gates_MK: None: first choices of all tokens come before second choices; among equals the earlier token wins.
-            Else larger gates come first, and that order decides between equals.
+        urgency_MK: None: first choices of all tokens come before second choices; among equals the earlier token wins.
+            Else more urgent choices come first, and that order decides between equals.
     """
     expert_KM = experts_MK.t().reshape(-1)
-    if gates_MK is None:
+    if urgency_MK is None:
         order = expert_KM.argsort(stable=True)
     else:
-        by_gate = gates_MK.t().reshape(-1).argsort(descending=True, stable=True)
-        order = by_gate[expert_KM[by_gate].argsort(stable=True)]
-    counts_E = torch.bincount(expert_KM, minlength=num_experts)
+        by_urgency = urgency_MK.t().reshape(-1).argsort(descending=True, stable=True)
+        order = by_urgency[expert_KM[by_urgency].argsort(stable=True)]
+    counts_E = torch.bincount(expert_KM, minlength=num_experts + 1)
     first_E = counts_E.cumsum(0) - counts_E
     place_in_expert = torch.arange(order.numel(), device=order.device) - first_E[expert_KM[order]]
     keep = torch.empty_like(expert_KM, dtype=torch.bool)
     keep[order] = place_in_expert < limit
+    keep &= expert_KM < num_experts
     return keep.view(experts_MK.shape[::-1]).t()

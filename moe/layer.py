@@ -9,9 +9,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.balance import AttachLoss, capacity, load_balancing_loss, router_z_loss, within_capacity
+from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, router_z_loss, within_capacity
 from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
-from moe.draws import key
+from moe.draws import key, uniform
 from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.recompute import decision, recomputed
@@ -48,8 +48,9 @@ class MoELayer(nn.Module):
         self.recompute = "moe" in model.recompute
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
-        self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
+        self.sequence_parallel = sequence_parallel
         self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups)
+        self.micro_batch_group = self.router.micro_batch_group
         dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
         self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, groups)
         self.shared = shared
@@ -71,38 +72,94 @@ class MoELayer(nn.Module):
         """Adds up what a training pass counted."""
         if about.mode == TRAIN:
             self.statistics.add(report)
-            if self.router.bias is not None:
+            if self.router.follows_load:
                 self.step_load_E += report.load_E
 
     def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
-        routing = self.router(x_SBD.flatten(0, 1))
-        keep_TK, loss, report = self._balance(routing, about, sequences=x_SBD.shape[1])
+        padding_T = self._padding(about)
+        routing = self.router(self._jittered(x_SBD.flatten(0, 1), about), padding_T, about.mode)
+        keep_TK, loss, report = self._balance(routing, padding_T, about, sequences=x_SBD.shape[1])
         out_SBD = self._experts(x_SBD, routing, keep_TK, about)
         return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
+
+    def _padding(self, about: ForwardPass) -> Tensor | None:
+        """bool [T]: True where there is no token; None: there is one everywhere."""
+        if about.padding_BS is None:
+            return None
+        padding_SB = about.padding_BS.t()
+        if self.sequence_parallel:
+            padding_SB = padding_SB.chunk(self.tp.size())[self.tp.rank()]
+        return padding_SB.flatten()
+
+    def _jittered(self, x_TD: Tensor, about: ForwardPass) -> Tensor:
+        """What the router sees: while training, every value times a factor of its own between 1 - jitter and
+        1 + jitter (Switch, section 2.4 and appendix C)."""
+        if not self.moe.jitter or about.mode != TRAIN:
+            return x_TD
+        first = self.micro_batch_group.rank() * len(x_TD)
+        rows_T = torch.arange(first, first + len(x_TD), device=x_TD.device)
+        noise_TD = uniform(self._key("jitter", about), rows_T, x_TD.shape[1])
+        return x_TD.float() * noise_TD.mul_(2 * self.moe.jitter).add_(1 - self.moe.jitter)
+
+    def _key(self, purpose: str, about: ForwardPass) -> int:
+        seed, layer = self.draws
+        return key(seed, purpose, about.step, about.micro_batch, layer)
+
+    def _balance(
+        self, routing: Routing, padding_T: Tensor | None, about: ForwardPass, sequences: int
+    ) -> tuple[Tensor, Tensor, Report]:
+        """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
+        the whole micro-batch, so all its ranks gather the choices and decide alike."""
+        moe, group = self.moe, self.micro_batch_group
+        experts_MK = all_gather(routing.experts_TK, group)
+        padding_M = None if padding_T is None else all_gather(padding_T, group)
+        keep_MK = self._fit(routing, experts_MK, padding_M, about)
+        keep_TK = decision(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
+        aux = self._balancing_loss(routing, experts_MK, (padding_T, padding_M), sequences)
+        tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
+        z = router_z_loss(routing.logits_TE, tokens, padding_T)
+        report = Report.of(routing, keep_TK, (aux, z), padding_T)
+        # A choice that is balanced by itself leaves such a loss nothing to do.
+        coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
+        return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
+
+    def _fit(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None, about: ForwardPass) -> Tensor:
+        """bool [M, K]: the choices that are there and find room."""
+        moe, factor = self.moe, self._capacity_factor(about)
+        if factor is None or self.router.experts_choose:
+            return experts_MK < moe.num_experts
+        tokens = len(experts_MK) if padding_M is None else int((~padding_M).sum())
+        urgency_MK = None
+        if moe.drop_policy == "probability":
+            urgency_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group)
+        elif moe.drop_policy == "random":
+            rows_M = torch.arange(len(experts_MK), device=experts_MK.device)
+            urgency_MK = uniform(self._key("drop", about), rows_M, moe.top_k)
+        limit = capacity(tokens, moe.top_k, moe.num_experts, factor)
+        return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK)
+
+    def _balancing_loss(
+        self, routing: Routing, experts_MK: Tensor, padding: tuple[Tensor | None, Tensor | None], sequences: int
+    ) -> Tensor:
+        """This rank's part, without its coefficient. padding: padding_T and padding_M."""
+        padding_T, padding_M = padding
+        rows = sequences if self.moe.load_balancing == "seq_aux_loss" else 1
+        if padding_M is None:
+            tokens_B = torch.full((rows,), len(experts_MK) // rows, device=experts_MK.device)
+        else:
+            tokens_B = (~padding_M).unflatten(0, (len(padding_M) // rows, rows)).sum(0)
+        if self.router.last_load is not None:
+            load_BE = self.router.last_load[None]
+        else:
+            load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
+        return load_balancing_loss(routing.probs_TE, load_BE, tokens_B, padding_T)
 
     def _capacity_factor(self, about: ForwardPass) -> float | None:
         """None: dropless."""
         moe = self.moe
+        if self.router.experts_choose:
+            return moe.capacity_factor
         return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[about.mode]
-
-    def _balance(self, routing: Routing, about: ForwardPass, sequences: int) -> tuple[Tensor, Tensor, Report]:
-        """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
-        the whole micro-batch, so all its ranks gather the choices and decide alike."""
-        moe, experts_TK = self.moe, routing.experts_TK
-        experts_MK = all_gather(experts_TK, self.micro_batch_group)
-        factor = self._capacity_factor(about)
-        keep_TK = torch.ones_like(experts_TK, dtype=torch.bool)
-        if factor is not None:
-            limit = capacity(experts_MK.shape[0], moe.top_k, moe.num_experts, factor)
-            by_gate = moe.drop_policy == "probability"
-            gates_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group) if by_gate else None
-            keep_MK = within_capacity(experts_MK, moe.num_experts, limit, gates_MK)
-            keep_TK = decision(keep_MK.chunk(self.micro_batch_group.size())[self.micro_batch_group.rank()])
-        scope = sequences if moe.aux_loss_scope == "sequence" else 1
-        aux = load_balancing_loss(routing.probs_TE, experts_MK, scope)
-        z = router_z_loss(routing.logits_TE, experts_MK.shape[0])
-        report = Report.of(routing.probs_TE, experts_TK, keep_TK, aux, z)
-        return keep_TK, moe.aux_loss_coeff * aux + moe.z_loss_coeff * z, report
 
     def _slots(self, routing: Routing, about: ForwardPass) -> int | None:
         """Rows that every expert gets from this rank where they are padded to the capacity, else None."""

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COLUMNS = ("aux_loss", "z_loss", "dropped_fraction", "load_max_over_mean", "router_entropy", "dead_experts")
+COLUMNS = (
+    "aux_loss",
+    "z_loss",
+    "dropped_fraction",
+    "unserved_fraction",
+    "load_max_over_mean",
+    "load_cv",
+    "router_entropy",
+    "router_logit_rms",
+    "dead_experts",
+)
 """What metrics.jsonl says of the routers; null for a dense model."""
 
 
@@ -21,8 +31,12 @@ class ExpertLoad:
     """[L, E]: choices of each expert, counted before drops."""
     dropped_L: np.ndarray
     """[L]: dropped fraction of the choices."""
+    unserved_L: np.ndarray
+    """[L]: fraction of the tokens that no expert computed: all their choices were dropped, or no expert chose them."""
     entropy_L: np.ndarray
     """[L]: mean entropy of the router's distribution in nats."""
+    logit_rms_L: np.ndarray
+    """[L]: root mean square of the router's logits; grows where a router becomes unstable."""
     aux_loss_L: np.ndarray
     z_loss_L: np.ndarray
     """[L]: means over micro-batches, without coefficients."""
@@ -37,14 +51,23 @@ class ExpertLoad:
         """[L]: load of the busiest expert relative to the mean; 1 is perfect balance."""
         return self.share_LE.max(axis=1) * self.load_LE.shape[1]
 
+    @property
+    def cv_L(self) -> np.ndarray:
+        """[L]: coefficient of variation of the loads, their standard deviation over their mean; 0 is perfect balance
+        (Shazeer et al. 2017, arXiv:1701.06538, section 4)."""
+        return self.share_LE.std(axis=1) * self.load_LE.shape[1]
+
     def as_row(self) -> dict[str, float | int]:
-        """COLUMNS: means over layers, but the worst layer's imbalance and dead experts."""
+        """COLUMNS: means over layers, but the worst layer's imbalance, logits and dead experts."""
         values = (
             float(self.aux_loss_L.mean()),
             float(self.z_loss_L.mean()),
             float(self.dropped_L.mean()),  # every layer routes equally many choices
+            float(self.unserved_L.mean()),
             float(self.max_over_mean_L.max()),
+            float(self.cv_L.max()),
             float(self.entropy_L.mean()),
+            float(self.logit_rms_L.max()),
             int((self.load_LE == 0).sum(axis=1).max()),
         )
         return dict(zip(COLUMNS, values, strict=True))

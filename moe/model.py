@@ -218,8 +218,8 @@ class Stage(MegatronModule):
         return {int(i): block.ffn for i, block in self.layers.items() if isinstance(block.ffn, MoELayer)}
 
     def end_step(self, *, applied: bool) -> None:
-        """Updates the routers' biases from the loads of a step whose update was applied, and forgets the loads."""
-        layers = [layer for layer in self.sparse().values() if layer.router.bias is not None]
+        """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads."""
+        layers = [layer for layer in self.sparse().values() if layer.router.follows_load]
         if not layers:
             return
         load_LE = torch.stack([layer.step_load_E for layer in layers])
@@ -230,4 +230,4 @@ class Stage(MegatronModule):
         for layer, load_E in zip(layers, load_LE, strict=True):
             layer.step_load_E.zero_()
             if applied:
-                layer.router.update_bias(load_E)
+                layer.router.end_step(load_E)

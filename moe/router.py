@@ -1,6 +1,7 @@
 """The router: which experts a token visits, and with what weight.
 
-Legend: T tokens of this rank, D hidden, E experts, K choices per token, G groups of experts.
+Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share it), D hidden, E experts, K choices per
+token, G groups of experts.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from moe.assign import expert_choice, sinkhorn_potentials
+from moe.balance import capacity
 from moe.recompute import decision
+from parallel.collectives import all_gather
+from parallel.forward_pass import TRAIN
 from parallel.placement import place
 from parallel.runtime import Groups
 
@@ -27,29 +32,50 @@ class Routing:
     gates_TK: Tensor
     """The weight of each choice in the output."""
     experts_TK: Tensor
-    """int64, the likeliest expert first; ties go to the lower expert."""
+    """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
+    the places that expert choice leaves over."""
 
 
 class Router(nn.Module):
     """Switch routing (Fedus et al. 2021, arXiv:2101.03961, eq. 1 and 2) with K choices, and what followed it: scores
-    by softmax before or after the choice or by sigmoid, and a choice limited to a few groups of experts. Weight and
-    arithmetic are fp32 whatever the model's precision (Switch, section 2.4)."""
+    by softmax before or after the choice or by sigmoid; a choice limited to a few groups of experts, by a balanced
+    plan, or by the experts. Weight and arithmetic are fp32 whatever the model's precision (Switch, section 2.4)."""
 
     def __init__(self, model: ModelConfig, *, sequence_parallel: bool, groups: Groups):
         super().__init__()
         self.moe = model.moe
-        self.renormalize = self.moe.top_k > 1 if self.moe.renormalize is None else self.moe.renormalize
+        self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
+        self.experts_choose = self.moe.load_balancing == "expert_choice"
+        # The number of experts that took a token says something itself, so its gates are left as they are.
+        several = self.moe.top_k > 1 and not self.experts_choose
+        self.renormalize = several if self.moe.renormalize is None else self.moe.renormalize
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
         self.weight = place(weight_ED, copies=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         self.weight.sequence_parallel = sequence_parallel
+        # Set by rule and not by gradient, but kept, placed and saved as parameters.
         self.bias: nn.Parameter | None = None
+        self.last_load: nn.Parameter | None = None
+        """fp32 [E]: loads of the last optimizer step over their mean; before the first one they count as even."""
         if self.moe.bias_update_rate:
-            # Set by rule and not by gradient, but kept, placed and saved as a parameter.
-            bias_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32), requires_grad=False)
-            self.bias = place(bias_E, copies=(groups.tp,), std=0.0)
+            self.bias = self._state(groups, std=0.0)
+        if self.moe.load_balancing == "global_aux_loss":
+            self.last_load = self._state(groups, std=None)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def _state(self, groups: Groups, std: float | None) -> nn.Parameter:
+        state_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32), requires_grad=False)
+        return place(state_E, copies=(groups.tp,), std=std)
+
+    @property
+    def follows_load(self) -> bool:
+        """Whether it wants the loads of an optimizer step (end_step)."""
+        return self.bias is not None or self.last_load is not None
+
+    def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN) -> Routing:
+        """Args:
+        padding_T: True where there is no token.
+        mode: of parallel.forward_pass; only training balances the choice by a plan.
+        """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = x_TD.float() @ self.weight.t()
@@ -58,33 +84,55 @@ class Router(nn.Module):
             probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
         else:
             scores_TE = probs_TE = logits_TE.softmax(-1)
+        experts_TK = decision(self._choose(logits_TE.detach(), scores_TE.detach(), padding_T, mode))
+        some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if self.moe.softmax_order == "after":
-            experts_TK = self._choose(logits_TE.detach())
-            gates_TK = logits_TE.gather(1, experts_TK).softmax(-1)
+            gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
         else:
-            biased_TE = scores_TE.detach() if self.bias is None else scores_TE.detach() + self.bias
-            experts_TK = self._choose(biased_TE)
-            gates_TK = scores_TE.gather(1, experts_TK)
+            gates_TK = scores_TE.gather(1, some_TK)
             if self.renormalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
         return Routing(logits_TE, probs_TE, gates_TK * self.moe.routed_scaling_factor, experts_TK)
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor) -> None:
-        """One step of DeepSeek-V3's rule (arXiv:2412.19437, section 2.1.2; arXiv:2408.15664, algorithm 1).
+    def end_step(self, load_E: Tensor) -> None:
+        """Takes in the loads of an optimizer step. The bias follows DeepSeek-V3's rule (arXiv:2412.19437, section
+        2.1.2; arXiv:2408.15664, algorithm 1).
 
         Args:
-            load_E: choices of each expert over the global batch of the step, exact.
+            load_E: choices of each expert over the global batch of the step, exact, fp64.
         """
-        assert self.bias is not None
-        self.bias += self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype)
+        if self.bias is not None:
+            self.bias += self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype)
+        if self.last_load is not None:
+            self.last_load.copy_(load_E / load_E.mean())
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
-        """The K best experts [T, K], of the best groups when there are groups."""
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, padding_T: Tensor | None, mode: str) -> Tensor:
+        """The experts of each token [T, K], as Routing has them."""
+        if self.experts_choose:
+            return self._let_experts_choose(scores_TE, padding_T)
+        if self.moe.load_balancing == "sinkhorn" and mode == TRAIN:
+            padding_M = None if padding_T is None else all_gather(padding_T, self.micro_batch_group)
+            ranked_TE = logits_TE + sinkhorn_potentials(all_gather(logits_TE, self.micro_batch_group), padding_M)
+        elif self.moe.softmax_order == "after" or self.moe.load_balancing == "sinkhorn":
+            ranked_TE = logits_TE
+        else:
+            ranked_TE = scores_TE if self.bias is None else scores_TE + self.bias
         if self.moe.num_expert_groups > 1:
-            scores_TE = scores_TE.masked_fill(~self._in_best_groups(scores_TE), -torch.inf)
+            ranked_TE = ranked_TE.masked_fill(~self._in_best_groups(ranked_TE), -torch.inf)
         # A stable sort, because topk breaks ties differently from device to device.
-        return decision(scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k])
+        experts_TK = ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
+        return experts_TK if padding_T is None else experts_TK.masked_fill(padding_T[:, None], self.moe.num_experts)
+
+    def _let_experts_choose(self, scores_TE: Tensor, padding_T: Tensor | None) -> Tensor:
+        moe, group = self.moe, self.micro_batch_group
+        assert moe.capacity_factor is not None
+        scores_ME = all_gather(scores_TE, group)
+        padding_M = None if padding_T is None else all_gather(padding_T, group)
+        tokens = len(scores_ME) if padding_M is None else int((~padding_M).sum())
+        limit = min(tokens, capacity(tokens, moe.top_k, moe.num_experts, moe.capacity_factor))
+        experts_MK = expert_choice(scores_ME, limit, padding_M)
+        return experts_MK.narrow(0, group.rank() * len(scores_TE), len(scores_TE))
 
     def _in_best_groups(self, scores_TE: Tensor) -> Tensor:
         """bool [T, E]: experts of the top_k_groups groups whose two best scores add up to most (DeepSeek-V3,

@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.load import ExpertLoad
+from moe.router import Routing
 from parallel.layout import Layout
 
-SUMS = ("tokens", "dropped", "entropy", "aux_loss", "z_loss")
+SUMS = ("tokens", "dropped", "unserved", "entropy", "logit_square", "aux_loss", "z_loss")
+"""Tokens; choices that were dropped; tokens that no expert computes; sums over tokens of the distribution's entropy and
+of the mean squared logit; this rank's parts of the losses, without their coefficients."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,22 @@ class Report:
 
     @staticmethod
     @torch.no_grad()
-    def of(probs_TE: Tensor, experts_TK: Tensor, keep_TK: Tensor, aux_loss: Tensor, z_loss: Tensor) -> "Report":
-        """aux_loss, z_loss: this rank's parts, without their coefficients."""
-        entropy = -torch.special.xlogy(probs_TE, probs_TE).sum()
-        tokens = torch.full_like(entropy, probs_TE.shape[0])
-        sums = torch.stack([tokens, (~keep_TK).sum(), entropy, aux_loss, z_loss]).double()
-        return Report(torch.bincount(experts_TK.flatten(), minlength=probs_TE.shape[1]), sums)
+    def of(
+        routing: Routing, keep_TK: Tensor, losses: tuple[Tensor, Tensor], padding_T: Tensor | None = None
+    ) -> "Report":
+        """losses: this rank's parts of the balancing loss and the z-loss, without their coefficients."""
+        num_experts = routing.probs_TE.shape[1]
+        entropy_T = -torch.special.xlogy(routing.probs_TE, routing.probs_TE).sum(1)
+        square_T = routing.logits_TE.square().mean(1)
+        served_T = keep_TK.any(1)
+        tokens = torch.full((), len(keep_TK), device=keep_TK.device)
+        if padding_T is not None:
+            entropy_T, square_T = (value_T.masked_fill(padding_T, 0.0) for value_T in (entropy_T, square_T))
+            tokens = (~padding_T).sum()
+        load_E = torch.bincount(routing.experts_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+        counts = [tokens, load_E.sum() - keep_TK.sum(), tokens - served_T.sum()]
+        values = [entropy_T.sum(), square_T.sum(), *losses]
+        return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]))
 
 
 class LoadStatistics(nn.Module):
@@ -79,8 +92,15 @@ def collect(
     dist.all_reduce(table)
     # Without sequence parallelism all tensor-parallel ranks route the same tokens.
     whole = table.cpu().numpy() / (1 if layout.sequence_parallel else layout.tp)
-    load_LE, (tokens, dropped, entropy, aux, z) = whole[:, :num_experts], whole[:, num_experts:].T
-    choices = load_LE.sum(1).clip(min=1)
+    load_LE, sums = whole[:, :num_experts], dict(zip(SUMS, whole[:, num_experts:].T, strict=True))
+    tokens = sums["tokens"].clip(min=1)
     return ExpertLoad(
-        layers, load_LE, dropped / choices, entropy / tokens.clip(min=1), aux / micro_batches, z / micro_batches
+        layers,
+        load_LE,
+        dropped_L=sums["dropped"] / load_LE.sum(1).clip(min=1),
+        unserved_L=sums["unserved"] / tokens,
+        entropy_L=sums["entropy"] / tokens,
+        logit_rms_L=(sums["logit_square"] / tokens) ** 0.5,
+        aux_loss_L=sums["aux_loss"] / micro_batches,
+        z_loss_L=sums["z_loss"] / micro_batches,
     )

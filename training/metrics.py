@@ -28,9 +28,12 @@ STEP_KEYS = (
     "world_size",
     "aux_loss",  # mean over layers, without its coefficient
     "z_loss",  # mean over layers, without its coefficient
-    "dropped_fraction",
+    "dropped_fraction",  # of the choices, mean over layers
+    "unserved_fraction",  # of the tokens: no expert computed them; mean over layers
     "load_max_over_mean",  # the worst layer's
+    "load_cv",  # coefficient of variation, the worst layer's
     "router_entropy",  # nats, mean over layers
+    "router_logit_rms",  # the worst layer's
     "dead_experts",  # the worst layer's
     "memory_bytes",  # the largest peak of any rank
 )
@@ -120,8 +123,12 @@ class RunLog:
     def _write_load(self, step: int, load: ExpertLoad) -> None:
         figures = {
             "load_max_over_mean": load.max_over_mean_L,
+            "load_cv": load.cv_L,
             "dropped_fraction": load.dropped_L,
+            "unserved_fraction": load.unserved_L,
+            "dead_experts": (load.load_LE == 0).sum(axis=1),
             "entropy": load.entropy_L,
+            "logit_rms": load.logit_rms_L,
         }
         for name, value_L in figures.items():
             for layer, value in zip(load.layer_ids, value_L, strict=True):

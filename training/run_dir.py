@@ -26,7 +26,7 @@ _MAY_CHANGE = {
     "model.moe.aux_loss_coeff",
     "model.moe.z_loss_coeff",
     "model.moe.drop_policy",
-    "model.moe.aux_loss_scope",
+    "model.moe.jitter",
     "model.moe.backend",
     "model.moe.dispatcher",
     "model.moe.pad_to_capacity",

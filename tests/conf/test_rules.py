@@ -16,6 +16,7 @@ from launch.cli import setting_types
 
 FURTHER = ", each with further changes"
 SPARSE = {"model.moe.num_experts": 8}
+EXPERT_CHOICE = {"model.moe.load_balancing": "expert_choice", "eval.sample_tokens": 0, **SPARSE}
 
 
 def case(changes: dict, world_size: int = 1) -> Case:
@@ -110,7 +111,39 @@ BROKEN = [
         "softmax_order needs model.moe.score_function=softmax",
         "model.moe.softmax_order=before",
     ),
-    ({"model.moe.aux_loss_scope": "batch", **SPARSE}, 1, "micro_batch, sequence", "aux_loss_scope=micro_batch"),
+    ({"model.moe.load_balancing": "aux", **SPARSE}, 1, "aux_loss, seq_aux_loss, global", "load_balancing=aux_loss"),
+    (
+        {"model.moe.load_balancing": "global", **SPARSE},
+        1,
+        "global is not available",
+        "model.moe.load_balancing=global_aux_loss",
+    ),
+    ({**EXPERT_CHOICE, "eval.sample_tokens": 96}, 1, "it is 96: experts choose among all", "eval.sample_tokens=0 or"),
+    ({**EXPERT_CHOICE, "model.moe.capacity_factor": None}, 1, "how many each takes", "capacity_factor=1.25 or"),
+    ({**EXPERT_CHOICE, "model.moe.drop_policy": "random"}, 1, "load_balancing than expert_choice", "=position"),
+    (
+        {**EXPERT_CHOICE, "model.moe.top_k": 2, "model.moe.renormalize": True},
+        1,
+        "renormalize needs",
+        "renormalize=null",
+    ),
+    ({**EXPERT_CHOICE, "model.moe.eval_capacity_factor": 1.0}, 1, "eval_capacity_factor needs", "factor=2.0"),
+    ({**EXPERT_CHOICE, "model.moe.bias_update_rate": 0.1}, 1, "bias_update_rate needs", "bias_update_rate=0.0"),
+    (
+        {"model.moe.load_balancing": "sinkhorn", "model.moe.aux_loss_coeff": 0.1, **SPARSE},
+        1,
+        "model.moe.aux_loss_coeff needs a model.moe.load_balancing by a loss",
+        "model.moe.aux_loss_coeff=0.01",
+    ),
+    (
+        {"model.moe.load_balancing": "sinkhorn", "model.moe.num_expert_groups": 2, **SPARSE},
+        1,
+        "num_expert_groups needs a model.moe.load_balancing by a loss",
+        "model.moe.num_expert_groups=1",
+    ),
+    ({"model.moe.jitter": 1.0, **SPARSE}, 1, "jitter >= 0 and < 1, but it is 1.0", "model.moe.jitter=0.0"),
+    ({"model.moe.jitter": -0.1, **SPARSE}, 1, "jitter >= 0 and < 1, but it is -0.1", "model.moe.jitter=0.0"),
+    ({"model.moe.jitter": 0.1}, 1, "model.moe.jitter needs model.moe.num_experts > 0", "model.moe.jitter=0.0"),
     ({"model.moe.drop_policy": "probs", **SPARSE}, 1, "position, probability", "model.moe.drop_policy=probability"),
     (
         {
@@ -243,6 +276,7 @@ def test_good_blend_passes():
     [
         {"optim.warmup_steps": 1000},  # may exceed the steps
         {"optim.schedule": "constant", "optim.lr": 1e-4},  # min_lr is not used
+        EXPERT_CHOICE,
         {"model.moe.every": 2},  # the dense twin of a sparse preset
         {"model.moe.capacity_factor": None, "model.moe.top_k": 2, "model.moe.renormalize": True, **SPARSE},
         {"train.profile": [200, 200], "train.stop_after": 200},

@@ -28,7 +28,7 @@ class Sparse:
     z_loss: Tensor
     probs_TE: Tensor
     experts: list[list[int]]
-    """[T][K], the likeliest first."""
+    """[T][K], the likeliest first; where experts choose, those that took the token."""
     kept: list[list[bool]]
     """[T][K]: False where the expert was full."""
 
@@ -90,17 +90,57 @@ def gates_of(scores_E: Tensor, chosen: list[int], renormalize: bool | None) -> l
     return gates
 
 
-def route(logits_E: Tensor, moe: MoeConfig, bias_E: Tensor | float = 0.0) -> tuple[Tensor, list[int], list[Tensor]]:
-    """One token's (probabilities of all experts, chosen experts, their gates)."""
-    groups = (moe.num_expert_groups, moe.top_k_groups)
-    scores_E = softmax(logits_E) if moe.score_function == "softmax" else 1 / (1 + torch.exp(-logits_E))
-    if moe.softmax_order == "after":
-        chosen = choose(logits_E, moe.top_k, *groups)
+def scores_of(logits_E: Tensor, moe: MoeConfig) -> Tensor:
+    return softmax(logits_E) if moe.score_function == "softmax" else 1 / (1 + torch.exp(-logits_E))
+
+
+def route(
+    logits_E: Tensor, moe: MoeConfig, bias_E: Tensor | float = 0.0, chosen: list[int] | None = None
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """One token's (probabilities of all experts, chosen experts, their gates).
+
+    Args:
+        chosen: decided elsewhere; None: the best of the token's own scores.
+    """
+    scores_E = scores_of(logits_E, moe)
+    if chosen is None:
+        ranked_E = logits_E if moe.softmax_order == "after" else scores_E + bias_E
+        chosen = choose(ranked_E, moe.top_k, moe.num_expert_groups, moe.top_k_groups)
+    if moe.load_balancing == "expert_choice":
+        gates = [scores_E[e] for e in chosen]
+    elif moe.softmax_order == "after":
         gates = list(softmax(logits_E[chosen]))
     else:
-        chosen = choose(scores_E + bias_E, moe.top_k, *groups)
         gates = gates_of(scores_E, chosen, moe.renormalize)
     return scores_E / scores_E.sum(), chosen, [moe.routed_scaling_factor * gate for gate in gates]
+
+
+def transport_plan(logits_TE: Tensor, rounds: int = 32) -> Tensor:
+    """Sinkhorn and Knopp: exp(logits), its rows and its columns made to sum to 1/T and 1/E in turn."""
+    plan_TE = torch.exp(logits_TE.detach())
+    for _ in range(rounds):
+        plan_TE = plan_TE / plan_TE.sum(1, keepdim=True) / plan_TE.shape[0]
+        plan_TE = plan_TE / plan_TE.sum(0, keepdim=True) / plan_TE.shape[1]
+    return plan_TE
+
+
+def taken_by_experts(scores_TE: Tensor, limit: int) -> list[list[int]]:
+    """Zhou et al. 2022, section 3.2: the experts that each token is among the best `limit` of; ties to the earlier."""
+    taken: list[list[int]] = [[] for _ in scores_TE]
+    for e, score_T in enumerate(scores_TE.t().tolist()):
+        for t in sorted(range(len(score_T)), key=lambda t: (-score_T[t], t))[:limit]:
+            taken[t].append(e)
+    return taken
+
+
+def decide(logits_TE: Tensor, moe: MoeConfig) -> list[list[int] | None]:
+    """What is chosen for a micro-batch as a whole while training; None: each token chooses alone."""
+    if moe.load_balancing == "sinkhorn":
+        return [choose(row_E, moe.top_k) for row_E in transport_plan(logits_TE)]
+    if moe.load_balancing == "expert_choice":
+        limit = expert_capacity(len(logits_TE), moe.top_k, moe.num_experts, moe.capacity_factor)
+        return taken_by_experts(torch.stack([scores_of(logits_E, moe) for logits_E in logits_TE]), limit)
+    return [None] * len(logits_TE)
 
 
 def expert_capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
@@ -120,10 +160,10 @@ def keep_first(experts: list[list[int]], num_experts: int, limit: int | None) ->
 
 
 def keep_largest(
-    experts: list[list[int]], gates: list[list[float]], num_experts: int, limit: int | None
+    experts: list[list[int]], urgency: list[list[float]], num_experts: int, limit: int | None
 ) -> list[list[bool]]:
-    """The largest gates, until each expert is full; of equal ones those that keep_first would take."""
-    choices = [(-gates[t][k], k, t) for t, chosen in enumerate(experts) for k in range(len(chosen))]
+    """The most urgent choices, until each expert is full; of equal ones those that keep_first would take."""
+    choices = [(-urgency[t][k], k, t) for t, chosen in enumerate(experts) for k in range(len(chosen))]
     kept = [[False] * len(chosen) for chosen in experts]
     for e in range(num_experts):
         for _, k, t in sorted(choice for choice in choices if experts[choice[2]][choice[1]] == e)[:limit]:
@@ -138,11 +178,10 @@ def balancing_loss(probs_TE: Tensor, experts: list[list[int]]) -> Tensor:
     return num_experts * sum(choices.count(e) / len(choices) * probs_TE[:, e].mean() for e in range(num_experts))
 
 
-def scoped_balancing_loss(probs_TE: Tensor, experts: list[list[int]], scope: str, batch: int) -> Tensor:
-    """Tokens come sequence first: those of sequence b are every batch-th one from b on."""
-    if scope == "micro_batch":
-        return balancing_loss(probs_TE, experts)
-    return sum(balancing_loss(probs_TE[b::batch], experts[b::batch]) for b in range(batch)) / batch
+def sequence_balancing_loss(probs_TE: Tensor, experts: list[list[int]], sequence: list[int]) -> Tensor:
+    """The mean of each sequence's loss; sequence: [T], the one that a token belongs to."""
+    members = [[t for t, other in enumerate(sequence) if other == one] for one in sorted(set(sequence))]
+    return sum(balancing_loss(probs_TE[own], [experts[t] for t in own]) for own in members) / len(members)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
@@ -156,22 +195,36 @@ def sparse_layer(
     moe: MoeConfig,
     activation: str,
     factor: float | None,
-    batch: int = 1,
+    sequence: list[int] | None = None,
     keep: Callable[[int, int], Tensor | float] = lambda token, choice: 1.0,
+    *,
+    noise_TD: Tensor | float = 1.0,
+    urgency: list[list[float]] | None = None,
 ) -> Sparse:
-    """factor: the capacity factor; None: dropless. batch: sequences, whose tokens come in turn. keep: what dropout
-    multiplies the hidden width [F] of a token's choice by."""
+    """A training pass over the tokens of a micro-batch, at least one.
+
+    Args:
+        factor: the capacity factor; None: dropless.
+        sequence: the sequence of each token; None: all are one.
+        keep: what dropout multiplies the hidden width [F] of a token's choice by.
+        noise_TD: what the router's input is multiplied by.
+        urgency: [T][K], the draws of drop_policy=random.
+    """
     router_ED, w_in_EDGF, w_out_EFD = (weights[n] for n in ("router.weight", "experts.w_in", "experts.w_out"))
     b_in_EGF, b_out_ED = weights.get("experts.b_in"), weights.get("experts.b_out")
-    logits_TE = torch.stack([torch.stack([x_D @ router_D for router_D in router_ED]) for x_D in x_TD])
-    rows = (route(logits_E, moe, weights.get("router.bias", 0.0)) for logits_E in logits_TE)
+    logits_TE = torch.stack([torch.stack([x_D @ router_D for router_D in router_ED]) for x_D in x_TD * noise_TD])
+    bias_E = weights.get("router.bias", 0.0)
+    rows = (route(logits_E, moe, bias_E, own) for logits_E, own in zip(logits_TE, decide(logits_TE, moe), strict=True))
     probs, experts, gates = (list(column) for column in zip(*rows, strict=True))
     probs_TE = torch.stack(probs)
     limit = None if factor is None else expert_capacity(len(x_TD), moe.top_k, moe.num_experts, factor)
-    if moe.drop_policy == "position":
+    if moe.load_balancing == "expert_choice":
+        kept = [[True] * len(chosen) for chosen in experts]
+    elif moe.drop_policy == "position":
         kept = keep_first(experts, moe.num_experts, limit)
     else:
-        kept = keep_largest(experts, [[g.item() for g in row] for row in gates], moe.num_experts, limit)
+        by_gate = [[g.item() for g in row] for row in gates]
+        kept = keep_largest(experts, urgency or by_gate, moe.num_experts, limit)
     rows = []
     for t, x_D in enumerate(x_TD):
         out_D = shared_experts(x_D, under(weights, "shared."), activation)
@@ -181,7 +234,12 @@ def sparse_layer(
                 biases = None if b_in_EGF is None else (list(b_in_EGF[e]), b_out_ED[e])
                 out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases, keep(t, k))
         rows.append(out_D)
-    aux = scoped_balancing_loss(probs_TE, experts, moe.aux_loss_scope, batch)
+    if moe.load_balancing == "seq_aux_loss":
+        aux = sequence_balancing_loss(probs_TE, experts, sequence or [0] * len(x_TD))
+    elif moe.load_balancing == "global_aux_loss":
+        aux = sum(load * probs_TE[:, e].mean() for e, load in enumerate(weights["router.last_load"].tolist()))
+    else:
+        aux = balancing_loss(probs_TE, experts)
     return Sparse(torch.stack(rows), aux, z_loss(logits_TE), probs_TE, experts, kept)
 
 
@@ -267,9 +325,8 @@ def decoder(
         if "ffn.router.weight" in part:
             # The order in which tokens fill the experts: by position, and at one position by sequence of the batch.
             x_TD = torch.stack([normed_BSD[b, s] for s in range(sequence) for b in range(batch)])
-            did = sparse[layer] = sparse_layer(
-                x_TD, under(part, "ffn."), model.moe, model.activation, model.moe.capacity_factor, batch
-            )
+            factor, order = model.moe.capacity_factor, [*range(batch)] * sequence
+            did = sparse[layer] = sparse_layer(x_TD, under(part, "ffn."), model.moe, model.activation, factor, order)
             x_BSD = x_BSD + did.out_TD.view(sequence, batch, -1).transpose(0, 1)
         else:
             rows = [[dense_layer(x_D, under(part, "ffn."), model.activation) for x_D in x_SD] for x_SD in normed_BSD]

@@ -6,24 +6,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from moe.balance import AttachLoss, capacity, load_balancing_loss, router_z_loss, within_capacity
+from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, router_z_loss, within_capacity
 from tests.moe import reference
 from tests.moe.helpers import random
+
+
+def balancing_loss(probs_TE: Tensor, experts_MK: Tensor, sequences: int = 1) -> Tensor:
+    """This rank's part, where no token is padding."""
+    loads = count_loads(experts_MK, probs_TE.shape[1], sequences)
+    return load_balancing_loss(probs_TE, loads, torch.full((sequences,), len(experts_MK) // sequences))
 
 
 def test_balancing_loss_uses_one_softmax() -> None:
     """Drawn by hand: three tokens, two experts, choices (0, 0, 1), probabilities of expert 0 of 0.9, 0.6, 0.2. A
     second softmax over these would flatten them, to 0.69, 0.55 and 0.35 here."""
     probs_TE = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
-    loss = load_balancing_loss(probs_TE, torch.tensor([[0], [0], [1]]))
+    loss = balancing_loss(probs_TE, torch.tensor([[0], [0], [1]]))
     assert loss.item() == pytest.approx(2 * (2 / 3 * (0.9 + 0.6 + 0.2) / 3 + 1 / 3 * (0.1 + 0.4 + 0.8) / 3))
 
 
 def test_balancing_loss_of_a_collapsed_router_is_the_number_of_experts() -> None:
     """The value that a second softmax hides: it would say 4e / (e + 3) = 1.9."""
     logits_TE = torch.tensor([[1000.0, 0, 0, 0]]).repeat(6, 1)
-    assert load_balancing_loss(logits_TE.softmax(-1), torch.zeros(6, 1, dtype=torch.int64)) == 4
+    assert balancing_loss(logits_TE.softmax(-1), torch.zeros(6, 1, dtype=torch.int64)) == 4
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
@@ -34,11 +41,11 @@ def test_losses_equal_the_reference_and_add_up_over_ranks(tokens: int, experts: 
     chosen = [reference.choose(p, min(top_k, experts)) for p in probs_TE]
     experts_MK = torch.tensor(chosen)
     aux, z = reference.balancing_loss(probs_TE, chosen), reference.z_loss(logits_TE)
-    assert load_balancing_loss(probs_TE, experts_MK).item() == pytest.approx(aux.item(), rel=1e-12)
+    assert balancing_loss(probs_TE, experts_MK).item() == pytest.approx(aux.item(), rel=1e-12)
     assert router_z_loss(logits_TE, tokens).item() == pytest.approx(z.item(), rel=1e-12)
     # A rank that holds part of the micro-batch gives its part of the loss.
     halves = probs_TE.split(math.ceil(tokens / 2)), logits_TE.split(math.ceil(tokens / 2))
-    parts = [(load_balancing_loss(p, experts_MK), router_z_loss(g, tokens)) for p, g in zip(*halves, strict=True)]
+    parts = [(balancing_loss(p, experts_MK), router_z_loss(g, tokens)) for p, g in zip(*halves, strict=True)]
     assert sum(part[0] for part in parts).item() == pytest.approx(aux.item(), rel=1e-12)
     assert sum(part[1] for part in parts).item() == pytest.approx(z.item(), rel=1e-12)
 
@@ -48,8 +55,8 @@ def test_loss_per_sequence_equals_the_reference_and_adds_up_over_ranks(batch: in
     """Six positions of each sequence, on two ranks of two and four."""
     probs_TE = (random(6 * batch, 4).double() * 3).softmax(-1)
     chosen = [reference.choose(p, 2) for p in probs_TE]
-    wanted = reference.scoped_balancing_loss(probs_TE, chosen, "sequence", batch).item()
-    parts = [load_balancing_loss(p, torch.tensor(chosen), batch) for p in probs_TE.split([2 * batch, 4 * batch])]
+    wanted = reference.sequence_balancing_loss(probs_TE, chosen, 6 * [*range(batch)]).item()
+    parts = [balancing_loss(p, torch.tensor(chosen), batch) for p in probs_TE.split([2 * batch, 4 * batch])]
     assert sum(parts).item() == pytest.approx(wanted, rel=1e-12)
 
 

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conf.schema import ACTIVATIONS, AUX_LOSS_SCOPES, DROP_POLICIES, MoeConfig
+from conf.schema import ACTIVATIONS, DROP_POLICIES, LOAD_BALANCING, MoeConfig
+from moe.draws import key, uniform
 from moe.experts import BACKENDS
 from moe.layer import MoELayer
 from moe.statistics import SUMS
@@ -29,24 +30,62 @@ from tests.moe.helpers import (
 LOSS_SCALE = 0.37
 
 
-def compare(layer: MoELayer, x_SBD: Tensor, activation: str) -> reference.Sparse:
-    """Forward and backward of both, with a random gradient from above; everything to 1e-5."""
-    weights, factor = in_float64(layer), layer.moe.capacity_factor
+def compare(
+    layer: MoELayer, x_SBD: Tensor, activation: str, padding_BS: Tensor | None = None
+) -> reference.Sparse | None:
+    """Forward and backward of both, with a random gradient from above; everything to 1e-5. The reference sees the
+    tokens that are no padding; None is returned when there are none."""
+    moe, (seed, number) = layer.moe, layer.draws
+    tokens, batch = x_SBD.shape[0] * x_SBD.shape[1], x_SBD.shape[1]
+    real = [t for t in range(tokens) if padding_BS is None or not padding_BS[t % batch, t // batch]]
+    noise_TD = 1 + moe.jitter * (
+        2 * uniform(key(seed, "jitter", 7, 2, number), torch.arange(tokens), x_SBD.shape[2]) - 1
+    )
+    draws_TK = uniform(key(seed, "drop", 7, 2, number), torch.arange(tokens), moe.top_k)
+
+    weights = in_float64(layer)
     x64_SBD = x_SBD.detach().cpu().double().requires_grad_()
-    wanted = reference.sparse_layer(x64_SBD.flatten(0, 1), weights, layer.moe, activation, factor, x_SBD.shape[1])
     above_SBD = random(*x_SBD.shape, seed=99)
-    losses = layer.moe.aux_loss_coeff * wanted.aux_loss + layer.moe.z_loss_coeff * wanted.z_loss
-    ((wanted.out_TD.view(x_SBD.shape) * above_SBD).sum() + LOSS_SCALE * losses).backward()
+    # Only shared experts take care of padding: for them it is like any token.
+    shared = [
+        reference.shared_experts(x_D, reference.under(weights, "shared."), activation) for x_D in x64_SBD.flatten(0, 1)
+    ]
+    wanted, out_TD = None, torch.stack(shared) if shared else torch.zeros_like(x64_SBD.flatten(0, 1))
+    aux = z = torch.zeros((), dtype=torch.float64)
+    if real:
+        wanted = reference.sparse_layer(
+            x64_SBD.flatten(0, 1)[real],
+            weights,
+            moe,
+            activation,
+            moe.capacity_factor,
+            [t % batch for t in real],
+            noise_TD=noise_TD[real].double(),
+            urgency=draws_TK[real].tolist() if moe.drop_policy == "random" else None,
+        )
+        out_TD, aux, z = out_TD.index_copy(0, torch.tensor(real), wanted.out_TD), wanted.aux_loss, wanted.z_loss
+    balanced = moe.load_balancing in ("sinkhorn", "expert_choice")
+    losses = (0.0 if balanced else moe.aux_loss_coeff) * aux + moe.z_loss_coeff * z
+    total = (out_TD.view(x_SBD.shape) * above_SBD).sum() + LOSS_SCALE * losses
+    if total.requires_grad:
+        total.backward()
 
-    x_SBD = x_SBD.to(layer.router.weight.device).requires_grad_()
-    out_SBD = layer(x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
-    out_SBD.backward(above_SBD.to(out_SBD.device))
+    device = layer.router.weight.device
+    x_SBD = x_SBD.to(device).requires_grad_()
+    padding_BS = None if padding_BS is None else padding_BS.to(device)
+    about = ForwardPass(loss_scale=LOSS_SCALE, step=7, micro_batch=2, padding_BS=padding_BS)
+    out_SBD = layer(x_SBD, about)
+    out_SBD.backward(above_SBD.to(device))
 
-    assert_close(out_SBD, wanted.out_TD.view(x_SBD.shape))
+    assert_close(out_SBD, out_TD.view(x_SBD.shape))
     sums = dict(zip(SUMS, layer.statistics.sums.tolist(), strict=True))
-    assert sums["aux_loss"] == pytest.approx(wanted.aux_loss.item(), rel=1e-5)
-    assert sums["z_loss"] == pytest.approx(wanted.z_loss.item(), rel=1e-5)
-    assert sums["dropped"] == sum(not kept for row in wanted.kept for kept in row)
+    assert sums["aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
+    assert sums["z_loss"] == pytest.approx(z.item(), rel=1e-5)
+    kept = wanted.kept if wanted else []
+    assert sums["tokens"] == len(real) and sums["unserved"] == sum(not any(row) for row in kept)
+    assert sums["dropped"] == sum(not fits for row in kept for fits in row)
+    chosen = [e for row in (wanted.experts if wanted else []) for e in row]
+    assert layer.statistics.load_E.tolist() == [chosen.count(e) for e in range(moe.num_experts)]
     assert_close(x_SBD.grad, x64_SBD.grad)
     assert_gradients_close(layer, weights)
     return wanted
@@ -65,7 +104,7 @@ def test_equals_the_reference(activation: str, backend: str, runtime: Runtime) -
 
 CASES = st.fixed_dictionaries(
     {
-        "sequence": st.integers(1, 5),
+        "sequence": st.integers(0, 5),
         "batch": st.integers(1, 3),
         "hidden": st.sampled_from((8, 12)),
         "ffn": st.sampled_from((4, 8)),
@@ -77,7 +116,9 @@ CASES = st.fixed_dictionaries(
         "routed_scaling_factor": st.sampled_from((1.0, 0.5)),
         "capacity_factor": st.sampled_from((None, 0.1, 0.5, 1.0, 1.1, 1.25)),
         "drop_policy": st.sampled_from(DROP_POLICIES),
-        "aux_loss_scope": st.sampled_from(AUX_LOSS_SCOPES),
+        "load_balancing": st.sampled_from(LOAD_BALANCING),
+        "jitter": st.sampled_from((0.0, 0.0, 0.3)),
+        "padding": st.sampled_from(("none", "none", "some", "all")),
         "activation": st.sampled_from(ACTIVATIONS),
         "backend": st.sampled_from(tuple(BACKENDS)),
         "bias": st.booleans(),
@@ -101,7 +142,9 @@ PLAIN: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
     "capacity_factor": None,
     "drop_policy": "position",
-    "aux_loss_scope": "micro_batch",
+    "load_balancing": "aux_loss",
+    "jitter": 0.0,
+    "padding": "none",
     "activation": "swiglu",
     "backend": "loop",
     "bias": False,
@@ -119,28 +162,51 @@ PLAIN: dict[str, Any] = {
 @example(case=PLAIN | {"routing": "collapsed", "backend": "grouped_mm"})  # all to one expert, the others empty
 @example(case=PLAIN | {"routing": "collapsed", "capacity_factor": 0.1})  # all but one token lose everything
 @example(case=PLAIN | {"routing": "tied", "top_k": 3, "capacity_factor": 1.0})
+@example(case=PLAIN | {"sequence": 0, "capacity_factor": 1.0})  # no tokens
+@example(case=PLAIN | {"load_balancing": "expert_choice", "capacity_factor": 0.1, "padding": "some"})
+@example(case=PLAIN | {"load_balancing": "sinkhorn", "padding": "some", "capacity_factor": 1.0, "jitter": 0.3})
+@example(case=PLAIN | {"load_balancing": "seq_aux_loss", "padding": "some", "drop_policy": "random"})
 @example(case=PLAIN | {"num_experts": 6, "top_k": 3, "scores": "sigmoid", "groups": 3, "routed_scaling_factor": 2.5})
 def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runtime) -> None:
-    group_size = max(2, case["num_experts"] // case["groups"])
-    experts = group_size * case["groups"]
-    top_k_groups = max(1, case["groups"] - 1)
+    layer = sparse_layer_of(case, runtime)
+    experts, batch = layer.moe.num_experts, case["batch"]
+    x_SBD = random(case["sequence"], batch, case["hidden"], seed=case["seed"])
+    if case["routing"] == "collapsed" and x_SBD.numel():
+        x_SBD = force_experts(layer, x_SBD, [experts - 1] * (case["sequence"] * batch))
+    elif case["routing"] == "tied":
+        torch.nn.init.zeros_(layer.router.weight)
+    padding = {"none": None, "some": random(batch, case["sequence"], seed=case["seed"]) > 0.3}
+    padding["all"] = torch.ones(batch, case["sequence"], dtype=torch.bool)
+    compare(layer, x_SBD, case["activation"], padding[case["padding"]])
+
+
+def sparse_layer_of(case: dict[str, Any], runtime: Runtime) -> MoELayer:
+    """The layer of a case, without the settings that do not go together (conf.limits.IDLE)."""
+    balancing = case["load_balancing"]
+    by_loss, chooses = balancing not in ("sinkhorn", "expert_choice"), balancing == "expert_choice"
+    groups = case["groups"] if by_loss else 1
+    scores = "before" if chooses and case["scores"] == "after" else case["scores"]
+    group_size = max(2, case["num_experts"] // groups)
+    experts = group_size * groups
+    top_k_groups = max(1, groups - 1)
     moe = MoeConfig(
         num_experts=experts,
         top_k=min(case["top_k"], group_size * top_k_groups),
-        score_function="sigmoid" if case["scores"] == "sigmoid" else "softmax",
-        softmax_order="after" if case["scores"] == "after" else "before",
-        renormalize=case["renormalize"],
+        score_function="sigmoid" if scores == "sigmoid" else "softmax",
+        softmax_order="after" if scores == "after" else "before",
+        renormalize=None if chooses else case["renormalize"],
         routed_scaling_factor=case["routed_scaling_factor"],
-        num_expert_groups=case["groups"],
+        num_expert_groups=groups,
         top_k_groups=top_k_groups,
-        capacity_factor=case["capacity_factor"],
+        capacity_factor=case["capacity_factor"] or (1.0 if chooses else None),
         drop_policy=case["drop_policy"],
-        bias_update_rate=0.1 if case["bias"] and case["scores"] != "after" else 0.0,
+        bias_update_rate=0.1 if case["bias"] and by_loss and scores != "after" else 0.0,
         expert_bias=case["expert_bias"],
-        pad_to_capacity=case["pad"] and case["capacity_factor"] is not None,
+        pad_to_capacity=case["pad"] and (chooses or case["capacity_factor"] is not None),
         num_shared_experts=2 if case["shared"] else 0,
         shared_expert_gate=case["shared"] == "gated",
-        aux_loss_scope=case["aux_loss_scope"],
+        load_balancing=balancing,
+        jitter=case["jitter"],
         aux_loss_coeff=0.5,
         z_loss_coeff=0.2,
     )
@@ -151,12 +217,10 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
     if layer.router.bias is not None:
         layer.router.bias.copy_(random(experts, seed=case["seed"]))
     randomise_biases(layer)
-    x_SBD = random(case["sequence"], case["batch"], case["hidden"], seed=case["seed"])
-    if case["routing"] == "collapsed":
-        x_SBD = force_experts(layer, x_SBD, [experts - 1] * (case["sequence"] * case["batch"]))
-    elif case["routing"] == "tied":
-        torch.nn.init.zeros_(layer.router.weight)
-    compare(layer, x_SBD, case["activation"])
+    if layer.router.last_load is not None:
+        layer.router.last_load.copy_(random(experts, seed=case["seed"]).abs())
+        layer.router.last_load.div_(layer.router.last_load.mean())
+    return layer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,8 +267,8 @@ def test_probability_keeps_the_surest_tokens(runtime: Runtime) -> None:
 
 def test_sequences_that_are_collapsed_apart_are_balanced_together(runtime: Runtime) -> None:
     """Two sequences, each with an expert of its own, of two experts: the micro-batch costs 1, each sequence 2."""
-    for scope, cost in [("micro_batch", 1), ("sequence", 2)]:
-        layer = sparse_layer(tiny(MoeConfig(num_experts=2, aux_loss_scope=scope)), runtime)
+    for balancing, cost in [("aux_loss", 1), ("seq_aux_loss", 2)]:
+        layer = sparse_layer(tiny(MoeConfig(num_experts=2, load_balancing=balancing)), runtime)
         x_SBD = force_experts(layer, random(4, 2, 8), [0, 1] * 4)
         layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
         layer(x_SBD.to(runtime.device))

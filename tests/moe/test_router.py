@@ -162,7 +162,7 @@ def test_a_bias_changes_the_choice_and_not_the_gates(runtime: Runtime) -> None:
     x_TD = torch.tensor([[0.5, 0.2, 0, 0, 0, 0, 0, 0]], device=runtime.device)
     assert router.bias is not None and router(x_TD).experts_TK.tolist() == [[0]]
     # Mean 3: expert 0 is above it, 1 is at it, 2 and 3 are below.
-    router.update_bias(torch.tensor([7, 3, 2, 0], dtype=torch.float64, device=runtime.device))
+    router.end_step(torch.tensor([7, 3, 2, 0], dtype=torch.float64, device=runtime.device))
     assert router.bias.tolist() == [-0.25, 0, 0.25, 0.25] and router.bias.dtype == torch.float32
     routing = router(x_TD)
     assert routing.experts_TK.tolist() == [[2]] and routing.gates_TK.tolist() == [[0.5]]

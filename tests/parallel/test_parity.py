@@ -10,7 +10,7 @@ from tests.parallel.helpers import Outcome, Variant, measure
 
 # What is decided over the whole micro-batch, or could depend on the order of its tokens, other than in Switch.
 DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
-DEEPSEEK |= {"aux_loss_scope": "sequence", "drop_policy": "probability", "bias_update_rate": 0.01}
+DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
 
 VARIANTS = {
     "drops": Variant(),
@@ -18,22 +18,30 @@ VARIANTS = {
     "switch": Variant({"tie_embeddings": True}, {"top_k": 1}),
     "switch_documents": Variant(moe={"top_k": 1, "every": 2}, document_mask=True),
     "deepseek": Variant(moe=DEEPSEEK),
+    "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
+    "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
+    "global": Variant(moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
 }
 
 CELLS = [
-    (2, {}, ["switch"]),
-    (2, {"tp": 2}, ["drops", "dense"]),
-    (2, {"tp": 2, "sequence_parallel": True}, ["switch", "dropless", "deepseek"]),
+    (2, {}, ["switch", "global"]),
+    (2, {"tp": 2}, ["drops", "dense", "global"]),
+    (
+        2,
+        {"tp": 2, "sequence_parallel": True},
+        ["switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global"],
+    ),
     (2, {"pp": 2}, ["dropless", "dense"]),
     (2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch"]),
-    (2, {"cp": 2}, ["switch_documents", "drops"]),
+    (2, {"cp": 2}, ["switch_documents", "drops", "sinkhorn"]),
     (2, {"ep": 2}, ["switch", "dropless"]),
     (4, {"ep": 4}, ["drops"]),
     (2, {"tp": 2, "etp": 2}, ["drops", "switch_documents"]),
     (4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless"]),
     (8, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2, "sequence_parallel": True}, ["switch"]),
-    (8, {"cp": 2, "tp": 2, "ep": 4}, ["drops"]),
+    (8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"]),
+    (8, {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True}, ["expert_choice", "global"]),
 ]
 
 
@@ -86,6 +94,9 @@ def test_the_variants_do_what_their_names_say(one_rank):
         "dropless": (False, 2, 2),
         "switch": (True, 4, 1),
         "switch_documents": (True, 2, 1),
+        "expert_choice": (False, 4, 1.5),
+        "sinkhorn": (True, 4, 2),
+        "global": (True, 2, 2),
     }.items():
         outcome = one_rank[name]
         assert (outcome.dropped_SL > 0).all() if drops else (outcome.dropped_SL == 0).all()

@@ -44,7 +44,9 @@ def expert_load(experts: int = 4) -> ExpertLoad:
         [1, 3],
         load_LE,
         dropped_L=np.array([0.0, 0.25]),
+        unserved_L=np.zeros(2),
         entropy_L=np.zeros(2),
+        logit_rms_L=np.ones(2),
         aux_loss_L=np.ones(2),
         z_loss_L=np.ones(2),
     )

@@ -37,7 +37,9 @@ def expert_load() -> ExpertLoad:
         [1, 3],
         load_LE,
         dropped_L=np.array([0.0, 0.5]),
+        unserved_L=np.array([0.0, 0.25]),
         entropy_L=np.array([1.0, 0.5]),
+        logit_rms_L=np.array([0.5, 2.0]),
         aux_loss_L=np.array([1.0, 2.0]),
         z_loss_L=np.array([0.5, 0.7]),
     )
@@ -137,7 +139,7 @@ def test_heatmap_colours() -> None:
     colour = cells[:, 0, :, 0].tolist()
     assert colour[0] == [[247, 247, 247]] * 4  # balanced: white
     assert colour[1] == [[244, 165, 130], [0, 0, 0], [247, 247, 247], [247, 247, 247]]  # twice, dead, once, once
-    wide = load_heatmap(ExpertLoad([0], np.arange(128)[None], *[np.zeros(1)] * 4))
+    wide = load_heatmap(ExpertLoad([0], np.arange(128)[None], *[np.zeros(1)] * 6))
     assert wide.shape == (8, 1024, 3)
     red_minus_blue = wide[0, 8::8, 0].astype(int) - wide[0, 8::8, 2]
     assert (np.diff(red_minus_blue) >= 0).all()  # ever redder as the load grows
@@ -148,11 +150,14 @@ def test_expert_load_summed_up() -> None:
         "aux_loss": 1.5,
         "z_loss": 0.6,
         "dropped_fraction": 0.25,
+        "unserved_fraction": 0.125,
         "load_max_over_mean": 2.0,
+        "load_cv": 0.5**0.5,
         "router_entropy": 0.75,
+        "router_logit_rms": 2.0,
         "dead_experts": 1,
     }
-    idle = ExpertLoad([0], np.zeros((1, 2)), *[np.zeros(1)] * 4)
+    idle = ExpertLoad([0], np.zeros((1, 2)), *[np.zeros(1)] * 6)
     assert idle.share_LE.tolist() == [[0.0, 0.0]]
 
 
