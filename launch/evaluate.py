@@ -5,6 +5,7 @@ from dataclasses import replace
 from conf.schema import DataConfig, EvaluateConfig
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
+from training import lookahead
 from training.console import Console
 from training.run_dir import TOKENIZER
 from training.trained import Trained, open_trained
@@ -29,6 +30,8 @@ def main(config: EvaluateConfig) -> int:
         lengths = trained.tokenizer.byte_lengths() if trained.tokenizer else None
         result = evaluate(trained.session, windows, lengths, batches=config.batches)
         console.note(f"{trained.directory}: {result.tokens:,} tokens of {_what(config)}")
+        if warning := lookahead.warning(run.model):
+            console.warning(warning)
         for note in prepared.notes:
             console.note(note)
         console.held_out(result.row(trained.step), prepared.gzip_bits_per_byte())

@@ -3,6 +3,7 @@
 from conf.schema import GenerateConfig
 from launch.cli import command
 from training.console import visible
+from training.lookahead import check_can_write
 from training.sampling import check_sampling
 from training.trained import open_trained
 
@@ -11,12 +12,13 @@ def main(config: GenerateConfig) -> int:
     """Writes the prompt and what follows it to standard output. Returns the exit code 0.
 
     Raises:
-        ValueError: no such checkpoint, or settings that cannot be sampled with.
+        ValueError: no such checkpoint, one that cannot write text, or settings that cannot be sampled with.
     """
     check_sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if config.max_tokens < 1:
         raise ValueError(f"max_tokens={config.max_tokens} must be >= 1")
     with open_trained(config.checkpoint, config.precision) as trained:
+        check_can_write(trained.session.config.model)
         from training.generate import encode_prompt, generate
 
         tokenizer = trained.tokenizer

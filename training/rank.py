@@ -3,10 +3,11 @@
 import signal
 from types import FrameType
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from corpus.prepare import Prepared
 from parallel.simulate import RankPool
 from parallel.world import World
+from training import lookahead
 from training.console import Console
 from training.guard import STOP_SIGNALS, RunFailed, StopRequest
 from training.noise import NoiseRedirection, redirect_noise
@@ -45,7 +46,7 @@ def train_rank(
             noise.attach(log)
             with Console(rank=world.rank, log_path=log) as console:
                 if world.rank == 0:
-                    _announce(console, session.table, run_dir, prepared)
+                    _announce(console, session.table, run_dir, prepared, config.model)
                 trainer = Trainer(session, run_dir, prepared, console)
                 trainer.restore()
                 try:
@@ -79,11 +80,15 @@ def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDi
     return answer[0]
 
 
-def _announce(console: Console, table: list[tuple[str, str, str]], run_dir: RunDir, prepared: Prepared) -> None:
+def _announce(
+    console: Console, table: list[tuple[str, str, str]], run_dir: RunDir, prepared: Prepared, model: ModelConfig
+) -> None:
     tokens = sum(source.num_tokens for source in prepared.train)
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
     console.start_table([*table, data, ("run", str(run_dir.path), "continued" if run_dir.continued else "new")])
+    if warning := lookahead.warning(model):
+        console.warning(warning)
     for note in prepared.notes:
         console.note(note)
     if run_dir.changed:

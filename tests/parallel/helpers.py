@@ -27,6 +27,9 @@ from parallel.world import World
 
 SEQUENCE, VOCABULARY, MICRO_BATCH, MICRO_BATCHES = 16, 64, 2, 4
 
+# One sequence ends before its middle, so that a rank may hold nothing of it but padding.
+PADDING_BS = torch.stack([torch.arange(SEQUENCE) >= 6, torch.zeros(SEQUENCE, dtype=torch.bool)])
+
 # Adam divides by the root of the second moment: with the usual eps a gradient that is zero but for rounding would
 # move a weight by a whole learning rate, and layouts would drift apart for no fault of theirs.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3)
@@ -200,7 +203,7 @@ def _measure(runtime: Runtime, variant: Variant, steps: int) -> Outcome:
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
-        engine.evaluate(my_batches(runtime, 99)),
+        engine.evaluate([batch | {"padding": PADDING_BS} for batch in my_batches(runtime, 99)]),
         # 11 tokens: a number that neither context nor tensor parallelism divides.
         engine.next_logits([*range(11)]).numpy(),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,

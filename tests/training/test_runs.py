@@ -73,6 +73,31 @@ def test_ten_and_ten_steps_are_twenty(corpus: Path, ranks: RankPool, undisturbed
     assert trajectory(tmp_path / "run") == trajectory(undisturbed)
 
 
+def test_loads_and_noise_of_the_routers_continue(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """The loads of the last step are in the checkpoint; jitter and random drops are named by the step."""
+    moe = {"load_balancing": "global_aux_loss", "aux_loss_coeff": 0.1, "jitter": 0.1, "drop_policy": "random"}
+    for name, stops in (("whole", [None]), ("parts", [2, None])):
+        for stop_after in stops:
+            config = tiny_config(corpus, tmp_path / name, steps=5, stop_after=stop_after)
+            config.model.moe = replace(config.model.moe, capacity_factor=1.0, **moe)
+            assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    whole = trajectory(tmp_path / "whole")
+    assert trajectory(tmp_path / "parts") == whole and len(whole) == 5
+    aux, dropped = ([row[key] for row in rows(tmp_path / "whole")] for key in ("aux_loss", "dropped_fraction"))
+    assert aux[0] == pytest.approx(1) and aux[1] > 1.001 and min(dropped) > 0
+
+
+def test_experts_that_choose_are_warned_of_and_write_no_text(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", steps=2)
+    config.model.moe.load_balancing, config.eval.sample_tokens = "expert_choice", 0
+    assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    assert "warning: model.moe.load_balancing=expert_choice looks ahead" in (tmp_path / "run/train.log").read_text()
+    settings = {"checkpoint": str(tmp_path / "run"), "precision": "fp32"}
+    assert "looks ahead" in ranks.run(1, printed, "evaluate", EvaluateConfig(**settings), timeout=LIMIT)[0]
+    with pytest.raises(RankFailed, match="no later ones yet"):
+        ranks.run(1, printed, "generate", GenerateConfig(**settings, prompt="The "), timeout=LIMIT)
+
+
 def test_rows_past_the_checkpoint_are_taken_again(
     corpus: Path, ranks: RankPool, undisturbed: Path, tmp_path: Path
 ) -> None:
