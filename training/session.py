@@ -96,7 +96,7 @@ def start(config: Config, world: World, *, train: bool) -> Session:
         rows += [(adam.part, adam.name, adam.why)]
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    parts = Parts(config.model, core, run, backend, config.train.seed, norm)
+    parts = Parts(config.model, core, run, backend, config.train.seed, norm_function=norm)
 
     def build_chunk(chunk: int) -> Stage:
         return Stage(
