@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
 from moe.assign import expert_choice, sinkhorn_potentials
@@ -34,6 +35,24 @@ class Routing:
     experts_TK: Tensor
     """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
     the places that expert choice leaves over."""
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """fp32 [T, E], from inputs of any precision, without keeping an fp32 copy of them for the backward pass."""
+    return _Logits.apply(x_TD, weight_ED)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.float() @ weight_ED.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        return (dlogits_TE @ weight_ED).to(x_TD.dtype), dlogits_TE.t() @ x_TD.float()
 
 
 class Router(nn.Module):
@@ -78,7 +97,7 @@ class Router(nn.Module):
         """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = x_TD.float() @ self.weight.t()
+            logits_TE = router_logits(x_TD, self.weight)
         if self.moe.score_function == "sigmoid":
             scores_TE = logits_TE.sigmoid()
             probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
