@@ -11,6 +11,7 @@ from torch.func import functional_call
 from conf.schema import ModelConfig, MoeConfig
 from moe.init import initialise
 from moe.router import Router
+from parallel.forward_pass import EVALUATE, GENERATE, TRAIN
 from parallel.runtime import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, in_float64, random, tiny
@@ -32,6 +33,9 @@ def router_of(model: ModelConfig, runtime: Runtime) -> Router:
         {"top_k": 2, "softmax_order": "after"},
         {"top_k": 1, "score_function": "sigmoid"},
         {"top_k": 2, "score_function": "sigmoid", "num_expert_groups": 2, "routed_scaling_factor": 2.5},
+        {"top_k": 1, "load_balancing": "sinkhorn"},
+        {"top_k": 2, "load_balancing": "sinkhorn", "renormalize": False},
+        {"top_k": 2, "load_balancing": "expert_choice"},
     ],
     ids=str,
 )
@@ -110,6 +114,8 @@ def test_other_routers_equal_the_reference(choice: dict[str, Any], runtime: Runt
         ("softmax_order", "after", ("gates_TK",)),
         ("routed_scaling_factor", 2.5, ("gates_TK",)),
         ("num_expert_groups", 4, ("experts_TK", "gates_TK")),
+        ("load_balancing", "sinkhorn", ("experts_TK", "gates_TK")),
+        ("load_balancing", "expert_choice", ("experts_TK", "gates_TK")),
     ],
 )
 def test_each_setting_changes_the_routing(setting: str, value: Any, changed: tuple[str, ...], runtime: Runtime) -> None:
@@ -166,6 +172,32 @@ def test_a_bias_changes_the_choice_and_not_the_gates(runtime: Runtime) -> None:
     assert router.bias.tolist() == [-0.25, 0, 0.25, 0.25] and router.bias.dtype == torch.float32
     routing = router(x_TD)
     assert routing.experts_TK.tolist() == [[2]] and routing.gates_TK.tolist() == [[0.5]]
+
+
+def test_only_training_follows_the_plan(runtime: Runtime) -> None:
+    """A router that likes expert 0 best for every token, some more than others."""
+    router = router_of(tiny(MoeConfig(num_experts=2, load_balancing="sinkhorn")), runtime)
+    router.weight.data = torch.eye(2, 8, device=runtime.device)
+    x_TD = torch.zeros(4, 8, device=runtime.device)
+    x_TD[:, 0] = torch.tensor([4.0, 1.0, 3.0, 2.0])
+    chosen = {mode: router(x_TD, mode=mode).experts_TK.flatten().tolist() for mode in (TRAIN, EVALUATE, GENERATE)}
+    assert chosen == {TRAIN: [0, 1, 0, 1], EVALUATE: [0] * 4, GENERATE: [0] * 4}
+    # The gate is the chosen expert's own score, not the plan's.
+    assert_close(router(x_TD).gates_TK[1], 1 / (1 + torch.tensor([1.0]).double().exp()))
+
+
+def test_an_expert_that_chooses_weighs_a_token_by_its_score(runtime: Runtime) -> None:
+    """ceil(1.0 * 4 * 1 / 2) = 2 tokens each; gates are softmax scores whatever else took the token."""
+    moe = MoeConfig(num_experts=2, load_balancing="expert_choice", capacity_factor=1.0)
+    router = router_of(tiny(moe), runtime)
+    router.weight.data = torch.eye(2, 8, device=runtime.device)
+    x_TD = torch.zeros(4, 8, device=runtime.device)
+    x_TD[:, 0] = torch.tensor([3.0, -1.0, 2.0, 0.0])
+    for mode in (TRAIN, EVALUATE):
+        routing = router(x_TD, mode=mode)
+        assert routing.experts_TK.tolist() == [[0], [1], [0], [1]]
+        wanted = torch.tensor([3.0, 1.0, 2.0, 0.0]).double().sigmoid()
+        assert_close(routing.gates_TK[:, 0], wanted)
 
 
 def test_ties_break_to_the_lower_expert_every_time(runtime: Runtime) -> None:
