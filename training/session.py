@@ -135,7 +135,12 @@ def _model_words(config: Config, cost: Cost) -> tuple[str, str]:
     if not moe.num_experts:
         return shape, "dense"
     where = "every layer" if moe.every == 1 else f"one layer in {moe.every}"
-    return shape, f"{moe.num_experts} experts in {where}, top-{moe.top_k}"
+    choice = f"top-{moe.top_k}"
+    if moe.load_balancing == "sinkhorn":
+        choice += " of a balanced plan"
+    elif moe.load_balancing == "expert_choice":
+        choice = f"each takes its best tokens, {moe.top_k * moe.capacity_factor:g} experts a token on average"
+    return shape, f"{moe.num_experts} experts in {where}, {choice}"
 
 
 def stop() -> None:
