@@ -172,25 +172,39 @@ KEEP_PRODUCTS_ONLY = ("fused",)
 """Those that compute the activation again in the backward pass anyway."""
 
 
+def _misaligned(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    row_bytes = torch.finfo(dtype).bits // 8
+    for size in (model.hidden_size, model.ffn_hidden_size):
+        if size * row_bytes % 16:
+            return (
+                f"needs rows of a multiple of 16 bytes; {size} values of {dtype} are not. "
+                "Use model.moe.backend=loop, or sizes divisible by 8"
+            )
+    return None
+
+
+OBSTACLES: dict[str, Callable[[ModelConfig, torch.device, torch.dtype], str | None]] = {"grouped_mm": _misaligned}
+"""Why a backend cannot run this model on this device, in words that follow its name; None: it can. A backend without an
+entry always can."""
+
+
+def available_backends(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those that can run, in the order of BACKENDS."""
+    return [name for name in BACKENDS if name not in OBSTACLES or OBSTACLES[name](model, device, dtype) is None]
+
+
 def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, why) for model.moe.backend.
+    """(backend, why) for model.moe.backend, auto by rule. A training run measures instead (training.expert_backend).
 
     Raises:
-        ValueError: grouped_mm was asked for and cannot run.
+        ValueError: the one asked for cannot run.
     """
-    wanted = model.moe.backend
-    if wanted in ("loop", "fused"):
+    wanted, available = model.moe.backend, available_backends(model, device, dtype)
+    if wanted != "auto":
+        if wanted not in available:
+            raise ValueError(f"model.moe.backend={wanted} {OBSTACLES[wanted](model, device, dtype)}")
         return wanted, "asked for"
-    row_bytes = torch.finfo(dtype).bits // 8
-    misfit = [n for n in (model.hidden_size, model.ffn_hidden_size) if n * row_bytes % 16]
-    if wanted == "grouped_mm":
-        if misfit:
-            raise ValueError(
-                f"model.moe.backend=grouped_mm needs rows of a multiple of 16 bytes; {misfit[0]} values of {dtype} are "
-                "not. Use model.moe.backend=loop, or sizes divisible by 8"
-            )
-        return "grouped_mm", "asked for"
-    if device.type == "cuda" and dtype == torch.bfloat16 and not misfit:
+    if device.type == "cuda" and dtype == torch.bfloat16 and "grouped_mm" in available:
         return "grouped_mm", "one launch for all experts"
     if device.type == "cpu":
         return "fused", "one operation, which keeps less for the backward pass than loop"

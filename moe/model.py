@@ -51,10 +51,10 @@ class Parts:
     """How the experts' products run (moe.experts.choose_backend)."""
     seed: int
     """Of the initial weights and of the layers' random numbers."""
-    dispatcher: str | None = None
-    """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
     norm_function: Norm = torch_rms_norm
     """Which RMSNorm runs (parallel.selection.select_norm)."""
+    dispatcher: str | None = None
+    """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
 
     def norm(self) -> RMSNorm:
         return RMSNorm(

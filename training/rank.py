@@ -11,7 +11,7 @@ from training import lookahead
 from training.console import Console
 from training.guard import STOP_SIGNALS, RunFailed, StopRequest
 from training.noise import NoiseRedirection, redirect_noise
-from training.run_dir import RunDir, open_run_dir
+from training.run_dir import RunDir, expected_path, open_run_dir
 
 FAILED, BAD_CONFIGURATION = 1, 2
 
@@ -36,16 +36,18 @@ def train_rank(
         from parallel import cpu
 
         cpu.megatron()
+        from training import expert_backend
         from training import session as sessions
         from training.loop import Trainer
 
-        session = sessions.start(config, world, train=True)
+        session = sessions.start(config, world, train=True, run_dir=run_dir.path if run_dir else expected_path(config))
         try:
             run_dir = run_dir or _agree_on_run_dir(world, config, prepared)
             log = run_dir.path / "train.log"
             noise.attach(log)
             with Console(rank=world.rank, log_path=log) as console:
                 if world.rank == 0:
+                    expert_backend.remember(config, run_dir.path, session.backend)
                     _announce(console, session.table, run_dir, prepared, config.model)
                 trainer = Trainer(session, run_dir, prepared, console)
                 trainer.restore()

@@ -86,6 +86,11 @@ def default_name(config: Config, env: Mapping[str, str] = os.environ) -> str:
     return f"{name}-{env.get('SLURM_JOB_ID') or time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def expected_path(config: Config, env: Mapping[str, str] = os.environ) -> Path:
+    """Where a run is kept, unless another of the same second is there."""
+    return Path(config.run.dir).expanduser() if config.run.dir else Path("runs") / default_name(config, env)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -108,9 +113,8 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
     Raises:
         ValueError: it cannot be written, or holds a run of another model.
     """
-    path = (
-        Path(config.run.dir).expanduser() if config.run.dir else _fresh(Path("runs") / default_name(config, env), env)
-    )
+    path = expected_path(config, env)
+    path = path if config.run.dir else _fresh(path, env)
     created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)

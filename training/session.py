@@ -3,17 +3,19 @@
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from conf.schema import PRECISIONS, Config
 from moe.dispatch import choose_dispatcher
-from moe.experts import KEEP_PRODUCTS_ONLY, choose_backend
+from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.model import Parts, Stage
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, core_config
 from parallel.layout import Layout
 from parallel.runtime import Runtime, World
+from training import expert_backend
 from training.plan import Cost, model_cost
 
 
@@ -26,6 +28,8 @@ class Session:
     engine: Engine
     precision: str
     """fp32 or bf16."""
+    backend: str
+    """How the experts' products run."""
     cost: Cost
     table: list[tuple[str, str, str]]
     """(what, choice, why) for the start table."""
@@ -66,11 +70,12 @@ def set_deterministic(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
-def start(config: Config, world: World, *, train: bool) -> Session:
+def start(config: Config, world: World, *, train: bool, run_dir: Path | None = None) -> Session:
     """Joins the other ranks and builds this rank's part of the model with its initial weights.
 
     Args:
         train: with gradient buckets and optimizer.
+        run_dir: where a training run is or will be kept; None: nothing is measured and kept.
 
     Raises:
         ValueError: a setting that this device cannot serve.
@@ -82,13 +87,13 @@ def start(config: Config, world: World, *, train: bool) -> Session:
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    backend, why_backend = choose_backend(config.model, run.device, dtype)
+    backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
+    dispatcher, why_dispatcher = choose_dispatcher(config.model.moe, layout.ep, layout.etp)
     norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size)
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout)]
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
     rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]
     if config.model.moe.num_experts:
-        dispatcher, why_dispatcher = choose_dispatcher(config.model.moe, layout.ep, layout.etp)
         rows += [("experts", backend, why_backend), ("dispatch", dispatcher, why_dispatcher)]
     if train:
         rows += _recompute_row(config.model.recompute, backend)
@@ -96,7 +101,7 @@ def start(config: Config, world: World, *, train: bool) -> Session:
         rows += [(adam.part, adam.name, adam.why)]
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    parts = Parts(config.model, core, run, backend, config.train.seed, norm_function=norm)
+    parts = Parts(config.model, core, run, backend, config.train.seed, norm_function=norm, dispatcher=dispatcher)
 
     def build_chunk(chunk: int) -> Stage:
         return Stage(
@@ -109,7 +114,7 @@ def start(config: Config, world: World, *, train: bool) -> Session:
     engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
-    return Session(config, run, engine, precision, cost, rows)
+    return Session(config, run, engine, precision, backend, cost, rows)
 
 
 def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:

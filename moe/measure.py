@@ -1,0 +1,89 @@
+"""Times what can run the experts' products, on the shapes of the run."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe.experts import BACKENDS, GATED
+
+BUDGET, REPETITIONS = 1.0, 7
+"""Seconds after which no further round begins, and rounds at most."""
+
+
+class TooSlow(Exception):
+    """There was no time for two rounds."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one rank's experts compute in a micro-batch."""
+
+    rows: int
+    hidden_size: int
+    width: int
+    experts: int
+    activation: str
+    bias: bool
+    dtype: str
+    """As torch calls it: float32, bfloat16."""
+
+
+def measure(names: Sequence[str], shapes: Shapes, device: torch.device) -> dict[str, float]:
+    """Seconds of a forward and backward pass; backends that fail are left out. Rounds alternate between the backends;
+    the first, in which kernels are built and memory is first touched, does not count. Of the others the fastest does:
+    whatever else the machine computes only adds to it.
+
+    Raises:
+        TooSlow: shapes too large, or a machine too busy, to say anything in this time.
+    """
+    steps = {name: _step(name, shapes, device) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for repetition in range(REPETITIONS):
+        if repetition and time.perf_counter() - begin > BUDGET:
+            if repetition == 1:
+                raise TooSlow(f"a round takes more than {BUDGET:g} s")
+            break
+        for name in list(seconds):
+            try:
+                seconds[name].append(_timed(steps[name], device))
+            except Exception:
+                if len(seconds) == 1:
+                    raise
+                del seconds[name]
+    return {name: min(times[1:]) for name, times in seconds.items()}
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _step(name: str, shapes: Shapes, device: torch.device) -> Callable[[], None]:
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shapes.dtype)
+    gates = 2 if shapes.activation in GATED else 1
+    sizes = {
+        "x": (shapes.rows, shapes.hidden_size),
+        "w_in": (shapes.experts, shapes.hidden_size, gates, shapes.width),
+        "w_out": (shapes.experts, shapes.width, shapes.hidden_size),
+        "b_in": (shapes.experts, gates, shapes.width),
+    }
+    drawn = {
+        k: torch.rand(s, generator=generator).sub_(0.5).to(device, dtype).requires_grad_() for k, s in sizes.items()
+    }
+    # As uneven as a trained router leaves it: shares between a half and one and a half of the mean.
+    share_L = torch.linspace(0.5, 1.5, shapes.experts)
+    ends = (share_L.cumsum(0) / share_L.sum() * shapes.rows).round().to(torch.int64)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+    def step() -> None:
+        bias = drawn["b_in"] if shapes.bias else None
+        y = BACKENDS[name](drawn["x"], counts, drawn["w_in"], drawn["w_out"], shapes.activation, bias, None)
+        y.backward(y.detach())
+
+    return step

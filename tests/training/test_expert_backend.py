@@ -1,0 +1,127 @@
+"""The experts' backend: measured once, and then the same for the run, its ranks and its later lives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.schema import Config, DataConfig, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
+from parallel.runtime import Runtime
+from parallel.world import World
+from tests.parallel.helpers import started
+
+FAST = {"loop": 1.0, "fused": 1.2, "grouped_mm": 2.0}
+
+
+def config_of(tmp_path: Path, **moe: object) -> Config:
+    model = ModelConfig(hidden_size=16, ffn_hidden_size=16, moe=MoeConfig(**{"num_experts": 4} | moe))
+    return Config(model=model, data=DataConfig(cache_dir=str(tmp_path / "cache")))
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What measuring finds, one entry for each time; without entries it must not measure."""
+    found: list[dict[str, float]] = []
+    monkeypatch.setattr("training.expert_backend.measure", lambda names, shapes, device: found.pop(0))
+    return found
+
+
+def chosen(config: Config, runtime: Runtime, run_dir: Path | None) -> tuple[str, str]:
+    from training import expert_backend
+
+    return expert_backend.choose(config, runtime, torch.float32, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("found", "backend"),
+    [
+        (FAST, "loop"),
+        (FAST | {"fused": 1.04}, "fused"),  # by rule, and no slower than noise
+        (FAST | {"grouped_mm": 0.5}, "grouped_mm"),
+        ({"loop": 3.0}, "loop"),  # the others failed
+    ],
+)
+def test_the_fastest_is_taken(
+    found: dict[str, float], backend: str, runtime: Runtime, times: list, tmp_path: Path
+) -> None:
+    times.append(found)
+    got, why = chosen(config_of(tmp_path), runtime, tmp_path)
+    assert got == backend and why.startswith("measured: ") and f"{backend} {found[backend] * 1e3:.1f} ms" in why
+
+
+def test_measured_once_for_all_runs_of_the_shapes(runtime: Runtime, times: list, tmp_path: Path) -> None:
+    times.append(FAST)
+    first, _ = chosen(config_of(tmp_path), runtime, tmp_path / "one")
+    second, why = chosen(config_of(tmp_path), runtime, tmp_path / "two")
+    assert first == second == "loop" and why.startswith("measured before: ")
+    times.append(FAST | {"loop": 9.0})
+    other = config_of(tmp_path, top_k=2)
+    assert chosen(other, runtime, tmp_path / "three")[0] == "fused"
+
+
+def test_a_run_keeps_its_backend(runtime: Runtime, times: list, tmp_path: Path) -> None:
+    from training import expert_backend
+
+    config = config_of(tmp_path)
+    expert_backend.remember(config, tmp_path, "grouped_mm")
+    assert chosen(config, runtime, tmp_path) == ("grouped_mm", "as before in this run")
+    expert_backend.remember(config, tmp_path, "triton")  # not on this machine
+    times.append(FAST)
+    assert chosen(config, runtime, tmp_path)[0] == "loop"
+
+
+def test_nothing_is_measured_where_the_answer_is_known(runtime: Runtime, times: list, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config.train = TrainConfig(deterministic=True)
+    backend, why = chosen(config, runtime, tmp_path)
+    assert backend == "fused" and "train.deterministic=true" in why
+    assert chosen(config_of(tmp_path, backend="grouped_mm"), runtime, tmp_path) == ("grouped_mm", "asked for")
+    assert chosen(config_of(tmp_path, num_experts=0), runtime, tmp_path)[0] == "fused"
+    assert chosen(config_of(tmp_path), runtime, None)[0] == "fused"
+
+
+def test_too_slow_to_measure_is_told_and_not_remembered(
+    runtime: Runtime, times: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe import measure as room
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.expert_backend.measure", room.measure)
+        patched.setattr(room, "BUDGET", 0.0)
+        backend, why = chosen(config_of(tmp_path), runtime, tmp_path)
+    assert backend == "fused" and why == "by rule; not measured: a round takes more than 0 s"
+    times.append(FAST)
+    assert chosen(config_of(tmp_path), runtime, tmp_path)[0] == "loop"
+
+
+def choose_on_rank(world: World, folder: str) -> tuple[str, str]:
+    from training import expert_backend
+
+    def measured(names: list[str], shapes: object, device: torch.device) -> dict[str, float]:
+        assert world.rank == 0
+        return FAST
+
+    plain, expert_backend.measure = expert_backend.measure, measured
+    try:
+        with started(world, ParallelConfig()) as runtime:
+            return chosen(config_of(Path(folder)), runtime, Path(folder) / str(world.rank))
+    finally:
+        expert_backend.measure = plain
+
+
+def test_rank_0_decides_for_all(ranks, tmp_path: Path) -> None:
+    answers = ranks.run(2, choose_on_rank, str(tmp_path), timeout=60)
+    assert answers[0] == answers[1] and answers[0][0] == "loop"
+
+
+def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe import measure as room
+    from moe.experts import BACKENDS
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    shapes = room.Shapes(64, 16, 16, 4, "swiglu", True, "float32")
+    seconds = room.measure(list(BACKENDS), shapes, torch.device("cpu"))
+    assert seconds.keys() == BACKENDS.keys() - {"broken"} and all(s > 0 for s in seconds.values())

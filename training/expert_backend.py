@@ -1,0 +1,99 @@
+"""Which backend the experts of a run take: asked for, ruled, remembered or measured, and the same on every rank."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from conf.schema import Config
+from corpus.cache import Cache
+from moe.experts import available_backends, choose_backend
+from moe.measure import Shapes, TooSlow, measure
+from parallel.runtime import Runtime
+
+FILE = "expert_backend.json"
+WORTH = 0.95
+"""A backend is taken for its speed when it needs at most this share of the ruled one's time: a smaller difference may
+be noise, and the ruled one keeps less for the backward pass."""
+
+
+def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | None) -> tuple[str, str]:
+    """(backend, why). Backends round differently: what was once measured is kept, in run_dir for the run and in the
+    cache for others of the same shapes on such a machine.
+
+    Args:
+        run_dir: where the run is or will be kept; None: not a training run.
+
+    Raises:
+        ValueError: the one asked for cannot run here.
+    """
+    model = config.model
+    ruled, why = choose_backend(model, run.device, dtype)
+    if not model.moe.num_experts or model.moe.backend != "auto" or run_dir is None:
+        return ruled, why
+    if config.train.deterministic:
+        return ruled, f"{why}; not measured, since train.deterministic=true means the same on every machine"
+    names = available_backends(model, run.device, dtype)
+    answer = [_decide(config, run, dtype, run_dir, ruled, names) if run.world.rank == 0 else None]
+    dist.broadcast_object_list(answer)
+    assert answer[0] is not None
+    return answer[0]
+
+
+def remember(config: Config, run_dir: Path, backend: str) -> None:
+    """For the run's next life."""
+    if config.model.moe.num_experts and config.model.moe.backend == "auto":
+        (run_dir / FILE).write_text(json.dumps({"backend": backend}))
+
+
+def shapes_of(config: Config, run: Runtime, dtype: torch.dtype) -> Shapes:
+    model, layout, train = config.model, run.layout, config.train
+    tokens = train.micro_batch_size * train.sequence_length // (layout.cp * layout.tp)
+    return Shapes(
+        rows=tokens * model.moe.top_k * layout.etp,
+        hidden_size=model.hidden_size,
+        width=model.ffn_hidden_size // layout.etp,
+        experts=model.moe.num_experts // layout.ep,
+        activation=model.activation,
+        bias=model.moe.expert_bias,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _decide(
+    config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path, ruled: str, names: list[str]
+) -> tuple[str, str]:
+    try:
+        backend = json.loads((run_dir / FILE).read_text())["backend"]
+        if backend in names:
+            return backend, "as before in this run"
+    except (OSError, ValueError, KeyError):
+        pass
+    shapes, fresh = shapes_of(config, run, dtype), False
+
+    def build(folder: Path) -> None:
+        nonlocal fresh
+        fresh = True
+        (folder / FILE).write_text(json.dumps(measure(names, shapes, run.device)))
+
+    machine = {"device": _device_name(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    key = machine | asdict(shapes) | {"names": names}
+    try:
+        entry = Cache(config.data.cache_dir).entry("expert_backends", key, build)
+    except TooSlow as error:
+        return ruled, f"by rule; not measured: {error}"
+    seconds = json.loads((entry / FILE).read_text())
+    best = min(seconds, key=seconds.__getitem__)
+    if ruled in seconds and seconds[best] > WORTH * seconds[ruled]:
+        best = ruled
+    told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    return best, f"measured{'' if fresh else ' before'}: {told}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
