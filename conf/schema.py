@@ -8,7 +8,7 @@ from typing import Any
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
 BACKENDS = ("auto", "loop", "fused", "grouped_mm")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
-DISPATCHERS = ("auto", "all_to_all", "all_gather")
+DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -84,8 +84,9 @@ class MoeConfig:
     1 + jitter (Switch, section 2.4; 0.01 there), so that the choice explores. In [0, 1); 0: none."""
     dispatcher: str = "auto"
     """How rows reach experts on other ranks (parallel.ep > 1). all_to_all: each row to the rank of its expert.
-    all_gather: every rank gets all tokens and adds its experts' part; moves less where top_k exceeds ep. auto:
-    all_gather where it moves less."""
+    all_gather: every rank gets all tokens and adds its experts' part; moves less where top_k exceeds ep.
+    deep_ep: the package DeepEP (GPUs, bf16, etp=1, no pad_to_capacity, no expert_dropout). auto: DeepEP where it is
+    installed and has reproduced all_to_all on a random batch, else the one of the first two that moves less."""
     pad_to_capacity: bool = False
     """Every expert gets its capacity of rows, zeros where fewer chose it: the sizes are known beforehand, so that the
     host need not wait for the device, and results are the same. A micro-batch that is cut over n ranks is padded by

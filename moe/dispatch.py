@@ -274,17 +274,21 @@ class AllGatherDispatcher:
 
 
 def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
-    """(dispatcher, why) for model.moe.dispatcher."""
+    """(dispatcher, why) for model.moe.dispatcher, DeepEP aside (moe.deep_ep.select_dispatcher)."""
     if ep == etp == 1:
         return "local", "every expert is on every rank"
-    if moe.dispatcher != "auto":
+    if moe.dispatcher in ("all_to_all", "all_gather"):
         return moe.dispatcher, "asked for"
     if moe.top_k > ep > 1:
         return "all_gather", f"{ep} ranks share the experts and a token visits {moe.top_k}"
     return "all_to_all", "rows travel to their experts alone"
 
 
-def make_dispatcher(name: str, num_experts: int, groups: Groups) -> Dispatcher:
+def make_dispatcher(name: str, num_experts: int, hidden_size: int, groups: Groups) -> Dispatcher:
     if name == "local":
         return LocalDispatcher(num_experts)
+    if name == "deep_ep":
+        from moe.deep_ep import DeepEPDispatcher
+
+        return DeepEPDispatcher(num_experts, groups, hidden_size)
     return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups)

@@ -52,7 +52,7 @@ class MoELayer(nn.Module):
         self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups)
         self.micro_batch_group = self.router.micro_batch_group
         dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
-        self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, groups)
+        self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups)
         self.shared = shared
         self.experts = Experts(model, backend=backend, dtype=dtype, groups=groups)
         self.statistics = LoadStatistics(model.moe.num_experts)

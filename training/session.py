@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from conf.schema import PRECISIONS, Config
-from moe.dispatch import choose_dispatcher
+from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.model import Parts, Stage
 from parallel import cpu, runtime, selection
@@ -88,7 +88,9 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
-    dispatcher, why_dispatcher = choose_dispatcher(config.model.moe, layout.ep, layout.etp)
+    dispatcher, why_dispatcher = select_dispatcher(
+        config.model.moe, config.model.hidden_size, run.groups, run.device, dtype
+    )
     norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size)
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout)]
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]

@@ -104,7 +104,7 @@ class Questions(TorchFunctionMode):
 
 def questions_of_ranks(world: World, name: str, slots: int | None) -> list[str]:
     with started(world, ParallelConfig(ep=2, etp=2)) as runtime:
-        dispatcher = make_dispatcher(name, 4, runtime.groups)
+        dispatcher = make_dispatcher(name, 4, 4, runtime.groups)
         x_TD = random(6, 4, seed=world.rank).requires_grad_()
         experts_TK = random(6, 4, seed=world.rank).argsort(1)[:, :2]
         choices = Choices(experts_TK, torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool))
