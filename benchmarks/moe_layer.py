@@ -5,12 +5,13 @@ Legend: T tokens, D hidden, F expert hidden.
 """
 
 import argparse
+import dataclasses
 import json
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import Contender, Result, measure, name_missing_gemm, quietly, table, version
+from benchmarks.contest import Contender, Result, measure, name_missing_gemm, peak_bytes, quietly, table, version
 from conf.schema import ModelConfig, MoeConfig
 
 OURS, DENSE = "switchyard", "dense"
@@ -115,7 +116,39 @@ def contender(layer: nn.Module, x_SBD: Tensor, grad_SBD: Tensor) -> Contender:
     return Contender(step, forward)
 
 
-def contest(args: argparse.Namespace, experts: int, runtime) -> dict[str, Result]:
+def half_to_one_expert(layer: nn.Module, x_SBD: Tensor) -> Tensor:
+    """Inputs of which every second token chooses expert 0 and no other does, by their first feature."""
+    router = layer.gate if hasattr(layer, "gate") else layer.router
+    with torch.no_grad():
+        router.weight[:, 0] = 0
+        router.weight[0] = 0
+        router.weight[0, 0] = 8
+    named = x_SBD.clone()
+    named[0::2, :, 0], named[1::2, :, 0] = 8, -8
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Bytes that a forward and backward pass takes at most, inputs and weights aside."""
+
+    even: int
+    skewed: int | None
+    """When one expert gets half of the tokens; None: there are no experts."""
+
+
+def peaks(layers: dict[str, nn.Module], x_SBD: Tensor, grad_SBD: Tensor) -> dict[str, Peak]:
+    """Changes the routers' weights."""
+
+    def peak(layer: nn.Module, x: Tensor) -> int:
+        return peak_bytes(contender(layer, x, grad_SBD).step)
+
+    even = {name: peak(layer, x_SBD) for name, layer in layers.items()}
+    skewed = {name: peak(layers[name], half_to_one_expert(layers[name], x_SBD)) for name in layers if name != DENSE}
+    return {name: Peak(even[name], skewed.get(name)) for name in layers}
+
+
+def contest(args: argparse.Namespace, experts: int, runtime) -> tuple[dict[str, Result], dict[str, Peak]]:
     """All contenders with this many experts."""
     model, dtype = model_config(args, experts), torch.bfloat16
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +161,10 @@ def contest(args: argparse.Namespace, experts: int, runtime) -> dict[str, Result
         for name in TRANSFORMERS:
             layers[name] = build_transformers(model, dtype, name.split()[1])
     cases = {name: contender(layer.to(runtime.device), x_SBD, grad_SBD) for name, layer in layers.items()}
-    return measure(cases, args.repetitions)
+    results = measure(cases, args.repetitions)
+    model.moe.expert_chunk_rows = args.chunk_rows
+    bounded = {f"{OURS}, expert_chunk_rows={args.chunk_rows}": build_ours(model, runtime, dtype)}
+    return results, peaks(layers | bounded, x_SBD, grad_SBD)
 
 
 def fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
@@ -145,6 +181,10 @@ def summary(by_experts: dict[int, dict[str, Result]]) -> dict[str, object]:
     return {"ratio_dense": dense} | {k: s and round(s / first[OURS].seconds, 3) for k, s in peers.items()}
 
 
+def mib(size: int) -> float:
+    return round(size / 2**20, 1)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One sparse layer, forward and backward, beside its peers.")
     parser.add_argument("--json", action="store_true", help="print the ratios as one JSON object and nothing else")
@@ -153,6 +193,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048, help="hidden width of an expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--chunk-rows", type=int, default=512, help="model.moe.expert_chunk_rows of the bounded layer")
     parser.add_argument("--backend", default="auto", help="model.moe.backend of our layer")
     return parser.parse_args(argv)
 
@@ -166,17 +207,25 @@ def main(argv: list[str] | None = None) -> None:
 
         run = runtime.start(World(), Layout(1), seed=1, timeout=60)
         try:
-            by_experts = {experts: contest(args, experts, run) for experts in args.experts}
+            contests = {experts: contest(args, experts, run) for experts in args.experts}
         finally:
             runtime.stop()
             cpu.undo()
     if not args.json:
         print(f"{args.tokens} tokens, hidden {args.hidden}, width {args.width}, top-1, bf16, {run.device}")
-        for experts, results in by_experts.items():
+        for experts, (results, memory) in contests.items():
             print(f"{experts} experts\n{table(results, lambda s: f'{s * 1e3:.1f} ms')}")
+            print("  peak of a forward and backward pass: tokens spread, and half of them to one expert")
+            for name, peak in memory.items():
+                print(
+                    f"  {name:36} {mib(peak.even):8.0f} MiB {'-' if peak.skewed is None else mib(peak.skewed):>8} MiB"
+                )
         if not version("transformers"):
             print("transformers: left out, not installed (pip install transformers)")
-    print(json.dumps(summary(by_experts)))
+    told = summary({experts: results for experts, (results, _) in contests.items()})
+    first = next(iter(contests.values()))[1]
+    told["peak_mib"] = {name: [mib(peak.even), peak.skewed and mib(peak.skewed)] for name, peak in first.items()}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

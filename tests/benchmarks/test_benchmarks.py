@@ -10,13 +10,15 @@ import time
 import pytest
 import torch
 
-from benchmarks.contest import Contender, Result, kept_bytes, measure
-from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS
+from benchmarks.contest import Contender, Result, kept_bytes, measure, peak_bytes
+from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
 from benchmarks.moe_layer import summary as layer_summary
 from benchmarks.train_step import summary as step_summary
+from conf.schema import MoeConfig
+from tests.moe.helpers import random, sparse_layer, tiny
 
 TOY = {
-    "moe_layer": ["--tokens=16", "--hidden=16", "--width=8", "--experts", "2", "4"],
+    "moe_layer": ["--tokens=16", "--hidden=16", "--width=8", "--chunk-rows=4", "--experts", "2", "4"],
     "train_step": [
         "--layers=1",
         "--hidden=16",
@@ -40,7 +42,8 @@ def run(name: str) -> dict:
 
 def test_layer_benchmark_prints_its_ratios() -> None:
     printed = run("moe_layer")
-    assert list(printed) == ["ratio_dense", "ratio_megatron", "ratio_transformers"]
+    assert list(printed) == ["ratio_dense", "ratio_megatron", "ratio_transformers", "peak_mib"]
+    assert {"switchyard", "dense", "megatron"} < printed["peak_mib"].keys()
     assert list(printed["ratio_dense"]) == ["2", "4"]
     assert min(*printed["ratio_dense"].values(), printed["ratio_megatron"]) > 0
     assert (printed["ratio_transformers"] is None) == (importlib.util.find_spec("transformers") is None)
@@ -72,6 +75,24 @@ def test_kept_bytes_are_those_held_after_the_forward_pass() -> None:
     """Of 100 fp32 values: exp keeps its result, sin its input, cos goes; a view and the caller's own do not count."""
     x = torch.ones(100, requires_grad=True)
     assert kept_bytes(lambda: x.exp().view(10, 10).sin().sum() + x.detach().cos().sum()) == 100 * 4 + 4
+
+
+def test_peak_is_the_most_that_is_held_at_a_time() -> None:
+    """1000 fp32 values and, one after the other, 2000 and 500 more."""
+
+    def step() -> None:
+        kept = torch.empty(1000)
+        torch.empty(2000)
+        torch.empty(500).copy_(kept[:500])
+
+    assert peak_bytes(step) == 3000 * 4
+
+
+def test_half_of_the_tokens_go_to_one_expert(runtime) -> None:
+    layer = sparse_layer(tiny(MoeConfig(num_experts=4, capacity_factor=None)), runtime)
+    x_SBD = half_to_one_expert(layer, random(40, 1, 8).to(runtime.device))
+    experts = layer.router(x_SBD.flatten(0, 1)).experts_TK.flatten().tolist()
+    assert all((e == 0) == (t % 2 == 0) for t, e in enumerate(experts)) and len(set(experts)) == 4
 
 
 def test_ratios_take_the_fastest_variant_of_a_peer() -> None:
