@@ -141,6 +141,7 @@ def peaks(layers: dict[str, nn.Module], x_SBD: Tensor, grad_SBD: Tensor) -> dict
     """Changes the routers' weights."""
 
     def peak(layer: nn.Module, x: Tensor) -> int:
+        layer.zero_grad(set_to_none=True)  # giving back what an earlier pass left would count against this one
         return peak_bytes(contender(layer, x, grad_SBD).step)
 
     even = {name: peak(layer, x_SBD) for name, layer in layers.items()}
