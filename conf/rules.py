@@ -247,6 +247,13 @@ def _expert_groups(case: Case) -> Iterator[Violation]:
 
 def _expert_choice(case: Case) -> Iterator[Violation]:
     key, factor, sample = "model.moe.load_balancing", "model.moe.capacity_factor", "eval.sample_tokens"
+    dispatcher = "model.moe.dispatcher"
+    if case[dispatcher] not in ("auto", "all_to_all"):
+        yield Violation(
+            f"{key}=expert_choice needs {dispatcher}=all_to_all",
+            f"it is {case[dispatcher]}, and how many experts take a token differs between ranks",
+            {dispatcher: ["auto"], key: [DEFAULTS[key]]},
+        )
     if case[factor] is None:
         repairs = {factor: [DEFAULTS[factor]], key: [DEFAULTS[key]]}
         yield Violation(f"{key}=expert_choice needs a {factor}", "it is null, and says how many each takes", repairs)

@@ -44,10 +44,12 @@ def obstacle(moe: MoeConfig, device: torch.device, dtype: torch.dtype, ep: int, 
         return "needs precision=bf16"
     if etp > 1:
         return "needs parallel.etp=1"
+    if moe.load_balancing == "expert_choice":
+        return "needs another model.moe.load_balancing than expert_choice: it takes as many choices from every rank"
     if moe.pad_to_capacity:
         return "needs model.moe.pad_to_capacity=false: it counts tokens itself"
     if moe.expert_dropout:
-        return "needs model.moe.expert_dropout=0: it does not carry the names of choices"
+        return "needs model.moe.expert_dropout=0: it does not carry the names of rows"
     return None
 
 

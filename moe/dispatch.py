@@ -279,6 +279,8 @@ def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
         return "local", "every expert is on every rank"
     if moe.dispatcher in ("all_to_all", "all_gather"):
         return moe.dispatcher, "asked for"
+    if moe.load_balancing == "expert_choice":
+        return "all_to_all", "how many experts take a token differs between ranks"
     if moe.top_k > ep > 1:
         return "all_gather", f"{ep} ranks share the experts and a token visits {moe.top_k}"
     return "all_to_all", "rows travel to their experts alone"

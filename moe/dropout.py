@@ -20,7 +20,7 @@ class Dropout:
     key: int
     """From moe.draws.key: seed, step and layer."""
     names_R: Tensor
-    """int64: which choice of which token of which micro-batch a row is."""
+    """int64: which expert's answer to which token of which micro-batch a row asks for."""
     width: int
     """F over all ranks."""
 
@@ -30,11 +30,13 @@ class Dropout:
         return kept_RF.chunk(parts, dim=1)[part].to(dtype) / (1 - self.rate)
 
 
-def name_choices(tokens: int, top_k: int, *, part: int, parts: int, micro_batch: int, device: torch.device) -> Tensor:
-    """int64 [T, K]: a number for each choice that no other choice of the step has.
+def name_choices(experts_TK: Tensor, num_experts: int, *, part: int, parts: int, micro_batch: int) -> Tensor:
+    """int64 [T, K]: a number for each choice that no other choice of the step has, by token and expert.
 
     Args:
+        experts_TK: E where there is no choice.
         part, parts: which of the equal parts of the micro-batch's tokens these are.
     """
-    token_T = torch.arange(tokens, device=device) + (micro_batch * parts + part) * tokens
-    return token_T[:, None] * top_k + torch.arange(top_k, device=device)
+    tokens = len(experts_TK)
+    token_T = torch.arange(tokens, device=experts_TK.device) + (micro_batch * parts + part) * tokens
+    return token_T[:, None] * (num_experts + 1) + experts_TK

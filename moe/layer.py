@@ -174,9 +174,9 @@ class MoELayer(nn.Module):
         """[T, K] names of the choices where noise belongs to them, else None."""
         if not self.moe.expert_dropout or about.mode != TRAIN:
             return None
-        experts_TK, group = routing.experts_TK, self.micro_batch_group
+        group = self.micro_batch_group
         place = {"part": group.rank(), "parts": group.size(), "micro_batch": about.micro_batch}
-        return name_choices(*experts_TK.shape, **place, device=experts_TK.device)
+        return name_choices(routing.experts_TK, self.moe.num_experts, **place)
 
     def _dropout(self, names_R: Tensor | None, about: ForwardPass) -> Dropout | None:
         if names_R is None:

@@ -199,6 +199,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ({}, CUDA, torch.float32, 2, 1, "precision=bf16"),
         ({}, CUDA, torch.bfloat16, 2, 2, "parallel.etp=1"),
         ({"pad_to_capacity": True}, CUDA, torch.bfloat16, 2, 1, "pad_to_capacity=false"),
+        ({"load_balancing": "expert_choice"}, CUDA, torch.bfloat16, 2, 1, "another model.moe.load_balancing"),
         ({"expert_dropout": 0.1}, CUDA, torch.bfloat16, 2, 1, "expert_dropout=0"),
     ],
 )

@@ -21,8 +21,11 @@ def test_equals_the_reference(backend: str, runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MOE), runtime, backend=backend, seed=3)
     x_SBD, weights, seed = random(5, 2, 8), in_float64(layer), 3
 
+    experts = reference.sparse_layer(x_SBD.double().flatten(0, 1), weights, MOE, "geglu", None, 2).experts
+
     def keep(token: int, choice: int) -> Tensor:
-        name = torch.tensor([(7 * 10 + token) * 2 + choice])  # micro-batch 7 of 10 tokens with 2 choices each
+        # Micro-batch 7 of 10 tokens, each with 4 experts or none.
+        name = torch.tensor([(7 * 10 + token) * 5 + experts[token][choice]])
         named = key(seed, "expert dropout", 11, 0)
         return Dropout(0.4, named, name, 12).factors(slice(None), 0, 1, torch.float64)[0]
 
@@ -62,7 +65,11 @@ def test_parts_of_the_width_and_of_the_rows_are_cut_out_of_the_whole() -> None:
 
 
 def test_every_choice_of_a_step_has_a_name_of_its_own() -> None:
-    cpu = torch.device("cpu")
+    experts_TK = torch.tensor([[0, 1], [2, 0], [2, 1]])
     places = [(micro_batch, part) for micro_batch in range(2) for part in range(4)]
-    names = [name_choices(3, 2, part=p, parts=4, micro_batch=m, device=cpu).flatten() for m, p in places]
-    assert torch.cat(names).tolist() == list(range(48))
+    names = [name_choices(experts_TK, 3, part=p, parts=4, micro_batch=m).flatten().tolist() for m, p in places]
+    assert names[0] == [0, 1, 6, 4, 10, 9]
+    assert len({name for some in names for name in some}) == 8 * 6
+    # However the micro-batch is cut: the second token of the second of two parts is the fourth of the whole.
+    (whole,) = name_choices(experts_TK[:1].expand(4, 2), 3, part=0, parts=1, micro_batch=1)[3:].tolist()
+    assert name_choices(experts_TK[:1].expand(2, 2), 3, part=1, parts=2, micro_batch=1)[1].tolist() == whole

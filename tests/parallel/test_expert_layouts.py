@@ -15,6 +15,9 @@ VARIANTS = {
     "plain": Variant(),
     "peers": Variant(moe=SHARED | {"expert_bias": True}),
     "dropout": Variant(moe={"expert_dropout": 0.4}),
+    "experts choose": Variant(
+        moe={"load_balancing": "expert_choice", "capacity_factor": 0.75, "expert_dropout": 0.4, "num_shared_experts": 1}
+    ),
     "dropless": Variant(moe=SHARED | {"capacity_factor": None, "top_k": 3}),
 }
 CELLS = [
@@ -29,6 +32,7 @@ CELLS = [
     (4, {"cp": 2, "ep": 2, "etp": 2}, "peers", GATHER),
     (4, {"tp": 2, "ep": 2, "etp": 2}, "dropless", GATHER),
     (4, {"tp": 2, "ep": 4}, "plain", GATHER | PAD),
+    (4, {"tp": 2, "ep": 4, "sequence_parallel": True}, "experts choose", PAD),
     (2, {"pp": 2}, "dropout", {"expert_chunk_rows": 7}),
     (2, {"ep": 2}, "dropout", PAD | {"dispatcher": "all_to_all"}),
     (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, "dropout", {"dispatcher": "all_to_all"}),
