@@ -218,9 +218,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{experts} experts\n{table(results, lambda s: f'{s * 1e3:.1f} ms')}")
             print("  peak of a forward and backward pass: tokens spread, and half of them to one expert")
             for name, peak in memory.items():
-                print(
-                    f"  {name:36} {mib(peak.even):8.0f} MiB {'-' if peak.skewed is None else mib(peak.skewed):>8} MiB"
-                )
+                skewed = "" if peak.skewed is None else f"{mib(peak.skewed):8.0f} MiB"
+                print(f"  {name:36} {mib(peak.even):8.0f} MiB {skewed}".rstrip())
         if not version("transformers"):
             print("transformers: left out, not installed (pip install transformers)")
     told = summary({experts: results for experts, (results, _) in contests.items()})
