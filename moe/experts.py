@@ -235,6 +235,7 @@ class Experts(nn.Module):
             # Cut as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
             self.b_out = nn.Parameter(torch.empty(local, hidden // groups.etp.size(), dtype=dtype))
             placed += [(self.b_in, 2, 0.0), (self.b_out, 1, 0.0)]
+            self.b_in.no_decay = self.b_out.no_decay = True
             before = groups.etp.rank() * self.b_out.shape[1]
             self.columns = (before, hidden - before - self.b_out.shape[1])
             """Before and after those of b_out."""

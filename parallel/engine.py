@@ -73,10 +73,9 @@ def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any]) 
     from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
 
-    # Decay is for what was drawn at random; norms start as ones (None), biases as zeros. Megatron-Core goes by shape
-    # and name, but an expert's bias is a row of a matrix.
-    start_fixed = ParamPredicate("starts_fixed", lambda parameter: not parameter.placement.std)
-    no_decay = {ParamKey(predicate=start_fixed): ParamGroupOverride(wd_mult=0.0)}
+    # No decay of norms and biases. Megatron-Core goes by shape, but an expert's bias is a row of a matrix.
+    fixed = ParamPredicate("no_decay", lambda p: p.dim() == 1 or getattr(p, "no_decay", False))
+    no_decay = {ParamKey(predicate=fixed): ParamGroupOverride(wd_mult=0.0)}
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
