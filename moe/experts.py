@@ -12,32 +12,15 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
+from moe.activations import GATED, activate
 from moe.chunks import InPieces
 from moe.dropout import Dropout
+from moe.fused_experts import FusedExperts
 from moe.recompute import PRODUCTS, recomputed
 from parallel.placement import place
 from parallel.runtime import Groups
-
-GATED = {"swiglu": F.silu, "geglu": F.gelu}
-PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
-aten = torch.ops.aten
-BACKWARD = {"swiglu": aten.silu_backward, "geglu": aten.gelu_backward, "gelu": aten.gelu_backward}
-BACKWARD["relu"] = partial(aten.threshold_backward, threshold=0)
-BACKWARD["relu2"] = lambda grad, h: grad * (2 * F.relu(h))
-"""The gradient of each nonlinearity: (gradient of its output, its input) -> gradient of its input."""
-
-
-def activate(parts: Sequence[Tensor], name: str) -> Tensor:
-    """act(h) of one part for plain activations, act(gate) * up of (gate, up) for gated ones (Shazeer 2020,
-    arXiv:2002.05202, eq. 5 and 6)."""
-    if name in PLAIN:
-        (h,) = parts
-        return PLAIN[name](h)
-    gate, up = parts
-    return GATED[name](gate) * up
 
 
 def loop_experts(
@@ -69,6 +52,10 @@ def loop_experts(
     return torch.cat(out)
 
 
+def _split_or_none(t_RX: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(counts) if t_RX is None else t_RX.split(counts)
+
+
 def grouped_experts(
     x_RD: Tensor,
     counts: Sequence[int],
@@ -93,72 +80,6 @@ def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
     """[L, ...] -> [R, ...]: for every row what belongs to its expert."""
     repeats = torch.tensor(counts, device=per_expert.device)
     return per_expert.repeat_interleave(repeats, dim=0, output_size=sum(counts))
-
-
-class FusedExperts(torch.autograd.Function):
-    """The loop as one operation. Every product is written straight into its place in the stacked result, and of the
-    hidden width only h is kept for the backward pass: repeating the activation is cheaper than storing it."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x_RD: Tensor,
-        counts: Sequence[int],
-        w_in_LDGF: Tensor,
-        w_out_LFD: Tensor,
-        activation: str,
-        b_in_LGF: Tensor | None = None,
-        keep_RF: Tensor | None = None,
-    ) -> Tensor:
-        ctx.counts, ctx.activation = list(counts), activation
-        h_RGF = x_RD.new_empty((x_RD.shape[0], *w_in_LDGF.shape[2:]))
-        y_RD = torch.empty_like(x_RD)
-        rows = (t.split(ctx.counts) for t in (x_RD, h_RGF, y_RD))
-        keeps = _split_or_none(keep_RF, ctx.counts)
-        for e, (x, h, y, keep) in enumerate(zip(*rows, keeps, strict=True)):
-            torch.mm(x, w_in_LDGF[e].flatten(1), out=h.flatten(1))
-            if b_in_LGF is not None:
-                h += b_in_LGF[e]
-            act = activate(h.unbind(1), activation)
-            torch.mm(act if keep is None else act * keep, w_out_LFD[e], out=y)
-        ctx.has_bias = b_in_LGF is not None
-        ctx.save_for_backward(x_RD, h_RGF, keep_RF, w_in_LDGF, w_out_LFD)
-        return y_RD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, h_RGF, keep_RF, *weights = ctx.saved_tensors
-        dx_RD, *dweights = (torch.empty_like(t) for t in (x_RD, *weights))
-        db_in_LGF = weights[0].new_empty((len(ctx.counts), *weights[0].shape[2:])) if ctx.has_bias else None
-        rows = (t.split(ctx.counts) for t in (x_RD, h_RGF, dy_RD, dx_RD))
-        keeps = _split_or_none(keep_RF, ctx.counts)
-        for e, (x, h, dy, dx, keep) in enumerate(zip(*rows, keeps, strict=True)):
-            w_in_DGF, w_out_FD, dw_in_DGF, dw_out_FD = (w[e] for w in (*weights, *dweights))
-            dact = dy @ w_out_FD.t()
-            act, dh = _activate_again(h, dact if keep is None else dact * keep, ctx.activation)
-            torch.mm((act if keep is None else act * keep).t(), dy, out=dw_out_FD)
-            torch.mm(x.t(), dh, out=dw_in_DGF.flatten(1))
-            torch.mm(dh, w_in_DGF.flatten(1).t(), out=dx)
-            if db_in_LGF is not None:
-                torch.sum(dh, 0, out=db_in_LGF[e].view(-1))
-        return dx_RD, None, *dweights, None, db_in_LGF, None
-
-
-def _split_or_none(t_RX: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
-    return [None] * len(counts) if t_RX is None else t_RX.split(counts)
-
-
-def _activate_again(h_RGF: Tensor, dact_RF: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """act(h) as `activate` makes it, and the gradient of h [R, G * F] for its gradient."""
-    if name in PLAIN:
-        h_RF = h_RGF.squeeze(1)
-        return PLAIN[name](h_RF), BACKWARD[name](dact_RF, h_RF)
-    (gate, up), dh_RGF = h_RGF.unbind(1), torch.empty_like(h_RGF)
-    nonlinear = GATED[name](gate)
-    dh_RGF[:, 0] = BACKWARD[name](dact_RF * up, gate)
-    torch.mul(dact_RF, nonlinear, out=dh_RGF[:, 1])
-    return nonlinear * up, dh_RGF.flatten(1)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel import cpu
+from parallel import allocator, cpu
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -49,6 +49,8 @@ class Runtime:
     layout: Layout
     groups: Groups
     device: torch.device
+    memory: tuple[str, str] | None
+    """What the C library does with freed memory, and why; None on a GPU, whose allocator is torch's."""
 
 
 def pick_device(local_rank: int, local_size: int) -> torch.device:
@@ -78,8 +80,11 @@ def start(world: World, layout: Layout, *, seed: int, timeout: float, threads: i
     device = pick_device(world.local_rank, world.local_size)
     cpu.megatron()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    memory = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        memory = allocator.keep_freed_memory()
     wait = datetime.timedelta(seconds=timeout)
     # One rank alone needs no port.
     store = dist.HashStore() if world.size == 1 else None
@@ -91,7 +96,7 @@ def start(world: World, layout: Layout, *, seed: int, timeout: float, threads: i
     groups = _build_groups(layout, wait)
     _warm_up(groups, device)
     seed_all(seed)
-    return Runtime(world, layout, groups, device)
+    return Runtime(world, layout, groups, device, memory)
 
 
 def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:

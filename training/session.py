@@ -124,7 +124,8 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
         return [("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, NCCL")]
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return [("device", f"CPU ({name}, {torch.get_num_threads()} threads a rank)", "no CUDA device; gloo")]
+    rows = [("device", f"CPU ({name}, {torch.get_num_threads()} threads a rank)", "no CUDA device; gloo")]
+    return rows + ([("memory", *run.memory)] if run.memory else [])
 
 
 def _layout_rows(layout: Layout) -> list[tuple[str, str, str]]:
