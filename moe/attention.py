@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
+from parallel.blocks import rows_at_once
 from parallel.collectives import GatherSequence
 from parallel.placement import place
 from parallel.runtime import Groups
@@ -32,8 +34,33 @@ class Rotary(nn.Module):
 
     @staticmethod
     def rotate(x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = x_SBHN.float().chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_SBHN.dtype)
+        """In fp32 whatever the precision of x."""
+        return _Rotate.apply(x_SBHN, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing of x for the backward pass, which turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_SBHN, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_SBHN, cos, -sin), None, None
+
+
+def _turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned_SBHN = torch.empty(x_SBHN.shape, dtype=x_SBHN.dtype, device=x_SBHN.device)
+    rows = rows_at_once(x_SBHN[0].numel(), x_SBHN.device) if x_SBHN.numel() else 1
+    for x, c, s, turned in zip(*(t.split(rows) for t in (x_SBHN, cos, sin, turned_SBHN)), strict=True):
+        (a, b), (first, second) = x.float().chunk(2, -1), turned.chunk(2, -1)
+        first.copy_((a * c).addcmul_(b, s, value=-1))
+        second.copy_((b * c).addcmul_(a, s))
+    return turned_SBHN
 
 
 class Attention(nn.Module):

@@ -21,6 +21,7 @@ from moe.attention import Attention, Rotary, attention_mask
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.layer import MoELayer
+from moe.loss import token_losses
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
 from moe.shared_experts import SharedExperts
@@ -211,7 +212,7 @@ class Stage(MegatronModule):
         logits_SBV = self.head(self.final_norm(x_SBD), weight=tied)[0]
         if labels_BS is None:
             return logits_SBV.transpose(0, 1)
-        return tp.vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).t()
+        return token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
 
     def sparse(self) -> dict[int, MoELayer]:
         """The sparse layers of this chunk by their index in the model."""

@@ -51,6 +51,19 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves out a collective in place over a single rank. NCCL does that by itself; gloo copies the whole bucket to
+    another place and back."""
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == given.data_ptr():
+            return None
+        return collective(output, given, *args, group=group, **kwargs)
+
+    return call
+
+
 class CpuEngine:
     """The installed patches. `undo()` restores what was there; installing again is then possible."""
 
@@ -86,8 +99,11 @@ class CpuEngine:
         self._patch_megatron()
 
     def _patch_megatron(self) -> None:
+        from megatron.core.distributed import param_and_grad_buffer as buffers
         from megatron.core.tensor_parallel import random
 
+        for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+            self._set(buffers, name, _unless_alone(getattr(buffers, name)))
         # These two bind the default CUDA generator by index, past torch.cuda.get_rng_state.
         self._set(random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state())
         self._set(random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state))

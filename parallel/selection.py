@@ -91,8 +91,10 @@ def _apex_rms_norm() -> Norm:
     return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
 
 
-def select_norm(device: torch.device, dtype: torch.dtype, hidden_size: int) -> tuple[Norm, Choice]:
-    """RMSNorm: Apex's fused one where it equals torch's, output and both gradients."""
+def select_norm(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, ours: Sequence[Candidate] = ()
+) -> tuple[Norm, Choice]:
+    """RMSNorm: Apex's fused one where it equals torch's, output and both gradients; before it what the caller has."""
 
     def run(norm: Norm) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -104,7 +106,8 @@ def select_norm(device: torch.device, dtype: torch.dtype, hidden_size: int) -> t
         return [y, x.grad, weight.grad]
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    return select("norm", [Candidate("Apex", _apex_rms_norm)], ("torch rms_norm", torch_rms_norm), run, tolerance)
+    candidates = [*ours, Candidate("Apex", _apex_rms_norm)]
+    return select("norm", candidates, ("torch rms_norm", torch_rms_norm), run, tolerance)
 
 
 def _te_adam() -> Callable[..., torch.optim.Optimizer]:

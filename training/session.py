@@ -11,6 +11,7 @@ from conf.schema import PRECISIONS, Config
 from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.model import Parts, Stage
+from moe.norm import rms_norm_in_blocks
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, core_config
 from parallel.layout import Layout
@@ -91,7 +92,9 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     dispatcher, why_dispatcher = select_dispatcher(
         config.model.moe, config.model.hidden_size, run.groups, run.device, dtype
     )
-    norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size)
+    ours = [selection.Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)]
+    ours = ours if run.device.type == "cpu" else []
+    norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size, ours)
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout)]
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
     rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]

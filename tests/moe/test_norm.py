@@ -1,18 +1,22 @@
+import pytest
 import torch
 
-from moe.norm import RMSNorm
+from moe.norm import RMSNorm, rms_norm_in_blocks
 from parallel.runtime import Runtime
-from parallel.selection import torch_rms_norm
+from parallel.selection import Norm, torch_rms_norm
 from tests.moe import reference
 from tests.moe.helpers import assert_close, random
 
 
-def test_equals_the_reference_output_and_gradients(runtime: Runtime) -> None:
-    """Rows of very different size, one so small that eps decides, and weights that are not 1."""
+@pytest.mark.parametrize("function", [torch_rms_norm, rms_norm_in_blocks])
+def test_equals_the_reference_output_and_gradients(function: Norm, runtime: Runtime, monkeypatch) -> None:
+    """Rows of very different size, one so small that eps decides, and weights that are not 1; in blocks of
+    three rows and of one."""
+    monkeypatch.setattr("parallel.blocks.CPU_VALUES", 18 // torch.get_num_threads())
     eps = 1e-3
-    norm = RMSNorm(
-        6, eps, function=torch_rms_norm, dtype=torch.float32, sequence_parallel=False, groups=runtime.groups
-    ).to(runtime.device)
+    norm = RMSNorm(6, eps, function=function, dtype=torch.float32, sequence_parallel=False, groups=runtime.groups).to(
+        runtime.device
+    )
     weight_D = random(6, seed=1)
     norm.weight.data.copy_(weight_D)
     x_TD = random(4, 6) * torch.tensor([[1.0], [100.0], [0.01], [1.0]])

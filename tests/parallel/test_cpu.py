@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def snapshot() -> dict[tuple[str, str], Any]:
     """Every attribute of the places that are patched."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
     from megatron.core.tensor_parallel import random
 
-    owners = {"torch": torch, "torch.cuda": torch.cuda, "random": random, "Tensor": torch.Tensor}
+    owners = {"torch": torch, "torch.cuda": torch.cuda, "random": random, "buffers": buffers, "Tensor": torch.Tensor}
     # Tensor inherits what is patched on it, so its own dictionary is not enough.
     return {(key, n): inspect.getattr_static(owner, n, MISSING) for key, owner in owners.items() for n in dir(owner)}
 
@@ -56,6 +57,7 @@ def test_undo_restores_every_attribute(ranks):
         ("torch.cuda", "Stream"),
         ("Tensor", "record_stream"),
         ("random", "_get_cuda_rng_state"),
+        ("buffers", "dist_reduce_scatter_func"),
     }
     assert told["left behind"] == told["left behind by a second undo"] == set()
     assert (told["a tensor on 'cuda'"], told["a tensor elsewhere"]) == ("cpu", "meta")
