@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def count(index_X: Tensor, size: int) -> Tensor:
+    """int64 [size]: how often each index occurs. torch.bincount would make the host wait for the device."""
+    return index_X.new_zeros(size).scatter_add_(0, index_X, torch.ones_like(index_X))
+
+
 def count_loads(experts_MK: Tensor, num_experts: int, sequences: int = 1) -> Tensor:
     """int64 [B, E]: choices of each expert, of each sequence by itself. Index E is no choice.
 
@@ -18,7 +23,7 @@ def count_loads(experts_MK: Tensor, num_experts: int, sequences: int = 1) -> Ten
     """
     sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % sequences
     flat = (sequence_M[:, None] * (num_experts + 1) + experts_MK).flatten()
-    counts = torch.bincount(flat, minlength=sequences * (num_experts + 1))
+    counts = count(flat, sequences * (num_experts + 1))
     return counts.view(sequences, num_experts + 1)[:, :num_experts]
 
 
@@ -91,7 +96,7 @@ def within_capacity(experts_MK: Tensor, num_experts: int, limit: int, urgency_MK
     else:
         by_urgency = urgency_MK.t().reshape(-1).argsort(descending=True, stable=True)
         order = by_urgency[expert_KM[by_urgency].argsort(stable=True)]
-    counts_E = torch.bincount(expert_KM, minlength=num_experts + 1)
+    counts_E = count(expert_KM, num_experts + 1)
     first_E = counts_E.cumsum(0) - counts_E
     place_in_expert = torch.arange(order.numel(), device=order.device) - first_E[expert_KM[order]]
     keep = torch.empty_like(expert_KM, dtype=torch.bool)

@@ -75,7 +75,6 @@ def by_expert(expert_X: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order that sorts by expert and then by place, choices of each expert [E]); expert E, which does not exist, comes
     last and is not counted."""
     sorted_X, order = expert_X.sort(stable=True)
-    # bincount would make the host wait for the device.
     ends_E = torch.searchsorted(sorted_X, torch.arange(num_experts, device=sorted_X.device), right=True)
     return order, ends_E.diff(prepend=ends_E.new_zeros(1))
 

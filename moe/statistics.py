@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.balance import count
 from moe.load import ExpertLoad
 from moe.router import Routing
 from parallel.layout import Layout
@@ -42,7 +43,7 @@ class Report:
         if padding_T is not None:
             entropy_T, square_T = (value_T.masked_fill(padding_T, 0.0) for value_T in (entropy_T, square_T))
             tokens = (~padding_T).sum()
-        load_E = torch.bincount(routing.experts_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+        load_E = count(routing.experts_TK.flatten(), num_experts + 1)[:num_experts]
         counts = [tokens, load_E.sum() - keep_TK.sum(), tokens - served_T.sum()]
         values = [entropy_T.sum(), square_T.sum(), *losses]
         return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conf.schema import ACTIVATIONS, DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.draws import key, uniform
@@ -336,3 +337,22 @@ def test_auxiliary_losses_leave_the_output_alone(runtime: Runtime) -> None:
     with torch.no_grad():
         silent = with_losses(x_SBD)
     assert torch.equal(silent, without(x_SBD)) and not silent.requires_grad
+
+
+@pytest.mark.parametrize("drop_policy", ["position", "probability", "random"])
+@pytest.mark.parametrize("load_balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"])
+def test_padded_to_capacity_the_host_never_waits_for_the_device(
+    load_balancing: str, drop_policy: str, runtime: Runtime
+) -> None:
+    """A pass of the whole layer with tensors that have shapes but no values: whatever the host asks for, raises."""
+    moe = {"num_experts": 4, "top_k": 2, "load_balancing": load_balancing, "drop_policy": drop_policy, "jitter": 0.01}
+    for padded in (True, False):
+        layer = sparse_layer(tiny(MoeConfig(**moe, pad_to_capacity=padded)), runtime)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x_SBD = torch.empty(6, 2, 8, device=runtime.device, requires_grad=True)
+            if not padded:
+                with pytest.raises(DataDependentOutputException):
+                    layer(x_SBD)
+                continue
+            (gradient,) = torch.autograd.grad(layer(x_SBD).sum(), x_SBD)
+            assert gradient.shape == x_SBD.shape
