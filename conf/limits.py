@@ -75,7 +75,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
 IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     # when the settings on the right have an effect, as text and as code
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
-    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp"),
+    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
     (
         "model.moe.num_experts > 0",
         lambda c: c["model.moe.num_experts"] > 0,

@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from conf.limits import BOUNDS, CHOICES, IDLE, NARROW_PRECISIONS
+from conf.nearest import nearest_layouts
 from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
 WORLD_SIZE = "world_size"
@@ -52,6 +53,7 @@ class Case:
 
 
 DEFAULTS = Case(Config(), 1)
+_FURTHER = ", each with further changes"
 
 
 def check(config: Config, world_size: int) -> None:
@@ -59,10 +61,14 @@ def check(config: Config, world_size: int) -> None:
     case = Case(config, world_size)
     found = violations(case)
     lines = [f"{violation.rule}, but {violation.numbers}{_advice(violation, case, found)}" for violation in found]
-    if len(lines) == 1:
+    of_layout = any(key.startswith("parallel.") for violation in found for key in violation.repairs)
+    mended_by_one = len(found) == 1 and "; nearest: " in lines[0] and not lines[0].endswith(_FURTHER)
+    if of_layout and not mended_by_one and (layouts := nearest_layouts(case, lambda other: not violations(other))):
+        lines[-1] += f"\n  nearest layouts of {world_size} ranks: {', or '.join(layouts)}"
+    if len(found) == 1:
         raise ValueError(lines[0])
     if lines:
-        raise ValueError("\n  ".join([f"{len(lines)} rules are violated:", *lines]))
+        raise ValueError("\n  ".join([f"{len(found)} rules are violated:", *lines]))
 
 
 def violations(case: Case) -> list[Violation]:
@@ -82,7 +88,7 @@ def _advice(violation: Violation, case: Case, found: list[Violation]) -> str:
     wishes: list[tuple[Callable[[set[str]], bool], str]] = [
         (lambda left: not left, ""),
         (lambda left: left <= rest, ""),
-        (lambda left: violation.rule not in left, ", each with further changes"),
+        (lambda left: violation.rule not in left, _FURTHER),
     ]
     for granted, remark in wishes:
         advice = []
@@ -271,7 +277,10 @@ def _layout(case: Case) -> Iterator[Violation]:
     for size in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         if case[f"model.{size}"] is not None:
             yield from _divisible(case, f"model.{size}", tp)
-    yield from _divisible(case, "model.num_layers", pp, vpp)
+    if case["parallel.pp_layers"] is None:
+        yield from _divisible(case, "model.num_layers", pp, vpp)
+    elif case[pp] > 1:
+        yield from _uneven_stages(case)
     if case["model.moe.num_experts"]:
         yield from _divisible(case, WORLD_SIZE, etp, ep, pp)
         yield from _divisible(case, "model.moe.num_experts", ep)
@@ -281,6 +290,23 @@ def _layout(case: Case) -> Iterator[Violation]:
     # A sparse layer spreads its tokens over the tensor-parallel ranks, with or without sequence parallelism.
     cuts_tokens = case["parallel.sequence_parallel"] or case["model.moe.num_experts"]
     yield from _divisible(case, "train.sequence_length", *((cp, tp) if cuts_tokens else (cp,)))
+
+
+def _uneven_stages(case: Case) -> Iterator[Violation]:
+    given, layers = case["parallel.pp_layers"], case["model.num_layers"]
+    chunks = case.product("parallel.pp", "parallel.vpp")
+    even = [layers // chunks + (i < layers % chunks) for i in range(chunks)]
+    repairs = {"parallel.pp_layers": [even, None] if layers >= chunks else [None]}
+    what = "parallel.pp * parallel.vpp" if case["parallel.vpp"] else "parallel.pp"
+    if len(given) != chunks:
+        yield Violation(f"parallel.pp_layers has {what} numbers", f"{len(given)} != {chunks}", repairs)
+    elif min(given) < 1:
+        yield Violation("every number of parallel.pp_layers >= 1", f"it is {_shown(given)}", repairs)
+    elif sum(given) != layers:
+        numbers = f"{' + '.join(map(str, given))} = {sum(given)} != {layers}"
+        yield Violation(
+            "the sum of parallel.pp_layers == model.num_layers", numbers, repairs | {"model.num_layers": [sum(given)]}
+        )
 
 
 def _batch(case: Case) -> Iterator[Violation]:

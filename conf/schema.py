@@ -153,6 +153,9 @@ class ParallelConfig:
     """Pipeline stages."""
     vpp: int | None = None
     """Layer chunks per pipeline stage, interleaved (virtual pipeline). Needs pp > 1."""
+    pp_layers: list[int] | None = None
+    """Layers of each pipeline stage, first to last, for example [3, 5]; with vpp those of all pp * vpp chunks in the
+    order of the model. null: as many in each. Needs pp > 1."""
     cp: int = 1
     """Context parallelism: each rank holds a slice of every sequence."""
     ep: int = 1

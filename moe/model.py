@@ -122,7 +122,6 @@ class Stage(MegatronModule):
         super().__init__(parts.config)
         model, layout, groups = parts.model, parts.runtime.layout, parts.runtime.groups
         chunks, index = layout.pp * layout.vpp, chunk * layout.pp + groups.pp.rank()
-        per_chunk = model.num_layers // chunks
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
@@ -144,8 +143,7 @@ class Stage(MegatronModule):
             place(self.embedding.weight, (0, groups.tp), std=std)
             # Gives it a bucket of its own, cut over data-parallel ranks as on the other stage that holds it.
             self.embedding.weight.shared_embedding = model.tie_embeddings
-        first = index * per_chunk
-        self.layers = nn.ModuleDict({str(i): Block(parts, i) for i in range(first, first + per_chunk)})
+        self.layers = nn.ModuleDict({str(i): Block(parts, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:
             self.final_norm = parts.norm()
             self._build_head(parts, std)

@@ -14,7 +14,7 @@ from moe.model import Parts, Stage
 from moe.norm import rms_norm_in_blocks
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, core_config
-from parallel.layout import Layout
+from parallel.layout import Layout, crossings
 from parallel.runtime import Runtime, World
 from training import expert_backend
 from training.plan import Cost, model_cost
@@ -95,7 +95,7 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     ours = [selection.Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)]
     ours = ours if run.device.type == "cpu" else []
     norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size, ours)
-    rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout)]
+    rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
     rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]
     if config.model.moe.num_experts:
@@ -131,8 +131,15 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
     return rows + ([("memory", *run.memory)] if run.memory else [])
 
 
-def _layout_rows(layout: Layout) -> list[tuple[str, str, str]]:
-    return [("ranks", f"{layout.world}", layout.describe())] if layout.world > 1 else []
+def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
+    if world.size == 1:
+        return []
+    rows = [("ranks", f"{layout.world}", layout.describe())]
+    if world.local_size < world.size:
+        nodes = f"{-(-world.size // world.local_size)} of {world.local_size} ranks"
+        apart = "; ".join(crossings(layout, world.local_size))
+        rows += [("nodes", nodes, apart or "tensor, context and expert groups lie within a node")]
+    return rows
 
 
 def _recompute_row(parts: list[str], backend: str) -> list[tuple[str, str, str]]:

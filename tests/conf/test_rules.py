@@ -226,6 +226,15 @@ BROKEN = [
         "12 / (4 * 1) = 3 and 3 % 2 = 1",
         "train.global_batch_size=8 or train.micro_batch_size=3",
     ),
+    ({"parallel.pp_layers": [2, 2]}, 1, "pp_layers needs parallel.pp > 1", "parallel.pp_layers=null"),
+    ({"parallel.pp": 2, "parallel.pp_layers": [1, 2]}, 2, "1 + 2 = 3 != 4", "pp_layers=[2,2] or model.num_layers=3"),
+    ({"parallel.pp": 2, "parallel.pp_layers": [0, 4]}, 2, "it is [0,4]", "parallel.pp_layers=[2,2]"),
+    (
+        {"parallel.pp": 2, "parallel.vpp": 2, "parallel.pp_layers": [2, 2]},
+        2,
+        "parallel.pp_layers has parallel.pp * parallel.vpp numbers, but 2 != 4",
+        "parallel.pp_layers=[1,1,1,1]",
+    ),
     ({"train.global_batch_size": 30}, 2, "30 % (4 * 2) = 6", "train.global_batch_size=32"),
     ({"parallel.cp": 2, "train.sequence_length": 255}, 2, "255 % 2 = 1", "parallel.cp=1 or train.sequence_length=254"),
     ({"parallel.sequence_parallel": True}, 1, "sequence_parallel needs parallel.tp > 1", "sequence_parallel=false"),
@@ -307,10 +316,35 @@ def test_good_blend_passes():
         {"model.moe.capacity_factor": None, "model.moe.top_k": 2, "model.moe.renormalize": True, **SPARSE},
         {"train.profile": [200, 200], "train.stop_after": 200},
         {"data.kind": "text", "data.files": ["a.txt"], "data.valid_files": ["b.txt"]},
+        {"model.num_layers": 5, "parallel.pp": 2, "parallel.pp_layers": [2, 3]},
     ],
 )
 def test_unusual_but_sound(changes):
-    assert complaint(case(changes)) == ""
+    assert complaint(case(changes, changes.get("parallel.pp", 1))) == ""
+
+
+def test_where_no_single_setting_helps_whole_layouts_are_named():
+    changes = {"parallel.tp": 16, "parallel.pp": 12, "parallel.ep": 100, "parallel.vpp": 3, "model.num_layers": 48}
+    changes |= {"model.num_attention_heads": 32, "model.hidden_size": 4096, "model.moe.num_experts": 128}
+    broken = case(changes | {"train.global_batch_size": 16384, "train.micro_batch_size": 1}, 16384)
+    told = complaint(broken).splitlines()[-1]
+    assert told.startswith("  nearest layouts of 16384 ranks: ")
+    layouts = told.partition(": ")[2].split(", or ")
+    assert len(layouts) == 2
+    for layout in layouts:
+        mended = broken
+        for override in layout.split():
+            key, _, value = override.partition("=")
+            mended = mended.replaced(key, parsed(value))
+        assert complaint(mended) == ""
+    # Drawn by hand: 12 stages become 16 (a third up) rather than 8 (a third down is further in doublings), 100 experts'
+    # ranks 128; tensor parallelism and the chunks of a stage may stay.
+    assert layouts[0] == "parallel.pp=16 parallel.ep=128"
+
+
+def test_one_setting_that_helps_is_advice_enough():
+    assert "nearest layouts" not in complaint(case({"parallel.vpp": 2}, 4))
+    assert "nearest layouts" in complaint(case({"parallel.tp": 2, "parallel.pp": 3}, 8))
 
 
 def can_deal(amount: int, *hands: int) -> bool:
