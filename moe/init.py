@@ -39,5 +39,7 @@ def initial_value(name: str, local_shape: torch.Size, placement: Placement, seed
 def initialise(module: nn.Module, seed: int) -> None:
     """Writes the initial value of every parameter of a pipeline chunk in place."""
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # of a planned rank, which has shapes alone
+            continue
         key = logical_name(name, parameter)
         parameter.copy_(initial_value(key, parameter.shape, parameter.placement, seed))

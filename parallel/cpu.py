@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -93,6 +94,8 @@ class CpuEngine:
         self._set(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state())
         self._set(cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state))
         self._set(cuda, "manual_seed", torch.manual_seed)
+        # `with torch.device(...)` knows the factories by identity, from the first time on: it is to know the real ones.
+        _device_constructors()
         # Literal device="cuda" in the optimizer, the schedules and the loss.
         for name in FACTORIES:
             self._set(torch, name, _on_cpu(getattr(torch, name)))

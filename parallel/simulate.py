@@ -1,6 +1,8 @@
 """N ranks on one machine: processes that really exchange data, forked from a server that has imported the engine once.
-Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool of ranks for the whole session."""
+Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool of ranks for the whole session. And one
+rank of a world of thousands, alone, for planning."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -8,11 +10,16 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from parallel.layout import Layout
 from parallel.world import World
+
+if TYPE_CHECKING:  # importing it takes seconds, and a pool is started before it is needed
+    from parallel.runtime import Runtime
 
 _GRACE = 10.0
 """Seconds between asking a rank to stop and killing it."""
@@ -144,3 +151,48 @@ class RankPool:
             process.join()
             connection.close()
         self._ranks.clear()
+
+
+def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
+    """Calls function(world, *args) on n ranks of their own and returns their results in rank order. When it returns or
+    raises, none of their processes is left.
+
+    Args:
+        timeout: seconds.
+
+    Raises:
+        RankFailed: as RankPool.run.
+    """
+    with RankPool(n) as pool:
+        return pool.run(n, function, *args, timeout=timeout)
+
+
+@contextlib.contextmanager
+def planned_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
+    """One rank of a world of any size, without peers: its groups know their sizes and exchange nothing, and what is
+    built while this is entered has shapes but no memory. For counting what a rank of a layout would hold."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from parallel.runtime import Groups, Runtime
+
+    def group(*axes: str) -> dist.ProcessGroup:
+        # Megatron-Core's own function would make every group of the world, not this rank's alone.
+        return dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    try:
+        groups = Groups(
+            **{name: group(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
+            dp_cp=group("dp", "cp"),
+            tp_cp=group("tp", "cp"),
+            embedding=None,
+            world=dist.group.WORLD,
+        )
+        meta = torch.device("meta")
+        # Megatron-Core's layers name the device that they are made on.
+        with meta, unittest.mock.patch("torch.cuda.current_device", lambda: meta):
+            yield Runtime(World(rank, layout.world), layout, groups, meta)
+    finally:
+        dist.destroy_process_group()

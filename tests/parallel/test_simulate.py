@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel.simulate import RankFailed, RankPool
+from parallel.simulate import RankFailed, RankPool, run_ranks
 from parallel.world import World
 
 
@@ -155,3 +155,17 @@ def test_a_killed_parent_takes_its_ranks_along(tmp_path):
     parent.kill()
     parent.wait()
     assert wait_until(lambda: not left_alive(tmp_path)), left_alive(tmp_path)
+
+
+def leave_a_child_and_sleep(world: World, marks: Path) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    (marks / f"{world.rank}").write_text(f"{os.getpid()} {child.pid} {child.pid}")
+    if world.rank == 1:
+        time.sleep(600)
+
+
+def test_ranks_of_their_own(tmp_path):
+    assert run_ranks(2, with_arguments, 7, "x", timeout=60) == ["0 7 x", "1 7 x"]
+    with pytest.raises(RankFailed, match=r"ranks \[1\] gave no answer within 3 s"):
+        run_ranks(2, leave_a_child_and_sleep, tmp_path, timeout=3)
+    assert wait_until(lambda: not left_alive(tmp_path))
