@@ -26,7 +26,7 @@ runpy.run_module("launch.train", run_name="__main__")
         (
             2,
             ["parallel.pp=2", "parallel.pp_layers=[1,2]"],
-            "sum of parallel.pp_layers == model.num_layers, but 1 + 2 = 3",
+            "== model.num_layers, but 1 + 2 = 3",
         ),
         (2, ["parallel.cp=2", "train.sequence_length=255"], "train.sequence_length % "),
     ],
