@@ -77,6 +77,11 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
     (
+        "data parallelism",
+        lambda c: c["world_size"] > c["parallel.pp"] * min(c["parallel.tp"], c["parallel.etp"] * c["parallel.ep"]),
+        "parallel.overlap_grad_reduce parallel.overlap_param_gather",
+    ),
+    (
         "model.moe.num_experts > 0",
         lambda c: c["model.moe.num_experts"] > 0,
         # `every` is not here: num_experts=0 alone makes the dense twin of a sparse preset

@@ -287,6 +287,13 @@ def _layout(case: Case) -> Iterator[Violation]:
         yield from _divisible(case, "model.ffn_hidden_size", etp)
         if case["model.moe.expert_bias"]:
             yield from _divisible(case, "model.hidden_size", etp)
+    if case["parallel.overlap_param_gather"] and not case["parallel.overlap_grad_reduce"]:
+        grads = "parallel.overlap_grad_reduce"
+        yield Violation(
+            f"parallel.overlap_param_gather=true needs {grads}=true (their buckets are the same)",
+            f"it is {_shown(case[grads])}",
+            {grads: [True], "parallel.overlap_param_gather": [None]},
+        )
     # A sparse layer spreads its tokens over the tensor-parallel ranks, with or without sequence parallelism.
     cuts_tokens = case["parallel.sequence_parallel"] or case["model.moe.num_experts"]
     yield from _divisible(case, "train.sequence_length", *((cp, tp) if cuts_tokens else (cp,)))

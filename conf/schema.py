@@ -162,6 +162,11 @@ class ParallelConfig:
     """Expert parallelism: experts are spread over ep ranks, taken from the data, context and tensor ranks."""
     etp: int = 1
     """Expert-tensor parallelism: each expert's hidden width is cut over etp ranks."""
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over the data-parallel ranks bucket by bucket while the backward pass goes on. null: on GPUs."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights bucket by bucket while the next forward pass goes on. Needs overlap_grad_reduce. null: as
+    overlap_grad_reduce."""
 
 
 @dataclass

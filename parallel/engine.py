@@ -7,14 +7,14 @@ Legend: B batch, S sequence.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.schema import ModelConfig, OptimConfig
+from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel.blocks import rows_at_once
 from parallel.cpu import tensor_types_as_cuda
 from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
@@ -30,6 +30,21 @@ class Chunk(Protocol):
 
     def end_step(self, *, applied: bool) -> None:
         """The step is over, its update applied or skipped."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Which data-parallel messages travel while the model computes."""
+
+    grad_reduce: bool = False
+    param_gather: bool = False
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, device: torch.device) -> "Overlap":
+        """What the settings ask for; left open, on where the device sends without the cores that compute."""
+        grads, weights = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+        grads = device.type == "cuda" if grads is None else grads
+        return cls(grads, grads if weights is None else weights)
 
 
 def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool) -> Any:
@@ -70,7 +85,7 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
     )
 
 
-def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any]) -> Any:
+def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], overlap: Overlap) -> Any:
     from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
 
@@ -88,6 +103,7 @@ def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any]) 
         bf16=dtype == torch.bfloat16,
         # At dp = 1 as well: one code path and one checkpoint format.
         use_distributed_optimizer=True,
+        overlap_param_gather=overlap.param_gather,
     )
     with tensor_types_as_cuda():
         optimizer = get_megatron_optimizer(config, chunks, no_decay, use_gloo_process_groups=False)
@@ -107,6 +123,7 @@ class Engine:
         optim: OptimConfig | None,
         vocab_size: int,
         build_chunk: Callable[[int], torch.nn.Module],
+        overlap: Overlap = Overlap(),  # noqa: B008 (immutable)
     ):
         """Args:
         config: from core_config.
@@ -122,9 +139,18 @@ class Engine:
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
         if optim is not None:
-            ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+            ddp = DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlap.grad_reduce,
+                overlap_param_gather=overlap.param_gather,
+            )
             self.chunks = [DistributedDataParallel(config, ddp, m) for m in self.modules]
-            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks)
+            if overlap.grad_reduce:
+                # The schedules hold the reduction back until the last micro-batch.
+                wait = [chunk.no_sync for chunk in self.chunks]
+                config.no_sync_func = wait if len(wait) > 1 else wait[0]
+            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap)
         self._schedule = get_forward_backward_func()
 
     def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:

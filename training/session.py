@@ -13,7 +13,7 @@ from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.model import Parts, Stage
 from moe.norm import rms_norm_in_blocks
 from parallel import cpu, runtime, selection
-from parallel.engine import Engine, core_config
+from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
 from parallel.runtime import Runtime, World
 from training import expert_backend
@@ -116,7 +116,10 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
             document_mask=config.data.document_mask,
         )
 
-    engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk)
+    overlap = Overlap.of(config.parallel, run.device)
+    if train and max(layout.dp * layout.cp, layout.edp) > 1:
+        rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
+    engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk, overlap)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     return Session(config, run, engine, precision, backend, cost, rows)
@@ -145,6 +148,13 @@ def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
 def _recompute_row(parts: list[str], backend: str) -> list[tuple[str, str, str]]:
     why = f"{backend} experts keep no activations anyway" if backend in KEEP_PRODUCTS_ONLY else "as asked for"
     return [("recompute", ", ".join(parts), why if "activation" in parts else "as asked for")] if parts else []
+
+
+def _overlap_row(overlap: Overlap, wanted: bool | None) -> tuple[str, str, str]:
+    parts = {"gradients": overlap.grad_reduce, "weights": overlap.param_gather}
+    chosen = " and ".join(name for name, on in parts.items() if on) or "none"
+    why = "the network works beside the GPU" if overlap.grad_reduce else "the cores that compute also send"
+    return "overlap", chosen, why if wanted is None else "asked for"
 
 
 def _model_words(config: Config, cost: Cost) -> tuple[str, str]:
