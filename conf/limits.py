@@ -32,6 +32,13 @@ CHOICES = {
 NARROW_PRECISIONS = ("fp8", "fp16")
 """Not available; bf16 is the nearest, although fp32 is spelt more like them."""
 
+
+def _copies_differ_over(case: Any) -> int:
+    """Ranks of a stage that hold different parts of the parameters that are cut least."""
+    experts = case["parallel.etp"] * case["parallel.ep"] if case["model.moe.num_experts"] else math.inf
+    return min(case["parallel.tp"], experts)
+
+
 BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
     # what must hold of a value, as text and as code; the nearest value, None for the default; the settings
     (
@@ -78,7 +85,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
     (
         "data parallelism",
-        lambda c: c["world_size"] > c["parallel.pp"] * min(c["parallel.tp"], c["parallel.etp"] * c["parallel.ep"]),
+        lambda c: c["world_size"] > c["parallel.pp"] * _copies_differ_over(c),
         "parallel.overlap_grad_reduce parallel.overlap_param_gather",
     ),
     (

@@ -47,6 +47,9 @@ class Overlap:
         return cls(grads, grads if weights is None else weights)
 
 
+NO_OVERLAP = Overlap()
+
+
 def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool) -> Any:
     """Megatron-Core's own configuration object for our layers and its schedules."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -123,7 +126,7 @@ class Engine:
         optim: OptimConfig | None,
         vocab_size: int,
         build_chunk: Callable[[int], torch.nn.Module],
-        overlap: Overlap = Overlap(),  # noqa: B008 (immutable)
+        overlap: Overlap = NO_OVERLAP,
     ):
         """Args:
         config: from core_config.

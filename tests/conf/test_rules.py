@@ -245,6 +245,13 @@ BROKEN = [
         "train.sequence_length=32",
     ),
     ({"parallel.tp": 2, "train.sequence_length": 33, **SPARSE}, 2, "33 % 2 = 1", "train.sequence_length=32"),
+    ({"parallel.overlap_grad_reduce": True, "parallel.tp": 2}, 2, "needs data parallelism", "overlap_grad_reduce=null"),
+    (
+        {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": False},
+        2,
+        "needs parallel.overlap_grad_reduce=true (their buckets are the same), but it is false",
+        "parallel.overlap_grad_reduce=true or parallel.overlap_param_gather=null",
+    ),
     ({"parallel.ep": 2}, 2, "parallel.ep needs model.moe.num_experts > 0", "parallel.ep=1"),
     ({"model.moe.top_k": 2}, 1, "model.moe.top_k needs model.moe.num_experts > 0", "model.moe.top_k=1"),
     ({"optim.min_lr": 0.01}, 1, "0.01 > 0.002", "optim.min_lr=null or optim.lr=0.01"),

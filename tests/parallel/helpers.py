@@ -1,99 +1,47 @@
-"""A tiny model under any layout, and what must not depend on the layout, gathered as whole logical tensors.
+"""The tiny model of the parity matrix, trained, saved and looked into."""
 
-The functions run in ranks (tests.conftest.ranks) as well as in the test process (tests.conftest.runtime).
-Legend: V vocabulary, L sparse layers, E experts.
-"""
-
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig
+from benchmarks.parity import measure
+from benchmarks.tiny import (
+    MICRO_BATCH,
+    MICRO_BATCHES,
+    OPTIM,
+    SEQUENCE,
+    VOCABULARY,
+    Variant,
+    build_engine,
+    gather,
+    gradients,
+    micro_batch,
+    my_batches,
+    started,
+)
 from parallel import optimizer_state
-from parallel.engine import Batch, Engine
-from parallel.layout import Layout
-from parallel.optimizer_state import Piece
-from parallel.placement import logical_name
-from parallel.runtime import Runtime
-from parallel.world import World
+from parallel.engine import Engine
 
-SEQUENCE, VOCABULARY, MICRO_BATCH, MICRO_BATCHES = 16, 64, 2, 4
-
-# One sequence ends before its middle, so that a rank may hold nothing of it but padding.
-PADDING_BS = torch.stack([torch.arange(SEQUENCE) >= 6, torch.zeros(SEQUENCE, dtype=torch.bool)])
-
-# Adam divides by the root of the second moment: with the usual eps a gradient that is zero but for rounding would
-# move a weight by a whole learning rate, and layouts would drift apart for no fault of theirs.
-OPTIM = OptimConfig(lr=1e-2, eps=1e-3)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Which of the model's features a case exercises."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    moe: dict[str, Any] = field(default_factory=dict)
-    document_mask: bool = False
-    dtype: torch.dtype = torch.float32
-    seed: int = 1
-
-    def config(self) -> ModelConfig:
-        moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
-        sizes = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
-        sizes |= {"ffn_hidden_size": 48, "vocab_size": VOCABULARY}
-        return ModelConfig(**{**sizes, **self.model}, moe=moe)
-
-
-@contextmanager
-def started(world: World, parallel: ParallelConfig) -> Iterator[Runtime]:
-    """This rank joined to the others, without Megatron-Core's warnings on the screen."""
-    from parallel import runtime
-
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield runtime.start(world, Layout.of(parallel, world.size), seed=1, timeout=60, threads=1)
-        finally:
-            runtime.stop()
-            logging.disable(logging.NOTSET)
-
-
-def build_engine(runtime: Runtime, variant: Variant, optim: OptimConfig | None = OPTIM) -> Engine:
-    from moe.model import Parts, Stage
-    from parallel.engine import core_config
-
-    model = variant.config()
-    core = core_config(model, runtime, variant.dtype, deterministic=False)
-    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed)
-    stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
-    return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage))
-
-
-def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
-    """Random tokens in two documents a sequence, some tokens masked out for evaluation."""
-    text = torch.randint(0, VOCABULARY, (sequences, SEQUENCE + 1), generator=torch.Generator().manual_seed(key))
-    positions = torch.cat([torch.arange(5), torch.arange(SEQUENCE - 5)]).expand(sequences, -1)
-    return {
-        "tokens": text[:, :-1],
-        "labels": text[:, 1:],
-        "positions": positions,
-        "loss_mask": (text[:, 1:] % 3 != 0).float(),
-    }
-
-
-def my_batches(runtime: Runtime, step: int) -> list[Batch]:
-    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
-    mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
-    return [micro_batch(100 * step + i) for i in mine]
+__all__ = [
+    "MICRO_BATCH",
+    "MICRO_BATCHES",
+    "OPTIM",
+    "SEQUENCE",
+    "VOCABULARY",
+    "Variant",
+    "build_engine",
+    "gather",
+    "gradients",
+    "measure",
+    "micro_batch",
+    "my_batches",
+    "optimizer_tensors",
+    "started",
+    "state",
+    "train",
+    "weights",
+]
 
 
 def train(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float]]:
@@ -112,46 +60,6 @@ def state(step: int, world_size: int = 1, updates: int | None = None) -> dict[st
     return {"step": step, "updates": step if updates is None else updates, "world_size": world_size}
 
 
-def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dict[str, Tensor]:
-    """Whole logical tensors, put together from all ranks' pieces; copies have to agree.
-
-    Args:
-        part: [end - start], the values of this rank's piece of a parameter.
-    """
-    mine = []
-    for name, parameter, piece in _pieces(engine):
-        local = torch.full((parameter.numel(),), torch.nan)
-        local[piece.start : piece.end] = part(parameter, piece).detach()
-        cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.placement.cuts]
-        shape = parameter.placement.logical_shape(parameter.shape)
-        mine.append((name, shape, cuts, local.view(parameter.shape)))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    wholes: dict[str, Tensor] = {}
-    for name, shape, cuts, local in (entry for entries in everyone for entry in entries):
-        box = wholes.setdefault(name, torch.full(shape, torch.nan))
-        for axis, index, parts in cuts:
-            box = box.chunk(parts, dim=axis)[index]
-        both = ~box.isnan() & ~local.isnan()
-        torch.testing.assert_close(box[both], local[both], rtol=1e-5, atol=1e-8)
-        box.copy_(torch.where(local.isnan(), box, local))
-    holes = [name for name, whole in wholes.items() if whole.isnan().any()]
-    assert not holes, holes
-    return wholes
-
-
-def _pieces(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Piece]]:
-    pieces = optimizer_state._pieces(engine)
-    for module in engine.modules:
-        for name, parameter in module.named_parameters():
-            if parameter in pieces:
-                yield logical_name(name, parameter), parameter, pieces[parameter]
-
-
-def gradients(engine: Engine) -> dict[str, Tensor]:
-    return gather(engine, lambda parameter, piece: parameter.main_grad.flatten()[piece.start : piece.end])
-
-
 def weights(engine: Engine) -> dict[str, Tensor]:
     """The optimizer's fp32 weights."""
     return gather(engine, lambda _, piece: piece.master)
@@ -163,59 +71,3 @@ def optimizer_tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
     for moment in optimizer_state.MOMENTS:
         kept[moment] = gather(engine, lambda _, piece, key=moment: piece.inner.state[piece.master][key])
     return kept
-
-
-@dataclass
-class Outcome:
-    """What every layout has to agree on."""
-
-    losses: list[float]
-    norms: list[float]
-    load_SLE: np.ndarray
-    dropped_SL: np.ndarray
-    """Per step (S) and sparse layer; without axes L and E for a dense model."""
-    router: list[float]
-    """Entropy, auxiliary and z-loss of all steps and layers."""
-    evaluation: tuple[float, int]
-    logits_V: np.ndarray
-    gradients: dict[str, np.ndarray] | None
-    """Of step 1, on rank 0 alone."""
-
-
-def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant], steps: int = 3) -> dict[str, Outcome]:
-    """Trains each variant for some steps, then evaluates it and asks it for a next token."""
-    with started(world, parallel) as runtime:
-        return {name: _measure(runtime, variant, steps) for name, variant in variants.items()}
-
-
-def _measure(runtime: Runtime, variant: Variant, steps: int) -> Outcome:
-    engine = build_engine(runtime, variant)
-    told, loads, first = [], [], None
-    for step in range(steps):
-        loss = engine.forward_backward(my_batches(runtime, step), step=step).item()
-        if step == 0:
-            first = gradients(engine)
-        told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
-        loads.append(_expert_load(engine, variant.config()))
-    losses, norms = (list(column) for column in zip(*told, strict=True))
-    sparse = [load for load in loads if load is not None]
-    return Outcome(
-        losses,
-        norms,
-        np.array([load.load_LE for load in sparse]),
-        np.array([load.dropped_L for load in sparse]),
-        [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
-        engine.evaluate([batch | {"padding": PADDING_BS} for batch in my_batches(runtime, 99)]),
-        # 11 tokens: a number that neither context nor tensor parallelism divides.
-        engine.next_logits([*range(11)]).numpy(),
-        {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
-    )
-
-
-def _expert_load(engine: Engine, model: ModelConfig) -> Any:
-    from moe.model import sparse_layers
-    from moe.statistics import collect
-
-    mine = {layer: moe.statistics for module in engine.modules for layer, moe in module.sparse().items()}
-    layout, device = engine.runtime.layout, engine.runtime.device
-    return collect(mine, sparse_layers(model), model.moe.num_experts, layout, MICRO_BATCHES, device)

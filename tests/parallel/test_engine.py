@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conf.schema import OptimConfig, ParallelConfig
 from parallel import optimizer_state
-from parallel.engine import Engine
+from parallel.engine import Engine, Overlap
 from parallel.world import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
@@ -198,3 +198,64 @@ def test_next_logits_are_those_after_the_last_token(runtime):
     got = engine.next_logits(ids)
     assert got.shape == (VOCABULARY,)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def messages(world: World, degrees: dict) -> list[tuple[str, bool, str]]:
+    """(what is sent over the data-parallel ranks, whether it travels while the model computes, during which call) of a
+    step that is not the first, in which Megatron-Core learns the order of the gradients."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    told, during = [], []
+    functions = {"gradients": "dist_reduce_scatter_func", "weights": "dist_all_gather_func"}
+    originals = {name: getattr(buffers, function) for name, function in functions.items()}
+
+    def recorded(name: str):
+        def call(*args, async_op: bool, **kwargs):
+            told.append((name, async_op, during[-1]))
+            return originals[name](*args, async_op=async_op, **kwargs)
+
+        return call
+
+    parallel = ParallelConfig(**degrees)
+    with started(world, parallel) as runtime:
+        engine = build_engine(runtime, DENSE, overlap=Overlap.of(parallel, runtime.device))
+        schedule = engine._schedule
+
+        def watched(**kwargs):
+            during.append("passes")
+            result = schedule(**kwargs)
+            during.append("after")
+            return result
+
+        engine._schedule = watched
+        for name, function in functions.items():
+            setattr(buffers, function, recorded(name))
+        try:
+            train(engine, range(1))
+            told.clear()
+            train(engine, range(1, 2))
+        finally:
+            for name, function in functions.items():
+                setattr(buffers, function, originals[name])
+    return sorted(set(told))
+
+
+def test_overlapped_messages_travel_during_the_passes(ranks):
+    plain = [("gradients", False, "after"), ("weights", False, "after")]
+    both = [("gradients", True, "passes"), ("weights", True, "passes")]
+    for degrees, wanted in (
+        ({}, plain),
+        ({"overlap_grad_reduce": True, "overlap_param_gather": False}, [both[0], plain[1]]),
+        ({"overlap_grad_reduce": True}, both),
+        ({"overlap_grad_reduce": True, "pp": 2, "vpp": 2}, both),
+    ):
+        for told in ranks.run(2 * degrees.get("pp", 1), messages, degrees, timeout=60):
+            assert told == wanted, degrees
+
+
+def test_messages_overlap_where_the_device_sends_by_itself():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Overlap.of(ParallelConfig(), gpu) == Overlap(True, True)
+    assert Overlap.of(ParallelConfig(), cpu) == Overlap(False, False)
+    assert Overlap.of(ParallelConfig(overlap_grad_reduce=False), gpu) == Overlap(False, False)
+    assert Overlap.of(ParallelConfig(overlap_param_gather=False), gpu) == Overlap(True, False)

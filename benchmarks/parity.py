@@ -1,0 +1,255 @@
+"""`python -m benchmarks.parity`: every layout is the same model. Trains a tiny model for three steps under many layouts
+and holds losses, every parameter's gradient, gradient norms, routing, drops, held-out loss and next-token logits
+against those of one rank. Prints the largest deviation of each cell; ends with exit code 1 if any deviates.
+
+Simulated ranks: on the CPU, or sharing the GPU where there is one. Legend: S steps, L sparse layers, E experts, V
+vocabulary.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tiny import MICRO_BATCHES, OPTIM, PADDING_BS, Variant, build_engine, gradients, my_batches, started
+from conf.schema import ModelConfig, ParallelConfig
+from parallel.engine import Engine, Overlap
+from parallel.runtime import Runtime
+from parallel.simulate import RankPool
+from parallel.world import World
+
+LIMIT = 1e-5
+"""Largest relative deviation that the order of fp32 sums explains; loads and drops have to be equal."""
+SECONDS = 300.0
+"""Time limit of a layout, generous for a busy machine."""
+
+# What is decided over the whole micro-batch, or could depend on the order of its tokens, other than in Switch.
+DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
+DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
+
+VARIANTS = {
+    "drops": Variant(),
+    "dropless": Variant({"tie_embeddings": True}, {"capacity_factor": None, "every": 2}, document_mask=True),
+    "switch": Variant({"tie_embeddings": True}, {"top_k": 1}),
+    "switch_documents": Variant(moe={"top_k": 1, "every": 2}, document_mask=True),
+    "deepseek": Variant(moe=DEEPSEEK),
+    "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
+    "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
+    "global": Variant(moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}),
+    "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
+    "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Cells of the matrix: one layout with several variants of the model."""
+
+    name: str
+    ranks: int
+    degrees: dict[str, Any]
+    variants: list[str]
+    tested: str = ""
+    """The variants, with spaces between, that the tests run as well."""
+
+
+SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
+
+MATRIX = [
+    Layouts("tp2", 2, {"tp": 2}, ["drops", "switch_documents", "dense", "global"], "drops global"),
+    Layouts(
+        "tp2 +sequence",
+        2,
+        SEQUENCE_PARALLEL,
+        ["switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global"],
+        "deepseek expert_choice sinkhorn",
+    ),
+    Layouts("pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense"], "dropless"),
+    Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
+    Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
+    Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense"], "switch"),
+    Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
+    Layouts("cp2", 2, {"cp": 2}, ["drops", "switch_documents", "deepseek", "sinkhorn"], "drops sinkhorn"),
+    Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless"]),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
+    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
+    Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
+    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch"], "dropless"),
+    Layouts("dp2", 2, {}, ["switch", "drops", "global"], "switch global"),
+    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
+    Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
+    Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek"], "dense"),
+    Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
+    Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),
+    Layouts("tp2 etp2", 2, {"tp": 2, "etp": 2}, ["drops", "switch_documents"]),
+    Layouts("tp2 etp2 +sequence", 2, {**SEQUENCE_PARALLEL, "etp": 2}, ["drops", "dropless"]),
+    Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek"]),
+    Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
+    Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
+    Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
+    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents"]),
+    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE_PARALLEL}, ["drops", "deepseek"]),
+    Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
+    Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
+    Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
+    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch"], "dropless"),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
+    Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
+    Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
+    Layouts("cp2 tp2 pp2 +sequence", 8, {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL}, ["expert_choice", "global"]),
+]
+
+
+@dataclass
+class Outcome:
+    """What every layout has to agree on."""
+
+    losses: list[float]
+    norms: list[float]
+    load_SLE: np.ndarray
+    dropped_SL: np.ndarray
+    """Per step (S) and sparse layer; without axes L and E for a dense model."""
+    router: list[float]
+    """Entropy, auxiliary and z-loss of all steps and layers."""
+    evaluation: tuple[float, int]
+    logits_V: np.ndarray
+    gradients: dict[str, np.ndarray] | None
+    """Of step 1, on rank 0 alone."""
+
+
+def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant], steps: int = 3) -> dict[str, Outcome]:
+    """Trains each variant for some steps, then evaluates it and asks it for a next token. A rank function."""
+    with started(world, parallel) as runtime:
+        overlap = Overlap.of(parallel, runtime.device)
+        return {name: _measure(runtime, variant, overlap, steps) for name, variant in variants.items()}
+
+
+def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -> Outcome:
+    engine = build_engine(runtime, variant, overlap=overlap)
+    told, loads, first = [], [], None
+    for step in range(steps):
+        loss = engine.forward_backward(my_batches(runtime, step), step=step).item()
+        if step == 0:
+            first = gradients(engine)
+        told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
+        loads.append(_expert_load(engine, variant.config()))
+    losses, norms = (list(column) for column in zip(*told, strict=True))
+    sparse = [load for load in loads if load is not None]
+    return Outcome(
+        losses,
+        norms,
+        np.array([load.load_LE for load in sparse]),
+        np.array([load.dropped_L for load in sparse]),
+        [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
+        engine.evaluate([batch | {"padding": PADDING_BS} for batch in my_batches(runtime, 99)]),
+        # 11 tokens: a number that neither context nor tensor parallelism divides.
+        engine.next_logits([*range(11)]).numpy(),
+        {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
+    )
+
+
+def _expert_load(engine: Engine, model: ModelConfig) -> Any:
+    from moe.model import sparse_layers
+    from moe.statistics import collect
+
+    mine = {layer: moe.statistics for module in engine.modules for layer, moe in module.sparse().items()}
+    layout, device = engine.runtime.layout, engine.runtime.device
+    return collect(mine, sparse_layers(model), model.moe.num_experts, layout, MICRO_BATCHES, device)
+
+
+def relative(got: object, wanted: object) -> float:
+    """The norm of the difference over the norm of what is wanted."""
+    got, wanted = np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30)) if wanted.size else 0.0
+
+
+def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
+    """How far a layout is from one rank; what has to be equal deviates by infinity when it is not."""
+
+    def equal(same: bool) -> float:
+        return 0.0 if same else float("inf")
+
+    assert got.gradients is not None and wanted.gradients is not None
+    assert got.gradients.keys() == wanted.gradients.keys()
+    grads = {f"gradient of {name}": relative(got.gradients[name], g) for name, g in wanted.gradients.items()}
+    return {
+        "loss": max(map(relative, got.losses, wanted.losses)),
+        "gradient norm": max(map(relative, got.norms, wanted.norms)),
+        "expert load": equal(np.array_equal(got.load_SLE, wanted.load_SLE)),
+        "drops": equal(np.array_equal(got.dropped_SL, wanted.dropped_SL)),
+        "router": relative(got.router, wanted.router),
+        "held-out loss": relative(got.evaluation[0], wanted.evaluation[0]),
+        "held-out tokens": equal(got.evaluation[1] == wanted.evaluation[1]),
+        "logits": relative(got.logits_V, wanted.logits_V),
+        **grads,
+    }
+
+
+def agreement(every: list[Outcome]) -> float:
+    """0 when all ranks of a layout tell the same, else infinity."""
+    first = every[0]
+    same = all(
+        (other.losses, other.norms, other.evaluation) == (first.losses, first.norms, first.evaluation)
+        and np.array_equal(other.load_SLE, first.load_SLE)
+        and np.array_equal(other.logits_V, first.logits_V)
+        for other in every[1:]
+    )
+    return 0.0 if same else float("inf")
+
+
+def one_rank(pool: RankPool, variants: dict[str, Variant]) -> dict[str, Outcome]:
+    return pool.run(1, measure, ParallelConfig(), variants, timeout=SECONDS)[0]
+
+
+def cells(pool: RankPool, layouts: Layouts, names: list[str]) -> Iterator[tuple[str, list[Outcome]]]:
+    """Every rank's outcome of each named variant under a layout."""
+    parallel, chosen = ParallelConfig(**layouts.degrees), {name: VARIANTS[name] for name in names}
+    every = pool.run(layouts.ranks, measure, parallel, chosen, timeout=SECONDS)
+    for name in names:
+        yield name, [rank[name] for rank in every]
+
+
+def control(pool: RankPool, wanted: Outcome) -> float:
+    """The smallest deviation of a model with other initial weights: far above LIMIT, or the comparison sees nothing."""
+    other = one_rank(pool, {"other": dataclasses.replace(VARIANTS["drops"], seed=2)})["other"]
+    told = deviations(other, wanted)
+    return min(value for what, value in told.items() if what not in ("held-out tokens", "drops"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.split("\n\n")[0])
+    parser.add_argument("-k", default="", metavar="TEXT", help="only layouts whose name contains this")
+    wanted_name = parser.parse_args(arguments).k
+    matrix = [layouts for layouts in MATRIX if wanted_name in layouts.name]
+    count = sum(len(layouts.variants) for layouts in matrix)
+    bad = 0
+    print(f"{count} cells; largest relative deviation from one rank, at most {LIMIT:g}")
+    with RankPool(max((layouts.ranks for layouts in matrix), default=1)) as pool:
+        alone = one_rank(pool, VARIANTS)
+        for layouts in matrix:
+            for name, every in cells(pool, layouts, layouts.variants):
+                told = {**deviations(every[0], alone[name]), "agreement of the ranks": agreement(every)}
+                what = max(told, key=lambda key: told[key])
+                good = told[what] <= LIMIT
+                bad += not good
+                print(
+                    f"{layouts.name:<32} {name:<17} {told[what]:8.1e}  {'' if good else 'DEVIATES '}{what}", flush=True
+                )
+        seen = control(pool, alone["drops"])
+    print(f"{'control: other initial weights':<32} {'drops':<17} {seen:8.1e}  at least")
+    blind = seen < 100 * LIMIT
+    print(f"{bad} of {count} cells deviate" + ("; the control does not: the comparison is blind" if blind else ""))
+    return 1 if bad or blind else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""A tiny model under any layout, what it is trained on, and its whole logical tensors gathered from all ranks. The
+parity matrix and the tests of parallel/ are made of it."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig
+from parallel import optimizer_state
+from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
+from parallel.layout import Layout
+from parallel.optimizer_state import Piece
+from parallel.placement import logical_name
+from parallel.runtime import Runtime
+from parallel.world import World
+
+SEQUENCE, VOCABULARY, MICRO_BATCH, MICRO_BATCHES = 16, 64, 2, 4
+
+# One sequence ends before its middle, so that a rank may hold nothing of it but padding.
+PADDING_BS = torch.stack([torch.arange(SEQUENCE) >= 6, torch.zeros(SEQUENCE, dtype=torch.bool)])
+
+# Adam divides by the root of the second moment: with the usual eps a gradient that is zero but for rounding would
+# move a weight by a whole learning rate, and layouts would drift apart for no fault of theirs.
+OPTIM = OptimConfig(lr=1e-2, eps=1e-3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of the model's features a case exercises."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
+    document_mask: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 1
+
+    def config(self) -> ModelConfig:
+        moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
+        sizes = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+        sizes |= {"ffn_hidden_size": 48, "vocab_size": VOCABULARY}
+        return ModelConfig(**{**sizes, **self.model}, moe=moe)
+
+
+@contextmanager
+def started(world: World, parallel: ParallelConfig) -> Iterator[Runtime]:
+    """This rank joined to the others, without Megatron-Core's warnings on the screen."""
+    from parallel import runtime
+
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield runtime.start(world, Layout.of(parallel, world.size), seed=1, timeout=60, threads=1)
+        runtime.stop()
+    logging.disable(logging.NOTSET)
+
+
+def build_engine(
+    runtime: Runtime, variant: Variant, optim: OptimConfig | None = OPTIM, overlap: Overlap = NO_OVERLAP
+) -> Engine:
+    from moe.model import Parts, Stage
+    from parallel.engine import core_config
+
+    model = variant.config()
+    core = core_config(model, runtime, variant.dtype, deterministic=False)
+    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed)
+    stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
+    return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap)
+
+
+def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
+    """Random tokens in two documents a sequence, some tokens masked out for evaluation."""
+    text = torch.randint(0, VOCABULARY, (sequences, SEQUENCE + 1), generator=torch.Generator().manual_seed(key))
+    positions = torch.cat([torch.arange(5), torch.arange(SEQUENCE - 5)]).expand(sequences, -1)
+    return {
+        "tokens": text[:, :-1],
+        "labels": text[:, 1:],
+        "positions": positions,
+        "loss_mask": (text[:, 1:] % 3 != 0).float(),
+    }
+
+
+def my_batches(runtime: Runtime, step: int) -> list[Batch]:
+    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
+    mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
+    return [micro_batch(100 * step + i) for i in mine]
+
+
+def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dict[str, Tensor]:
+    """Whole logical tensors, put together from all ranks' pieces; copies have to agree.
+
+    Args:
+        part: [end - start], the values of this rank's piece of a parameter.
+    """
+    mine = []
+    for name, parameter, piece in _pieces(engine):
+        local = torch.full((parameter.numel(),), torch.nan)
+        local[piece.start : piece.end] = part(parameter, piece).detach()
+        cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.placement.cuts]
+        shape = parameter.placement.logical_shape(parameter.shape)
+        mine.append((name, shape, cuts, local.view(parameter.shape)))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    wholes: dict[str, Tensor] = {}
+    for name, shape, cuts, local in (entry for entries in everyone for entry in entries):
+        box = wholes.setdefault(name, torch.full(shape, torch.nan))
+        for axis, index, parts in cuts:
+            box = box.chunk(parts, dim=axis)[index]
+        both = ~box.isnan() & ~local.isnan()
+        torch.testing.assert_close(box[both], local[both], rtol=1e-5, atol=1e-8)
+        box.copy_(torch.where(local.isnan(), box, local))
+    holes = [name for name, whole in wholes.items() if whole.isnan().any()]
+    assert not holes, holes
+    return wholes
+
+
+def _pieces(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Piece]]:
+    pieces = optimizer_state._pieces(engine)
+    for module in engine.modules:
+        for name, parameter in module.named_parameters():
+            if parameter in pieces:
+                yield logical_name(name, parameter), parameter, pieces[parameter]
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    return gather(engine, lambda parameter, piece: parameter.main_grad.flatten()[piece.start : piece.end])
