@@ -128,6 +128,8 @@ class Checkpointer:
     def __init__(self, root: Path, engine: Engine, keep: int):
         self.root, self.engine, self.keep = root, engine, keep
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.stages = 0
+        """Parts of saves that were begun; while it grows, a save gets on."""
 
     def save(self, state: dict[str, Any]) -> Path:
         """Writes a checkpoint; on return it is whole and the newest.
@@ -161,6 +163,7 @@ class Checkpointer:
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of an action; when storage fails one rank, all fail with that rank's message."""
         result, error = None, None
+        self.stages += 1
         try:
             result = action()
         except BaseException as raised:  # torch's CheckpointException is no Exception

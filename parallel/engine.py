@@ -139,6 +139,8 @@ class Engine:
         self.config, self.runtime, self.optim, self.vocab_size = config, runtime, optim, vocab_size
         self.modules = [build_chunk(i) for i in range(runtime.layout.vpp)]
         """The bare chunks, for names and parameters."""
+        self.passes = 0
+        """Forward passes begun; while it grows, the model is at work."""
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
         if optim is not None:
@@ -236,6 +238,7 @@ class Engine:
         dp = self.runtime.groups.dp
 
         def step(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            self.passes += 1
             index, batch = next(batches)
             cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
             this = replace(about, micro_batch=index * dp.size() + dp.rank(), padding_BS=cut.get("padding"))

@@ -3,6 +3,7 @@ Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool of 
 rank of a world of thousands, alone, for planning."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -43,8 +44,22 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+_parent: Connection | None = None
+"""Of a simulated rank, to the process that asked for it."""
+
+
+def tell_parent(kind: str, value: Any) -> bool:
+    """From a simulated rank: "watched" once its end will be explained by parallel.watch, "verdict" with that
+    explanation. Elsewhere nothing happens; returns whether it was told."""
+    if _parent is not None:
+        _parent.send((kind, value))
+    return _parent is not None
+
+
 def _serve(connection: Connection) -> None:
     """A rank's life: take (function, world, arguments), answer ("ok", result) or ("error", traceback), until None."""
+    global _parent
+    _parent = connection
     os.setpgrp()  # a Ctrl-C at the terminal goes to the parent alone, which decides what the ranks are told
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while (task := connection.recv()) is not None:
@@ -110,21 +125,34 @@ class RankPool:
         results: dict[int, Any] = {}
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+        watched, death = False, ""
         while waiting:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = wait(list(waiting), left)
             if not ready:
-                raise RankFailed(f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
+                raise RankFailed(death or f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
             for connection in ready:
-                rank = waiting.pop(connection)
+                rank = waiting[connection]
                 try:
                     verdict, value = connection.recv()
                 except EOFError:
+                    del waiting[connection]
                     process = ranks[rank][0]
                     process.join(_GRACE)
-                    raise RankFailed(f"rank {rank} died (exit code {process.exitcode})") from None
+                    death = death or f"rank {rank} died (exit code {process.exitcode})"
+                    if not watched or not waiting:
+                        raise RankFailed(death) from None
+                    # The others will tell what it left them waiting in.
+                    deadline = min(deadline or math.inf, time.monotonic() + _GRACE)
+                    continue
+                if verdict == "watched":
+                    watched = True
+                    continue
+                del waiting[connection]
                 if verdict == "error":
-                    raise RankFailed(f"rank {rank} failed:\n{value}")
+                    raise RankFailed(f"{death + chr(10) if death else ''}rank {rank} failed:\n{value}")
+                if verdict == "verdict":
+                    raise RankFailed(f"{death + '; ' if death else ''}{value}")
                 results[rank] = value
         return [results[rank] for rank in range(len(ranks))]
 

@@ -84,6 +84,10 @@ class Trainer:
             checkpoint.load_weights(self.session.engine, source)
             self.console.note(f"weights from {source}")
 
+    def signs_of_life(self) -> tuple[int, tuple[int, int]]:
+        """(step under way, counters that grow while this rank gets on)."""
+        return self.progress.step + 1, (self.session.engine.passes, self.checkpointer.stages)
+
     def run(self, stop: StopRequest) -> int:
         """Trains to the last step. Returns DONE or STOPPED.
 

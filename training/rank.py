@@ -36,6 +36,7 @@ def train_rank(
         from parallel import cpu
 
         cpu.megatron()
+        from parallel.watch import Watch
         from training import expert_backend
         from training import session as sessions
         from training.loop import Trainer
@@ -50,9 +51,9 @@ def train_rank(
                     expert_backend.remember(config, run_dir.path, session.backend)
                     _announce(console, session.table, run_dir, prepared, config.model)
                 trainer = Trainer(session, run_dir, prepared, console)
-                trainer.restore()
                 try:
-                    with StopRequest() as stop:
+                    with Watch(world, config.runtime.timeout, trainer.signs_of_life), StopRequest() as stop:
+                        trainer.restore()
                         return trainer.run(stop)
                 except RunFailed as failure:
                     console.warning(str(failure))

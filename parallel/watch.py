@@ -1,0 +1,225 @@
+"""Ends a job of many ranks when one of them stalls, dies or fails, within the time limit, with a message that names the
+rank, its step and the collective that the others wait in, and with every rank's stack in its log.
+
+A thread per rank looks at the training's progress and into the rendezvous store. Whoever sees trouble first, be it an
+exception or a lack of progress, says so there; all ranks then write down where they are and end. What a rank waits in
+is read off its stack, so that watching costs a collective nothing.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from parallel import simulate
+from parallel.world import World
+
+FAILED = 1
+"""Exit code of a rank that is ended here."""
+_ROOT = Path(__file__).resolve().parent.parent
+_LOG = logging.getLogger("switchyard")
+# Messages that are waited for outside of torch.distributed, by the file of the innermost frame.
+_WAITS = {
+    "p2p_communication.py": "a message between pipeline stages",
+    "param_and_grad_buffer.py": "the reduction of gradients or the gathering of weights",
+}
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """What a rank was doing when the trouble was told."""
+
+    step: int
+    at: str
+    """File, line and function, the innermost of ours."""
+    collective: str | None
+    """What it waits in, with the ranks that take part; None: nothing that torch or Megatron-Core knows of."""
+    error: str | None = None
+    """The exception that it failed with."""
+
+    def __str__(self) -> str:
+        inside = f" in {self.collective}" if self.collective else ""
+        return f"step {self.step}{inside}, at {self.at}"
+
+
+def whereabouts(step: int, frames: list[FrameType], error: BaseException | None = None) -> Whereabouts:
+    """frames: a thread's stack, innermost first."""
+    collective = None
+    name = Path(frames[0].f_code.co_filename).name
+    for frame in frames:
+        if not frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+            break
+        if not frame.f_code.co_name.startswith(("_", "wrapper")):
+            collective = f"{frame.f_code.co_name} over {_members(frame.f_locals.get('group'))}"
+    ours = next((f for f in frames if _is_ours(f)), frames[0])
+    at = f"{_short(ours.f_code.co_filename)}:{ours.f_lineno} ({ours.f_code.co_name})"
+    told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return Whereabouts(step, at, collective or _WAITS.get(name), told if error else None)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    path = Path(frame.f_code.co_filename)
+    return path.is_relative_to(_ROOT) and ".venv" not in path.parts
+
+
+def _short(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
+
+
+def _members(group: Any) -> str:
+    with contextlib.suppress(Exception):  # a group that is being taken down
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        return f"ranks {', '.join(map(str, ranks[:8]))}{' and more' if len(ranks) > 8 else ''}"
+    return "unknown ranks"
+
+
+def _frames_of_thread(frame: FrameType | None) -> list[FrameType]:
+    found = []
+    while frame is not None:
+        found.append(frame)
+        frame = frame.f_back
+    return found
+
+
+def _frames_of_error(trace: TracebackType | None) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(trace)][::-1]
+
+
+def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
+    """Who is to blame and who waits for it, from what the ranks told; those that told nothing are gone."""
+    gone = [rank for rank in range(ranks) if rank not in told]
+    failed = {rank: place for rank, place in told.items() if place.error}
+    stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
+    waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
+    parts = [f"{_listed(gone)} gone, without a word"] if gone else []
+    parts += [f"rank {rank} failed in {place}: {place.error}" for rank, place in [*failed.items()][:3]]
+    if not gone and not failed:
+        parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
+    parts += [f"rank {rank} waits in {place}" for rank, place in [*waiting.items()][:3]]
+    return "the job ends: " + "; ".join(parts)
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")
+    return f"rank {shown} is" if len(ranks) == 1 else f"ranks {shown} are"
+
+
+class Watch:
+    """While entered, this rank's training is watched, and trouble on other ranks ends it. Every rank enters and leaves
+    together; a world of one rank has nobody to wait for and is not watched.
+
+    Args:
+        timeout: seconds without progress on any rank after which the job has ended.
+        progress: (step under way, anything that changes while the training goes on).
+    """
+
+    def __init__(self, world: World, timeout: float, progress: Callable[[], tuple[int, Any]]):
+        self.world, self.progress = world, progress
+        self._period = min(1.0, timeout / 20)
+        self._grace = min(5.0, timeout / 5)
+        self._patience = timeout - 2 * self._grace - self._period
+        self._backstop = 2 * timeout
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._main = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        if self.world.size > 1:
+            # Its own connection: a thread that waits must not keep the main thread from the store.
+            store = dist.distributed_c10d._get_default_store().clone()
+            self._store = dist.PrefixStore("watch", store)
+            simulate.tell_parent("watched", None)
+            faulthandler.enable()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.world.size == 1:
+            return
+        self._leaving.set()
+        if error is not None:
+            place = whereabouts(self.progress()[0], _frames_of_error(trace), error)
+            told = self._tell(place)
+            if told:
+                error.add_note(told)
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if error is None:
+            dist.barrier()  # nobody may take the store down while others still look into it
+
+    def _run(self) -> None:
+        seen, since = self.progress(), time.monotonic()
+        while not self._leaving.wait(self._period):
+            # Where even this thread is held up, by native code that keeps Python's lock, one without Python ends it.
+            faulthandler.dump_traceback_later(self._backstop, exit=True, file=1)
+            try:
+                troubled = self._store.check(["trouble"])
+            except Exception:  # the store is gone; _tell will say so
+                troubled = True
+            now = self.progress()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if troubled or time.monotonic() - since > self._patience:
+                place = whereabouts(now[0], _frames_of_thread(sys._current_frames().get(self._main)))
+                return self._end(self._tell(place))
+
+    def _tell(self, place: Whereabouts) -> str:
+        """Tells the others of trouble and where this rank is, writes its stack down, and returns what all of it comes
+        to. Empty: every rank failed by itself."""
+        stacks = [
+            f"thread {threading._active[ident].name if ident in threading._active else ident}:\n"
+            + "".join(traceback.format_stack(frame))
+            for ident, frame in sys._current_frames().items()
+        ]
+        me = f"rank {self.world.rank} was"
+        _LOG.error("trouble in %s: %s\n%s", place, place.error or "no progress, or another rank's", "\n".join(stacks))
+        try:
+            self._store.set(f"rank {self.world.rank}", json.dumps(asdict(place)))
+            self._store.set("trouble", "")
+            if self._store.add("witnesses", 1) == 1:
+                self._store.set("verdict", self._collect())
+            end = time.monotonic() + 2 * self._grace
+            while not self._store.check(["verdict"]) and time.monotonic() < end:
+                time.sleep(self._period / 4)
+            known = self._store.check(["verdict"])
+            told = self._store.get("verdict").decode() if known else f"the job ends; {me} in {place}"
+        except Exception:
+            told = f"the job ends: rank 0 is gone, and with it the store of the ranks; {me} in {place}"
+        if told:
+            _LOG.error(told)
+        return told
+
+    def _collect(self) -> str:
+        """The verdict, once all ranks have told where they are or had the time to."""
+        keys, end = {rank: f"rank {rank}" for rank in range(self.world.size)}, time.monotonic() + self._grace
+        missing = dict(keys)
+        while missing and time.monotonic() < end:
+            missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
+            time.sleep(self._period / 4)
+        told = {r: Whereabouts(**json.loads(self._store.get(k))) for r, k in keys.items() if r not in missing}
+        if len(told) == self.world.size and all(place.error for place in told.values()):
+            return ""
+        return verdict(told, self.world.size)
+
+    def _end(self, told: str) -> None:
+        """Ends this process, unless its main thread is about to end by itself."""
+        if self._leaving.wait(self._period):
+            return
+        # Under a launcher every rank has a stderr; one is enough, unless it is the one that is gone.
+        if not simulate.tell_parent("verdict", told) and (self.world.rank == 0 or "rank 0 is gone" in told):
+            print(f"switchyard: error: {told}", file=sys.stderr, flush=True)
+        logging.shutdown()
+        os._exit(FAILED)

@@ -1,0 +1,46 @@
+"""A run of several ranks in which one of them hangs, not in a collective but in its data."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import Config
+from corpus.stream import TrainStream
+from parallel.simulate import RankFailed, run_ranks
+from parallel.world import World
+from tests.training.helpers import tiny_config, train, write_corpus
+
+TIMEOUT = 12.0
+"""Enough for two ranks to start on a busy machine: within it they also have to find each other."""
+
+
+def hang_in_data(world: World, config: Config) -> int:
+    """Rank 1 waits for ever for the first sample of the third step."""
+    sample = TrainStream.sample
+
+    def stuck(self: TrainStream, index: int) -> dict:
+        if world.rank == 1 and index >= 2 * config.train.global_batch_size:
+            (Path(config.run.dir) / "then").touch()
+            time.sleep(600)
+        return sample(self, index)
+
+    TrainStream.sample = stuck  # no need to put it back: this ends the ranks
+    return train(world, config)
+
+
+def test_a_rank_without_data_ends_the_run(tmp_path: Path) -> None:
+    config = tiny_config(write_corpus(tmp_path), tmp_path / "run")
+    config.runtime.timeout = TIMEOUT
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(2, hang_in_data, config, timeout=120)
+    message = str(failure.value)
+    assert "rank 1 stalled in step 3, at tests/training/test_hangs.py" in message and "(stuck)" in message
+    # Rank 0 has done its part of the step and waits for rank 1's gradients.
+    assert "rank 0 waits in step 3 in " in message and "over ranks 0, 1" in message
+    assert time.time() - (tmp_path / "run" / "then").stat().st_mtime < TIMEOUT + 0.5
+    log = (tmp_path / "run" / "train.log").read_text()
+    for rank, function in ((0, "forward_backward"), (1, "stuck")):
+        record = log.split(f"rank {rank} ERROR switchyard: trouble in step 3")[1].split(" ERROR ")[0]
+        assert f", in {function}" in record
+    assert log.count("the job ends: rank 1 stalled in step 3") == 2
