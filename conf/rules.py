@@ -296,7 +296,15 @@ def _layout(case: Case) -> Iterator[Violation]:
         )
     # A sparse layer spreads its tokens over the tensor-parallel ranks, with or without sequence parallelism.
     cuts_tokens = case["parallel.sequence_parallel"] or case["model.moe.num_experts"]
-    yield from _divisible(case, "train.sequence_length", *((cp, tp) if cuts_tokens else (cp,)))
+    sequence = "train.sequence_length"
+    if case[cp] > 1 and case[sequence] % (2 * case[cp]):
+        yield Violation(
+            f"{sequence} % (2 * parallel.cp) == 0 (a rank attends from an early and a late piece)",
+            f"{case[sequence]} % {2 * case[cp]} = {case[sequence] % (2 * case[cp])}",
+            {cp: _divisors(case[cp], case[sequence]), sequence: _multiples(case[sequence], 2 * case[cp])},
+        )
+    elif cuts_tokens:
+        yield from _divisible(case, sequence, cp, tp)
 
 
 def _uneven_stages(case: Case) -> Iterator[Violation]:

@@ -15,8 +15,11 @@ from torch.autograd.function import once_differentiable
 from conf.schema import ModelConfig
 from parallel.blocks import rows_at_once
 from parallel.collectives import GatherSequence
+from parallel.flight import exchanging, fly
 from parallel.placement import place
 from parallel.runtime import Groups
+
+Masks = list[Tensor | None]
 
 
 class Rotary(nn.Module):
@@ -65,7 +68,7 @@ def _turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Projects, rotates and attends. Heads are cut over tensor-parallel ranks; under context parallelism keys and
-    values of the whole sequence are gathered."""
+    values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
         super().__init__()
@@ -93,8 +96,8 @@ class Attention(nn.Module):
         place(self.qkv.weight, (0, groups.tp), std=std)
         place(self.out.weight, (1, groups.tp), std=std)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """mask: bool [B, 1, S, whole sequence], True where attention is allowed; None: causal."""
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, masks: Masks) -> Tensor:
+        """masks: from attention_masks, one for each piece of the queries."""
         qkv = self.qkv(x_SBD)[0]
         s, b, _ = qkv.shape
         queries = self.heads // self.groups
@@ -103,26 +106,61 @@ class Attention(nn.Module):
         k = Rotary.rotate(k, cos, sin)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
+            q = self._swap_late_half(q)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.groups
+        attended = [self._attend(piece, k, v, mask) for piece, mask in zip(q.chunk(len(masks), 2), masks, strict=True)]
+        out = torch.cat(attended, 2).permute(2, 0, 1, 3)
+        if self.cp.size() > 1:
+            out = self._swap_late_half(out)
+        return self.out(out.reshape(s, b, -1))[0]
+
+    def _attend(self, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor | None) -> Tensor:
+        """A mask says by its width how many keys these queries see the last of."""
+        seen = k_BGSN.shape[2] if mask is None else mask.shape[-1]
+        k_BGSN, v_BGSN = k_BGSN[:, :, :seen], v_BGSN[:, :, :seen]
+        gqa = self.heads != self.groups
+        return F.scaled_dot_product_attention(
+            q_BHSN, k_BGSN, v_BGSN, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
         )
-        return self.out(attended.permute(2, 0, 1, 3).reshape(s, b, -1))[0]
+
+    def _swap_late_half(self, x_SBHN: Tensor) -> Tensor:
+        """Exchanges the later half of this rank's slice with the rank opposite (see query_pieces)."""
+        early, late = x_SBHN.chunk(2)
+        opposite = self.cp.size() - 1 - self.cp.rank()
+        rows = [len(late) if rank == opposite else 0 for rank in range(self.cp.size())]
+        return torch.cat([early, fly(late, exchanging(rows, rows, self.cp))])
 
 
-def attention_mask(positions_BS: Tensor, cp: dist.ProcessGroup, document_mask: bool) -> Tensor | None:
-    """Who may attend to whom, or None where plain causal attention says it.
+def query_pieces(sequence: int, rank: int, ranks: int) -> list[range]:
+    """The positions whose queries a context-parallel rank attends with.
+
+    Each rank holds a slice of the sequence, but the later a token the more it looks back on: attending with its own
+    queries, the last rank would have nearly all the work. So rank i keeps the earlier half of its slice and exchanges
+    the later one with rank n - 1 - i. With the sequence in 2 n parts, i then has parts 2 i and 2 (n - 1 - i) + 1,
+    which look back on 2 i + 1 and 2 (n - 1 - i) + 2 parts: together 2 n + 1, whatever i.
+    """
+    if ranks == 1:
+        return [range(sequence)]
+    size = sequence // (2 * ranks)
+    return [range(part * size, (part + 1) * size) for part in (2 * rank, 2 * (ranks - 1 - rank) + 1)]
+
+
+def attention_masks(positions_BS: Tensor, cp: dist.ProcessGroup, document_mask: bool) -> Masks:
+    """Who may attend to whom, for each piece of this rank's queries: bool [B or 1, 1, queries, keys up to the last
+    that one of them may see]; None where plain causal attention says it.
 
     Args:
         positions_BS: positions of the whole sequence; a 0 starts a document.
     """
     if cp.size() == 1 and not document_mask:
-        return None
-    sequence = positions_BS.shape[1]
-    query = torch.arange(sequence, device=positions_BS.device).chunk(cp.size())[cp.rank()]
-    mask = query[:, None] >= torch.arange(sequence, device=positions_BS.device)
-    if document_mask:
-        document_BS = (positions_BS == 0).cumsum(1)
-        mask = mask & (document_BS[:, query, None] == document_BS[:, None, :])
-        return mask.unsqueeze(1)
-    return mask.expand(positions_BS.shape[0], 1, -1, -1)
+        return [None]
+    document_BS = (positions_BS == 0).cumsum(1)
+    masks: Masks = []
+    for piece in query_pieces(positions_BS.shape[1], cp.rank(), cp.size()):
+        token = torch.arange(piece.stop, device=positions_BS.device)
+        query = token[piece.start :]
+        mask = (query[:, None] >= token).expand(1, -1, -1)
+        if document_mask:
+            mask = mask & (document_BS[:, query, None] == document_BS[:, None, token])
+        masks.append(mask.unsqueeze(1))
+    return masks

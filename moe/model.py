@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, Rotary, attention_mask
+from moe.attention import Attention, Masks, Rotary, attention_masks
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.layer import MoELayer
@@ -95,15 +95,15 @@ class Block(nn.Module):
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)
 
-    def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Tensor | None], about: ForwardPass) -> Tensor:
-        """attend: cosines and sines of the positions, and the attention mask."""
+    def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Tensor:
+        """attend: cosines and sines of the positions, and the attention masks."""
         run = partial(recomputed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, about)
         if report is not None:
             self.ffn.record(report, about)
         return x_SBD
 
-    def _run(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Tensor | None], about: ForwardPass) -> Ran:
+    def _run(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Ran:
         x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         if not self.sparse:
             return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
@@ -200,9 +200,9 @@ class Stage(MegatronModule):
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
         cos, sin = self.rotary.angles(mine_BS.t())
-        mask = attention_mask(positions_BS, self.cp, self.document_mask)
+        masks = attention_masks(positions_BS, self.cp, self.document_mask)
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, mask), forward_pass)
+            x_SBD = layer(x_SBD, (cos, sin, masks), forward_pass)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:

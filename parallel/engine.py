@@ -209,8 +209,9 @@ class Engine:
         groups = self.runtime.groups
         for chunk in self.chunks:
             chunk.eval()
-        # The sequence is cut over cp and, inside the model, over tp.
-        pieces = groups.cp.size() * groups.tp.size()
+        # The sequence is cut over cp and, inside the model, over tp and in attention over twice as many pieces as cp.
+        cp = groups.cp.size()
+        pieces = math.lcm(cp * groups.tp.size(), 2 * cp if cp > 1 else 1)
         last, length = len(ids) - 1, -(-len(ids) // pieces) * pieces
         tokens = torch.tensor([ids + [0] * (length - len(ids))])
         found: list[Tensor] = []

@@ -8,6 +8,7 @@ is read off its stack, so that watching costs a collective nothing.
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -56,17 +57,27 @@ class Whereabouts:
 
 def whereabouts(step: int, frames: list[FrameType], error: BaseException | None = None) -> Whereabouts:
     """frames: a thread's stack, innermost first."""
-    collective = None
-    name = Path(frames[0].f_code.co_filename).name
-    for frame in frames:
-        if not frame.f_globals.get("__name__", "").startswith("torch.distributed"):
-            break
-        if not frame.f_code.co_name.startswith(("_", "wrapper")):
-            collective = f"{frame.f_code.co_name} over {_members(frame.f_locals.get('group'))}"
+    collective = _collective(frames)
     ours = next((f for f in frames if _is_ours(f)), frames[0])
     at = f"{_short(ours.f_code.co_filename)}:{ours.f_lineno} ({ours.f_code.co_name})"
     told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return Whereabouts(step, at, collective or _WAITS.get(name), told if error else None)
+    return Whereabouts(step, at, collective, told if error else None)
+
+
+def _collective(frames: list[FrameType]) -> str | None:
+    """What a stack, innermost first, waits in: the outermost function of torch.distributed at its end, or a wait of
+    Megatron-Core's."""
+    inside = list(itertools.takewhile(_is_torchs, frames))
+    public = [frame.f_code.co_name for frame in inside if not frame.f_code.co_name.startswith(("_", "wrapper"))]
+    files = (Path(frame.f_code.co_filename).name for frame in frames[: len(inside) + 2])
+    what = next((_WAITS[file] for file in files if file in _WAITS), public[-1] if public else None)
+    groups = [frame.f_locals["group"] for frame in inside if "group" in frame.f_locals]
+    return what and (f"{what} over {_members(groups[-1])}" if groups else what)
+
+
+def _is_torchs(frame: FrameType) -> bool:
+    # A context manager of torch.distributed sends when it is left.
+    return frame.f_globals.get("__name__", "").startswith(("torch.distributed", "contextlib"))
 
 
 def _is_ours(frame: FrameType) -> bool:

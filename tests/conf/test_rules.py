@@ -236,7 +236,7 @@ BROKEN = [
         "parallel.pp_layers=[1,1,1,1]",
     ),
     ({"train.global_batch_size": 30}, 2, "30 % (4 * 2) = 6", "train.global_batch_size=32"),
-    ({"parallel.cp": 2, "train.sequence_length": 255}, 2, "255 % 2 = 1", "parallel.cp=1 or train.sequence_length=254"),
+    ({"parallel.cp": 2, "train.sequence_length": 254}, 2, "254 % 4 = 2", "parallel.cp=1 or train.sequence_length=252"),
     ({"parallel.sequence_parallel": True}, 1, "sequence_parallel needs parallel.tp > 1", "sequence_parallel=false"),
     (
         {"parallel.tp": 2, "parallel.sequence_parallel": True, "train.sequence_length": 33},

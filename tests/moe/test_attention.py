@@ -1,11 +1,13 @@
 """Attention against the float64 reference, which rotates by complex multiplication and attends head by head."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, Rotary, attention_mask
+from moe.attention import Attention, Rotary, attention_masks, query_pieces
 from moe.init import initialise
 from parallel.engine import core_config
 from parallel.runtime import Runtime
@@ -24,7 +26,7 @@ def attend(layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask:
     device = layer.qkv.weight.device
     positions_BS = positions_BS.to(device)
     cos, sin = Rotary(layer.width, theta, 64).to(device).angles(positions_BS.t())
-    return layer(x_SBD.to(device), cos, sin, attention_mask(positions_BS, layer.cp, document_mask))
+    return layer(x_SBD.to(device), cos, sin, attention_masks(positions_BS, layer.cp, document_mask))
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
@@ -67,10 +69,51 @@ def test_document_mask_equals_each_document_alone(runtime: Runtime) -> None:
 
 def test_mask_by_hand(runtime: Runtime) -> None:
     """A row per query: itself and what came before it in its document."""
-    mask = attention_mask(torch.tensor([[0, 1, 0, 1]]), runtime.groups.cp, document_mask=True)
+    positions_BS = torch.tensor([[0, 1, 0, 1]])
+    [mask] = attention_masks(positions_BS, runtime.groups.cp, document_mask=True)
     assert mask is not None
     assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
-    assert attention_mask(torch.tensor([[0, 1, 0, 1]]), runtime.groups.cp, document_mask=False) is None
+    assert attention_masks(positions_BS, runtime.groups.cp, document_mask=False) == [None]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """As much of a process group as masks ask for."""
+
+    index: int
+    ranks: int
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def test_context_masks_by_hand() -> None:
+    """Rank 0 of 2 attends from the first and the last quarter of the sequence; a letter per document: aaab bbbb."""
+    assert [[*piece] for piece in query_pieces(8, 0, 2)] == [[0, 1], [6, 7]]
+    assert [[*piece] for piece in query_pieces(8, 1, 2)] == [[4, 5], [2, 3]]
+    positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    masks = attention_masks(positions_BS, Rank(0, 2), document_mask=True)
+    assert [mask.int().tolist() for mask in masks] == [
+        [[[[1, 0], [1, 1]]]],
+        [[[[0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]]]],
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_context_ranks_share_queries_and_work_evenly(ranks: int) -> None:
+    sequence = 6 * ranks
+    work, positions = set(), []
+    for rank in range(ranks):
+        masks = attention_masks(torch.arange(sequence)[None], Rank(rank, ranks), document_mask=False)
+        work.add((sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)))
+        positions += [position for piece in query_pieces(sequence, rank, ranks) for position in piece]
+    assert sorted(positions) == [*range(sequence)]
+    assert len(work) == 1  # computed and allowed pairs of query and key are as many on every rank
+    # A little more than half of all pairs are computed, not all of them as under one mask for the whole sequence.
+    assert work.pop()[0] * ranks == sequence**2 * (2 * ranks + 1) / (4 * ranks)
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

@@ -1,5 +1,6 @@
 """A run of several ranks in which one of them hangs, not in a collective but in its data."""
 
+import re
 import time
 from pathlib import Path
 
@@ -35,12 +36,13 @@ def test_a_rank_without_data_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RankFailed) as failure:
         run_ranks(2, hang_in_data, config, timeout=120)
     message = str(failure.value)
-    assert "rank 1 stalled in step 3, at tests/training/test_hangs.py" in message and "(stuck)" in message
-    # Rank 0 has done its part of the step and waits for rank 1's gradients.
-    assert "rank 0 waits in step 3 in " in message and "over ranks 0, 1" in message
+    assert re.search(r"rank 1 stalled in step 3, at tests/training/test_hangs.py:\d+ \(stuck\), in no coll", message)
+    # Rank 0 has done its part of the step.
+    waits = r"rank 0 waits in step 3 in the reduction of gradients .* over ranks 0, 1, at parallel/engine.py:"
+    assert re.search(waits, message), message
     assert time.time() - (tmp_path / "run" / "then").stat().st_mtime < TIMEOUT + 0.5
     log = (tmp_path / "run" / "train.log").read_text()
     for rank, function in ((0, "forward_backward"), (1, "stuck")):
-        record = log.split(f"rank {rank} ERROR switchyard: trouble in step 3")[1].split(" ERROR ")[0]
+        record = log.split(f"rank {rank} ERROR switchyard: trouble in step")[1].split(" ERROR ")[0]
         assert f", in {function}" in record
-    assert log.count("the job ends: rank 1 stalled in step 3") == 2
+    assert log.count("the job ends: rank 1 stalled in step") == 2
