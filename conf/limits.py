@@ -140,6 +140,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),
+    ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
     ("data=text or data=megatron", lambda c: c["data.kind"] in ("text", "megatron"), "data.files"),

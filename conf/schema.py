@@ -270,6 +270,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end. A stopped run always writes one."""
     keep: int = 2
     """Newest checkpoints kept."""
+    asynchronous: bool = False
+    """Write checkpoints while training goes on: it waits only until their tensors are copied. The last one of a run is
+    waited for."""
     resume: bool = True
     """Continue from the newest whole checkpoint of run.dir. false: refuse a run.dir that has one."""
     load: str | None = None

@@ -5,19 +5,20 @@ each element is written once, by the data-parallel rank that assembled it. Megat
 proves that the boxes of all ranks tile every tensor. Its optimizer's own checkpoint formats are not used: without
 TransformerEngine and Apex they fail or resume wrongly (one step counter shared by all parameters; docs/log.md).
 
-A directory appears under its final name only when it is complete: written aside, checked against the model, hashed
-into a manifest, renamed.
+A directory appears under its final name only when it is complete: written aside (parallel/checkpoint_writer.py), also
+while training goes on, checked against the model, hashed into a manifest, renamed.
 """
 
-import hashlib
+import contextlib
 import json
+import math
 import os
-import queue
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import optimizer_state
+from parallel.checkpoint_writer import Writing, digest
 from parallel.engine import Engine
 from parallel.placement import logical_name
 from parallel.runtime import Runtime
@@ -55,20 +57,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a whole checkpoint: {MANIFEST}: {error}") from None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def _damage(directory: Path, names: list[str], files: dict[str, list[Any]]) -> str | None:
     """The first of the named files that is not what the manifest says."""
     for name in names:
-        path, (size, digest) = directory / name, files[name]
+        path, (size, wanted) = directory / name, files[name]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest:
+        if digest(path) != wanted:
             return f"{name} has changed since it was written"
     return None
 
@@ -128,6 +125,7 @@ class Checkpointer:
     def __init__(self, root: Path, engine: Engine, keep: int):
         self.root, self.engine, self.keep = root, engine, keep
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._under_way: tuple[Writing, Path, dict[str, Any]] | None = None
         self.stages = 0
         """Parts of saves that were begun; while it grows, a save gets on."""
 
@@ -140,28 +138,68 @@ class Checkpointer:
         Raises:
             ValueError: it could not be written (disk full, no permission). Earlier checkpoints are intact.
         """
+        self.begin(state)
+        path = self.settle(wait=True)
+        assert path is not None
+        return path
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Copies what a checkpoint holds and lets a thread write it; `settle` completes it. Arguments and errors as
+        for `save`. One that was begun before has to be settled first."""
+        assert self._under_way is None
         final = self.root / f"step_{state['step']:08d}"
         aside: list[Any] = [self.root / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(aside)
-        try:
+        with self._explained(final, aside[0]):
             self._together(lambda: self._make_aside(aside[0]) if self.rank == 0 else None)
-            self._together(lambda: self._write(aside[0]))
+            tensors = {**optimizer_state.to_save(self.engine), **_random_state(self.engine.runtime)}
+            writing = self._together(lambda: Writing(tensors, aside[0]), keep=True)
+            writing.start()
+        self._under_way = writing, final, state
+
+    def settle(self, *, wait: bool) -> Path | None:
+        """Completes the checkpoint that was begun, and returns its directory; None where there is none or, unless
+        `wait`, where a rank is still writing.
+
+        Raises:
+            ValueError: as `save`.
+        """
+        if self._under_way is None:
+            return None
+        writing, final, state = self._under_way
+        if not wait:
+            over = torch.tensor([writing.is_over()], dtype=torch.int32, device=self.engine.runtime.device)
+            dist.all_reduce(over, op=dist.ReduceOp.MIN)
+            if not over.item():
+                return None
+        self._under_way = None
+        with self._explained(final, writing.aside):
+            self._together(writing.finish_files)
+            self._together(writing.complete)
             shapes = self._together(lambda: optimizer_state.expected_shapes(self.engine))
-            hashed = self._together(lambda: self._hash_share(aside[0]))
-            self._together(lambda: self._publish(aside[0], final, state, shapes, hashed) if self.rank == 0 else None)
-        except ValueError as error:
-            room = _free_space(self.root)
-            if self.rank == 0:
-                shutil.rmtree(aside[0], ignore_errors=True)
-            raise ValueError(
-                f"could not write checkpoint {final}: {error}{room}. Earlier checkpoints are intact"
-            ) from None
+            hashed = self._together(lambda: writing.hashed)
+            publish = partial(self._publish, writing.aside, final, state, shapes, hashed)
+            self._together(publish if self.rank == 0 else lambda: None)
         if self.rank == 0:
             self._prune()
         return final
 
-    def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of an action; when storage fails one rank, all fail with that rank's message."""
+    @contextlib.contextmanager
+    def _explained(self, final: Path, aside: Path) -> Iterator[None]:
+        """An error of the storage, the same on all ranks, with what a person should know of it."""
+        try:
+            yield
+        except ValueError as error:
+            room = _free_space(self.root)
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise ValueError(
+                f"could not write checkpoint {final}: {error}{room}. Earlier checkpoints are intact"
+            ) from None
+
+    def _together(self, action: Callable[[], Any], *, keep: bool = False) -> Any:
+        """Every rank's result of an action, or with `keep` this rank's alone; when storage fails one rank, all fail
+        with that rank's message."""
         result, error = None, None
         self.stages += 1
         try:
@@ -171,10 +209,10 @@ class Checkpointer:
                 raise
             error = str(raised).strip().splitlines()[-1]
         answers: list[Any] = [None] * self.ranks
-        dist.all_gather_object(answers, (result, error))
+        dist.all_gather_object(answers, (None if keep else result, error))
         if any(failed for _, failed in answers):
             raise ValueError(next(failed for _, failed in answers if failed))
-        return [answer for answer, _ in answers]
+        return result if keep else [answer for answer, _ in answers]
 
     def _make_aside(self, aside: Path) -> None:
         aside.mkdir(parents=True)
@@ -185,25 +223,6 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         (aside / ".trial").unlink()
-
-    def _write(self, aside: Path) -> None:
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-        # Its own queue is a server process per rank, a second to start and left behind when the rank is killed. That
-        # is for saving in the background; here the results come from this very process.
-        filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(
-            {**optimizer_state.to_save(self.engine), **_random_state(self.engine.runtime)},
-            str(aside),
-            # One writer process per rank: the ranks already write in parallel.
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        )
-
-    def _hash_share(self, aside: Path) -> dict[str, list[Any]]:
-        names = sorted(p.name for p in aside.iterdir())[self.rank :: self.ranks]
-        return {n: [(aside / n).stat().st_size, _digest(aside / n)] for n in names}
 
     def _publish(
         self,
@@ -257,12 +276,18 @@ class Checkpointer:
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The logical shape of every tensor in a checkpoint."""
+    """The logical shape of every tensor in a checkpoint whose elements are all there."""
     from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
-    return {k: tuple(v.size) for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
+    index = FileSystemReader(directory).read_metadata()
+    found = {}
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            boxes = [c.sizes for c in entry.chunks if MetadataIndex(key, c.offsets) in index.storage_data]
+            if sum(map(math.prod, boxes)) == math.prod(entry.size):
+                found[key] = tuple(entry.size)
+    return found
 
 
 def load_weights(engine: Engine, directory: Path) -> None:

@@ -98,7 +98,8 @@ def to_save(engine: Engine) -> dict[str, Any]:
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
         if not parameter.requires_grad:  # whole on every rank, and in no optimizer
             if group.rank() == index % group.size() and parameter.placement.is_first_copy():
-                tensors[f"weights.{name}"] = _sharded(f"weights.{name}", parameter.detach().cpu(), parameter)
+                copy = parameter.detach().cpu().clone()  # it is written while training goes on
+                tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
             continue
         piece = pieces.get(parameter)
         state = piece.inner.state.get(piece.master, {}) if piece else {}

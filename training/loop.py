@@ -68,6 +68,8 @@ class Trainer:
         self.layers = sparse_layers(self.config.model)
         self.load: ExpertLoad | None = None
         self.saved_step: int | None = None
+        self.waited = 0.0
+        """Seconds that the training stood still for the checkpoint under way."""
         self.logged = 0, 0
         """Step and skipped updates at the last logged line."""
 
@@ -118,7 +120,9 @@ class Trainer:
             # Not while updates are being skipped: what led there must not push the good checkpoints out.
             if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
                 self.save()
+            self._settle(wait=False)
         self.save()
+        self._settle(wait=True)
         if interrupted and self.progress.step < train.steps:
             self.console.note(f"stopped by {stop.received or 'another rank'} after step {self.progress.step}")
             code = STOPPED
@@ -203,12 +207,24 @@ class Trainer:
         return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step, unless there is one."""
+        """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to."""
         if self.saved_step == self.progress.step:
             return
-        path = self.checkpointer.save(dataclasses.asdict(self.progress))
-        self.saved_step = self.progress.step
-        self.console.note(f"checkpoint {path}")
+        self._settle(wait=True)
+        started = time.perf_counter()
+        self.checkpointer.begin(dataclasses.asdict(self.progress))
+        self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
+        if not self.config.checkpoint.asynchronous:
+            self._settle(wait=True)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Completes a checkpoint that was begun, if it is written or shall be waited for."""
+        started = time.perf_counter()
+        path = self.checkpointer.settle(wait=wait)
+        if path is not None:
+            waited = self.waited + time.perf_counter() - started
+            told = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
+            self.console.note(f"checkpoint {path}{told}")
 
     def _finish(self, log: RunLog | None) -> None:
         """The end of a run: held-out loss, expert load, a sample, the paths."""

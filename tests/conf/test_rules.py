@@ -81,6 +81,12 @@ BROKEN = [
     ({"train.steps": 0}, 1, "train.steps >= 1, but it is 0", "train.steps=1"),
     ({"train.stop_after": 0}, 1, "train.stop_after >= 1, but it is 0", "train.stop_after=1"),
     ({"checkpoint.keep": 0}, 1, "checkpoint.keep >= 1, but it is 0", "checkpoint.keep=1"),
+    (
+        {"checkpoint.asynchronous": True, "checkpoint.every": 0},
+        1,
+        "asynchronous needs checkpoint.every > 0",
+        "checkpoint.asynchronous=false",
+    ),
     ({"optim.warmup_steps": -1}, 1, "optim.warmup_steps >= 0, but it is -1", "optim.warmup_steps=0"),
     ({"optim.lr": math.nan}, 1, "optim.lr > 0, but it is nan", "optim.lr=0.002"),
     ({"optim.eps": 0.0}, 1, "optim.eps > 0, but it is 0.0", "optim.eps=1e-08"),

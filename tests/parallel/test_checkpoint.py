@@ -1,20 +1,26 @@
 """A checkpoint is whole or it is not there."""
 
+import copy
 import os
+import pickle
 import resource
 import shutil
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conf.schema import ParallelConfig
 from parallel import checkpoint, optimizer_state
 from parallel.checkpoint import Checkpointer
+from parallel.checkpoint_writer import Writing
 from parallel.simulate import RankFailed, RankPool
 from parallel.world import World
-from tests.parallel.helpers import Variant, build_engine, started, state, train
+from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, state, train
 
 VARIANT = Variant({"num_layers": 2}, {"bias_update_rate": 0.01})
 
@@ -264,3 +270,113 @@ def test_copies_may_be_moved(saved, tmp_path):
     moved = tmp_path / "elsewhere" / saved[1].name
     shutil.copytree(saved[1], moved)
     assert checkpoint.find_damage(moved) is None and checkpoint.resolve(str(moved)) == moved
+
+
+class Held(Writing):
+    """Writes nothing until it is let go."""
+
+    go = threading.Event()
+
+    def _write(self) -> None:
+        self.go.wait()
+        super()._write()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    monkeypatch.setattr(checkpoint, "Writing", Held)
+    Held.go.clear()
+    yield Held.go
+    Held.go.set()
+
+
+def test_what_is_written_later_is_what_was_there_when_it_began(runtime, root, held):
+    engine = build_engine(runtime, VARIANT)
+    train(engine, range(1))
+    saver, before = Checkpointer(root, engine, keep=2), copy.deepcopy(optimizer_tensors(engine))
+    bias = engine.modules[0].get_parameter("layers.0.ffn.router.bias").clone()
+    saver.begin(state(1))
+    assert saver.settle(wait=False) is None and newest(root) is None
+    train(engine, range(1, 2))
+    assert not torch.equal(bias, engine.modules[0].get_parameter("layers.0.ffn.router.bias"))
+    held.set()
+    path = saver.settle(wait=True)
+    assert path == newest(root) and path.name == "step_00000001"
+    assert saver.settle(wait=True) is None  # there is nothing left to settle
+    other = build_engine(runtime, VARIANT)
+    Checkpointer(root, other, keep=2).load(path)
+    for kind, tensors in optimizer_tensors(other).items():
+        assert all(torch.equal(tensor, before[kind][name]) for name, tensor in tensors.items())
+    assert torch.equal(other.modules[0].get_parameter("layers.0.ffn.router.bias"), bias)
+
+
+def test_what_fails_in_the_background_is_told_when_it_is_settled(engine, saved, root, held, monkeypatch):
+    saver = Checkpointer(root, engine, keep=2)
+    saver.begin(state(3))
+    shutil.rmtree(next(root.glob(".writing-*")))  # the disk under the writer's feet
+    held.set()
+    with pytest.raises(ValueError, match=r"could not write checkpoint .*step_00000003: .*No such file.*intact"):
+        saver.settle(wait=True)
+    assert newest(root) == saved[1]
+    monkeypatch.undo()
+    assert saver.save(state(3)) == newest(root)
+
+
+def settle_when_all_are_done(world: World, root: Path) -> tuple[bool, bool]:
+    """(settled while another rank was still writing, settled after it was done)."""
+    checkpoint.Writing = Held  # as written by this rank
+    try:
+        with started(world, ParallelConfig()) as runtime:
+            engine = build_engine(runtime, VARIANT)
+            train(engine, range(1))
+            saver = Checkpointer(root, engine, keep=2)
+            Held.go.clear()
+            saver.begin(state(1, world.size))
+            if world.rank == 0:
+                Held.go.set()
+                saver._under_way[0].finish_files()
+            early = saver.settle(wait=False)
+            Held.go.set()
+            saver._under_way[0].finish_files()
+            return early is not None, saver.settle(wait=False) is not None
+    finally:
+        checkpoint.Writing = Writing
+
+
+def test_ranks_settle_together(ranks, root):
+    assert ranks.run(2, settle_when_all_are_done, root, timeout=60) == [(False, True)] * 2
+
+
+def save_a_part_twice(world: World, root: Path) -> None:
+    """Both ranks write the first one's half of a parameter."""
+    whole = optimizer_state.to_save
+
+    def greedy(engine: Any) -> dict[str, Any]:
+        tensors = whole(engine)
+        key = "weights.layers.0.attention.qkv.weight"
+        tensors[key] = replace(tensors[key], global_offset=(0, 0))
+        return tensors
+
+    optimizer_state.to_save = greedy  # no need to put it back: this ends the ranks
+    with started(world, ParallelConfig(tp=2)) as runtime:
+        engine = build_engine(runtime, VARIANT)
+        train(engine, range(1))
+        Checkpointer(root, engine, keep=2).save(state(1, 2))
+
+
+def test_no_part_may_be_written_twice(root):
+    with RankPool(2) as pool, pytest.raises(RankFailed, match=r"(?s)CheckpointingException.*qkv"):
+        pool.run(2, save_a_part_twice, root, timeout=60)
+    assert checkpoint.step_directories(root) == []
+
+
+def test_a_tensor_with_a_hole_does_not_count(saved):
+    import torch.distributed.checkpoint as dcp
+
+    path = saved[1] / ".metadata"
+    index = dcp.FileSystemReader(saved[1]).read_metadata()
+    key = "exp_avg.layers.1.ffn.experts.w_in"
+    assert key in checkpoint.stored_shapes(saved[1])
+    index.storage_data = {k: v for k, v in index.storage_data.items() if k.fqn != key}
+    path.write_bytes(pickle.dumps(index))
+    assert key not in checkpoint.stored_shapes(saved[1])

@@ -327,3 +327,21 @@ def test_a_tokenizer_that_is_not_the_runs(corpus: Path, ranks: RankPool, undistu
     with pytest.raises(RankFailed, match="not the one that this run was trained with"):
         ranks.run(1, train, config, timeout=LIMIT)
     assert (undisturbed / "config.yaml").read_text() == before
+
+
+def test_checkpoints_written_while_training_goes_on(
+    corpus: Path, ranks: RankPool, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same run, and a run from its checkpoint goes on as the first did."""
+    config = tiny_config(corpus, tmp_path / "run", stop_after=15)
+    config.eval.every = 10
+    config.checkpoint = CheckpointConfig(every=3, keep=9, asynchronous=True)
+    assert ranks.run(2, train, with_layout(config, ep=2), timeout=LIMIT) == [0, 0]
+    steps = [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert steps == [f"step_{step:08d}" for step in (3, 6, 9, 12, 15)]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("; training waited ") == 5
+    config.train.stop_after, config.checkpoint.asynchronous = None, False
+    assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    wanted, got = trajectory(undisturbed), trajectory(tmp_path / "run")
+    assert [row[1] for row in got] == pytest.approx([row[1] for row in wanted], rel=1e-4)
