@@ -56,9 +56,11 @@ def started(world: World, parallel: ParallelConfig) -> Iterator[Runtime]:
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield runtime.start(world, Layout.of(parallel, world.size), seed=1, timeout=60, threads=1)
-        runtime.stop()
-    logging.disable(logging.NOTSET)
+        try:
+            yield runtime.start(world, Layout.of(parallel, world.size), seed=1, timeout=60, threads=1)
+        finally:
+            runtime.stop()
+            logging.disable(logging.NOTSET)
 
 
 def build_engine(

@@ -109,7 +109,8 @@ class Attention(nn.Module):
             q = self._swap_late_half(q)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         attended = [self._attend(piece, k, v, mask) for piece, mask in zip(q.chunk(len(masks), 2), masks, strict=True)]
-        out = torch.cat(attended, 2).permute(2, 0, 1, 3)
+        # A cat of one tensor would copy it.
+        out = (attended[0] if len(attended) == 1 else torch.cat(attended, 2)).permute(2, 0, 1, 3)
         if self.cp.size() > 1:
             out = self._swap_late_half(out)
         return self.out(out.reshape(s, b, -1))[0]

@@ -49,7 +49,7 @@ class Runtime:
     layout: Layout
     groups: Groups
     device: torch.device
-    memory: tuple[str, str] | None
+    memory: tuple[str, str] | None = None
     """What the C library does with freed memory, and why; None on a GPU, whose allocator is torch's."""
 
 

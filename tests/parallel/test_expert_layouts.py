@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.parity import Outcome, measure
+from benchmarks.tiny import Variant
 from conf.schema import ParallelConfig
-from tests.parallel.helpers import Outcome, Variant, measure
 from tests.parallel.test_parity import relative
 
 GATHER, PAD = {"dispatcher": "all_gather"}, {"pad_to_capacity": True}
