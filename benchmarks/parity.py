@@ -128,7 +128,7 @@ class Outcome:
 def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant], steps: int = 3) -> dict[str, Outcome]:
     """Trains each variant for some steps, then evaluates it and asks it for a next token. A rank function."""
     with started(world, parallel) as runtime:
-        overlap = Overlap.of(parallel, runtime.device)
+        overlap = Overlap.of(parallel, runtime.backend)
         return {name: _measure(runtime, variant, overlap, steps) for name, variant in variants.items()}
 
 

@@ -49,7 +49,7 @@ class Variant:
 
 
 @contextmanager
-def started(world: World, parallel: ParallelConfig) -> Iterator[Runtime]:
+def started(world: World, parallel: ParallelConfig, backend: str | None = None) -> Iterator[Runtime]:
     """This rank joined to the others, without Megatron-Core's warnings on the screen."""
     from parallel import runtime
 
@@ -57,7 +57,8 @@ def started(world: World, parallel: ParallelConfig) -> Iterator[Runtime]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            yield runtime.start(world, Layout.of(parallel, world.size), seed=1, timeout=60, threads=1)
+            layout = Layout.of(parallel, world.size)
+            yield runtime.start(world, layout, seed=1, timeout=60, threads=1, backend=backend)
         finally:
             runtime.stop()
             logging.disable(logging.NOTSET)

@@ -40,10 +40,10 @@ class Overlap:
     param_gather: bool = False
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, device: torch.device) -> "Overlap":
-        """What the settings ask for; left open, on where the device sends without the cores that compute."""
+    def of(cls, parallel: ParallelConfig, backend: str) -> "Overlap":
+        """What the settings ask for; left open, on where sending leaves alone the cores that compute."""
         grads, weights = parallel.overlap_grad_reduce, parallel.overlap_param_gather
-        grads = device.type == "cuda" if grads is None else grads
+        grads = backend == "nccl" if grads is None else grads
         return cls(grads, grads if weights is None else weights)
 
 
@@ -78,7 +78,7 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
         add_bias_linear=False,
         gradient_accumulation_fusion=False,  # an Apex extension
         # Batched point-to-point is NCCL's way round deadlocks between pipeline neighbours; gloo does not have it.
-        batch_p2p_comm=runtime.device.type == "cuda",
+        batch_p2p_comm=runtime.backend == "nccl",
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         hidden_dropout=0.0,

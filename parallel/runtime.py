@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel import allocator, cpu
+from parallel import allocator, cpu, staging
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -49,35 +49,50 @@ class Runtime:
     layout: Layout
     groups: Groups
     device: torch.device
+    backend: str
+    """What carries the messages: nccl, gloo, or gloo through host memory (parallel.staging)."""
     memory: tuple[str, str] | None = None
     """What the C library does with freed memory, and why; None on a GPU, whose allocator is torch's."""
 
 
-def pick_device(local_rank: int, local_size: int) -> torch.device:
-    """This rank's GPU, or the CPU where there is none.
+def pick_device(world: World) -> tuple[torch.device, str]:
+    """(this rank's GPU, or the CPU where there is none; the backend). Simulated ranks may share GPUs.
 
     Raises:
         ValueError: fewer GPUs than ranks on this machine.
     """
     if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_size > torch.cuda.device_count():
-        raise ValueError(
-            f"{local_size} ranks on this machine but {torch.cuda.device_count()} GPU(s): one rank needs one GPU. "
-            "Start fewer ranks, or simulate them on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-        )
-    return torch.device("cuda", local_rank)
+        return torch.device("cpu"), "gloo"
+    gpus = torch.cuda.device_count()
+    if world.local_size <= gpus:
+        return torch.device("cuda", world.local_rank), "nccl"
+    if world.simulated:
+        return torch.device("cuda", world.local_rank % gpus), staging.BACKEND
+    raise ValueError(
+        f"{world.local_size} ranks on this machine but {gpus} GPU(s): one rank needs one GPU. Start fewer ranks, "
+        f"or simulate them, sharing what there is, with NPROC={world.local_size} bash launch/train.sh"
+    )
 
 
-def start(world: World, layout: Layout, *, seed: int, timeout: float, threads: int | None = None) -> Runtime:
+def start(
+    world: World,
+    layout: Layout,
+    *,
+    seed: int,
+    timeout: float,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> Runtime:
     """Joins the process group, builds every Megatron-Core group of the layout and sends one message through each, so
     that a broken link shows here and not in the first optimizer step.
 
     Args:
         timeout: seconds that a rank waits for the others.
         threads: CPU threads of this rank; None: the machine's cores divided among its ranks.
+        backend: None: what pick_device says.
     """
-    device = pick_device(world.local_rank, world.local_size)
+    device, picked = pick_device(world)
+    backend = backend or picked
     cpu.megatron()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // world.local_size))
     memory = None
@@ -89,14 +104,15 @@ def start(world: World, layout: Layout, *, seed: int, timeout: float, threads: i
     # One rank alone needs no port.
     store = dist.HashStore() if world.size == 1 else None
     init = None if store else f"tcp://{world.address}:{world.port}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == staging.BACKEND:
+        staging.register()
     dist.init_process_group(
         backend, init_method=init, store=store, rank=world.rank, world_size=world.size, timeout=wait
     )
     groups = _build_groups(layout, wait)
     _warm_up(groups, device)
     seed_all(seed)
-    return Runtime(world, layout, groups, device, memory)
+    return Runtime(world, layout, groups, device, backend, memory)
 
 
 def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:

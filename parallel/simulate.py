@@ -114,7 +114,7 @@ class RankPool:
         port = free_port()
         ranks = self._ranks[:n]
         for rank, (_, connection) in enumerate(ranks):
-            connection.send((function, World(rank, n, rank, n, "127.0.0.1", port), args))
+            connection.send((function, World(rank, n, rank, n, "127.0.0.1", port, simulated=True), args))
         try:
             return self._collect(ranks, timeout)
         except BaseException:
@@ -221,6 +221,6 @@ def planned_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
         meta = torch.device("meta")
         # Megatron-Core's layers name the device that they are made on.
         with meta, unittest.mock.patch("torch.cuda.current_device", lambda: meta):
-            yield Runtime(World(rank, layout.world), layout, groups, meta)
+            yield Runtime(World(rank, layout.world), layout, groups, meta, "fake")
     finally:
         dist.destroy_process_group()

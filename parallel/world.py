@@ -17,6 +17,8 @@ class World:
     local_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    simulated: bool = False
+    """Whether the ranks are simulated on one machine, and may share its GPU."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":

@@ -116,7 +116,7 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
             document_mask=config.data.document_mask,
         )
 
-    overlap = Overlap.of(config.parallel, run.device)
+    overlap = Overlap.of(config.parallel, run.backend)
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk, overlap)
@@ -128,7 +128,8 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
 def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
-        return [("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, NCCL")]
+        how = "NCCL" if run.backend == "nccl" else "shared by simulated ranks; gloo through host memory"
+        return [("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, {how}")]
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     rows = [("device", f"CPU ({name}, {torch.get_num_threads()} threads a rank)", "no CUDA device; gloo")]
     return rows + ([("memory", *run.memory)] if run.memory else [])

@@ -218,7 +218,7 @@ def messages(world: World, degrees: dict) -> list[tuple[str, bool, str]]:
 
     parallel = ParallelConfig(**degrees)
     with started(world, parallel) as runtime:
-        engine = build_engine(runtime, DENSE, overlap=Overlap.of(parallel, runtime.device))
+        engine = build_engine(runtime, DENSE, overlap=Overlap.of(parallel, runtime.backend))
         schedule = engine._schedule
 
         def watched(**kwargs):
@@ -253,9 +253,8 @@ def test_overlapped_messages_travel_during_the_passes(ranks):
             assert told == wanted, degrees
 
 
-def test_messages_overlap_where_the_device_sends_by_itself():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert Overlap.of(ParallelConfig(), gpu) == Overlap(True, True)
-    assert Overlap.of(ParallelConfig(), cpu) == Overlap(False, False)
-    assert Overlap.of(ParallelConfig(overlap_grad_reduce=False), gpu) == Overlap(False, False)
-    assert Overlap.of(ParallelConfig(overlap_param_gather=False), gpu) == Overlap(True, False)
+def test_messages_overlap_where_sending_is_free():
+    assert Overlap.of(ParallelConfig(), "nccl") == Overlap(True, True)
+    assert Overlap.of(ParallelConfig(), "gloo") == Overlap.of(ParallelConfig(), "staged") == Overlap(False, False)
+    assert Overlap.of(ParallelConfig(overlap_grad_reduce=False), "nccl") == Overlap(False, False)
+    assert Overlap.of(ParallelConfig(overlap_param_gather=False), "nccl") == Overlap(True, False)

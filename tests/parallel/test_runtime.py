@@ -86,10 +86,14 @@ def test_a_process_can_start_again(ranks):
     assert first[4] == other_seed[4]  # the model draws nothing from these generators
 
 
-def test_one_rank_needs_one_gpu(monkeypatch):
-    assert runtimes.pick_device(1, 2) == torch.device("cpu") or torch.cuda.is_available()
+def test_one_rank_needs_one_gpu_unless_it_is_simulated(monkeypatch):
+    started, simulated = World(2, 3, 2, 3), World(2, 3, 2, 3, simulated=True)
+    if not torch.cuda.is_available():
+        assert runtimes.pick_device(simulated) == (torch.device("cpu"), "gloo")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert runtimes.pick_device(simulated) == runtimes.pick_device(started) == (torch.device("cuda", 2), "nccl")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert runtimes.pick_device(1, 2) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match=r"3 ranks on this machine but 2 GPU.*CUDA_VISIBLE_DEVICES="):
-        runtimes.pick_device(0, 3)
+    assert runtimes.pick_device(simulated) == (torch.device("cuda", 0), "staged")
+    with pytest.raises(ValueError, match=r"3 ranks on this machine but 2 GPU.*NPROC=3"):
+        runtimes.pick_device(started)
