@@ -3,17 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from conf.rules import Case
+from conf.case import Case, shown
 
 DEGREES = ("tp", "pp", "cp", "ep", "etp")
 _TRIED = 64
 """Layouts that fit the world, nearest first, for which all rules are asked."""
 
 
-def nearest_layouts(case: "Case", holds: Callable[["Case"], bool], count: int = 2) -> list[str]:
+def nearest_layouts(case: Case, holds: Callable[[Case], bool], count: int = 2) -> list[str]:
     """The overrides of up to `count` layouts that satisfy every rule with the model, the batch and the number of ranks
     as they are, nearest first: the fewest doublings and halvings of degrees away.
 
@@ -24,13 +23,13 @@ def nearest_layouts(case: "Case", holds: Callable[["Case"], bool], count: int = 
     for degrees in itertools.islice(_fitting(case), _TRIED):
         other, changed = _with(case, degrees)
         if holds(other):
-            found.append(" ".join(f"parallel.{key}={_shown(value)}" for key, value in changed.items()))
+            found.append(" ".join(f"parallel.{key}={shown(value)}" for key, value in changed.items()))
             if len(found) == count:
                 break
     return found
 
 
-def _fitting(case: "Case") -> Iterator[dict[str, int]]:
+def _fitting(case: Case) -> Iterator[dict[str, int]]:
     """Degrees that divide what they cut and multiply to a divisor of the world, nearest first."""
     world, experts = case["world_size"], case["model.moe.num_experts"]
     ffn, layers = case["model.ffn_hidden_size"], case["model.num_layers"]
@@ -48,7 +47,7 @@ def _fitting(case: "Case") -> Iterator[dict[str, int]]:
     return (dict(zip(DEGREES, chosen, strict=True)) for _, chosen in sorted(fitting))
 
 
-def _with(case: "Case", degrees: dict[str, int]) -> tuple["Case", dict[str, Any]]:
+def _with(case: Case, degrees: dict[str, int]) -> tuple[Case, dict[str, Any]]:
     """(the case under other degrees, what changed). What the degrees leave without an effect or without a sense goes
     back to its default."""
     settings: dict[str, Any] = dict(degrees)
@@ -62,7 +61,3 @@ def _with(case: "Case", degrees: dict[str, int]) -> tuple["Case", dict[str, Any]
     for key, value in changed.items():
         case = case.replaced(f"parallel.{key}", value)
     return case, changed
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower()

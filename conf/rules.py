@@ -3,56 +3,17 @@
 A rule is an equation over settings. A violated one is told with its numbers and the nearest values that work. That they
 work is not estimated but tried, by asking all the rules again with the new value."""
 
-import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from itertools import islice
-from operator import attrgetter
-from typing import Any
 
+from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
+from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, NARROW_PRECISIONS
 from conf.nearest import nearest_layouts
 from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
-WORLD_SIZE = "world_size"
-"""A key beside the settings: the number of ranks."""
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A rule that does not hold."""
-
-    rule: str
-    """The equation, without numbers: two violations of one rule have the same text."""
-    numbers: str
-    """What the equation says of this configuration."""
-    repairs: dict[str, Iterable[Any]] = field(default_factory=dict)
-    """Values that may mend it, per setting, nearest first."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration and the number of ranks, read by dotted key."""
-
-    config: Config
-    world_size: int
-
-    def __getitem__(self, key: str) -> Any:
-        return self.world_size if key == WORLD_SIZE else attrgetter(key)(self.config)
-
-    def replaced(self, key: str, value: Any) -> "Case":
-        """The same case with one setting (or the number of ranks) changed."""
-        if key == WORLD_SIZE:
-            return Case(self.config, value)
-        return Case(_replaced(self.config, key, value), self.world_size)
-
-    def product(self, *keys: str) -> int:
-        return math.prod(self[key] or 1 for key in keys)
-
-
-DEFAULTS = Case(Config(), 1)
 _FURTHER = ", each with further changes"
 
 
@@ -77,7 +38,7 @@ def violations(case: Case) -> list[Violation]:
     for violation in found:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
-    sections = (_model, _recompute, _experts, _layout, _batch, _schedule, _data, _blend, _idle)
+    sections = (_model, _recompute, _experts, layout_rules, batch_rules, _schedule, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 
@@ -98,51 +59,10 @@ def _advice(violation: Violation, case: Case, found: list[Violation]) -> str:
             if key == WORLD_SIZE:
                 advice += [f"{ranks} ranks (on one machine NPROC={ranks})" for ranks in islice(nearest, 2)]
             else:
-                advice += [f"{key}={_shown(value)}" for value in islice(nearest, 1)]
+                advice += [f"{key}={shown(value)}" for value in islice(nearest, 1)]
         if advice:
             return f"; nearest: {' or '.join(advice)}{remark}"
     return ""
-
-
-def _replaced(section: Any, key: str, value: Any) -> Any:
-    head, _, rest = key.partition(".")
-    return dataclasses.replace(section, **{head: _replaced(getattr(section, head), rest, value) if rest else value})
-
-
-def _shown(value: Any) -> str:
-    """A value as it is written in an override."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _multiples(value: int, of: int) -> list[int]:
-    """Some positive multiples of a number, nearest to value first."""
-    middle = max(1, round(value / of))
-    return sorted((of * k for k in range(max(1, middle - 32), middle + 33)), key=lambda m: abs(m - value))
-
-
-def _divisors(value: int, of: int) -> list[int]:
-    """The divisors of a number, nearest to value first."""
-    small = [k for k in range(1, math.isqrt(of) + 1) if of % k == 0]
-    return sorted({*small, *(of // k for k in small)}, key=lambda d: abs(d - value))
-
-
-def _divisible(case: Case, number: str, *divisors: str) -> Iterator[Violation]:
-    """number % (product of divisors) == 0"""
-    divisors = tuple(key for key in divisors if case[key] is not None)
-    product = case.product(*divisors)
-    if case[number] % product == 0:
-        return
-    terms = " * ".join(divisors)
-    repairs = {key: _divisors(case[key], case[number]) for key in divisors if case[key] > 1}
-    yield Violation(
-        f"{number} % {f'({terms})' if len(divisors) > 1 else terms} == 0",
-        f"{case[number]} % {product} = {case[number] % product}",
-        repairs | {number: _multiples(case[number], product)},
-    )
 
 
 def _choices(case: Case) -> Iterator[Violation]:
@@ -162,20 +82,20 @@ def _bounds(case: Case) -> Iterator[Violation]:
             value = case[key]
             if value is not None and not holds(value):
                 repair = DEFAULTS[key] if nearest is None else nearest
-                yield Violation(f"{key} {text}", f"it is {_shown(value)}", {key: [repair]})
+                yield Violation(f"{key} {text}", f"it is {shown(value)}", {key: [repair]})
 
 
 def _model(case: Case) -> Iterator[Violation]:
     hidden, heads = "model.hidden_size", "model.num_attention_heads"
-    yield from _divisible(case, hidden, heads)
+    yield from divisible(case, hidden, heads)
     if case[hidden] % case[heads] == 0 and case[hidden] // case[heads] % 2:
         yield Violation(
             f"{hidden} / {heads} is even (rotary positions turn pairs)",
             f"{case[hidden]} / {case[heads]} = {case[hidden] // case[heads]}",
-            {heads: _divisors(case[heads], case[hidden]), hidden: _multiples(case[hidden], 2 * case[heads])},
+            {heads: divisors(case[heads], case[hidden]), hidden: multiples(case[hidden], 2 * case[heads])},
         )
     if case["model.num_query_groups"] is not None:
-        yield from _divisible(case, heads, "model.num_query_groups")
+        yield from divisible(case, heads, "model.num_query_groups")
 
 
 def _recompute(case: Case) -> Iterator[Violation]:
@@ -184,9 +104,9 @@ def _recompute(case: Case) -> Iterator[Violation]:
     if known != wanted:
         parts = [part if part in known else difflib.get_close_matches(part, RECOMPUTE, 1, 0.0)[0] for part in wanted]
         rule = f"{key} is made of {', '.join(RECOMPUTE)}"
-        yield Violation(rule, f"it is {_shown(wanted)}", {key: [sorted(set(parts)), known]})
+        yield Violation(rule, f"it is {shown(wanted)}", {key: [sorted(set(parts)), known]})
     elif "full" in wanted and len(wanted) > 1:
-        yield Violation(f"{key}=[full] goes alone", f"it is {_shown(wanted)}", {key: [["full"]]})
+        yield Violation(f"{key}=[full] goes alone", f"it is {shown(wanted)}", {key: [["full"]]})
     elif "moe" in wanted and not case["model.moe.num_experts"]:
         without = [part for part in wanted if part != "moe"]
         yield Violation(f"moe in {key} needs model.moe.num_experts > 0", "the model is dense", {key: [without]})
@@ -228,20 +148,20 @@ def _expert_groups(case: Case) -> Iterator[Violation]:
         f"model.moe.{key}" for key in ("num_experts", "top_k", "num_expert_groups", "top_k_groups")
     )
     if case[experts] % case[groups]:
-        yield from _divisible(case, experts, groups)
+        yield from divisible(case, experts, groups)
         return
     size = case[experts] // case[groups]
     if size < 2:
         yield Violation(
             f"{experts} / {groups} >= 2 (a group's score is the sum of its two best)",
             f"{case[experts]} / {case[groups]} = {size}",
-            {groups: _divisors(case[groups], case[experts]), experts: [2 * case[groups]]},
+            {groups: divisors(case[groups], case[experts]), experts: [2 * case[groups]]},
         )
     if case[chosen] >= case[groups]:
         yield Violation(
             f"{chosen} < {groups} (else every group is chosen)",
             f"{case[chosen]} >= {case[groups]}",
-            {chosen: range(case[groups] - 1, 0, -1), groups: _divisors(case[chosen] + 1, case[experts])},
+            {chosen: range(case[groups] - 1, 0, -1), groups: divisors(case[chosen] + 1, case[experts])},
         )
     elif case[top_k] > case[chosen] * size:
         yield Violation(
@@ -271,85 +191,6 @@ def _expert_choice(case: Case) -> Iterator[Violation]:
         )
 
 
-def _layout(case: Case) -> Iterator[Violation]:
-    tp, pp, vpp, cp, ep, etp = (f"parallel.{key}" for key in ("tp", "pp", "vpp", "cp", "ep", "etp"))
-    yield from _divisible(case, WORLD_SIZE, tp, pp, cp)
-    for size in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if case[f"model.{size}"] is not None:
-            yield from _divisible(case, f"model.{size}", tp)
-    if case["parallel.pp_layers"] is None:
-        yield from _divisible(case, "model.num_layers", pp, vpp)
-    elif case[pp] > 1:
-        yield from _uneven_stages(case)
-    if case["model.moe.num_experts"]:
-        yield from _divisible(case, WORLD_SIZE, etp, ep, pp)
-        yield from _divisible(case, "model.moe.num_experts", ep)
-        yield from _divisible(case, "model.ffn_hidden_size", etp)
-        if case["model.moe.expert_bias"]:
-            yield from _divisible(case, "model.hidden_size", etp)
-    if case["parallel.overlap_param_gather"] and not case["parallel.overlap_grad_reduce"]:
-        grads = "parallel.overlap_grad_reduce"
-        yield Violation(
-            f"parallel.overlap_param_gather=true needs {grads}=true (their buckets are the same)",
-            f"it is {_shown(case[grads])}",
-            {grads: [True], "parallel.overlap_param_gather": [None]},
-        )
-    # A sparse layer spreads its tokens over the tensor-parallel ranks, with or without sequence parallelism.
-    cuts_tokens = case["parallel.sequence_parallel"] or case["model.moe.num_experts"]
-    sequence = "train.sequence_length"
-    if case[cp] > 1 and case[sequence] % (2 * case[cp]):
-        yield Violation(
-            f"{sequence} % (2 * parallel.cp) == 0 (a rank attends from an early and a late piece)",
-            f"{case[sequence]} % {2 * case[cp]} = {case[sequence] % (2 * case[cp])}",
-            {cp: _divisors(case[cp], case[sequence]), sequence: _multiples(case[sequence], 2 * case[cp])},
-        )
-    elif cuts_tokens:
-        yield from _divisible(case, sequence, cp, tp)
-
-
-def _uneven_stages(case: Case) -> Iterator[Violation]:
-    given, layers = case["parallel.pp_layers"], case["model.num_layers"]
-    chunks = case.product("parallel.pp", "parallel.vpp")
-    even = [layers // chunks + (i < layers % chunks) for i in range(chunks)]
-    repairs = {"parallel.pp_layers": [even, None] if layers >= chunks else [None]}
-    what = "parallel.pp * parallel.vpp" if case["parallel.vpp"] else "parallel.pp"
-    if len(given) != chunks:
-        yield Violation(f"parallel.pp_layers has {what} numbers", f"{len(given)} != {chunks}", repairs)
-    elif min(given) < 1:
-        yield Violation("every number of parallel.pp_layers >= 1", f"it is {_shown(given)}", repairs)
-    elif sum(given) != layers:
-        numbers = f"{' + '.join(map(str, given))} = {sum(given)} != {layers}"
-        yield Violation(
-            "the sum of parallel.pp_layers == model.num_layers", numbers, repairs | {"model.num_layers": [sum(given)]}
-        )
-
-
-def _batch(case: Case) -> Iterator[Violation]:
-    batch, micro = "train.global_batch_size", "train.micro_batch_size"
-    model_parallel = case.product("parallel.tp", "parallel.pp", "parallel.cp")
-    if case[WORLD_SIZE] % model_parallel:
-        return  # the layout's violation; the data-parallel size is unknown
-    data_parallel = case[WORLD_SIZE] // model_parallel
-    per_round = case[micro] * data_parallel
-    if case[batch] % per_round:
-        yield Violation(
-            f"{batch} % ({micro} * data-parallel size) == 0",
-            f"{case[batch]} % ({case[micro]} * {data_parallel}) = {case[batch] % per_round}",
-            {batch: _multiples(case[batch], per_round), micro: _divisors(case[micro], case[batch])},
-        )
-    elif case["parallel.vpp"] and case[batch] // per_round % case["parallel.pp"]:
-        rounds, stages = case[batch] // per_round, case["parallel.pp"]
-        yield Violation(
-            "with parallel.vpp, micro-batches per step % parallel.pp == 0",
-            f"{case[batch]} / ({case[micro]} * {data_parallel}) = {rounds} and {rounds} % {stages} = {rounds % stages}",
-            {
-                batch: _multiples(case[batch], per_round * stages),
-                micro: _divisors(case[micro], case[batch]),
-                "parallel.vpp": [None],
-            },
-        )
-
-
 def _schedule(case: Case) -> Iterator[Violation]:
     steps, stop, profile = case["train.steps"], case["train.stop_after"], case["train.profile"]
     lr, min_lr = case["optim.lr"], case["optim.min_lr"]
@@ -367,7 +208,7 @@ def _schedule(case: Case) -> Iterator[Violation]:
         clamped = sorted(min(max(step, 1), last) for step in [*profile, 1, 1][:2])
         yield Violation(
             f"train.profile is [a,b] with 1 <= a <= b <= {last}, the last step",
-            f"it is {_shown(profile)}",
+            f"it is {shown(profile)}",
             {"train.profile": [clamped]},
         )
 
@@ -409,5 +250,5 @@ def _idle(case: Case) -> Iterator[Violation]:
             continue
         for key in keys.split():
             if case[key] != DEFAULTS[key]:
-                numbers = f"it is {_shown(case[key])} and would be ignored"
+                numbers = f"it is {shown(case[key])} and would be ignored"
                 yield Violation(f"{key} needs {condition}", numbers, {key: [DEFAULTS[key]]})
