@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -54,6 +55,13 @@ def test_step_benchmark_prints_its_ratios() -> None:
     speed = printed["tokens_per_second"]
     assert printed["ratio_megatron"] == pytest.approx(speed["switchyard"] / speed["megatron"], rel=0.02)
     assert (printed["ratio_transformers"] is None) == (importlib.util.find_spec("transformers") is None)
+
+
+def test_checkpoint_benchmark_prints_what_training_waits() -> None:
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--hidden=16", "--layers=1", "--repetitions=1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, env=environment)
+    assert re.search(r"written at once +[\d.]+ s\n +written in the background +[\d.]+ s  \([\d.]+ of it", done.stdout)
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
