@@ -127,7 +127,7 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
     if continued:
         if not config.checkpoint.resume:
             raise ValueError(f"run.dir={path} holds checkpoints and checkpoint.resume is false. Choose another run.dir")
-        changed = _differences(_read(path), dataclasses.asdict(config))
+        changed = _differences(read_settings(path), dataclasses.asdict(config))
         fatal = [f"{k}: {v}" for k, v in changed.items() if k.startswith("model.") and k not in _MAY_CHANGE]
         if fatal:
             raise ValueError(
@@ -154,11 +154,19 @@ def _fresh(path: Path, env: Mapping[str, str]) -> Path:
     return next(p for p in candidates if not p.exists())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The configuration that a run directory was trained with, as it was written.
+
+    Raises:
+        ValueError: not a run directory.
+    """
     try:
-        return yaml.safe_load((path / CONFIG).read_text())
+        settings = yaml.safe_load((path / CONFIG).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a run directory: {CONFIG}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a run directory: {CONFIG} holds no settings")
+    return settings
 
 
 def load_config(path: Path) -> Config:
@@ -171,6 +179,6 @@ def load_config(path: Path) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _read(path)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), read_settings(path)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path / CONFIG} does not fit this version: {error}") from None
