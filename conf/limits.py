@@ -50,7 +50,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         "model.moe.expert_chunk_rows "
         "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp data.tokenizer_sample_mib train.steps "
         "train.micro_batch_size train.global_batch_size train.sequence_length train.stop_after train.log_every "
-        "eval.batches eval.final_batches checkpoint.keep runtime.threads world_size",
+        "eval.batches eval.final_batches checkpoint.keep runtime.threads cluster.ranks_per_node cluster.cpus_per_rank "
+        "world_size",
     ),
     (
         ">= 0",
@@ -59,14 +60,15 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         "model.moe.num_experts model.moe.num_shared_experts model.moe.aux_loss_coeff model.moe.bias_update_rate "
         "model.moe.z_loss_coeff train.seed "
         "optim.min_lr optim.warmup_steps optim.weight_decay optim.clip_grad eval.every eval.sample_tokens "
-        "checkpoint.every guard.max_skipped",
+        "checkpoint.every guard.max_skipped slurm.max_requeues",
     ),
     (
         "> 0",
         lambda x: 0 < x < math.inf,
         None,
         "model.rope_theta model.norm_eps model.init_scale model.moe.capacity_factor model.moe.eval_capacity_factor "
-        "model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout",
+        "model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout cluster.memory_gb "
+        "cluster.link_gb_per_s cluster.network_gb_per_s",
     ),
     (
         ">= 0 and < 1",

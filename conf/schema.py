@@ -298,7 +298,40 @@ class RuntimeConfig:
     timeout: float = 600.0
     """Seconds that a rank waits for the others before the job ends."""
     threads: int | None = None
-    """CPU threads per rank. null: the machine's cores, divided among the ranks on it."""
+    """CPU threads per rank. null: the CPUs that Slurm gave the task, else the machine's cores divided among its
+    ranks."""
+    preflight: bool = False
+    """Before training, measure every rank's memory, disk, matrix products and links, and end the run naming the nodes
+    that fall short."""
+
+
+@dataclass
+class ClusterConfig:
+    """The machine that a run is for: `cluster=h100` and the like. `python -m launch.check` makes the job's nodes and
+    tasks and the verdict on memory and links from it; a run says in its start table how much memory it should take."""
+
+    name: str | None = None
+    ranks_per_node: int = 1
+    """GPUs of a node; without GPUs, the ranks that a node is to carry."""
+    gpus: bool = False
+    """Whether a rank has a GPU."""
+    memory_gb: float | None = None
+    """Memory of a rank in 1e9 bytes: of its GPU, or its share of the node. null: not known."""
+    cpus_per_rank: int | None = None
+    """CPUs to ask Slurm for. null: not said."""
+    link_gb_per_s: float | None = None
+    """Between two ranks of a node, one way, in 1e9 bytes. null: not known."""
+    network_gb_per_s: float | None = None
+    """Of a rank to another node, one way, in 1e9 bytes. null: not known."""
+
+
+@dataclass
+class SlurmConfig:
+    """A run as a Slurm job (slurm/README.md)."""
+
+    max_requeues: int = 20
+    """How many times a job may start again, for whatever reason: its time limit, preemption, a failure. After that it
+    ends; submitted again with the same run.dir it goes on."""
 
 
 @dataclass
@@ -315,8 +348,19 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     precision: str = "auto"
     """fp32, bf16 (fp32 master weights and gradients), or auto: bf16 where the processor has bf16 arithmetic."""
+
+
+@dataclass
+class CheckConfig(Config):
+    """python -m launch.check: a training run, before it is one."""
+
+    ranks: int | None = None
+    """How many there are to be. null: the tasks of the Slurm job that this runs in, else NPROC, else the fewest that
+    hold the layout."""
 
 
 @dataclass

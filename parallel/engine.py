@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel.blocks import rows_at_once
+from parallel.clock import DeviceClock
 from parallel.cpu import tensor_types_as_cuda
 from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.runtime import Runtime
@@ -157,6 +158,8 @@ class Engine:
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
             self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap)
         self._schedule = get_forward_backward_func()
+        self.own_time = DeviceClock(runtime.device)
+        """Of the last forward_backward, without the wait for other data-parallel ranks."""
 
     def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:
         """Adds up the gradients of one global batch, reduced over all ranks.
@@ -182,7 +185,8 @@ class Engine:
             mean = losses_BS.sum() / batch["labels"].numel()
             return mean, mean.detach().clone()
 
-        parts = self._run(batches, loss, about)
+        with self.own_time:
+            parts = self._run(batches, loss, about)
         finalize_model_grads(self.chunks)
         layout = self.runtime.layout
         # Cut sequences add up; copies over data-parallel ranks average; tensor-parallel ranks hold the same number.

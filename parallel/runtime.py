@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from parallel import allocator, cpu, staging
 from parallel.layout import Layout
-from parallel.world import World
+from parallel.world import World, cpus_per_rank
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def pick_device(world: World) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         return torch.device("cpu"), "gloo"
     gpus = torch.cuda.device_count()
+    if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ and not world.simulated:
+        return torch.device("cuda", 0), "nccl"  # Slurm shows every task its own GPU alone
     if world.local_size <= gpus:
         return torch.device("cuda", world.local_rank), "nccl"
     if world.simulated:
@@ -88,13 +90,13 @@ def start(
 
     Args:
         timeout: seconds that a rank waits for the others.
-        threads: CPU threads of this rank; None: the machine's cores divided among its ranks.
+        threads: CPU threads of this rank; None: as many as it has CPUs.
         backend: None: what pick_device says.
     """
     device, picked = pick_device(world)
     backend = backend or picked
     cpu.megatron()
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_num_threads(threads or cpus_per_rank(world.local_size))
     memory = None
     if device.type == "cuda":
         torch.cuda.set_device(device)

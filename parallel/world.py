@@ -45,16 +45,29 @@ class World:
                 for _ in range(int(times or 1))
             ]
             address = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
-            port = int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000)
+            port = int(env.get("MASTER_PORT") or _port(env))
             local_size = per_node[int(env.get("SLURM_NODEID", 0))]
             return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, address, port)
         return cls()
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """Every rank's way to the same port: below the ports that Linux gives to outgoing connections, another one for
+    other jobs and for each life of a job, whose last rank 0 may still be about."""
+    return 10_000 + (int(env["SLURM_JOB_ID"]) + 7919 * int(env.get("SLURM_RESTART_COUNT") or 0)) % 20_000
 
 
 def _first_host(nodelist: str) -> str:
     """'gpu[03-06]' -> 'gpu03'; Slurm's own tool knows every form of its lists."""
     found = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
     return found.stdout.split()[0]
+
+
+def cpus_per_rank(local_size: int, env: Mapping[str, str] = os.environ) -> int:
+    """The CPUs that this rank may use: what Slurm gave the task, else an equal share of the machine."""
+    if env.get("SLURM_CPUS_PER_TASK"):
+        return int(env["SLURM_CPUS_PER_TASK"])
+    return max(1, int(env.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1) // local_size)
 
 
 def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:

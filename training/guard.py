@@ -1,6 +1,7 @@
 """What can go wrong while a run goes on: signals that ask it to stop, and updates that are not finite."""
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -8,22 +9,34 @@ if TYPE_CHECKING:  # the command is to answer a wrong setting before PyTorch is 
     import torch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GO_ON, STOP, LEAVE = 0, 1, 2
+"""What the ranks agree on after a step: the next one; an end with a checkpoint; an end without writing anything."""
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message says why. Exit code 1."""
 
 
+class TakenOver(RunFailed):
+    """Another process goes on in the run directory, so this one must not write there any more."""
+
+
 class StopRequest:
     """While entered, a signal that asks for an end is remembered instead of obeyed, so that the step in progress can
-    be finished and a checkpoint written. A second Ctrl-C interrupts at once."""
+    be finished and a checkpoint written. A second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    Args:
+        signals: those to remember.
+        received: the name of one that came earlier.
+    """
+
+    def __init__(self, signals: Iterable[int] = STOP_SIGNALS, received: str | None = None) -> None:
+        self.received = received
+        self._signals = tuple(signals)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in STOP_SIGNALS:
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -36,16 +49,22 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
-    def agreed(self, device: "torch.device") -> bool:
-        """Whether any rank was asked to stop. Every rank calls this after every step, so all stop after the same."""
+    @property
+    def reason(self) -> str:
+        return self.received or "a signal to another rank"
+
+    def agreed(self, device: "torch.device", *, leave: bool = False) -> int:
+        """GO_ON, STOP when any rank was asked to stop, LEAVE when one has to. Every rank calls this after every step,
+        so all stop after the same."""
         import torch
         import torch.distributed as dist
 
+        mine = LEAVE if leave else STOP if self.received is not None else GO_ON
         if dist.get_world_size() == 1:
-            return self.received is not None
-        asked = torch.tensor([self.received is not None], dtype=torch.int32, device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+            return mine
+        all_of_us = torch.tensor([mine], dtype=torch.int32, device=device)
+        dist.all_reduce(all_of_us, op=dist.ReduceOp.MAX)
+        return int(all_of_us.item())
 
 
 class SkipCounter:

@@ -19,15 +19,14 @@ from parallel.checkpoint import Checkpointer
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.generate import encode_prompt, generate
-from training.guard import SkipCounter, StopRequest
+from training.guard import GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
+from training.lives import DONE, STOPPED, Ownership
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
 from training.schedule import learning_rate
 from training.session import Session
-
-DONE, STOPPED = 0, 75
-"""Exit codes: the run has reached its last step (or stop_after); stopped early with a checkpoint, please requeue."""
+from training.stragglers import Stragglers
 
 
 @dataclasses.dataclass
@@ -50,6 +49,7 @@ class Trainer:
         self.session, self.config, self.run_dir, self.console = session, session.config, run_dir, console
         train, data = self.config.train, self.config.data
         self.is_main = session.runtime.world.rank == 0
+        self.owner = Ownership(run_dir.path) if self.is_main else None
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
         # Bytes are known for text that was tokenised here; a .bin made elsewhere with a given tokenizer counts as well.
@@ -66,6 +66,7 @@ class Trainer:
         self.progress = Progress(world_size=session.runtime.world.size)
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.layers = sparse_layers(self.config.model)
+        self.stragglers = Stragglers(session.runtime.device)
         self.load: ExpertLoad | None = None
         self.saved_step: int | None = None
         self.waited = 0.0
@@ -94,14 +95,14 @@ class Trainer:
         """Trains to the last step. Returns DONE or STOPPED.
 
         Raises:
-            RunFailed: too many updates in a row were not finite.
+            RunFailed: too many updates in a row were not finite, or another process took the run directory over.
         """
         config, train = self.config, self.config.train
         log = RunLog(self.run_dir.path, restored_step=self.progress.step) if self.is_main else None
         profiler = Profiler(train.profile, self.run_dir.path / "profile", enabled=self.is_main)
         last = min(train.steps, train.stop_after or train.steps)
         self.logged = self.progress.step, self.skips.total
-        interrupted = False
+        interrupted = stop.agreed(self.session.runtime.device) != GO_ON
         while self.progress.step < last and not interrupted:
             started = time.perf_counter()
             profiler.before(self.progress.step + 1)
@@ -116,7 +117,7 @@ class Trainer:
                 self.console.evaluation(evaluation.row(step))
                 if log:
                     log.evaluation(evaluation.row(step))
-            interrupted = stop.agreed(self.session.runtime.device)
+            interrupted = self._agree(stop)
             # Not while updates are being skipped: what led there must not push the good checkpoints out.
             if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
                 self.save()
@@ -124,7 +125,7 @@ class Trainer:
         self.save()
         self._settle(wait=True)
         if interrupted and self.progress.step < train.steps:
-            self.console.note(f"stopped by {stop.received or 'another rank'} after step {self.progress.step}")
+            self.console.note(f"stopped by {stop.reason} after step {self.progress.step}")
             code = STOPPED
         else:
             self._finish(log)
@@ -133,21 +134,34 @@ class Trainer:
             log.close()
         return code
 
+    def _agree(self, stop: StopRequest) -> bool:
+        """Whether the ranks stop here."""
+        lost = self.owner is not None and not self.owner.holds()
+        agreed = stop.agreed(self.session.runtime.device, leave=lost)
+        if agreed == LEAVE:
+            raise TakenOver(f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more")
+        return agreed != GO_ON
+
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""
         train, groups = self.config.train, self.session.runtime.groups
         step = self.progress.step + 1
         micro, dp = train.micro_batch_size, groups.dp.size()
-        batches = micro_batches(
-            self.stream,
-            first_sample=self.progress.samples,
-            micro_batch_size=micro,
-            num_micro_batches=train.global_batch_size // (micro * dp),
-            dp_rank=groups.dp.rank(),
-            dp_size=dp,
+        began = time.perf_counter()
+        batches = list(
+            micro_batches(
+                self.stream,
+                first_sample=self.progress.samples,
+                micro_batch_size=micro,
+                num_micro_batches=train.global_batch_size // (micro * dp),
+                dp_rank=groups.dp.rank(),
+                dp_size=dp,
+            )
         )
+        data = time.perf_counter() - began
         engine = self.session.engine
-        loss = engine.forward_backward(list(batches), step=step).item()
+        loss = engine.forward_backward(batches, step=step).item()
+        self.stragglers.add(data=data, compute=engine.own_time.seconds())
         lr = learning_rate(step, self.config.optim, train.steps)
         norm, applied = engine.update(lr, loss=loss)
         if applied:
@@ -177,8 +191,7 @@ class Trainer:
             steps * train.global_batch_size // train.micro_batch_size,
             session.runtime.device,
         )
-        memory = _peak_memory(session.runtime.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        of_ranks = self.stragglers.compare(_peak_memory(session.runtime.device))
         if not log:
             return
         rate = train.global_batch_size * train.sequence_length / seconds
@@ -196,12 +209,14 @@ class Trainer:
             "mfu": mfu(session.cost.flops_per_token, rate, peak_flops(name, session.precision), world),
             "world_size": world,
             **(self.load.as_row() if self.load else dict.fromkeys(COLUMNS)),
-            "memory_bytes": int(memory.item()),
+            **of_ranks,
         }
         if skipped:
             row["skipped"] = skipped
         log.step(row, self.load)
         self.console.step(row, train.steps)
+        if told := self.stragglers.suspicion(of_ranks):
+            self.console.warning(told)
 
     def _evaluate(self, batches: int | None) -> HeldOut:
         return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
@@ -265,10 +280,8 @@ class Trainer:
         return settings.sample_prompt, self.tokenizer.decode(list(tokens))
 
 
-def _peak_memory(device: torch.device) -> torch.Tensor:
+def _peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU's allocator, or of this process, at their highest."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.tensor(peak, dtype=torch.float64, device=device)
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

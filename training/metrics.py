@@ -35,6 +35,10 @@ STEP_KEYS = (
     "router_entropy",  # nats, mean over layers
     "router_logit_rms",  # the worst layer's
     "dead_experts",  # the worst layer's
+    "rank_seconds",  # a rank's own time in a step, without the wait for other data-parallel ranks: the median rank's
+    "slowest_seconds",  # the slowest rank's
+    "slowest_rank",
+    "data_seconds",  # waited for data in a step: the rank that waited longest
     "memory_bytes",  # the largest peak of any rank
 )
 OPTIONAL_STEP_KEYS = ("skipped",)  # updates skipped since the line before; absent when there are none

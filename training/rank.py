@@ -1,29 +1,40 @@
 """The life of one rank of a training run."""
 
+import os
 import signal
+import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from conf.schema import Config, ModelConfig
 from corpus.prepare import Prepared
 from parallel.simulate import RankPool
 from parallel.world import World
-from training import lookahead
+from training import environment, lookahead
 from training.console import Console
-from training.guard import STOP_SIGNALS, RunFailed, StopRequest
+from training.guard import STOP_SIGNALS, RunFailed, StopRequest, TakenOver
+from training.lives import BAD_CONFIGURATION, DONE, FAILED, life_name, write_stop
 from training.noise import NoiseRedirection, redirect_noise
 from training.run_dir import RunDir, expected_path, open_run_dir
 
-FAILED, BAD_CONFIGURATION = 1, 2
+if TYPE_CHECKING:
+    from training.loop import Trainer
 
 
 def train_rank(
-    world: World, config: Config, run_dir: RunDir | None, prepared: Prepared, noise: NoiseRedirection | None = None
+    world: World,
+    config: Config,
+    run_dir: RunDir | None,
+    prepared: Prepared,
+    noise: NoiseRedirection | None = None,
+    early: StopRequest | None = None,
 ) -> int:
     """Trains as one rank and returns the exit code.
 
     Args:
         run_dir: adopted; None when several processes were started by a launcher: rank 0 then opens it for all.
         noise: what already keeps the engine's output off the screen; None: this call takes care of it.
+        early: what remembers signals while the engine is being imported.
 
     Raises:
         ValueError: what the user can mend (a run directory of another model, a full disk).
@@ -49,20 +60,49 @@ def train_rank(
             with Console(rank=world.rank, log_path=log) as console:
                 if world.rank == 0:
                     expert_backend.remember(config, run_dir.path, session.backend)
+                    environment.record(run_dir.path)
                     _announce(console, session.table, run_dir, prepared, config.model)
                 trainer = Trainer(session, run_dir, prepared, console)
-                try:
-                    with Watch(world, config.runtime.timeout, trainer.signs_of_life), StopRequest() as stop:
-                        trainer.restore()
-                        return trainer.run(stop)
-                except RunFailed as failure:
-                    console.warning(str(failure))
-                    return FAILED
+                request = StopRequest(received=early.received if early else None)
+                with Watch(world, config.runtime.timeout, trainer.signs_of_life), request as stop:
+                    trainer.restore()
+                    return _train(trainer, stop)
         finally:
             sessions.stop()
+    except RunFailed as failure:  # before training
+        if world.rank == 0:
+            print(f"switchyard: error: {failure}", file=sys.stderr)
+            tell_batch_script(config, FAILED, str(failure))
+        return FAILED
     finally:
         if own_noise:
             own_noise.undo()
+
+
+def _train(trainer: "Trainer", stop: StopRequest) -> int:
+    """Runs to an end and writes down what it was. Returns the exit code."""
+    import torch.distributed as dist
+
+    try:
+        code = trainer.run(stop)
+        reason = "all steps are taken" if code == DONE else stop.reason
+    except TakenOver as lost:
+        trainer.console.warning(str(lost))
+        return FAILED
+    except RunFailed as failure:
+        trainer.console.warning(str(failure))
+        code, reason = FAILED, str(failure)
+    dist.barrier()  # what stop.json says is true of every rank
+    if trainer.is_main:
+        write_stop(trainer.run_dir.path, code=code, reason=reason)
+    return code
+
+
+def tell_batch_script(config: Config, code: int, reason: str) -> None:
+    """Of what ends a rank of a Slurm job before it can train."""
+    path = expected_path(config)
+    if "SLURM_STEP_ID" in os.environ and path.is_dir():
+        write_stop(path, code=code, reason=reason)
 
 
 def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDir:
@@ -89,7 +129,8 @@ def _announce(
     tokens = sum(source.num_tokens for source in prepared.train)
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
-    console.start_table([*table, data, ("run", str(run_dir.path), "continued" if run_dir.continued else "new")])
+    job = [("job", life_name(), f"on {os.environ.get('SLURM_JOB_NODELIST')}")] if life_name() else []
+    console.start_table([*table, data, *job, ("run", str(run_dir.path), "continued" if run_dir.continued else "new")])
     if warning := lookahead.warning(model):
         console.warning(warning)
     for note in prepared.notes:
@@ -98,16 +139,23 @@ def _announce(
         console.warning(f"settings differ from the earlier life of this run: {'; '.join(run_dir.changed)}")
 
 
-def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) -> tuple[int, str]:
+def _outcome(
+    world: World, config: Config, run_dir: RunDir, prepared: Prepared, received: str | None
+) -> tuple[int, str]:
     """train_rank for a simulated rank: (exit code, message)."""
     try:
-        return train_rank(world, config, run_dir, prepared), ""
+        return train_rank(world, config, run_dir, prepared, early=StopRequest(received=received)), ""
     except ValueError as error:
         return BAD_CONFIGURATION, str(error)
 
 
-def train_simulated(ranks: int, config: Config, run_dir: RunDir, prepared: Prepared) -> int:
+def train_simulated(
+    ranks: int, config: Config, run_dir: RunDir, prepared: Prepared, received: str | None = None
+) -> int:
     """Trains as N ranks on this machine and returns the exit code. Signals that ask for an end go to every rank.
+
+    Args:
+        received: a signal that asked for an end before this call.
 
     Raises:
         ValueError: as train_rank.
@@ -120,7 +168,7 @@ def train_simulated(ranks: int, config: Config, run_dir: RunDir, prepared: Prepa
 
         previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
         try:
-            outcomes = pool.run(ranks, _outcome, config, run_dir, prepared)
+            outcomes = pool.run(ranks, _outcome, config, run_dir, prepared, received)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

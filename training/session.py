@@ -17,7 +17,9 @@ from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
 from parallel.runtime import Runtime, World
 from training import expert_backend
+from training.guard import RunFailed
 from training.plan import Cost, model_cost
+from training.preview import memory_per_rank, memory_row
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     ours = ours if run.device.type == "cpu" else []
     norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size, ours)
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
+    if train and config.runtime.preflight:
+        rows += [preflight(config, run, bf16=precision == "bf16")]
     rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
     rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]
     if config.model.moe.num_experts:
@@ -122,7 +126,29 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk, overlap)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
+    if train and config.cluster.memory_gb:
+        rows += [memory_row(memory_per_rank(config, layout, bf16=precision == "bf16"), config.cluster)]
     return Session(config, run, engine, precision, backend, cost, rows)
+
+
+def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:
+    """A row of the start table.
+
+    Raises:
+        RunFailed: on every rank, naming the nodes that would slow the run down or end it.
+    """
+    from parallel.preflight import complaints, inspect, medians
+
+    memory = memory_per_rank(config, run.layout, bf16=bf16).total
+    # A checkpoint: fp32 weights and two moments.
+    disk = 12.0 * model_cost(config.model, config.train.sequence_length).total
+    reports = inspect(run, Path(config.run.dir or "runs").expanduser())
+    bad = complaints(reports, memory=memory, disk=disk)
+    if bad:
+        stop()
+        told = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
+        raise RunFailed(f"preflight: {told}. Without them: sbatch --exclude={','.join(bad)}")
+    return "preflight", f"{len({r.host for r in reports})} node(s) are well", medians(reports)
 
 
 def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:

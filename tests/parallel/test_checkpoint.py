@@ -172,6 +172,20 @@ def test_two_writers_do_no_harm(engine, root, monkeypatch):
     assert all(checkpoint.find_damage(p) is None for p in root.iterdir())
 
 
+def test_a_step_that_appears_while_it_is_published_is_kept(engine, root, monkeypatch):
+    """Two writers within the instant between looking and renaming."""
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        Checkpointer(root, engine, keep=2).save(state(1))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert Checkpointer(root, engine, keep=2).save(state(1)) == newest(root)
+    assert [p.name for p in root.iterdir()] == ["step_00000001"]
+
+
 def fill_the_disk(world: World, root: Path) -> list[tuple[str, str, str]]:
     """(error, newest then, newest after one more save with room again) of saves during which a rank's disk is full.
     A limit on the size of files stands for the full disk: it fails in the same place, the write."""

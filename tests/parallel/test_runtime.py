@@ -97,3 +97,6 @@ def test_one_rank_needs_one_gpu_unless_it_is_simulated(monkeypatch):
     assert runtimes.pick_device(simulated) == (torch.device("cuda", 0), "staged")
     with pytest.raises(ValueError, match=r"3 ranks on this machine but 2 GPU.*NPROC=3"):
         runtimes.pick_device(started)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")  # each task sees its own alone, as the first
+    assert runtimes.pick_device(World(5, 8, 5, 8)) == (torch.device("cuda", 0), "nccl")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.world import World, simulated_ranks
+from parallel.world import World, cpus_per_rank, simulated_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 STEP = {
@@ -47,7 +47,9 @@ def test_a_slurm_step_with_uneven_nodes(tmp_path, monkeypatch, rank, node, local
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     mine = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local)}
     world = World.from_environment(STEP | mine)
-    assert world == World(rank, 11, local, size, "gpu03", 20000 + 123456 % 20000)
+    assert world == World(rank, 11, local, size, "gpu03", 10000 + 123456 % 20000)
+    requeued = World.from_environment(STEP | mine | {"SLURM_RESTART_COUNT": "1"})
+    assert requeued.port != world.port
     chosen = World.from_environment(STEP | mine | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (chosen.address, chosen.port) == ("10.0.0.1", 4000)
 
@@ -73,3 +75,15 @@ def test_nproc():
 def test_a_bad_nproc_is_quoted(given):
     with pytest.raises(ValueError, match=f"NPROC={given}: the number of ranks"):
         simulated_ranks({"NPROC": given})
+
+
+@pytest.mark.parametrize(
+    ("env", "cpus"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "14", "SLURM_CPUS_ON_NODE": "112"}, 14),
+        ({"SLURM_CPUS_ON_NODE": "8"}, 2),
+        ({"SLURM_CPUS_ON_NODE": "2"}, 1),
+    ],
+)
+def test_threads_are_what_slurm_gave(env, cpus):
+    assert cpus_per_rank(4, env) == cpus

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from training.guard import RunFailed, SkipCounter, StopRequest
+from training.guard import GO_ON, LEAVE, STOP, RunFailed, SkipCounter, StopRequest
 
 
 def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts(runtime: object) -> None:
@@ -20,6 +20,12 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts(runtime: object) 
             os.kill(os.getpid(), signal.SIGINT)
             signal.sigtimedwait([], 0.1)
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_to_leave_goes_before_to_stop(runtime: object) -> None:
+    stop = StopRequest((), received="SIGUSR1")
+    assert stop.agreed(torch.device("cpu")) == STOP and stop.agreed(torch.device("cpu"), leave=True) == LEAVE
+    assert StopRequest(()).agreed(torch.device("cpu")) == GO_ON
 
 
 def test_skipped_updates_are_counted_in_a_row() -> None:

@@ -1,0 +1,113 @@
+"""`python -m launch.check [--slurm[=OPTIONS]] [overrides] [ranks=N]`: everything about a run that can be known on a
+login node, without a GPU: layout, batch, data, memory. Exit code 2 and one message when it cannot work.
+
+--slurm prints the sbatch command of the run and asks Slurm whether it would take such a job; OPTIONS are sbatch's own
+(--slurm='--partition=gpu --time=1-0').
+--job is launch/train.sh's, inside a job: as before, and the run directory is made and its path alone printed on
+standard output.
+"""
+
+import dataclasses
+import functools
+import math
+import shlex
+import sys
+
+from hydra.core.hydra_config import HydraConfig
+
+from conf import rules
+from conf.schema import CheckConfig, Config
+from launch.cli import command
+from launch.train import prepare_run
+from parallel.layout import Layout, describe
+from parallel.world import simulated_ranks
+from training.console import Console
+from training.lives import FAILED, forget_stop, restarts
+from training.preview import preview
+from training.run_dir import open_run_dir
+from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
+
+
+def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None) -> int:
+    """Prints what the run would be. Returns the exit code 0, or 1 when the job has been started again too often or
+    Slurm would not take it.
+
+    Raises:
+        ValueError: a configuration, data or an allocation that cannot work.
+    """
+    run = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+    job = allocation()
+    ranks = config.ranks or (job.tasks if job else max(simulated_ranks(), fewest_ranks(run)))
+    rules.check(run, ranks)
+    layout = Layout.of(run.parallel, ranks)
+    shape = Shape.of(run.cluster, ranks) if slurm is not None else None
+    if in_job:
+        assert job is not None
+        job.check(ranks)
+        if restarts() > run.slurm.max_requeues:
+            _say(
+                f"this job has been started again {restarts()} times, more than slurm.max_requeues allows: it ends here"
+            )
+            return FAILED
+    run_dir = open_run_dir(run) if in_job else None
+    with Console(stream=sys.stderr if in_job else None) as console:
+        prepared = prepare_run(run, run_dir, console)
+        tokens = sum(source.num_tokens for source in prepared.train)
+        table, warnings = preview(run, layout, tokens)
+        console.start_table(table)
+        if ranks > 1:
+            console.note(describe(layout, _ranks_per_node(run, ranks, job)) + "\n")
+        for note in prepared.notes:
+            console.note(note)
+        for warning in [*warnings, *(job.notes(ranks) if in_job and job else [])]:
+            console.warning(warning)
+    if run_dir:
+        forget_stop(run_dir.path)
+        print(run_dir.path)
+    return _ask(shape, slurm) if shape and slurm is not None else 0
+
+
+def _ranks_per_node(config: Config, ranks: int, job: Allocation | None) -> int:
+    if job:
+        return math.ceil(ranks / job.nodes)
+    return config.cluster.ranks_per_node if config.cluster.name else ranks
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest world that both grids of the layout divide."""
+    p = config.parallel
+    experts = p.etp * p.ep * p.pp if config.model.moe.num_experts else 1
+    return math.lcm(p.tp * p.pp * p.cp, experts)
+
+
+def _ask(shape: Shape, options: str) -> int:
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("ranks=")]
+    words = sbatch_command(shape, shlex.split(options), overrides)
+    print(shlex.join(words))
+    taken, answer = ask_slurm(words)
+    print(answer)
+    return 0 if taken else FAILED
+
+
+def _say(message: str) -> None:
+    print(f"switchyard: {message}", file=sys.stderr)
+
+
+def _flags(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
+    """This command's own flags, and what is left for Hydra."""
+    flags: dict[str, object] = {}
+    rest = []
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if name == "--slurm":
+            flags["slurm"] = value
+        elif word == "--job":
+            flags["in_job"] = True
+        else:
+            rest.append(word)
+    return flags, rest
+
+
+if __name__ == "__main__":
+    flags, sys.argv[1:] = _flags(sys.argv[1:])
+    command(CheckConfig, "config", functools.partial(main, **flags))

@@ -1,0 +1,28 @@
+"""`python -m launch.verdict [--asked] [--interactive] RUN_DIR`: what launch/job.sh does after a life of a run. Prints
+`requeue`, or the exit code to end with; tells why on standard error.
+
+--asked: Slurm had announced the end of the job. --interactive: nobody but the person who is there starts it again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from training.lives import end_life
+from training.run_dir import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--asked", action="store_true")
+    parser.add_argument("--interactive", action="store_true")
+    given = parser.parse_args()
+    limit = None if given.interactive else load_config(given.run_dir).slurm.max_requeues
+    verdict = end_life(given.run_dir, asked=given.asked, max_requeues=limit)
+    print(f"switchyard: {verdict.message}", file=sys.stderr)
+    print("requeue" if verdict.requeue else verdict.code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Looks at every node before training starts and names those that would slow the run down or end it. One slow node
+among hundreds slows them all, and in training they all look alike."""
+
+import os
+import statistics
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.runtime import Runtime
+
+SLOW = 0.5
+"""A rank with less than this share of the median rank's rate is bad."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank found. Rates are None where there is nothing to compare or to measure."""
+
+    rank: int
+    host: str
+    free_memory: float
+    """Bytes: of its GPU, or its share of what the machine has left."""
+    free_disk: float
+    """Bytes where the run is kept."""
+    disk_error: str | None
+    """Why nothing can be written there."""
+    flops: float
+    """Of a matrix product, per second."""
+    bandwidth: float | None
+    """Bytes per second to another node, or to another rank where there is one node."""
+
+
+def inspect(runtime: Runtime, folder: Path) -> list[Report]:
+    """Measures and gathers the reports of all ranks, in rank order. Every rank calls this together; takes about a
+    second, plus what it takes NCCL to connect.
+
+    Args:
+        folder: where the run will be kept; it or a folder above it exists.
+    """
+    folder = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    device, world = runtime.device, runtime.world
+    free_disk, disk_error = _look_at_disk(folder)
+    mine = Report(
+        rank=world.rank,
+        host=os.uname().nodename,
+        free_memory=_free_memory(device, world.local_size),
+        free_disk=free_disk,
+        disk_error=disk_error,
+        flops=_matmul_rate(device),
+        bandwidth=_bandwidth(runtime) if world.size > 1 else None,
+    )
+    reports: list[Any] = [None] * world.size
+    dist.all_gather_object(reports, mine)
+    return reports
+
+
+def complaints(reports: list[Report], *, memory: float, disk: float) -> dict[str, list[str]]:
+    """What is wrong with which node, nothing for those that are well.
+
+    Args:
+        memory: bytes that a rank will take.
+        disk: bytes that the run will write.
+    """
+    found: dict[str, list[str]] = {}
+
+    def complain(report: Report, text: str) -> None:
+        found.setdefault(report.host, []).append(f"rank {report.rank}: {text}")
+
+    for what, unit, rate in _rates(reports):
+        median = statistics.median(rate.values()) if rate else 0.0
+        for report in reports:
+            if rate.get(report.rank, median) < SLOW * median:
+                share = rate[report.rank] / median
+                complain(report, f"{what} {rate[report.rank] / 1e9:.3g} {unit}, {share:.0%} of the median rank's")
+    for report in reports:
+        if report.disk_error:
+            complain(report, report.disk_error)
+        elif report.free_disk < disk:
+            complain(report, f"{report.free_disk / 1e9:.3g} GB of disk are free, a checkpoint takes {disk / 1e9:.3g}")
+        if report.free_memory < memory:
+            needed = f"the run takes about {memory / 1e9:.3g}"
+            complain(report, f"{report.free_memory / 1e9:.3g} GB of memory are free, {needed}")
+    return found
+
+
+def medians(reports: list[Report]) -> str:
+    """The rates of the median rank, in words."""
+    rates = [(what, unit, statistics.median(rate.values())) for what, unit, rate in _rates(reports) if rate]
+    return ", ".join(f"{what} {median / 1e9:.3g} {unit}" for what, unit, median in rates)
+
+
+def _rates(reports: list[Report]) -> list[tuple[str, str, dict[int, float]]]:
+    return [
+        ("matrix products run at", "GFLOP/s", {r.rank: r.flops for r in reports}),
+        ("links run at", "GB/s", {r.rank: r.bandwidth for r in reports if r.bandwidth is not None}),
+    ]
+
+
+def _look_at_disk(folder: Path) -> tuple[float, str | None]:
+    """(bytes free, why nothing can be written). A file system that one node has not mounted shows here."""
+    trial = folder / f".preflight-{uuid.uuid4().hex[:8]}"
+    try:
+        stat = os.statvfs(folder)
+        trial.write_bytes(bytes(2**20))
+        trial.unlink()
+    except OSError as error:
+        return 0.0, f"{folder} cannot be written: {error.strerror}"
+    return float(stat.f_bavail * stat.f_frsize), None
+
+
+def _free_memory(device: torch.device, local_size: int) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return psutil.virtual_memory().available / local_size
+
+
+def _best_seconds(action: Callable[[], Any], device: torch.device, times: int = 4) -> float:
+    """The shortest of several times; the first warms up."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _matmul_rate(device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
+    n, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / _best_seconds(lambda: a @ a, device)
+
+
+def _bandwidth(runtime: Runtime) -> float:
+    """To the better of two neighbours: a bad neighbour does not make this rank look bad."""
+    world, device = runtime.world, runtime.device
+    bytes_sent = 2**28 if device.type == "cuda" else 2**22
+    outgoing = torch.zeros(bytes_sent, dtype=torch.uint8, device=device)
+    incoming = torch.empty_like(outgoing)
+    best = 0.0
+    for partner in neighbours(world.rank, world.size, world.local_size):
+
+        def exchange(partner: int | None = partner) -> None:
+            if partner is not None:
+                pair = [dist.P2POp(dist.isend, outgoing, partner), dist.P2POp(dist.irecv, incoming, partner)]
+                for request in dist.batch_isend_irecv(pair):
+                    request.wait()
+
+        dist.barrier()
+        seconds = _best_seconds(exchange, device)
+        if partner is not None:
+            best = max(best, bytes_sent / seconds)
+    return best
+
+
+def neighbours(rank: int, size: int, local_size: int) -> list[int | None]:
+    """The ranks that this one exchanges data with, one round after the other: the same place on the node before and
+    after (rings of nodes), or the rank before and after where there is one node. None: nobody in this round, of an odd
+    number."""
+    stride = local_size if local_size < size and size % local_size == 0 else 1
+    place, count = rank // stride, size // stride
+    found: list[int | None] = []
+    for shift in (0, 1):
+        other = ((place + shift) ^ 1) - shift  # 0-1 2-3 ..., then 1-2 3-4 ...
+        if count % 2 == 0:
+            other %= count
+        found.append(rank + (other - place) * stride if 0 <= other < count else None)
+    return found

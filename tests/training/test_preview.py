@@ -1,0 +1,161 @@
+"""The memory estimate against what ranks really hold, and the verdicts made from it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conf.schema import ClusterConfig, Config, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
+from parallel.layout import Layout
+from parallel.simulate import RankPool
+from parallel.world import World
+from training.preview import Memory, memory_per_rank, preview
+
+KEPT = ("weights", "gradients", "optimizer", "activations")
+
+
+def config(precision: str, moe: dict[str, Any] | None = None, **model: Any) -> Config:
+    """Large enough that paddings and odd tensors do not count."""
+    # What the logits take while the loss is computed is not kept in the tensors looked at here: few of them.
+    sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 192, "vocab_size": 64, **model}
+    experts = MoeConfig(**{"num_experts": 4, "every": 2, "backend": "loop", **(moe or {})})
+    train = TrainConfig(sequence_length=128, micro_batch_size=2, global_batch_size=16)
+    return Config(model=ModelConfig(**sizes, moe=experts), train=train, precision=precision)
+
+
+class Live(TorchDispatchMode):
+    """Knows the storages that operations have made and that are still there.
+
+    Args:
+        own: the model's tensors, which operations give back as views.
+    """
+
+    def __init__(self, own: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.kept = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.own:
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def total(self) -> int:
+        self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
+        return sum(size for _, size in self.made.values())
+
+
+def held(world: World, settings: Config) -> Memory:
+    """What this rank holds (rank function for the pool)."""
+    from training import session as sessions
+    from training.noise import redirect_noise
+
+    noise = redirect_noise(world.rank)
+    session = sessions.start(settings, world, train=True)
+    engine = session.engine
+    parameters = [p for module in engine.modules for p in module.parameters()]
+    shape = (settings.train.micro_batch_size, settings.train.sequence_length)
+    batch = {name: torch.randint(0, 64, shape) for name in ("tokens", "labels")}
+    batch |= {"positions": torch.arange(shape[1]).expand(shape), "loss_mask": torch.ones(shape)}
+    micro_batches = settings.train.global_batch_size // (shape[0] * session.runtime.layout.dp)
+    stage = engine.modules[-1]
+    live = Live([*stage.parameters(), *stage.buffers()])
+    forward = stage.forward
+
+    def watched(*args: Any, **named: Any) -> torch.Tensor:
+        before = live.total()
+        out = forward(*args, **named)
+        live.kept = live.total() - before
+        return out
+
+    stage.forward = watched
+    with live:
+        engine.forward_backward([batch], step=1)
+    stage.forward = forward
+    engine.forward_backward([batch] * micro_batches, step=1)
+    engine.update(1e-3, loss=1.0)
+    buffers = [b for chunk in engine.chunks for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+    optimizer = 0
+    for part in engine.optimizer.chained_optimizers:
+        optimizer += sum(_bytes(v) for s in part.optimizer.state.values() for v in s.values() if v.dim())
+        optimizer += sum(_bytes(p) for group in part.shard_fp32_from_float16_groups for p in group)
+    result = Memory(
+        weights=sum(map(_bytes, parameters)),
+        gradients=sum(_bytes(b.grad_data) for b in buffers),
+        optimizer=optimizer,
+        activations=live.kept,
+    )
+    sessions.stop()
+    noise.undo()
+    return result
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize(
+    ("precision", "moe", "model"),
+    [
+        ("fp32", {}, {}),
+        ("bf16", {"num_experts": 0}, {"num_query_groups": 2, "activation": "relu"}),
+        ("bf16", {"every": 1, "top_k": 2, "num_shared_experts": 1}, {}),
+        ("bf16", {}, {"recompute": ["norm", "activation"]}),
+        ("fp32", {}, {"recompute": ["full"]}),
+    ],
+    ids=["switch", "dense", "shared", "recompute", "recompute full"],
+)
+def test_one_rank_holds_what_is_estimated(
+    precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool
+) -> None:
+    settings = config(precision, moe, **model)
+    found = ranks.run(1, held, settings, timeout=60)[0]
+    estimate = memory_per_rank(settings, Layout(1), bf16=precision == "bf16")
+    for part in KEPT[:3]:
+        assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
+    assert 0.75 < estimate.activations / found.activations < 1.33
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2, "ep": 2}, {"pp": 2, "etp": 2}])
+def test_the_fullest_rank_of_a_layout_holds_what_is_estimated(degrees: dict[str, int], ranks: RankPool) -> None:
+    settings = replace(config("bf16"), parallel=ParallelConfig(**degrees))
+    found = ranks.run(4, held, settings, timeout=120)
+    estimate = memory_per_rank(settings, Layout.of(settings.parallel, 4), bf16=True)
+    for part in KEPT[:3]:
+        # Gradient buckets and optimizer shards are cut at round numbers.
+        assert getattr(estimate, part) == pytest.approx(max(getattr(m, part) for m in found), rel=0.05), part
+
+
+H100 = ClusterConfig("h100", 8, True, 80.0, 14, 450.0, 50.0)
+
+
+def test_what_cannot_fit_is_refused_and_what_may_not_is_told() -> None:
+    model = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=14336)
+    settings = replace(config("bf16"), model=model, cluster=H100)
+    with pytest.raises(ValueError, match=r"weights, gradients and optimizer take \d+ GB a rank, more than the 80 GB"):
+        preview(settings, Layout(1), 10**9)
+    settings = replace(settings, parallel=ParallelConfig(tp=8))
+    settings.train.micro_batch_size = settings.train.global_batch_size = 64
+    settings.train.sequence_length = 4096
+    _, warnings = preview(settings, Layout(8, tp=8), 10**9)
+    assert len(warnings) == 1 and "memory is likely to run out" in warnings[0]
+    assert "80 GB (h100)" in str(preview(settings, Layout(8, tp=8), 10**9)[0])
+
+
+def test_links_are_told() -> None:
+    settings = replace(config("bf16"), cluster=H100, parallel=ParallelConfig(tp=16))
+    rows, _ = preview(settings, Layout(16, tp=16), 10**9)
+    assert not any(row[0] == "gradients" for row in rows)
+    # 2 (n - 1) / n of the bytes over the slowest link, worked out by hand for two nodes of eight.
+    settings = replace(settings, parallel=ParallelConfig())
+    memory = memory_per_rank(settings, Layout(16), bf16=True)
+    milliseconds = 1e3 * 2 * 15 / 16 * memory.gradients / 50e9
+    (row,) = [row for row in preview(settings, Layout(16), 10**9)[0] if row[0] == "gradients"]
+    assert row[2] == f"{milliseconds:.3g} ms at the 50 GB/s of the network"

@@ -1,0 +1,178 @@
+"""What a run would be, before it is one: its table on a login node, and the memory that it should take."""
+
+from dataclasses import dataclass
+
+from conf.schema import ClusterConfig, Config, ModelConfig
+from parallel.layout import Layout
+from training.plan import model_cost
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the fullest rank keeps while it trains. An estimate: what the libraries take for themselves and what
+    the allocator loses between blocks is not in it, nor is an uneven load of the experts."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(config: Config, layout: Layout, *, bf16: bool) -> Memory:
+    """Of the pipeline stage that needs most. A parameter has its weight, an fp32 gradient and, cut over the
+    data-parallel ranks, Adam's two moments; with bf16 an fp32 master copy as well."""
+    return max((_stage_memory(config, layout, stage, bf16=bf16) for stage in range(layout.pp)), key=lambda m: m.total)
+
+
+def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> Memory:
+    model, train = config.model, config.train
+    value = 2 if bf16 else 4
+    sparse, dense = _layers_of(model, layout, stage)
+    is_last = stage == layout.pp - 1
+    spread, experts = _parameters(model, layout, sparse, dense, is_first=stage == 0, is_last=is_last)
+    moments = 12 if bf16 else 8
+    tokens = train.micro_batch_size * train.sequence_length / layout.cp
+    micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
+    # 1F1B (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): a stage begins as many as there are stages after it;
+    # interleaved, a few chunks more.
+    in_flight = min(micro_batches, layout.pp - stage)
+    if layout.vpp > 1:
+        in_flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
+    # The final norm's input and output; the logits as they come, in fp32, and their softmax.
+    head = value * 2 * model.hidden_size + (value + 4 + 4) * model.vocab_size / layout.tp
+    return Memory(
+        weights=value * (spread + experts),
+        gradients=4.0 * (spread + experts),
+        optimizer=moments * (spread / (layout.dp * layout.cp) + experts / layout.edp),
+        activations=tokens * (in_flight * value * _kept_per_token(model, layout, sparse, dense) + is_last * head),
+    )
+
+
+def _layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    """Sparse and dense layers of a pipeline stage."""
+    chunks = range(stage, layout.pp * layout.vpp, layout.pp)
+    layers = [layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)]
+    every = model.moe.every if model.moe.num_experts else 0
+    sparse = sum(1 for layer in layers if every and layer % every == every - 1)
+    return sparse, len(layers) - sparse
+
+
+def _parameters(
+    model: ModelConfig, layout: Layout, sparse: int, dense: int, *, is_first: bool, is_last: bool
+) -> tuple[float, float]:
+    """Of one rank: those that are spread over the tensor-parallel ranks or copied, and those of experts."""
+    d, f, moe, gates = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model)
+    ffn = d * f * (gates + 1)
+    tables = 1 if model.tie_embeddings and layout.pp == 1 else is_first + is_last
+    cut = (sparse + dense) * (d * (d + _keys_and_values(model)) + d * d) + tables * model.vocab_size * d
+    cut += (dense + sparse * moe.num_shared_experts) * ffn
+    copied = (sparse + dense) * 2 * d + sparse * d * moe.num_experts + is_last * d
+    biases = gates * f + d if moe.expert_bias else 0
+    experts = sparse * moe.num_experts * (ffn + biases) / (layout.ep * layout.etp)
+    return cut / layout.tp + copied, experts
+
+
+def _kept_per_token(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> float:
+    """Values that are kept for the backward pass: what each norm and each matrix product was given."""
+    d, f, moe, again = model.hidden_size, model.ffn_hidden_size, model.moe, model.recompute
+    outside = d / layout.tp if layout.sequence_parallel else d
+    if "full" in again:
+        return (sparse + dense) * outside
+    block = outside * (2 if "norm" in again else 4)  # inputs and outputs of two norms
+    # Queries and keys after their rotation, the projection, of which the values are a part, and the result twice.
+    attention = outside + 2 * (2 * d + _keys_and_values(model)) / layout.tp
+    hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
+    # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
+    rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0) * layout.etp / layout.tp
+    routed = rows * (3 * d + hidden * f / layout.etp) + moe.num_shared_experts * hidden * f / layout.tp
+    per_sparse = 0 if "moe" in again else outside + routed
+    return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
+
+
+def _gates(model: ModelConfig) -> int:
+    """Input projections of a feed-forward layer."""
+    return 2 if model.activation in ("swiglu", "geglu") else 1
+
+
+def _keys_and_values(model: ModelConfig) -> int:
+    heads = model.num_attention_heads
+    return 2 * (model.hidden_size // heads) * (model.num_query_groups or heads)
+
+
+def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """What a run would be: rows (what, choice, why) of a table, and what a person should think about.
+
+    Args:
+        data_tokens: tokens to train on.
+
+    Raises:
+        ValueError: weights, gradients and optimizer alone do not fit into a rank's memory.
+    """
+    train, cluster = config.train, config.cluster
+    cost = model_cost(config.model, train.sequence_length)
+    tokens = train.global_batch_size * train.sequence_length
+    micro = train.global_batch_size // (train.micro_batch_size * layout.dp)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and cluster.gpus)
+    memory = memory_per_rank(config, layout, bf16=bf16)
+    reduced = memory.gradients * (layout.dp * layout.cp > 1)
+    rows = [
+        ("ranks", f"{layout.world}", layout.describe()),
+        ("model", f"{config.model.name}: {cost.total / 1e6:,.1f} M parameters, {cost.active / 1e6:,.1f} M active", ""),
+        (
+            "batch",
+            f"{train.global_batch_size} sequences of {train.sequence_length} tokens",
+            f"{tokens:,} tokens: {micro} x {train.micro_batch_size} on each of {layout.dp} data-parallel rank(s)",
+        ),
+        (
+            "steps",
+            f"{train.steps}",
+            f"{train.steps * tokens / 1e6:,.1f} M tokens, {train.steps * tokens / data_tokens:,.2f} epochs of the data",
+        ),
+        memory_row(memory, cluster),
+    ]
+    if reduced:
+        rows.append(
+            ("gradients", f"{reduced / 1e9:.3g} GB a rank and step to reduce", _reduce_time(reduced, layout, cluster))
+        )
+    return rows, _memory_verdict(memory, cluster)
+
+
+def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:
+    """The estimate as a row of the start table."""
+    parts = {name: getattr(memory, name) / 1e9 for name in ("weights", "gradients", "optimizer", "activations")}
+    have = f" of {cluster.memory_gb:g} GB" if cluster.memory_gb else ""
+    have += f" ({cluster.name})" if cluster.name else ""
+    split = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
+    return "memory", f"about {memory.total / 1e9:.3g} GB a rank{have}", f"an estimate: {split}"
+
+
+def _memory_verdict(memory: Memory, cluster: ClusterConfig) -> list[str]:
+    if not cluster.memory_gb:
+        return []
+    certain, have = (memory.total - memory.activations) / 1e9, cluster.memory_gb
+    if certain > have:
+        raise ValueError(
+            f"weights, gradients and optimizer take {certain:.3g} GB a rank, more than the {have:g} GB of "
+            f"cluster={cluster.name}; raise parallel.tp, parallel.pp or parallel.ep, or take more ranks"
+        )
+    if memory.total / 1e9 > 0.9 * have:
+        return [
+            f"memory is likely to run out: about {memory.total / 1e9:.3g} of {have:g} GB a rank. Lower "
+            "train.micro_batch_size or spread the model further"
+        ]
+    return []
+
+
+def _reduce_time(reduced: float, layout: Layout, cluster: ClusterConfig) -> str:
+    """A ring moves 2 (n - 1) / n of the bytes through its slowest link (Patarasuk and Yuan 2009, section 3)."""
+    inside = layout.world <= cluster.ranks_per_node
+    speed = cluster.link_gb_per_s if inside else cluster.network_gb_per_s
+    if not speed:
+        return ""
+    ranks = layout.dp * layout.cp
+    seconds = 2 * (ranks - 1) / ranks * reduced / (speed * 1e9)
+    return f"{seconds * 1e3:.3g} ms at the {speed:g} GB/s of {'a node' if inside else 'the network'}"
