@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# In a container through Apptainer: IMAGE=/path/to/image.sif sbatch slurm/apptainer.sh [overrides]
+# The image needs what pyproject.toml lists; .venv is not used.
+#SBATCH --job-name=switchyard --time=1-0
+#SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
+export SWITCHYARD_PYTHON="apptainer exec --nv --bind $SLURM_SUBMIT_DIR --pwd $SLURM_SUBMIT_DIR \
+${IMAGE:?which image?} python3"
+exec bash "$SLURM_SUBMIT_DIR/launch/train.sh" "$@"

@@ -1,0 +1,143 @@
+"""The scripts of slurm/ and the commands around a job, on a real Slurm."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import LOCAL_CLUSTER, Cluster, kill, overrides, processes, wait_for_steps
+from tests.training.helpers import ROOT, rows
+
+ON_A_LOGIN_NODE = {"chain.sh", LOCAL_CLUSTER.name}
+TEMPLATES = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in ON_A_LOGIN_NODE)
+
+
+def test_a_sweep_is_a_run_per_element_and_survives_a_new_controller(cluster: Cluster, corpus: Path) -> None:
+    sweep = ["optim.lr=1e-3", "optim.lr=2e-3", "optim.lr=3e-3 optim.warmup_steps=2", "model.moe.top_k=2"]
+    name = f"sweep{os.getpid()}"
+    common = [word for word in overrides(corpus, corpus, f"run.name={name}", "train.steps=6") if "run.dir=" not in word]
+    job = cluster.submit("--array=0-3", *common, "--", *sweep, script="slurm/array.sh")
+    runs = [ROOT / "runs" / f"{name}-{job}_{element}" for element in range(4)]
+    try:
+        wait_for_steps(runs[3], 1)
+        kill(processes("slurmctld", str(cluster.folder)), signal.SIGTERM)
+        cluster.call("bash", str(LOCAL_CLUSTER), "start")
+        cluster.settle()
+        assert [len(rows(run)) for run in runs] == [6] * 4
+        table = cluster.call(sys.executable, "-m", "launch.compare", *map(str, runs)).stdout
+        head, *lines = table.splitlines()
+        assert head.split()[:4] == ["run", "model.moe.top_k", "optim.lr", "optim.warmup_steps"]
+        told = [line.split()[1:5] for line in lines]
+        assert told == [
+            ["1", "0.001", "4", "6/6"],
+            ["1", "0.002", "4", "6/6"],
+            ["1", "0.003", "2", "6/6"],
+            ["2", "0.002", "4", "6/6"],
+        ]
+    finally:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def test_a_sweep_of_another_size_than_its_array(cluster: Cluster) -> None:
+    job = cluster.submit("--array=1", "train.steps=1", "--", "optim.lr=1e-3", script="slurm/array.sh")
+    cluster.wait(job, "FAILED")
+    (log,) = [path.read_text() for path in cluster.jobs.iterdir() if "words after --" in path.read_text()]
+    assert "1 words after --, so --array=0-0; but this is element 1" in log
+
+
+def test_a_container_is_asked_to_run_everything(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """A stand-in for the container: a command before Python, and an option for srun."""
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\necho "$SLURM_STEP_ID $*" >>{tmp_path}/calls\nexec "$@"\n')
+    container.chmod(0o755)
+    run_dir = tmp_path / "run"
+    python = f"{container} {ROOT}/.venv/bin/python"
+    words = overrides(corpus, run_dir, "train.steps=2")
+    options = ("--nodes=1", "--ntasks=2", "--gpus-per-node=2")
+    job = cluster.submit(*options, *words, SWITCHYARD_PYTHON=python, SWITCHYARD_SRUN="--comment=container")
+    cluster.wait(job, "COMPLETED")
+    assert len(rows(run_dir)) == 2
+    kept = json.loads((run_dir / "environment.jsonl").read_text())["variables"]
+    assert (kept["SLURM_JOB_ID"], kept["CUDA_VISIBLE_DEVICES"]) == (job, "0,1")  # each task sees all of its node's
+    calls = [re.match(r"(\d+) \S+python -m (\S+)", call) for call in (tmp_path / "calls").read_text().splitlines()]
+    assert [call and call.groups() for call in calls] == [
+        ("0", "launch.check"),
+        ("1", "launch.train"),
+        ("1", "launch.train"),
+        ("2", "launch.verdict"),
+    ]
+
+
+def test_inside_salloc_it_starts_the_ranks_and_is_not_requeued(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = overrides(corpus, run_dir, "train.steps=2000", "train.log_every=2")
+    command = ["salloc", "--ntasks=2", "bash", "launch/train.sh", *words]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=cluster.env, stdout=log, stderr=log, process_group=0)
+    wait_for_steps(run_dir, 1)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    assert process.wait(60) == 75, (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text()
+    assert "the same command with run.dir=" in told and rows(run_dir)[-1]["world_size"] == 2
+    assert len(list((run_dir / "checkpoints").iterdir())) == 1
+
+
+def test_a_task_of_somebody_elses_srun_is_a_rank(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    words = overrides(corpus, tmp_path / "run", "train.steps=2")
+    cluster.call("srun", "--ntasks=2", "bash", "launch/train.sh", *words)
+    assert [row["world_size"] for row in rows(tmp_path / "run")] == [2, 2]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_slurm_would_take_every_template(cluster: Cluster, template: str) -> None:
+    cluster.call("sbatch", "--test-only", f"slurm/{template}", "train.steps=1")
+
+
+def test_a_chain_waits_link_by_link(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Held, so that it costs nothing: what each job waits for is what a chain is."""
+    words = overrides(corpus, tmp_path / "run", "train.steps=2")
+    jobs = cluster.call("bash", "slurm/chain.sh", "3", str(tmp_path / "run"), "--hold", "launch/train.sh", *words)
+    first, second, third = jobs.stdout.split()
+    try:
+        assert [cluster.show(job)["Dependency"] for job in (first, second, third)] == [
+            "(null)",
+            f"afternotok:{first}(unfulfilled)",
+            f"afternotok:{second}(unfulfilled)",
+        ]
+        command = cluster.call("scontrol", "show", "job", third).stdout
+        assert "Requeue=0" in command
+    finally:
+        cluster.call("scancel", first, second, third)
+
+
+def test_slurm_says_before_the_queue_what_it_would_not_take(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    words = [*overrides(corpus, tmp_path / "run", "train.global_batch_size=16"), "cluster=cpu", "ranks=8"]
+    taken = cluster.call(sys.executable, "-m", "launch.check", "--slurm", *words)
+    assert "--nodes=4 --ntasks-per-node=2 --cpus-per-task=32 launch/train.sh" in taken.stdout
+    assert "to start at" in taken.stdout
+    for options in ("--nodes=5", "--partition=nowhere", "--gpus-per-node=9"):
+        refused = cluster.call(sys.executable, "-m", "launch.check", f"--slurm={options}", *words, check=False)
+        assert refused.returncode == 1 and "allocation failure" in refused.stdout, refused
+
+
+def test_the_cluster_comes_and_goes(tmp_path: Path) -> None:
+    """up and down, as typed by hand, and nothing stays."""
+    env = {**os.environ, "CLUSTER_DIR": f"/tmp/switchyard-slurm-updown-{os.getpid()}", "NODES": "2"}
+    call = ["bash", str(LOCAL_CLUSTER)]
+    up = subprocess.run([*call, "up"], env=env, capture_output=True, text=True, timeout=60)
+    assert up.returncode == 0, up.stderr
+    export = up.stdout.strip()
+    again = subprocess.run([*call, "up"], env=env, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1 and "one is running" in again.stderr
+    shown = subprocess.run(["bash", "-c", f"{export}; srun --nodes=2 hostname"], capture_output=True, text=True)
+    assert sorted(shown.stdout.split()) == ["node1", "node2"]
+    assert processes(env["CLUSTER_DIR"])
+    subprocess.run([*call, "down"], env=env, check=True, timeout=60)
+    assert not processes(env["CLUSTER_DIR"]) and not Path(env["CLUSTER_DIR"]).exists()
