@@ -19,7 +19,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 restarts=${SLURM_RESTART_COUNT:-0}
 
 say "job $SLURM_JOB_ID, restart $restarts, on ${SLURM_JOB_NODELIST-?}: $tasks task(s), $gpus GPU(s) a node," \
-    "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task; srun ${srun_options[*]-}"
+    "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task${srun_options:+, srun ${srun_options[*]}}"
 say "$(env | grep -E '^(NCCL|GLOO|UCX|TORCH_NCCL|CUDA)_' | sort | tr '\n' ' ')"
 
 # A command of ours, once, before or after the ranks; inside the container where there is one.
@@ -45,6 +45,12 @@ trap 'say "got TERM"' TERM
 
 # The overrides come before the number of ranks, and first of all the run directory is made: a wrong setting ends here.
 run_dir=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
+
+# A step is known by its number in the job. An srun that outlives an earlier life, on a node that Slurm has given up, ends
+# "its" step when its ranks die; so that this is not the step of the ranks below, each life counts on from a later one.
+for ((step = 0; step < restarts; step++)); do
+    srun --nodes=1 --ntasks=1 true || true
+done
 
 if [ "${#asked[@]}" = 0 ]; then
     # Block: the ranks of a node are neighbours, whatever the site's default.

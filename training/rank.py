@@ -88,7 +88,8 @@ def _train(trainer: "Trainer", stop: StopRequest) -> int:
         reason = "all steps are taken" if code == DONE else stop.reason
     except TakenOver as lost:
         trainer.console.warning(str(lost))
-        return FAILED
+        # An srun that has outlived its job would have the job's new step of the same number killed for a failure.
+        return DONE if "SLURM_STEP_ID" in os.environ else FAILED
     except RunFailed as failure:
         trainer.console.warning(str(failure))
         code, reason = FAILED, str(failure)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from parallel.simulate import RankPool
-from tests.slurm.cluster import Cluster, kill, overrides, processes, ranks_of, wait_for_steps
+from tests.slurm.cluster import LIMIT, Cluster, kill, overrides, processes, ranks_of, wait_for_steps
 from tests.training.helpers import rows, tiny_config, train, trajectory
 from training.lives import read_lives
 
@@ -22,7 +22,7 @@ NAME, NAME_TYPED = """it's "a run", $HOME *""", """'it\\'s "a run", $HOME *'"""
 def one_rank(corpus: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run on one rank, without Slurm."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    ranks.run(1, train, tiny_config(corpus, run_dir), timeout=120)
+    ranks.run(1, train, tiny_config(corpus, run_dir), timeout=LIMIT)
     return [row["loss"] for row in rows(run_dir)]
 
 
