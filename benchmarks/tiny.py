@@ -40,6 +40,8 @@ class Variant:
     document_mask: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 1
+    tools: Any = None
+    """moe.kernels.tools.Tools for the products of every layer."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -67,12 +69,14 @@ def started(world: World, parallel: ParallelConfig, backend: str | None = None) 
 def build_engine(
     runtime: Runtime, variant: Variant, optim: OptimConfig | None = OPTIM, overlap: Overlap = NO_OVERLAP
 ) -> Engine:
+    from moe.kernels.float8 import Float8
     from moe.model import Parts, Stage
     from parallel.engine import core_config
 
     model = variant.config()
     core = core_config(model, runtime, variant.dtype, deterministic=False)
-    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed)
+    float8 = Float8(variant.tools, range(model.num_layers)) if variant.tools else None
+    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
     stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
     return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap)
 

@@ -10,6 +10,9 @@ from conf.schema import (
     DATA_KINDS,
     DISPATCHERS,
     DROP_POLICIES,
+    FP8_KERNELS,
+    FP8_RECIPES,
+    FP8_WEIGHT_GRADIENTS,
     LOAD_BALANCING,
     PRECISIONS,
     SCHEDULES,
@@ -19,6 +22,9 @@ from conf.schema import (
 
 CHOICES = {
     "precision": PRECISIONS,
+    "fp8.kernels": FP8_KERNELS,
+    "fp8.recipe": FP8_RECIPES,
+    "fp8.weight_gradient": FP8_WEIGHT_GRADIENTS,
     "model.activation": ACTIVATIONS,
     "model.moe.backend": BACKENDS,
     "model.moe.dispatcher": DISPATCHERS,
@@ -29,7 +35,7 @@ CHOICES = {
     "data.kind": DATA_KINDS,
     "optim.schedule": SCHEDULES,
 }
-NARROW_PRECISIONS = ("fp8", "fp16")
+NARROW_PRECISIONS = ("fp16",)
 """Not available; bf16 is the nearest, although fp32 is spelt more like them."""
 
 
@@ -58,7 +64,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         lambda x: 0 <= x < math.inf,
         0,
         "model.moe.num_experts model.moe.num_shared_experts model.moe.aux_loss_coeff model.moe.bias_update_rate "
-        "model.moe.z_loss_coeff train.seed "
+        "model.moe.z_loss_coeff train.seed fp8.first_layers_high fp8.last_layers_high "
         "optim.min_lr optim.warmup_steps optim.weight_decay optim.clip_grad eval.every eval.sample_tokens "
         "checkpoint.every guard.max_skipped slurm.max_requeues",
     ),
@@ -140,6 +146,16 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.softmax_order model.moe.renormalize model.moe.drop_policy model.moe.eval_capacity_factor",
     ),
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
+    (
+        "precision=fp8",
+        lambda c: c["precision"] == "fp8",
+        "fp8.kernels fp8.recipe fp8.weight_gradient fp8.first_layers_high fp8.last_layers_high",
+    ),
+    (
+        "a layer in bf16 (precision, fp8.first_layers_high)",
+        lambda c: c["precision"] != "fp8" or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] > 0,
+        "model.moe.backend",
+    ),
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),
     ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
+from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, NARROW_PRECISIONS
 from conf.nearest import nearest_layouts
@@ -38,7 +39,7 @@ def violations(case: Case) -> list[Violation]:
     for violation in found:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
-    sections = (_model, _recompute, _experts, layout_rules, batch_rules, _schedule, _data, _blend, _idle)
+    sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules, _schedule, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 

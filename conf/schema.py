@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
-BACKENDS = ("auto", "loop", "fused", "grouped_mm")
+BACKENDS = ("auto", "loop", "fused", "grouped_mm", "triton")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
+FP8_KERNELS = ("auto", "reference", "triton")
+FP8_RECIPES = ("blockwise", "rowwise", "tensorwise")
+FP8_WEIGHT_GRADIENTS = ("bf16", "fp8")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 RECOMPUTE = ("norm", "activation", "moe", "full")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 SOFTMAX_ORDERS = ("before", "after")
@@ -108,7 +111,8 @@ class MoeConfig:
     the rows themselves.) null: all rows at once."""
     backend: str = "auto"
     """How the experts' matrix products run: auto, loop (one product per expert), fused (the loop as one operation,
-    which keeps less) or grouped_mm (one launch for all)."""
+    which keeps less), grouped_mm (torch's one launch for all) or triton (ours, bf16 on a GPU). Of the layers that
+    precision=fp8 leaves in bf16; those in FP8 have fp8.kernels."""
 
 
 @dataclass
@@ -280,6 +284,27 @@ class CheckpointConfig:
 
 
 @dataclass
+class Fp8Config:
+    """What precision=fp8 does. The products of the experts and of the linear layers in attention and feed-forward
+    layers take E4M3 operands and add up in fp32. Router, norms, embedding, head and the attention itself stay high, as
+    do the optimizer's weights and gradients."""
+
+    recipe: str = "blockwise"
+    """Which elements share a scale. blockwise: 1 x 128 of activations and gradients, 128 x 128 of weights (DeepSeek-V3,
+    arXiv:2412.19437, section 3.3.2). rowwise: a row or column of an operand. tensorwise: all of it. Only blockwise
+    rounds the same under every layout: the others scale by what one rank holds."""
+    weight_gradient: str = "bf16"
+    """bf16, or fp8: its operands then share scales over 128 rows, which depend on the rows that a rank gets."""
+    kernels: str = "auto"
+    """reference (plain torch: operands are rounded to FP8 and multiplied in bf16, which is exact and gains no time),
+    triton (FP8 tensor cores), or auto: triton on a GPU, reference on a CPU."""
+    first_layers_high: int = 0
+    """So many layers at the beginning stay in bf16."""
+    last_layers_high: int = 0
+    """So many layers at the end stay in bf16."""
+
+
+@dataclass
 class GuardConfig:
     max_skipped: int = 5
     """Updates in a row that may be skipped because the loss or a gradient is not finite, before the run ends."""
@@ -345,13 +370,15 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     precision: str = "auto"
-    """fp32, bf16 (fp32 master weights and gradients), or auto: bf16 where the processor has bf16 arithmetic."""
+    """fp32, bf16 (fp32 master weights and gradients), fp8 (bf16 with most products in FP8; see fp8; a CPU emulates it),
+    or auto: bf16 where the processor has bf16 arithmetic."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from conf.schema import MoeConfig
 from parallel.collectives import GatherRagged, GatherSequence, ReduceScatterRagged, all_gather
 from parallel.flight import Flight, arrive, depart, exchanging, fly, gathering, summing
 from parallel.runtime import Groups
+from parallel.selection import Candidate, Choice, select
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,28 @@ def weighted_sum(y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool)
     return out_TD.index_add(0, choice_R // top_k, weighted_RD)[:tokens]
 
 
+class Rows(Protocol):
+    """`take` and `weighted_sum`, by whatever means."""
+
+    def take(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor: ...
+
+    def weighted_sum(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor: ...
+
+
+class PlainRows:
+    """The functions above."""
+
+    take, weighted_sum = staticmethod(take), staticmethod(weighted_sum)
+
+
+PLAIN_ROWS = PlainRows()
+
+
 class LocalDispatcher:
     """Every expert is on this rank: rows are sorted, and nothing travels."""
 
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Dispatched:
         expert = masked_experts(choices, self.num_experts)
@@ -131,7 +149,7 @@ class LocalDispatcher:
             choice_R = order[: sum(counts)]
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)
-        rows_RD = take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None)
+        rows_RD = self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None)
         way_back = (choice_R, choices.gates_TK, slots is not None)
         return Dispatched(rows_RD, counts, take_names(choices.names_TK, choice_R), way_back)
 
@@ -139,7 +157,7 @@ class LocalDispatcher:
         return started
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        return weighted_sum(y_RD, *sent.way_back)
+        return self.rows.weighted_sum(y_RD, *sent.way_back)
 
 
 @dataclass(frozen=True)
@@ -166,8 +184,8 @@ class AllToAllDispatcher:
     """Every row travels to the rank that holds its expert and its answer back. With expert-tensor parallelism the ranks
     that each hold a slice of the same experts then gather their rows, and sum the answers."""
 
-    def __init__(self, num_experts: int, groups: Groups):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
         self.ep, self.etp = groups.ep, groups.etp
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
@@ -185,7 +203,7 @@ class AllToAllDispatcher:
         expert_R = torch.arange(local, device=x_TD.device).repeat(sources)
         expert_R = expert_R.repeat_interleave(arrived_PL.flatten(), output_size=sum(counts))
         flight = exchanging(send, receive, self.ep)
-        ticket = depart(take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), flight)
+        ticket = depart(self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), flight)
         order_R = expert_R.argsort(stable=True)
         return Travelling(
             ticket, flight, choice_R, choices, slots is not None, counts, order_R, send, receive, gathered
@@ -224,7 +242,7 @@ class AllToAllDispatcher:
         if self.etp.size() > 1:
             y_RD = ReduceScatterRagged.apply(y_RD, way.gathered, self.etp)
         y_RD = fly(y_RD, exchanging(way.receive, way.send, self.ep))
-        return weighted_sum(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
+        return self.rows.weighted_sum(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
 
 
 class AllGatherDispatcher:
@@ -232,8 +250,8 @@ class AllGatherDispatcher:
     the partial sums are added up on the tokens' ranks. Moves N tokens instead of T * K rows, and so less where top_k
     exceeds the ranks, and needs no counts of other ranks."""
 
-    def __init__(self, num_experts: int, groups: Groups):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
         self.ep, self.etp = groups.ep, groups.etp
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
@@ -261,14 +279,14 @@ class AllGatherDispatcher:
 
     def finish(self, started: Travelling) -> Dispatched:
         x_ND, names_TK = arrive(started.ticket, started.flight), started.choices.names_TK
-        rows_RD = take(x_ND, started.choice_R, started.choices.experts_TK.shape[1], started.padded)
+        rows_RD = self.rows.take(x_ND, started.choice_R, started.choices.experts_TK.shape[1], started.padded)
         names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
         return Dispatched(rows_RD, started.counts, names_R, started)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         way: Travelling = sent.way_back
         gates_NK = fly(self._over_etp(way.choices.gates_TK), gathering(self.ep))
-        out = fly(weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), summing(self.ep))
+        out = fly(self.rows.weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), summing(self.ep))
         return fly(out, summing(self.etp)) if self.etp.size() > 1 else out
 
 
@@ -285,11 +303,37 @@ def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
     return "all_to_all", "rows travel to their experts alone"
 
 
-def make_dispatcher(name: str, num_experts: int, hidden_size: int, groups: Groups) -> Dispatcher:
+def make_dispatcher(
+    name: str, num_experts: int, hidden_size: int, groups: Groups, rows: Rows = PLAIN_ROWS
+) -> Dispatcher:
     if name == "local":
-        return LocalDispatcher(num_experts)
+        return LocalDispatcher(num_experts, rows)
     if name == "deep_ep":
         from moe.deep_ep import DeepEPDispatcher
 
         return DeepEPDispatcher(num_experts, groups, hidden_size)
-    return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups)
+    return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups, rows)
+
+
+def _triton_rows() -> Rows:
+    from moe.kernels.rows import TritonRows
+
+    return TritonRows()
+
+
+def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[Rows, Choice]:
+    """Triton's on a GPU where they equal the plain ones."""
+
+    def run(rows: Rows) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x_TD, gates_TK, grad_TD = (torch.randn(*s, generator=generator) for s in ((9, 80), (9, 2), (9, 80)))
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x_TD, gates_TK)]
+        choice_R = torch.tensor([0, 17, 4, 5, 18, 9, 2, 16], device=device)  # 18 is none
+        taken_RD = rows.take(leaves[0], choice_R, 2, True)
+        out_TD = rows.weighted_sum(taken_RD * 2, choice_R, leaves[1], True)
+        return [taken_RD, out_TD, *torch.autograd.grad(out_TD, leaves, grad_TD.to(device, dtype))]
+
+    part, plain = "permutation", ("torch", PLAIN_ROWS)
+    if device.type != "cuda":
+        return plain[1], Choice(part, plain[0], "index_select and index_add")
+    return select(part, [Candidate("Triton", _triton_rows)], plain, run, 1e-5 if dtype == torch.float32 else 2e-2)

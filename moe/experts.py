@@ -5,7 +5,8 @@ G 2 for gated activations, else 1.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from moe.activations import GATED, activate
 from moe.chunks import InPieces
 from moe.dropout import Dropout
 from moe.fused_experts import FusedExperts
+from moe.kernels.float8 import BF16_CAPABILITY, disagreement, triton_obstacle
+from moe.kernels.layers import experts_with
+from moe.kernels.tools import Reference, Tools
 from moe.recompute import PRODUCTS, recomputed
 from parallel.placement import place
 from parallel.runtime import Groups
@@ -82,14 +86,27 @@ def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
     return per_expert.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
 
+def triton_experts(*arguments: Any) -> Tensor:
+    """Our own grouped products, whose weight gradients add to Megatron-Core's fp32 buffer by themselves."""
+    return _on_triton()(*arguments)
+
+
+@cache
+def _on_triton() -> Callable[..., Tensor]:
+    from moe.kernels.fused import TritonTools  # Triton is an optional package
+
+    return experts_with(TritonTools())
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "loop": loop_experts,
     "grouped_mm": grouped_experts,
     "fused": FusedExperts.apply,
+    "triton": triton_experts,
 }
 """What can run the experts' products: loop_experts' arguments, loop_experts' result."""
 
-KEEP_PRODUCTS_ONLY = ("fused",)
+KEEP_PRODUCTS_ONLY = ("fused", "triton")
 """Those that compute the activation again in the backward pass anyway."""
 
 
@@ -104,7 +121,22 @@ def _misaligned(model: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     return None
 
 
-OBSTACLES: dict[str, Callable[[ModelConfig, torch.device, torch.dtype], str | None]] = {"grouped_mm": _misaligned}
+def _not_for_triton(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"computes in bf16, this run in {dtype}. Use precision=bf16, or model.moe.backend=auto"
+    missing = triton_obstacle(device, BF16_CAPABILITY) or _triton_disagrees(device)
+    return missing and f"{missing}. Use model.moe.backend=auto"
+
+
+@cache
+def _triton_disagrees(device: torch.device) -> str | None:
+    from moe.kernels.fused import TritonTools
+
+    return disagreement(TritonTools(), Reference(), device)
+
+
+Obstacle = Callable[[ModelConfig, torch.device, torch.dtype], str | None]
+OBSTACLES: dict[str, Obstacle] = {"grouped_mm": _misaligned, "triton": _not_for_triton}
 """Why a backend cannot run this model on this device, in words that follow its name; None: it can. A backend without an
 entry always can."""
 
@@ -135,12 +167,13 @@ def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 class Experts(nn.Module):
     """This rank's experts: E is cut over expert-parallel, F over expert-tensor-parallel ranks."""
 
-    def __init__(self, model: ModelConfig, *, backend: str, dtype: torch.dtype, groups: Groups):
+    def __init__(self, model: ModelConfig, *, backend: str | Tools, dtype: torch.dtype, groups: Groups):
         super().__init__()
-        self.activation, self.backend = model.activation, BACKENDS[backend]
+        self.activation = model.activation
+        self.backend = BACKENDS[backend] if isinstance(backend, str) else experts_with(backend)
         self.etp, self.ffn_hidden_size = groups.etp, model.ffn_hidden_size
         self.chunk_rows = model.moe.expert_chunk_rows
-        self.recompute = "activation" in model.recompute and backend not in KEEP_PRODUCTS_ONLY
+        self.recompute = "activation" in model.recompute and backend in BACKENDS and backend not in KEEP_PRODUCTS_ONLY
         local, hidden = model.moe.num_experts // groups.ep.size(), model.hidden_size
         width, gates = model.ffn_hidden_size // groups.etp.size(), 2 if model.activation in GATED else 1
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))

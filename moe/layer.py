@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, router_z_loss, within_capacity
-from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
+from moe.dispatch import PLAIN_ROWS, Choices, Rows, choose_dispatcher, make_dispatcher
 from moe.draws import key, uniform
 from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
+from moe.kernels.tools import Tools
 from moe.recompute import decision, recomputed
 from moe.router import Router, Routing
 from moe.shared_experts import SharedExperts
@@ -31,17 +32,19 @@ class MoELayer(nn.Module):
         self,
         model: ModelConfig,
         *,
-        backend: str,
+        backend: str | Tools,
         dtype: torch.dtype,
         sequence_parallel: bool,
         groups: Groups,
         draws: tuple[int, int],
         dispatcher: str | None = None,
         shared: SharedExperts | None = None,
+        rows: Rows = PLAIN_ROWS,
     ):
         """Args:
         draws: (seed of the run, layer), which name this layer's random numbers (moe.draws).
         dispatcher: how rows travel to their experts; None: what choose_dispatcher says.
+        rows: how they are gathered and added on this rank.
         """
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
@@ -52,7 +55,7 @@ class MoELayer(nn.Module):
         self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups)
         self.micro_batch_group = self.router.micro_batch_group
         dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
-        self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups)
+        self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups, rows)
         self.shared = shared
         self.experts = Experts(model, backend=backend, dtype=dtype, groups=groups)
         self.statistics = LoadStatistics(model.moe.num_experts)

@@ -3,6 +3,8 @@
 Legend: R tokens (any shape), V vocabulary (this rank's slice).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from parallel.blocks import rows_at_once
 from parallel.collectives import all_gather
+from parallel.selection import Candidate, Choice, select
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -50,3 +53,42 @@ def token_losses(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Te
         group: the ranks that each hold an equal slice of the vocabulary, in order.
     """
     return _TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), group).view(labels.shape)
+
+
+TokenLosses = Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
+"""The arguments and the result of `token_losses`."""
+
+
+def _triton_token_losses() -> TokenLosses:
+    from moe.kernels.losses import token_losses
+
+    return token_losses
+
+
+class _Alone:
+    """Stands for a group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def choose_token_losses(device: torch.device, dtype: torch.dtype) -> tuple[TokenLosses, Choice]:
+    """Triton's on a GPU where they equal these here."""
+
+    def run(losses: TokenLosses) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        logits = (4 * torch.randn(9, 5000, generator=generator)).to(device, dtype).requires_grad_()
+        labels = torch.tensor([0, 3, 999, 4999, 4096, 7, 7, 500, 1], device=device)
+        values = losses(logits * 1, labels, _Alone())
+        values.backward(torch.linspace(-1, 1, 9, device=device))
+        return [values.detach(), logits.grad]
+
+    part, plain = "loss", ("torch, in blocks", token_losses)
+    if device.type != "cuda":
+        return token_losses, Choice(part, plain[0], "no copy of the logits in fp32")
+    return select(
+        part, [Candidate("Triton", _triton_token_losses)], plain, run, 1e-5 if dtype == torch.float32 else 1e-2
+    )

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.attention import Attention, Masks, Rotary, attention_masks
+from moe.dispatch import PLAIN_ROWS, Rows
 from moe.experts import DenseFFN
 from moe.init import initialise
+from moe.kernels.float8 import Float8
+from moe.kernels.layers import forget_weights, use_tools
 from moe.layer import MoELayer
-from moe.loss import token_losses
+from moe.loss import TokenLosses, token_losses
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
 from moe.shared_experts import SharedExperts
@@ -56,6 +59,12 @@ class Parts:
     """Which RMSNorm runs (parallel.selection.select_norm)."""
     dispatcher: str | None = None
     """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
+    token_losses: TokenLosses = token_losses
+    """Which cross-entropy runs (moe.loss.choose_token_losses)."""
+    rows: Rows = PLAIN_ROWS
+    """How rows are gathered and added on a rank (moe.dispatch.choose_rows)."""
+    float8: Float8 | None = None
+    """Which layers compute in FP8, and with what (moe.kernels.float8.choose_float8)."""
 
     def norm(self) -> RMSNorm:
         return RMSNorm(
@@ -81,19 +90,23 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
         self.attention = Attention(parts.model, parts.config, groups)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
+        tools = parts.float8.tools if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
                 parts.model,
-                backend=parts.backend,
+                backend=tools or parts.backend,
                 dtype=parts.config.params_dtype,
                 sequence_parallel=parts.config.sequence_parallel,
                 groups=groups,
                 draws=(parts.seed, layer),
                 dispatcher=parts.dispatcher,
+                rows=parts.rows,
                 shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
             )
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)
+        if tools is not None:
+            use_tools(self, tools)
 
     def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Tensor:
         """attend: cosines and sines of the positions, and the attention masks."""
@@ -127,6 +140,7 @@ class Stage(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.input_tensor: Tensor | None = None
+        self.token_losses = parts.token_losses
 
         self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
         self.rotary = Rotary(model.hidden_size // model.num_attention_heads, model.rope_theta, sequence_length)
@@ -210,14 +224,16 @@ class Stage(MegatronModule):
         logits_SBV = self.head(self.final_norm(x_SBD), weight=tied)[0]
         if labels_BS is None:
             return logits_SBV.transpose(0, 1)
-        return token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
+        return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
 
     def sparse(self) -> dict[int, MoELayer]:
         """The sparse layers of this chunk by their index in the model."""
         return {int(i): block.ffn for i, block in self.layers.items() if isinstance(block.ffn, MoELayer)}
 
     def end_step(self, *, applied: bool) -> None:
-        """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads."""
+        """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and
+        the weights in FP8. Called before the optimizer changes the weights."""
+        forget_weights(self)
         layers = [layer for layer in self.sparse().values() if layer.router.follows_load]
         if not layers:
             return

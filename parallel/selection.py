@@ -35,7 +35,7 @@ class Candidate:
     load: Callable[[], Any]
 
 
-def _difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def largest_difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative difference of two lists of tensors, by norm; inf where it is not a number."""
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
@@ -70,7 +70,7 @@ def select(
             continue
         wanted = wanted if wanted is not None else run(fallback)
         try:
-            difference = _difference(run(loaded), wanted)
+            difference = largest_difference(run(loaded), wanted)
         except Exception as error:
             found.append(f"{candidate.name} failed its trial ({type(error).__name__})")
             continue

@@ -7,6 +7,12 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tests: threads cost more than they give
 
+import torch
+
+# Triton decides when it is imported, which Megatron-Core does, whether its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from parallel.simulate import RankPool
 from training.noise import redirect_noise
 

@@ -4,13 +4,17 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conf.schema import PRECISIONS, Config
 from moe.deep_ep import select_dispatcher
+from moe.dispatch import choose_rows
 from moe.experts import KEEP_PRODUCTS_ONLY
-from moe.model import Parts, Stage
+from moe.kernels.float8 import choose_float8
+from moe.loss import choose_token_losses
+from moe.model import Parts, Stage, sparse_layers
 from moe.norm import rms_norm_in_blocks
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
@@ -30,7 +34,7 @@ class Session:
     runtime: Runtime
     engine: Engine
     precision: str
-    """fp32 or bf16."""
+    """fp32, bf16 or fp8."""
     backend: str
     """How the experts' products run."""
     cost: Cost
@@ -60,8 +64,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     has, why = bf16_support(device)
     if wanted == "auto":
         return ("bf16" if has else "fp32"), why
-    if wanted == "bf16" and not has and device.type == "cuda":
-        raise ValueError(f"precision=bf16: {why}; use precision=fp32")
+    if wanted in ("bf16", "fp8") and not has and device.type == "cuda":
+        raise ValueError(f"precision={wanted}: {why}; use precision=fp32")
     return wanted, "asked for" if has or wanted == "fp32" else f"asked for; {why}: slower than fp32"
 
 
@@ -89,28 +93,19 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
         world, layout, seed=config.train.seed, timeout=config.runtime.timeout, threads=config.runtime.threads
     )
     precision, why_precision = choose_precision(config.precision, run.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
-    dispatcher, why_dispatcher = select_dispatcher(
-        config.model.moe, config.model.hidden_size, run.groups, run.device, dtype
-    )
-    ours = [selection.Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)]
-    ours = ours if run.device.type == "cpu" else []
-    norm, norm_choice = selection.select_norm(run.device, dtype, config.model.hidden_size, ours)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     if train and config.runtime.preflight:
-        rows += [preflight(config, run, bf16=precision == "bf16")]
-    rows += [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
-    rows += [(norm_choice.part, norm_choice.name, norm_choice.why)]
-    if config.model.moe.num_experts:
-        rows += [("experts", backend, why_backend), ("dispatch", dispatcher, why_dispatcher)]
+        rows += [preflight(config, run, bf16=dtype == torch.bfloat16)]
+    chosen, told = _choose_implementations(config, run, precision, dtype, run_dir)
+    rows += told
     if train:
-        rows += _recompute_row(config.model.recompute, backend)
+        rows += _recompute_row(config.model.recompute, chosen["backend"])
         adam = selection.select_adam(run.device)
         rows += [(adam.part, adam.name, adam.why)]
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    parts = Parts(config.model, core, run, backend, config.train.seed, norm_function=norm, dispatcher=dispatcher)
+    parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
 
     def build_chunk(chunk: int) -> Stage:
         return Stage(
@@ -127,8 +122,37 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:
-        rows += [memory_row(memory_per_rank(config, layout, bf16=precision == "bf16"), config.cluster)]
-    return Session(config, run, engine, precision, backend, cost, rows)
+        rows += [memory_row(memory_per_rank(config, layout, bf16=dtype == torch.bfloat16), config.cluster)]
+    return Session(config, run, engine, precision, chosen["backend"], cost, rows)
+
+
+def _choose_implementations(
+    config: Config, run: Runtime, precision: str, dtype: torch.dtype, run_dir: Path | None
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """(what Parts is to be built from, what the start table says of it)."""
+    model, device = config.model, run.device
+    rows = [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
+    float8 = None
+    if precision == "fp8":
+        float8, *words = choose_float8(config.fp8, model, device)
+        rows += [("FP8 products", *words)]
+    # What no layer uses need not be measured.
+    bf16_experts = any(float8 is None or layer not in float8.layers for layer in sparse_layers(model))
+    backend, why_backend = expert_backend.choose(config, run, dtype, run_dir if bf16_experts else None)
+    dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
+    ours = [selection.Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)] if device.type == "cpu" else []
+    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, ours)
+    losses, choice = choose_token_losses(device, dtype)
+    choices += [choice]
+    permutation, choice = choose_rows(device, dtype)
+    if bf16_experts:
+        rows += [("experts", backend, why_backend)]
+    if model.moe.num_experts:
+        rows += [("dispatch", dispatcher, why_dispatcher)]
+        choices += [choice]
+    rows += [(choice.part, choice.name, choice.why) for choice in choices]
+    chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
+    return chosen | {"norm_function": norm, "token_losses": losses}, rows
 
 
 def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import fp8_training, kernels
 from benchmarks.contest import Contender, Result, kept_bytes, measure, peak_bytes
 from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
 from benchmarks.moe_layer import summary as layer_summary
@@ -112,3 +113,30 @@ def test_ratios_take_the_fastest_variant_of_a_peer() -> None:
     del results[eager], results[grouped]
     assert layer_summary({8: results})["ratio_transformers"] is None
     assert step_summary(results, tokens=60)["ratio_transformers"] is None
+
+
+def test_kernel_benchmark_needs_a_gpu_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        kernels.main([])
+
+
+def test_kernel_benchmark_calls_what_it_names() -> None:
+    """At a toy size, in Triton's interpreter where there is no GPU; torch's own FP8 products are left to GPUs."""
+    pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contests = (kernels.products(2, 8, 64, 48, device), kernels.rounding(16, 64, device))
+    contests += (kernels.experts_contest(2, 8, 64, 48, device),)
+    for contest in contests:
+        for name, call in contest.items():
+            if name not in kernels.CONTENDERS_THAT_MAY_FAIL:
+                call()
+    assert kernels.ratios({"a": 1.0, "b": 0.5, "c": None}) == {"a": 1.0, "b": 2.0, "c": None}
+
+
+def test_fp8_training_compares_the_last_steps() -> None:
+    losses = {"bf16": [9.0, 4.0, 2.0], "fp8": [1.0, 4.01, 2.02]}
+    told = fp8_training.summary(losses, last=2)
+    assert told == {"loss_bf16": 3.0, "loss_fp8": 3.015, "difference": 0.005, "within_bar": False}
+    assert fp8_training.summary({"bf16": [3.0], "fp8": [3.006]}, last=1)["within_bar"]

@@ -62,9 +62,18 @@ def parsed(value: str) -> object:
             return value
 
 
+FP8 = {"precision": "fp8"}
+
 # settings, world size, what the message must hold: the rule's numbers and, after that, the advice
 BROKEN = [
-    ({"precision": "fp8"}, 1, "precision is one of auto, fp32, bf16, but fp8", "precision=bf16"),
+    ({"precision": "fp16"}, 1, "precision is one of auto, fp32, bf16, fp8, but fp16", "precision=bf16"),
+    ({**FP8, "fp8.recipe": "rowise"}, 1, "blockwise, rowwise, tensorwise", "fp8.recipe=rowwise"),
+    ({**FP8, "fp8.last_layers_high": 4}, 1, "< model.num_layers (else no layer", "fp8.last_layers_high=3"),
+    ({**FP8, "model.hidden_size": 192}, 1, "192 % 128 = 64", "model.hidden_size=128"),
+    ({**FP8, "model.ffn_hidden_size": 384, "parallel.tp": 2}, 2, "384 % 256 = 128", "parallel.tp=1"),
+    ({**FP8, "model.num_query_groups": 1, "parallel.tp": 1, "model.num_attention_heads": 8}, 1, "64 % 128", "bf16"),
+    ({"fp8.recipe": "rowwise"}, 1, "fp8.recipe needs precision=fp8", "fp8.recipe=blockwise"),
+    ({**FP8, **SPARSE, "model.moe.backend": "loop"}, 1, "needs a layer in bf16", "model.moe.backend=auto"),
     ({"precision": "fp31"}, 1, "fp31 is not available", "precision=fp32"),
     ({"model.activation": "swigul"}, 1, "one of swiglu, geglu, gelu, relu", "model.activation=swiglu"),
     (

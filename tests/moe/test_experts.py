@@ -38,7 +38,7 @@ def test_activations_by_hand(name: str, wanted: list[float]) -> None:
     assert got.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # tests/moe/kernels
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 0, 6], [6, 0, 0, 0], [0, 0, 0, 0]])
 def test_rows_go_to_their_expert_whatever_the_counts(

@@ -301,7 +301,7 @@ def test_generate(ranks: RankPool, undisturbed: Path) -> None:
         (["train.sequence_length=100000"], ["tokens to train on", "train.sequence_length="]),
         (["run.dir=/dev/null/run"], ["run.dir=/dev/null/run cannot be written"]),
         (["model.vocab_size=2"], ["vocab_size"]),
-        (["precision=fp8"], ["precision", "bf16"]),
+        (["precision=fp16"], ["precision", "bf16"]),
     ],
 )
 def test_bad_input_is_one_message_and_exit_2(

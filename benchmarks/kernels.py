@@ -1,0 +1,155 @@
+"""`python -m benchmarks.kernels`: our grouped products, FP8 rounding and whole experts beside torch's, on a GPU. Every
+figure is a ratio to a dense bf16 product of as much arithmetic (cuBLAS) or, for rounding, to a copy of as many bytes,
+timed in turns in the same run on random data: medians. Above 1 is faster.
+
+Legend: R rows of all experts, K inner and N outer dimension, L experts.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.kernels.numerics import RECIPES
+
+SHAPES = ((8, 2048, 4096, 4096), (64, 256, 2048, 2048))
+"""(experts, rows of each, K, N)."""
+Contest = dict[str, Callable[[], object]]
+
+
+def median_seconds(contest: Contest, repetitions: int) -> dict[str, float | None]:
+    """A B C A B C ...; the first three rounds, which compile, do not count. None for what does not run here."""
+    seconds: dict[str, list[float]] = {name: [] for name in contest}
+    failed: dict[str, str] = {}
+    for repetition in range(repetitions + 3):
+        for name, step in contest.items():
+            if name in failed:
+                continue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            try:
+                begin.record()
+                step()
+                end.record()
+                torch.cuda.synchronize()
+            except Exception as error:
+                if name not in CONTENDERS_THAT_MAY_FAIL:
+                    raise
+                failed[name] = str(error)
+                continue
+            if repetition >= 3:
+                seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(times) if times else None for name, times in seconds.items()}
+
+
+CONTENDERS_THAT_MAY_FAIL = ("torch scaled_grouped_mm, rowwise", "torch scaled_mm dense, rowwise")
+"""torch's FP8 products, which not every GPU and version has."""
+
+
+def products(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
+    """Forward, input gradient and weight gradient: the same arithmetic each, as the dense product has."""
+    from moe.kernels.fused import Float8Tools, TritonTools
+
+    counts, total = [rows] * experts, experts * rows
+    x_RK, dy_RN = (torch.randn(total, n, device=device).bfloat16() for n in (inner, outer))
+    w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
+    ends = torch.arange(rows, total + 1, rows, dtype=torch.int32, device=device)
+    contest: Contest = {
+        "dense": lambda: x_RK @ w_LKN[0],
+        "torch grouped_mm": lambda: F.grouped_mm(x_RK, w_LKN, offs=ends),
+    }
+    kinds = {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
+    for kind, tools in kinds.items():
+        groups, weight = tools.groups(counts, device), tools.weight(w_LKN)
+        x, dy = tools.rows(x_RK), tools.rows(dy_RN)
+        columns = tools.columns(x_RK, groups), tools.columns(dy_RN, groups)
+        calls: Contest = {
+            "forward": lambda t=tools, x=x, w=weight, g=groups: t.product(x, w.forward, g, torch.bfloat16),
+            "input gradient": lambda t=tools, dy=dy, w=weight, g=groups: t.product(dy, w.back, g, torch.bfloat16),
+            "weight gradient": lambda t=tools, c=columns, g=groups: t.weight_gradient(*c, g, w_LKN),
+        }
+        contest |= {f"{kind} {name}": call for name, call in calls.items()}
+    return contest | _torch_fp8(x_RK, w_LKN, ends)
+
+
+def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
+    from torch.nn.functional import ScalingType
+
+    x, w = x_RK.to(torch.float8_e4m3fn), w_LKN.transpose(1, 2).contiguous().to(torch.float8_e4m3fn).transpose(1, 2)
+    x_scale, w_scale = x_RK.new_ones(len(x), dtype=torch.float32), w_LKN.new_ones(w.shape[::2], dtype=torch.float32)
+    row, bf16 = ScalingType.RowWise, {"output_dtype": torch.bfloat16}
+    grouped, dense = CONTENDERS_THAT_MAY_FAIL
+    return {
+        grouped: lambda: F.scaled_grouped_mm(x, w, x_scale, row, w_scale, row, offs=ends, **bf16),
+        dense: lambda: F.scaled_mm(x, w[0], x_scale[:, None], row, w_scale[0][None], row, **bf16),
+    }
+
+
+def rounding(total: int, inner: int, device: torch.device) -> Contest:
+    """Rounding reads two bytes and writes one per element; so does the copy."""
+    from moe.kernels.fused import Float8Tools
+
+    tools, x_RK = Float8Tools(RECIPES["blockwise"]), torch.randn(total, inner, device=device).bfloat16()
+    source, target = (torch.empty(total * inner * 3 // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"copy": lambda: target.copy_(source), "round rows": lambda: tools.rows(x_RK)}
+
+
+def experts_contest(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
+    """Whole SwiGLU experts, forward and backward, with rounding but that of the weights, which is done once a step."""
+    from moe.experts import grouped_experts
+    from moe.kernels.fused import Float8Tools, TritonTools
+    from moe.kernels.layers import experts_with
+
+    shapes = ((experts * rows, inner), (experts, inner, 2, outer), (experts, outer, inner))
+    tensors = [torch.randn(s, device=device).bfloat16().mul_(0.02).requires_grad_() for s in shapes]
+    grad = torch.randn_like(tensors[0])
+
+    def step(backend: Callable[..., Tensor]) -> Callable[[], object]:
+        x, w_in, w_out = tensors
+        return lambda: torch.autograd.grad(backend(x, [rows] * experts, w_in, w_out, "swiglu"), tensors, grad)
+
+    narrow = {
+        wgrad: Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=wgrad == "fp8") for wgrad in ("bf16", "fp8")
+    }
+    return {
+        "experts, torch grouped_mm": step(grouped_experts),
+        "experts, bf16": step(experts_with(TritonTools())),
+        **{f"experts, fp8, weight gradient {w}": step(experts_with(tools)) for w, tools in narrow.items()},
+    }
+
+
+def ratios(seconds: dict[str, float | None]) -> dict[str, float | None]:
+    """How many times as fast as the first contender."""
+    first = next(iter(seconds.values()))
+    assert first is not None
+    return {name: None if s is None else round(first / s, 3) for name, s in seconds.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Grouped products and FP8 rounding beside torch's, on a GPU.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--repetitions", type=int, default=30)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.kernels: there is no GPU here, and on a CPU these kernels are only interpreted")
+    device, report = torch.device("cuda"), {}
+    for shape in SHAPES:
+        parts = (
+            products(*shape, device),
+            rounding(shape[0] * shape[1], shape[2], device),
+            experts_contest(*shape, device),
+        )
+        found = [ratios(median_seconds(part, args.repetitions)) for part in parts]
+        report["x".join(map(str, shape))] = {name: ratio for part in found for name, ratio in part.items()}
+    if not args.json:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; experts x rows x K x N")
+        for name, part in report.items():
+            print("\n".join([name, *(f"  {contender:40} {ratio}" for contender, ratio in part.items())]))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

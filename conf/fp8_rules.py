@@ -1,0 +1,34 @@
+"""What precision=fp8 asks of sizes and layout."""
+
+from collections.abc import Iterator
+
+from conf.case import Case, Violation, divisors, multiples
+
+FP8_BLOCK = 128
+"""Rows and columns of a weight that share a scale (moe.kernels.numerics.BLOCK)."""
+
+
+def fp8_rules(case: Case) -> Iterator[Violation]:
+    if case["precision"] != "fp8":
+        return
+    first, last, layers = "fp8.first_layers_high", "fp8.last_layers_high", "model.num_layers"
+    if case[first] + case[last] >= case[layers]:
+        yield Violation(
+            f"{first} + {last} < {layers} (else no layer would be in FP8)",
+            f"{case[first]} + {case[last]} >= {case[layers]}",
+            {key: range(case[key] - 1, -1, -1) for key in (first, last) if case[key]} | {"precision": ["bf16"]},
+        )
+    # Blocks of 128 x 128 must not straddle ranks: their scales would depend on the layout.
+    hidden, width = case["model.hidden_size"], case["model.ffn_hidden_size"]
+    heads, groups = case["model.num_attention_heads"], case["model.num_query_groups"]
+    keys = 2 * hidden // heads * (groups or heads)
+    cuts = [("model.hidden_size", hidden, "parallel.tp"), ("model.ffn_hidden_size", width, "parallel.tp")]
+    cuts += [("model.ffn_hidden_size", width, "parallel.etp")]
+    for name, size, degree in [*cuts, ("the width of keys and values", keys, "parallel.tp")]:
+        product = FP8_BLOCK * case[degree]
+        if size % product:
+            repairs = {degree: divisors(case[degree], size // FP8_BLOCK or 1)} if case[degree] > 1 else {}
+            repairs |= {name: multiples(size, product)} if name.startswith("model.") else {}
+            numbers = f"{size} % {product} = {size % product}"
+            rule = f"with precision=fp8, {name} % ({FP8_BLOCK} * {degree}) == 0"
+            yield Violation(rule, numbers, repairs | {"precision": ["bf16"]})

@@ -1,0 +1,86 @@
+"""What precision=fp8 replaces in the model, and with which kernels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from conf.schema import Fp8Config, ModelConfig
+from moe.kernels.layers import experts_with
+from moe.kernels.numerics import RECIPES
+from moe.kernels.tools import Reference, Tools
+from parallel.selection import largest_difference
+
+BF16_CAPABILITY, CAPABILITY = (8, 0), (8, 9)
+"""The first generations of GPUs with tensor cores for bf16 and for FP8."""
+
+
+@dataclass(frozen=True)
+class Float8:
+    tools: Tools
+    layers: range
+    """The layers in FP8, counted from 0 over the whole model."""
+
+
+def choose_float8(fp8: Fp8Config, model: ModelConfig, device: torch.device) -> tuple[Float8, str, str]:
+    """(what runs, its name, why) for precision=fp8.
+
+    Raises:
+        ValueError: the kernels that were asked for cannot run here.
+    """
+    tools, name, why = _choose_tools(fp8, device)
+    layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
+    gradient = "" if fp8.weight_gradient == "fp8" else ", weight gradients in bf16"
+    which = "every layer" if len(layers) == model.num_layers else f"layers {layers[0]} to {layers[-1]}"
+    return Float8(tools, layers), f"{name}, {fp8.recipe}{gradient}", f"{which}; {why}"
+
+
+def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[Tools, str, str]:
+    recipe, narrow = RECIPES[fp8.recipe], fp8.weight_gradient == "fp8"
+    if fp8.kernels == "reference" or (fp8.kernels == "auto" and device.type == "cpu"):
+        why = "asked for" if fp8.kernels == "reference" else "a CPU has no FP8 products"
+        return Reference(recipe, narrow_weight_gradient=narrow), "emulated by rounding operands", why
+    missing = triton_obstacle(device, CAPABILITY)
+    if missing:
+        raise ValueError(f"precision=fp8 {missing}. Use precision=bf16, or fp8.kernels=reference to emulate FP8")
+    from moe.kernels.fused import Float8Tools
+
+    tools, reference = (kind(recipe, narrow_weight_gradient=narrow) for kind in (Float8Tools, Reference))
+    wrong = disagreement(tools, reference, device)
+    if wrong:
+        raise ValueError(f"precision=fp8: Triton's kernels {wrong}. Use precision=bf16, or fp8.kernels=reference")
+    return tools, "Triton", "the GPU has FP8 products, and they equal the reference's on a random batch"
+
+
+def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+    """What Triton's kernels lack here; None: nothing. On a CPU they run in Triton's interpreter alone, thousands of
+    times slower, which tests do by themselves."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs a GPU, and this run is on a CPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < capability:
+        needed, has = (".".join(map(str, c)) for c in (capability, found))
+        return f"needs a GPU of compute capability {needed}; this one has {has}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"needs the package triton, which does not import ({error}): bash launch/setup.sh kernels"
+    return None
+
+
+def disagreement(tools: Tools, reference: Tools, device: torch.device) -> str | None:
+    """How tools differ from the reference on a random batch: experts of which one has no row and one a single one,
+    output and all gradients. None: by no more than rounding explains."""
+
+    def run(tools: Tools) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((150, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256))
+        *leaves, grad_RD = (torch.randn(*s, generator=generator).to(device, torch.bfloat16) / 8 for s in shapes)
+        leaves = [t.requires_grad_() for t in leaves]
+        y_RD = experts_with(tools)(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
+        return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
+
+    try:
+        difference = largest_difference(run(tools), run(reference))
+    except Exception as error:
+        return f"failed their trial ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
+    return f"differ from the reference by {difference:.0e}" if difference > 1e-2 else None

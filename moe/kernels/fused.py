@@ -1,0 +1,245 @@
+"""The tools of moe/kernels/tools.py in Triton: what is launched, on which tensors. Imports Triton, so it is itself
+imported only after `moe.kernels.float8.triton_obstacle`.
+
+Legend: R rows grouped by expert, K inner and N outer dimension of a product, L experts, F expert hidden, G 2 for gated
+activations, else 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.kernels import activations, products, rounding
+from moe.kernels.numerics import BLOCK, E4M3, RECIPES, Block, Quantised, Recipe, quantise
+from moe.kernels.tools import Weight
+
+ROWS = 128
+"""Rows of a tile; the rows of an FP8 weight gradient are padded to this."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Whose rows are whose, as the kernels read it. Made on the host, where the counts are."""
+
+    counts: list[int]
+    tiles: Tensor
+    """int32 [row tiles, 3]: expert, first row, end of the expert's rows."""
+    starts: Tensor
+    """int32 [L + 1]: first row of each expert."""
+    padded_starts: Tensor
+    """The same with every expert's rows filled up to a multiple of ROWS."""
+
+    @classmethod
+    def of(cls, counts: list[int], device: torch.device) -> "Groups":
+        starts, padded, tiles = [0], [0], []
+        for expert, count in enumerate(counts):
+            end = starts[-1] + count
+            tiles += [(expert, row, end) for row in range(starts[-1], end, ROWS)]
+            starts.append(end)
+            padded.append(ROWS * len(tiles))
+        # One copy to the device instead of three.
+        flat = [number for tile in tiles for number in tile] + starts + padded
+        whole = torch.tensor(flat, dtype=torch.int32).to(device, non_blocking=True)
+        parts = whole.split([3 * len(tiles), len(starts), len(padded)])
+        return cls(counts, parts[0].view(-1, 3), parts[1], parts[2])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    """Of FP8 values."""
+    blocks: bool = True
+    """Scales for blocks of 128 of the inner dimension, not for all of it."""
+
+
+def programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one for each multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4  # the interpreter runs one after the other
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+class TritonTools:
+    """bf16."""
+
+    def groups(self, counts: list[int], device: torch.device) -> Groups:
+        return Groups.of(counts, device)
+
+    def weight(self, w_LKN: Tensor) -> Weight:
+        return Weight(Operand(w_LKN), Operand(w_LKN.transpose(1, 2)))
+
+    def rows(self, x_RK: Tensor) -> Operand:
+        return Operand(_rows_contiguous(x_RK))
+
+    def product(self, x_RK: Operand, w_LKN: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+        x, w = x_RK.values, w_LKN.values
+        (rows, inner), outer = x.shape, w.shape[2]
+        y_RN = x.new_empty((rows, outer), dtype=dtype)
+        if not rows:
+            return y_RN
+        narrow = x_RK.scale is not None
+        scales, strides = (y_RN, y_RN), [0] * 5
+        if narrow:
+            scales = (x_RK.scale, w_LKN.scale)
+            # Along an axis with a single scale the stride is 0: all of the axis reads that one.
+            strides = [s.stride(axis) * (s.shape[axis] > 1) for s in scales for axis in range(s.dim())]
+        products.grouped_product[(programs(x.device),)](
+            x, w, y_RN, *scales, groups.tiles, len(groups.tiles), outer, inner,
+            x.stride(0), *w.stride(), y_RN.stride(0), *strides,
+            SCALES="none" if not narrow else "blocks" if w_LKN.blocks else "rows",
+            BM=ROWS, BN=BLOCK, BK=BLOCK if narrow else 64, GROUP=8, num_warps=8, num_stages=3 if narrow else 4,
+        )  # fmt: skip
+        return y_RN
+
+    def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Operand:
+        return self._activate(h_RGF, name, keep_RF, narrow=False)
+
+    def _activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None, *, narrow: bool) -> Operand:
+        rows, gates, width = h_RGF.shape
+        a_RF = h_RGF.new_empty((rows, width), dtype=E4M3 if narrow else h_RGF.dtype)
+        scale = h_RGF.new_empty((rows, _blocks(width, BLOCK)), dtype=torch.float32) if narrow else None
+        if rows:
+            activations.activate[(_blocks(rows, 16), _blocks(width, BLOCK))](
+                h_RGF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, a_RF,
+                scale if narrow else a_RF, rows, width,
+                KIND=activations.KINDS[name], G=gates, DROP=keep_RF is not None, ROUND=narrow, BR=16, BLOCK=BLOCK,
+                num_warps=8,
+            )  # fmt: skip
+        return Operand(a_RF, scale)
+
+    def activate_back(
+        self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Operand]:
+        return self._activate_back(h_RGF, da_RF, name, keep_RF, narrow=False)
+
+    def _activate_back(
+        self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None, *, narrow: bool
+    ) -> tuple[Tensor, Tensor, Operand]:
+        rows, gates, width = h_RGF.shape
+        a_RF, dh_RN = torch.empty_like(da_RF), torch.empty_like(h_RGF).flatten(1)
+        q_RN = torch.empty_like(dh_RN, dtype=E4M3) if narrow else dh_RN
+        scale = h_RGF.new_empty((rows, _blocks(gates * width, BLOCK)), dtype=torch.float32) if narrow else None
+        if rows:
+            activations.activate_back[(_blocks(rows, 16), _blocks(width, BLOCK))](
+                h_RGF.contiguous(), da_RF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, dh_RN,
+                q_RN, scale if narrow else dh_RN, rows, width,
+                KIND=activations.KINDS[name], G=gates, DROP=keep_RF is not None, ROUND=narrow, BR=16, BLOCK=BLOCK,
+                num_warps=8,
+            )  # fmt: skip
+        return a_RF, dh_RN, Operand(q_RN, scale)
+
+    def columns(self, x_RK: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+        return (x_RK,)
+
+    def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Groups, w: Tensor) -> Tensor:
+        narrow = len(x_RK) > 1
+        # FP8 operands come transposed: rows are the inner dimension, and FP8 products read that one contiguously.
+        (x, dy) = (x_RK[0].t(), dy_RN[0].t()) if narrow else (x_RK[0], dy_RN[0])
+        main = getattr(w, "main_grad", None)
+        add = main is not None and hasattr(w, "grad_added_to_main_grad")
+        dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+        inner, outer = x.shape[1], dy.shape[1]
+        experts = len(groups.counts)
+        products.grouped_weight_gradient[(programs(x.device),)](
+            x, dy, main if add else dw, x_RK[-1], dy_RN[-1], groups.padded_starts if narrow else groups.starts,
+            experts, inner, outer, *x.stride(), *dy.stride(),
+            FP8=narrow, ADD=add, BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        if add:
+            # Megatron-Core's hook then leaves the returned gradient alone, which only has to exist.
+            w.grad_added_to_main_grad = True
+        return dw
+
+
+class Float8Tools(TritonTools):
+    """FP8 with fp32 sums every 128 of the inner dimension."""
+
+    def __init__(self, recipe: Recipe, *, narrow_weight_gradient: bool = False):
+        self.recipe, self.narrow_weight_gradient = recipe, narrow_weight_gradient
+        self.blockwise = recipe == RECIPES["blockwise"]
+
+    def weight(self, w_LKN: Tensor) -> Weight:
+        if not self.blockwise:
+            back = quantise(w_LKN, self.recipe.weight_back).transpose()
+            return Weight(_weight(quantise(w_LKN, self.recipe.weight)), _weight(back))
+        experts, inner, outer = w_LKN.shape
+        q, qt = (w_LKN.new_empty((experts, *shape), dtype=E4M3) for shape in ((inner, outer), (outer, inner)))
+        blocks = _blocks(inner, BLOCK), _blocks(outer, BLOCK)
+        scale = w_LKN.new_empty((experts, *blocks), dtype=torch.float32)
+        rounding.round_weight[(*blocks, experts)](
+            w_LKN, q, qt, scale, inner, outer, *w_LKN.stride(), BLOCK=BLOCK, num_warps=8
+        )
+        # The inner dimension of each product has to be the contiguous one.
+        return Weight(Operand(qt.transpose(1, 2), scale), Operand(q.transpose(1, 2), scale.transpose(1, 2)))
+
+    def rows(self, x_RK: Tensor) -> Operand:
+        if not self.blockwise:
+            q = quantise(x_RK, self.recipe.rows)
+            return Operand(q.values, q.scale)
+        x_RK = _rows_contiguous(x_RK)
+        rows, inner = x_RK.shape
+        q = x_RK.new_empty((rows, inner), dtype=E4M3)
+        scale = x_RK.new_empty((rows, _blocks(inner, BLOCK)), dtype=torch.float32)
+        if rows:
+            rounding.round_rows[(_blocks(rows, 16), scale.shape[1])](
+                x_RK, q, scale, rows, inner, x_RK.stride(0), BR=16, BLOCK=BLOCK
+            )
+        return Operand(q, scale)
+
+    def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Operand:
+        if self.blockwise:
+            return self._activate(h_RGF, name, keep_RF, narrow=True)
+        return self.rows(super().activate(h_RGF, name, keep_RF).values)
+
+    def activate_back(
+        self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Operand]:
+        # A block must not reach from the gates' half into the other one.
+        together = self.blockwise and h_RGF.shape[2] % BLOCK == 0
+        a_RF, dh_RN, dh = self._activate_back(h_RGF, da_RF, name, keep_RF, narrow=together)
+        return a_RF, dh_RN, dh if together else self.rows(dh_RN)
+
+    def columns(self, x_RK: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+        if not self.narrow_weight_gradient:
+            return (x_RK,)
+        inner, padded = x_RK.shape[1], ROWS * len(groups.tiles)
+        q = x_RK.new_empty((inner, padded), dtype=E4M3)
+        scale = x_RK.new_empty((len(groups.tiles), inner), dtype=torch.float32)
+        if not self.blockwise:
+            return _columns(x_RK, self.recipe.columns, groups, q, scale)
+        x_RK = _rows_contiguous(x_RK)
+        if padded:
+            rounding.round_columns[(len(groups.tiles), _blocks(inner, 64))](
+                x_RK, q, scale, groups.tiles, inner, padded, x_RK.stride(0), BLOCK=ROWS, BK=64
+            )
+        return q, scale
+
+
+def _rows_contiguous(x_RK: Tensor) -> Tensor:
+    """Kernels step through a row by ones; rows may lie anywhere."""
+    return x_RK if x_RK.stride(-1) == 1 else x_RK.contiguous()
+
+
+def _weight(w: Quantised) -> Operand:
+    values = w.values.transpose(1, 2).contiguous().transpose(1, 2)
+    return Operand(values, w.scale, blocks=False)
+
+
+def _columns(x_RK: Tensor, block: Block, groups: Groups, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a kernel, for recipes with one scale for all rows of an expert: it is repeated for each tile."""
+    q.view(torch.uint8).zero_()
+    tile = 0
+    for x in x_RK.split(groups.counts):
+        rounded, tiles = quantise(x, block), _blocks(len(x), ROWS)
+        q[:, ROWS * tile : ROWS * tile + len(x)] = rounded.values.t()
+        scale[tile : tile + tiles] = rounded.scale
+        tile += tiles
+    return q, scale

@@ -1,0 +1,87 @@
+"""The loss of every token (moe/loss.py) in Triton: each logit is read once, and kept in no other form.
+
+Legend: T tokens, V vocabulary (this rank's slice).
+"""
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 4096
+
+
+@triton.jit
+def cross_entropy_sums(logits_ptr, labels_ptr, largest_ptr, sum_ptr, label_ptr, V, stride_t, BLOCK: tl.constexpr):
+    """One program a token: the largest logit and the sum of exponentials below it, kept up to date block by block
+    (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), and the label's logit."""
+    token = tl.program_id(0).to(tl.int64)
+    row = logits_ptr + token * stride_t
+    largest, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), axis=0)
+        largest = new
+    label = tl.load(labels_ptr + token)
+    there = (label >= 0) & (label < V)
+    tl.store(label_ptr + token, tl.load(row + label, mask=there, other=0.0).to(tl.float32))
+    tl.store(largest_ptr + token, largest)
+    tl.store(sum_ptr + token, total)
+
+
+@triton.jit
+def cross_entropy_gradient(
+    logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, V, stride_t, BLOCK: tl.constexpr
+):  # fmt: skip
+    """In place; the grid is (T, V / BLOCK)."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = logits_ptr + token * stride_t + columns
+    x = tl.load(place, mask=columns < V, other=0.0).to(tl.float32)
+    p = tl.exp(x - tl.load(largest_ptr + token)) / tl.load(sum_ptr + token)
+    p = tl.where(columns == tl.load(labels_ptr + token), p - 1, p)
+    tl.store(place, (p * tl.load(grad_ptr + token)).to(logits_ptr.dtype.element_ty), mask=columns < V)
+
+
+class TokenLoss(torch.autograd.Function):
+    """-log softmax(logits)[label]. The gradient takes the place of the logits, which with a large vocabulary are the
+    largest tensor of a step."""
+
+    @staticmethod
+    def forward(ctx, logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+        logits_TV, (tokens, vocabulary) = logits_TV.contiguous(), logits_TV.shape
+        mine_T = labels_T - group.rank() * vocabulary
+        largest_T, sum_T, label_T = (logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        cross_entropy_sums[(tokens,)](
+            logits_TV, mine_T, largest_T, sum_T, label_T, vocabulary, vocabulary, BLOCK=BLOCK, num_warps=8
+        )
+        if group.size() > 1:
+            here_T, largest_T = largest_T, largest_T.clone()
+            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+            both_2T = torch.stack((sum_T * (here_T - largest_T).exp(), label_T))
+            dist.all_reduce(both_2T, group=group)
+            sum_T, label_T = both_2T
+        ctx.save_for_backward(logits_TV, mine_T, largest_T, sum_T)
+        ctx.spent = False
+        return sum_T.log() - (label_T - largest_T)  # in this order: what is large cancels first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None]:
+        assert not ctx.spent, "the logits have become their gradient: there is no second backward pass"
+        ctx.spent = True
+        logits_TV, mine_T, largest_T, sum_T = ctx.saved_tensors
+        tokens, vocabulary = logits_TV.shape
+        cross_entropy_gradient[(tokens, -(-vocabulary // BLOCK))](
+            logits_TV, mine_T, largest_T, sum_T, grad_T.contiguous(), vocabulary, vocabulary, BLOCK=BLOCK, num_warps=8
+        )
+        return logits_TV.detach(), None, None
+
+
+def token_losses(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """moe.loss.token_losses, but that the backward pass overwrites the logits."""
+    return TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), group).view(labels.shape)

@@ -1,0 +1,123 @@
+"""`python -m tests.moe.kernels.ahead_of_time CAPABILITY...`: compiles every kernel as it is launched, without a
+GPU, and prints for each what its machine code holds, as one JSON object. In a process of its own, because Triton
+decides at import whether it interprets."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe.kernels import activations, losses, products, rounding, rows
+
+BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
+TILE = {"BM": 128, "BN": 128, "num_warps": 8}
+
+
+def product(operand: str, **options: int | bool) -> tuple:
+    pointers = {"x_ptr": operand, "w_ptr": operand, "y_ptr": BF16, "tiles_ptr": INT}
+    scales = dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), FP32)
+    return products.grouped_product, pointers | scales, {**TILE, "GROUP": 8, **options}
+
+
+def gradient(operand: str, target: str, **options: int | bool) -> tuple:
+    pointers = {"x_ptr": operand, "dy_ptr": operand, "dw_ptr": target, "starts_ptr": INT}
+    scales = dict.fromkeys(("x_scale_ptr", "dy_scale_ptr"), FP32)
+    return products.grouped_weight_gradient, pointers | scales, {**TILE, "num_stages": 3, **options}
+
+
+ROUND = {"BR": 16, "BLOCK": 128}
+SWIGLU = {"KIND": "silu", "G": 2, "DROP": True, "ROUND": True, "num_warps": 8, **ROUND}
+ACTIVATED = {"h_ptr": BF16, "keep_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}
+# As moe/kernels/fused.py launches them. Strides of 1 are constants, which is how Triton's launcher treats them.
+KERNELS = {
+    "product bf16": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wn=1),
+    "product bf16 back": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wk=1),
+    "product fp8": product(FP8, SCALES="blocks", BK=128, num_stages=3, stride_wk=1),
+    "product fp8 rowwise": product(FP8, SCALES="rows", BK=128, num_stages=3, stride_wk=1),
+    "gradient bf16": gradient(BF16, FP32, FP8=False, ADD=True, BR=64, stride_xk=1, stride_dyn=1),
+    "gradient fp8": gradient(FP8, FP32, FP8=True, ADD=True, BR=128, stride_xr=1, stride_dyr=1),
+    "round rows": (rounding.round_rows, {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}, ROUND),
+    "round columns": (
+        rounding.round_columns,
+        {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32, "tiles_ptr": INT},
+        {"BLOCK": 128, "BK": 64},
+    ),
+    "round weight": (
+        rounding.round_weight,
+        {"w_ptr": BF16, "q_ptr": FP8, "qt_ptr": FP8, "scale_ptr": FP32},
+        {"BLOCK": 128, "stride_wn": 1, "num_warps": 8},
+    ),
+    "swiglu": (activations.activate, {"a_ptr": FP8, **ACTIVATED}, SWIGLU),
+    "swiglu back": (activations.activate_back, {"da_ptr": BF16, "a_ptr": BF16, "dh_ptr": BF16, **ACTIVATED}, SWIGLU),
+    "cross-entropy": (
+        losses.cross_entropy_sums,
+        {"logits_ptr": BF16, "labels_ptr": "*i64", "largest_ptr": FP32, "sum_ptr": FP32, "label_ptr": FP32},
+        {"BLOCK": 4096, "num_warps": 8},
+    ),
+    "cross-entropy back": (
+        losses.cross_entropy_gradient,
+        {"logits_ptr": BF16, "labels_ptr": "*i64", "largest_ptr": FP32, "sum_ptr": FP32, "grad_ptr": FP32},
+        {"BLOCK": 4096, "num_warps": 8},
+    ),
+    "gather rows": (
+        rows.gather_rows,
+        {"source_ptr": BF16, "choice_ptr": "*i64", "gates_ptr": FP32, "out_ptr": BF16},
+        {"K": 2, "GATED": True, "BLOCK": 1024},
+    ),
+    "add rows": (
+        rows.add_rows,
+        {"rows_ptr": BF16, "slot_ptr": "*i64", "gates_ptr": FP32, "out_ptr": BF16},
+        {"K": 8, "GATED": True, "BLOCK": 1024},
+    ),
+    "gate gradient": (
+        rows.gate_gradient,
+        {"rows_ptr": BF16, "slot_ptr": "*i64", "grad_ptr": BF16, "out_ptr": FP32},
+        {"K": 2, "BLOCK": 1024},
+    ),
+}
+
+
+def compiled(kernel, pointers: dict[str, str], options: dict, capability: int) -> dict[str, int]:
+    """Counts of machine instructions, and bytes of shared memory."""
+    launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    constants = {key: value for key, value in options.items() if key not in launch}
+    kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    # Pointers, widths and strides of real models are multiples of 16.
+    even = [name for name, kind in kinds.items() if kind != "constexpr" and "num_" not in name]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(built.asm["cubin"])
+        tool = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
+        code = subprocess.run([tool, binary], capture_output=True, text=True, check=True).stdout
+    patterns = {
+        "wgmma bf16": r"\bHGMMA",
+        "wgmma fp8": r"\bQGMMA",
+        "tcgen05": r"\bUTC(?:H|Q)MMA",
+        "older tensor core": r"\b(?:HMMA|QMMA)",
+        "asynchronous copies": r"\b(?:LDGSTS|UTMALDG)",
+        "spills": r"\b(?:LDL|STL)",
+    }
+    return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()} | {
+        "shared": built.metadata.shared
+    }
+
+
+def main() -> None:
+    assert not os.environ.get("TRITON_INTERPRET")
+    report = {c: {name: compiled(*case, int(c)) for name, case in KERNELS.items()} for c in sys.argv[1:]}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
