@@ -139,4 +139,5 @@ def test_fp8_training_compares_the_last_steps() -> None:
     losses = {"bf16": [9.0, 4.0, 2.0], "fp8": [1.0, 4.01, 2.02]}
     told = fp8_training.summary(losses, last=2)
     assert told == {"loss_bf16": 3.0, "loss_fp8": 3.015, "difference": 0.005, "within_bar": False}
-    assert fp8_training.summary({"bf16": [3.0], "fp8": [3.006]}, last=1)["within_bar"]
+    told = fp8_training.summary({"bf16": [3.0], "fp8": [3.006], "fp32": [3.03]}, last=1)
+    assert told["within_bar"] and told["spread"] == 0.01

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.parity import Outcome
 from conf.schema import ACTIVATIONS, ParallelConfig
 from moe.activations import GATED, activate
 from moe.experts import loop_experts
@@ -16,7 +17,7 @@ from moe.kernels.numerics import RECIPES, Block, quantise
 from moe.kernels.tools import Reference, Weight
 from parallel.world import World
 from tests.moe.helpers import random
-from tests.parallel.helpers import Outcome, Variant, build_engine, measure, started, train
+from tests.parallel.helpers import Variant, build_engine, measure, started, train
 from tests.parallel.test_parity import relative
 
 COUNTS = [3, 0, 130, 1]
