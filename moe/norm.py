@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from parallel.blocks import rows_at_once
 from parallel.placement import place
 from parallel.runtime import Groups
-from parallel.selection import Norm
+from parallel.selection import Candidate, Norm
 
 
 class RMSNorm(nn.Module):
@@ -75,3 +75,16 @@ class _InBlocks(torch.autograd.Function):
 def rms_norm_in_blocks(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """parallel.selection.torch_rms_norm for a CPU. x: [..., D]."""
     return _InBlocks.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+
+
+def _triton_rms_norm() -> Norm:
+    from moe.kernels.norms import rms_norm
+
+    return rms_norm
+
+
+def our_norms(device: torch.device) -> list[Candidate]:
+    """For parallel.selection.select_norm, the best first."""
+    if device.type == "cpu":
+        return [Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)]
+    return [Candidate("Triton", _triton_rms_norm)]

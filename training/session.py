@@ -15,7 +15,7 @@ from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
 from moe.loss import choose_token_losses
 from moe.model import Parts, Stage, sparse_layers
-from moe.norm import rms_norm_in_blocks
+from moe.norm import our_norms
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
@@ -140,8 +140,7 @@ def _choose_implementations(
     bf16_experts = any(float8 is None or layer not in float8.layers for layer in sparse_layers(model))
     backend, why_backend = expert_backend.choose(config, run, dtype, run_dir if bf16_experts else None)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
-    ours = [selection.Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)] if device.type == "cpu" else []
-    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, ours)
+    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device))
     losses, choice = choose_token_losses(device, dtype)
     choices += [choice]
     permutation, choice = choose_rows(device, dtype)

@@ -15,7 +15,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe.kernels import activations, losses, products, rounding, rows
+from moe.kernels import activations, losses, norms, products, rounding, rows
 
 BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
 TILE = {"BM": 128, "BN": 128, "num_warps": 8}
@@ -82,6 +82,16 @@ KERNELS = {
         {"rows_ptr": BF16, "slot_ptr": "*i64", "grad_ptr": BF16, "out_ptr": FP32},
         {"K": 2, "BLOCK": 1024},
     ),
+    "norm": (
+        norms.rms_norm_forward,
+        {"x_ptr": BF16, "weight_ptr": BF16, "y_ptr": BF16, "scale_ptr": FP32, "eps": "fp32"},
+        {"BLOCK": 4096, "num_warps": 8},
+    ),
+    "norm back": (
+        norms.rms_norm_backward,
+        {**dict.fromkeys(("x_ptr", "weight_ptr", "dy_ptr", "dx_ptr"), BF16), "scale_ptr": FP32, "parts_ptr": FP32},
+        {"BLOCK": 4096, "num_warps": 8},
+    ),
 }
 
 
@@ -91,7 +101,7 @@ def compiled(kernel, pointers: dict[str, str], options: dict, capability: int) -
     constants = {key: value for key, value in options.items() if key not in launch}
     kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # Pointers, widths and strides of real models are multiples of 16.
-    even = [name for name, kind in kinds.items() if kind != "constexpr" and "num_" not in name]
+    even = [name for name, kind in kinds.items() if kind not in ("constexpr", "fp32") and "num_" not in name]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
