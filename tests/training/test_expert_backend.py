@@ -125,3 +125,13 @@ def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: py
     shapes = room.Shapes(64, 16, 16, 4, "swiglu", True, "float32")
     seconds = room.measure(list(BACKENDS), shapes, torch.device("cpu"))
     assert seconds.keys() == BACKENDS.keys() - {"broken"} and all(s > 0 for s in seconds.values())
+
+
+def test_no_two_rounds_have_the_same_rows() -> None:
+    """A kernel that oneDNN builds for one row count must cost every round, as it costs every step."""
+    from moe import measure as room
+
+    shapes = room.Shapes(8192, 16, 16, 8, "swiglu", False, "bfloat16")
+    rounds = [room._counts(shapes, r) for r in range(room.REPETITIONS)]
+    assert all(sum(counts) == 8192 and min(counts) > 0 for counts in rounds)
+    assert len({n for counts in rounds for n in counts}) > 0.8 * 8 * room.REPETITIONS
