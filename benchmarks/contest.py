@@ -107,15 +107,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def name_missing_gemm() -> None:
-    """Lets Megatron-Core's router run without TransformerEngine: 0.16.1 compares this name with None, but defines it
-    only where TransformerEngine is installed."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without what the engines say about themselves. Their imports belong inside."""

@@ -6,12 +6,14 @@ Legend: T tokens, D hidden, F expert hidden.
 
 import argparse
 import dataclasses
+import itertools
 import json
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import Contender, Result, measure, name_missing_gemm, peak_bytes, quietly, table, version
+from benchmarks.contest import Contender, Result, measure, peak_bytes, quietly, table, version
+from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import ModelConfig, MoeConfig
 
 OURS, DENSE = "switchyard", "dense"
@@ -33,6 +35,8 @@ class SwiGLU(nn.Module):
 
 def model_config(args: argparse.Namespace, experts: int) -> ModelConfig:
     return ModelConfig(
+        num_layers=1,
+        num_attention_heads=1,
         hidden_size=args.hidden,
         ffn_hidden_size=args.width,
         activation="swiglu",
@@ -51,34 +55,12 @@ def build_ours(model: ModelConfig, runtime, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def build_megatron(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def build_megatron(model: ModelConfig) -> nn.Module:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     name_missing_gemm()
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=model.hidden_size,
-        num_attention_heads=1,
-        num_moe_experts=model.moe.num_experts,
-        ffn_hidden_size=model.ffn_hidden_size,
-        moe_ffn_hidden_size=model.ffn_hidden_size,
-        moe_router_topk=1,
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=model.moe.aux_loss_coeff,
-        moe_z_loss_coeff=model.moe.z_loss_coeff,
-        moe_token_dispatcher_type="allgather",  # alltoall waits for a CUDA event; on one rank both only sort
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=nn.functional.silu,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        gradient_accumulation_fusion=False,  # an Apex extension
-        bias_activation_fusion=False,
-    )
+    config = megatron_config(model)
     spec = get_moe_module_spec(use_te=False, num_experts=model.moe.num_experts, moe_grouped_gemm=False)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return spec.module(config, submodules=spec.submodules, layer_number=1, pg_collection=groups)
@@ -101,15 +83,16 @@ def build_transformers(model: ModelConfig, dtype: torch.dtype, implementation: s
     return block
 
 
-def contender(layer: nn.Module, x_SBD: Tensor, grad_SBD: Tensor) -> Contender:
-    x = x_SBD.clone().requires_grad_()
+def contender(layer: nn.Module, inputs: list[Tensor], grad_SBD: Tensor) -> Contender:
+    """Each step takes the next of the inputs [S, B, D], so that experts have other numbers of rows, as in training:
+    kernels that fit one number of rows alone are built anew."""
+    turns = itertools.cycle(inputs)
 
     def forward() -> Tensor:
-        out = layer(x)
+        out = layer(next(turns).detach().requires_grad_())
         return out[0] if isinstance(out, tuple) else out
 
     def step() -> None:
-        x.grad = None
         layer.zero_grad(set_to_none=True)
         forward().backward(grad_SBD)
 
@@ -142,7 +125,7 @@ def peaks(layers: dict[str, nn.Module], x_SBD: Tensor, grad_SBD: Tensor) -> dict
 
     def peak(layer: nn.Module, x: Tensor) -> int:
         layer.zero_grad(set_to_none=True)  # giving back what an earlier pass left would count against this one
-        return peak_bytes(contender(layer, x, grad_SBD).step)
+        return peak_bytes(contender(layer, [x], grad_SBD).step)
 
     even = {name: peak(layer, x_SBD) for name, layer in layers.items()}
     skewed = {name: peak(layers[name], half_to_one_expert(layers[name], x_SBD)) for name in layers if name != DENSE}
@@ -153,19 +136,20 @@ def contest(args: argparse.Namespace, experts: int, runtime) -> tuple[dict[str, 
     """All contenders with this many experts."""
     model, dtype = model_config(args, experts), torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    x_SBD, grad_SBD = (
-        torch.randn(args.tokens, 1, args.hidden, generator=generator).to(runtime.device, dtype) for _ in range(2)
+    grad_SBD, *inputs = (
+        torch.randn(args.tokens, 1, args.hidden, generator=generator).to(runtime.device, dtype)
+        for _ in range(args.repetitions + 2)
     )
     layers = {OURS: build_ours(model, runtime, dtype), DENSE: SwiGLU(args.hidden, args.width).to(dtype)}
-    layers["megatron"] = build_megatron(model, dtype)
+    layers["megatron"] = build_megatron(model)
     if version("transformers"):
         for name in TRANSFORMERS:
             layers[name] = build_transformers(model, dtype, name.split()[1])
-    cases = {name: contender(layer.to(runtime.device), x_SBD, grad_SBD) for name, layer in layers.items()}
+    cases = {name: contender(layer.to(runtime.device), inputs, grad_SBD) for name, layer in layers.items()}
     results = measure(cases, args.repetitions)
     model.moe.expert_chunk_rows = args.chunk_rows
     bounded = {f"{OURS}, expert_chunk_rows={args.chunk_rows}": build_ours(model, runtime, dtype)}
-    return results, peaks(layers | bounded, x_SBD, grad_SBD)
+    return results, peaks(layers | bounded, inputs[0], grad_SBD)
 
 
 def fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Contender, Result, measure, name_missing_gemm, quietly, table, version
+from benchmarks.contest import Contender, Result, measure, quietly, table, version
+from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
 
 OURS, MEGATRON = "switchyard", "megatron"
@@ -58,41 +59,6 @@ def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
         engine.update(LR, loss=loss)
 
     return Contender(step, lambda: engine.modules[0](*batch.values()))
-
-
-def megatron_config(model: ModelConfig) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_moe_experts=model.moe.num_experts,
-        ffn_hidden_size=model.ffn_hidden_size,
-        moe_ffn_hidden_size=model.ffn_hidden_size,
-        moe_router_topk=model.moe.top_k,
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=model.moe.aux_loss_coeff,
-        moe_z_loss_coeff=model.moe.z_loss_coeff,
-        moe_token_dispatcher_type="allgather",  # alltoall waits for a CUDA event; on one rank both only sort
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        bf16=True,
-        # Extensions of Apex and fusions of TransformerEngine or CUDA.
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-    )
 
 
 def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
