@@ -16,7 +16,8 @@ import sys
 from hydra.core.hydra_config import HydraConfig
 
 from conf import rules
-from conf.schema import CheckConfig, Config
+from conf.commands import CheckConfig
+from conf.schema import Config
 from launch.cli import command
 from launch.train import prepare_run
 from parallel.layout import Layout, describe

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from conf.schema import DataConfig, EvaluateConfig
+from conf.commands import EvaluateConfig
+from conf.schema import DataConfig
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from training import lookahead

@@ -1,6 +1,6 @@
 """`python -m launch.generate checkpoint=DIR prompt=TEXT`: text from a checkpoint."""
 
-from conf.schema import GenerateConfig
+from conf.commands import GenerateConfig
 from launch.cli import command
 from training.console import visible
 from training.lookahead import check_can_write

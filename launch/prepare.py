@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from conf.schema import PrepareConfig
+from conf.commands import PrepareConfig
 from corpus.documents import expand
 from corpus.ingredients import Ingredient
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import DataConfig, PrepareConfig
+from conf.commands import PrepareConfig
+from conf.schema import DataConfig
 from corpus.indexed import token_range
 from corpus.prepare import prepare
 from corpus.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conf.schema import CheckpointConfig, EvaluateConfig, GenerateConfig, GuardConfig, OptimConfig, OwnText
+from conf.commands import EvaluateConfig, GenerateConfig, OwnText
+from conf.schema import CheckpointConfig, GuardConfig, OptimConfig
 from parallel.simulate import RankFailed, RankPool
 from parallel.world import World
 from tests.training.helpers import command_line, rows, start, tiny_config, train, trajectory, with_layout, write_corpus

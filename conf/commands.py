@@ -1,0 +1,68 @@
+"""The settings of the commands beside training, each with its default, as conf/schema.py has those of a run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema import Config
+
+
+@dataclass
+class CheckConfig(Config):
+    """python -m launch.check: a training run, before it is one."""
+
+    ranks: int | None = None
+    """How many there are to be. null: the tasks of the Slurm job that this runs in, else NPROC, else the fewest that
+    hold the layout."""
+
+
+@dataclass
+class PrepareConfig:
+    """python -m launch.prepare: text files to Megatron's .bin/.idx."""
+
+    input: Any = "???"
+    """A file, a glob, or a list of them."""
+    output: str = "???"
+    """Prefix of the .bin and .idx files; the tokenizer goes beside them as PREFIX.tokenizer.json."""
+    tokenizer: str | None = None
+    """A tokenizer.json. null: train one of vocab_size entries on the input."""
+    vocab_size: int = 4096
+    tokenizer_sample_mib: int = 64
+    text_key: str = "text"
+    eod_token: str = "<|endoftext|>"
+
+
+@dataclass
+class OwnText:
+    files: list[str] = field(default_factory=list)
+    """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on, all of each. Empty: the run's held-out
+    text."""
+    text_key: str = "text"
+
+
+@dataclass
+class EvaluateConfig:
+    """python -m launch.evaluate: loss, perplexity and bits per byte of a checkpoint on held-out text."""
+
+    checkpoint: str = "???"
+    """A run directory (its newest whole checkpoint) or one step's directory."""
+    data: OwnText = field(default_factory=OwnText)
+    batches: int | None = None
+    """Global batches of the run's size; null: all of the text."""
+    precision: str = "auto"
+
+
+@dataclass
+class GenerateConfig:
+    """python -m launch.generate: text from a checkpoint."""
+
+    checkpoint: str = "???"
+    prompt: str = ""
+    max_tokens: int = 128
+    temperature: float = 0.8
+    """0: greedy, always the likeliest token."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int = 1234
+    precision: str = "auto"
