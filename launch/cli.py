@@ -110,7 +110,7 @@ def nearest_settings(key: str, known: Iterable[str]) -> str:
 
     def similarity(one: str, other: str) -> float:
         part = len(one) > 2 and one in other.split("_")  # heads -> num_attention_heads
-        return max(difflib.SequenceMatcher(None, one, other).ratio(), 0.9 * part)
+        return max(difflib.SequenceMatcher(None, one, other).ratio(), 0.85 * part)
 
     # The last part says what is meant; the path before it decides between equals.
     ranked = sorted(known, key=lambda k: (similarity(name, k.rpartition(".")[2]), similarity(key, k)), reverse=True)
