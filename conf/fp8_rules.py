@@ -9,6 +9,7 @@ FP8_BLOCK = 128
 
 
 def fp8_rules(case: Case) -> Iterator[Violation]:
+    """Rules of the FP8 layers and of the blocks that share a scale."""
     if case["precision"] != "fp8":
         return
     first, last, layers = "fp8.first_layers_high", "fp8.last_layers_high", "model.num_layers"

@@ -116,7 +116,7 @@ def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tupl
     cost = model_cost(config.model, train.sequence_length)
     tokens = train.global_batch_size * train.sequence_length
     micro = train.global_batch_size // (train.micro_batch_size * layout.dp)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and cluster.gpus)
+    bf16 = config.precision in ("bf16", "fp8") or (config.precision == "auto" and cluster.gpus)
     memory = memory_per_rank(config, layout, bf16=bf16)
     reduced = memory.gradients * (layout.dp * layout.cp > 1)
     rows = [
