@@ -48,7 +48,7 @@ def windows(counts: Sequence[int], rounded: bool) -> Iterator[Window]:
         start += n
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, at: Window) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor, at: Window) -> None:
     """Writes the window's rows of a @ b into `out`. What it writes past the expert's rows belongs to experts that come
     later; rows before them are finished and stay."""
     if at.first == at.start:
@@ -81,11 +81,11 @@ class FusedExperts(torch.autograd.Function):
             if at.start == at.stop:
                 continue
             rows = slice(at.first, at.last)
-            _multiply(x_RD[rows], w_in_LDGF[e].flatten(1), h_RGF.flatten(1), at)
+            multiply(x_RD[rows], w_in_LDGF[e].flatten(1), h_RGF.flatten(1), at)
             if b_in_LGF is not None:
                 h_RGF[at.start : at.stop] += b_in_LGF[e]
             act = activate(h_RGF[rows].unbind(1), activation)
-            _multiply(act if keep_RF is None else act * keep_RF[rows], w_out_LFD[e], y_RD, at)
+            multiply(act if keep_RF is None else act * keep_RF[rows], w_out_LFD[e], y_RD, at)
         ctx.has_bias = b_in_LGF is not None
         ctx.save_for_backward(x_RD, h_RGF, keep_RF, w_in_LDGF, w_out_LFD)
         return y_RD
@@ -107,7 +107,7 @@ class FusedExperts(torch.autograd.Function):
                 t[at.stop - at.first :] = 0
             torch.mm(act.t(), dy_RD[rows], out=dw_out[e])
             torch.mm(x_RD[rows].t(), dh, out=dw_in[e].flatten(1))
-            _multiply(dh, w_in_LDGF[e].flatten(1).t(), dx_RD, at)
+            multiply(dh, w_in_LDGF[e].flatten(1).t(), dx_RD, at)
             if db_in_LGF is not None:
                 torch.sum(dh, 0, out=db_in_LGF[e].view(-1))
         return dx_RD, None, dw_in, dw_out, None, db_in_LGF, None

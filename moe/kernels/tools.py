@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.activations import activate, activate_again
+from moe.fused_experts import Window, multiply, windows
 from moe.kernels.numerics import Block, Recipe, quantise
 
 
@@ -67,8 +68,8 @@ class Reference:
         """
         self.recipe, self.narrow_weight_gradient = recipe, narrow_weight_gradient
 
-    def groups(self, counts: list[int], device: torch.device) -> list[int]:
-        return counts
+    def groups(self, counts: list[int], device: torch.device) -> list[Window]:
+        return list(windows(counts, rounded=device.type == "cpu"))
 
     def weight(self, w_LKN: Tensor) -> Weight:
         if self.recipe is None:
@@ -81,10 +82,11 @@ class Reference:
     def rows(self, x_RK: Tensor) -> Tensor:
         return x_RK if self.recipe is None else _rounded(x_RK, self.recipe.rows)
 
-    def product(self, x_RK: Tensor, w_LKN: Tensor, groups: list[int], dtype: torch.dtype) -> Tensor:
+    def product(self, x_RK: Tensor, w_LKN: Tensor, groups: list[Window], dtype: torch.dtype) -> Tensor:
         y_RN = x_RK.new_empty((x_RK.shape[0], w_LKN.shape[2]), dtype=dtype)
-        for x, y, w_KN in zip(x_RK.split(groups), y_RN.split(groups), w_LKN, strict=True):
-            torch.mm(x, w_KN, out=y)
+        for at, w_KN in zip(groups, w_LKN, strict=True):
+            if at.start < at.stop:
+                multiply(x_RK[at.first : at.last], w_KN, y_RN, at)
         return y_RN
 
     def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Tensor:
@@ -100,16 +102,21 @@ class Reference:
         dh_RN = dh_RN.to(h_RGF.dtype)
         return (a_RF * keep).to(h_RGF.dtype), dh_RN, self.rows(dh_RN)
 
-    def columns(self, x_RK: Tensor, groups: list[int]) -> tuple[Tensor]:
+    def columns(self, x_RK: Tensor, groups: list[Window]) -> tuple[Tensor]:
         if self.recipe is None or not self.narrow_weight_gradient:
             return (x_RK,)
         # Blocks begin anew with every expert, so that no row is scaled by another expert's.
-        return (torch.cat([_rounded(x, self.recipe.columns) for x in x_RK.split(groups)]),)
+        return (torch.cat([_rounded(x_RK[at.start : at.stop], self.recipe.columns) for at in groups]),)
 
-    def weight_gradient(self, x_RK: tuple[Tensor], dy_RN: tuple[Tensor], groups: list[int], w: Tensor) -> Tensor:
-        dw_LKN = w.new_empty((len(groups), x_RK[0].shape[1], dy_RN[0].shape[1]))
-        for x, dy, dw_KN in zip(x_RK[0].split(groups), dy_RN[0].split(groups), dw_LKN, strict=True):
-            torch.mm(x.t(), dy, out=dw_KN)
+    def weight_gradient(self, x_RK: tuple[Tensor], dy_RN: tuple[Tensor], groups: list[Window], w: Tensor) -> Tensor:
+        (x_RK,), (dy_RN,) = x_RK, dy_RN
+        dw_LKN = w.new_zeros((len(groups), x_RK.shape[1], dy_RN.shape[1]))
+        for at, dw_KN in zip(groups, dw_LKN, strict=True):
+            if at.start < at.stop:
+                # Of the window's rows only the expert's own count.
+                x = torch.zeros_like(x_RK[at.first : at.last])
+                x[at.start - at.first : at.stop - at.first] = x_RK[at.start : at.stop]
+                torch.mm(x.t(), dy_RN[at.first : at.last], out=dw_KN)
         return dw_LKN.view(w.shape)
 
 
