@@ -201,7 +201,7 @@ def test_sbatch_runs_a_copy_from_its_spool_folder(clone, tmp_path):
     spool = tmp_path / "spool" / "job7"
     spool.mkdir(parents=True)
     copy = shutil.copy(clone.root / "launch/train.sh", spool / "slurm_script")
-    job = {"SLURM_JOB_ID": "7", "cwd": tmp_path}
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "cwd": tmp_path}  # a task: it does not start more
     found = clone.run(str(copy), "train.steps=3", SLURM_SUBMIT_DIR=str(clone.root), **job)
     assert found.returncode == 0 and f"in {clone.root}\n<train.steps=3>" in found.stdout
     elsewhere = clone.run(str(copy), SLURM_SUBMIT_DIR=str(tmp_path), **job)

@@ -1,10 +1,13 @@
 """What the tests of the model share: tiny models, their weights in float64, and one measure of closeness."""
 
+import importlib.util
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.experts import choose_backend
+from moe.experts import BACKENDS, choose_backend
 from moe.init import initialise
 from moe.layer import MoELayer
 from moe.model import Parts, Stage
@@ -12,6 +15,16 @@ from moe.shared_experts import SharedExperts
 from parallel.engine import core_config
 from parallel.runtime import Runtime
 from tests.moe.reference import Weights
+
+
+def _runs(backend: str) -> bool:
+    return backend != "triton" or importlib.util.find_spec("triton") is not None
+
+
+EVERY_BACKEND = [
+    pytest.param(name, marks=pytest.mark.skipif(not _runs(name), reason="Triton is not installed")) for name in BACKENDS
+]
+BACKENDS_THAT_RUN = [name for name in BACKENDS if _runs(name)]
 
 
 def tiny(moe: MoeConfig | None = None, **settings: object) -> ModelConfig:

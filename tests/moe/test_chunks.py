@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from benchmarks.contest import peak_bytes
 from conf.schema import MoeConfig
 from moe.chunks import pieces
-from moe.experts import BACKENDS, Experts
+from moe.experts import Experts
 from moe.init import initialise
 from parallel.runtime import Runtime
-from tests.moe.helpers import assert_close, random, sparse_layer, tiny
+from tests.moe.helpers import EVERY_BACKEND, assert_close, random, sparse_layer, tiny
 
 
 def test_pieces_by_hand() -> None:
@@ -38,7 +38,7 @@ def test_pieces_are_all_rows_once_and_none_too_large(counts: list[int], limit: i
     assert experts == list(range(len(counts))) and rows == list(range(sum(counts))) and of_each == counts
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("counts", [[3, 0, 20, 1], [0, 0, 0, 24], [6, 6, 6, 6], [0, 0, 0, 0]])
 def test_answers_and_gradients_are_those_of_all_rows_at_once(counts: list[int], backend: str, runtime: Runtime) -> None:
     results = []

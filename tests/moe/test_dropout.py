@@ -7,16 +7,23 @@ from torch import Tensor
 from conf.schema import MoeConfig
 from moe.draws import key
 from moe.dropout import Dropout, name_choices
-from moe.experts import BACKENDS
 from parallel.forward_pass import EVALUATE, GENERATE, ForwardPass
 from parallel.runtime import Runtime
 from tests.moe import reference
-from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, sparse_layer, tiny
+from tests.moe.helpers import (
+    EVERY_BACKEND,
+    assert_close,
+    assert_gradients_close,
+    in_float64,
+    random,
+    sparse_layer,
+    tiny,
+)
 
 MOE = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, expert_dropout=0.4, aux_loss_coeff=0.0, z_loss_coeff=0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_equals_the_reference(backend: str, runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MOE), runtime, backend=backend, seed=3)
     x_SBD, weights, seed = random(5, 2, 8), in_float64(layer), 3
