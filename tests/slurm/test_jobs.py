@@ -159,7 +159,8 @@ def test_a_preempted_job_stops_with_a_checkpoint_and_waits_for_its_turn(
     cluster.call("srun", "--partition=urgent", "--nodes=4", "--exclusive", "true")  # returns when it has had its turn
     assert cluster.show(job)["Restarts"] == "1"
     (life,) = read_lives(run_dir)
-    assert (life.life, life.end, life.reason) == (f"{job}.0", "stopped", "SIGUSR1") and life.checkpoint == life.step
+    assert (life.life, life.end, life.reason) == (f"{job}.0", "stopped", "SIGUSR1")
+    assert 0 <= life.checkpoint - life.step < 5  # of a life's steps only every fifth is logged
     cluster.call("scancel", job)
     cluster.settle()
 
