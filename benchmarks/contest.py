@@ -1,6 +1,7 @@
 """What the benchmarks share: alternating repetitions, medians, and the bytes that autograd keeps."""
 
 import importlib.metadata
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def peak_bytes(step: Callable[[], None]) -> int:
         step()
         synchronise()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # else the profiler announces every start and end
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()

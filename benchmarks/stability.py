@@ -1,0 +1,187 @@
+"""What each safeguard against instability and overfitting does when it is taken away, on small whole runs.
+
+    python -m benchmarks.stability [--seeds N] [--steps N] [--only NAME ...] [--json]
+
+The first group trains on Python's own source at five times the default learning rate, where safeguards have something
+to do. The second repeats a small text until it is overfitted, as fine-tuning does.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from conf import rules
+from conf.schema import Config, DataConfig, EvalConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig, TrainConfig
+from corpus.prepare import prepare
+from parallel.world import World
+from training.rank import train_rank
+from training.run_dir import open_run_dir
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run that differs from its group's base."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    low_precision_router: bool = False
+
+
+STRESSED = {
+    "as shipped": Variant(),
+    "without z-loss": Variant({"model.moe.z_loss_coeff": 0.0}),
+    "without balancing loss": Variant({"model.moe.aux_loss_coeff": 0.0}),
+    "router in bf16": Variant(low_precision_router=True),
+    "initial weights not reduced": Variant({"model.init_scale": 1.0}),
+    "with input jitter 0.01": Variant({"model.moe.jitter": 0.01}),
+}
+REPEATED = {
+    "as shipped": Variant(),
+    "expert dropout 0.4": Variant({"model.moe.expert_dropout": 0.4}),
+}
+
+
+def base(steps: int, seed: int, folder: Path, data: DataConfig, lr: float) -> Config:
+    moe = MoeConfig(num_experts=8, every=2)
+    return Config(
+        model=ModelConfig(num_layers=4, hidden_size=128, ffn_hidden_size=256, vocab_size=2048, moe=moe),
+        data=data,
+        train=TrainConfig(steps=steps, micro_batch_size=8, global_batch_size=32, sequence_length=128, seed=seed),
+        optim=OptimConfig(lr=lr, schedule="constant"),
+        eval=EvalConfig(every=max(1, steps // 6), batches=4, sample_tokens=0),
+        run=RunConfig(dir=str(folder)),
+    )
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        section: Any = config
+        *path, last = key.split(".")
+        for part in path:
+            section = getattr(section, part)
+        assert hasattr(section, last), key
+        setattr(section, last, value)
+    return config
+
+
+def small_text(folder: Path) -> DataConfig:
+    """A hundred kilobytes that are the same for everyone with this Python: argparse, held out optparse."""
+    library = Path(sysconfig.get_path("stdlib"))
+    names = {"argparse": folder / "argparse.txt", "optparse": folder / "optparse.txt"}
+    for name, path in names.items():
+        path.write_text((library / f"{name}.py").read_text())
+    return DataConfig(kind="text", files=[str(names["argparse"])], valid_files=[str(names["optparse"])])
+
+
+def run(config: Config, *, low_precision_router: bool) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of a whole run."""
+    rules.check(config, 1)
+    prepared = prepare(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+    run_dir = open_run_dir(config)
+    run_dir.adopt(config, prepared.tokenizer)
+    with _silence(), _router(low_precision_router):
+        train_rank(World(), config, run_dir, prepared)
+    return [json.loads(line) for line in (run_dir.path / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Closes the screen: a run takes hold of the descriptor, not of sys.stdout."""
+    sys.stdout.flush()
+    screen, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 1)
+        os.close(screen)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _router(low_precision: bool) -> Iterator[None]:
+    def in_bf16(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        return (x_TD.bfloat16() @ weight_ED.t().bfloat16()).float()
+
+    if not low_precision:
+        yield
+        return
+    with mock.patch("moe.router.router_logits", in_bf16):
+        yield
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What a run is judged by."""
+    steps, held_out = [r for r in rows if "loss" in r], [r["val_loss"] for r in rows if "val_loss" in r]
+    losses = [row["loss"] if row["loss"] is not None else float("inf") for row in steps]
+    lowest = [min(losses[: i + 1]) for i in range(len(losses))]
+    late = steps[len(steps) // 2 :]
+    return {
+        "held-out": held_out[-1],
+        "best held-out": min(held_out),
+        "worst rise": max(loss - low for loss, low in zip(losses, lowest, strict=True)),
+        "grad norm": max(row["grad_norm"] or float("inf") for row in late),
+        "dropped": statistics.mean(row["dropped_fraction"] for row in late),
+        "load": max(row["load_max_over_mean"] for row in late),
+        "z": statistics.mean(row["z_loss"] for row in late),
+    }
+
+
+def compare(variants: dict[str, Variant], steps: int, seeds: int, data: DataConfig, lr: float) -> dict[str, Any]:
+    """Medians over the seeds, by variant."""
+    table: dict[str, Any] = {}
+    for name, variant in variants.items():
+        found = []
+        for seed in range(1, seeds + 1):
+            with tempfile.TemporaryDirectory() as folder:
+                config = changed(base(steps, seed, Path(folder) / "run", data, lr), variant.changes)
+                found.append(figures(run(config, low_precision_router=variant.low_precision_router)))
+        table[name] = {key: statistics.median(one[key] for one in found) for key in found[0]}
+    return table
+
+
+def show(title: str, table: dict[str, Any]) -> None:
+    print(title)
+    columns = list(next(iter(table.values())))
+    print(f"  {'':30}" + "".join(f"{column:>15}" for column in columns))
+    for name, row in table.items():
+        print(f"  {name:30}" + "".join(f"{row[column]:>15.4f}" for column in columns))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--only", nargs="*", default=[], help="variants; the base is always among them")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        small = small_text(Path(folder))
+        for title, variants, data, lr, longer in (
+            ("stressed", STRESSED, DataConfig(), 1e-2, 1),
+            ("repeated", REPEATED, small, 2e-3, 2),
+        ):
+            chosen = {n: v for n, v in variants.items() if not args.only or n in ("as shipped", *args.only)}
+            result[title] = compare(chosen, args.steps * longer, args.seeds, data, lr)
+            if not args.json:
+                show(title, result[title])
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What the stability benchmark says of a run, from rows drawn by hand."""
+
+import pytest
+
+from benchmarks.stability import REPEATED, STRESSED, base, changed, figures
+from conf import rules
+from conf.schema import DataConfig
+
+
+def row(step: int, loss: float | None, norm: float, dropped: float = 0.0) -> dict[str, object]:
+    return {"step": step, "loss": loss, "grad_norm": norm, "dropped_fraction": dropped} | dict.fromkeys(
+        ("load_max_over_mean", "z_loss"), float(step)
+    )
+
+
+def test_figures_of_a_run_that_rises_and_recovers() -> None:
+    rows = [row(1, 5.0, 9.0), row(2, 3.0, 1.0), row(3, 4.5, 2.0, 0.2), row(4, 2.0, 1.5, 0.4)]
+    rows += [{"step": 2, "val_loss": 3.5}, {"step": 4, "val_loss": 3.75}]
+    found = figures(rows)
+    assert found["held-out"] == 3.75 and found["best held-out"] == 3.5
+    assert found["worst rise"] == 1.5  # from 3.0 to 4.5
+    assert found["grad norm"] == 2.0 and found["dropped"] == pytest.approx(0.3)  # of the second half
+    assert found["load"] == 4 and found["z"] == 3.5
+
+
+def test_a_loss_that_is_not_finite_is_an_endless_rise() -> None:
+    rows = [row(1, 5.0, 1.0), row(2, None, 1.0), {"step": 2, "val_loss": 5.0}]
+    assert figures(rows)["worst rise"] == float("inf")
+
+
+@pytest.mark.parametrize("variant", [*STRESSED.values(), *REPEATED.values()], ids=str)
+def test_every_variant_can_be_run(variant, tmp_path) -> None:
+    rules.check(changed(base(10, 1, tmp_path, DataConfig(), 1e-2), variant.changes), 1)
