@@ -1,6 +1,6 @@
 """What each safeguard against instability and overfitting does when it is taken away, on small whole runs.
 
-    python -m benchmarks.stability [--seeds N] [--steps N] [--only NAME ...] [--json]
+    python -m benchmarks.stability [--group NAME] [--seeds N] [--steps N] [--only NAME ...] [--json]
 
 The first group trains on Python's own source at five times the default learning rate, where safeguards have something
 to do. The second repeats a small text until it is overfitted, as fine-tuning does.
@@ -165,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--group", choices=("stressed", "repeated"), help="one of the two; both without it")
     parser.add_argument("--only", nargs="*", default=[], help="variants; the base is always among them")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -175,6 +176,8 @@ def main() -> None:
             ("stressed", STRESSED, DataConfig(), 1e-2, 1),
             ("repeated", REPEATED, small, 2e-3, 2),
         ):
+            if args.group not in (None, title):
+                continue
             chosen = {n: v for n, v in variants.items() if not args.only or n in ("as shipped", *args.only)}
             result[title] = compare(chosen, args.steps * longer, args.seeds, data, lr)
             if not args.json:
