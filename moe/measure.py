@@ -1,6 +1,7 @@
 """Times what can run the experts' products, on the shapes of the run."""
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from moe.experts import BACKENDS, GATED
 
 BUDGET, REPETITIONS = 1.0, 7
 """Seconds after which no further round begins, and rounds at most."""
+
+
+_LOG = logging.getLogger("switchyard")
 
 
 class TooSlow(Exception):
@@ -53,6 +57,7 @@ def measure(names: Sequence[str], shapes: Shapes, device: torch.device) -> dict[
             except Exception:
                 if len(seconds) == 1:
                     raise
+                _LOG.warning("the experts' backend %s failed while it was measured", name, exc_info=True)
                 del seconds[name]
     return {name: min(times[1:]) for name, times in seconds.items()}
 

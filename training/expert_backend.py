@@ -90,6 +90,7 @@ def _decide(
     if ruled in seconds and seconds[best] > WORTH * seconds[ruled]:
         best = ruled
     told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    told += "".join(f", {name} failed" for name in names if name not in seconds)
     return best, f"measured{'' if fresh else ' before'}: {told}"
 
 
