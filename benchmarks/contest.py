@@ -1,9 +1,7 @@
-"""What the benchmarks share: alternating repetitions, medians, and the bytes that autograd keeps."""
+"""What the benchmarks measure of a contender: the bytes that autograd keeps, and the most that a step takes."""
 
 import importlib.metadata
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,20 +30,6 @@ class Result:
     """Median of the repetitions."""
     kept_bytes: int
     """What the forward pass leaves behind for the backward pass, its output included."""
-
-
-def measure(contenders: dict[str, Contender], repetitions: int) -> dict[str, Result]:
-    """Times A B C A B C ..., so that whatever else the machine does falls on all alike. The first round, in which
-    kernels are chosen and memory is first touched, does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repetition in range(repetitions + 1):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender.step()
-            synchronise()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Result(statistics.median(seconds[name]), kept_bytes(c.forward)) for name, c in contenders.items()}
 
 
 def synchronise() -> None:

@@ -1,5 +1,6 @@
 """`python -m benchmarks.fp8_training`: does a model survive FP8? Trains the same model on the same batches in bf16 and
-in FP8, and compares the mean loss of the last steps. On a CPU FP8 is emulated: right numbers, no gain in time."""
+in FP8, and compares the mean loss of the last steps, over several seeds where one run says too little. On a CPU FP8 is
+emulated: right numbers, no gain in time."""
 
 import argparse
 import json
@@ -27,19 +28,39 @@ def train(precision: str, steps: int, overrides: list[str], directory: Path) -> 
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def summary(losses: dict[str, list[float]], last: int) -> dict[str, object]:
-    """Mean losses of the last steps, and FP8's relative difference from bf16's; spread is fp32's."""
-    means = {precision: statistics.fmean(steps[-last:]) for precision, steps in losses.items()}
-    difference = means["fp8"] / means["bf16"] - 1
-    shown: dict[str, object] = {f"loss_{precision}": round(mean, 5) for precision, mean in means.items()}
-    shown |= {"difference": round(difference, 5), "within_bar": abs(difference) <= BAR}
-    return shown | ({"spread": round(means["fp32"] / means["bf16"] - 1, 5)} if "fp32" in means else {})
+Losses = dict[str, list[float]]
+"""The losses of a run's steps, by precision."""
+
+
+def mean_of_last(steps: list[float], last: int) -> float:
+    return statistics.fmean(steps[-last:])
+
+
+def difference(losses: Losses, precision: str, last: int) -> float:
+    """Relative, of the mean loss of the last steps from bf16's."""
+    return mean_of_last(losses[precision], last) / mean_of_last(losses["bf16"], last) - 1
+
+
+def summary(runs: list[Losses], last: int) -> dict[str, object]:
+    """Means over the seeds: the losses of the last steps, and the relative difference of each precision from bf16's.
+    standard_error is that of the mean difference; null for a single seed, from which nothing is known about it."""
+    shown: dict[str, object] = {"seeds": len(runs)}
+    for precision in runs[0]:
+        shown[f"loss_{precision}"] = round(statistics.fmean(mean_of_last(r[precision], last) for r in runs), 5)
+    for precision in [p for p in runs[0] if p != "bf16"]:
+        each = [difference(r, precision, last) for r in runs]
+        error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+        shown[f"difference_{precision}"] = round(statistics.fmean(each), 5)
+        shown[f"standard_error_{precision}"] = error and round(error, 5)
+    mean = statistics.fmean(difference(r, "fp8", last) for r in runs)
+    return shown | {"within_bar": abs(mean) <= BAR}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The same training in bf16 and in FP8.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--last", type=int, default=50, help="steps over which the losses are averaged")
+    parser.add_argument("--seeds", type=int, default=1, help="train.seed = 1, 2, ...: initial weights and batches")
     parser.add_argument(
         "--spread", action="store_true", help="train in fp32 as well: how far rounding alone takes a run that routes"
     )
@@ -50,13 +71,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    losses: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("bf16", "fp8", "fp32") if args.spread else ("bf16", "fp8"):
+    precisions, runs = ("bf16", "fp8", "fp32") if args.spread else ("bf16", "fp8"), list[Losses]()
+    for seed in range(1, args.seeds + 1):
+        losses: Losses = {}
+        for precision in precisions:
+            with tempfile.TemporaryDirectory() as folder:
+                losses[precision] = train(precision, args.steps, [f"train.seed={seed}", *args.overrides], Path(folder))
             if not args.json:
-                print(f"training {args.steps} steps in {precision}", flush=True)
-            losses[precision] = train(precision, args.steps, args.overrides, Path(folder) / precision)
-    print(json.dumps(summary(losses, min(args.last, args.steps))))
+                mean = mean_of_last(losses[precision], args.last)
+                print(f"seed {seed}, {precision}: {args.steps} steps, mean loss of the last {mean:.5f}", flush=True)
+        runs.append(losses)
+    print(json.dumps(summary(runs, args.last)))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ Legend: T tokens, D hidden, F expert hidden.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import Contender, Result, measure, peak_bytes, quietly, table, version
+from benchmarks.apart import KEEP_MEMORY, Questions, apart, take_turns, timed
+from benchmarks.contest import Contender, Result, kept_bytes, peak_bytes, table, version
 from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import ModelConfig, MoeConfig
 
-OURS, DENSE = "switchyard", "dense"
+OURS, DENSE, BOUNDED = "switchyard", "dense", "expert_chunk_rows"
 MEGATRON = ("megatron",)
 TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
 
@@ -120,36 +124,69 @@ class Peak:
     """When one expert gets half of the tokens; None: there are no experts."""
 
 
-def peaks(layers: dict[str, nn.Module], x_SBD: Tensor, grad_SBD: Tensor) -> dict[str, Peak]:
-    """Changes the routers' weights."""
+def build(name: str, args: argparse.Namespace) -> Questions:
+    """One contender with each number of experts, in the process that calls this."""
+    from parallel import runtime
+    from parallel.layout import Layout
+    from parallel.world import World
 
-    def peak(layer: nn.Module, x: Tensor) -> int:
+    run = runtime.start(World(), Layout(1), seed=1, timeout=60)
+    generator = torch.Generator().manual_seed(0)
+    grad_SBD, *inputs = (
+        torch.randn(args.tokens, 1, args.hidden, generator=generator).to(run.device, torch.bfloat16)
+        for _ in range(args.repetitions + 2)
+    )
+    questions: dict[str, Callable[[], Any]] = {}
+    for experts in args.experts:
+        layer = build_layer(name, args, experts, run).to(run.device)
+        case = contender(layer, inputs, grad_SBD)
+        questions[f"seconds {experts}"] = timed(case.step)
+        questions[f"kept {experts}"] = functools.partial(kept_bytes, case.forward)
+        questions[f"peak {experts}"] = functools.partial(peak, layer, inputs[0], grad_SBD)
+    return questions
+
+
+def build_layer(name: str, args: argparse.Namespace, experts: int, run: Any) -> nn.Module:
+    model, dtype = model_config(args, experts), torch.bfloat16
+    if name == OURS:
+        return build_ours(model, run, dtype)
+    if name == BOUNDED:
+        model.moe.expert_chunk_rows = args.chunk_rows
+        return build_ours(model, run, dtype)
+    if name == DENSE:
+        return SwiGLU(args.hidden, args.width).to(dtype)
+    if name in MEGATRON:
+        return build_megatron(model)
+    return build_transformers(model, dtype, name.split()[1])
+
+
+def peak(layer: nn.Module, x_SBD: Tensor, grad_SBD: Tensor) -> Peak:
+    """Changes the router's weight."""
+
+    def most(x: Tensor) -> int:
         layer.zero_grad(set_to_none=True)  # giving back what an earlier pass left would count against this one
         return peak_bytes(contender(layer, [x], grad_SBD).step)
 
-    even = {name: peak(layer, x_SBD) for name, layer in layers.items()}
-    skewed = {name: peak(layers[name], half_to_one_expert(layers[name], x_SBD)) for name in layers if name != DENSE}
-    return {name: Peak(even[name], skewed.get(name)) for name in layers}
+    return Peak(most(x_SBD), None if isinstance(layer, SwiGLU) else most(half_to_one_expert(layer, x_SBD)))
 
 
-def contest(args: argparse.Namespace, experts: int, runtime) -> tuple[dict[str, Result], dict[str, Peak]]:
-    """All contenders with this many experts."""
-    model, dtype = model_config(args, experts), torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
-    grad_SBD, *inputs = (
-        torch.randn(args.tokens, 1, args.hidden, generator=generator).to(runtime.device, dtype)
-        for _ in range(args.repetitions + 2)
-    )
-    layers = {OURS: build_ours(model, runtime, dtype), DENSE: SwiGLU(args.hidden, args.width).to(dtype)}
-    layers["megatron"] = build_megatron(model)
-    if version("transformers"):
-        for name in TRANSFORMERS:
-            layers[name] = build_transformers(model, dtype, name.split()[1])
-    cases = {name: contender(layer.to(runtime.device), inputs, grad_SBD) for name, layer in layers.items()}
-    results = measure(cases, args.repetitions)
-    model.moe.expert_chunk_rows = args.chunk_rows
-    bounded = {f"{OURS}, expert_chunk_rows={args.chunk_rows}": build_ours(model, runtime, dtype)}
-    return results, peaks(layers | bounded, inputs[0], grad_SBD)
+Contest = tuple[dict[str, Result], dict[str, Peak]]
+
+
+def contests(args: argparse.Namespace) -> dict[int, Contest]:
+    """All contenders, by number of experts."""
+    names = (OURS, DENSE, *MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
+    builds = {name: functools.partial(build, name, args) for name in (*names, BOUNDED)}
+    found: dict[int, Contest] = {}
+    with apart(builds, (OURS, DENSE, BOUNDED), peers_keep_memory=args.peers_keep_memory) as players:
+        racing = {name: players[name] for name in names}
+        seconds = {n: take_turns(racing, f"seconds {n}", args.repetitions) for n in args.experts}
+        for n in args.experts:
+            results = {name: Result(seconds[n][name], players[name].ask(f"kept {n}")) for name in names}
+            peaks = {name: player.ask(f"peak {n}") for name, player in players.items()}
+            peaks[f"{OURS}, {BOUNDED}={args.chunk_rows}"] = peaks.pop(BOUNDED)
+            found[n] = results, peaks
+    return found
 
 
 def fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
@@ -180,25 +217,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--chunk-rows", type=int, default=512, help="model.moe.expert_chunk_rows of the bounded layer")
     parser.add_argument("--backend", default="auto", help="model.moe.backend of our layer")
+    parser.add_argument("--peers-keep-memory", action="store_true", help=KEEP_MEMORY)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with quietly():
-        from parallel import cpu, runtime
-        from parallel.layout import Layout
-        from parallel.world import World
-
-        run = runtime.start(World(), Layout(1), seed=1, timeout=60)
-        try:
-            contests = {experts: contest(args, experts, run) for experts in args.experts}
-        finally:
-            runtime.stop()
-            cpu.undo()
+    found = contests(args)
     if not args.json:
-        print(f"{args.tokens} tokens, hidden {args.hidden}, width {args.width}, top-1, bf16, {run.device}")
-        for experts, (results, memory) in contests.items():
+        print(f"{args.tokens} tokens, hidden {args.hidden}, width {args.width}, top-1, bf16")
+        for experts, (results, memory) in found.items():
             print(f"{experts} experts\n{table(results, lambda s: f'{s * 1e3:.1f} ms')}")
             print("  peak of a forward and backward pass: tokens spread, and half of them to one expert")
             for name, peak in memory.items():
@@ -206,8 +234,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"  {name:36} {mib(peak.even):8.0f} MiB {skewed}".rstrip())
         if not version("transformers"):
             print("transformers: left out, not installed (pip install transformers)")
-    told = summary({experts: results for experts, (results, _) in contests.items()})
-    first = next(iter(contests.values()))[1]
+    told = summary({experts: results for experts, (results, _) in found.items()})
+    first = next(iter(found.values()))[1]
     told["peak_mib"] = {name: [mib(peak.even), peak.skewed and mib(peak.skewed)] for name, peak in first.items()}
     print(json.dumps(told))
 

@@ -6,6 +6,7 @@ Legend: B batch, S sequence.
 """
 
 import argparse
+import functools
 import json
 import os
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Contender, Result, measure, quietly, table, version
+from benchmarks.apart import KEEP_MEMORY, Questions, apart, take_turns, timed
+from benchmarks.contest import Contender, Result, kept_bytes, table, version
 from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
 
@@ -39,13 +41,12 @@ def configuration(args: argparse.Namespace) -> Config:
     return Config(model=model, train=train, optim=OptimConfig(lr=LR), precision="bf16")
 
 
-def ours(config: Config, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Contender, Any]:
-    """The very calls of training.loop; also returns the session."""
+def ours(config: Config, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
+    """The very calls of training.loop."""
     from parallel.world import World
     from training import session
 
-    started = session.start(config, World(), train=True)
-    return contender(started.engine, tokens_BS, labels_BS), started
+    return contender(session.start(config, World(), train=True).engine, tokens_BS, labels_BS)
 
 
 def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
@@ -130,25 +131,32 @@ def transformers(
     return Contender(step, forward)
 
 
-def contest(args: argparse.Namespace) -> dict[str, Result]:
-    """Results by contender."""
-    from training import session
+def build(name: str, args: argparse.Namespace) -> Questions:
+    """One contender, in the process that calls this."""
+    from parallel import runtime
+    from parallel.layout import Layout
+    from parallel.world import World
 
     config = configuration(args)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, args.vocabulary, (args.batch, args.sequence + 1), generator=generator)
-    tokens_BS, labels_BS = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    mine, started = ours(config, tokens_BS, labels_BS)
-    try:
-        cases: dict[str, Contender] = {OURS: mine}
-        cases[MEGATRON] = megatron(config, started.runtime, tokens_BS, labels_BS)
-        if version("transformers"):
-            for name in TRANSFORMERS:
-                device = started.runtime.device
-                cases[name] = transformers(config, device, name.split()[1], tokens_BS, labels_BS)
-        return measure(cases, args.repetitions)
-    finally:
-        session.stop()
+    batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    if name == OURS:
+        case = ours(config, *batch)
+    elif name == MEGATRON:
+        case = megatron(config, runtime.start(World(), Layout(1), seed=1, timeout=60), *batch)
+    else:
+        case = transformers(config, runtime.pick_device(World())[0], name.split()[1], *batch)
+    return {"seconds": timed(case.step), "kept": lambda: kept_bytes(case.forward)}
+
+
+def contest(args: argparse.Namespace) -> dict[str, Result]:
+    """Results by contender."""
+    names = (OURS, MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
+    builds = {name: functools.partial(build, name, args) for name in names}
+    with apart(builds, (OURS,), peers_keep_memory=args.peers_keep_memory) as players:
+        seconds = take_turns(players, "seconds", args.repetitions)
+        return {name: Result(seconds[name], player.ask("kept")) for name, player in players.items()}
 
 
 def summary(results: dict[str, Result], tokens: int) -> dict[str, object]:
@@ -173,14 +181,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, default in (sizes | {"repetitions": 5}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backend", default="auto", help="model.moe.backend of our model")
+    parser.add_argument("--peers-keep-memory", action="store_true", help=KEEP_MEMORY)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
-    with quietly():
-        results = contest(args)
+    results = contest(args)
     tokens = args.batch * args.sequence
     if not args.json:
         print(
