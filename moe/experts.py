@@ -23,6 +23,7 @@ from moe.kernels.float8 import BF16_CAPABILITY, disagreement, triton_obstacle
 from moe.kernels.layers import experts_with
 from moe.kernels.tools import Reference, Tools
 from moe.recompute import PRODUCTS, recomputed
+from moe.te_experts import te_grouped_product
 from parallel.placement import place
 from parallel.runtime import Groups
 
@@ -60,7 +61,12 @@ def _split_or_none(t_RX: Tensor | None, counts: list[int]) -> Sequence[Tensor | 
     return [None] * len(counts) if t_RX is None else t_RX.split(counts)
 
 
-def grouped_experts(
+Product = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""(x [R, K], w [L, K, N], counts) -> [R, N]: each expert's rows times its weight, R > 0."""
+
+
+def experts_by(
+    product: Product,
     x_RD: Tensor,
     counts: Sequence[int],
     w_in_LDGF: Tensor,
@@ -69,15 +75,24 @@ def grouped_experts(
     b_in_LGF: Tensor | None = None,
     keep_RF: Tensor | None = None,
 ) -> Tensor:
-    """torch's grouped matrix product: one launch for all experts."""
+    """loop_experts with one product for all experts."""
     if not x_RD.shape[0]:
         # A grouped product needs a row.
         return loop_experts(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF)
-    ends = torch.tensor(counts, device=x_RD.device).cumsum(0).to(torch.int32)
-    h = F.grouped_mm(x_RD, w_in_LDGF.flatten(2), offs=ends).unflatten(-1, w_in_LDGF.shape[2:])
+    h = product(x_RD, w_in_LDGF.flatten(2), counts).unflatten(-1, w_in_LDGF.shape[2:])
     h = h if b_in_LGF is None else h + of_rows(b_in_LGF, counts)
     act = activate(h.unbind(-2), activation)
-    return F.grouped_mm(act if keep_RF is None else act * keep_RF, w_out_LFD, offs=ends)
+    return product(act if keep_RF is None else act * keep_RF, w_out_LFD, counts)
+
+
+def torch_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
+    """A Product in one launch."""
+    ends = torch.tensor(counts, device=x_RK.device).cumsum(0).to(torch.int32)
+    return F.grouped_mm(x_RK, w_LKN, offs=ends)
+
+
+grouped_experts = partial(experts_by, torch_grouped_product)
+te_experts = partial(experts_by, te_grouped_product)
 
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
@@ -103,6 +118,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "grouped_mm": grouped_experts,
     "fused": FusedExperts.apply,
     "triton": triton_experts,
+    "te": te_experts,
 }
 """What can run the experts' products: loop_experts' arguments, loop_experts' result."""
 
@@ -132,11 +148,29 @@ def _not_for_triton(model: ModelConfig, device: torch.device, dtype: torch.dtype
 def _triton_disagrees(device: torch.device) -> str | None:
     from moe.kernels.fused import TritonTools
 
-    return disagreement(TritonTools(), Reference(), device)
+    return disagreement(experts_with(TritonTools()), experts_with(Reference()), device)
+
+
+def _not_for_te(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"computes in bf16, this run in {dtype}. Use precision=bf16, or model.moe.backend=auto"
+    if device.type != "cuda":
+        return "needs a GPU, and this run is on a CPU. Use model.moe.backend=auto"
+    missing = _te_fails(device)
+    return missing and f"{missing}. Use model.moe.backend=auto"
+
+
+@cache
+def _te_fails(device: torch.device) -> str | None:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a half-installed package raises more than ImportError
+        return f"needs the package transformer-engine, which does not import ({error})"
+    return disagreement(te_experts, experts_with(Reference()), device)
 
 
 Obstacle = Callable[[ModelConfig, torch.device, torch.dtype], str | None]
-OBSTACLES: dict[str, Obstacle] = {"grouped_mm": _misaligned, "triton": _not_for_triton}
+OBSTACLES: dict[str, Obstacle] = {"grouped_mm": _misaligned, "triton": _not_for_triton, "te": _not_for_te}
 """Why a backend cannot run this model on this device, in words that follow its name; None: it can. A backend without an
 entry always can."""
 

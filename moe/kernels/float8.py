@@ -1,5 +1,6 @@
 """What precision=fp8 replaces in the model, and with which kernels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ from parallel.selection import largest_difference
 
 BF16_CAPABILITY, CAPABILITY = (8, 0), (8, 9)
 """The first generations of GPUs with tensor cores for bf16 and for FP8."""
+
+
+Backend = Callable[..., torch.Tensor]
+"""Of moe.experts.BACKENDS."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[Tools, str, str
     from moe.kernels.fused import Float8Tools
 
     tools, reference = (kind(recipe, narrow_weight_gradient=narrow) for kind in (Float8Tools, Reference))
-    wrong = disagreement(tools, reference, device)
+    wrong = disagreement(experts_with(tools), experts_with(reference), device)
     if wrong:
         raise ValueError(f"precision=fp8: Triton's kernels {wrong}. Use precision=bf16, or fp8.kernels=reference")
     return tools, "Triton", "the GPU has FP8 products, and they equal the reference's on a random batch"
@@ -67,20 +72,20 @@ def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | 
     return None
 
 
-def disagreement(tools: Tools, reference: Tools, device: torch.device) -> str | None:
-    """How tools differ from the reference on a random batch: experts of which one has no row and one a single one,
+def disagreement(backend: Backend, reference: Backend, device: torch.device) -> str | None:
+    """How a backend differs from the reference on a random batch: experts of which one has no row and one a single one,
     output and all gradients. None: by no more than rounding explains."""
 
-    def run(tools: Tools) -> list[torch.Tensor]:
+    def run(backend: Backend) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         shapes = ((150, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256))
         *leaves, grad_RD = (torch.randn(*s, generator=generator).to(device, torch.bfloat16) / 8 for s in shapes)
         leaves = [t.requires_grad_() for t in leaves]
-        y_RD = experts_with(tools)(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
+        y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
         return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
 
     try:
-        difference = largest_difference(run(tools), run(reference))
+        difference = largest_difference(run(backend), run(reference))
     except Exception as error:
         return f"failed their trial ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
     return f"differ from the reference by {difference:.0e}" if difference > 1e-2 else None

@@ -16,13 +16,16 @@ from parallel.engine import core_config
 from parallel.runtime import Runtime
 from tests.moe.reference import Weights
 
+PACKAGES = {"triton": "triton", "te": "transformer_engine"}
+
 
 def _runs(backend: str) -> bool:
-    return backend != "triton" or importlib.util.find_spec("triton") is not None
+    return backend not in PACKAGES or importlib.util.find_spec(PACKAGES[backend]) is not None
 
 
 EVERY_BACKEND = [
-    pytest.param(name, marks=pytest.mark.skipif(not _runs(name), reason="Triton is not installed")) for name in BACKENDS
+    pytest.param(name, marks=pytest.mark.skipif(not _runs(name), reason=f"{PACKAGES.get(name)} is not installed"))
+    for name in BACKENDS
 ]
 BACKENDS_THAT_RUN = [name for name in BACKENDS if _runs(name)]
 

@@ -1,14 +1,18 @@
 """The experts' products and the choice among them."""
 
 import math
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import ACTIVATIONS
+from moe import experts, te_experts
 from moe.activations import activate
 from moe.experts import BACKENDS, DenseFFN, choose_backend, loop_experts
 from moe.fused_experts import FusedExperts, repeating_size, windows
@@ -38,6 +42,36 @@ def test_activations_by_hand(name: str, wanted: list[float]) -> None:
     assert got.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
+class GroupedLinear(nn.Module):
+    """Stands for transformer_engine.pytorch.GroupedLinear: its arguments, its weights [N, K] by name, what it takes."""
+
+    def __init__(self, num_gemms: int, in_features: int, out_features: int, bias: bool, params_dtype, device: str):
+        assert not bias and params_dtype == torch.bfloat16
+        super().__init__()
+        for i in range(num_gemms):
+            weight = torch.empty(out_features, in_features, dtype=params_dtype, device=device)
+            self.register_parameter(f"weight{i}", nn.Parameter(weight))
+        self.num_gemms = num_gemms
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+        assert len(m_splits) == self.num_gemms and all(type(n) is int for n in m_splits) and inp.is_contiguous()
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        assert all(w.is_contiguous() for w in weights)
+        return torch.cat([x @ w.t() for x, w in zip(inp.split(m_splits), weights, strict=True)])
+
+
+@pytest.fixture
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[GroupedLinear]]:
+    package, pytorch = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
+    package.pytorch, pytorch.GroupedLinear = pytorch, GroupedLinear
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+    yield GroupedLinear
+    for function in (experts._te_fails, te_experts._layer):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("transformer_engine")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # tests/moe/kernels
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 0, 6], [6, 0, 0, 0], [0, 0, 0, 0]])
@@ -52,10 +86,10 @@ def test_rows_go_to_their_expert_whatever_the_counts(
     keep_RF = (random(sum(counts), 4, seed=4) > 0) * 2.0
     wanted64 = [t.double().requires_grad_() for t in (x_RD, w_in, w_out, b_in)]
     mine = [t.to(runtime.device).requires_grad_() for t in (x_RD, w_in, w_out, b_in)]
-    experts = [e for e, n in enumerate(counts) for _ in range(n)]
+    expert_R = [e for e, n in enumerate(counts) for _ in range(n)]
     x64, in64, out64, bias64 = wanted64
     rows = []
-    for r, e in enumerate(experts):
+    for r, e in enumerate(expert_R):
         more = ((list(bias64[e]), torch.zeros(8)), keep_RF[r].double()) if extras else ()
         rows.append(reference.feed_forward(x64[r], [in64[e, :, 0], in64[e, :, 1]], out64[e], "swiglu", *more))
     wanted_RD = torch.stack(rows) if rows else x64 * 1
@@ -69,6 +103,31 @@ def test_rows_go_to_their_expert_whatever_the_counts(
         assert_close(mine[0].grad, x64.grad)
     for got, wanted in list(zip(mine[1:], wanted64[1:], strict=True))[: 3 if extras else 2]:
         assert_close(got.grad, torch.zeros_like(wanted) if wanted.grad is None else wanted.grad)
+
+
+def te_obstacle(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    return experts.OBSTACLES["te"](tiny(), CUDA, dtype)
+
+
+def test_transformer_engine_is_for_bf16_on_a_gpu_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert te_obstacle(torch.float32).startswith("computes in bf16, this run in torch.float32")
+    assert experts.OBSTACLES["te"](tiny(), CPU, torch.bfloat16).startswith("needs a GPU")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    assert te_obstacle().startswith("needs the package transformer-engine, which does not import")
+    experts._te_fails.cache_clear()
+
+
+def test_transformer_engine_is_tried_before_it_is_used(
+    transformer_engine: type[GroupedLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which the trial is told is the GPU."""
+    trial = experts.disagreement
+    monkeypatch.setattr(experts, "disagreement", lambda one, other, device: trial(one, other, CPU))
+    assert te_obstacle() is None
+    right = transformer_engine.forward
+    monkeypatch.setattr(transformer_engine, "forward", lambda self, inp, m_splits: right(self, inp, m_splits) * 1.05)
+    experts._te_fails.cache_clear()
+    assert te_obstacle().startswith("differ from the reference by ")
 
 
 EXTRAS = {"plain": (), "bias": ("b_in",), "dropout": ("keep",), "both": ("b_in", "keep")}

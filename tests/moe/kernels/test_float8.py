@@ -9,6 +9,7 @@ from conf.schema import Fp8Config, ModelConfig, MoeConfig
 from moe import experts
 from moe.experts import choose_backend
 from moe.kernels.float8 import choose_float8, disagreement
+from moe.kernels.layers import experts_with
 from moe.kernels.numerics import RECIPES
 from moe.kernels.tools import Reference
 from tests.moe.helpers import tiny, whole_model
@@ -74,11 +75,14 @@ def test_kernels_are_taken_only_when_they_equal_the_reference(device: torch.devi
     from moe.kernels.fused import Float8Tools, TritonTools
 
     recipe = RECIPES["blockwise"]
-    assert disagreement(TritonTools(), Reference(), device) is None
-    assert disagreement(Float8Tools(recipe), Reference(recipe), device) is None
-    assert disagreement(Wrong(), Reference(), device).startswith("differ from the reference by ")
+    assert disagreement(experts_with(TritonTools()), experts_with(Reference()), device) is None
+    assert disagreement(experts_with(Float8Tools(recipe)), experts_with(Reference(recipe)), device) is None
+    assert disagreement(experts_with(Wrong()), experts_with(Reference()), device).startswith(
+        "differ from the reference by "
+    )
     assert (
-        disagreement(Broken(), Reference(), device) == "failed their trial (RuntimeError: no kernel image is available)"
+        disagreement(experts_with(Broken()), experts_with(Reference()), device)
+        == "failed their trial (RuntimeError: no kernel image is available)"
     )
 
 
