@@ -1,10 +1,11 @@
 """What keeps experts evenly and boundedly loaded: the auxiliary losses and the capacity.
 
 Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share it), E experts, K choices per token,
-B sequences of the micro-batch, or 1 where it is balanced as a whole.
+B sequences of the micro-batch, or 1 where it is balanced as a whole, X anything.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,39 +28,57 @@ def count_loads(experts_MK: Tensor, num_experts: int, sequences: int = 1) -> Ten
     return counts.view(sequences, num_experts + 1)[:, :num_experts]
 
 
-def load_balancing_loss(probs_TE: Tensor, load_BE: Tensor, tokens_B: Tensor, padding_T: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Tallies:
+    """What losses and log want of the router's scores: sums over this rank's tokens, in which padding has no part."""
+
+    load_BE: Tensor
+    """int64: choices of each expert, before any drop."""
+    probs_BE: Tensor
+    """Of the probabilities, with gradient."""
+    z: Tensor
+    """Of logsumexp(logits)^2, with gradient."""
+    entropy: Tensor
+    """Of the entropies of the tokens' distributions, in nats."""
+    logit_square: Tensor
+    """Of the mean squared logits."""
+
+    @staticmethod
+    def of(
+        logits_TE: Tensor, probs_TE: Tensor, experts_TK: Tensor, padding_T: Tensor | None = None, sequences: int = 1
+    ) -> "Tallies":
+        """Args:
+        experts_TK: the choices; index E is none.
+        padding_T: True where there is no token.
+        sequences: B, where tokens come in the order of (position, sequence).
+        """
+
+        def counted(values_TX: Tensor) -> Tensor:
+            return values_TX if padding_T is None else values_TX.masked_fill(padding_T[:, None], 0.0)
+
+        probs_BE = counted(probs_TE).unflatten(0, (len(probs_TE) // sequences, sequences)).sum(0)
+        z = counted(logits_TE.logsumexp(-1, keepdim=True).square()).sum()
+        with torch.no_grad():
+            entropy = counted(-torch.special.xlogy(probs_TE, probs_TE).sum(1, keepdim=True)).sum()
+            square = counted(logits_TE.square().mean(1, keepdim=True)).sum()
+        return Tallies(count_loads(experts_TK, probs_TE.shape[1], sequences), probs_BE, z, entropy, square)
+
+
+def load_balancing_loss(probs_BE: Tensor, load_BE: Tensor, tokens_B: Tensor) -> Tensor:
     """This rank's part of E * sum_e f_e P_e (Switch, arXiv:2101.03961, eq. 4 to 6): 1 when uniform, E when one expert
     gets all. With several sequences the mean of each one's loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20). Summed
     over the ranks of a micro-batch it is the micro-batch's loss.
 
     Args:
-        probs_TE: router probabilities of this rank's tokens, in the order of (position, sequence).
+        probs_BE: router probabilities, summed over this rank's tokens (Tallies).
         load_BE: loads of the experts, of which only the proportions count: choices before any drop. A row for the
             whole micro-batch, or for each of its sequences; each rank holds part of every sequence.
         tokens_B: tokens over which the probabilities are averaged, on all ranks; a sequence without any is left out.
-        padding_T: True where there is no token.
     """
-    if padding_T is not None:
-        probs_TE = probs_TE.masked_fill(padding_T[:, None], 0.0)
-    rows, num_experts = load_BE.shape
-    load_BE = load_BE.to(probs_TE.dtype)
-    relative_BE = load_BE / load_BE.sum(1, keepdim=True).clamp(min=1) * num_experts
-    sums_BE = probs_TE.unflatten(0, (len(probs_TE) // rows, rows)).sum(0)
-    of_each_B = (relative_BE * sums_BE).sum(1) / tokens_B.clamp(min=1)
+    load_BE = load_BE.to(probs_BE.dtype)
+    relative_BE = load_BE / load_BE.sum(1, keepdim=True).clamp(min=1) * load_BE.shape[1]
+    of_each_B = (relative_BE * probs_BE).sum(1) / tokens_B.clamp(min=1)
     return of_each_B.sum() / (tokens_B > 0).sum().clamp(min=1)
-
-
-def router_z_loss(logits_TE: Tensor, tokens: int | Tensor, padding_T: Tensor | None = None) -> Tensor:
-    """This rank's part of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5).
-
-    Args:
-        tokens: of the micro-batch, at least 1.
-        padding_T: True where there is no token.
-    """
-    squares_T = logits_TE.logsumexp(-1).square()
-    if padding_T is not None:
-        squares_T = squares_T.masked_fill(padding_T, 0.0)
-    return squares_T.sum() / tokens
 
 
 class AttachLoss(torch.autograd.Function):

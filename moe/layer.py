@@ -9,14 +9,14 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, router_z_loss, within_capacity
+from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, within_capacity
 from moe.dispatch import PLAIN_ROWS, Choices, Rows, choose_dispatcher, make_dispatcher
 from moe.draws import key, uniform
 from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.kernels.tools import Tools
 from moe.recompute import decision, recomputed
-from moe.router import Router, Routing
+from moe.router import FusedRoute, Router, Routing
 from moe.shared_experts import SharedExperts
 from moe.statistics import LoadStatistics, Report
 from parallel.collectives import all_gather
@@ -40,11 +40,13 @@ class MoELayer(nn.Module):
         dispatcher: str | None = None,
         shared: SharedExperts | None = None,
         rows: Rows = PLAIN_ROWS,
+        fused_route: FusedRoute | None = None,
     ):
         """Args:
         draws: (seed of the run, layer), which name this layer's random numbers (moe.draws).
         dispatcher: how rows travel to their experts; None: what choose_dispatcher says.
         rows: how they are gathered and added on this rank.
+        fused_route: how the router chooses and weighs; None: by torch's operations.
         """
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
@@ -52,7 +54,7 @@ class MoELayer(nn.Module):
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
         self.sequence_parallel = sequence_parallel
-        self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups)
+        self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups, fused=fused_route)
         self.micro_batch_group = self.router.micro_batch_group
         dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
         self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups, rows)
@@ -80,8 +82,9 @@ class MoELayer(nn.Module):
 
     def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
         padding_T = self._padding(about)
-        routing = self.router(self._jittered(x_SBD.flatten(0, 1), about), padding_T, about.mode)
-        keep_TK, loss, report = self._balance(routing, padding_T, about, sequences=x_SBD.shape[1])
+        rows = x_SBD.shape[1] if self.moe.load_balancing == "seq_aux_loss" else 1
+        routing = self.router(self._jittered(x_SBD.flatten(0, 1), about), padding_T, about.mode, rows)
+        keep_TK, loss, report = self._balance(routing, padding_T, about)
         out_SBD = self._experts(x_SBD, routing, keep_TK, about)
         return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
@@ -108,9 +111,7 @@ class MoELayer(nn.Module):
         seed, layer = self.draws
         return key(seed, purpose, about.step, about.micro_batch, layer)
 
-    def _balance(
-        self, routing: Routing, padding_T: Tensor | None, about: ForwardPass, sequences: int
-    ) -> tuple[Tensor, Tensor, Report]:
+    def _balance(self, routing: Routing, padding_T: Tensor | None, about: ForwardPass) -> tuple[Tensor, Tensor, Report]:
         """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
         the whole micro-batch, so all its ranks gather the choices and decide alike."""
         moe, group = self.moe, self.micro_batch_group
@@ -118,10 +119,10 @@ class MoELayer(nn.Module):
         padding_M = None if padding_T is None else all_gather(padding_T, group)
         keep_MK = self._fit(routing, experts_MK, padding_M, about)
         keep_TK = decision(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
-        aux = self._balancing_loss(routing, experts_MK, (padding_T, padding_M), sequences)
+        aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
-        z = router_z_loss(routing.logits_TE, tokens, padding_T)
-        report = Report.of(routing, keep_TK, (aux, z), padding_T)
+        z = routing.tallies.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
+        report = Report.of(routing.tallies, keep_TK, (aux, z), padding_T)
         # A choice that is balanced by itself leaves such a loss nothing to do.
         coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
@@ -141,21 +142,19 @@ class MoELayer(nn.Module):
         limit = capacity(tokens, moe.top_k, moe.num_experts, factor)
         return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK)
 
-    def _balancing_loss(
-        self, routing: Routing, experts_MK: Tensor, padding: tuple[Tensor | None, Tensor | None], sequences: int
-    ) -> Tensor:
-        """This rank's part, without its coefficient. padding: padding_T and padding_M."""
-        padding_T, padding_M = padding
-        rows = sequences if self.moe.load_balancing == "seq_aux_loss" else 1
+    def _balancing_loss(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None) -> Tensor:
+        """This rank's part, without its coefficient."""
+        load_BE = routing.tallies.load_BE
+        rows = len(load_BE)
         if padding_M is None:
             tokens_B = torch.full((rows,), len(experts_MK) // rows, device=experts_MK.device)
         else:
             tokens_B = (~padding_M).unflatten(0, (len(padding_M) // rows, rows)).sum(0)
         if self.router.last_load is not None:
             load_BE = self.router.last_load[None]
-        else:
+        elif self.micro_batch_group.size() > 1:
             load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
-        return load_balancing_loss(routing.probs_TE, load_BE, tokens_B, padding_T)
+        return load_balancing_loss(routing.tallies.probs_BE, load_BE, tokens_B)
 
     def _capacity_factor(self, about: ForwardPass) -> float | None:
         """None: dropless."""

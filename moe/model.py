@@ -27,6 +27,7 @@ from moe.layer import MoELayer
 from moe.loss import TokenLosses, token_losses
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
+from moe.router import FusedRoute
 from moe.shared_experts import SharedExperts
 from moe.statistics import Report
 from parallel.forward_pass import PLAIN, ForwardPass
@@ -63,6 +64,8 @@ class Parts:
     """Which cross-entropy runs (moe.loss.choose_token_losses)."""
     rows: Rows = PLAIN_ROWS
     """How rows are gathered and added on a rank (moe.dispatch.choose_rows)."""
+    fused_route: FusedRoute | None = None
+    """What routers choose and weigh with (moe.router.choose_router); None: torch's operations."""
     float8: Float8 | None = None
     """Which layers compute in FP8, and with what (moe.kernels.float8.choose_float8)."""
 
@@ -101,6 +104,7 @@ class Block(nn.Module):
                 draws=(parts.seed, layer),
                 dispatcher=parts.dispatcher,
                 rows=parts.rows,
+                fused_route=parts.fused_route,
                 shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
             )
         else:

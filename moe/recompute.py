@@ -25,20 +25,22 @@ def _(choice: Tensor) -> Tensor:
     return torch.empty_like(choice)
 
 
-DECISIONS = frozenset({torch.ops.switchyard.decision.default})
-PRODUCTS = DECISIONS | {torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default}
+DECISIONS = {torch.ops.switchyard.decision.default}
+"""Operations whose results are always kept. A kernel that decides adds its own (moe.kernels.routing)."""
+PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default})
 
 
 def _policy(kept: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    wanted = operation in DECISIONS or operation in kept
+    return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(function: Callable[..., Any], *args: Any, kept: frozenset[Any] = DECISIONS) -> Any:
+def recomputed(function: Callable[..., Any], *args: Any, kept: frozenset[Any] = frozenset()) -> Any:
     """function(*args), of whose inside only the results of some operations are kept: the rest is computed again in the
     backward pass. The function must not have effects besides its result, or they happen twice.
 
     Args:
-        kept: DECISIONS, or PRODUCTS: those of matrices as well.
+        kept: operations, besides DECISIONS; PRODUCTS are those of matrices.
     """
     if not torch.is_grad_enabled():
         return function(*args)

@@ -1,23 +1,25 @@
 """The router: which experts a token visits, and with what weight.
 
 Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share it), D hidden, E experts, K choices per
-token, G groups of experts.
+token, G groups of experts, B sequences of the micro-batch, or 1 where it is balanced as a whole.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from conf.schema import ModelConfig
+from conf.schema import ModelConfig, MoeConfig
 from moe.assign import expert_choice, sinkhorn_potentials
-from moe.balance import capacity
+from moe.balance import Tallies, capacity
 from moe.recompute import decision
 from parallel.collectives import all_gather
 from parallel.forward_pass import TRAIN
 from parallel.placement import place
 from parallel.runtime import Groups
+from parallel.selection import Candidate, Choice, select
 
 TINY = 1e-20
 """Added to sums of sigmoids, which can all underflow to zero."""
@@ -25,16 +27,31 @@ TINY = 1e-20
 
 @dataclass(frozen=True)
 class Routing:
-    """The decision for T tokens, fp32."""
+    """The decision for T tokens."""
 
-    logits_TE: Tensor
-    probs_TE: Tensor
-    """The scores of all experts, each token's divided by their sum: what is balanced and logged."""
     gates_TK: Tensor
-    """The weight of each choice in the output."""
+    """fp32, the weight of each choice in the output."""
     experts_TK: Tensor
     """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
     the places that expert choice leaves over."""
+    tallies: Tallies
+    """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a token chooses by itself. The options are those of MoeConfig."""
+
+    top_k: int
+    sigmoid: bool
+    after: bool
+    """softmax_order=after."""
+    renormalize: bool
+    scale: float
+
+
+FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing]
+"""(logits [T, E] fp32, bias [E] or none, padding [T] or none, rule, B) -> what Router.route says, in one go."""
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -60,14 +77,21 @@ class Router(nn.Module):
     by softmax before or after the choice or by sigmoid; a choice limited to a few groups of experts, by a balanced
     plan, or by the experts. Weight and arithmetic are fp32 whatever the model's precision (Switch, section 2.4)."""
 
-    def __init__(self, model: ModelConfig, *, sequence_parallel: bool, groups: Groups):
+    def __init__(self, model: ModelConfig, *, sequence_parallel: bool, groups: Groups, fused: FusedRoute | None = None):
+        """fused: used instead of torch's operations (choose_router)."""
         super().__init__()
-        self.moe = model.moe
+        self.moe, self.fused = model.moe, fused
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
         self.experts_choose = self.moe.load_balancing == "expert_choice"
         # The number of experts that took a token says something itself, so its gates are left as they are.
         several = self.moe.top_k > 1 and not self.experts_choose
-        self.renormalize = several if self.moe.renormalize is None else self.moe.renormalize
+        self.rule = Rule(
+            self.moe.top_k,
+            sigmoid=self.moe.score_function == "sigmoid",
+            after=self.moe.softmax_order == "after",
+            renormalize=several if self.moe.renormalize is None else self.moe.renormalize,
+            scale=self.moe.routed_scaling_factor,
+        )
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
         self.weight = place(weight_ED, copies=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
@@ -90,28 +114,37 @@ class Router(nn.Module):
         """Whether it wants the loads of an optimizer step (end_step)."""
         return self.bias is not None or self.last_load is not None
 
-    def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN) -> Routing:
+    def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN, sequences: int = 1) -> Routing:
         """Args:
         padding_T: True where there is no token.
         mode: of parallel.forward_pass; only training balances the choice by a plan.
+        sequences: B of the tallies, where tokens come in the order of (position, sequence).
         """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = router_logits(x_TD, self.weight)
-        if self.moe.score_function == "sigmoid":
+        return self.route(logits_TE, padding_T, mode, sequences)
+
+    def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
+        """forward, of the logits."""
+        if self.fused is not None:
+            return self.fused(logits_TE, self.bias, padding_T, self.rule, sequences)
+        rule = self.rule
+        if rule.sigmoid:
             scores_TE = logits_TE.sigmoid()
             probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
         else:
             scores_TE = probs_TE = logits_TE.softmax(-1)
         experts_TK = decision(self._choose(logits_TE.detach(), scores_TE.detach(), padding_T, mode))
         some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
-        if self.moe.softmax_order == "after":
+        if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
         else:
             gates_TK = scores_TE.gather(1, some_TK)
-            if self.renormalize:
+            if rule.renormalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
-        return Routing(logits_TE, probs_TE, gates_TK * self.moe.routed_scaling_factor, experts_TK)
+        tallies = Tallies.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
+        return Routing(gates_TK * rule.scale, experts_TK, tallies)
 
     @torch.no_grad()
     def end_step(self, load_E: Tensor) -> None:
@@ -133,7 +166,7 @@ class Router(nn.Module):
         if self.moe.load_balancing == "sinkhorn" and mode == TRAIN:
             padding_M = None if padding_T is None else all_gather(padding_T, self.micro_batch_group)
             ranked_TE = logits_TE + sinkhorn_potentials(all_gather(logits_TE, self.micro_batch_group), padding_M)
-        elif self.moe.softmax_order == "after" or self.moe.load_balancing == "sinkhorn":
+        elif self.rule.after or self.moe.load_balancing == "sinkhorn":
             ranked_TE = logits_TE
         else:
             ranked_TE = scores_TE if self.bias is None else scores_TE + self.bias
@@ -161,3 +194,48 @@ class Router(nn.Module):
         chosen = score_TG.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k_groups]
         allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, chosen, True)
         return allowed_TG.repeat_interleave(scores_TE.shape[1] // groups, dim=1)
+
+
+def _why_not_fused(moe: MoeConfig) -> str | None:
+    """What the kernel does not do, in words; None: it does all."""
+    if moe.load_balancing in ("sinkhorn", "expert_choice"):
+        return f"{moe.load_balancing} chooses over the whole micro-batch"
+    return "chooses groups of experts first" if moe.num_expert_groups > 1 else None
+
+
+def _triton_route() -> FusedRoute:
+    from moe.kernels.routing import route
+
+    return route
+
+
+def choose_router(model: ModelConfig, groups: Groups, device: torch.device) -> tuple[FusedRoute | None, Choice]:
+    """Triton's on a GPU where it serves this configuration and equals torch's operations (None)."""
+    part, plain = "router", ("torch", None)
+    if device.type != "cuda":
+        return None, Choice(part, plain[0], "softmax, a stable sort, sums")
+    why = _why_not_fused(model.moe)
+    if why:
+        return None, Choice(part, plain[0], why)
+    return select(part, [Candidate("Triton", _triton_route)], plain, lambda f: trial(f, model, groups, device), 1e-5)
+
+
+def trial(fused: FusedRoute | None, model: ModelConfig, groups: Groups, device: torch.device) -> list[Tensor]:
+    """What the model's router makes of random logits of two sequences, with padding and a bias if it has one, and the
+    gradient of the logits."""
+    tokens, experts, generator = 122, model.moe.num_experts, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    router = Router(model, sequence_parallel=False, groups=groups, fused=fused).to(device)
+    logits_TE, padding_T = draw(tokens, experts).requires_grad_(), torch.arange(tokens, device=device) % 7 == 3
+    if router.bias is not None:
+        router.bias.data.copy_(0.1 * draw(experts))
+    routing = router.route(logits_TE, padding_T, TRAIN, sequences=2)
+    tallies = routing.tallies
+    gates_TK = routing.gates_TK.masked_fill(padding_T[:, None], 0.0)  # no one looks at these
+    loss = (gates_TK * draw(*gates_TK.shape)).sum() + (tallies.probs_BE * draw(2, experts)).sum() + 0.1 * tallies.z
+    (gradient,) = torch.autograd.grad(loss, logits_TE)
+    values = [gates_TK, tallies.probs_BE, tallies.z, tallies.entropy, tallies.logit_square, gradient]
+    return [routing.experts_TK, tallies.load_BE, *(value.detach() for value in values)]

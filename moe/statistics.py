@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.balance import count
+from moe.balance import Tallies
 from moe.load import ExpertLoad
-from moe.router import Routing
 from parallel.layout import Layout
 
 SUMS = ("tokens", "dropped", "unserved", "entropy", "logit_square", "aux_loss", "z_loss")
@@ -32,20 +31,14 @@ class Report:
     @staticmethod
     @torch.no_grad()
     def of(
-        routing: Routing, keep_TK: Tensor, losses: tuple[Tensor, Tensor], padding_T: Tensor | None = None
+        tallies: Tallies, keep_TK: Tensor, losses: tuple[Tensor, Tensor], padding_T: Tensor | None = None
     ) -> "Report":
         """losses: this rank's parts of the balancing loss and the z-loss, without their coefficients."""
-        num_experts = routing.probs_TE.shape[1]
-        entropy_T = -torch.special.xlogy(routing.probs_TE, routing.probs_TE).sum(1)
-        square_T = routing.logits_TE.square().mean(1)
         served_T = keep_TK.any(1)
-        tokens = torch.full((), len(keep_TK), device=keep_TK.device)
-        if padding_T is not None:
-            entropy_T, square_T = (value_T.masked_fill(padding_T, 0.0) for value_T in (entropy_T, square_T))
-            tokens = (~padding_T).sum()
-        load_E = count(routing.experts_TK.flatten(), num_experts + 1)[:num_experts]
+        tokens = torch.full((), len(keep_TK), device=keep_TK.device) if padding_T is None else (~padding_T).sum()
+        load_E = tallies.load_BE.sum(0)
         counts = [tokens, load_E.sum() - keep_TK.sum(), tokens - served_T.sum()]
-        values = [entropy_T.sum(), square_T.sum(), *losses]
+        values = [tallies.entropy, tallies.logit_square, *losses]
         return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]))
 
 

@@ -16,6 +16,7 @@ from moe.kernels.float8 import choose_float8
 from moe.loss import choose_token_losses
 from moe.model import Parts, Stage, sparse_layers
 from moe.norm import our_norms
+from moe.router import choose_router
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
@@ -143,14 +144,17 @@ def _choose_implementations(
     norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device))
     losses, choice = choose_token_losses(device, dtype)
     choices += [choice]
-    permutation, choice = choose_rows(device, dtype)
+    permutation, permuting = choose_rows(device, dtype)
     if bf16_experts:
         rows += [("experts", backend, why_backend)]
+    fused_route = None
     if model.moe.num_experts:
         rows += [("dispatch", dispatcher, why_dispatcher)]
-        choices += [choice]
+        fused_route, routing = choose_router(model, run.groups, device)
+        choices += [permuting, routing]
     rows += [(choice.part, choice.name, choice.why) for choice in choices]
     chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
+    chosen |= {"fused_route": fused_route}
     return chosen | {"norm_function": norm, "token_losses": losses}, rows
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
+from moe.router import router_logits
 from moe.statistics import SUMS
 from parallel.forward_pass import ForwardPass
 from parallel.runtime import Runtime
@@ -324,5 +325,6 @@ def test_balancing_loss_is_that_of_transformers_but_for_its_factor_k(runtime: Ru
     layer = sparse(MoeConfig(num_experts=EXPERTS, top_k=3), runtime)
     x_SBD, _ = inputs(runtime)
     layer(x_SBD)
-    theirs = load_balancing_loss_func((layer.router(x_SBD.flatten(0, 1)).logits_TE,), EXPERTS, 3)
+    logits_TE = router_logits(x_SBD.flatten(0, 1), layer.router.weight)
+    theirs = load_balancing_loss_func((logits_TE,), EXPERTS, 3)
     assert logged(layer, "aux_loss") == pytest.approx(theirs.item() / 3, rel=1e-5)

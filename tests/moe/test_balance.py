@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, router_z_loss, within_capacity
+from moe.balance import AttachLoss, Tallies, capacity, count_loads, load_balancing_loss, within_capacity
 from tests.moe import reference
 from tests.moe.helpers import random
 
@@ -16,7 +16,12 @@ from tests.moe.helpers import random
 def balancing_loss(probs_TE: Tensor, experts_MK: Tensor, sequences: int = 1) -> Tensor:
     """This rank's part, where no token is padding."""
     loads = count_loads(experts_MK, probs_TE.shape[1], sequences)
-    return load_balancing_loss(probs_TE, loads, torch.full((sequences,), len(experts_MK) // sequences))
+    sums_BE = Tallies.of(probs_TE, probs_TE, experts_MK, sequences=sequences).probs_BE
+    return load_balancing_loss(sums_BE, loads, torch.full((sequences,), len(experts_MK) // sequences))
+
+
+def z_sum(logits_TE: Tensor) -> Tensor:
+    return Tallies.of(logits_TE, logits_TE.softmax(1), torch.zeros(len(logits_TE), 1, dtype=torch.int64)).z
 
 
 def test_balancing_loss_uses_one_softmax() -> None:
@@ -42,10 +47,10 @@ def test_losses_equal_the_reference_and_add_up_over_ranks(tokens: int, experts: 
     experts_MK = torch.tensor(chosen)
     aux, z = reference.balancing_loss(probs_TE, chosen), reference.z_loss(logits_TE)
     assert balancing_loss(probs_TE, experts_MK).item() == pytest.approx(aux.item(), rel=1e-12)
-    assert router_z_loss(logits_TE, tokens).item() == pytest.approx(z.item(), rel=1e-12)
+    assert (z_sum(logits_TE) / tokens).item() == pytest.approx(z.item(), rel=1e-12)
     # A rank that holds part of the micro-batch gives its part of the loss.
     halves = probs_TE.split(math.ceil(tokens / 2)), logits_TE.split(math.ceil(tokens / 2))
-    parts = [(balancing_loss(p, experts_MK), router_z_loss(g, tokens)) for p, g in zip(*halves, strict=True)]
+    parts = [(balancing_loss(p, experts_MK), z_sum(g) / tokens) for p, g in zip(*halves, strict=True)]
     assert sum(part[0] for part in parts).item() == pytest.approx(aux.item(), rel=1e-12)
     assert sum(part[1] for part in parts).item() == pytest.approx(z.item(), rel=1e-12)
 
@@ -61,7 +66,7 @@ def test_loss_per_sequence_equals_the_reference_and_adds_up_over_ranks(batch: in
 
 
 def test_z_loss_survives_large_logits() -> None:
-    assert router_z_loss(torch.tensor([[200.0, 0.0]]), tokens=1).item() == pytest.approx(40000.0)
+    assert z_sum(torch.tensor([[200.0, 0.0]])).item() == pytest.approx(40000.0)
 
 
 @pytest.mark.parametrize(

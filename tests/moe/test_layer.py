@@ -309,10 +309,11 @@ def test_router_stays_fp32_under_a_bf16_model(runtime: Runtime) -> None:
     assert layer.router.weight.dtype == torch.float32 and layer.experts.w_in.dtype == torch.bfloat16
     wanted = reference.sparse_layer(x_SBD.flatten(0, 1).double(), in_float64(layer), moe, "geglu", 1.0)
     with torch.autocast(runtime.device.type, dtype=torch.bfloat16):
-        routing = layer.router(x_SBD.flatten(0, 1).to(runtime.device))
+        routing = layer.router(x_SBD.flatten(0, 1).to(runtime.device), sequences=12)
         out_SBD = layer(x_SBD.to(runtime.device))
-    assert routing.probs_TE.dtype == routing.gates_TK.dtype == torch.float32
-    assert_close(routing.probs_TE, wanted.probs_TE)
+    probs_TE = routing.tallies.probs_BE  # each token is a sequence by itself
+    assert probs_TE.dtype == routing.gates_TK.dtype == torch.float32
+    assert_close(probs_TE, wanted.probs_TE)
     assert routing.experts_TK.tolist() == wanted.experts
     assert out_SBD.dtype == torch.bfloat16
     assert_close(out_SBD, wanted.out_TD.view(x_SBD.shape), tolerance=2e-2)

@@ -64,13 +64,13 @@ def test_gates_are_probabilities_renormalised_when_several(
 ) -> None:
     router = router_of(tiny(MoeConfig(num_experts=5, top_k=top_k, renormalize=renormalize)), runtime)
     x_TD = random(7, 8)
-    routing = router(x_TD.to(runtime.device))
+    routing = router(x_TD.to(runtime.device), sequences=len(x_TD))
     logits_TE = x_TD.double() @ in_float64(router)["weight"].detach().t()
     probs_TE = logits_TE.exp() / logits_TE.exp().sum(1, keepdim=True)
     experts = [reference.choose(probs_E, top_k) for probs_E in probs_TE]
     gates = [reference.gates_of(p, e, renormalize) for p, e in zip(probs_TE, experts, strict=True)]
-    assert_close(routing.logits_TE, logits_TE)
-    assert_close(routing.probs_TE, probs_TE)
+    assert_close(routing.tallies.probs_BE, probs_TE)  # each token is a sequence by itself
+    assert_close(routing.tallies.z, (logits_TE.exp().sum(1).log() ** 2).sum())
     assert routing.experts_TK.tolist() == experts
     assert_close(routing.gates_TK, torch.stack([torch.stack(row) for row in gates]))
     assert torch.allclose(routing.gates_TK.sum(1), torch.ones(7, device=runtime.device)) == sums_to_one
@@ -99,36 +99,35 @@ def test_other_routers_equal_the_reference(choice: dict[str, Any], runtime: Runt
     moe = MoeConfig(num_experts=12, **choice)
     router = router_of(tiny(moe), runtime)
     x_TD = random(40, 8)
-    routing = router(x_TD.to(runtime.device))
+    routing = router(x_TD.to(runtime.device), sequences=len(x_TD))
     logits_TE = x_TD.double() @ in_float64(router)["weight"].detach().t()
     probs, experts, gates = zip(*(reference.route(logits_E, moe) for logits_E in logits_TE), strict=True)
     assert routing.experts_TK.tolist() == list(experts)
-    assert_close(routing.probs_TE, torch.stack(probs))
+    assert_close(routing.tallies.probs_BE, torch.stack(probs))
     assert_close(routing.gates_TK, torch.stack([torch.stack(row) for row in gates]))
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "changed"),
     [
-        ("score_function", "sigmoid", ("probs_TE", "gates_TK")),
+        ("score_function", "sigmoid", ("gates_TK", "probs_BE", "entropy")),
         ("softmax_order", "after", ("gates_TK",)),
         ("routed_scaling_factor", 2.5, ("gates_TK",)),
-        ("num_expert_groups", 4, ("experts_TK", "gates_TK")),
-        ("load_balancing", "sinkhorn", ("experts_TK", "gates_TK")),
-        ("load_balancing", "expert_choice", ("experts_TK", "gates_TK")),
+        ("num_expert_groups", 4, ("gates_TK", "experts_TK", "load_BE")),
+        ("load_balancing", "sinkhorn", ("gates_TK", "experts_TK", "load_BE")),
+        ("load_balancing", "expert_choice", ("gates_TK", "experts_TK", "load_BE")),
     ],
 )
 def test_each_setting_changes_the_routing(setting: str, value: Any, changed: tuple[str, ...], runtime: Runtime) -> None:
     """Beside plain softmax probabilities: what depends on the setting, and nothing else."""
     plain = MoeConfig(num_experts=12, top_k=2, renormalize=False)
     x_TD = random(40, 8).to(runtime.device)
-    before, after = (
-        router_of(tiny(moe), runtime)(x_TD) for moe in (plain, dataclasses.replace(plain, **{setting: value}))
-    )
-    fields = [field.name for field in dataclasses.fields(before)]
-    assert [f for f in fields if not torch.equal(getattr(before, f), getattr(after, f))] == [
-        f for f in fields if f in changed
-    ]
+    found = []
+    for moe in (plain, dataclasses.replace(plain, **{setting: value})):
+        routing = router_of(tiny(moe), runtime)(x_TD)
+        found.append({"gates_TK": routing.gates_TK, "experts_TK": routing.experts_TK, **vars(routing.tallies)})
+    before, after = found
+    assert tuple(name for name in before if not torch.equal(before[name], after[name])) == changed
 
 
 def test_the_best_group_is_not_the_one_of_the_best_expert(runtime: Runtime) -> None:
@@ -158,7 +157,7 @@ def test_sigmoids_that_all_underflow_are_zero_and_not_nan(runtime: Runtime) -> N
     router = router_of(tiny(MoeConfig(num_experts=4, top_k=2, score_function="sigmoid")), runtime)
     router.weight.data = torch.full((4, 8), -100.0, device=runtime.device)
     routing = router(torch.ones(1, 8, device=runtime.device))
-    assert routing.gates_TK.tolist() == [[0, 0]] and routing.probs_TE.tolist() == [[0, 0, 0, 0]]
+    assert routing.gates_TK.tolist() == [[0, 0]] and routing.tallies.probs_BE.tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_bias_changes_the_choice_and_not_the_gates(runtime: Runtime) -> None:

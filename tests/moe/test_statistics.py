@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf.schema import MoeConfig
-from moe.router import Routing
+from moe.balance import Tallies
 from moe.statistics import SUMS, LoadStatistics, Report, collect
 from parallel.runtime import Runtime
 from tests.moe import reference
@@ -56,8 +56,8 @@ def test_probabilities_of_zero_have_no_entropy(runtime: Runtime) -> None:
     one_hot_TE = torch.tensor([[1.0, 0.0]], device=runtime.device)
     zero = torch.zeros((), device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
-    routing = Routing(0 * one_hot_TE, one_hot_TE, one_hot_TE[:, :1], first)
-    statistics.add(Report.of(routing, one_hot_TE[:, :1].bool(), (zero, zero)))
+    tallies = Tallies.of(0 * one_hot_TE, one_hot_TE, first)
+    statistics.add(Report.of(tallies, one_hot_TE[:, :1].bool(), (zero, zero)))
     assert dict(zip(SUMS, statistics.sums.tolist(), strict=True)) == dict.fromkeys(SUMS, 0) | {"tokens": 1}
 
 
@@ -66,7 +66,7 @@ def test_counts_stay_exact_past_what_fp32_holds(runtime: Runtime) -> None:
     statistics.load_E += 2.0**24
     one = torch.ones(1, 1, device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
-    statistics.add(Report.of(Routing(one, one, one, first), one.bool(), (one.sum(), one.sum())))
+    statistics.add(Report.of(Tallies.of(one, one, first), one.bool(), (one.sum(), one.sum())))
     assert statistics.load_E.item() == 2**24 + 1
 
 

@@ -15,7 +15,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe.kernels import activations, losses, norms, products, rounding, rows
+from moe.kernels import activations, losses, norms, products, rounding, routing, rows
 
 BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
 TILE = {"BM": 128, "BN": 128, "num_warps": 8}
@@ -31,6 +31,14 @@ def gradient(operand: str, target: str, **options: int | bool) -> tuple:
     pointers = {"x_ptr": operand, "dy_ptr": operand, "dw_ptr": target, "starts_ptr": INT}
     scales = dict.fromkeys(("x_scale_ptr", "dy_scale_ptr"), FP32)
     return products.grouped_weight_gradient, pointers | scales, {**TILE, "num_stages": 3, **options}
+
+
+def router(kernel, experts: int, top_k: int, **options: bool) -> tuple:
+    """Of sigmoids: that has the most to keep at hand."""
+    names = ("logits", "bias", "gates", "sums", "dgates", "dprobs", "dz", "dlogits")
+    pointers = {**{f"{name}_ptr": FP32 for name in names}, "padding_ptr": "*i1", "experts_ptr": "*i64", "scale": "fp32"}
+    rule = {"SIGMOID": True, "AFTER": False, "RENORMALIZE": True, **options}
+    return kernel, pointers, {"K": top_k, **rule, **routing.launch(experts, top_k)}
 
 
 ROUND = {"BR": 16, "BLOCK": 128}
@@ -82,6 +90,14 @@ KERNELS = {
         {"rows_ptr": BF16, "slot_ptr": "*i64", "grad_ptr": BF16, "out_ptr": FP32},
         {"K": 2, "BLOCK": 1024},
     ),
+    **{
+        f"router, {top_k} of {experts}": router(routing.route_forward, experts, top_k, BIASED=True, PADDED=True)
+        for experts, top_k in ((8, 1), (128, 8), (4096, 16))
+    },
+    **{
+        f"router, {top_k} of {experts}, back": router(routing.route_backward, experts, top_k)
+        for experts, top_k in ((8, 1), (128, 8), (4096, 16))
+    },
     "norm": (
         norms.rms_norm_forward,
         {"x_ptr": BF16, "weight_ptr": BF16, "y_ptr": BF16, "scale_ptr": FP32, "eps": "fp32"},
