@@ -90,14 +90,9 @@ KERNELS = {
         {"rows_ptr": BF16, "slot_ptr": "*i64", "grad_ptr": BF16, "out_ptr": FP32},
         {"K": 2, "BLOCK": 1024},
     ),
-    **{
-        f"router, {top_k} of {experts}": router(routing.route_forward, experts, top_k, BIASED=True, PADDED=True)
-        for experts, top_k in ((8, 1), (128, 8), (4096, 16))
-    },
-    **{
-        f"router, {top_k} of {experts}, back": router(routing.route_backward, experts, top_k)
-        for experts, top_k in ((8, 1), (128, 8), (4096, 16))
-    },
+    "router": router(routing.route_forward, 128, 8, BIASED=True, PADDED=True),
+    "router, many": router(routing.route_forward, routing.LARGEST, 16, BIASED=True, PADDED=True),
+    "router back": router(routing.route_backward, 128, 8),
     "norm": (
         norms.rms_norm_forward,
         {"x_ptr": BF16, "weight_ptr": BF16, "y_ptr": BF16, "scale_ptr": FP32, "eps": "fp32"},
