@@ -46,6 +46,21 @@ def sigmoid_of(x, here):
 
 
 @triton.jit
+def best(rank, score, columns, places, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """Scores [T, BK] of the K experts of the highest rank, among equals the lower one first, those experts, and rank
+    [T, E] with NONE in their places."""
+    scores, experts = tl.zeros((BT, BK), dtype=tl.float32), tl.zeros((BT, BK), dtype=tl.int32)
+    for k in range(K):
+        expert = tl.argmax(rank, axis=1, tie_break_left=True).to(tl.int32)
+        hit = columns[None, :] == expert[:, None]
+        place = (places == k)[None, :]
+        experts = tl.where(place, expert[:, None], experts)
+        scores = tl.where(place, tl.sum(tl.where(hit, score, 0.0), axis=1)[:, None], scores)
+        rank = tl.where(hit, NONE, rank)
+    return scores, experts, rank
+
+
+@triton.jit
 def route_forward(
     logits_ptr, bias_ptr, padding_ptr, gates_ptr, experts_ptr, sums_ptr, S, E, scale,
     K: tl.constexpr, SIGMOID: tl.constexpr, AFTER: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr,
@@ -78,15 +93,7 @@ def route_forward(
         ranked = score
         if BIASED:
             ranked = score + tl.load(bias_ptr + columns, mask=columns < E, other=0.0)[None, :]
-        rank = tl.where(real, in_order(ranked), NONE)
-        gates, experts = tl.zeros((BT, BK), dtype=tl.float32), tl.zeros((BT, BK), dtype=tl.int32)
-        for k in range(K):
-            expert = tl.argmax(rank, axis=1, tie_break_left=True).to(tl.int32)
-            hit = columns[None, :] == expert[:, None]
-            place = (places == k)[None, :]
-            experts = tl.where(place, expert[:, None], experts)
-            gates = tl.where(place, tl.sum(tl.where(hit, score, 0.0), axis=1)[:, None], gates)
-            rank = tl.where(hit, NONE, rank)
+        gates, experts, rank = best(tl.where(real, in_order(ranked), NONE), score, columns, places, K, BT, BK)
         chosen = (places < K)[None, :]
         if AFTER:
             gates, _ = softmax_of(gates, chosen)
