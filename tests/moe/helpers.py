@@ -100,9 +100,13 @@ def in_float64(module: nn.Module) -> Weights:
     return {n: p.detach().cpu().double().requires_grad_() for n, p in module.named_parameters()}
 
 
-def assert_close(got: Tensor | None, wanted: Tensor | None, tolerance: float = 1e-5) -> None:
+def assert_close(got: Tensor | None, wanted: Tensor | None, tolerance: float = 1e-5, least: float = 0.0) -> None:
     """The largest error, relative to the largest value: fp32 rounding does not know how small a single value is. Where
-    the reference has only zeros, or no gradient at all, nothing but zero passes."""
+    the reference has only zeros, or no gradient at all, nothing but zero passes.
+
+    Args:
+        least: what the largest value counts as where it is smaller but not zero.
+    """
     assert got is not None
     wanted = torch.zeros_like(got, dtype=torch.float64) if wanted is None else wanted
     got = got.detach().cpu().double()
@@ -110,14 +114,17 @@ def assert_close(got: Tensor | None, wanted: Tensor | None, tolerance: float = 1
     if not got.numel():
         return
     error, largest = (got - wanted).abs().max().item(), wanted.abs().max().item()
-    assert error <= tolerance * largest, f"off by {error:.2e}, where the largest value is {largest:.2e}"
+    assert error <= tolerance * (largest and max(largest, least)), (
+        f"off by {error:.2e}, where the largest value is {largest:.2e}"
+    )
 
 
-def assert_gradients_close(module: nn.Module, reference: Weights) -> None:
+def assert_gradients_close(module: nn.Module, reference: Weights, summands: dict[str, float] | None = None) -> None:
+    """summands: the size of what a parameter's gradient is the sum of, where they may all but cancel."""
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         try:
-            assert_close(parameter.grad, reference[name].grad)
+            assert_close(parameter.grad, reference[name].grad, least=(summands or {}).get(name, 0.0))
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}: {error}") from None

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -89,7 +89,12 @@ def compare(
     chosen = [e for row in (wanted.experts if wanted else []) for e in row]
     assert layer.statistics.load_E.tolist() == [chosen.count(e) for e in range(moe.num_experts)]
     assert_close(x_SBD.grad, x64_SBD.grad)
-    assert_gradients_close(layer, weights)
+    summands = {}
+    if shared and x_SBD.numel():
+        # The gate's gradient sums a token's products of answer and gradient from above, each times the token.
+        products_TD = torch.stack(shared) * above_SBD.flatten(0, 1)
+        summands["shared.gate"] = (products_TD.abs().amax(1) * x64_SBD.flatten(0, 1).abs().amax(1)).max().item()
+    assert_gradients_close(layer, weights, summands)
     return wanted
 
 
@@ -179,7 +184,11 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
         torch.nn.init.zeros_(layer.router.weight)
     padding = {"none": None, "some": random(batch, case["sequence"], seed=case["seed"]) > 0.3}
     padding["all"] = torch.ones(batch, case["sequence"], dtype=torch.bool)
-    compare(layer, x_SBD, case["activation"], padding[case["padding"]])
+    mask = padding[case["padding"]]
+    real = case["sequence"] * batch if mask is None else int((~mask).sum())
+    # A balanced plan of one token, or of tokens that are all alike, gives every expert the same: rounding chooses.
+    assume(case["load_balancing"] != "sinkhorn" or (real != 1 and case["routing"] == "random"))
+    compare(layer, x_SBD, case["activation"], mask)
 
 
 def sparse_layer_of(case: dict[str, Any], runtime: Runtime) -> MoELayer:
