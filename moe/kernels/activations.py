@@ -48,7 +48,7 @@ def _write(
         bits = scale_bits(tl.max(tl.abs(x), axis=1))
         tl.store(q_ptr + place, (x * inverse(bits)[:, None]).to(q_ptr.dtype.element_ty), mask=mask)
         block = half * F // BLOCK + tl.program_id(1)
-        scale_ptrs = scale_ptr + wide * tl.cdiv(width, BLOCK) + block
+        scale_ptrs = scale_ptr + block.to(tl.int64) * R + rows
         tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 

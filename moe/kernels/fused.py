@@ -105,7 +105,7 @@ class TritonTools:
     def _activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None, *, narrow: bool) -> Operand:
         rows, gates, width = h_RGF.shape
         a_RF = h_RGF.new_empty((rows, width), dtype=E4M3 if narrow else h_RGF.dtype)
-        scale = h_RGF.new_empty((rows, _blocks(width, BLOCK)), dtype=torch.float32) if narrow else None
+        scale = _row_scales(h_RGF, rows, width) if narrow else None
         if rows:
             activations.activate[(_blocks(rows, 16), _blocks(width, BLOCK))](
                 h_RGF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, a_RF,
@@ -126,7 +126,7 @@ class TritonTools:
         rows, gates, width = h_RGF.shape
         a_RF, dh_RN = torch.empty_like(da_RF), torch.empty_like(h_RGF).flatten(1)
         q_RN = torch.empty_like(dh_RN, dtype=E4M3) if narrow else dh_RN
-        scale = h_RGF.new_empty((rows, _blocks(gates * width, BLOCK)), dtype=torch.float32) if narrow else None
+        scale = _row_scales(h_RGF, rows, gates * width) if narrow else None
         if rows:
             activations.activate_back[(_blocks(rows, 16), _blocks(width, BLOCK))](
                 h_RGF.contiguous(), da_RF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, dh_RN,
@@ -187,7 +187,7 @@ class Float8Tools(TritonTools):
         x_RK = _rows_contiguous(x_RK)
         rows, inner = x_RK.shape
         q = x_RK.new_empty((rows, inner), dtype=E4M3)
-        scale = x_RK.new_empty((rows, _blocks(inner, BLOCK)), dtype=torch.float32)
+        scale = _row_scales(x_RK, rows, inner)
         if rows:
             rounding.round_rows[(_blocks(rows, 16), scale.shape[1])](
                 x_RK, q, scale, rows, inner, x_RK.stride(0), BR=16, BLOCK=BLOCK
@@ -226,6 +226,11 @@ class Float8Tools(TritonTools):
 def _rows_contiguous(x_RK: Tensor) -> Tensor:
     """Kernels step through a row by ones; rows may lie anywhere."""
     return x_RK if x_RK.stride(-1) == 1 else x_RK.contiguous()
+
+
+def _row_scales(like: Tensor, rows: int, inner: int) -> Tensor:
+    """Room for the scales [R, K / BLOCK] of 1 x BLOCK, those of one block side by side."""
+    return like.new_empty((_blocks(inner, BLOCK), rows), dtype=torch.float32).t()
 
 
 def _weight(w: Quantised) -> Operand:

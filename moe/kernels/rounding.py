@@ -22,7 +22,8 @@ def inverse(bits):
 
 @triton.jit
 def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, BR: tl.constexpr, BLOCK: tl.constexpr):
-    """x [R, K] -> q [R, K], scale [R, K / BLOCK]: one scale for 1 x BLOCK. The grid is (R / BR, K / BLOCK)."""
+    """x [R, K] -> q [R, K], scale transposed [K / BLOCK, R]: one scale for 1 x BLOCK. Products read one block's scales
+    of many rows. The grid is (R / BR, K / BLOCK)."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (rows[:, None] < R) & (columns[None, :] < K)
@@ -31,8 +32,7 @@ def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, BR: tl.constexpr, BLOCK
     bits = scale_bits(tl.max(tl.abs(x), axis=1))
     q = (x * inverse(bits)[:, None]).to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + wide * K + columns[None, :], q, mask=mask)
-    blocks = tl.cdiv(K, BLOCK)
-    scale_ptrs = scale_ptr + rows.to(tl.int64) * blocks + tl.program_id(1)
+    scale_ptrs = scale_ptr + tl.program_id(1).to(tl.int64) * R + rows
     tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 

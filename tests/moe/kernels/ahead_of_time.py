@@ -48,7 +48,7 @@ ACTIVATED = {"h_ptr": BF16, "keep_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}
 KERNELS = {
     "product bf16": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wn=1),
     "product bf16 back": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wk=1),
-    "product fp8": product(FP8, SCALES="blocks", BK=128, num_stages=3, stride_wk=1),
+    "product fp8": product(FP8, SCALES="blocks", BK=128, num_stages=3, stride_wk=1, stride_x_scale_r=1),
     "product fp8 rowwise": product(FP8, SCALES="rows", BK=128, num_stages=3, stride_wk=1),
     "gradient bf16": gradient(BF16, FP32, FP8=False, ADD=True, BR=64, stride_xk=1, stride_dyn=1),
     "gradient fp8": gradient(FP8, FP32, FP8=True, ADD=True, BR=128, stride_xr=1, stride_dyr=1),
