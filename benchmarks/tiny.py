@@ -75,7 +75,7 @@ def build_engine(
 
     model = variant.config()
     core = core_config(model, runtime, variant.dtype, deterministic=False)
-    float8 = Float8(variant.tools, range(model.num_layers)) if variant.tools else None
+    float8 = Float8(variant.tools, variant.tools, range(model.num_layers)) if variant.tools else None
     parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
     stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
     return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap)

@@ -296,7 +296,8 @@ class Fp8Config:
     """bf16, or fp8: its operands then share scales over 128 rows, which depend on the rows that a rank gets."""
     kernels: str = "auto"
     """reference (plain torch: operands are rounded to FP8 and multiplied in bf16, which is exact and gains no time),
-    triton (FP8 tensor cores), or auto: triton on a GPU, reference on a CPU."""
+    triton (FP8 tensor cores), or auto: reference on a CPU; on a GPU triton, and for linear layers torch's scaled_mm
+    where that serves the recipe and equals the reference."""
     first_layers_high: int = 0
     """So many layers at the beginning stay in bf16."""
     last_layers_high: int = 0

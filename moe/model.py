@@ -93,11 +93,11 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
         self.attention = Attention(parts.model, parts.config, groups)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
-        tools = parts.float8.tools if parts.float8 and layer in parts.float8.layers else None
+        float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
                 parts.model,
-                backend=tools or parts.backend,
+                backend=float8.experts if float8 else parts.backend,
                 dtype=parts.config.params_dtype,
                 sequence_parallel=parts.config.sequence_parallel,
                 groups=groups,
@@ -109,8 +109,8 @@ class Block(nn.Module):
             )
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)
-        if tools is not None:
-            use_tools(self, tools)
+        if float8 is not None:
+            use_tools(self, float8.linear)
 
     def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Tensor:
         """attend: cosines and sines of the positions, and the attention masks."""

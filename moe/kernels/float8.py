@@ -1,12 +1,12 @@
 """What precision=fp8 replaces in the model, and with which kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from conf.schema import Fp8Config, ModelConfig
-from moe.kernels.layers import experts_with
+from moe.kernels.layers import experts_with, linear_with
 from moe.kernels.numerics import RECIPES
 from moe.kernels.tools import Reference, Tools
 from parallel.selection import largest_difference
@@ -14,14 +14,15 @@ from parallel.selection import largest_difference
 BF16_CAPABILITY, CAPABILITY = (8, 0), (8, 9)
 """The first generations of GPUs with tensor cores for bf16 and for FP8."""
 
-
 Backend = Callable[..., torch.Tensor]
-"""Of moe.experts.BACKENDS."""
+"""Of moe.experts.BACKENDS, or moe.kernels.layers.linear_with."""
 
 
 @dataclass(frozen=True)
 class Float8:
-    tools: Tools
+    experts: Tools
+    linear: Tools
+    """For the linear layers of attention, dense and shared feed-forward layers."""
     layers: range
     """The layers in FP8, counted from 0 over the whole model."""
 
@@ -32,28 +33,38 @@ def choose_float8(fp8: Fp8Config, model: ModelConfig, device: torch.device) -> t
     Raises:
         ValueError: the kernels that were asked for cannot run here.
     """
-    tools, name, why = _choose_tools(fp8, device)
+    (experts, linear), name, why = _choose_tools(fp8, device)
     layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
     gradient = "" if fp8.weight_gradient == "fp8" else ", weight gradients in bf16"
     which = "every layer" if len(layers) == model.num_layers else f"layers {layers[0]} to {layers[-1]}"
-    return Float8(tools, layers), f"{name}, {fp8.recipe}{gradient}", f"{which}; {why}"
+    return Float8(experts, linear, layers), f"{name}, {fp8.recipe}{gradient}", f"{which}; {why}"
 
 
-def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[Tools, str, str]:
+def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[tuple[Tools, Tools], str, str]:
+    """((of experts, of linear layers), their name, why)."""
     recipe, narrow = RECIPES[fp8.recipe], fp8.weight_gradient == "fp8"
     if fp8.kernels == "reference" or (fp8.kernels == "auto" and device.type == "cpu"):
         why = "asked for" if fp8.kernels == "reference" else "a CPU has no FP8 products"
-        return Reference(recipe, narrow_weight_gradient=narrow), "emulated by rounding operands", why
+        tools = Reference(recipe, narrow_weight_gradient=narrow)
+        return (tools, tools), "emulated by rounding operands", why
     missing = triton_obstacle(device, CAPABILITY)
     if missing:
         raise ValueError(f"precision=fp8 {missing}. Use precision=bf16, or fp8.kernels=reference to emulate FP8")
     from moe.kernels.fused import Float8Tools
+    from moe.kernels.scaled import ScaledTools
 
-    tools, reference = (kind(recipe, narrow_weight_gradient=narrow) for kind in (Float8Tools, Reference))
-    wrong = disagreement(experts_with(tools), experts_with(reference), device)
+    kinds = (Float8Tools, ScaledTools, Reference)
+    triton, scaled, reference = (kind(recipe, narrow_weight_gradient=narrow) for kind in kinds)
+    wrong = disagreement(experts_with(triton), experts_with(reference), device)
     if wrong:
         raise ValueError(f"precision=fp8: Triton's kernels {wrong}. Use precision=bf16, or fp8.kernels=reference")
-    return tools, "Triton", "the GPU has FP8 products, and they equal the reference's on a random batch"
+    why = "the GPU has FP8 products, and they equal the reference's on a random batch"
+    if fp8.kernels == "triton":
+        return (triton, triton), "Triton", f"asked for; {why}"
+    wrong = disagreement(linear_with(scaled), linear_with(reference), device, run=_linear)
+    if wrong:
+        return (triton, triton), "experts and linear layers on Triton", f"{why}; torch's scaled_mm: {wrong}"
+    return (triton, scaled), "experts on Triton, linear layers on torch's scaled_mm", why
 
 
 def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
@@ -72,20 +83,35 @@ def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | 
     return None
 
 
-def disagreement(backend: Backend, reference: Backend, device: torch.device) -> str | None:
-    """How a backend differs from the reference on a random batch: experts of which one has no row and one a single one,
-    output and all gradients. None: by no more than rounding explains."""
+Trial = Callable[[Backend, torch.device], list[torch.Tensor]]
+"""(implementation, device) -> an output and all gradients on a random batch."""
 
-    def run(backend: Backend) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((150, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256))
-        *leaves, grad_RD = (torch.randn(*s, generator=generator).to(device, torch.bfloat16) / 8 for s in shapes)
-        leaves = [t.requires_grad_() for t in leaves]
-        y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
-        return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
 
+def _random(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(*s, generator=generator).to(device, torch.bfloat16) / 8 for s in shapes]
+    return [t.requires_grad_() for t in made]
+
+
+def _experts(backend: Backend, device: torch.device) -> list[torch.Tensor]:
+    """Of which one has no row and one a single one."""
+    *leaves, grad_RD = _random(((150, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256)), device)
+    y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
+    return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
+
+
+def _linear(layer: Backend, device: torch.device) -> list[torch.Tensor]:
+    """Rows and blocks that are no multiples of four, where layouts of scales begin to differ."""
+    *leaves, grad_RN = _random(((150, 384), (256, 384), (150, 256)), device)
+    y_RN = layer(*leaves)
+    return [y_RN.detach(), *torch.autograd.grad(y_RN, leaves, grad_RN)]
+
+
+def disagreement(backend: Backend, reference: Backend, device: torch.device, run: Trial = _experts) -> str | None:
+    """How a backend of the experts, or with run=_linear a linear layer, differs from the reference on a random batch.
+    None: by no more than rounding explains."""
     try:
-        difference = largest_difference(run(backend), run(reference))
+        difference = largest_difference(run(backend, device), run(reference, device))
     except Exception as error:
         return f"failed their trial ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
     return f"differ from the reference by {difference:.0e}" if difference > 1e-2 else None

@@ -56,6 +56,16 @@ class Operand:
     """Scales for blocks of 128 of the inner dimension, not for all of it."""
 
 
+def main_gradient(w: Tensor) -> Tensor | None:
+    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned. Whoever gets one adds to it:
+    Megatron-Core's hook then leaves the returned gradient alone, which only has to exist."""
+    main = getattr(w, "main_grad", None)
+    if main is None or not hasattr(w, "grad_added_to_main_grad"):
+        return None
+    w.grad_added_to_main_grad = True
+    return main
+
+
 def programs(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each multiprocessor."""
     if device.type == "cuda":
@@ -143,19 +153,15 @@ class TritonTools:
         narrow = len(x_RK) > 1
         # FP8 operands come transposed: rows are the inner dimension, and FP8 products read that one contiguously.
         (x, dy) = (x_RK[0].t(), dy_RN[0].t()) if narrow else (x_RK[0], dy_RN[0])
-        main = getattr(w, "main_grad", None)
-        add = main is not None and hasattr(w, "grad_added_to_main_grad")
+        main = main_gradient(w)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
         inner, outer = x.shape[1], dy.shape[1]
         experts = len(groups.counts)
         products.grouped_weight_gradient[(programs(x.device),)](
-            x, dy, main if add else dw, x_RK[-1], dy_RN[-1], groups.padded_starts if narrow else groups.starts,
+            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1], groups.padded_starts if narrow else groups.starts,
             experts, inner, outer, *x.stride(), *dy.stride(),
-            FP8=narrow, ADD=add, BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3,
+            FP8=narrow, ADD=main is not None, BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3,
         )  # fmt: skip
-        if add:
-            # Megatron-Core's hook then leaves the returned gradient alone, which only has to exist.
-            w.grad_added_to_main_grad = True
         return dw
 
 

@@ -130,6 +130,11 @@ class LinearFunction(torch.autograd.Function):
         return reduce_scatter(dx_SBK, group) if ctx.gather else dx_SBK, dw_NK, None, None, None, None
 
 
+def linear_with(tools: Tools) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x [..., K], w [N, K]) -> x @ w.T [..., N], on one rank."""
+    return lambda x, w: LinearFunction.apply(x, w, tools, False, False, None)
+
+
 def use_tools(module: nn.Module, tools: Tools) -> None:
     """Gives the products of every tensor-parallel linear layer inside `module` to the tools."""
     for layer in module.modules():

@@ -21,8 +21,9 @@ MODEL = ModelConfig(num_layers=6)
 
 def test_a_cpu_emulates_and_says_so() -> None:
     chosen, name, why = choose_float8(Fp8Config(weight_gradient="fp8", recipe="rowwise"), MODEL, CPU)
-    assert isinstance(chosen.tools, Reference) and chosen.tools.narrow_weight_gradient
-    assert chosen.tools.recipe == RECIPES["rowwise"] and list(chosen.layers) == [*range(6)]
+    assert chosen.experts is chosen.linear and list(chosen.layers) == [*range(6)]
+    assert isinstance(chosen.linear, Reference) and chosen.linear.narrow_weight_gradient
+    assert chosen.linear.recipe == RECIPES["rowwise"]
     assert name == "emulated by rounding operands, rowwise" and why == "every layer; a CPU has no FP8 products"
 
 
@@ -33,21 +34,22 @@ def test_first_and_last_layers_stay_high() -> None:
 
 
 def test_only_the_layers_named_compute_in_fp8(runtime) -> None:
-    """Attention and experts of layer 1; router, norms and head of none."""
+    """Attention and experts of layer 1, each with their own tools; router, norms and head of none."""
     from moe.kernels.float8 import Float8
     from tests.moe import helpers
 
-    used: list[int] = []
+    used: list[tuple[Reference, int]] = []
 
     class Recording(Reference):
         def weight(self, w_LKN):
-            used.append(w_LKN.numel())
+            used.append((self, w_LKN.numel()))
             return super().weight(w_LKN)
 
     model = tiny(MoeConfig(num_experts=4), num_layers=3)
     parts = helpers.parts_of(model, runtime)
+    float8 = Float8(Recording(), Recording(), range(1, 2))
     stage = type(whole_model(model, runtime))(
-        type(parts)(parts.model, parts.config, runtime, parts.backend, 1, float8=Float8(Recording(), range(1, 2))),
+        type(parts)(parts.model, parts.config, runtime, parts.backend, 1, float8=float8),
         chunk=0,
         sequence_length=16,
         document_mask=False,
@@ -55,8 +57,10 @@ def test_only_the_layers_named_compute_in_fp8(runtime) -> None:
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     stage(tokens, torch.arange(4)[None], tokens)
     layer = stage.layers["1"]
-    products = [layer.attention.qkv.weight, layer.attention.out.weight, layer.ffn.experts.w_in, layer.ffn.experts.w_out]
-    assert used == [w.numel() for w in products]
+    linear = [layer.attention.qkv.weight, layer.attention.out.weight]
+    expected = [(float8.linear, w) for w in linear]
+    expected += [(float8.experts, w) for w in (layer.ffn.experts.w_in, layer.ffn.experts.w_out)]
+    assert used == [(tools, w.numel()) for tools, w in expected]
 
 
 class Wrong(Reference):

@@ -1,0 +1,31 @@
+"""FP8 linear layers on the GPU's own scaled matrix product."""
+
+import pytest
+import torch
+
+from conf.schema import Fp8Config, ModelConfig
+from moe.kernels.numerics import RECIPES
+from tests.moe.kernels.test_scaled import SHAPES, assert_equal_to_the_reference
+
+HERE = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(HERE < (8, 9), reason="there is no CUDA device with FP8 products")]
+SERVED = [name for name in RECIPES if name != "blockwise" or HERE[0] == 9]
+"""By torch 2.13 on this GPU."""
+
+
+@pytest.mark.parametrize("size", [*SHAPES, (4096, 2048, 5632)], ids=str)
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("recipe", SERVED)
+def test_linear_layers_equal_the_reference(recipe: str, narrow: bool, size: tuple[int, ...]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
+    assert_equal_to_the_reference(recipe, narrow, size, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_choice_is_what_the_gpu_serves(recipe: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
+    from moe.kernels.float8 import choose_float8
+    from moe.kernels.scaled import ScaledTools
+
+    chosen, _, why = choose_float8(Fp8Config(recipe=recipe), ModelConfig(num_layers=2), torch.device("cuda"))
+    assert (type(chosen.linear) is ScaledTools) == (recipe in SERVED), why
