@@ -33,6 +33,13 @@ def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[slice, list[tupl
         yield slice(first, len(counts)), [(slice(start, start + rows), list(counts[first:]))]
 
 
+def piece_of(weight: Tensor, experts: slice) -> Tensor:
+    """These experts' part of a weight, which knows what it is a part of."""
+    piece = weight.detach()[experts]
+    piece.part_of = (weight, experts)
+    return piece
+
+
 class InPieces(torch.autograd.Function):
     """`run` on a piece at a time. Only x is kept for the backward pass, which runs each piece again, so that no more
     than `limit` rows of hidden width are ever there."""
@@ -40,10 +47,12 @@ class InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Run, limit: int, counts: Sequence[int], x_RD: Tensor, *weights: Tensor) -> Tensor:
         ctx.run, ctx.limit, ctx.counts = run, limit, counts
-        ctx.save_for_backward(x_RD, *weights)
+        # The weights themselves, not what autograd would give back of them: tools keep things on a parameter.
+        ctx.weights = weights
+        ctx.save_for_backward(x_RD)
         y_RD = torch.empty_like(x_RD)
         for experts, parts in pieces(counts, limit):
-            mine = [w[experts] for w in weights]
+            mine = [piece_of(w, experts) for w in weights]
             for rows, of_each in parts:
                 y_RD[rows] = run(rows, x_RD[rows], of_each, *mine)
         return y_RD
@@ -51,11 +60,11 @@ class InPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, *weights = ctx.saved_tensors
+        (x_RD,), weights = ctx.saved_tensors, ctx.weights
         dx_RD, *dweights = (torch.empty_like(t) for t in (x_RD, *weights))
         for experts, parts in pieces(ctx.counts, ctx.limit):
             sums: list[Tensor] = []
-            mine = [w[experts].detach().requires_grad_() for w in weights]
+            mine = [piece_of(w, experts).requires_grad_() for w in weights]
             for rows, of_each in parts:
                 x = x_RD[rows].detach().requires_grad_()
                 with torch.enable_grad():

@@ -55,6 +55,10 @@ class Operand:
     blocks: bool = True
     """Scales for blocks of 128 of the inner dimension, not for all of it."""
 
+    def __getitem__(self, experts: slice) -> "Operand":
+        """Some of the experts of a weight."""
+        return Operand(self.values[experts], None if self.scale is None else self.scale[experts], self.blocks)
+
 
 def main_gradient(w: Tensor) -> Tensor | None:
     """Where the gradient of a weight is to be added, in fp32; None: it is to be returned. Whoever gets one adds to it:

@@ -42,8 +42,10 @@ def forget_weights(module: nn.Module) -> None:
         parameter.__dict__.pop("kept_weight", None)
 
 
-def _expert_weights(tools: Tools, w_in_LDGF: Tensor, w_out_LFD: Tensor) -> tuple[Weight, Weight]:
-    return kept_weight(tools, w_in_LDGF.flatten(2), w_in_LDGF), kept_weight(tools, w_out_LFD, w_out_LFD)
+def _expert_weight(tools: Tools, w: Tensor) -> Weight:
+    """Of w_in [L, D, G, F] or w_out [L, F, D], or of some experts' piece of it: kept for all experts at once."""
+    whole, experts = getattr(w, "part_of", (w, slice(None)))
+    return kept_weight(tools, whole.flatten(2), whole)[experts]
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -64,7 +66,7 @@ class ExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         counts = list(counts)
         groups = tools.groups(counts, x_RD.device)
-        w_in, w_out = _expert_weights(tools, w_in_LDGF, w_out_LFD)
+        w_in, w_out = _expert_weight(tools, w_in_LDGF), _expert_weight(tools, w_out_LFD)
         h_RN = tools.product(tools.rows(x_RD), w_in.forward, groups, x_RD.dtype)
         h_RGF = h_RN.unflatten(1, w_in_LDGF.shape[2:])
         if b_in_LGF is not None:
@@ -82,7 +84,7 @@ class ExpertsFunction(torch.autograd.Function):
     def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         (h_RGF, keep_RF, *x_columns), tools, groups = ctx.saved_tensors, ctx.tools, ctx.groups
         w_in_LDGF, w_out_LFD = ctx.weights
-        w_in, w_out = _expert_weights(tools, w_in_LDGF, w_out_LFD)
+        w_in, w_out = _expert_weight(tools, w_in_LDGF), _expert_weight(tools, w_out_LFD)
         da_RF = tools.product(tools.rows(dy_RD), w_out.back, groups, dy_RD.dtype)
         a_RF, dh_RN, dh_rows = tools.activate_back(h_RGF, da_RF, ctx.activation, keep_RF)
         dx_RD = tools.product(dh_rows, w_in.back, groups, dy_RD.dtype)

@@ -25,6 +25,9 @@ class Weight:
     back: Any
     """For dy [R, N] @ w.T [N, K]."""
 
+    def __getitem__(self, experts: slice) -> "Weight":
+        return Weight(self.forward[experts], self.back[experts])
+
 
 class Tools(Protocol):
     """The steps of an expert's layer. Operands are whatever one tool gives and the next one takes."""

@@ -10,6 +10,9 @@ from conf.schema import MoeConfig
 from moe.chunks import pieces
 from moe.experts import Experts
 from moe.init import initialise
+from moe.kernels.layers import forget_weights
+from moe.kernels.numerics import RECIPES
+from moe.kernels.tools import Reference, Weight
 from parallel.runtime import Runtime
 from tests.moe.helpers import EVERY_BACKEND, assert_close, random, sparse_layer, tiny
 
@@ -55,6 +58,41 @@ def test_answers_and_gradients_are_those_of_all_rows_at_once(counts: list[int], 
         assert chunked.shape == whole.shape
         if whole.numel():
             assert_close(chunked, whole.detach().cpu().double())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_are_rounded_once_for_all_pieces_of_a_step(recipe: str, runtime: Runtime) -> None:
+    """Three pieces or more in each of two micro-batches, forward and backward; one expert's own among them. What comes
+    out is what all rows at once give."""
+    rounded: list[torch.Size] = []
+
+    class Counting(Reference):
+        def weight(self, w_LKN: torch.Tensor) -> Weight:
+            rounded.append(w_LKN.shape)
+            return super().weight(w_LKN)
+
+    results = []
+    for limit in (None, 20):
+        tools = Counting(RECIPES[recipe])
+        model = tiny(MoeConfig(num_experts=4, expert_chunk_rows=limit), hidden_size=160, ffn_hidden_size=136)
+        experts = Experts(model, backend=tools, dtype=torch.float32, groups=runtime.groups)
+        initialise(experts.to(runtime.device), seed=1)
+        rounded.clear()
+        told = []
+        for seed, counts in enumerate([[3, 0, 130, 1], [9, 12, 20, 3]]):
+            x_RD = random(sum(counts), 160, seed=seed).to(runtime.device).requires_grad_()
+            y_RD = experts(x_RD, counts)
+            y_RD.sum().backward()
+            told += [y_RD.detach(), x_RD.grad]
+        results.append([*told, *(p.grad for p in experts.parameters())])
+        wanted = [experts.w_in.flatten(2).shape, experts.w_out.shape]
+        assert rounded == wanted
+        forget_weights(experts)
+        experts(x_RD, counts)
+        assert rounded == 2 * wanted
+    if recipe != "tensorwise":  # which scales the rows of a piece together
+        for whole, chunked in zip(*results, strict=True):
+            assert_close(chunked, whole.cpu().double())
 
 
 def test_memory_of_the_hidden_width_is_bounded_when_one_expert_gets_half_of_all(runtime: Runtime) -> None:

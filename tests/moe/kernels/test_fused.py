@@ -77,6 +77,16 @@ def test_weight_gradients_add_to_the_main_gradient(kind: str, device: torch.devi
     assert (w.main_grad[1] == 0.125).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_experts_of_a_weight_are_their_weight(kind: str, device: torch.device) -> None:
+    mine, _ = tools_of(kind)
+    w_LKN, some = random(5, 160, 136).bfloat16().to(device), slice(1, 3)
+    part, alone = mine.weight(w_LKN)[some], mine.weight(w_LKN[some])
+    for got, wanted in ((part.forward, alone.forward), (part.back, alone.back)):
+        assert torch.equal(got.values.float(), wanted.values.float()) and got.blocks == wanted.blocks
+        assert (got.scale is None) == (kind == "bf16") and (got.scale is None or torch.equal(got.scale, wanted.scale))
+
+
 def extremes(device: torch.device) -> Tensor:
     """[40, 300] of magnitudes from 1e-30 to 1e30, with zeros."""
     x = random(40, 300) * 10.0 ** torch.linspace(-30, 30, 40)[:, None].roll(7, 0)
