@@ -1,7 +1,9 @@
 """What a run would be, before it is one: its table on a login node, and the memory that it should take."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 
+from conf.fp8_rules import FP8_BLOCK
 from conf.schema import ClusterConfig, Config, ModelConfig
 from parallel.layout import Layout
 from training.plan import model_cost
@@ -16,16 +18,22 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
+    fp8_weights: float = 0.0
+    """The weights of the FP8 layers once more, rounded for products in both directions."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.fp8_weights
 
 
 def memory_per_rank(config: Config, layout: Layout, *, bf16: bool) -> Memory:
     """Of the pipeline stage that needs most. A parameter has its weight, an fp32 gradient and, cut over the
     data-parallel ranks, Adam's two moments; with bf16 an fp32 master copy as well."""
     return max((_stage_memory(config, layout, stage, bf16=bf16) for stage in range(layout.pp)), key=lambda m: m.total)
+
+
+Matrix = tuple[float, float, float]
+"""(how many, inner dimension of the forward product, outer dimension)."""
 
 
 def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> Memory:
@@ -49,13 +57,37 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> 
         gradients=4.0 * (spread + experts),
         optimizer=moments * (spread / (layout.dp * layout.cp) + experts / layout.edp),
         activations=tokens * (in_flight * value * _kept_per_token(model, layout, sparse, dense) + is_last * head),
+        fp8_weights=_fp8_weights(config, layout, stage) if config.precision == "fp8" else 0.0,
     )
 
 
-def _layers_of(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    """Sparse and dense layers of a pipeline stage."""
+def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
+    """Bytes that moe.kernels.layers.kept_weight keeps from one optimizer step to the next."""
+    model, fp8 = config.model, config.fp8
+    layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
+    matrices = list(chain(*_matrices(model, layout, *_layers_of(model, layout, stage, within=layers))))
+    values = sum(n * inner * outer for n, inner, outer in matrices)
+    if fp8.kernels == "reference" or (fp8.kernels == "auto" and not config.cluster.gpus):
+        # Emulated: bf16 numbers, which serve both directions where both round alike.
+        return 2 * values * (2 if fp8.recipe == "rowwise" else 1)
+    scales = {
+        "blockwise": values / FP8_BLOCK**2,
+        "rowwise": sum(n * (inner + outer) for n, inner, outer in matrices),
+        "tensorwise": 0,
+    }
+    # A byte in each of two layouts, since FP8 products read both operands along the inner dimension; fp32 scales.
+    return 2 * values + 4 * scales[fp8.recipe]
+
+
+def _layers_of(model: ModelConfig, layout: Layout, stage: int, within: range | None = None) -> tuple[int, int]:
+    """Sparse and dense layers of a pipeline stage.
+
+    Args:
+        within: count only these; None: all.
+    """
     chunks = range(stage, layout.pp * layout.vpp, layout.pp)
     layers = [layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)]
+    layers = layers if within is None else [layer for layer in layers if layer in within]
     every = model.moe.every if model.moe.num_experts else 0
     sparse = sum(1 for layer in layers if every and layer % every == every - 1)
     return sparse, len(layers) - sparse
@@ -65,15 +97,23 @@ def _parameters(
     model: ModelConfig, layout: Layout, sparse: int, dense: int, *, is_first: bool, is_last: bool
 ) -> tuple[float, float]:
     """Of one rank: those that are spread over the tensor-parallel ranks or copied, and those of experts."""
-    d, f, moe, gates = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model)
-    ffn = d * f * (gates + 1)
+    d, moe = model.hidden_size, model.moe
+    spread, experts = (sum(n * k * m for n, k, m in part) for part in _matrices(model, layout, sparse, dense))
     tables = 1 if model.tie_embeddings and layout.pp == 1 else is_first + is_last
-    cut = (sparse + dense) * (d * (d + _keys_and_values(model)) + d * d) + tables * model.vocab_size * d
-    cut += (dense + sparse * moe.num_shared_experts) * ffn
     copied = (sparse + dense) * 2 * d + sparse * d * moe.num_experts + is_last * d
-    biases = gates * f + d if moe.expert_bias else 0
-    experts = sparse * moe.num_experts * (ffn + biases) / (layout.ep * layout.etp)
-    return cut / layout.tp + copied, experts
+    biases = _gates(model) * model.ffn_hidden_size + d if moe.expert_bias else 0
+    experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
+    return spread + tables * model.vocab_size * d / layout.tp + copied, experts
+
+
+def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
+    """One rank's weights of the linear layers in attention and feed-forward layers, and of experts."""
+    d, f, moe, gates, layers = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model), sparse + dense
+    linear = [(layers, d, (d + _keys_and_values(model)) / layout.tp), (layers, d / layout.tp, d)]
+    for count, width in ((dense, f / layout.tp), (sparse, moe.num_shared_experts * f / layout.tp)):
+        linear += [(gates * count, d, width), (count, width, d)]
+    count, width = sparse * moe.num_experts / layout.ep, f / layout.etp
+    return linear, [(count, d, gates * width), (count, width, d)]
 
 
 def _kept_per_token(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> float:
@@ -143,7 +183,7 @@ def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tupl
 
 def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:
     """The estimate as a row of the start table."""
-    parts = {name: getattr(memory, name) / 1e9 for name in ("weights", "gradients", "optimizer", "activations")}
+    parts = {name.replace("_", " "): size / 1e9 for name, size in asdict(memory).items() if size}
     have = f" of {cluster.memory_gb:g} GB" if cluster.memory_gb else ""
     have += f" ({cluster.name})" if cluster.name else ""
     split = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())

@@ -72,6 +72,18 @@ def whole_model(
     return Stage(parts, chunk=0, sequence_length=sequence_length, document_mask=document_mask)
 
 
+def kept_bytes(module: nn.Module) -> int:
+    """Of the weights in FP8 that lie beside the parameters, whatever their tools keep; views count once."""
+    sides = []
+    for parameter in module.parameters():
+        if "kept_weight" in vars(parameter):
+            weight = parameter.kept_weight.weight
+            sides += [weight.forward, weight.back]
+    tensors = [t for side in sides for t in ([side] if isinstance(side, Tensor) else vars(side).values())]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

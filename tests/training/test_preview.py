@@ -8,13 +8,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import ClusterConfig, Config, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
+from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
 from parallel.layout import Layout
 from parallel.simulate import RankPool
 from parallel.world import World
-from training.preview import Memory, memory_per_rank, preview
+from tests.moe.helpers import kept_bytes
+from training.preview import Memory, _fp8_weights, memory_per_rank, preview
 
-KEPT = ("weights", "gradients", "optimizer", "activations")
+KEPT = ("weights", "gradients", "optimizer", "fp8_weights")
 
 
 def config(precision: str, moe: dict[str, Any] | None = None, **model: Any) -> Config:
@@ -79,6 +80,7 @@ def held(world: World, settings: Config) -> Memory:
     with live:
         engine.forward_backward([batch], step=1)
     stage.forward = forward
+    fp8_weights = sum(map(kept_bytes, engine.modules))
     engine.forward_backward([batch] * micro_batches, step=1)
     engine.update(1e-3, loss=1.0)
     buffers = [b for chunk in engine.chunks for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]
@@ -90,7 +92,8 @@ def held(world: World, settings: Config) -> Memory:
         weights=sum(map(_bytes, parameters)),
         gradients=sum(_bytes(b.grad_data) for b in buffers),
         optimizer=optimizer,
-        activations=live.kept,
+        activations=live.kept - fp8_weights,
+        fp8_weights=fp8_weights,
     )
     sessions.stop()
     noise.undo()
@@ -118,9 +121,22 @@ def test_one_rank_holds_what_is_estimated(
     settings = config(precision, moe, **model)
     found = ranks.run(1, held, settings, timeout=60)[0]
     estimate = memory_per_rank(settings, Layout(1), bf16=precision == "bf16")
-    for part in KEPT[:3]:
+    for part in KEPT:
         assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
     assert 0.75 < estimate.activations / found.activations < 1.33
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
+def test_weights_are_held_in_fp8_as_well(recipe: str, ranks: RankPool) -> None:
+    """Of three layers in four: the second pipeline stage has one of them, the first two."""
+    settings = config("fp8", {"num_shared_experts": 1}, num_query_groups=2)
+    fp8, parallel = Fp8Config(recipe=recipe, last_layers_high=1), ParallelConfig(pp=2, ep=2)
+    settings = replace(settings, fp8=fp8, parallel=parallel)
+    found = [m.fp8_weights for m in ranks.run(4, held, settings, timeout=120)]
+    layout = Layout.of(parallel, 4)
+    estimate = [_fp8_weights(settings, layout, stage) for stage in range(2)]
+    assert sorted(set(found)) == sorted(estimate) and len(set(found)) == 2
+    assert memory_per_rank(settings, layout, bf16=True).fp8_weights in estimate
 
 
 @pytest.mark.parametrize("degrees", [{"tp": 2, "ep": 2}, {"pp": 2, "etp": 2}])
@@ -128,7 +144,7 @@ def test_the_fullest_rank_of_a_layout_holds_what_is_estimated(degrees: dict[str,
     settings = replace(config("bf16"), parallel=ParallelConfig(**degrees))
     found = ranks.run(4, held, settings, timeout=120)
     estimate = memory_per_rank(settings, Layout.of(settings.parallel, 4), bf16=True)
-    for part in KEPT[:3]:
+    for part in KEPT:
         # Gradient buckets and optimizer shards are cut at round numbers.
         assert getattr(estimate, part) == pytest.approx(max(getattr(m, part) for m in found), rel=0.05), part
 
