@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.numerics import RECIPES
+from moe.kernels.tools import Tools
 
 SHAPES = ((8, 2048, 4096, 4096), (64, 256, 2048, 2048))
 """(experts, rows of each, K, N)."""
@@ -36,7 +37,7 @@ def median_seconds(contest: Contest, repetitions: int) -> dict[str, float | None
                 end.record()
                 torch.cuda.synchronize()
             except Exception as error:
-                if name not in CONTENDERS_THAT_MAY_FAIL:
+                if not name.startswith(MAY_FAIL):
                     raise
                 failed[name] = str(error)
                 continue
@@ -45,7 +46,7 @@ def median_seconds(contest: Contest, repetitions: int) -> dict[str, float | None
     return {name: statistics.median(times) if times else None for name, times in seconds.items()}
 
 
-CONTENDERS_THAT_MAY_FAIL = ("torch scaled_grouped_mm, rowwise", "torch scaled_mm dense, rowwise")
+MAY_FAIL = ("torch scaled_grouped_mm", "linear layer, torch scaled_mm")
 """torch's FP8 products, which not every GPU and version has."""
 
 
@@ -63,16 +64,19 @@ def products(experts: int, rows: int, inner: int, outer: int, device: torch.devi
     }
     kinds = {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
     for kind, tools in kinds.items():
-        groups, weight = tools.groups(counts, device), tools.weight(w_LKN)
-        x, dy = tools.rows(x_RK), tools.rows(dy_RN)
-        columns = tools.columns(x_RK, groups), tools.columns(dy_RN, groups)
-        calls: Contest = {
-            "forward": lambda t=tools, x=x, w=weight, g=groups: t.product(x, w.forward, g, torch.bfloat16),
-            "input gradient": lambda t=tools, dy=dy, w=weight, g=groups: t.product(dy, w.back, g, torch.bfloat16),
-            "weight gradient": lambda t=tools, c=columns, g=groups: t.weight_gradient(*c, g, w_LKN),
-        }
-        contest |= {f"{kind} {name}": call for name, call in calls.items()}
+        contest |= _three_products(kind, tools, counts, x_RK, dy_RN, w_LKN)
     return contest | _torch_fp8(x_RK, w_LKN, ends)
+
+
+def _three_products(kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy_RN: Tensor, w_LKN: Tensor) -> Contest:
+    groups, weight = tools.groups(counts, x_RK.device), tools.weight(w_LKN)
+    x, dy = tools.rows(x_RK), tools.rows(dy_RN)
+    columns = tools.columns(x_RK, groups), tools.columns(dy_RN, groups)
+    return {
+        f"{kind} forward": lambda: tools.product(x, weight.forward, groups, torch.bfloat16),
+        f"{kind} input gradient": lambda: tools.product(dy, weight.back, groups, torch.bfloat16),
+        f"{kind} weight gradient": lambda: tools.weight_gradient(*columns, groups, w_LKN),
+    }
 
 
 def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
@@ -80,12 +84,24 @@ def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
 
     x, w = x_RK.to(torch.float8_e4m3fn), w_LKN.transpose(1, 2).contiguous().to(torch.float8_e4m3fn).transpose(1, 2)
     x_scale, w_scale = x_RK.new_ones(len(x), dtype=torch.float32), w_LKN.new_ones(w.shape[::2], dtype=torch.float32)
-    row, bf16 = ScalingType.RowWise, {"output_dtype": torch.bfloat16}
-    grouped, dense = CONTENDERS_THAT_MAY_FAIL
+    row, options = ScalingType.RowWise, {"offs": ends, "output_dtype": torch.bfloat16}
     return {
-        grouped: lambda: F.scaled_grouped_mm(x, w, x_scale, row, w_scale, row, offs=ends, **bf16),
-        dense: lambda: F.scaled_mm(x, w[0], x_scale[:, None], row, w_scale[0][None], row, **bf16),
+        "torch scaled_grouped_mm, rowwise": lambda: F.scaled_grouped_mm(x, w, x_scale, row, w_scale, row, **options)
     }
+
+
+def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Contest:
+    """The three products of a blockwise FP8 linear layer, on our kernels and on torch's."""
+    from moe.kernels.fused import Float8Tools
+    from moe.kernels.scaled import ScaledTools
+
+    x_RK, dy_RN = (torch.randn(rows, n, device=device).bfloat16() for n in (inner, outer))
+    w_LKN = torch.randn(1, inner, outer, device=device).bfloat16() * inner**-0.5
+    contest: Contest = {"dense": lambda: x_RK @ w_LKN[0]}
+    for name, kind in {"Triton": Float8Tools, "torch scaled_mm": ScaledTools}.items():
+        tools = kind(RECIPES["blockwise"], narrow_weight_gradient=True)
+        contest |= _three_products(f"linear layer, {name},", tools, [rows], x_RK, dy_RN, w_LKN)
+    return contest
 
 
 def rounding(total: int, inner: int, device: torch.device) -> Contest:
@@ -139,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     for shape in SHAPES:
         parts = (
             products(*shape, device),
+            linear_layers(shape[0] * shape[1], *shape[2:], device),
             rounding(shape[0] * shape[1], shape[2], device),
             experts_contest(*shape, device),
         )

@@ -20,6 +20,7 @@ from benchmarks.moe_layer import summary as layer_summary
 from benchmarks.train_step import summary as step_summary
 from conf.schema import MoeConfig
 from tests.moe.helpers import random, sparse_layer, tiny
+from tests.moe.kernels.scaled_mm import OnGPU
 
 TOY = {
     "moe_layer": ["--tokens=16", "--hidden=16", "--width=8", "--chunk-rows=4", "--experts", "2", "4"],
@@ -149,15 +150,21 @@ def test_kernel_benchmark_needs_a_gpu_and_says_so(capsys: pytest.CaptureFixture[
         kernels.main([])
 
 
-def test_kernel_benchmark_calls_what_it_names() -> None:
-    """At a toy size, in Triton's interpreter where there is no GPU; torch's own FP8 products are left to GPUs."""
+def test_kernel_benchmark_calls_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a toy size, in Triton's interpreter where there is no GPU, and with a stand-in for torch's scaled_mm. Its
+    scaled_grouped_mm is left to GPUs."""
     pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    contests = (kernels.products(2, 8, 64, 48, device), kernels.rounding(16, 64, device))
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", OnGPU())
+    contests = (
+        kernels.linear_layers(16, 128, 128, device),
+        kernels.products(2, 8, 64, 48, device),
+        kernels.rounding(16, 64, device),
+    )
     contests += (kernels.experts_contest(2, 8, 64, 48, device),)
     for contest in contests:
         for name, call in contest.items():
-            if name not in kernels.CONTENDERS_THAT_MAY_FAIL:
+            if name != "torch scaled_grouped_mm, rowwise":
                 call()
     assert kernels.ratios({"a": 1.0, "b": 0.5, "c": None}) == {"a": 1.0, "b": 2.0, "c": None}
 

@@ -72,7 +72,7 @@ def whole_model(
     return Stage(parts, chunk=0, sequence_length=sequence_length, document_mask=document_mask)
 
 
-def kept_bytes(module: nn.Module) -> int:
+def fp8_weight_bytes(module: nn.Module) -> int:
     """Of the weights in FP8 that lie beside the parameters, whatever their tools keep; views count once."""
     sides = []
     for parameter in module.parameters():

@@ -12,7 +12,7 @@ from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig
 from parallel.layout import Layout
 from parallel.simulate import RankPool
 from parallel.world import World
-from tests.moe.helpers import kept_bytes
+from tests.moe.helpers import fp8_weight_bytes
 from training.preview import Memory, _fp8_weights, memory_per_rank, preview
 
 KEPT = ("weights", "gradients", "optimizer", "fp8_weights")
@@ -80,7 +80,7 @@ def held(world: World, settings: Config) -> Memory:
     with live:
         engine.forward_backward([batch], step=1)
     stage.forward = forward
-    fp8_weights = sum(map(kept_bytes, engine.modules))
+    fp8_weights = sum(map(fp8_weight_bytes, engine.modules))
     engine.forward_backward([batch] * micro_batches, step=1)
     engine.update(1e-3, loss=1.0)
     buffers = [b for chunk in engine.chunks for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]

@@ -36,4 +36,4 @@ def test_kept_weights_are_counted(
     stage(tokens, torch.arange(8, device=runtime.device)[None], tokens)
     counted = memory_per_rank(settings, Layout(1), bf16=True).fp8_weights
     # A few scales more: torch wants them in fours.
-    assert counted == pytest.approx(helpers.kept_bytes(stage), rel=1e-3)
+    assert counted == pytest.approx(helpers.fp8_weight_bytes(stage), rel=1e-3)
