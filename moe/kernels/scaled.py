@@ -25,7 +25,8 @@ KINDS: dict[Block, ScalingType] = {
 """torch's names. It counts a block of the right operand along that one's inner dimension first."""
 
 ALIGNED = 4
-"""fp32 scales in 16 bytes: cuBLASLt expects a new column of them at a multiple of these."""
+"""fp32 scales in 16 bytes. cuBLASLt expects the columns of 128 x 128 scales to begin at a multiple of these; of 1 x
+128 torch does not say so, and we keep to it."""
 
 
 class ScaledTools(Float8Tools):

@@ -51,6 +51,7 @@ class OnGPU:
         if S.BlockWise1x128 in kinds or S.BlockWise128x128 in kinds:
             if self.capability[0] != 9:
                 raise NotImplementedError("DeepSeek style (1x128, 128x128) scaling only supported in CUDA for SM90")
+            # Neither does torch ask for: a precaution of ours (moe.kernels.scaled.ALIGNED).
             assert m % 4 == 0 and (S.BlockWise1x128 not in kinds[1:] or n % 4 == 0), "scales start at 16 bytes"
         left = self.spread(scale_a, scale_recipe_a, (m, k))
         if scale_recipe_b is S.RowWise:
