@@ -56,7 +56,10 @@ def assert_equal_to_the_reference(recipe: str, narrow: bool, size: tuple[int, ..
 def test_torch_multiplies_what_the_reference_multiplies(
     recipe: str, narrow: bool, size: tuple[int, ...], device: torch.device
 ) -> None:
-    assert_equal_to_the_reference(recipe, narrow, size, device)
+    try:
+        assert_equal_to_the_reference(recipe, narrow, size, device)
+    except NotImplementedError:  # torch 2.11 has the function, but none of its kernels for a CPU
+        pytest.skip(f"torch {torch.__version__} has no scaled_mm on {device.type}")
 
 
 @pytest.mark.parametrize("size", SHAPES, ids=str)
