@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conf.schema import Fp8Config, ModelConfig
 from moe.kernels import float8
-from moe.kernels.layers import LinearFunction
+from moe.kernels.layers import linear_with
 from moe.kernels.numerics import RECIPES
 from moe.kernels.tools import Reference
 from tests.moe.helpers import random
@@ -34,7 +34,7 @@ def gpu_product(monkeypatch: pytest.MonkeyPatch) -> OnGPU:
 def linear(tools: Any, x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
     """y and the gradients of x [R, K] and w [N, K]."""
     x, w = (t.detach().requires_grad_() for t in (x, w))
-    y = LinearFunction.apply(x, w, tools, False, False, None)
+    y = linear_with(tools)(x, w)
     return [y.detach(), *torch.autograd.grad(y, (x, w), dy)]
 
 
@@ -92,7 +92,7 @@ def test_weight_gradients_add_to_the_main_gradient(recipe: str, device: torch.de
     once = linear(reference, x_RK.float(), w_NK.float(), dy_RN.float())[2]
     w_NK.main_grad, w_NK.grad_added_to_main_grad = torch.full(w_NK.shape, 0.125, device=device), False
     for _ in range(2):
-        y_RN = LinearFunction.apply(x_RK, w_NK, tools, False, False, None)
+        y_RN = linear_with(tools)(x_RK, w_NK)
         assert torch.autograd.grad(y_RN, w_NK, dy_RN)[0].shape == w_NK.shape
     assert w_NK.grad_added_to_main_grad
     assert_near(w_NK.main_grad - 0.125, 2 * once, bar=1e-5)
