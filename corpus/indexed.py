@@ -2,10 +2,13 @@
 their lengths. Written by Megatron-Core's own builder; read and checked here without importing it, since a damaged file
 must be found on a login node and at once."""
 
+import contextlib
+import logging
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +108,21 @@ def extreme_ids(prefix: str) -> tuple[int, int]:
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
 
 
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """While Megatron-Core is imported: it warns about packages that have nothing to do with data, and torch, when it is
+    asked for its compiler, about a CUDA toolkit without a GPU, which is what a login node has."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class TokenWriter:
     """Writes documents to a .bin/.idx pair: texts are collected and encoded many at a time, on all cores."""
 
@@ -114,8 +132,7 @@ class TokenWriter:
             measure: count the bytes of the text, and those of its `gzip -9`.
         """
         assert tokenizer.eod_id is not None
-        with warnings.catch_warnings():  # Megatron-Core warns about packages that have nothing to do with token files
-            warnings.simplefilter("ignore")
+        with quiet_import():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self._prefix = prefix

@@ -9,7 +9,6 @@ tokens after an epoch's last whole sample, less than S, are left out of that epo
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -18,11 +17,10 @@ import numpy as np
 import torch
 
 from corpus.cache import Cache
-from corpus.indexed import read_index, token_range
+from corpus.indexed import quiet_import, read_index, token_range
 from corpus.prepare import Prepared, Source
 
-with warnings.catch_warnings():  # Megatron-Core warns about packages that have nothing to do with data
-    warnings.simplefilter("ignore")
+with quiet_import():
     from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset

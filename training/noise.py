@@ -26,6 +26,11 @@ class NoiseRedirection:
         root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         logging.captureWarnings(True)
         self._undo.callback(logging.captureWarnings, False)
+        # What torch says while it is imported goes to a handler of its own and so to the screen; that is this alone: of
+        # a CUDA toolkit without a GPU, which is what a login node has.
+        compiler = logging.getLogger("torch.utils.cpp_extension")
+        self._undo.callback(compiler.setLevel, compiler.level)
+        compiler.setLevel(logging.ERROR)
         # C++ warnings of torch bypass Python and share standard error with its fatal errors, which must stay visible.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self._take_c_output()

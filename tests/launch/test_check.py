@@ -47,6 +47,24 @@ def test_it_says_what_the_run_would_be_and_leaves_nothing(corpus: Path) -> None:
     assert not (corpus.parent / "run").exists()
 
 
+PLAYED = """
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+torch.cuda._is_compiled = lambda: sys._getframe(1).f_globals["__name__"] == "torch.utils.cpp_extension"
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["launch.check", "launch.train"])
+def test_a_cuda_toolkit_without_a_gpu_is_no_news(tmp_path: Path, module: str) -> None:
+    """As on a login node. torch's CUDA build, which this plays, warns of it while Megatron-Core is imported: by the
+    check when there are tokens to write, by a run when there is no log yet."""
+    overrides = command_line(write_corpus(tmp_path), tmp_path / "run", "train.steps=1")[3:]
+    command, env = [sys.executable, "-c", PLAYED, module, *overrides], {**os.environ, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "env", "ranks"),
     [
