@@ -22,9 +22,8 @@ from moe.dispatch import (
     Dispatcher,
     by_expert,
     choose_dispatcher,
-    take,
-    weighted_sum,
 )
+from moe.rows import Origin, Routed, weighted_sum
 from parallel.runtime import Groups
 from parallel.selection import Candidate, select
 
@@ -124,8 +123,8 @@ class DeepEPDispatcher:
         # Here experts are counted from this rank's first; -1 is another rank's.
         here = torch.where(experts_NK >= 0, experts_NK, self.local)
         choice_R = by_expert(here.flatten(), self.local)[0][: sum(arrived.counts)]
-        rows_RD = take(x_ND, choice_R, here.shape[1], padded=False)
-        return Dispatched(rows_RD, arrived.counts, None, (choice_R, gates_NK, arrived.handle))
+        rows = Routed(x_ND, Origin(choice_R, here.shape[1]))
+        return Dispatched(rows, arrived.counts, None, (choice_R, gates_NK, arrived.handle))
 
     def finish(self, started: Dispatched) -> Dispatched:
         return started
@@ -203,7 +202,8 @@ def _trial(moe: MoeConfig, hidden_size: int, groups: Groups, device: torch.devic
         sent = dispatcher.finish(dispatcher.start(x, Choices(experts_TK, gates, keep_TK)))
         factors = torch.arange(local, device=device) + 1 + local * groups.ep.rank()
         per_row = factors.repeat_interleave(torch.tensor(sent.counts, device=device))
-        out = dispatcher.combine(sent.rows_RD * per_row[:, None].to(sent.rows_RD.dtype), sent)
+        rows_RD = sent.rows.gather()
+        out = dispatcher.combine(rows_RD * per_row[:, None].to(rows_RD.dtype), sent)
         out.float().square().sum().backward()
         assert x.grad is not None and gates.grad is not None
         return [out.detach(), x.grad, gates.grad]

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import MoeConfig
+from moe.rows import PLAIN_ROWS, Origin, Routed, Rows
 from parallel.collectives import GatherRagged, GatherSequence, ReduceScatterRagged, all_gather
 from parallel.flight import Flight, arrive, depart, exchanging, fly, gathering, summing
 from parallel.runtime import Groups
-from parallel.selection import Candidate, Choice, select
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Choices:
 class Dispatched:
     """Rows for this rank's experts."""
 
-    rows_RD: Tensor
+    rows: Routed
     """Grouped by expert."""
     counts: list[int]
     """Rows of each of this rank's experts."""
     names_R: Tensor | None
-    """Of rows_RD; any number for a row of zeros."""
+    """Of the rows; any number for a row of zeros."""
     way_back: Any
     """What the dispatcher needs to combine."""
 
@@ -68,7 +68,7 @@ class Dispatcher(Protocol):
         """[T, D]: the sum over each token's kept choices of gate * expert output; zero where all were dropped.
 
         Args:
-            y_RD: the experts' answers to rows_RD, partial sums where etp cuts the experts.
+            y_RD: the experts' answers to the rows, partial sums where etp cuts the experts.
         """
 
 
@@ -92,47 +92,13 @@ def fill_slots(expert_X: Tensor, num_experts: int, slots: int) -> Tensor:
     return choice.scatter(0, slot_X, order)[:-1]
 
 
-def masked_experts(choices: Choices, num_experts: int) -> Tensor:
-    """[T * K]: the chosen experts, and E where the choice was dropped."""
-    return torch.where(choices.keep_TK, choices.experts_TK, num_experts).flatten()
-
-
-def take(x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
-    """[R, D]: the token of each choice; zeros for choice T * K."""
-    x_TD = F.pad(x_TD, (0, 0, 0, 1)) if padded else x_TD
-    # index_select, not indexing: its gradient adds rows in parallel, that of indexing one by one.
-    return x_TD.index_select(0, choice_R // top_k)
-
-
 def take_names(names_TK: Tensor | None, choice_R: Tensor) -> Tensor | None:
     return None if names_TK is None else F.pad(names_TK.flatten(), (0, 1))[choice_R]
 
 
-def weighted_sum(y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
-    """[T, D]: every row times its gate, added to its token."""
-    tokens, top_k = gates_TK.shape
-    gates = F.pad(gates_TK.flatten(), (0, 1)) if padded else gates_TK.flatten()
-    # In the experts' precision, as in Switch (section 2.4): fp32 stays within the router.
-    weighted_RD = y_RD * gates[choice_R, None].to(y_RD.dtype)
-    out_TD = y_RD.new_zeros((tokens + padded, y_RD.shape[1]))
-    return out_TD.index_add(0, choice_R // top_k, weighted_RD)[:tokens]
-
-
-class Rows(Protocol):
-    """`take` and `weighted_sum`, by whatever means."""
-
-    def take(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor: ...
-
-    def weighted_sum(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor: ...
-
-
-class PlainRows:
-    """The functions above."""
-
-    take, weighted_sum = staticmethod(take), staticmethod(weighted_sum)
-
-
-PLAIN_ROWS = PlainRows()
+def masked_experts(choices: Choices, num_experts: int) -> Tensor:
+    """[T * K]: the chosen experts, and E where the choice was dropped."""
+    return torch.where(choices.keep_TK, choices.experts_TK, num_experts).flatten()
 
 
 class LocalDispatcher:
@@ -149,9 +115,9 @@ class LocalDispatcher:
             choice_R = order[: sum(counts)]
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)
-        rows_RD = self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None)
+        rows = Routed(x_TD, Origin(choice_R, choices.experts_TK.shape[1], self.rows), slots is not None)
         way_back = (choice_R, choices.gates_TK, slots is not None)
-        return Dispatched(rows_RD, counts, take_names(choices.names_TK, choice_R), way_back)
+        return Dispatched(rows, counts, take_names(choices.names_TK, choice_R), way_back)
 
     def finish(self, started: Dispatched) -> Dispatched:
         return started
@@ -223,16 +189,15 @@ class AllToAllDispatcher:
         return send, receive, gathered, counts, arrived_PL
 
     def finish(self, started: Travelling) -> Dispatched:
-        rows = self._gather(arrive(started.ticket, started.flight), started)
+        rows = self._over_etp(arrive(started.ticket, started.flight), started)
         names_R = take_names(started.choices.names_TK, started.choice_R)
         if names_R is not None:
-            names_R = self._gather(fly(names_R, exchanging(started.send, started.receive, self.ep)), started)
-        return Dispatched(rows, started.counts, names_R, started)
+            names_R = fly(names_R, exchanging(started.send, started.receive, self.ep))
+            names_R = self._over_etp(names_R, started).index_select(0, started.order_R)
+        return Dispatched(Routed(rows, Origin(started.order_R, 1, self.rows)), started.counts, names_R, started)
 
-    def _gather(self, rows: Tensor, started: Travelling) -> Tensor:
-        if self.etp.size() > 1:
-            rows = GatherRagged.apply(rows, started.gathered, self.etp)
-        return rows.index_select(0, started.order_R)
+    def _over_etp(self, rows: Tensor, started: Travelling) -> Tensor:
+        return GatherRagged.apply(rows, started.gathered, self.etp) if self.etp.size() > 1 else rows
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         way: Travelling = sent.way_back
@@ -279,9 +244,9 @@ class AllGatherDispatcher:
 
     def finish(self, started: Travelling) -> Dispatched:
         x_ND, names_TK = arrive(started.ticket, started.flight), started.choices.names_TK
-        rows_RD = self.rows.take(x_ND, started.choice_R, started.choices.experts_TK.shape[1], started.padded)
+        rows = Routed(x_ND, Origin(started.choice_R, started.choices.experts_TK.shape[1], self.rows), started.padded)
         names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
-        return Dispatched(rows_RD, started.counts, names_R, started)
+        return Dispatched(rows, started.counts, names_R, started)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         way: Travelling = sent.way_back
@@ -313,27 +278,3 @@ def make_dispatcher(
 
         return DeepEPDispatcher(num_experts, groups, hidden_size)
     return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups, rows)
-
-
-def _triton_rows() -> Rows:
-    from moe.kernels.rows import TritonRows
-
-    return TritonRows()
-
-
-def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[Rows, Choice]:
-    """Triton's on a GPU where they equal the plain ones."""
-
-    def run(rows: Rows) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        x_TD, gates_TK, grad_TD = (torch.randn(*s, generator=generator) for s in ((9, 80), (9, 2), (9, 80)))
-        leaves = [t.to(device, dtype).requires_grad_() for t in (x_TD, gates_TK)]
-        choice_R = torch.tensor([0, 17, 4, 5, 18, 9, 2, 16], device=device)  # 18 is none
-        taken_RD = rows.take(leaves[0], choice_R, 2, True)
-        out_TD = rows.weighted_sum(taken_RD * 2, choice_R, leaves[1], True)
-        return [taken_RD, out_TD, *torch.autograd.grad(out_TD, leaves, grad_TD.to(device, dtype))]
-
-    part, plain = "permutation", ("torch", PLAIN_ROWS)
-    if device.type != "cuda":
-        return plain[1], Choice(part, plain[0], "index_select and index_add")
-    return select(part, [Candidate("Triton", _triton_rows)], plain, run, 1e-5 if dtype == torch.float32 else 2e-2)

@@ -19,10 +19,11 @@ from moe.activations import GATED, activate
 from moe.chunks import InPieces
 from moe.dropout import Dropout
 from moe.fused_experts import FusedExperts
-from moe.kernels.float8 import BF16_CAPABILITY, disagreement, triton_obstacle
+from moe.kernels.float8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
 from moe.kernels.layers import experts_with
 from moe.kernels.tools import Reference, Tools
 from moe.recompute import PRODUCTS, recomputed
+from moe.rows import Origin, Routed
 from moe.te_experts import te_grouped_product
 from parallel.placement import place
 from parallel.runtime import Groups
@@ -102,7 +103,8 @@ def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def triton_experts(*arguments: Any) -> Tensor:
-    """Our own grouped products, whose weight gradients add to Megatron-Core's fp32 buffer by themselves."""
+    """Our own grouped products, which read rows from where they lie, and whose weight gradients add to Megatron-Core's
+    fp32 buffer by themselves."""
     return _on_triton()(*arguments)
 
 
@@ -121,6 +123,9 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "te": te_experts,
 }
 """What can run the experts' products: loop_experts' arguments, loop_experts' result."""
+
+GATHER = ("triton",)
+"""Those that take an Origin of the rows."""
 
 KEEP_PRODUCTS_ONLY = ("fused", "triton")
 """Those that compute the activation again in the backward pass anyway."""
@@ -148,7 +153,7 @@ def _not_for_triton(model: ModelConfig, device: torch.device, dtype: torch.dtype
 def _triton_disagrees(device: torch.device) -> str | None:
     from moe.kernels.fused import TritonTools
 
-    return disagreement(experts_with(TritonTools()), experts_with(Reference()), device)
+    return disagreement(experts_with(TritonTools()), experts_with(Reference()), device, run=routed_experts)
 
 
 def _not_for_te(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -205,6 +210,7 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = model.activation
         self.backend = BACKENDS[backend] if isinstance(backend, str) else experts_with(backend)
+        self.gathers = backend in GATHER or not isinstance(backend, str)
         self.etp, self.ffn_hidden_size = groups.etp, model.ffn_hidden_size
         self.chunk_rows = model.moe.expert_chunk_rows
         self.recompute = "activation" in model.recompute and backend in BACKENDS and backend not in KEEP_PRODUCTS_ONLY
@@ -232,19 +238,23 @@ class Experts(nn.Module):
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             weight.allreduce = False
 
-    def forward(self, x_RD: Tensor, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
+    def forward(self, routed: Routed, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
         """counts: rows of each expert. Returns [R, D], partial sums over etp when F is cut."""
 
-        def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
+        def run(
+            rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor, **origin: Origin
+        ) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
             run = partial(recomputed, self.backend, kept=PRODUCTS) if self.recompute else self.backend
-            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep)
+            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep, *origin.values())
 
         weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
-        if self.chunk_rows is None or x_RD.shape[0] <= self.chunk_rows:
-            y_RD = run(slice(None), x_RD, counts, *weights)
+        if self.chunk_rows is not None and len(routed) > self.chunk_rows:
+            y_RD = InPieces.apply(run, self.chunk_rows, counts, routed.gather(), *weights)
+        elif self.gathers and not routed.padded:
+            y_RD = run(slice(None), routed.x_TD, counts, *weights, origin=routed.origin)
         else:
-            y_RD = InPieces.apply(run, self.chunk_rows, counts, x_RD, *weights)
+            y_RD = run(slice(None), routed.gather(), counts, *weights)
         return y_RD if self.b_out is None else y_RD + of_rows(F.pad(self.b_out, self.columns), counts)
 
 

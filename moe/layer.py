@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, within_capacity
-from moe.dispatch import PLAIN_ROWS, Choices, Rows, choose_dispatcher, make_dispatcher
+from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
 from moe.draws import key, uniform
 from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.kernels.tools import Tools
 from moe.recompute import decision, recomputed
 from moe.router import FusedRoute, Router, Routing
+from moe.rows import PLAIN_ROWS, Rows
 from moe.shared_experts import SharedExperts
 from moe.statistics import LoadStatistics, Report
 from parallel.collectives import all_gather
@@ -200,7 +201,7 @@ class MoELayer(nn.Module):
         started = self.dispatcher.start(mine_SBD.flatten(0, 1), choices, self._slots(routing, about))
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
-        y_RD = self.experts(sent.rows_RD, sent.counts, self._dropout(sent.names_R, about))
+        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, about))
         out_SBD = self.dispatcher.combine(y_RD, sent).view(mine_SBD.shape)
         if self.share_tokens:
             out_SBD = gather_from_sequence_parallel_region(out_SBD, tensor_parallel_output_grad=False, group=self.tp)

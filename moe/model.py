@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.attention import Attention, Masks, Rotary, attention_masks
-from moe.dispatch import PLAIN_ROWS, Rows
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.kernels.float8 import Float8
@@ -28,6 +27,7 @@ from moe.loss import TokenLosses, token_losses
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
 from moe.router import FusedRoute
+from moe.rows import PLAIN_ROWS, Rows
 from moe.shared_experts import SharedExperts
 from moe.statistics import Report
 from parallel.forward_pass import PLAIN, ForwardPass

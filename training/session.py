@@ -10,13 +10,13 @@ import torch
 
 from conf.schema import PRECISIONS, Config
 from moe.deep_ep import select_dispatcher
-from moe.dispatch import choose_rows
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
 from moe.loss import choose_token_losses
 from moe.model import Parts, Stage, sparse_layers
 from moe.norm import our_norms
 from moe.router import choose_router
+from moe.rows import choose_rows
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings

@@ -9,6 +9,7 @@ from conf.schema import Fp8Config, ModelConfig
 from moe.kernels.layers import experts_with, linear_with
 from moe.kernels.numerics import RECIPES
 from moe.kernels.tools import Reference, Tools
+from moe.rows import Origin
 from parallel.selection import largest_difference
 
 BF16_CAPABILITY, CAPABILITY = (8, 0), (8, 9)
@@ -55,7 +56,7 @@ def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[tuple[Tools, To
 
     kinds = (Float8Tools, ScaledTools, Reference)
     triton, scaled, reference = (kind(recipe, narrow_weight_gradient=narrow) for kind in kinds)
-    wrong = disagreement(experts_with(triton), experts_with(reference), device)
+    wrong = disagreement(experts_with(triton), experts_with(reference), device, run=routed_experts)
     if wrong:
         raise ValueError(f"precision=fp8: Triton's kernels {wrong}. Use precision=bf16, or fp8.kernels=reference")
     why = "the GPU has FP8 products, and they equal the reference's on a random batch"
@@ -93,11 +94,19 @@ def _random(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[tor
     return [t.requires_grad_() for t in made]
 
 
-def _experts(backend: Backend, device: torch.device) -> list[torch.Tensor]:
+def _experts(backend: Backend, device: torch.device, origin: Origin | None = None) -> list[torch.Tensor]:
     """Of which one has no row and one a single one."""
-    *leaves, grad_RD = _random(((150, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256)), device)
-    y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu")
+    tokens = 150 if origin is None else 100
+    *leaves, grad_RD = _random(((tokens, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256)), device)
+    more = [] if origin is None else [None, None, origin]
+    y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu", *more)
     return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
+
+
+def routed_experts(backend: Backend, device: torch.device) -> list[torch.Tensor]:
+    """The same on rows that lie elsewhere: of 100 tokens with two choices each, 50 choices dropped."""
+    choice_R = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:150].to(device)
+    return _experts(backend, device, Origin(choice_R, 2))
 
 
 def _linear(layer: Backend, device: torch.device) -> list[torch.Tensor]:

@@ -54,6 +54,8 @@ class Operand:
     """Of FP8 values."""
     blocks: bool = True
     """Scales for blocks of 128 of the inner dimension, not for all of it."""
+    row_R: Tensor | None = None
+    """Which rows of the values the operand's are; None: all, in order."""
 
     def __getitem__(self, experts: slice) -> "Operand":
         """Some of the experts of a weight."""
@@ -90,12 +92,12 @@ class TritonTools:
     def weight(self, w_LKN: Tensor) -> Weight:
         return Weight(Operand(w_LKN), Operand(w_LKN.transpose(1, 2)))
 
-    def rows(self, x_RK: Tensor) -> Operand:
-        return Operand(_rows_contiguous(x_RK))
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
+        return Operand(_rows_contiguous(x_RK), row_R=row_R)
 
     def product(self, x_RK: Operand, w_LKN: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        x, w = x_RK.values, w_LKN.values
-        (rows, inner), outer = x.shape, w.shape[2]
+        x, w, row_R = x_RK.values, w_LKN.values, x_RK.row_R
+        rows, inner, outer = len(x if row_R is None else row_R), x.shape[1], w.shape[2]
         y_RN = x.new_empty((rows, outer), dtype=dtype)
         if not rows:
             return y_RN
@@ -106,9 +108,9 @@ class TritonTools:
             # Along an axis with a single scale the stride is 0: all of the axis reads that one.
             strides = [s.stride(axis) * (s.shape[axis] > 1) for s in scales for axis in range(s.dim())]
         products.grouped_product[(programs(x.device),)](
-            x, w, y_RN, *scales, groups.tiles, len(groups.tiles), outer, inner,
-            x.stride(0), *w.stride(), y_RN.stride(0), *strides,
-            SCALES="none" if not narrow else "blocks" if w_LKN.blocks else "rows",
+            x, w, y_RN, *scales, groups.tiles if row_R is None else row_R, groups.tiles, len(groups.tiles),
+            outer, inner, x.stride(0), *w.stride(), y_RN.stride(0), *strides,
+            SCALES="none" if not narrow else "blocks" if w_LKN.blocks else "rows", GATHER=row_R is not None,
             BM=ROWS, BN=BLOCK, BK=BLOCK if narrow else 64, GROUP=8, num_warps=8, num_stages=3 if narrow else 4,
         )  # fmt: skip
         return y_RN
@@ -150,11 +152,12 @@ class TritonTools:
             )  # fmt: skip
         return a_RF, dh_RN, Operand(q_RN, scale)
 
-    def columns(self, x_RK: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-        return (x_RK,)
+    def columns(self, x_RK: Tensor, groups: Groups, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (x_RK,) if row_R is None else (x_RK, row_R)
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Groups, w: Tensor) -> Tensor:
-        narrow = len(x_RK) > 1
+        narrow = x_RK[0].dtype == E4M3
+        row_R = x_RK[1] if len(x_RK) > 1 and not narrow else None
         # FP8 operands come transposed: rows are the inner dimension, and FP8 products read that one contiguously.
         (x, dy) = (x_RK[0].t(), dy_RN[0].t()) if narrow else (x_RK[0], dy_RN[0])
         main = main_gradient(w)
@@ -162,9 +165,11 @@ class TritonTools:
         inner, outer = x.shape[1], dy.shape[1]
         experts = len(groups.counts)
         products.grouped_weight_gradient[(programs(x.device),)](
-            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1], groups.padded_starts if narrow else groups.starts,
-            experts, inner, outer, *x.stride(), *dy.stride(),
-            FP8=narrow, ADD=main is not None, BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3,
+            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1], groups.starts if row_R is None else row_R,
+            groups.padded_starts if narrow else groups.starts, experts, inner, outer, *x.stride(), *dy.stride(),
+            FP8=narrow, GATHER=row_R is not None, ADD=main is not None,
+            # Of gathered rows the numbers have to be there before the rows: five stages are then three of rows.
+            BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3 if row_R is None else 5,
         )  # fmt: skip
         return dw
 
@@ -190,10 +195,11 @@ class Float8Tools(TritonTools):
         # The inner dimension of each product has to be the contiguous one.
         return Weight(Operand(qt.transpose(1, 2), scale), Operand(q.transpose(1, 2), scale.transpose(1, 2)))
 
-    def rows(self, x_RK: Tensor) -> Operand:
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
+        # What several rows are is rounded once.
         if not self.blockwise:
             q = quantise(x_RK, self.recipe.rows)
-            return Operand(q.values, q.scale)
+            return Operand(q.values, q.scale, row_R=row_R)
         x_RK = _rows_contiguous(x_RK)
         rows, inner = x_RK.shape
         q = x_RK.new_empty((rows, inner), dtype=E4M3)
@@ -202,7 +208,7 @@ class Float8Tools(TritonTools):
             rounding.round_rows[(_blocks(rows, 16), scale.shape[1])](
                 x_RK, q, scale, rows, inner, x_RK.stride(0), BR=16, BLOCK=BLOCK
             )
-        return Operand(q, scale)
+        return Operand(q, scale, row_R=row_R)
 
     def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Operand:
         if self.blockwise:
@@ -217,19 +223,21 @@ class Float8Tools(TritonTools):
         a_RF, dh_RN, dh = self._activate_back(h_RGF, da_RF, name, keep_RF, narrow=together)
         return a_RF, dh_RN, dh if together else self.rows(dh_RN)
 
-    def columns(self, x_RK: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    def columns(self, x_RK: Tensor, groups: Groups, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
         if not self.narrow_weight_gradient:
-            return (x_RK,)
+            return super().columns(x_RK, groups, row_R)
         inner, padded = x_RK.shape[1], ROWS * len(groups.tiles)
         q = x_RK.new_empty((inner, padded), dtype=E4M3)
         scale = x_RK.new_empty((len(groups.tiles), inner), dtype=torch.float32)
         if not self.blockwise:
+            x_RK = x_RK if row_R is None else x_RK.index_select(0, row_R)
             return _columns(x_RK, self.recipe.columns, groups, q, scale)
         x_RK = _rows_contiguous(x_RK)
         if padded:
             rounding.round_columns[(len(groups.tiles), _blocks(inner, 64))](
-                x_RK, q, scale, groups.tiles, inner, padded, x_RK.stride(0), BLOCK=ROWS, BK=64
-            )
+                x_RK, q, scale, groups.tiles if row_R is None else row_R, groups.tiles, inner, padded, x_RK.stride(0),
+                GATHER=row_R is not None, BLOCK=ROWS, BK=64,
+            )  # fmt: skip
         return q, scale
 
 

@@ -1,8 +1,8 @@
 """Experts and linear layers as single operations on a set of tools (moe/kernels/tools.py): what is computed in which
 order, forward and backward, whatever the tools are.
 
-Legend: R routed rows grouped by expert, D hidden, F expert hidden, L experts of this rank, G 2 for gated activations,
-else 1, S sequence (this rank's slice), B batch, K inner and N outer dimension of a linear layer.
+Legend: T tokens, R routed rows grouped by expert, D hidden, F expert hidden, L experts of this rank, G 2 for gated
+activations, else 1, S sequence (this rank's slice), B batch, K inner and N outer dimension of a linear layer.
 """
 
 import functools
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.tools import Tools, Weight
+from moe.rows import Origin
 from parallel.collectives import all_gather, reduce_scatter
 
 
@@ -50,7 +51,7 @@ def _expert_weight(tools: Tools, w: Tensor) -> Weight:
 
 class ExpertsFunction(torch.autograd.Function):
     """(act(x @ w_in + b_in) * keep) @ w_out of each row's expert (moe.experts.loop_experts). Of the hidden width only h
-    is kept for the backward pass."""
+    is kept for the backward pass. With an origin x is [T, D], and its rows are read from where they lie."""
 
     @staticmethod
     def forward(
@@ -63,18 +64,19 @@ class ExpertsFunction(torch.autograd.Function):
         activation: str,
         b_in_LGF: Tensor | None = None,
         keep_RF: Tensor | None = None,
+        origin: Origin | None = None,
     ) -> Tensor:
         counts = list(counts)
-        groups = tools.groups(counts, x_RD.device)
+        groups, row_R = tools.groups(counts, x_RD.device), None if origin is None else origin.token_R()
         w_in, w_out = _expert_weight(tools, w_in_LDGF), _expert_weight(tools, w_out_LFD)
-        h_RN = tools.product(tools.rows(x_RD), w_in.forward, groups, x_RD.dtype)
+        h_RN = tools.product(tools.rows(x_RD, row_R), w_in.forward, groups, x_RD.dtype)
         h_RGF = h_RN.unflatten(1, w_in_LDGF.shape[2:])
         if b_in_LGF is not None:
             for h, b_in_GF in zip(h_RGF.split(counts), b_in_LGF, strict=True):
                 h += b_in_GF
         y_RD = tools.product(tools.activate(h_RGF, activation, keep_RF), w_out.forward, groups, x_RD.dtype)
-        ctx.save_for_backward(h_RGF, keep_RF, *tools.columns(x_RD, groups))
-        ctx.tools, ctx.groups, ctx.activation = tools, groups, activation
+        ctx.save_for_backward(h_RGF, keep_RF, *tools.columns(x_RD, groups, row_R))
+        ctx.tools, ctx.groups, ctx.activation, ctx.origin, ctx.tokens = tools, groups, activation, origin, len(x_RD)
         ctx.counts, ctx.has_bias = counts, b_in_LGF is not None
         ctx.weights = w_in_LDGF, w_out_LFD
         return y_RD
@@ -87,17 +89,19 @@ class ExpertsFunction(torch.autograd.Function):
         w_in, w_out = _expert_weight(tools, w_in_LDGF), _expert_weight(tools, w_out_LFD)
         da_RF = tools.product(tools.rows(dy_RD), w_out.back, groups, dy_RD.dtype)
         a_RF, dh_RN, dh_rows = tools.activate_back(h_RGF, da_RF, ctx.activation, keep_RF)
-        dx_RD = tools.product(dh_rows, w_in.back, groups, dy_RD.dtype)
+        dx = tools.product(dh_rows, w_in.back, groups, dy_RD.dtype)
+        dx = dx if ctx.origin is None else ctx.origin.add(dx, ctx.tokens)
         dw_out = tools.weight_gradient(tools.columns(a_RF, groups), tools.columns(dy_RD, groups), groups, w_out_LFD)
         dw_in = tools.weight_gradient(x_columns, tools.columns(dh_RN, groups), groups, w_in_LDGF)
         db_in = None
         if ctx.has_bias:
             db_in = torch.stack([dh.sum(0) for dh in dh_RN.split(ctx.counts)]).view(-1, *w_in_LDGF.shape[2:])
-        return None, dx_RD, None, dw_in, dw_out, None, db_in, None
+        return None, dx, None, dw_in, dw_out, None, db_in, None, None
 
 
 def experts_with(tools: Tools) -> Callable[..., Tensor]:
-    """A backend of moe.experts, with the arguments of moe.experts.loop_experts."""
+    """A backend of moe.experts, with the arguments of moe.experts.loop_experts and, after these, an Origin of the
+    rows."""
     return functools.partial(ExpertsFunction.apply, tools)
 
 

@@ -10,12 +10,14 @@ import triton.language as tl
 
 @triton.jit
 def grouped_product(
-    x_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, tiles_ptr, num_row_tiles, N, K,
+    x_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, row_ptr, tiles_ptr, num_row_tiles, N, K,
     stride_xr, stride_wl, stride_wk, stride_wn, stride_yr,
     stride_x_scale_r, stride_x_scale_k, stride_w_scale_l, stride_w_scale_k, stride_w_scale_n,
-    SCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SCALES: tl.constexpr, GATHER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y [R, N] = x [R, K] @ w [L, K, N] of the row's expert. tiles, int32 [row tiles, 3]: expert, first row, end of the
+    """y [R, N] = x [R, K] @ w [L, K, N] of the row's expert, or with GATHER x [T, K] of which row r is number row[r]; a
+    tile's rows are looked up once, before the loop. tiles, int32 [row tiles, 3]: expert, first row, end of the
     expert's rows. SCALES: "none" for bf16 operands; for FP8 "blocks", scales [R, K / BK] and [L, K / BK, N / BN], or
     "rows", one for all of the inner dimension, [R, 1] and [L, 1, N]. An FP8 tensor core adds up with fewer bits than
     fp32, so the sum over each BK goes into a sum in fp32 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
@@ -33,6 +35,8 @@ def grouped_product(
         rows = begin + tl.arange(0, BM)
         # Rows past the end read the last row again, which needs no mask in the loop, and are not stored.
         read = tl.minimum(rows, end - 1).to(tl.int64)
+        if GATHER:
+            read = tl.load(row_ptr + read)
         column = within // group * BN
         columns = column + tl.arange(0, BN)
         inner = tl.arange(0, BK)
@@ -67,13 +71,14 @@ def grouped_product(
 
 @triton.jit
 def grouped_weight_gradient(
-    x_ptr, dy_ptr, dw_ptr, x_scale_ptr, dy_scale_ptr, starts_ptr, num_experts, K, N,
+    x_ptr, dy_ptr, dw_ptr, x_scale_ptr, dy_scale_ptr, row_ptr, starts_ptr, num_experts, K, N,
     stride_xr, stride_xk, stride_dyr, stride_dyn,
-    FP8: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    FP8: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dw [L, K, N], contiguous: x.T @ dy of x [R, K] and dy [R, N] over the rows of each expert, or with ADD that is
-    added; zeros, or nothing, where there is no row. starts, int32 [L + 1]: first row of each expert. FP8 operands begin
-    every expert at a multiple of BR rows and end it with rows of zeros; scales are [R / BR, K] and [R / BR, N]."""
+    added; zeros, or nothing, where there is no row. With GATHER x is [T, K], of which row r is number row[r].
+    starts, int32 [L + 1]: first row of each expert. FP8 operands, never gathered, begin every expert at a multiple of
+    BR rows and end it with rows of zeros; scales are [R / BR, K] and [R / BR, N]."""
     tiles_k, tiles_n = tl.cdiv(K, BM), tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), num_experts * tiles_k * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_k * tiles_n)
@@ -85,7 +90,9 @@ def grouped_weight_gradient(
         if FP8:
             begin = tl.multiple_of(begin, BR)  # rows are the contiguous axis: this is what makes wide loads of them
         rows = begin + tl.arange(0, BR)
-        x_ptrs = x_ptr + ks[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xr
+        x_ptrs = x_ptr + ks[:, None].to(tl.int64) * stride_xk
+        if not GATHER:
+            x_ptrs += rows[None, :].to(tl.int64) * stride_xr
         dy_ptrs = dy_ptr + rows[:, None].to(tl.int64) * stride_dyr + ns[None, :].to(tl.int64) * stride_dyn
         for row in range(begin, end, BR):
             if FP8:
@@ -94,12 +101,18 @@ def grouped_weight_gradient(
                 x_scale = tl.load(x_scale_ptr + row // BR * K + ks, mask=ks < K, other=0.0)
                 dy_scale = tl.load(dy_scale_ptr + row // BR * N + ns, mask=ns < N, other=0.0)
                 acc += tl.dot(x, dy) * x_scale[:, None] * dy_scale[None, :]
+                x_ptrs += BR * stride_xr
             else:
                 here = row + tl.arange(0, BR) < end
-                x = tl.load(x_ptrs, mask=(ks[:, None] < K) & here[None, :], other=0.0)
+                x_here = (ks[:, None] < K) & here[None, :]
+                if GATHER:
+                    read = tl.load(row_ptr + row + tl.arange(0, BR), mask=here, other=0)
+                    x = tl.load(x_ptrs + read[None, :] * stride_xr, mask=x_here, other=0.0)
+                else:
+                    x = tl.load(x_ptrs, mask=x_here, other=0.0)
+                    x_ptrs += BR * stride_xr
                 dy = tl.load(dy_ptrs, mask=here[:, None] & (ns[None, :] < N), other=0.0)
                 acc = tl.dot(x, dy, acc)
-            x_ptrs += BR * stride_xr
             dy_ptrs += BR * stride_dyr
         dw_ptrs = dw_ptr + expert.to(tl.int64) * K * N + ks[:, None].to(tl.int64) * N + ns[None, :]
         stored = (ks[:, None] < K) & (ns[None, :] < N)

@@ -37,16 +37,23 @@ def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, BR: tl.constexpr, BLOCK
 
 
 @triton.jit
-def round_columns(x_ptr, q_ptr, scale_ptr, tiles_ptr, K, padded, stride_xr, BLOCK: tl.constexpr, BK: tl.constexpr):
-    """x [R, K] -> q transposed [K, padded], scale [padded / BLOCK, K]: one scale for BLOCK x 1, every expert's rows
-    filled up with zeros to a multiple of BLOCK. Rows come last because that is the inner dimension of the product that
-    they are for. The grid is (row tiles, K / BK); the i-th row tile becomes rows BLOCK * i and on."""
+def round_columns(
+    x_ptr, q_ptr, scale_ptr, row_ptr, tiles_ptr, K, padded, stride_xr,
+    GATHER: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x [R, K], or with GATHER [T, K] of which row r is number row[r] -> q transposed [K, padded], scale
+    [padded / BLOCK, K]: one scale for BLOCK x 1, every expert's rows filled up with zeros to a multiple of BLOCK. Rows
+    come last because that is the inner dimension of the product that they are for. The grid is (row tiles, K / BK); the
+    i-th row tile becomes rows BLOCK * i and on."""
     tile = tl.program_id(0)
     begin, end = tl.load(tiles_ptr + 3 * tile + 1), tl.load(tiles_ptr + 3 * tile + 2)
     rows = begin + tl.arange(0, BLOCK)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (rows[:, None] < end) & (columns[None, :] < K)
-    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xr + columns[None, :], mask=mask, other=0.0)
+    read = rows.to(tl.int64)
+    if GATHER:
+        read = tl.load(row_ptr + read, mask=rows < end, other=0)
+    x = tl.load(x_ptr + read[:, None] * stride_xr + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     bits = scale_bits(tl.max(tl.abs(x), axis=0))
     q = (x * inverse(bits)[None, :]).to(q_ptr.dtype.element_ty)

@@ -101,7 +101,7 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (choice_R,), (tokens, top_k) = ctx.saved_tensors, ctx.sizes
-        return _add(grad_RD.contiguous(), slots_of(choice_R, tokens * top_k), None, tokens, top_k), None, None
+        return TritonRows().add(grad_RD, choice_R, top_k, tokens), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -128,6 +128,9 @@ class TritonRows:
 
     def take(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
         return _Take.apply(x_TD, choice_R, top_k)
+
+    def add(self, rows_RD: Tensor, choice_R: Tensor, top_k: int, tokens: int) -> Tensor:
+        return _add(rows_RD.contiguous(), slots_of(choice_R, tokens * top_k), None, tokens, top_k)
 
     def weighted_sum(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
         return _WeightedSum.apply(y_RD, choice_R, gates_TK)

@@ -38,7 +38,8 @@ class ScaledTools(Float8Tools):
         weight = super().weight(w_LKN)
         return Weight(_aligned(weight.forward), _aligned(weight.back)) if self.blockwise else weight
 
-    def rows(self, x_RK: Tensor) -> Operand:
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
+        assert row_R is None  # a linear layer's rows are never gathered
         missing = -len(x_RK) % ALIGNED
         return super().rows(F.pad(x_RK, (0, 0, 0, missing)) if missing else x_RK)
 

@@ -37,8 +37,8 @@ class Tools(Protocol):
 
     def weight(self, w_LKN: Tensor) -> Weight: ...
 
-    def rows(self, x_RK: Tensor) -> Any:
-        """The left operand of `product`."""
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Any:
+        """The left operand of `product`: x, or of x [T, K] the rows that row_R names."""
 
     def product(self, x_RK: Any, w_LKN: Any, groups: Any, dtype: torch.dtype) -> Tensor:
         """y [R, N]: each row times its expert's weight, added up in fp32."""
@@ -51,8 +51,9 @@ class Tools(Protocol):
     ) -> tuple[Tensor, Tensor, Any]:
         """(a [R, F] again, the gradient of h [R, G * F] for that of a, the latter again as a left operand)."""
 
-    def columns(self, x_RK: Tensor, groups: Any) -> tuple[Tensor, ...]:
-        """An operand of `weight_gradient`, as tensors that autograd can keep from forward to backward."""
+    def columns(self, x_RK: Tensor, groups: Any, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
+        """An operand of `weight_gradient`, as tensors that autograd can keep from forward to backward; with row_R, only
+        the first of the two operands, as in `rows`."""
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Any, w: Tensor) -> Tensor:
         """x.T @ dy [L, K, N] of each expert in the shape and the precision of the weight w; zeros where an expert has
@@ -82,8 +83,9 @@ class Reference:
         back = forward if same else _rounded(w_LKN, self.recipe.weight_back)
         return Weight(forward, back.transpose(1, 2))
 
-    def rows(self, x_RK: Tensor) -> Tensor:
-        return x_RK if self.recipe is None else _rounded(x_RK, self.recipe.rows)
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Tensor:
+        x_RK = x_RK if self.recipe is None else _rounded(x_RK, self.recipe.rows)
+        return x_RK if row_R is None else x_RK.index_select(0, row_R)
 
     def product(self, x_RK: Tensor, w_LKN: Tensor, groups: list[Window], dtype: torch.dtype) -> Tensor:
         y_RN = x_RK.new_empty((x_RK.shape[0], w_LKN.shape[2]), dtype=dtype)
@@ -105,14 +107,18 @@ class Reference:
         dh_RN = dh_RN.to(h_RGF.dtype)
         return (a_RF * keep).to(h_RGF.dtype), dh_RN, self.rows(dh_RN)
 
-    def columns(self, x_RK: Tensor, groups: list[Window]) -> tuple[Tensor]:
+    def columns(self, x_RK: Tensor, groups: list[Window], row_R: Tensor | None = None) -> tuple[Tensor, ...]:
         if self.recipe is None or not self.narrow_weight_gradient:
-            return (x_RK,)
+            return (x_RK,) if row_R is None else (x_RK, row_R)
+        x_RK = x_RK if row_R is None else x_RK.index_select(0, row_R)
         # Blocks begin anew with every expert, so that no row is scaled by another expert's.
         return (torch.cat([_rounded(x_RK[at.start : at.stop], self.recipe.columns) for at in groups]),)
 
-    def weight_gradient(self, x_RK: tuple[Tensor], dy_RN: tuple[Tensor], groups: list[Window], w: Tensor) -> Tensor:
-        (x_RK,), (dy_RN,) = x_RK, dy_RN
+    def weight_gradient(
+        self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: list[Window], w: Tensor
+    ) -> Tensor:
+        (x_RK, *row_R), (dy_RN,) = x_RK, dy_RN
+        x_RK = x_RK.index_select(0, *row_R) if row_R else x_RK
         dw_LKN = w.new_zeros((len(groups), x_RK.shape[1], dy_RN.shape[1]))
         for at, dw_KN in zip(groups, dw_LKN, strict=True):
             if at.start < at.stop:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig, MoeConfig
 from moe.experts import BACKENDS, choose_backend
 from moe.init import initialise
+from moe.kernels.tools import Tools
 from moe.layer import MoELayer
 from moe.model import Parts, Stage
+from moe.rows import Origin, Routed
 from moe.shared_experts import SharedExperts
 from parallel.engine import core_config
 from parallel.runtime import Runtime
@@ -37,7 +39,12 @@ def tiny(moe: MoeConfig | None = None, **settings: object) -> ModelConfig:
 
 
 def sparse_layer(
-    model: ModelConfig, runtime: Runtime, *, backend: str = "loop", dtype: torch.dtype = torch.float32, seed: int = 1
+    model: ModelConfig,
+    runtime: Runtime,
+    *,
+    backend: str | Tools = "loop",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
 ) -> MoELayer:
     core = core_config(model, runtime, dtype, deterministic=False)
     layer = MoELayer(
@@ -82,6 +89,11 @@ def fp8_weight_bytes(module: nn.Module) -> int:
     tensors = [t for side in sides for t in ([side] if isinstance(side, Tensor) else vars(side).values())]
     storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def as_routed(x_RD: Tensor) -> Routed:
+    """Rows in the order in which they lie."""
+    return Routed(x_RD, Origin(torch.arange(len(x_RD), device=x_RD.device), 1))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from moe.kernels.layers import forget_weights
 from moe.kernels.numerics import RECIPES
 from moe.kernels.tools import Reference, Weight
 from parallel.runtime import Runtime
-from tests.moe.helpers import EVERY_BACKEND, assert_close, random, sparse_layer, tiny
+from tests.moe.helpers import EVERY_BACKEND, as_routed, assert_close, random, sparse_layer, tiny
 
 
 def test_pieces_by_hand() -> None:
@@ -51,7 +51,7 @@ def test_answers_and_gradients_are_those_of_all_rows_at_once(counts: list[int], 
         initialise(experts.to(runtime.device), seed=1)
         experts.b_in.data.normal_(generator=torch.Generator().manual_seed(0))
         x_RD = random(sum(counts), 8).to(runtime.device).requires_grad_()
-        y_RD = experts(x_RD, counts)
+        y_RD = experts(as_routed(x_RD), counts)
         y_RD.square().sum().backward()
         results.append([y_RD, x_RD.grad, *(p.grad for p in experts.parameters())])
     for whole, chunked in zip(*results, strict=True):
@@ -81,14 +81,14 @@ def test_weights_are_rounded_once_for_all_pieces_of_a_step(recipe: str, runtime:
         told = []
         for seed, counts in enumerate([[3, 0, 130, 1], [9, 12, 20, 3]]):
             x_RD = random(sum(counts), 160, seed=seed).to(runtime.device).requires_grad_()
-            y_RD = experts(x_RD, counts)
+            y_RD = experts(as_routed(x_RD), counts)
             y_RD.sum().backward()
             told += [y_RD.detach(), x_RD.grad]
         results.append([*told, *(p.grad for p in experts.parameters())])
         wanted = [experts.w_in.flatten(2).shape, experts.w_out.shape]
         assert rounded == wanted
         forget_weights(experts)
-        experts(x_RD, counts)
+        experts(as_routed(x_RD), counts)
         assert rounded == 2 * wanted
     if recipe != "tensorwise":  # which scales the rows of a piece together
         for whole, chunked in zip(*results, strict=True):
@@ -107,7 +107,7 @@ def test_memory_of_the_hidden_width_is_bounded_when_one_expert_gets_half_of_all(
         for rows in (512, 1024):
             counts = [rows // 6, rows // 6, rows // 2, rows - rows // 2 - 2 * (rows // 6)]
             x_RD = random(rows, 8).to(runtime.device).requires_grad_()
-            peaks.append(peak_bytes(lambda x=x_RD, n=counts, e=experts: e(x, n).sum().backward()))
+            peaks.append(peak_bytes(lambda x=x_RD, n=counts, e=experts: e(as_routed(x), n).sum().backward()))
         cost[limit] = (peaks[1] - peaks[0]) / 512
     assert cost[None] > 2 * 512 * 4, cost
     assert cost[64] < 8 * 8 * 4, cost

@@ -33,7 +33,7 @@ def test_rows_are_sorted_by_expert_and_within_it_by_token(runtime: Runtime) -> N
     experts_TK, keep_TK = EXPERTS_TK.to(runtime.device), KEEP_TK.to(runtime.device)
     dispatcher = LocalDispatcher(3)
     sent = dispatcher.finish(dispatcher.start(x_TD, Choices(experts_TK, keep_TK.float(), keep_TK, names(experts_TK))))
-    assert sent.rows_RD.flatten().tolist() == [0, 3, 1, 0, 2]
+    assert sent.rows.gather().flatten().tolist() == [0, 3, 1, 0, 2]
     assert sent.counts == [2, 1, 2]
     assert sent.names_R.tolist() == [1, 6, 3, 0, 4]  # token * 2 + choice
 
@@ -63,10 +63,10 @@ def test_experts_that_do_nothing_give_each_token_back_times_its_kept_gates(
     for slots in (None, tokens):
         sent = dispatcher.start(x_TD, Choices(experts_TK, gates_TK, keep_TK, names(experts_TK)), slots)
         owner = [e for e, n in enumerate(sent.counts) for _ in range(n)]
-        taken = sent.rows_RD.any(1)
+        taken = sent.rows.gather().any(1)
         assert [o for o, t in zip(owner, taken, strict=True) if t] == experts_TK.flatten()[sent.names_R[taken]].tolist()
-        assert taken.sum() == keep_TK.sum() and len(sent.rows_RD) == sum(sent.counts)
-        out_TD = dispatcher.combine(sent.rows_RD, sent)
+        assert taken.sum() == keep_TK.sum() and len(sent.rows) == sum(sent.counts)
+        out_TD = dispatcher.combine(sent.rows.gather(), sent)
         assert torch.allclose(out_TD, x_TD * (gates_TK * keep_TK).sum(1, keepdim=True))
 
 
@@ -76,7 +76,7 @@ def dispatched_without_values(dispatcher: LocalDispatcher, slots: int | None) ->
         x_TD, gates_TK = torch.empty(6, 4, requires_grad=True), torch.empty(6, 2, requires_grad=True)
         choices = Choices(torch.empty(6, 2, dtype=torch.int64), gates_TK, torch.empty(6, 2, dtype=torch.bool))
         sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
-        out_TD = dispatcher.combine(sent.rows_RD, sent)
+        out_TD = dispatcher.combine(sent.rows.gather(), sent)
         out_TD.sum().backward()
     return out_TD
 
@@ -110,7 +110,7 @@ def questions_of_ranks(world: World, name: str, slots: int | None) -> list[str]:
         choices = Choices(experts_TK, torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool))
         with Questions() as questions:
             sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
-            out_TD = dispatcher.combine(sent.rows_RD, sent)
+            out_TD = dispatcher.combine(sent.rows.gather(), sent)
             out_TD.sum().backward()
         # Each of the two ranks of etp answered with the whole row.
         assert torch.allclose(out_TD, 4 * x_TD) and torch.allclose(x_TD.grad, torch.full((6, 4), 4.0))

@@ -24,13 +24,15 @@ TILE = {"BM": 128, "BN": 128, "num_warps": 8}
 def product(operand: str, **options: int | bool) -> tuple:
     pointers = {"x_ptr": operand, "w_ptr": operand, "y_ptr": BF16, "tiles_ptr": INT}
     scales = dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), FP32)
-    return products.grouped_product, pointers | scales, {**TILE, "GROUP": 8, **options}
+    defaults = {**TILE, "GROUP": 8, "GATHER": False}
+    return products.grouped_product, pointers | {"row_ptr": "*i64"} | scales, {**defaults, **options}
 
 
 def gradient(operand: str, target: str, **options: int | bool) -> tuple:
     pointers = {"x_ptr": operand, "dy_ptr": operand, "dw_ptr": target, "starts_ptr": INT}
     scales = dict.fromkeys(("x_scale_ptr", "dy_scale_ptr"), FP32)
-    return products.grouped_weight_gradient, pointers | scales, {**TILE, "num_stages": 3, **options}
+    defaults = {**TILE, "num_stages": 3, "GATHER": False}
+    return products.grouped_weight_gradient, pointers | {"row_ptr": "*i64"} | scales, {**defaults, **options}
 
 
 def router(kernel, experts: int, top_k: int, **options: bool) -> tuple:
@@ -48,15 +50,20 @@ ACTIVATED = {"h_ptr": BF16, "keep_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}
 KERNELS = {
     "product bf16": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wn=1),
     "product bf16 back": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wk=1),
+    "product bf16 of gathered rows": product(BF16, SCALES="none", GATHER=True, BK=64, num_stages=4, stride_wn=1),
     "product fp8": product(FP8, SCALES="blocks", BK=128, num_stages=3, stride_wk=1, stride_x_scale_r=1),
+    "product fp8 of gathered rows": product(FP8, SCALES="blocks", GATHER=True, BK=128, num_stages=3, stride_wk=1),
     "product fp8 rowwise": product(FP8, SCALES="rows", BK=128, num_stages=3, stride_wk=1),
     "gradient bf16": gradient(BF16, FP32, FP8=False, ADD=True, BR=64, stride_xk=1, stride_dyn=1),
+    "gradient bf16 of gathered rows": gradient(
+        BF16, FP32, FP8=False, GATHER=True, ADD=True, BR=64, stride_xk=1, stride_dyn=1, num_stages=5
+    ),
     "gradient fp8": gradient(FP8, FP32, FP8=True, ADD=True, BR=128, stride_xr=1, stride_dyr=1),
     "round rows": (rounding.round_rows, {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}, ROUND),
     "round columns": (
         rounding.round_columns,
-        {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32, "tiles_ptr": INT},
-        {"BLOCK": 128, "BK": 64},
+        {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32, "row_ptr": "*i64", "tiles_ptr": INT},
+        {"GATHER": True, "BLOCK": 128, "BK": 64},
     ),
     "round weight": (
         rounding.round_weight,

@@ -8,10 +8,10 @@ import torch
 from conf.schema import Fp8Config, ModelConfig, MoeConfig
 from moe import experts
 from moe.experts import choose_backend
-from moe.kernels.float8 import choose_float8, disagreement
+from moe.kernels.float8 import choose_float8, disagreement, routed_experts
 from moe.kernels.layers import experts_with
 from moe.kernels.numerics import RECIPES
-from moe.kernels.tools import Reference
+from moe.kernels.tools import Reference, Tools
 from tests.moe.helpers import tiny, whole_model
 from training.session import choose_precision
 
@@ -71,7 +71,7 @@ class Wrong(Reference):
 
 
 class Broken(Reference):
-    def columns(self, x_RK, groups):
+    def columns(self, x_RK, groups, row_R=None):
         raise RuntimeError("no kernel image is available")
 
 
@@ -79,15 +79,14 @@ def test_kernels_are_taken_only_when_they_equal_the_reference(device: torch.devi
     from moe.kernels.fused import Float8Tools, TritonTools
 
     recipe = RECIPES["blockwise"]
-    assert disagreement(experts_with(TritonTools()), experts_with(Reference()), device) is None
-    assert disagreement(experts_with(Float8Tools(recipe)), experts_with(Reference(recipe)), device) is None
-    assert disagreement(experts_with(Wrong()), experts_with(Reference()), device).startswith(
-        "differ from the reference by "
-    )
-    assert (
-        disagreement(experts_with(Broken()), experts_with(Reference()), device)
-        == "failed their trial (RuntimeError: no kernel image is available)"
-    )
+
+    def told(tools: Tools, reference: Reference) -> str | None:
+        return disagreement(experts_with(tools), experts_with(reference), device, run=routed_experts)
+
+    assert told(TritonTools(), Reference()) is None
+    assert told(Float8Tools(recipe), Reference(recipe)) is None
+    assert told(Wrong(), Reference()).startswith("differ from the reference by ")
+    assert told(Broken(), Reference()) == "failed their trial (RuntimeError: no kernel image is available)"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from moe.kernels.numerics import BLOCK, RECIPES, quantise
 from moe.kernels.tools import Reference
 from parallel.runtime import Runtime
 from tests.moe.helpers import random
-from tests.moe.kernels.test_layers import COUNTS, inputs, relative, results
+from tests.moe.kernels.test_layers import COUNTS, inputs, read_in_place, relative, results
 from tests.parallel.helpers import Variant, build_engine, train
 
 GROUPS = [[3, 0, 130, 1], [0, 0, 0, 5], [128, 0, 256, 0], [0, 0, 0, 0]]
@@ -58,6 +58,24 @@ def test_products_are_those_of_the_reference(kind: str, counts: list[int], devic
     wanted_LKN = reference.weight_gradient(*columns, theirs, w_LKN)
     assert_near(dw_LKN, wanted_LKN)
     assert not dw_LKN[[e for e, n in enumerate(counts) if not n]].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_read_from_where_they_lie(kind: str, device: torch.device) -> None:
+    """Product and weight gradient of 7 tokens whose rows several experts share, strided."""
+    mine, reference = tools_of(kind)
+    counts, row_R = [3, 0, 130, 1], torch.arange(134, device=device) * 5 % 7
+    x_TK, dy_RN = (strided(rows, n, seed=n, device=device) for rows, n in ((7, 208), (134, 144)))
+    w_LKN = strided(4, 208, 144, seed=3, device=device)
+    told = []
+    for tools, gathered in ((mine, False), (reference, True)):
+        x, row = (x_TK[row_R], None) if gathered else (x_TK, row_R)
+        groups = tools.groups(counts, device)
+        y_RN = tools.product(tools.rows(x, row), tools.weight(w_LKN).forward, groups, torch.bfloat16)
+        operands = tools.columns(x, groups, row), tools.columns(dy_RN, groups)
+        told.append([y_RN, tools.weight_gradient(*operands, groups, w_LKN)])
+    for got, wanted in zip(*told, strict=True):
+        assert_near(got, wanted)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "blockwise"])
@@ -157,6 +175,14 @@ def test_experts_in_triton_are_the_experts_of_the_reference(kind: str, device: t
     got = results(experts_with(tools), "swiglu", mine)
     for a, b in zip(got, results(experts_with(reference), "swiglu", tensors[1]), strict=True):
         assert_near(a, b)
+
+
+def test_experts_in_triton_read_rows_where_they_lie(device: torch.device) -> None:
+    tools, reference = tools_of("blockwise")
+    got = read_in_place(tools, [t.to(device) for t in inputs("swiglu", torch.bfloat16)], gathered=False)
+    wanted = read_in_place(reference, inputs("swiglu", torch.bfloat16), gathered=True)
+    for a, b in zip(got, wanted, strict=True):
+        assert_near(a, b, bar=4e-3)  # a token's gradient is added up in bf16 by the reference
 
 
 def test_a_model_trains_on_these_kernels(runtime: Runtime, device: torch.device) -> None:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import Outcome
-from conf.schema import ACTIVATIONS, ParallelConfig
+from conf.schema import ACTIVATIONS, MoeConfig, ParallelConfig
 from moe.activations import GATED, activate
 from moe.experts import loop_experts
+from moe.fused_experts import Window
 from moe.kernels.layers import experts_with, forget_weights, kept_weight
 from moe.kernels.numerics import RECIPES, Block, quantise
 from moe.kernels.tools import Reference, Weight
+from moe.rows import Origin, Routed
+from parallel.runtime import Runtime
 from parallel.world import World
-from tests.moe.helpers import random
+from tests.moe.helpers import random, sparse_layer, tiny
 from tests.parallel.helpers import Variant, build_engine, measure, started, train
 from tests.parallel.test_parity import relative
 
@@ -54,6 +57,47 @@ def test_without_a_recipe_the_experts_are_the_loop(activation: str) -> None:
         for backend in (experts_with(Reference()), loop_experts)
     )
     assert [relative(a, b) < 1e-6 for a, b in zip(got, wanted, strict=True)] == [True] * 5
+
+
+def read_in_place(tools: Any, tensors: list[Tensor], *, gathered: bool) -> list[Tensor]:
+    """Output and gradients of SwiGLU experts on rows of 90 tokens with two choices each, of which 46 are dropped; a
+    token with its row number is read where it lies, or all rows are gathered before."""
+    x_TD, *weights = tensors
+    x_TD = x_TD[:90].detach().requires_grad_()
+    second = 2 * torch.randperm(90, generator=torch.Generator().manual_seed(0))[: sum(COUNTS) - 90] + 1
+    every = torch.cat([2 * torch.arange(90), second])
+    choice_R = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(1))].to(x_TD.device)
+    routed = Routed(x_TD, Origin(choice_R, 2))
+    rows, more = (routed.gather(), []) if gathered else (x_TD, [routed.origin])
+    out = experts_with(tools)(rows, COUNTS, *weights[:2], "swiglu", None, None, *more)
+    grad = random(*out.shape, seed=9).to(out)
+    return [out.detach(), *torch.autograd.grad(out, (x_TD, *weights[:2]), grad)]
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rows_read_where_they_lie_are_the_gathered_rows(recipe: str | None, narrow: bool) -> None:
+    tools = Reference(recipe and RECIPES[recipe], narrow_weight_gradient=narrow)
+    got, wanted = (read_in_place(tools, inputs("swiglu", torch.float32), gathered=g) for g in (False, True))
+    assert [relative(a, b) < 1e-6 for a, b in zip(got, wanted, strict=True)] == [True] * 4
+
+
+def test_experts_that_read_in_place_keep_no_copy_of_the_rows(runtime: Runtime) -> None:
+    """Bytes that a whole layer keeps for the backward pass, with two choices per token, none of them dropped."""
+    model = tiny(MoeConfig(num_experts=4, top_k=2, capacity_factor=None), hidden_size=24)
+    layer, kept = sparse_layer(model, runtime, backend=Reference()), []
+    x_SBD = random(16, 2, 24).to(runtime.device)
+    for layer.experts.gathers in (True, False):
+        memory: dict[int, int] = {}
+
+        def keep(t: Tensor, memory: dict[int, int] = memory) -> Tensor:
+            memory[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out_SBD = layer(x_SBD)
+        kept.append(sum(memory.values()))
+    assert out_SBD.requires_grad and kept[1] - kept[0] == 64 * 24 * 4 - 64 * 8  # the rows, less their numbers
 
 
 def by_hand(name: str, narrow: bool, activation: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -194,7 +238,8 @@ class NoInputGradient(Reference):
 class HalfWeightGradient(Reference):
     """A weight gradient that misses every second row."""
 
-    def columns(self, x_RK: Tensor, groups: list[int]) -> tuple[Tensor]:
+    def columns(self, x_RK: Tensor, groups: list[Window], row_R: Tensor | None = None) -> tuple[Tensor]:
+        x_RK = x_RK if row_R is None else x_RK[row_R]
         keep = torch.arange(x_RK.shape[0])[:, None] % 2
         return (x_RK * keep,)
 

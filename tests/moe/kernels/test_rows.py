@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.dispatch import PlainRows, choose_rows
+from moe.rows import PlainRows, choose_rows
 from tests.moe.helpers import assert_close, random
 
 TOKENS, HIDDEN, TOP_K = 6, 1100, 3
