@@ -52,8 +52,6 @@ MAY_FAIL = ("torch scaled_grouped_mm", "linear layer, torch scaled_mm")
 
 def products(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
     """Forward, input gradient and weight gradient: the same arithmetic each, as the dense product has."""
-    from moe.kernels.fused import Float8Tools, TritonTools
-
     counts, total = [rows] * experts, experts * rows
     x_RK, dy_RN = (torch.randn(total, n, device=device).bfloat16() for n in (inner, outer))
     w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
@@ -62,8 +60,7 @@ def products(experts: int, rows: int, inner: int, outer: int, device: torch.devi
         "dense": lambda: x_RK @ w_LKN[0],
         "torch grouped_mm": lambda: F.grouped_mm(x_RK, w_LKN, offs=ends),
     }
-    kinds = {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
-    for kind, tools in kinds.items():
+    for kind, tools in _bf16_and_fp8().items():
         contest |= _three_products(kind, tools, counts, x_RK, dy_RN, w_LKN)
     return contest | _torch_fp8(x_RK, w_LKN, ends)
 
@@ -77,6 +74,47 @@ def _three_products(kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy
         f"{kind} input gradient": lambda: tools.product(dy, weight.back, groups, torch.bfloat16),
         f"{kind} weight gradient": lambda: tools.weight_gradient(*columns, groups, w_LKN),
     }
+
+
+def in_place(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
+    """Forward product and weight gradient, rounding included, of tokens that two experts each read: from a gathered
+    copy, which is made before the forward product, or from where the tokens lie."""
+    total = experts * rows
+    token_R = torch.randperm(total, device=device) // 2
+    x_TK = torch.randn(-(-total // 2), inner, device=device).bfloat16()
+    dy_RN = torch.randn(total, outer, device=device).bfloat16()
+    w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
+    x_RK = x_TK[token_R]
+    contest: Contest = {"dense": lambda: x_RK @ w_LKN[0]}
+    for kind, tools in _bf16_and_fp8().items():
+        contest |= _two_ways(kind, tools, [rows] * experts, x_TK, token_R, dy_RN, w_LKN)
+    return contest
+
+
+def _two_ways(
+    kind: str, tools: Tools, counts: list[int], x_TK: Tensor, token_R: Tensor, dy_RN: Tensor, w_LKN: Tensor
+) -> Contest:
+    groups, weight, x_RK = tools.groups(counts, x_TK.device), tools.weight(w_LKN), x_TK[token_R]
+    dy = tools.columns(dy_RN, groups)
+
+    def forward(x: Tensor, *row_R: Tensor) -> Tensor:
+        return tools.product(tools.rows(x, *row_R), weight.forward, groups, torch.bfloat16)
+
+    def gradient(x: Tensor, *row_R: Tensor) -> Tensor:
+        return tools.weight_gradient(tools.columns(x, groups, *row_R), dy, groups, w_LKN)
+
+    return {
+        f"{kind} forward, gathered before": lambda: forward(x_TK.index_select(0, token_R)),
+        f"{kind} forward, read in place": lambda: forward(x_TK, token_R),
+        f"{kind} weight gradient, gathered before": lambda: gradient(x_RK),
+        f"{kind} weight gradient, read in place": lambda: gradient(x_TK, token_R),
+    }
+
+
+def _bf16_and_fp8() -> dict[str, Tools]:
+    from moe.kernels.fused import Float8Tools, TritonTools
+
+    return {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
 
 
 def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
@@ -155,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     for shape in SHAPES:
         parts = (
             products(*shape, device),
+            in_place(*shape, device),
             linear_layers(shape[0] * shape[1], *shape[2:], device),
             rounding(shape[0] * shape[1], shape[2], device),
             experts_contest(*shape, device),
