@@ -56,7 +56,7 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> 
         weights=value * (spread + experts),
         gradients=4.0 * (spread + experts),
         optimizer=moments * (spread / (layout.dp * layout.cp) + experts / layout.edp),
-        activations=tokens * (in_flight * value * _kept_per_token(model, layout, sparse, dense) + is_last * head),
+        activations=tokens * (in_flight * value * _kept_per_token(config, layout, sparse, dense) + is_last * head),
         fp8_weights=_fp8_weights(config, layout, stage) if config.precision == "fp8" else 0.0,
     )
 
@@ -116,8 +116,9 @@ def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tu
     return linear, [(count, d, gates * width), (count, width, d)]
 
 
-def _kept_per_token(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> float:
+def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> float:
     """Values that are kept for the backward pass: what each norm and each matrix product was given."""
+    model = config.model
     d, f, moe, again = model.hidden_size, model.ffn_hidden_size, model.moe, model.recompute
     outside = d / layout.tp if layout.sequence_parallel else d
     if "full" in again:
@@ -128,7 +129,9 @@ def _kept_per_token(model: ModelConfig, layout: Layout, sparse: int, dense: int)
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0) * layout.etp / layout.tp
-    routed = rows * (3 * d + hidden * f / layout.etp) + moe.num_shared_experts * hidden * f / layout.tp
+    # Experts in FP8 read their rows where the tokens are, and of the hidden width keep the product alone.
+    each = 2 * d + _gates(model) * f / layout.etp if config.precision == "fp8" else 3 * d + hidden * f / layout.etp
+    routed = rows * each + moe.num_shared_experts * hidden * f / layout.tp
     per_sparse = 0 if "moe" in again else outside + routed
     return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
 

@@ -112,15 +112,16 @@ def _bytes(tensor: torch.Tensor) -> int:
         ("bf16", {"every": 1, "top_k": 2, "num_shared_experts": 1}, {}),
         ("bf16", {}, {"recompute": ["norm", "activation"]}),
         ("fp32", {}, {"recompute": ["full"]}),
+        ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
     ],
-    ids=["switch", "dense", "shared", "recompute", "recompute full"],
+    ids=["switch", "dense", "shared", "recompute", "recompute full", "fp8"],
 )
 def test_one_rank_holds_what_is_estimated(
     precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool
 ) -> None:
     settings = config(precision, moe, **model)
     found = ranks.run(1, held, settings, timeout=60)[0]
-    estimate = memory_per_rank(settings, Layout(1), bf16=precision == "bf16")
+    estimate = memory_per_rank(settings, Layout(1), bf16=precision != "fp32")
     for part in KEPT:
         assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
     assert 0.75 < estimate.activations / found.activations < 1.33
