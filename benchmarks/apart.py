@@ -6,12 +6,14 @@ import os
 import statistics
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.contest import quietly, synchronise
+from parallel.threads import wait_briefly
 
 Questions = Mapping[str, Callable[[], Any]]
 """What a contender can be asked, by name; the answers travel between processes."""
@@ -20,17 +22,21 @@ Questions = Mapping[str, Callable[[], Any]]
 class Apart:
     """A contender in a process of its own."""
 
-    def __init__(self, name: str, build: Callable[[], Questions], *, keep_memory: bool):
+    def __init__(self, name: str, build: Callable[[], Questions], *, as_ours: bool):
         """Args:
         build: called in the new process; a function of a module with arguments bound to it, since it travels there.
-        keep_memory: tell its C library to keep freed memory, as a run of ours on a CPU does for itself.
+        as_ours: with the settings that a run of ours on a CPU makes for itself: its C library keeps freed memory,
+            and threads that wait soon sleep.
         """
         self.name = name
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch comes, with the module of `build`
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, build, keep_memory), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs, build, as_ours), daemon=True)
+        with unittest.mock.patch.dict(os.environ):
+            if as_ours:
+                wait_briefly()
+            self._process.start()
         theirs.close()
 
     def ask(self, question: str) -> Any:
@@ -55,21 +61,21 @@ class Apart:
 
 @contextmanager
 def apart(
-    builds: Mapping[str, Callable[[], Questions]], ours: tuple[str, ...], *, peers_keep_memory: bool
+    builds: Mapping[str, Callable[[], Questions]], ours: tuple[str, ...], *, peers_as_ours: bool
 ) -> Iterator[dict[str, Apart]]:
     """All contenders by name, built and ready."""
     with ExitStack() as stack:
         players = {}
         for name, build in builds.items():
-            players[name] = Apart(name, build, keep_memory=peers_keep_memory or name in ours)
+            players[name] = Apart(name, build, as_ours=peers_as_ours or name in ours)
             stack.callback(players[name].close)
         for player in players.values():
             player.hear("its construction")
         yield players
 
 
-KEEP_MEMORY = "let the peers' C library keep freed memory too, which on a CPU speeds them up; as installed it does not"
-"""Help for an option --peers-keep-memory."""
+AS_OURS = "run peers with the settings that ours makes for itself on a CPU: memory is kept, threads wait briefly"
+"""Help for an option --peers-as-ours."""
 
 
 def take_turns(players: Mapping[str, Apart], question: str, repetitions: int) -> dict[str, float]:
@@ -91,14 +97,14 @@ def timed(step: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
-def _serve(pipe: Connection, build: Callable[[], Questions], keep_memory: bool) -> None:
-    if not keep_memory:
+def _serve(pipe: Connection, build: Callable[[], Questions], as_ours: bool) -> None:
+    if not as_ours:
         # Megatron-Core runs under our engine, which takes the allocator for set by the user and leaves it alone.
         os.environ.setdefault("GLIBC_TUNABLES", "")
     with quietly():
         from parallel.allocator import keep_freed_memory
 
-        if keep_memory:
+        if as_ours:
             keep_freed_memory()
         questions: Questions = {}
         question = None

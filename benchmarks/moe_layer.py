@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.apart import KEEP_MEMORY, Questions, apart, take_turns, timed
+from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
 from benchmarks.contest import Contender, Result, kept_bytes, peak_bytes, table, version
 from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import ModelConfig, MoeConfig
@@ -178,7 +178,7 @@ def contests(args: argparse.Namespace) -> dict[int, Contest]:
     names = (OURS, DENSE, *MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
     builds = {name: functools.partial(build, name, args) for name in (*names, BOUNDED)}
     found: dict[int, Contest] = {}
-    with apart(builds, (OURS, DENSE, BOUNDED), peers_keep_memory=args.peers_keep_memory) as players:
+    with apart(builds, (OURS, DENSE, BOUNDED), peers_as_ours=args.peers_as_ours) as players:
         racing = {name: players[name] for name in names}
         seconds = {n: take_turns(racing, f"seconds {n}", args.repetitions) for n in args.experts}
         for n in args.experts:
@@ -217,7 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--chunk-rows", type=int, default=512, help="model.moe.expert_chunk_rows of the bounded layer")
     parser.add_argument("--backend", default="auto", help="model.moe.backend of our layer")
-    parser.add_argument("--peers-keep-memory", action="store_true", help=KEEP_MEMORY)
+    parser.add_argument("--peers-as-ours", action="store_true", help=AS_OURS)
     return parser.parse_args(argv)
 
 

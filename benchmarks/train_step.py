@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.apart import KEEP_MEMORY, Questions, apart, take_turns, timed
+from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
 from benchmarks.contest import Contender, Result, kept_bytes, table, version
 from benchmarks.peers import megatron_config, name_missing_gemm
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
@@ -154,7 +154,7 @@ def contest(args: argparse.Namespace) -> dict[str, Result]:
     """Results by contender."""
     names = (OURS, MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
     builds = {name: functools.partial(build, name, args) for name in names}
-    with apart(builds, (OURS,), peers_keep_memory=args.peers_keep_memory) as players:
+    with apart(builds, (OURS,), peers_as_ours=args.peers_as_ours) as players:
         seconds = take_turns(players, "seconds", args.repetitions)
         return {name: Result(seconds[name], player.ask("kept")) for name, player in players.items()}
 
@@ -181,7 +181,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, default in (sizes | {"repetitions": 5}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backend", default="auto", help="model.moe.backend of our model")
-    parser.add_argument("--peers-keep-memory", action="store_true", help=KEEP_MEMORY)
+    parser.add_argument("--peers-as-ours", action="store_true", help=AS_OURS)
     return parser.parse_args(argv)
 
 

@@ -323,8 +323,8 @@ class RuntimeConfig:
     timeout: float = 600.0
     """Seconds that a rank waits for the others before the job ends."""
     threads: int | None = None
-    """CPU threads per rank. null: the CPUs that Slurm gave the task, else the machine's cores divided among its
-    ranks."""
+    """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that Slurm gave the task, else the machine's cores
+    divided among its ranks."""
     preflight: bool = False
     """Before training, measure every rank's memory, disk, matrix products and links, and end the run naming the nodes
     that fall short."""

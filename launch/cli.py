@@ -29,6 +29,8 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from parallel import threads
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 BAD_CONFIGURATION = 2
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -44,6 +46,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     Exit code: what run returned (of several runs with --multirun, the first that is not 0); 2 and one message on
     stderr for a configuration error or a ValueError; 1 and a traceback for any other exception.
     """
+    threads.wait_briefly()
     ConfigStore.instance().store(name="schema", node=schema)
     keys = setting_types(schema)
     exit_codes: list[int] = []

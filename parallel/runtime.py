@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from parallel import allocator, cpu, staging
 from parallel.layout import Layout
-from parallel.world import World, cpus_per_rank
+from parallel.threads import threads_per_rank
+from parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ def start(
 
     Args:
         timeout: seconds that a rank waits for the others.
-        threads: CPU threads of this rank; None: as many as it has CPUs.
+        threads: CPU threads of this rank; None: what threads_per_rank says.
         backend: None: what pick_device says.
     """
     device, picked = pick_device(world)
     backend = backend or picked
     cpu.megatron()
-    torch.set_num_threads(threads or cpus_per_rank(world.local_size))
+    torch.set_num_threads(threads or threads_per_rank(world.local_size))
     memory = None
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -63,13 +63,6 @@ def _first_host(nodelist: str) -> str:
     return found.stdout.split()[0]
 
 
-def cpus_per_rank(local_size: int, env: Mapping[str, str] = os.environ) -> int:
-    """The CPUs that this rank may use: what Slurm gave the task, else an equal share of the machine."""
-    if env.get("SLURM_CPUS_PER_TASK"):
-        return int(env["SLURM_CPUS_PER_TASK"])
-    return max(1, int(env.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1) // local_size)
-
-
 def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:
     """NPROC: how many ranks to simulate on this machine.
 

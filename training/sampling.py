@@ -1,9 +1,11 @@
 """The choice of the next token when text is generated. Shapes: V vocabulary, K kept tokens."""
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command is to answer a wrong setting before PyTorch is loaded
+    import torch
+    from torch import Tensor
 
 
 def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -17,7 +19,7 @@ def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None
 
 
 def next_token(
-    logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits_V: "Tensor", *, temperature: float, top_k: int | None, top_p: float | None, generator: "torch.Generator"
 ) -> int:
     """Draws a token from the logits `[V]`; the same generator state gives the same token.
 
@@ -29,6 +31,8 @@ def next_token(
     Raises ValueError for settings that `check_sampling` refuses and for logits that are NaN or +inf. A logit of -inf
     forbids its token.
     """
+    import torch
+
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     sorted_V, token_V = torch.sort(logits_V.double(), descending=True, stable=True)
     # The sort puts NaN first, so that the first logit tells of every NaN and +inf; -inf there means no token is left.

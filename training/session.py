@@ -21,6 +21,7 @@ from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
 from parallel.runtime import Runtime, World
+from parallel.threads import waiting
 from training import expert_backend
 from training.guard import RunFailed
 from training.plan import Cost, model_cost
@@ -184,7 +185,11 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
         how = "NCCL" if run.backend == "nccl" else "shared by simulated ranks; gloo through host memory"
         return [("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, {how}")]
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    rows = [("device", f"CPU ({name}, {torch.get_num_threads()} threads a rank)", "no CUDA device; gloo")]
+    wait, why = waiting()
+    rows = [
+        ("device", f"CPU ({name})", "no CUDA device; gloo"),
+        ("threads", f"{torch.get_num_threads()} a rank, {wait}", why),
+    ]
     return rows + ([("memory", *run.memory)] if run.memory else [])
 
 

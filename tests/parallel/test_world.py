@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.world import World, cpus_per_rank, simulated_ranks
+from parallel.world import World, simulated_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 STEP = {
@@ -75,15 +75,3 @@ def test_nproc():
 def test_a_bad_nproc_is_quoted(given):
     with pytest.raises(ValueError, match=f"NPROC={given}: the number of ranks"):
         simulated_ranks({"NPROC": given})
-
-
-@pytest.mark.parametrize(
-    ("env", "cpus"),
-    [
-        ({"SLURM_CPUS_PER_TASK": "14", "SLURM_CPUS_ON_NODE": "112"}, 14),
-        ({"SLURM_CPUS_ON_NODE": "8"}, 2),
-        ({"SLURM_CPUS_ON_NODE": "2"}, 1),
-    ],
-)
-def test_threads_are_what_slurm_gave(env, cpus):
-    assert cpus_per_rank(4, env) == cpus
