@@ -87,10 +87,11 @@ def _decide(
         return ruled, f"by rule; not measured: {error}"
     seconds = json.loads((entry / FILE).read_text())
     best = min(seconds, key=seconds.__getitem__)
-    if ruled in seconds and seconds[best] > WORTH * seconds[ruled]:
-        best = ruled
+    even = ruled in seconds and seconds[best] > WORTH * seconds[ruled]
     told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
     told += "".join(f", {name} failed" for name in names if name not in seconds)
+    if even and best != ruled:
+        best, told = ruled, f"{told}; {ruled} is as fast, within noise"
     return best, f"measured{'' if fresh else ' before'}: {told}"
 
 

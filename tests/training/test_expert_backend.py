@@ -50,6 +50,7 @@ def test_the_fastest_is_taken(
     assert got == backend and why.startswith("measured: ") and f"{backend} {found[backend] * 1e3:.1f} ms" in why
     for name in {"loop", "grouped_mm", "fused"} - found.keys():
         assert f", {name} failed" in why
+    assert ("; fused is as fast, within noise" in why) == (backend == "fused")
 
 
 def test_measured_once_for_all_runs_of_the_shapes(runtime: Runtime, times: list, tmp_path: Path) -> None:
