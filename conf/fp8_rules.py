@@ -19,13 +19,21 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
             f"{case[first]} + {case[last]} >= {case[layers]}",
             {key: range(case[key] - 1, -1, -1) for key in (first, last) if case[key]} | {"precision": ["bf16"]},
         )
+    linear, every = case["fp8.linear_layers"], case["model.moe.every"]
+    inside = range(case[first], case[layers] - case[last])
+    if not linear and not (case["model.moe.num_experts"] and any(layer % every == every - 1 for layer in inside)):
+        yield Violation(
+            "fp8.linear_layers=true where no layer in FP8 has experts (else no layer would be in FP8)",
+            "fp8.linear_layers=false",
+            {"fp8.linear_layers": [True], "precision": ["bf16"]},
+        )
     # Blocks of 128 x 128 must not straddle ranks: their scales would depend on the layout.
     hidden, width = case["model.hidden_size"], case["model.ffn_hidden_size"]
     heads, groups = case["model.num_attention_heads"], case["model.num_query_groups"]
     keys = 2 * hidden // heads * (groups or heads)
     cuts = [("model.hidden_size", hidden, "parallel.tp"), ("model.ffn_hidden_size", width, "parallel.tp")]
-    cuts += [("model.ffn_hidden_size", width, "parallel.etp")]
-    for name, size, degree in [*cuts, ("the width of keys and values", keys, "parallel.tp")]:
+    cuts += [("the width of keys and values", keys, "parallel.tp")]
+    for name, size, degree in [*(cuts if linear else []), ("model.ffn_hidden_size", width, "parallel.etp")]:
         product = FP8_BLOCK * case[degree]
         if size % product:
             repairs = {degree: divisors(case[degree], size // FP8_BLOCK or 1)} if case[degree] > 1 else {}

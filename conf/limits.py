@@ -149,7 +149,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "precision=fp8",
         lambda c: c["precision"] == "fp8",
-        "fp8.kernels fp8.recipe fp8.weight_gradient fp8.first_layers_high fp8.last_layers_high",
+        "fp8.kernels fp8.recipe fp8.weight_gradient fp8.linear_layers fp8.first_layers_high fp8.last_layers_high",
     ),
     (
         "a layer in bf16 (precision, fp8.first_layers_high)",

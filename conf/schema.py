@@ -298,6 +298,9 @@ class Fp8Config:
     """reference (plain torch: operands are rounded to FP8 and multiplied in bf16, which is exact and gains no time),
     triton (FP8 tensor cores), or auto: reference on a CPU; on a GPU triton, and for linear layers torch's scaled_mm
     where that serves the recipe and equals the reference."""
+    linear_layers: bool = True
+    """false: only the experts are in FP8, which hold nearly all the arithmetic of a sparse model; the linear layers of
+    attention, dense and shared feed-forward layers stay in bf16."""
     first_layers_high: int = 0
     """So many layers at the beginning stay in bf16."""
     last_layers_high: int = 0

@@ -109,7 +109,7 @@ class Block(nn.Module):
             )
         else:
             self.ffn = DenseFFN(parts.model, parts.config, groups)
-        if float8 is not None:
+        if float8 is not None and float8.linear is not None:
             use_tools(self, float8.linear)
 
     def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Tensor:

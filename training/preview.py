@@ -1,7 +1,6 @@
 """What a run would be, before it is one: its table on a login node, and the memory that it should take."""
 
 from dataclasses import asdict, dataclass
-from itertools import chain
 
 from conf.fp8_rules import FP8_BLOCK
 from conf.schema import ClusterConfig, Config, ModelConfig
@@ -65,7 +64,8 @@ def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
     """Bytes that moe.kernels.layers.kept_weight keeps from one optimizer step to the next."""
     model, fp8 = config.model, config.fp8
     layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
-    matrices = list(chain(*_matrices(model, layout, *_layers_of(model, layout, stage, within=layers))))
+    linear, experts = _matrices(model, layout, *_layers_of(model, layout, stage, within=layers))
+    matrices = [*linear, *experts] if fp8.linear_layers else experts
     values = sum(n * inner * outer for n, inner, outer in matrices)
     if fp8.kernels == "reference" or (fp8.kernels == "auto" and not config.cluster.gpus):
         # Emulated: bf16 numbers, which serve both directions where both round alike.

@@ -22,8 +22,8 @@ Backend = Callable[..., torch.Tensor]
 @dataclass(frozen=True)
 class Float8:
     experts: Tools
-    linear: Tools
-    """For the linear layers of attention, dense and shared feed-forward layers."""
+    linear: Tools | None
+    """For the linear layers of attention, dense and shared feed-forward layers; None: they stay in bf16."""
     layers: range
     """The layers in FP8, counted from 0 over the whole model."""
 
@@ -38,6 +38,8 @@ def choose_float8(fp8: Fp8Config, model: ModelConfig, device: torch.device) -> t
     layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
     gradient = "" if fp8.weight_gradient == "fp8" else ", weight gradients in bf16"
     which = "every layer" if len(layers) == model.num_layers else f"layers {layers[0]} to {layers[-1]}"
+    if not fp8.linear_layers:
+        linear, which = None, f"the experts of {which}"
     return Float8(experts, linear, layers), f"{name}, {fp8.recipe}{gradient}", f"{which}; {why}"
 
 
@@ -60,8 +62,8 @@ def _choose_tools(fp8: Fp8Config, device: torch.device) -> tuple[tuple[Tools, To
     if wrong:
         raise ValueError(f"precision=fp8: Triton's kernels {wrong}. Use precision=bf16, or fp8.kernels=reference")
     why = "the GPU has FP8 products, and they equal the reference's on a random batch"
-    if fp8.kernels == "triton":
-        return (triton, triton), "Triton", f"asked for; {why}"
+    if fp8.kernels == "triton" or not fp8.linear_layers:
+        return (triton, triton), "Triton", why if fp8.kernels == "auto" else f"asked for; {why}"
     wrong = disagreement(linear_with(scaled), linear_with(reference), device, run=_linear)
     if wrong:
         return (triton, triton), "experts and linear layers on Triton", f"{why}; torch's scaled_mm: {wrong}"

@@ -127,11 +127,12 @@ def test_one_rank_holds_what_is_estimated(
     assert 0.75 < estimate.activations / found.activations < 1.33
 
 
-@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
-def test_weights_are_held_in_fp8_as_well(recipe: str, ranks: RankPool) -> None:
+@pytest.mark.parametrize(("recipe", "linear_layers"), [("blockwise", True), ("rowwise", True), ("blockwise", False)])
+def test_weights_are_held_in_fp8_as_well(recipe: str, linear_layers: bool, ranks: RankPool) -> None:
     """Of three layers in four: the second pipeline stage has one of them, the first two."""
     settings = config("fp8", {"num_shared_experts": 1}, num_query_groups=2)
-    fp8, parallel = Fp8Config(recipe=recipe, last_layers_high=1), ParallelConfig(pp=2, ep=2)
+    fp8 = Fp8Config(recipe=recipe, last_layers_high=1, linear_layers=linear_layers)
+    parallel = ParallelConfig(pp=2, ep=2)
     settings = replace(settings, fp8=fp8, parallel=parallel)
     found = [m.fp8_weights for m in ranks.run(4, held, settings, timeout=120)]
     layout = Layout.of(parallel, 4)

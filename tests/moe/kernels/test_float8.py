@@ -33,8 +33,14 @@ def test_first_and_last_layers_stay_high() -> None:
     assert name.endswith("blockwise, weight gradients in bf16")
 
 
-def test_only_the_layers_named_compute_in_fp8(runtime) -> None:
-    """Attention and experts of layer 1, each with their own tools; router, norms and head of none."""
+def test_the_experts_alone() -> None:
+    chosen, _, why = choose_float8(Fp8Config(linear_layers=False), MODEL, CPU)
+    assert chosen.linear is None and why.startswith("the experts of every layer; ")
+
+
+@pytest.mark.parametrize("linear_layers", [True, False])
+def test_only_the_layers_named_compute_in_fp8(runtime, linear_layers: bool) -> None:
+    """Attention, if it is to, and experts of layer 1, each with their own tools; router, norms and head of none."""
     from moe.kernels.float8 import Float8
     from tests.moe import helpers
 
@@ -47,7 +53,7 @@ def test_only_the_layers_named_compute_in_fp8(runtime) -> None:
 
     model = tiny(MoeConfig(num_experts=4), num_layers=3)
     parts = helpers.parts_of(model, runtime)
-    float8 = Float8(Recording(), Recording(), range(1, 2))
+    float8 = Float8(Recording(), Recording() if linear_layers else None, range(1, 2))
     stage = type(whole_model(model, runtime))(
         type(parts)(parts.model, parts.config, runtime, parts.backend, 1, float8=float8),
         chunk=0,
@@ -58,7 +64,7 @@ def test_only_the_layers_named_compute_in_fp8(runtime) -> None:
     stage(tokens, torch.arange(4)[None], tokens)
     layer = stage.layers["1"]
     linear = [layer.attention.qkv.weight, layer.attention.out.weight]
-    expected = [(float8.linear, w) for w in linear]
+    expected = [(float8.linear, w) for w in linear if linear_layers]
     expected += [(float8.experts, w) for w in (layer.ffn.experts.w_in, layer.ffn.experts.w_out)]
     assert used == [(tools, w.numel()) for tools, w in expected]
 
