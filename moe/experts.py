@@ -23,7 +23,7 @@ from moe.kernels.float8 import BF16_CAPABILITY, disagreement, routed_experts, tr
 from moe.kernels.layers import experts_with
 from moe.kernels.tools import Reference, Tools
 from moe.recompute import PRODUCTS, recomputed
-from moe.rows import Origin, Routed
+from moe.rows import Routed
 from moe.te_experts import te_grouped_product
 from parallel.placement import place
 from parallel.runtime import Groups
@@ -240,21 +240,21 @@ class Experts(nn.Module):
 
     def forward(self, routed: Routed, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
         """counts: rows of each expert. Returns [R, D], partial sums over etp when F is cut."""
+        in_pieces = self.chunk_rows is not None and len(routed) > self.chunk_rows
+        in_place = self.gathers and not in_pieces and not routed.padded
+        origin = (routed.origin,) if in_place else ()
 
-        def run(
-            rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor, **origin: Origin
-        ) -> Tensor:
+        def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
             run = partial(recomputed, self.backend, kept=PRODUCTS) if self.recompute else self.backend
-            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep, *origin.values())
+            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep, *origin)
 
         weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
-        if self.chunk_rows is not None and len(routed) > self.chunk_rows:
-            y_RD = InPieces.apply(run, self.chunk_rows, counts, routed.gather(), *weights)
-        elif self.gathers and not routed.padded:
-            y_RD = run(slice(None), routed.x_TD, counts, *weights, origin=routed.origin)
+        x = routed.x_TD if in_place else routed.gather()
+        if in_pieces:
+            y_RD = InPieces.apply(run, self.chunk_rows, counts, x, *weights)
         else:
-            y_RD = run(slice(None), routed.gather(), counts, *weights)
+            y_RD = run(slice(None), x, counts, *weights)
         return y_RD if self.b_out is None else y_RD + of_rows(F.pad(self.b_out, self.columns), counts)
 
 

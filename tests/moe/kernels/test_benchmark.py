@@ -10,7 +10,7 @@ from tests.moe.kernels.test_layers import relative
 
 SHAPE = (1, 130, 256, 128)
 """One expert, whose product is the dense one."""
-FP8 = 0.06  # a product of rounded operands is 0.04 from bf16's
+FP8, BF16 = 0.04, 5e-3  # how far a product is from the dense one
 
 
 def run(contest: kernels.Contest) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def test_forward_products_are_the_dense_one(contest, device: torch.device) -> No
     forward = {name: y for name, y in results.items() if "forward" in name or "grouped_mm" in name}
     assert len(forward) == {kernels.products: 3, kernels.in_place: 4}[contest]
     for name, y in forward.items():
-        assert relative(y.float(), results["dense"].float()) < (FP8 if name.startswith("fp8") else 5e-3), name
+        assert relative(y.float(), results["dense"].float()) < (FP8 if name.startswith("fp8") else BF16), name
 
 
 def test_rows_in_place_are_the_gathered_rows(device: torch.device) -> None:
@@ -45,7 +45,9 @@ def test_gradients_in_fp8_are_those_in_bf16(device: torch.device) -> None:
 
 def test_whole_experts_agree(device: torch.device) -> None:
     torch.manual_seed(0)
-    first, *others = run(kernels.experts_contest(2, 130, 128, 128, device)).values()
-    assert len(others) == 3
-    for other in others:
-        assert [relative(a.float(), b.float()) < 0.1 for a, b in zip(other, first, strict=True)] == [True] * 3
+    results = run(kernels.experts_contest(2, 130, 128, 128, device))
+    first = results.pop("experts, torch grouped_mm")
+    assert len(results) == 3
+    for name, other in results.items():
+        bar = 2 * BF16 if "bf16" in name.split(",")[1] else 0.09  # several products: test_layers.py
+        assert [relative(a.float(), b.float()) < bar for a, b in zip(other, first, strict=True)] == [True] * 3, name
