@@ -13,11 +13,16 @@ from torch import Tensor
 from parallel.selection import Candidate, Choice, select
 
 
+def tokens_of(choice_R: Tensor, top_k: int) -> Tensor:
+    """[R]: whose choices these are."""
+    return choice_R if top_k == 1 else choice_R // top_k
+
+
 def take(x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
     """[R, D]: the token of each choice; zeros for choice T * K."""
     x_TD = F.pad(x_TD, (0, 0, 0, 1)) if padded else x_TD
     # index_select, not indexing: its gradient adds rows in parallel, that of indexing one by one.
-    return x_TD.index_select(0, choice_R // top_k)
+    return x_TD.index_select(0, tokens_of(choice_R, top_k))
 
 
 def weighted_sum(y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
@@ -27,12 +32,12 @@ def weighted_sum(y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool)
     # In the experts' precision, as in Switch (section 2.4): fp32 stays within the router.
     weighted_RD = y_RD * gates[choice_R, None].to(y_RD.dtype)
     out_TD = y_RD.new_zeros((tokens + padded, y_RD.shape[1]))
-    return out_TD.index_add(0, choice_R // top_k, weighted_RD)[:tokens]
+    return out_TD.index_add(0, tokens_of(choice_R, top_k), weighted_RD)[:tokens]
 
 
 def add(rows_RD: Tensor, choice_R: Tensor, top_k: int, tokens: int) -> Tensor:
     """[T, D]: every row added to its token, the gradient of `take` without padding; autograd does not follow."""
-    return rows_RD.new_zeros((tokens, rows_RD.shape[1])).index_add_(0, choice_R // top_k, rows_RD)
+    return rows_RD.new_zeros((tokens, rows_RD.shape[1])).index_add_(0, tokens_of(choice_R, top_k), rows_RD)
 
 
 class Rows(Protocol):
@@ -63,7 +68,7 @@ class Origin:
     by: Rows = PLAIN_ROWS
 
     def token_R(self) -> Tensor:
-        return self.choice_R // self.top_k
+        return tokens_of(self.choice_R, self.top_k)
 
     def add(self, rows_RD: Tensor, tokens: int) -> Tensor:
         """[T, D]: every row added to its token."""
