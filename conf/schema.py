@@ -5,7 +5,7 @@ login node without PyTorch can read and check a configuration."""
 from dataclasses import dataclass, field
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
-BACKENDS = ("auto", "loop", "fused", "grouped_mm", "triton", "te")
+BACKENDS = ("auto", "loop", "fused", "native", "grouped_mm", "triton", "te")
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
@@ -110,8 +110,9 @@ class MoeConfig:
     the rows themselves.) null: all rows at once."""
     backend: str = "auto"
     """How the experts' matrix products run: auto, loop (one product per expert), fused (the loop as one operation,
-    which keeps less), grouped_mm (torch's one launch for all), triton (ours, bf16 on a GPU) or te (TransformerEngine's,
-    where it is installed). Of the layers that precision=fp8 leaves in bf16; those in FP8 have fp8.kernels."""
+    which keeps less), native (ours, bf16 on a CPU with AVX512-BF16), grouped_mm (torch's one launch for all), triton
+    (ours, bf16 on a GPU) or te (TransformerEngine's, where it is installed). Of the layers that precision=fp8 leaves in
+    bf16; those in FP8 have fp8.kernels."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from moe.activations import GATED, activate
 from moe.chunks import InPieces
 from moe.dropout import Dropout
 from moe.fused_experts import FusedExperts
+from moe.kernels import native
 from moe.kernels.float8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
 from moe.kernels.layers import experts_with
 from moe.kernels.tools import Reference, Tools
@@ -115,19 +116,23 @@ def _on_triton() -> Callable[..., Tensor]:
     return experts_with(TritonTools())
 
 
+native_experts = experts_with(native.NativeTools())
+"""The same on a CPU with AVX512-BF16."""
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "loop": loop_experts,
     "grouped_mm": grouped_experts,
     "fused": FusedExperts.apply,
+    "native": native_experts,
     "triton": triton_experts,
     "te": te_experts,
 }
 """What can run the experts' products: loop_experts' arguments, loop_experts' result."""
 
-GATHER = ("triton",)
+GATHER = ("native", "triton")
 """Those that take an Origin of the rows."""
 
-KEEP_PRODUCTS_ONLY = ("fused", "triton")
+KEEP_PRODUCTS_ONLY = ("fused", "native", "triton")
 """Those that compute the activation again in the backward pass anyway."""
 
 
@@ -147,6 +152,20 @@ def _not_for_triton(model: ModelConfig, device: torch.device, dtype: torch.dtype
         return f"computes in bf16, this run in {dtype}. Use precision=bf16, or model.moe.backend=auto"
     missing = triton_obstacle(device, BF16_CAPABILITY) or _triton_disagrees(device)
     return missing and f"{missing}. Use model.moe.backend=auto"
+
+
+def _not_native(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"computes in bf16, this run in {dtype}. Use precision=bf16, or model.moe.backend=auto"
+    if device.type != "cpu":
+        return "is for a CPU, and this run is on a GPU. Use model.moe.backend=auto"
+    missing = native.obstacle() or _native_disagrees()
+    return missing and f"{missing}. Use model.moe.backend=auto"
+
+
+@cache
+def _native_disagrees() -> str | None:
+    return disagreement(native_experts, experts_with(Reference()), torch.device("cpu"), run=routed_experts)
 
 
 @cache
@@ -175,7 +194,12 @@ def _te_fails(device: torch.device) -> str | None:
 
 
 Obstacle = Callable[[ModelConfig, torch.device, torch.dtype], str | None]
-OBSTACLES: dict[str, Obstacle] = {"grouped_mm": _misaligned, "triton": _not_for_triton, "te": _not_for_te}
+OBSTACLES: dict[str, Obstacle] = {
+    "native": _not_native,
+    "grouped_mm": _misaligned,
+    "triton": _not_for_triton,
+    "te": _not_for_te,
+}
 """Why a backend cannot run this model on this device, in words that follow its name; None: it can. A backend without an
 entry always can."""
 
@@ -185,19 +209,28 @@ def available_backends(model: ModelConfig, device: torch.device, dtype: torch.dt
     return [name for name in BACKENDS if name not in OBSTACLES or OBSTACLES[name](model, device, dtype) is None]
 
 
-def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, available: list[str] | None = None
+) -> tuple[str, str]:
     """(backend, why) for model.moe.backend, auto by rule. A training run measures instead (training.expert_backend).
+
+    Args:
+        available: those that auto chooses from; None: all that can run here.
 
     Raises:
         ValueError: the one asked for cannot run.
     """
-    wanted, available = model.moe.backend, available_backends(model, device, dtype)
+    wanted = model.moe.backend
     if wanted != "auto":
-        if wanted not in available:
-            raise ValueError(f"model.moe.backend={wanted} {OBSTACLES[wanted](model, device, dtype)}")
+        missing = OBSTACLES[wanted](model, device, dtype) if wanted in OBSTACLES else None
+        if missing:
+            raise ValueError(f"model.moe.backend={wanted} {missing}")
         return wanted, "asked for"
+    available = available_backends(model, device, dtype) if available is None else available
     if device.type == "cuda" and dtype == torch.bfloat16 and "grouped_mm" in available:
         return "grouped_mm", "one launch for all experts"
+    if device.type == "cpu" and "native" in available and not native.slower_than_onednn():
+        return "native", "our products for AVX512-BF16, compiled here"
     if device.type == "cpu":
         return "fused", "one operation, which keeps less for the backward pass than loop"
     return "loop", f"{dtype} on a GPU" if dtype != torch.bfloat16 else "rows are not a multiple of 16 bytes"

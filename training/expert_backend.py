@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from corpus.cache import Cache
 from moe.experts import available_backends, choose_backend
 from moe.measure import Shapes, TooSlow, measure
@@ -31,16 +31,26 @@ def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | Non
         ValueError: the one asked for cannot run here.
     """
     model = config.model
-    ruled, why = choose_backend(model, run.device, dtype)
-    if not model.moe.num_experts or model.moe.backend != "auto" or run_dir is None:
+    if model.moe.backend != "auto":
+        return choose_backend(model, run.device, dtype)
+    names = _available_everywhere(model, run.device, dtype)
+    ruled, why = choose_backend(model, run.device, dtype, names)
+    if run_dir is None:
         return ruled, why
     if config.train.deterministic:
-        return ruled, f"{why}; not measured, since train.deterministic=true means the same on every machine"
-    names = available_backends(model, run.device, dtype)
+        return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says"
     answer = [_decide(config, run, dtype, run_dir, ruled, names) if run.world.rank == 0 else None]
     dist.broadcast_object_list(answer)
     assert answer[0] is not None
     return answer[0]
+
+
+def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Nodes may differ in what they have."""
+    mine = available_backends(model, device, dtype)
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [name for name in mine if all(name in names for names in everyone)]
 
 
 def remember(config: Config, run_dir: Path, backend: str) -> None:

@@ -140,7 +140,9 @@ def _choose_implementations(
         rows += [("FP8 products", *words)]
     # What no layer uses need not be measured.
     bf16_experts = any(float8 is None or layer not in float8.layers for layer in sparse_layers(model))
-    backend, why_backend = expert_backend.choose(config, run, dtype, run_dir if bf16_experts else None)
+    backend, why_backend = "loop", "of no layer"
+    if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
+        backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
     norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device))
     losses, choice = choose_token_losses(device, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe.kernels import activations, products, rounding
 from moe.kernels.numerics import BLOCK, E4M3, RECIPES, Block, Quantised, Recipe, quantise
-from moe.kernels.tools import Weight
+from moe.kernels.tools import Weight, main_gradient
 
 ROWS = 128
 """Rows of a tile; the rows of an FP8 weight gradient are padded to this."""
@@ -60,16 +60,6 @@ class Operand:
     def __getitem__(self, experts: slice) -> "Operand":
         """Some of the experts of a weight."""
         return Operand(self.values[experts], None if self.scale is None else self.scale[experts], self.blocks)
-
-
-def main_gradient(w: Tensor) -> Tensor | None:
-    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned. Whoever gets one adds to it:
-    Megatron-Core's hook then leaves the returned gradient alone, which only has to exist."""
-    main = getattr(w, "main_grad", None)
-    if main is None or not hasattr(w, "grad_added_to_main_grad"):
-        return None
-    w.grad_added_to_main_grad = True
-    return main
 
 
 def programs(device: torch.device) -> int:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from moe.kernels.fused import Float8Tools, Groups, Operand, main_gradient
+from moe.kernels.fused import Float8Tools, Groups, Operand
 from moe.kernels.numerics import BLOCK, Block
-from moe.kernels.tools import Weight
+from moe.kernels.tools import Weight, main_gradient
 
 KINDS: dict[Block, ScalingType] = {
     (1, BLOCK): ScalingType.BlockWise1x128,

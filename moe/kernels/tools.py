@@ -61,6 +61,16 @@ class Tools(Protocol):
         back (Megatron-Core's convention: w.grad_added_to_main_grad)."""
 
 
+def main_gradient(w: Tensor) -> Tensor | None:
+    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned. Whoever gets one adds to it:
+    Megatron-Core's hook then leaves the returned gradient alone, which only has to exist."""
+    main = getattr(w, "main_grad", None)
+    if main is None or not hasattr(w, "grad_added_to_main_grad"):
+        return None
+    w.grad_added_to_main_grad = True
+    return main
+
+
 class Reference:
     """Plain torch, one expert after the other. With a recipe every operand is rounded to FP8 and back: what an FP8
     tensor core multiplies exactly, a bf16 or fp32 product multiplies exactly too."""

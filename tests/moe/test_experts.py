@@ -20,7 +20,7 @@ from moe.init import initialise
 from parallel.engine import core_config
 from parallel.runtime import Runtime
 from tests.moe import reference
-from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny
+from tests.moe.helpers import IN_FP32, assert_close, assert_gradients_close, in_float64, random, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,7 +72,7 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Grouped
 
 
 @pytest.mark.usefixtures("transformer_engine")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # tests/moe/kernels
+@pytest.mark.parametrize("backend", [name for name in IN_FP32 if name != "triton"])  # tests/moe/kernels
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 0, 6], [6, 0, 0, 0], [0, 0, 0, 0]])
 def test_rows_go_to_their_expert_whatever_the_counts(
@@ -241,8 +241,10 @@ def test_expert_weights_get_their_gradient_without_a_copy_of_all_experts() -> No
     ],
 )
 def test_backend_fits_device_and_precision(
-    wanted: str, device: torch.device, dtype: torch.dtype, hidden: int, chosen: str
+    wanted: str, device: torch.device, dtype: torch.dtype, hidden: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a processor without AVX512-BF16."""
+    monkeypatch.setattr(experts.native, "obstacle", lambda: "needs a processor with AVX512-BF16")
     model = tiny(hidden_size=hidden, ffn_hidden_size=64)
     model.moe.backend = wanted
     assert choose_backend(model, device, dtype)[0] == chosen

@@ -80,7 +80,6 @@ def test_nothing_is_measured_where_the_answer_is_known(runtime: Runtime, times: 
     backend, why = chosen(config, runtime, tmp_path)
     assert backend == "fused" and "train.deterministic=true" in why
     assert chosen(config_of(tmp_path, backend="grouped_mm"), runtime, tmp_path) == ("grouped_mm", "asked for")
-    assert chosen(config_of(tmp_path, num_experts=0), runtime, tmp_path)[0] == "fused"
     assert chosen(config_of(tmp_path), runtime, None)[0] == "fused"
 
 
@@ -98,24 +97,24 @@ def test_too_slow_to_measure_is_told_and_not_remembered(
     assert chosen(config_of(tmp_path), runtime, tmp_path)[0] == "loop"
 
 
-def choose_on_rank(world: World, folder: str) -> tuple[str, str]:
+def choose_on_rank(world: World, folder: str, lacking: tuple[int, ...]) -> tuple[str, str]:
     from training import expert_backend
 
     def measured(names: list[str], shapes: object, device: torch.device) -> dict[str, float]:
         assert world.rank == 0
-        return FAST
+        return {name: FAST[name] for name in names}
 
-    plain, expert_backend.measure = expert_backend.measure, measured
-    try:
-        with started(world, ParallelConfig()) as runtime:
-            return chosen(config_of(Path(folder)), runtime, Path(folder) / str(world.rank))
-    finally:
-        expert_backend.measure = plain
+    with pytest.MonkeyPatch.context() as patched, started(world, ParallelConfig()) as runtime:
+        patched.setattr(expert_backend, "measure", measured)
+        if world.rank in lacking:
+            patched.setattr(expert_backend, "available_backends", lambda *_: ["fused", "grouped_mm"])
+        return chosen(config_of(Path(folder)), runtime, Path(folder) / str(world.rank))
 
 
-def test_rank_0_decides_for_all(ranks, tmp_path: Path) -> None:
-    answers = ranks.run(2, choose_on_rank, str(tmp_path), timeout=60)
-    assert answers[0] == answers[1] and answers[0][0] == "loop"
+@pytest.mark.parametrize(("lacking", "backend"), [((), "loop"), ((1,), "fused")])
+def test_rank_0_decides_for_all_by_what_all_have(lacking: tuple[int, ...], backend: str, ranks, tmp_path: Path) -> None:
+    answers = ranks.run(2, choose_on_rank, str(tmp_path), lacking, timeout=60)
+    assert answers[0] == answers[1] and answers[0][0] == backend
 
 
 def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
