@@ -24,6 +24,7 @@ using Pair = uint32_t;  // two neighbours of the inner dimension
 using Index = int64_t;
 
 constexpr int ROWS = 12, COLUMNS = 32;  // of a tile: 24 accumulators, 2 of b, 1 of a of the 32 registers
+constexpr Index AHEAD = 16;  // lines that are fetched before they are packed
 constexpr Index BLOCK_BYTES = 384 << 10;  // of packed rows that stay in the second-level cache (1 MiB on Zen 4)
 
 struct Scratch {
@@ -108,10 +109,12 @@ void pack(const Operand &x, Index from, Index count, Index begin, Index inner, P
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const auto line = [&](Index i) { return x.at(begin + std::min(i, inner - 1)) + from; };
     for (Index k = 0; k < pairs; ++k) {  // a line is read once, for all panels
+        const Bf16 *even = line(2 * k), *odd = line(2 * k + 1), *later[] = {line(2 * k + AHEAD), line(2 * k + 1 + AHEAD)};
         const bool whole = 2 * k + 1 < inner;
-        const Bf16 *even = x.at(begin + 2 * k) + from, *odd = whole ? x.at(begin + 2 * k + 1) + from : even;
         for (Index at = 0; at < count; at += SIZE) {
+            for (const Bf16 *from_memory : later) _mm_prefetch(from_memory + at, _MM_HINT_T0);
             const __mmask32 there = first32(std::min<Index>(count - at, SIZE));
             const __m512i e = _mm512_maskz_loadu_epi16(there, even + at);
             const __m512i o = _mm512_maskz_loadu_epi16(whole ? there : 0, odd + at);

@@ -149,7 +149,7 @@ class NativeTools:
     ) -> tuple[Tensor, Tensor, Rows]:
         h_RGF, da_RF, keep_RF = _dense(h_RGF), _dense(da_RF), _dense_or_none(keep_RF)
         rows, _, width = h_RGF.shape
-        a_RF, dh_RN = torch.empty_like(da_RF), torch.empty_like(h_RGF).flatten(1)
+        a_RF, dh_RN = da_RF, torch.empty_like(h_RGF).flatten(1)  # a value of da is read before it is written
         library().switchyard_activate_back(
             c_int(KINDS.index(name)), c_int64(rows), c_int64(width),
             _pointer(h_RGF), _pointer(da_RF), _pointer(keep_RF), _pointer(a_RF), _pointer(dh_RN), _threads(),

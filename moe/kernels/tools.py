@@ -49,7 +49,8 @@ class Tools(Protocol):
     def activate_back(
         self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
-        """(a [R, F] again, the gradient of h [R, G * F] for that of a, the latter again as a left operand)."""
+        """(a [R, F] again, the gradient of h [R, G * F] for that of a, the latter again as a left operand). da may be
+        overwritten."""
 
     def columns(self, x_RK: Tensor, groups: Any, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
         """An operand of `weight_gradient`, as tensors that autograd can keep from forward to backward; with row_R, only
