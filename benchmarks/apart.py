@@ -74,6 +74,10 @@ def apart(
         yield players
 
 
+SETTLE = 0.2
+"""Seconds before a turn, in which the threads of the one before end their waiting: as installed, OpenMP's compute while
+they wait, and would take a core from the next one."""
+
 AS_OURS = "run peers with the settings that ours makes for itself on a CPU: memory is kept, threads wait briefly"
 """Help for an option --peers-as-ours."""
 
@@ -81,7 +85,12 @@ AS_OURS = "run peers with the settings that ours makes for itself on a CPU: memo
 def take_turns(players: Mapping[str, Apart], question: str, repetitions: int) -> dict[str, float]:
     """Asks A B C A B C ... for seconds; the medians. The first round, in which kernels are chosen and memory is first
     touched, does not count."""
-    rounds = [{name: player.ask(question) for name, player in players.items()} for _ in range(repetitions + 1)]
+
+    def turn(player: Apart) -> float:
+        time.sleep(SETTLE)
+        return player.ask(question)
+
+    rounds = [{name: turn(player) for name, player in players.items()} for _ in range(repetitions + 1)]
     return {name: statistics.median(r[name] for r in rounds[1:]) for name in players}
 
 
