@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,8 @@ def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | Non
     Raises:
         ValueError: the one asked for cannot run here.
     """
-    model = config.model
+    # As a rank sees it: what must be aligned is its slice of an expert.
+    model = replace(config.model, ffn_hidden_size=config.model.ffn_hidden_size // run.layout.etp)
     if model.moe.backend != "auto":
         return choose_backend(model, run.device, dtype)
     names = _available_everywhere(model, run.device, dtype)

@@ -117,6 +117,23 @@ def test_rank_0_decides_for_all_by_what_all_have(lacking: tuple[int, ...], backe
     assert answers[0] == answers[1] and answers[0][0] == backend
 
 
+def ask_for_grouped_mm(world: World, width: int) -> str:
+    config = config_of(Path(), backend="grouped_mm")
+    config.model.ffn_hidden_size = width
+    with started(world, ParallelConfig(etp=2)) as runtime:
+        try:
+            return chosen(config, runtime, None)[0]
+        except ValueError as error:
+            return str(error)
+
+
+def test_a_rank_s_slice_of_an_expert_has_to_be_aligned(ranks) -> None:
+    """16 bytes: four values of fp32."""
+    assert ranks.run(2, ask_for_grouped_mm, 16, timeout=60) == ["grouped_mm"] * 2
+    for told in ranks.run(2, ask_for_grouped_mm, 12, timeout=60):
+        assert told.startswith("model.moe.backend=grouped_mm needs rows of a multiple of 16 bytes; 6 values of")
+
+
 def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe import measure as room
     from moe.experts import BACKENDS
