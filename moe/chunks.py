@@ -74,4 +74,9 @@ class InPieces(torch.autograd.Function):
                 sums = [s.float() + a for s, a in zip(sums, added, strict=True)] if sums else added
             for whole, part in zip(dweights, sums, strict=True):
                 whole[experts] = part
+        for w, dw in zip(weights, dweights, strict=True):
+            # An earlier micro-batch, small enough not to be cut, may have added its gradient there by itself; then
+            # Megatron-Core's hook leaves alone what is returned (moe.kernels.tools.main_gradient).
+            if getattr(w, "grad_added_to_main_grad", False):
+                w.main_grad += dw
         return None, None, None, dx_RD, *dweights

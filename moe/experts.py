@@ -117,7 +117,7 @@ def _on_triton() -> Callable[..., Tensor]:
 
 
 native_experts = experts_with(native.NativeTools())
-"""The same on a CPU with AVX512-BF16."""
+"""What triton_experts are on a GPU, on a CPU with AVX512-BF16."""
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "loop": loop_experts,
@@ -159,13 +159,20 @@ def _not_native(model: ModelConfig, device: torch.device, dtype: torch.dtype) ->
         return f"computes in bf16, this run in {dtype}. Use precision=bf16, or model.moe.backend=auto"
     if device.type != "cpu":
         return "is for a CPU, and this run is on a GPU. Use model.moe.backend=auto"
-    missing = native.obstacle() or _native_disagrees()
+    missing = native.obstacle() or _native_fails()
     return missing and f"{missing}. Use model.moe.backend=auto"
 
 
 @cache
-def _native_disagrees() -> str | None:
+def _native_fails() -> str | None:
     return disagreement(native_experts, experts_with(Reference()), torch.device("cpu"), run=routed_experts)
+
+
+def native_left_out(available: Sequence[str], device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps `native` from a processor that it is made for; None: nothing does, or it is not made for this one."""
+    if "native" in available or device.type != "cpu" or dtype != torch.bfloat16 or native.missing_instructions():
+        return None
+    return native.obstacle() or _native_fails() or "cannot run on every node"
 
 
 @cache

@@ -52,8 +52,8 @@ class Parts:
     model: ModelConfig
     config: TransformerConfig
     runtime: Runtime
-    backend: str
-    """How the experts' products run (moe.experts.choose_backend)."""
+    backend: str | None
+    """How the experts' products run (moe.experts.choose_backend); None: no layer has such experts."""
     seed: int
     """Of the initial weights and of the layers' random numbers."""
     norm_function: Norm = torch_rms_norm

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from conf.schema import Config, ModelConfig
 from corpus.cache import Cache
-from moe.experts import available_backends, choose_backend
+from moe.experts import available_backends, choose_backend, native_left_out
 from moe.measure import Shapes, TooSlow, measure
 from parallel.runtime import Runtime
 
@@ -35,15 +35,12 @@ def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | Non
     if model.moe.backend != "auto":
         return choose_backend(model, run.device, dtype)
     names = _available_everywhere(model, run.device, dtype)
-    ruled, why = choose_backend(model, run.device, dtype, names)
-    if run_dir is None:
-        return ruled, why
-    if config.train.deterministic:
-        return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says"
-    answer = [_decide(config, run, dtype, run_dir, ruled, names) if run.world.rank == 0 else None]
+    answer = [_decide(config, run, dtype, run_dir, names) if run.world.rank == 0 else None]
     dist.broadcast_object_list(answer)
     assert answer[0] is not None
-    return answer[0]
+    backend, why = answer[0]
+    missing = native_left_out(names, run.device, dtype)
+    return backend, f"{why}; native {missing}" if missing else why
 
 
 def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -54,9 +51,9 @@ def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch
     return [name for name in mine if all(name in names for names in everyone)]
 
 
-def remember(config: Config, run_dir: Path, backend: str) -> None:
-    """For the run's next life."""
-    if config.model.moe.num_experts and config.model.moe.backend == "auto":
+def remember(config: Config, run_dir: Path, backend: str | None) -> None:
+    """For the run's next life. None: this one had no use for a backend."""
+    if backend and config.model.moe.backend == "auto":
         (run_dir / FILE).write_text(json.dumps({"backend": backend}))
 
 
@@ -75,8 +72,13 @@ def shapes_of(config: Config, run: Runtime, dtype: torch.dtype) -> Shapes:
 
 
 def _decide(
-    config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path, ruled: str, names: list[str]
+    config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | None, names: list[str]
 ) -> tuple[str, str]:
+    ruled, why = choose_backend(config.model, run.device, dtype, names)
+    if run_dir is None:
+        return ruled, why
+    if config.train.deterministic:
+        return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says"
     try:
         backend = json.loads((run_dir / FILE).read_text())["backend"]
         if backend in names:

@@ -37,7 +37,8 @@ class Session:
     engine: Engine
     precision: str
     """fp32, bf16 or fp8."""
-    backend: str
+    backend: str | None
+    """Of the experts in bf16 or fp32; None: there are none."""
     """How the experts' products run."""
     cost: Cost
     table: list[tuple[str, str, str]]
@@ -140,7 +141,7 @@ def _choose_implementations(
         rows += [("FP8 products", *words)]
     # What no layer uses need not be measured.
     bf16_experts = any(float8 is None or layer not in float8.layers for layer in sparse_layers(model))
-    backend, why_backend = "loop", "of no layer"
+    backend = None
     if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
         backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
@@ -206,7 +207,7 @@ def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _recompute_row(parts: list[str], backend: str) -> list[tuple[str, str, str]]:
+def _recompute_row(parts: list[str], backend: str | None) -> list[tuple[str, str, str]]:
     why = f"{backend} experts keep no activations anyway" if backend in KEEP_PRODUCTS_ONLY else "as asked for"
     return [("recompute", ", ".join(parts), why if "activation" in parts else "as asked for")] if parts else []
 

@@ -4,8 +4,8 @@
 // gated activations, else 1.
 //
 // A product runs on tiles of 12 x 32 that stay in registers. What it multiplies is packed first: into panels of 12 rows
-// and of 32 columns, two values of the inner dimension side by side, as vdpbf16ps takes them. Any number of rows costs
-// the same, nothing is compiled for a shape, and rows are read from where they lie while they are packed.
+// and of 32 columns, two values of the inner dimension side by side, as vdpbf16ps takes them. Nothing is compiled for a
+// shape, and rows are read from where they lie while they are packed.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -14,7 +14,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -24,17 +24,9 @@ using Pair = uint32_t;  // two neighbours of the inner dimension
 using Index = int64_t;
 
 constexpr int ROWS = 12, COLUMNS = 32;  // of a tile: 24 accumulators, 2 of b, 1 of a of the 32 registers
-constexpr Index AHEAD = 16;  // lines that are fetched before they are packed
+constexpr Index AHEAD = 16;  // lines of the inner dimension that are fetched before they are packed
 constexpr Index BLOCK_BYTES = 384 << 10;  // of packed rows that stay in the second-level cache (1 MiB on Zen 4)
-
-struct Scratch {
-    explicit Scratch(Index pairs) : data(static_cast<Pair *>(std::aligned_alloc(64, (pairs + 31) / 16 * 64))) {
-        if (!data) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(data); }
-    Scratch(const Scratch &) = delete;
-    Pair *data;
-};
+constexpr Index CHUNK_BYTES = 8 << 20;    // of packed columns, each thread's
 
 __mmask16 first(Index lanes) { return lanes >= 16 ? 0xffff : lanes <= 0 ? 0 : (1u << lanes) - 1; }
 __mmask32 first32(Index lanes) { return lanes >= 32 ? ~0u : lanes <= 0 ? 0 : (1u << lanes) - 1; }
@@ -111,10 +103,11 @@ void pack(const Operand &x, Index from, Index count, Index begin, Index inner, P
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const auto line = [&](Index i) { return x.at(begin + std::min(i, inner - 1)) + from; };
     for (Index k = 0; k < pairs; ++k) {  // a line is read once, for all panels
-        const Bf16 *even = line(2 * k), *odd = line(2 * k + 1), *later[] = {line(2 * k + AHEAD), line(2 * k + 1 + AHEAD)};
+        const Bf16 *even = line(2 * k), *odd = line(2 * k + 1);
+        const Bf16 *later[] = {line(2 * k + AHEAD), line(2 * k + 1 + AHEAD)};
         const bool whole = 2 * k + 1 < inner;
         for (Index at = 0; at < count; at += SIZE) {
-            for (const Bf16 *from_memory : later) _mm_prefetch(from_memory + at, _MM_HINT_T0);
+            for (const Bf16 *fetched : later) _mm_prefetch(fetched + at, _MM_HINT_T0);
             const __mmask32 there = first32(std::min<Index>(count - at, SIZE));
             const __m512i e = _mm512_maskz_loadu_epi16(there, even + at);
             const __m512i o = _mm512_maskz_loadu_epi16(whole ? there : 0, odd + at);
@@ -194,44 +187,50 @@ struct Product {
     }
 
     Index pairs() const { return std::max<Index>(1, (inner + 1) / 2); }
-    // Rows that are packed at a time.
+    // Rows and columns that are packed at a time.
     Index block() const {
         return std::clamp<Index>(BLOCK_BYTES / (pairs() * ROWS * Index(sizeof(Pair))), 1, 16) * ROWS;
     }
-    Index a_pairs() const { return pairs() * block(); }
-    Index b_pairs() const { return pairs() * ((columns + COLUMNS - 1) / COLUMNS) * COLUMNS; }
+    Index chunk() const {
+        const Index fit = CHUNK_BYTES / (pairs() * COLUMNS * Index(sizeof(Pair)));
+        return std::min(std::max<Index>(1, fit), (columns + COLUMNS - 1) / COLUMNS) * COLUMNS;
+    }
+    Index room() const { return pairs() * (chunk() + block()); }
 
-    void run(Pair *a_room, Pair *b_room) const {
-        pack<COLUMNS>(b, column, columns, b_begin, inner, b_room);
-        for (Index top = 0; top < rows; top += block()) {
-            const Index bottom = std::min(rows, top + block());
-            pack<ROWS>(a, a_row + top, bottom - top, a_begin, inner, a_room);
-            for (Index c = 0; c < columns; c += COLUMNS)
-                for (Index r = top; r < bottom; r += ROWS)
-                    TILES[std::min<Index>(ROWS, rows - r)]((inner + 1) / 2, a_room + (r - top) * pairs(),
-                                                          b_room + c * pairs(), y, y_row + r, column + c,
-                                                          std::min<Index>(COLUMNS, columns - c));
+    void run(Pair *b_room) const {
+        Pair *a_room = b_room + pairs() * chunk();
+        for (Index left = 0; left < columns; left += chunk()) {
+            const Index right = std::min(columns, left + chunk());
+            pack<COLUMNS>(b, column + left, right - left, b_begin, inner, b_room);
+            for (Index top = 0; top < rows; top += block()) {
+                const Index bottom = std::min(rows, top + block());
+                pack<ROWS>(a, a_row + top, bottom - top, a_begin, inner, a_room);
+                for (Index c = left; c < right; c += COLUMNS)
+                    for (Index r = top; r < bottom; r += ROWS)
+                        TILES[std::min<Index>(ROWS, rows - r)](
+                            (inner + 1) / 2, a_room + (r - top) * pairs(), b_room + (c - left) * pairs(), y, y_row + r,
+                            column + c, std::min<Index>(COLUMNS, columns - c));
+            }
         }
     }
 };
 
-// Runs the products in parts of about equal work, several for each thread.
-void run(const std::vector<Product> &products, int threads) {
-    Index total = 0, a_pairs = 0, b_pairs = 0;
+// Runs the products in parts of about equal work, several for each thread. False: no memory to pack them.
+bool run(const std::vector<Product> &products, int threads) {
+    Index total = 0, room = 0;
     for (const Product &product : products) total += product.work();
     std::vector<Product> parts;
     for (const Product &product : products)
         product.cut(std::max<Index>(1, (product.work() * 8 * threads + total / 2) / std::max<Index>(1, total)), parts);
-    for (const Product &part : parts) {
-        a_pairs = std::max(a_pairs, part.a_pairs());
-        b_pairs = std::max(b_pairs, part.b_pairs());
-    }
+    for (const Product &part : parts) room = std::max(room, (part.room() + 15) / 16 * 16);
+    const Index bytes = (threads * room + 16) * sizeof(Pair);
+    const std::unique_ptr<void, decltype(&std::free)> rooms(std::aligned_alloc(64, bytes), std::free);
+    if (!rooms) return false;
     std::atomic<size_t> next{0};
 #pragma omp parallel num_threads(threads)
-    {
-        const Scratch a_room(a_pairs), b_room(b_pairs);
-        for (size_t i = next++; i < parts.size(); i = next++) parts[i].run(a_room.data, b_room.data);
-    }
+    for (size_t i = next++; i < parts.size(); i = next++)
+        parts[i].run(static_cast<Pair *>(rooms.get()) + omp_get_thread_num() * room);
+    return true;
 }
 
 __m512 wide(const Bf16 *from, __mmask16 there) {
@@ -273,8 +272,8 @@ Bent silu(__m512 x) {
     return {value, _mm512_fmadd_ps(value, _mm512_sub_ps(all(1), share), share)};
 }
 
-// x P(x) with the normal distribution's P; P(-|x|) is half the erfc of Press et al., Numerical Recipes, 6.2: to 1.2e-7 of
-// it, however small.
+// x P(x) with the normal distribution's P; P(-|x|) is half the erfc of Press et al., Numerical Recipes, 6.2: to 1.2e-7
+// of it, however small.
 Bent gelu(__m512 x) {
     constexpr float series[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
                                 -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
@@ -348,8 +347,8 @@ constexpr Activation ACTIVATIONS[] = {activation<silu, true>, activation<gelu, t
 extern "C" {
 
 // y [R, N] = each row times its expert's weight: w [L, K, N], or [L, N, K] where `transposed`. Expert e has the rows
-// start[e] .. start[e + 1], which are lines `line` of x where that is not null.
-void switchyard_product(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *w,
+// start[e] .. start[e + 1], which are lines `line` of x where that is not null. False: no memory to pack the operands.
+bool switchyard_product(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *w,
                         bool transposed, Index K, Index N, Bf16 *y, int threads) {
     std::vector<Product> products;
     for (Index e = 0; e < experts; ++e) {
@@ -357,11 +356,11 @@ void switchyard_product(Index experts, const Index *start, const Bf16 *x, const 
         const Operand rows{x, K, true, line}, weight{w + e * K * N, transposed ? K : N, transposed, nullptr};
         products.push_back({rows, weight, K, 0, 0, start[e], start[e], start[e + 1] - start[e], 0, N, {y, N, false}});
     }
-    run(products, threads);
+    return run(products, threads);
 }
 
-// dw [L, K, N] = x.T @ dy of each expert's rows: added to fp32 where `add`, else written in bf16.
-void switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *dy,
+// dw [L, K, N] = x.T @ dy of each expert's rows: added to fp32 where `add`, else written in bf16. False as above.
+bool switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *dy,
                                 Index K, Index N, void *dw, bool add, int threads) {
     std::vector<Product> products;
     for (Index e = 0; e < experts; ++e) {
@@ -370,7 +369,7 @@ void switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x
         const Operand a{x, K, false, line}, b{dy, N, false, nullptr};
         products.push_back({a, b, start[e + 1] - start[e], start[e], start[e], 0, 0, K, 0, N, {to, N, add}});
     }
-    run(products, threads);
+    return run(products, threads);
 }
 
 // a [R, F] = act(h [R, G, F]), times keep [R, F] where that is not null.

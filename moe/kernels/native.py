@@ -8,16 +8,20 @@ Legend: T tokens, R rows grouped by expert, K inner and N outer dimension of a p
 G 2 for gated activations, else 1.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +37,18 @@ KINDS = ("swiglu", "geglu", "gelu", "relu", "relu2")
 """In the order of native.cpp."""
 
 
+def missing_instructions() -> list[str]:
+    has = torch.cpu.get_capabilities()
+    return [name for name in INSTRUCTIONS if not has.get(name)]
+
+
 def obstacle() -> str | None:
     """Why the kernels cannot run here, before anything is compiled; None: they can."""
-    has = torch.cpu.get_capabilities()
-    missing = [name for name in INSTRUCTIONS if not has.get(name)]
+    missing = missing_instructions()
     if missing:
         return f"needs a processor with AVX512-BF16; this one lacks {', '.join(missing)}"
-    if compiler() is None:
-        return "is compiled when it is first used, and there is no C++ compiler (g++, or the one that CXX names)"
+    if shutil.which(compiler()[0]) is None:
+        return "is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
     return None
 
 
@@ -49,32 +57,54 @@ def slower_than_onednn() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "g++")
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled where the cache has none of this source, compiler and torch.
+    """The kernels, compiled where the cache has none of this source, compiler, torch and C library.
 
     Raises:
         OSError: they cannot be compiled, kept or loaded.
     """
     # torch's own OpenMP, where it comes with one, so that both share a pool of threads.
     openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
-    command = [str(compiler()), *FLAGS, str(SOURCE), *openmp]
-    name = hashlib.sha256(SOURCE.read_bytes() + repr((command, torch.__version__)).encode()).hexdigest()[:16]
+    command = [*compiler(), *FLAGS, str(SOURCE), *openmp]
+    with_what = repr((command, torch.__version__, platform.libc_ver()))
+    name = hashlib.sha256(SOURCE.read_bytes() + with_what.encode()).hexdigest()[:16]
     place = Path("~/.cache/switchyard/kernels").expanduser() / f"native-{name}.so"
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as own:  # moved when whole: other processes do the same
-            made = Path(own) / place.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                told = [line for line in done.stderr.splitlines() if "error" in line] or ["no word from it"]
-                raise OSError(f"{command[0]} ended with {done.returncode}: {told[0]}")
-            made.rename(place)
-    return ctypes.CDLL(str(place))
+    if place.exists():
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError:  # left empty by a power failure, or of another C library
+            place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as own:
+        made = Path(own) / place.name
+        _compile([*command, "-o", str(made)])
+        # Put there whole, and never over one that another process put there and may be running.
+        with contextlib.suppress(FileExistsError):
+            os.link(made, place)
+        return ctypes.CDLL(str(place))
+
+
+def _compile(command: list[str]) -> None:
+    english = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, env=english)
+    if done.returncode:
+        lines = done.stderr.replace(str(SOURCE), SOURCE.name).splitlines() or [f"exit code {done.returncode}"]
+        raise OSError(next((line for line in lines if "error" in line), lines[-1]))
+
+
+def _threads() -> c_int:
+    return c_int(torch.get_num_threads())
+
+
+def _multiply(function: Any, *arguments: Any) -> None:
+    function.restype = c_bool
+    if not function(*arguments, _threads()):
+        raise MemoryError("no memory to pack the operands of the experts' products")
 
 
 def _pointer(t: Tensor | None) -> c_void_p:
@@ -88,12 +118,13 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def _numbers(row_R: Tensor | None) -> Tensor | None:
+    assert row_R is None or row_R.dtype == torch.int64
+    return None if row_R is None else row_R.contiguous()
+
+
 def _dense_or_none(t: Tensor | None) -> Tensor | None:
     return None if t is None else _dense(t)
-
-
-def _threads() -> c_int:
-    return c_int(torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -120,17 +151,18 @@ class NativeTools:
         return Weight(dense_LKN, dense_LKN.transpose(1, 2))
 
     def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Rows:
-        return Rows(_dense(x_RK), None if row_R is None else row_R.contiguous())
+        return Rows(_dense(x_RK), _numbers(row_R))
 
     def product(self, x_RK: Rows, w_LKN: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
-        assert dtype == torch.bfloat16
         experts, inner, outer = w_LKN.shape
+        assert dtype == torch.bfloat16 and x_RK.x_RK.shape[1] == inner and int(groups[-1]) == len(x_RK)
         transposed = not w_LKN.is_contiguous()
         y_RN = x_RK.x_RK.new_empty((len(x_RK), outer))
-        library().switchyard_product(
+        _multiply(
+            library().switchyard_product,
             c_int64(experts), _pointer(groups), _pointer(x_RK.x_RK), _pointer(x_RK.row_R),
             _pointer(w_LKN.transpose(1, 2) if transposed else w_LKN), c_bool(transposed),
-            c_int64(inner), c_int64(outer), _pointer(y_RN), _threads(),
+            c_int64(inner), c_int64(outer), _pointer(y_RN),
         )  # fmt: skip
         return y_RN
 
@@ -152,20 +184,23 @@ class NativeTools:
         a_RF, dh_RN = da_RF, torch.empty_like(h_RGF).flatten(1)  # a value of da is read before it is written
         library().switchyard_activate_back(
             c_int(KINDS.index(name)), c_int64(rows), c_int64(width),
-            _pointer(h_RGF), _pointer(da_RF), _pointer(keep_RF), _pointer(a_RF), _pointer(dh_RN), _threads(),
+            _pointer(h_RGF), _pointer(da_RF), _pointer(keep_RF), _pointer(a_RF), _pointer(dh_RN),
+            _threads(),
         )  # fmt: skip
         return a_RF, dh_RN, Rows(dh_RN)
 
     def columns(self, x_RK: Tensor, groups: Tensor, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (_dense(x_RK),) if row_R is None else (_dense(x_RK), row_R.contiguous())
+        return (_dense(x_RK),) if row_R is None else (_dense(x_RK), _numbers(row_R))
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Tensor, w: Tensor) -> Tensor:
         (x_RK, *row_R), (dy_RN,) = x_RK, dy_RN
         main = main_gradient(w)
+        assert int(groups[-1]) == len(dy_RN) and (main is None or main.dtype == torch.float32)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        library().switchyard_weight_gradient(
+        _multiply(
+            library().switchyard_weight_gradient,
             c_int64(len(groups) - 1), _pointer(groups), _pointer(x_RK), _pointer(row_R[0] if row_R else None),
             _pointer(dy_RN), c_int64(x_RK.shape[1]), c_int64(dy_RN.shape[1]),
-            _pointer(dw if main is None else main), c_bool(main is not None), _threads(),
+            _pointer(dw if main is None else main), c_bool(main is not None),
         )  # fmt: skip
         return dw

@@ -1,5 +1,7 @@
 """Experts that compute some rows at a time: the same answer with a bounded hidden width."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from moe.experts import Experts
 from moe.init import initialise
 from moe.kernels.layers import forget_weights
 from moe.kernels.numerics import RECIPES
-from moe.kernels.tools import Reference, Weight
+from moe.kernels.tools import Reference, Weight, main_gradient
 from parallel.runtime import Runtime
 from tests.moe.helpers import EVERY_BACKEND, as_routed, assert_close, random, sparse_layer, tiny
 
@@ -119,3 +121,37 @@ def test_the_layer_is_the_same_with_chunks(runtime: Runtime) -> None:
         for n in (None, 3)
     ]
     torch.testing.assert_close(*outputs)
+
+
+class AddsToMain(Reference):
+    """As tools on a GPU do: the gradient goes where Megatron-Core keeps it, and what is returned has no meaning."""
+
+    def weight_gradient(self, x_RK: Any, dy_RN: Any, groups: Any, w: torch.Tensor) -> torch.Tensor:
+        dw, main = super().weight_gradient(x_RK, dy_RN, groups, w), main_gradient(w)
+        return dw if main is None else dw.mul_(main.add_(dw).new_tensor(torch.nan))
+
+
+@pytest.mark.parametrize("rows", [(20, 60), (60, 20), (20, 60, 20), (60, 60)])
+def test_gradients_of_micro_batches_add_up_whether_cut_or_not(rows: tuple[int, ...], runtime: Runtime) -> None:
+    """At most 40 rows at a time. Megatron-Core's hook adds what autograd returns unless the weight says that it was
+    done, which stays said for the whole step."""
+    sums = []
+    for tools, limit in ((AddsToMain(), 40), (Reference(), None)):
+        experts = Experts(
+            tiny(MoeConfig(num_experts=4, expert_chunk_rows=limit)), backend=tools, dtype=torch.float32,
+            groups=runtime.groups,
+        )  # fmt: skip
+        initialise(experts.to(runtime.device), seed=1)
+        weights = list(experts.parameters())
+        for w in weights:
+            w.main_grad, w.grad_added_to_main_grad = torch.zeros_like(w), False
+        for seed, n in enumerate(rows):
+            x_RD = random(n, 8, seed=seed).to(runtime.device).requires_grad_()
+            experts(as_routed(x_RD), [n // 2, 0, n // 4, n // 4]).square().sum().backward()
+            for w in weights:
+                if not w.grad_added_to_main_grad:
+                    w.main_grad += w.grad
+                w.grad = None
+        sums.append([w.main_grad for w in weights])
+    for got, wanted in zip(*sums, strict=True):
+        assert_close(got, wanted.cpu().double())

@@ -117,6 +117,23 @@ def test_rank_0_decides_for_all_by_what_all_have(lacking: tuple[int, ...], backe
     assert answers[0] == answers[1] and answers[0][0] == backend
 
 
+def rule_on_rank(world: World, folder: str) -> tuple[tuple[str, str], ...]:
+    """Rank 1's processor has faster matrix instructions, rank 0's has not."""
+    from training import expert_backend
+
+    config = config_of(Path(folder))
+    config.train = TrainConfig(deterministic=True)
+    with pytest.MonkeyPatch.context() as patched, started(world, ParallelConfig()) as runtime:
+        ruled = ("grouped_mm" if world.rank else "loop", "by rule")
+        patched.setattr(expert_backend, "choose_backend", lambda *_: ruled)
+        return chosen(config, runtime, Path(folder)), chosen(config, runtime, None)
+
+
+def test_rank_0_rules_for_all(ranks, tmp_path: Path) -> None:
+    answers = ranks.run(2, rule_on_rank, str(tmp_path), timeout=60)
+    assert [[backend for backend, _ in told] for told in answers] == [["loop"] * 2] * 2
+
+
 def ask_for_grouped_mm(world: World, width: int) -> str:
     config = config_of(Path(), backend="grouped_mm")
     config.model.ffn_hidden_size = width

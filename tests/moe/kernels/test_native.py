@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,10 +200,10 @@ def test_experts_read_rows_where_they_lie() -> None:
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Neither the library nor its trial is remembered, before or after."""
-    for function in (native.library, experts._native_disagrees):
+    for function in (native.library, experts._native_fails):
         function.cache_clear()
     yield monkeypatch
-    for function in (native.library, experts._native_disagrees):
+    for function in (native.library, experts._native_fails):
         function.cache_clear()
 
 
@@ -234,19 +235,19 @@ def test_who_asks_for_them_hears_what_is_missing(untried: pytest.MonkeyPatch) ->
         asked_for()
     untried.setattr(torch.cpu, "get_capabilities", lambda: has)
     untried.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"there is no C\+\+ compiler \(g\+\+, or the one that CXX names\)"):
+    with pytest.raises(ValueError, match=r"there is no C\+\+ compiler \(g\+\+, or what CXX says\)"):
         asked_for()
 
 
 @here
-def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.MonkeyPatch, tmp_path) -> None:
+def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.MonkeyPatch, tmp_path: Path) -> None:
     untried.setenv("HOME", str(tmp_path))
     untried.setattr(native, "FLAGS", [*native.FLAGS, "-mno-such-instructions"])
-    with pytest.raises(ValueError, match=r"failed their trial \(OSError: .*ended with 1: .*error"):
+    with pytest.raises(ValueError, match=r"failed their trial \(OSError: .*error: unrecognized"):
         asked_for()
     assert not list((tmp_path / ".cache/switchyard/kernels").iterdir())
     untried.undo()
-    experts._native_disagrees.cache_clear()
+    experts._native_fails.cache_clear()
     right = NativeTools.activate
     untried.setattr(NativeTools, "activate", lambda *a: native.Rows(right(*a).x_RK * 1.05))
     with pytest.raises(ValueError, match=r"backend=native differ from the reference by \d"):
@@ -255,11 +256,31 @@ def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.
 
 
 @here
-def test_they_are_compiled_once(untried: pytest.MonkeyPatch, tmp_path) -> None:
-    untried.setenv("HOME", str(tmp_path))
+def test_they_are_compiled_once(untried: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runs, run = [], subprocess.run
     untried.setattr(subprocess, "run", lambda *a, **k: (runs.append(a), run(*a, **k))[1])
-    for _ in range(2):
+
+    def load(home: str) -> Path:
+        untried.setenv("HOME", str(tmp_path / home))
         native.library.cache_clear()
         assert native.library().switchyard_product
-    assert len(runs) == 1 and len(list((tmp_path / ".cache/switchyard/kernels").iterdir())) == 1
+        (made,) = (tmp_path / home / ".cache/switchyard/kernels").iterdir()
+        return made
+
+    made = load("first")
+    assert load("first") == made and len(runs) == 1
+    left = tmp_path / "second" / made.relative_to(tmp_path / "first")
+    left.parent.mkdir(parents=True)
+    left.touch()  # as a power failure leaves it
+    assert load("second") == left and len(runs) == 2
+
+
+@here
+def test_who_asked_for_nothing_reads_why_they_are_left_out(untried: pytest.MonkeyPatch) -> None:
+    told = experts.native_left_out
+    assert told(["fused", "native"], CPU, torch.bfloat16) is None and told(["fused"], CPU, torch.float32) is None
+    assert told(["fused"], CPU, torch.bfloat16) == "cannot run on every node"
+    untried.setenv("CXX", "no-such-compiler -pipe")
+    assert told(["fused"], CPU, torch.bfloat16).endswith("there is no C++ compiler (g++, or what CXX says)")
+    untried.setattr(native, "missing_instructions", lambda: ["avx512_bf16"])
+    assert told(["fused"], CPU, torch.bfloat16) is None
