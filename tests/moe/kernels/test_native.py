@@ -101,6 +101,17 @@ def test_every_number_of_threads_gives_the_same_bits(threads: int) -> None:
 
 
 @here
+def test_more_columns_than_are_packed_at_once() -> None:
+    """Of 17,001 rows 246 columns are 8 MiB."""
+    x_RK, dy_RN, counts = random(17001, 320).bfloat16(), random(17001, 300, seed=1).bfloat16(), [17001]
+    w_LKN = random(1, 320, 300, seed=2).bfloat16()
+    for got, exact in zip(
+        products(TOOLS, x_RK, w_LKN, dy_RN, counts), in_float64(x_RK, w_LKN, dy_RN, counts), strict=True
+    ):
+        assert_near(got, exact)
+
+
+@here
 def test_a_row_is_the_same_wherever_it_lies() -> None:
     """Capacity, layout and micro-batch move rows about: the answer to a token must not depend on its neighbours."""
     x_RK, w_LKN = random(37, 70).bfloat16(), random(1, 70, 90, seed=1).bfloat16()
