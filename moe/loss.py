@@ -23,23 +23,28 @@ class _TokenLoss(torch.autograd.Function):
         mine_R = (local_R >= 0) & (local_R < vocabulary)
         local_R = local_R.where(mine_R, 0)
         ctx.rows = rows_at_once(vocabulary, logits_RV.device)
-        lse_R = torch.cat([block.float().logsumexp(1) for block in logits_RV.split(ctx.rows)])
-        label_R = logits_RV.gather(1, local_R[:, None]).squeeze(1).float() * mine_R
+        # log_softmax and softmax, one pass over a row each, take two thirds of the time of logsumexp and exp.
+        parts = zip(logits_RV.split(ctx.rows), local_R[:, None].split(ctx.rows), strict=True)
+        log_R = torch.cat([logits.log_softmax(1, torch.float32).gather(1, at) for logits, at in parts]).squeeze(1)
+        label_R = logits_RV.gather(1, local_R[:, None]).squeeze(1).float()
+        lse_R = mine_lse_R = label_R - log_R
+        loss_R = -log_R
         if group.size() > 1:
-            parts_P2R = all_gather(torch.stack((lse_R, label_R))[None], group)
-            lse_R, label_R = parts_P2R[:, 0].logsumexp(0), parts_P2R[:, 1].sum(0)
-        ctx.save_for_backward(logits_RV, lse_R, local_R, mine_R)
-        return lse_R - label_R
+            parts_P2R = all_gather(torch.stack((lse_R, label_R * mine_R))[None], group)
+            lse_R = parts_P2R[:, 0].logsumexp(0)
+            loss_R = lse_R - parts_P2R[:, 1].sum(0)
+        share_R = (mine_lse_R - lse_R).exp_()  # of all probability, this rank's slice of the vocabulary has this
+        ctx.save_for_backward(logits_RV, local_R, mine_R, share_R)
+        return loss_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_R: Tensor) -> tuple[Tensor, None, None]:
         dlogits_RV = torch.empty_like(ctx.saved_tensors[0])
         parts = (t.split(ctx.rows) for t in (*ctx.saved_tensors, grad_R, dlogits_RV))
-        for logits, lse, local, mine, grad, dlogits in zip(*parts, strict=True):
-            d = (logits - lse[:, None]).exp_()  # fp32, as lse is
-            d.scatter_add_(1, local[:, None], -mine[:, None].to(d.dtype))
-            dlogits.copy_(d.mul_(grad[:, None]))
+        for logits, local, mine, share, grad, dlogits in zip(*parts, strict=True):
+            d = logits.softmax(1, torch.float32).mul_((share * grad)[:, None])
+            dlogits.copy_(d.scatter_add_(1, local[:, None], -(mine * grad)[:, None]))
         return dlogits_RV, None, None
 
 
