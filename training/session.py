@@ -38,8 +38,7 @@ class Session:
     precision: str
     """fp32, bf16 or fp8."""
     backend: str | None
-    """Of the experts in bf16 or fp32; None: there are none."""
-    """How the experts' products run."""
+    """How the products of the experts in bf16 or fp32 run; None: there are none."""
     cost: Cost
     table: list[tuple[str, str, str]]
     """(what, choice, why) for the start table."""

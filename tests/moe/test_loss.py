@@ -43,6 +43,26 @@ def test_equals_torch_in_float64(dtype: torch.dtype, runtime: Runtime, monkeypat
         assert (logits.grad.double().cpu() - wanted(dtype)[1]).abs().max() < 2**-8 * 2
 
 
+def masked(world: World) -> None:
+    """Every third logit is impossible, the first of each rank among them, but for no label."""
+    with started(world, ParallelConfig(tp=world.size)) as runtime:
+        logits, labels = random(12, 12), torch.arange(12)
+        logits[:, ::3] = -torch.inf
+        logits[labels, labels] = 1.0
+        whole = logits.double().requires_grad_()
+        F.cross_entropy(whole, labels, reduction="sum").backward()
+        mine = logits.chunk(world.size, -1)[world.rank].clone().to(runtime.device).requires_grad_()
+        losses = token_losses(mine, labels.to(runtime.device), runtime.groups.tp)
+        losses.sum().backward()
+        assert_close(losses, F.cross_entropy(whole, labels, reduction="none").detach())
+        assert_close(mine.grad, whole.grad.chunk(world.size, -1)[world.rank])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_logits_may_be_minus_infinity(count: int, ranks) -> None:
+    ranks.run(count, masked, timeout=60)
+
+
 def cut(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     with started(world, ParallelConfig(tp=world.size)) as runtime:
         logits, labels, grad = (t.to(runtime.device) for t in case(torch.float32))

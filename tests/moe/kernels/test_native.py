@@ -27,11 +27,7 @@ OBSTACLE = native.obstacle()
 here = pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
 TOOLS = NativeTools()
 LARGE = [700, 0, 13, 1]
-
-
-@pytest.fixture(autouse=True)
-def poison(poisoned: None) -> None:
-    """In every test fresh tensors hold not-a-number until they are written."""
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def products(
