@@ -90,9 +90,15 @@ def processes(*words: str, env: str = "") -> list[int]:
 
 
 def ranks_of(job: str, rank: int) -> list[int]:
-    """The processes of one rank of a job."""
-    of_job = set(processes("-m launch.train", env=f"\0SLURM_JOB_ID={job}\0"))
-    return [pid for pid in processes("-m launch.train", env=f"\0SLURM_PROCID={rank}\0") if pid in of_job]
+    """The processes of one rank of a job, once it has any. (srun bears a rank's number too: the batch script's.)"""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        of_job = set(processes("-m launch.train", env=f"\0SLURM_JOB_ID={job}\0")) - set(processes("srun "))
+        found = of_job & set(processes("-m launch.train", env=f"\0SLURM_PROCID={rank}\0"))
+        if found:
+            return sorted(found)
+        assert time.monotonic() < deadline, f"job {job} has no rank {rank}"
+        time.sleep(0.1)
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
@@ -108,3 +114,22 @@ def wait_for_steps(run_dir: Path, steps: int) -> None:
     while not path.exists() or path.read_text().count("\n") < steps:
         assert time.monotonic() < deadline, f"{path} has no {steps} lines"
         time.sleep(0.02)
+
+
+def halt_rank_0(job: str, run_dir: Path, steps: int) -> list[int]:
+    """Halts a job soon after that many steps, until its rank 0, which is returned, gets SIGCONT. Twenty steps take half
+    a second, which is less than Slurm can take to pass a signal on."""
+    rank = ranks_of(job, rank=0)
+    wait_for_steps(run_dir, steps)
+    kill(rank, signal.SIGSTOP)
+    return rank
+
+
+def wait_for_signal(pids: list[int], number: int) -> None:
+    """Until each of these halted processes has been sent a signal."""
+    deadline = time.monotonic() + LIMIT
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status")
+        while not int(re.search(r"ShdPnd:\s*(\w+)", status.read_text())[1], 16) >> (number - 1) & 1:
+            assert time.monotonic() < deadline, f"process {pid} was not sent signal {number}"
+            time.sleep(0.02)

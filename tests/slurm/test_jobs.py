@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from parallel.simulate import RankPool
-from tests.slurm.cluster import LIMIT, Cluster, kill, overrides, processes, ranks_of, wait_for_steps
+from tests.slurm.cluster import (
+    LIMIT,
+    Cluster,
+    halt_rank_0,
+    kill,
+    overrides,
+    processes,
+    ranks_of,
+    wait_for_signal,
+    wait_for_steps,
+)
 from tests.training.helpers import rows, tiny_config, train, trajectory
 from training.lives import read_lives
 
@@ -51,9 +61,11 @@ def test_told_that_time_is_up_it_is_requeued_and_goes_on_bit_for_bit(
     """And a TERM while it is stopping changes nothing."""
     run_dir = tmp_path / "run"
     job = cluster.submit(*FOUR, *overrides(corpus, run_dir, *LAYOUT))
-    wait_for_steps(run_dir, 3)
+    rank_0 = halt_rank_0(job, run_dir, 3)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
+    wait_for_signal(rank_0, signal.SIGUSR1)
     cluster.call("scancel", "--batch", "--signal=TERM", job)
+    kill(rank_0, signal.SIGCONT)
     shown = cluster.wait(job, "COMPLETED")
     assert shown["Restarts"] == "1"
     assert trajectory(run_dir) == trajectory(four_nodes[0])
@@ -69,9 +81,10 @@ def test_a_killed_rank_ends_the_job_and_the_next_life_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     job = cluster.submit("--ntasks=2", *overrides(corpus, run_dir, "checkpoint.every=4"))
-    wait_for_steps(run_dir, 6)
+    rank_0 = halt_rank_0(job, run_dir, 6)
     killed = time.monotonic()
     kill(ranks_of(job, rank=1))
+    kill(rank_0, signal.SIGCONT)
     while "died after step" not in cluster.log(job):
         assert time.monotonic() < killed + 30, cluster.log(job)
         time.sleep(0.1)
@@ -87,8 +100,7 @@ def test_a_lost_node_and_a_rank_that_outlives_its_job(
     halted meanwhile, so that it comes back at the worst time) and must leave alone what the next life writes."""
     run_dir = tmp_path / "run"
     job = cluster.submit(*overrides(corpus, run_dir, "checkpoint.every=4"))
-    wait_for_steps(run_dir, 6)
-    outliving = ranks_of(job, rank=0)
+    outliving = halt_rank_0(job, run_dir, 6) + processes("srun ", env=f"\0SLURM_JOB_ID={job}\0")
     kill(outliving, signal.SIGSTOP)
     node = cluster.show(job)["BatchHost"]
     kill(processes(f"slurmd -N {node}", str(cluster.folder)))
