@@ -5,6 +5,7 @@ width of a head.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
+from moe.kernels.native import library as native
 from parallel.blocks import rows_at_once
 from parallel.collectives import GatherSequence
 from parallel.flight import exchanging, fly
 from parallel.placement import place
 from parallel.runtime import Groups
+from parallel.selection import Candidate, Choice, select
 
 Masks = list[Tensor | None]
+CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, H, S, N], k and v [B, G, S, N]) -> [B, H, S, N]; a query sees the keys up to its own."""
 
 
 class Rotary(nn.Module):
@@ -70,13 +75,23 @@ def _turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor) -> Tensor:
     return out_SBHN
 
 
+def torch_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor | None = None) -> Tensor:
+    gqa = q_BHSN.shape[1] != k_BGSN.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHSN, k_BGSN, v_BGSN, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
+    )
+
+
 class Attention(nn.Module):
     """Projects, rotates and attends. Heads are cut over tensor-parallel ranks; under context parallelism keys and
     values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, groups: Groups, causal: CausalAttention | None = None
+    ):
+        """causal: what attends where there is no mask (choose_attention); None: torch."""
         super().__init__()
-        self.cp = groups.cp
+        self.cp, self.causal = groups.cp, causal or torch_attention
         ranks = groups.tp.size()
         query_groups = model.num_query_groups or model.num_attention_heads
         self.width = model.hidden_size // model.num_attention_heads
@@ -121,12 +136,10 @@ class Attention(nn.Module):
 
     def _attend(self, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor | None) -> Tensor:
         """A mask says by its width how many keys these queries see the last of."""
-        seen = k_BGSN.shape[2] if mask is None else mask.shape[-1]
-        k_BGSN, v_BGSN = k_BGSN[:, :, :seen], v_BGSN[:, :, :seen]
-        gqa = self.heads != self.groups
-        return F.scaled_dot_product_attention(
-            q_BHSN, k_BGSN, v_BGSN, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
-        )
+        if mask is None:
+            return self.causal(q_BHSN, k_BGSN, v_BGSN)
+        seen = mask.shape[-1]
+        return torch_attention(q_BHSN, k_BGSN[:, :, :seen], v_BGSN[:, :, :seen], mask)
 
     def _swap_late_half(self, x_SBHN: Tensor) -> Tensor:
         """Exchanges the later half of this rank's slice with the rank opposite (see query_pieces)."""
@@ -169,3 +182,41 @@ def attention_masks(positions_BS: Tensor, cp: dist.ProcessGroup, document_mask: 
             mask = mask & (document_BS[:, query, None] == document_BS[:, None, token])
         masks.append(mask.unsqueeze(1))
     return masks
+
+
+def _native_attention() -> CausalAttention:
+    from moe.kernels.native.attention import causal_attention
+
+    return causal_attention
+
+
+def choose_attention(
+    model: ModelConfig, groups: Groups, device: torch.device, dtype: torch.dtype, *, sequences: int, document_mask: bool
+) -> tuple[CausalAttention, Choice]:
+    """Ours in C++ on a CPU that it is made for, where it equals torch's here.
+
+    Args:
+        sequences: of a micro-batch.
+    """
+    part, name, why = "attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself"
+    if device.type != "cpu" or dtype != torch.bfloat16 or native.missing_instructions() or native.slower_than_onednn():
+        return torch_attention, Choice(part, name, why)
+    if document_mask or groups.cp.size() > 1:
+        return torch_attention, Choice(part, name, "native knows no mask: of documents, or of cp > 1")
+    key_heads = sequences * (model.num_query_groups or model.num_attention_heads) // groups.tp.size()
+    if key_heads < torch.get_num_threads():  # a backward pass has a thread for each
+        why = f"native would leave threads idle: {key_heads} key/value heads for {torch.get_num_threads()}"
+        return torch_attention, Choice(part, name, why)
+    if native.obstacle():
+        return torch_attention, Choice(part, name, f"native {native.obstacle()}")
+
+    def run(attend: CausalAttention) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, above = (
+            torch.randn(2, heads, 77, 40, generator=generator).to(device, dtype).requires_grad_()
+            for heads in (4, 2, 2, 4)
+        )
+        out = attend(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), above.detach())]
+
+    return select(part, [Candidate("native", _native_attention)], (name, torch_attention), run, 1e-2)

@@ -19,9 +19,10 @@ from moe.activations import GATED, activate
 from moe.chunks import InPieces
 from moe.dropout import Dropout
 from moe.fused_experts import FusedExperts
-from moe.kernels import native
 from moe.kernels.float8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
 from moe.kernels.layers import experts_with
+from moe.kernels.native import library as native
+from moe.kernels.native.experts import NativeTools
 from moe.kernels.tools import Reference, Tools
 from moe.recompute import PRODUCTS, recomputed
 from moe.rows import Routed
@@ -116,7 +117,7 @@ def _on_triton() -> Callable[..., Tensor]:
     return experts_with(TritonTools())
 
 
-native_experts = experts_with(native.NativeTools())
+native_experts = experts_with(NativeTools())
 """What triton_experts are on a GPU, on a CPU with AVX512-BF16."""
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, Masks, Rotary, attention_masks
+from moe.attention import Attention, CausalAttention, Masks, Rotary, attention_masks
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.kernels.float8 import Float8
@@ -60,6 +60,8 @@ class Parts:
     """Which RMSNorm runs (parallel.selection.select_norm)."""
     dispatcher: str | None = None
     """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
+    causal_attention: CausalAttention | None = None
+    """What attends where there is no mask (moe.attention.choose_attention); None: torch."""
     token_losses: TokenLosses = token_losses
     """Which cross-entropy runs (moe.loss.choose_token_losses)."""
     rows: Rows = PLAIN_ROWS
@@ -91,7 +93,7 @@ class Block(nn.Module):
         super().__init__()
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
-        self.attention = Attention(parts.model, parts.config, groups)
+        self.attention = Attention(parts.model, parts.config, groups, parts.causal_attention)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
         float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from conf.schema import PRECISIONS, Config
+from moe.attention import choose_attention
 from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
@@ -133,7 +134,9 @@ def _choose_implementations(
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """(what Parts is to be built from, what the start table says of it)."""
     model, device = config.model, run.device
-    rows = [("attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself")]
+    sequences, masked = config.train.micro_batch_size, config.data.document_mask
+    attention, attending = choose_attention(model, run.groups, device, dtype, sequences=sequences, document_mask=masked)
+    rows = [(attending.part, attending.name, attending.why)]
     float8 = None
     if precision == "fp8":
         float8, *words = choose_float8(config.fp8, model, device)
@@ -158,7 +161,7 @@ def _choose_implementations(
     rows += [(choice.part, choice.name, choice.why) for choice in choices]
     chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
     chosen |= {"fused_route": fused_route}
-    return chosen | {"norm_function": norm, "token_losses": losses}, rows
+    return chosen | {"causal_attention": attention, "norm_function": norm, "token_losses": losses}, rows
 
 
 def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:

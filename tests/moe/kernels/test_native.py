@@ -14,9 +14,9 @@ from conf.schema import ACTIVATIONS
 from moe import experts
 from moe.activations import GATED
 from moe.experts import choose_backend, loop_experts
-from moe.kernels import native
 from moe.kernels.layers import experts_with
-from moe.kernels.native import NativeTools
+from moe.kernels.native import library as native
+from moe.kernels.native.experts import NativeTools, Rows
 from moe.kernels.tools import Reference
 from tests.moe.helpers import random, tiny
 from tests.moe.kernels.test_fused import assert_near, strided
@@ -256,7 +256,7 @@ def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.
     untried.undo()
     experts._native_fails.cache_clear()
     right = NativeTools.activate
-    untried.setattr(NativeTools, "activate", lambda *a: native.Rows(right(*a).x_RK * 1.05))
+    untried.setattr(NativeTools, "activate", lambda *a: Rows(right(*a).x_RK * 1.05))
     with pytest.raises(ValueError, match=r"backend=native differ from the reference by \d"):
         asked_for()
     assert choose_backend(tiny(), CPU, torch.bfloat16)[0] == "fused"

@@ -1,0 +1,106 @@
+"""Kernels in C++ for a CPU with AVX512-BF16: compiled once for a machine, when they are first used, and called."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_bool, c_int, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+SOURCES = sorted(FOLDER.glob("*.cpp"))
+INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
+"""As torch names what a processor has."""
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma"]
+FLAGS += [f"-m{name.replace('_', '')}" for name in INSTRUCTIONS]
+
+
+def missing_instructions() -> list[str]:
+    has = torch.cpu.get_capabilities()
+    return [name for name in INSTRUCTIONS if not has.get(name)]
+
+
+def obstacle() -> str | None:
+    """Why the kernels cannot run here, before anything is compiled; None: they can."""
+    missing = missing_instructions()
+    if missing:
+        return f"needs a processor with AVX512-BF16; this one lacks {', '.join(missing)}"
+    if shutil.which(compiler()[0]) is None:
+        return "is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
+    return None
+
+
+def slower_than_onednn() -> bool:
+    """Whether torch's products have matrix instructions that these lack."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled where the cache has none of this source, compiler, torch and C library.
+
+    Raises:
+        OSError: they cannot be compiled, kept or loaded.
+    """
+    # torch's own OpenMP, where it comes with one, so that both share a pool of threads.
+    openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
+    command = [*compiler(), *FLAGS, *map(str, SOURCES), *openmp]
+    with_what = repr((command, torch.__version__, platform.libc_ver()))
+    source = b"".join(path.read_bytes() for path in [*SOURCES, *sorted(FOLDER.glob("*.h"))])
+    name = hashlib.sha256(source + with_what.encode()).hexdigest()[:16]
+    place = Path("~/.cache/switchyard/kernels").expanduser() / f"native-{name}.so"
+    if place.exists():
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError:  # left empty by a power failure, or of another C library
+            place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as own:
+        made = Path(own) / place.name
+        _compile([*command, "-o", str(made)])
+        # Put there whole, and never over one that another process put there and may be running.
+        with contextlib.suppress(FileExistsError):
+            os.link(made, place)
+        return ctypes.CDLL(str(place))
+
+
+def _compile(command: list[str]) -> None:
+    english = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, env=english)
+    if done.returncode:
+        lines = done.stderr.replace(f"{FOLDER}/", "").splitlines() or [f"exit code {done.returncode}"]
+        raise OSError(next((line for line in lines if "error" in line), lines[-1]))
+
+
+def threads() -> c_int:
+    return c_int(torch.get_num_threads())
+
+
+def multiply(function: Any, *arguments: Any) -> None:
+    """Calls what packs operands, which takes memory.
+
+    Raises:
+        MemoryError: there is none.
+    """
+    function.restype = c_bool
+    if not function(*arguments, threads()):
+        raise MemoryError("no memory to pack the operands of products")
+
+
+def pointer(t: Tensor | None) -> c_void_p:
+    assert t is None or t.is_contiguous()
+    return c_void_p(None if t is None else t.data_ptr())
