@@ -39,34 +39,42 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, B, 1, N/2], fp32."""
-        return self.cos[positions_SB].unsqueeze(2), self.sin[positions_SB].unsqueeze(2)
+        """cos and sin [S, B, 1, N/2], fp32, contiguous."""
+        # What an index gives lies in memory as the index does, which may be a batch turned round.
+        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in (self.cos, self.sin))
 
     @staticmethod
-    def rotate(x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """In fp32 whatever the precision of x."""
-        return _Rotate.apply(x_SBHN, cos, sin)
+    def rotate(x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: "Turn | None" = None) -> Tensor:
+        """In fp32 whatever the precision of x; turn: as Attention takes it."""
+        return _Rotate.apply(x_SBHN, cos, sin, turn or torch_turn)
 
 
 class _Rotate(torch.autograd.Function):
     """Keeps nothing of x for the backward pass, which turns the other way."""
 
     @staticmethod
-    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: "Turn") -> Tensor:
         ctx.save_for_backward(cos, sin)
+        ctx.turn = turn
         s, b, h, n = x_SBHN.shape
         # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
         turned_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
-        return _turn(x_SBHN, cos, sin, turned_SBHN)
+        return turn(x_SBHN, cos, sin, turned_SBHN)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad_SBHN, cos, -sin, grad_SBHN.new_empty(grad_SBHN.shape)), None, None
+        return ctx.turn(grad_SBHN, cos, sin, grad_SBHN.new_empty(grad_SBHN.shape), back=True), None, None, None
 
 
-def _turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor) -> Tensor:
+Turn = Callable[..., Tensor]
+"""The arguments and the result of `torch_turn`."""
+
+
+def torch_turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, back: bool = False) -> Tensor:
+    """Writes x turned by the angles, or back, into `out`, and returns it. cos, sin: fp32 [S, B, 1, N/2]."""
+    sin = -sin if back else sin
     rows = rows_at_once(math.prod(x_SBHN.shape[1:]), x_SBHN.device)
     for x, c, s, out in zip(*(t.split(rows) for t in (x_SBHN, cos, sin, out_SBHN)), strict=True):
         (a, b), (first, second) = x.float().chunk(2, -1), out.chunk(2, -1)
@@ -87,11 +95,17 @@ class Attention(nn.Module):
     values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, groups: Groups, causal: CausalAttention | None = None
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Groups,
+        causal: CausalAttention | None = None,
+        turn: Turn | None = None,
     ):
-        """causal: what attends where there is no mask (choose_attention); None: torch."""
+        """causal, turn: what attends where there is no mask, and what rotates (choose_attention, choose_turn); None:
+        torch."""
         super().__init__()
-        self.cp, self.causal = groups.cp, causal or torch_attention
+        self.cp, self.causal, self.turn = groups.cp, causal or torch_attention, turn or torch_turn
         ranks = groups.tp.size()
         query_groups = model.num_query_groups or model.num_attention_heads
         self.width = model.hidden_size // model.num_attention_heads
@@ -121,8 +135,8 @@ class Attention(nn.Module):
         s, b, _ = qkv.shape
         queries = self.heads // self.groups
         q, k, v = qkv.view(s, b, self.groups, -1).split([queries * self.width, self.width, self.width], -1)
-        q = Rotary.rotate(q.reshape(s, b, self.heads, self.width), cos, sin)
-        k = Rotary.rotate(k, cos, sin)
+        q = Rotary.rotate(q.reshape(s, b, self.heads, self.width), cos, sin, self.turn)
+        k = Rotary.rotate(k, cos, sin, self.turn)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
             q = self._swap_late_half(q)
@@ -213,10 +227,31 @@ def choose_attention(
     def run(attend: CausalAttention) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         q, k, v, above = (
-            torch.randn(2, heads, 77, 40, generator=generator).to(device, dtype).requires_grad_()
-            for heads in (4, 2, 2, 4)
+            torch.randn(1, heads, 530, 40, generator=generator).to(device, dtype).requires_grad_()
+            for heads in (2, 1, 1, 2)
         )
         out = attend(q, k, v)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), above.detach())]
 
     return select(part, [Candidate("native", _native_attention)], (name, torch_attention), run, 1e-2)
+
+
+def _native_turn() -> Turn:
+    from moe.kernels.native.attention import turn
+
+    return turn
+
+
+def choose_turn(device: torch.device, dtype: torch.dtype) -> tuple[Turn, Choice]:
+    """Ours in C++ on a CPU that it is made for, where it equals torch's here."""
+
+    def run(turn: Turn) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, angle = (torch.randn(5, 2, *shape, generator=generator) for shape in ((3, 44), (1, 22)))
+        x, about = x.to(device, dtype), (angle.cos().to(device), angle.sin().to(device))
+        return [turn(x, *about, torch.empty_like(x), back=back) for back in (False, True)]
+
+    part, name = "positions", "torch, in blocks"
+    if not native.serve(device, dtype):
+        return torch_turn, Choice(part, name, "rotary, in fp32")
+    return select(part, [Candidate("native", _native_turn)], (name, torch_turn), run, 1e-2)

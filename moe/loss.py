@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.native import library as native
 from parallel.blocks import rows_at_once
 from parallel.collectives import all_gather
 from parallel.selection import Candidate, Choice, select
@@ -71,6 +72,12 @@ def _triton_token_losses() -> TokenLosses:
     return token_losses
 
 
+def _native_token_losses() -> TokenLosses:
+    from moe.kernels.native.rows import token_losses
+
+    return token_losses
+
+
 class _Alone:
     """Stands for a group of one rank."""
 
@@ -82,7 +89,7 @@ class _Alone:
 
 
 def choose_token_losses(device: torch.device, dtype: torch.dtype) -> tuple[TokenLosses, Choice]:
-    """Triton's on a GPU where they equal these here."""
+    """Triton's on a GPU, or ours in C++ on a CPU that it is made for, where they equal these here."""
 
     def run(losses: TokenLosses) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -93,8 +100,10 @@ def choose_token_losses(device: torch.device, dtype: torch.dtype) -> tuple[Token
         return [values.detach(), logits.grad]
 
     part, plain = "loss", ("torch, in blocks", token_losses)
-    if device.type != "cuda":
+    if device.type == "cuda":
+        faster = Candidate("Triton", _triton_token_losses)
+    elif native.serve(device, dtype):
+        faster = Candidate("native", _native_token_losses)
+    else:
         return token_losses, Choice(part, plain[0], "no copy of the logits in fp32")
-    return select(
-        part, [Candidate("Triton", _triton_token_losses)], plain, run, 1e-5 if dtype == torch.float32 else 1e-2
-    )
+    return select(part, [faster], plain, run, 1e-5 if dtype == torch.float32 else 1e-2)

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, CausalAttention, Masks, Rotary, attention_masks
+from moe.attention import Attention, CausalAttention, Masks, Rotary, Turn, attention_masks
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.kernels.float8 import Float8
@@ -62,6 +62,8 @@ class Parts:
     """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
     causal_attention: CausalAttention | None = None
     """What attends where there is no mask (moe.attention.choose_attention); None: torch."""
+    turn: Turn | None = None
+    """What turns queries and keys by their positions (moe.attention.choose_turn); None: torch."""
     token_losses: TokenLosses = token_losses
     """Which cross-entropy runs (moe.loss.choose_token_losses)."""
     rows: Rows = PLAIN_ROWS
@@ -93,7 +95,7 @@ class Block(nn.Module):
         super().__init__()
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
-        self.attention = Attention(parts.model, parts.config, groups, parts.causal_attention)
+        self.attention = Attention(parts.model, parts.config, groups, parts.causal_attention, parts.turn)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
         float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:

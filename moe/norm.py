@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.native import library as native
 from parallel.blocks import rows_at_once
 from parallel.placement import place
 from parallel.runtime import Groups
@@ -83,8 +84,15 @@ def _triton_rms_norm() -> Norm:
     return rms_norm
 
 
-def our_norms(device: torch.device) -> list[Candidate]:
+def _native_rms_norm() -> Norm:
+    from moe.kernels.native.rows import rms_norm
+
+    return rms_norm
+
+
+def our_norms(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """For parallel.selection.select_norm, the best first."""
-    if device.type == "cpu":
-        return [Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)]
-    return [Candidate("Triton", _triton_rms_norm)]
+    if device.type != "cpu":
+        return [Candidate("Triton", _triton_rms_norm)]
+    blocks = Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)
+    return [Candidate("native", _native_rms_norm), blocks] if native.serve(device, dtype) else [blocks]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from conf.schema import PRECISIONS, Config
-from moe.attention import choose_attention
+from moe.attention import choose_attention, choose_turn
 from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
@@ -136,7 +136,8 @@ def _choose_implementations(
     model, device = config.model, run.device
     sequences, masked = config.train.micro_batch_size, config.data.document_mask
     attention, attending = choose_attention(model, run.groups, device, dtype, sequences=sequences, document_mask=masked)
-    rows = [(attending.part, attending.name, attending.why)]
+    turn, turning = choose_turn(device, dtype)
+    rows = [(choice.part, choice.name, choice.why) for choice in (turning, attending)]
     float8 = None
     if precision == "fp8":
         float8, *words = choose_float8(config.fp8, model, device)
@@ -147,7 +148,7 @@ def _choose_implementations(
     if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
         backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
-    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device))
+    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
     losses, choice = choose_token_losses(device, dtype)
     choices += [choice]
     permutation, permuting = choose_rows(device, dtype)
@@ -161,7 +162,8 @@ def _choose_implementations(
     rows += [(choice.part, choice.name, choice.why) for choice in choices]
     chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
     chosen |= {"fused_route": fused_route}
-    return chosen | {"causal_attention": attention, "norm_function": norm, "token_losses": losses}, rows
+    chosen |= {"causal_attention": attention, "turn": turn}
+    return chosen | {"norm_function": norm, "token_losses": losses}, rows
 
 
 def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:

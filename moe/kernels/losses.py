@@ -1,14 +1,14 @@
-"""The loss of every token (moe/loss.py) in Triton: each logit is read once, and kept in no other form.
+"""The loss of every token in Triton, for moe.kernels.token_loss.
 
 Legend: T tokens, V vocabulary (this rank's slice).
 """
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe.kernels.token_loss import losses_with
 
 BLOCK = 4096
 
@@ -47,41 +47,22 @@ def cross_entropy_gradient(
     tl.store(place, (p * tl.load(grad_ptr + token)).to(logits_ptr.dtype.element_ty), mask=columns < V)
 
 
-class TokenLoss(torch.autograd.Function):
-    """-log softmax(logits)[label]. The gradient takes the place of the logits, which with a large vocabulary are the
-    largest tensor of a step."""
-
-    @staticmethod
-    def forward(ctx, logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-        logits_TV, (tokens, vocabulary) = logits_TV.contiguous(), logits_TV.shape
-        mine_T = labels_T - group.rank() * vocabulary
+class _Triton:
+    def sums(self, logits_TV: Tensor, mine_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, vocabulary = logits_TV.shape
         largest_T, sum_T, label_T = (logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
         cross_entropy_sums[(tokens,)](
             logits_TV, mine_T, largest_T, sum_T, label_T, vocabulary, vocabulary, BLOCK=BLOCK, num_warps=8
         )
-        if group.size() > 1:
-            here_T, largest_T = largest_T, largest_T.clone()
-            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
-            both_2T = torch.stack((sum_T * (here_T - largest_T).exp(), label_T))
-            dist.all_reduce(both_2T, group=group)
-            sum_T, label_T = both_2T
-        ctx.save_for_backward(logits_TV, mine_T, largest_T, sum_T)
-        ctx.spent = False
-        return sum_T.log() - (label_T - largest_T)  # in this order: what is large cancels first
+        return largest_T, sum_T, label_T
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None]:
-        assert not ctx.spent, "the logits have become their gradient: there is no second backward pass"
-        ctx.spent = True
-        logits_TV, mine_T, largest_T, sum_T = ctx.saved_tensors
+    def become_gradient(
+        self, logits_TV: Tensor, mine_T: Tensor, largest_T: Tensor, sum_T: Tensor, grad_T: Tensor
+    ) -> None:
         tokens, vocabulary = logits_TV.shape
         cross_entropy_gradient[(tokens, -(-vocabulary // BLOCK))](
-            logits_TV, mine_T, largest_T, sum_T, grad_T.contiguous(), vocabulary, vocabulary, BLOCK=BLOCK, num_warps=8
+            logits_TV, mine_T, largest_T, sum_T, grad_T, vocabulary, vocabulary, BLOCK=BLOCK, num_warps=8
         )
-        return logits_TV.detach(), None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """moe.loss.token_losses, but that the backward pass overwrites the logits."""
-    return TokenLoss.apply(logits.flatten(0, -2), labels.flatten(), group).view(labels.shape)
+token_losses = losses_with(_Triton())

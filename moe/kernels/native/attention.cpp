@@ -1,17 +1,18 @@
-// Causal attention in bf16 on a CPU with AVX512-BF16; moe/kernels/native/attention.py calls it.
+// Rotary positions and causal attention in bf16 on a CPU with AVX512-BF16; moe/kernels/native/attention.py calls them.
 //
 // Legend: B batch, H heads, G key/value groups, S sequence, N width of a head.
 //
-// A block of queries at a time: its scores with every key that it sees stay in the second-level cache, so that a softmax
-// is taken of whole rows. The backward pass takes the scores again (Dao 2023, arXiv:2307.08691, algorithm 2) and adds
-// the gradients of keys and values up in fp32. A head is one thread's, so that no sum depends on the threads.
+// A block of queries at a time, so few that their scores with all keys stay in the second-level cache (up to some 4,000
+// keys): a softmax is taken of whole rows. The backward pass takes the scores again (Dao 2023, arXiv:2307.08691,
+// algorithm 2), against a block of keys at a time, and adds the gradients of keys and values up in fp32. A row forward
+// and a group backward are one thread's, so that no sum depends on the threads.
 
 #include "tiles.h"
 
-#include <omp.h>
-
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <utility>
 
 namespace {
@@ -55,12 +56,12 @@ Index left_room(Index count, Index inner) { return whole(count, ROWS) * half(inn
 Index right_room(Index count, Index inner) { return whole(count, COLUMNS) * half(inner); }
 
 // A query's row of scores becomes e^(scale (score - largest)) in bf16, with zeros for the keys from `sees` to `count`.
-// Returns the logarithm of the sum of e^(scale score), and the sum's inverse.
+// Returns the logarithm of the sum of e^(scale score), and 1 / the sum of e^(scale (score - largest)).
 std::pair<float, float> soften(const float *score, Index sees, Index count, float scale, Bf16 *p) {
-    __m512 top = all(-INFINITY), sum = all(0);
+    __m512 most = all(-INFINITY), sum = all(0);
     for (Index k = 0; k < sees; k += 16)
-        top = _mm512_mask_max_ps(top, first(sees - k), _mm512_loadu_ps(score + k), top);
-    const float largest = _mm512_reduce_max_ps(top);
+        most = _mm512_mask_max_ps(most, first(sees - k), _mm512_loadu_ps(score + k), most);
+    const float largest = _mm512_reduce_max_ps(most);
     for (Index k = 0; k < count; k += 16) {
         const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(score + k), all(largest)), all(scale));
         const __m512 e = _mm512_maskz_mov_ps(first(sees - k), exponential(x));
@@ -83,7 +84,7 @@ struct Forward {
     const Shape &shape;
     const View &q, &k, &v, &out;
     float *lse;  // [B, H, S]
-    Index queries = std::clamp<Index>(SCORE_BYTES / 4 / shape.S / ROWS, 1, QUERIES / ROWS) * ROWS;
+    Index queries = std::clamp<Index>(SCORE_BYTES / 4 / std::max<Index>(1, shape.S) / ROWS, 1, QUERIES / ROWS) * ROWS;
     Index width = whole(shape.S, 16) + LINE;
     Room<Pair> q_room{left_room(queries, shape.N)}, k_room{right_room(shape.S, shape.N)};
     Room<Pair> p_room{left_room(queries, shape.S)}, v_room{right_room(shape.N, shape.S)};
@@ -153,7 +154,7 @@ struct Backward {
         std::fill_n(&dk_sum[0], S * N, 0.f);
         std::fill_n(&dv_sum[0], S * N, 0.f);
         for (Index h = g * each; h < (g + 1) * each; ++h)
-            for (Index top = 0; top < S; top += QUERIES) queries(b, h, top, std::min(QUERIES, S - top));
+            for (Index top = 0; top < S; top += QUERIES) block(b, h, top, std::min(QUERIES, S - top));
         put(dk_sum, dk.at(b, g), dk.row, S);
         put(dv_sum, dv.at(b, g), dv.row, S);
     }
@@ -167,7 +168,8 @@ struct Backward {
                       _mm512_maskz_loadu_ps(first(shape.N - n), sum + r * shape.N + n));
     }
 
-    void queries(Index b, Index h, Index top, Index rows) {
+    // What `rows` queries from `top` on give and get.
+    void block(Index b, Index h, Index top, Index rows) {
         const Index N = shape.N, seen = top + rows;
         const Bf16 *q_at = q.at(b, h, top), *do_at = dout.at(b, h, top);
         const Panels asked = left({q_at, q.row, true, nullptr}, 0, rows, 0, N, q_room);
@@ -185,7 +187,9 @@ struct Backward {
         std::fill_n(&dq_sum[0], rows * N, 0.f);
         for (Index from = 0; from < seen; from += KEYS) {
             const Index count = std::min(KEYS, seen - from);
-            const auto below = [&](Index r, Index c) { return from + c < top + r + ROWS ? Span{0, half(N)} : LEFT_OUT; };
+            const auto below = [&](Index r, Index c) {
+                return from + c < top + r + ROWS ? Span{0, half(N)} : LEFT_OUT;
+            };
             multiply(asked, rows, {k_room + from * half(N), half(N)}, count, {scores, width, Put::WRITE}, below);
             multiply(above, rows, {v_room + from * half(N), half(N)}, count, {dp, width, Put::WRITE}, below);
             const float *log_sum = lse + (b * shape.H + h) * shape.S + top;
@@ -229,7 +233,8 @@ bool switchyard_attention(const Shape *shape, const View *q, const View *k, cons
                           int threads) {
     const Index heads = shape->B * shape->H;
     // Where heads are few, each is cut into runs of queries.
-    const Index parts = std::clamp<Index>(4 * threads / std::max<Index>(1, heads), 1, whole(shape->S, QUERIES) / QUERIES);
+    const Index parts = std::clamp<Index>(4 * threads / std::max<Index>(1, heads), 1,
+                                           std::max<Index>(1, whole(shape->S, QUERIES) / QUERIES));
     const Index run = whole((shape->S + parts - 1) / parts, ROWS);
     std::atomic<Index> next{0};
     std::atomic<bool> failed{false};
@@ -244,6 +249,29 @@ bool switchyard_attention(const Shape *shape, const View *q, const View *k, cons
         }
     }
     return !failed;
+}
+
+// Turns the pairs (x[n], x[n + N/2]) of x [B, H, S, N] by angles of which it has cos and sin [S, B, N/2]; back, where
+// `sign` is -1.
+void switchyard_rotate(const Shape *shape, const View *x, const float *cos, const float *sin, float sign,
+                       const View *out, int threads) {
+    const Index half_N = shape->N / 2;
+#pragma omp parallel for num_threads(threads)
+    for (Index s = 0; s < shape->S; ++s)
+        for (Index b = 0; b < shape->B; ++b)
+            for (Index h = 0; h < shape->H; ++h) {
+                const Bf16 *from = x->at(b, h, s);
+                Bf16 *to = out->at(b, h, s);
+                for (Index n = 0; n < half_N; n += 16) {
+                    const __mmask16 there = first(half_N - n);
+                    const Index angle = (s * shape->B + b) * half_N + n;
+                    const __m512 c = _mm512_maskz_loadu_ps(there, cos + angle);
+                    const __m512 d = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, sin + angle), all(sign));
+                    const __m512 one = wide(from + n, there), other = wide(from + half_N + n, there);
+                    store(to + n, there, _mm512_fmsub_ps(one, c, _mm512_mul_ps(other, d)));
+                    store(to + half_N + n, there, _mm512_fmadd_ps(other, c, _mm512_mul_ps(one, d)));
+                }
+            }
 }
 
 // dq [B, H, S, N], dk and dv [B, G, S, N] for dout [B, H, S, N]. False: no memory to work in.

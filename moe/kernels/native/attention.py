@@ -1,18 +1,17 @@
-"""Causal attention in C++ (attention.cpp).
+"""Rotary positions and causal attention in C++ (attention.cpp).
 
 Legend: B batch, H heads, G key/value groups, S sequence, N width of a head.
 """
 
 import ctypes
 import math
-from ctypes import POINTER, c_float, c_int64, c_void_p, pointer
+from ctypes import POINTER, c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.kernels.native.library import library, multiply
-from moe.kernels.native.library import pointer as data_of
+from moe.kernels.native.library import call, data_of, library, threads
 
 
 class _Shape(ctypes.Structure):
@@ -24,14 +23,15 @@ class _View(ctypes.Structure):
 
 
 def _view(t_BHSN: Tensor) -> "POINTER(_View)":
-    assert t_BHSN.dtype == torch.bfloat16 and t_BHSN.stride(3) == 1
-    return pointer(_View(t_BHSN.data_ptr(), *t_BHSN.stride()[:3]))
+    assert t_BHSN.device.type == "cpu" and t_BHSN.dtype == torch.bfloat16
+    assert t_BHSN.dim() == 4 and t_BHSN.stride(3) == 1
+    return ctypes.pointer(_View(t_BHSN.data_ptr(), *t_BHSN.stride()[:3]))
 
 
-def _shape(q_BHSN: Tensor, k_BGSN: Tensor) -> "POINTER(_Shape)":
+def _shape(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> "POINTER(_Shape)":
     batch, heads, sequence, width = q_BHSN.shape
-    assert k_BGSN.shape == (batch, k_BGSN.shape[1], sequence, width) and heads % k_BGSN.shape[1] == 0
-    return pointer(_Shape(batch, heads, k_BGSN.shape[1], sequence, width, 1 / math.sqrt(width)))
+    assert v_BGSN.shape == k_BGSN.shape == (batch, k_BGSN.shape[1], sequence, width) and heads % k_BGSN.shape[1] == 0
+    return ctypes.pointer(_Shape(batch, heads, k_BGSN.shape[1], sequence, width, 1 / math.sqrt(width)))
 
 
 def _readable(t_BHSN: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class _CausalAttention(torch.autograd.Function):
         q_BHSN, k_BGSN, v_BGSN = (_readable(t) for t in (q_BHSN, k_BGSN, v_BGSN))
         out_BHSN, lse_BHS = _like(q_BHSN), q_BHSN.new_empty(q_BHSN.shape[:3], dtype=torch.float32)
         views = (_view(t) for t in (q_BHSN, k_BGSN, v_BGSN, out_BHSN))
-        multiply(library().switchyard_attention, _shape(q_BHSN, k_BGSN), *views, data_of(lse_BHS))
+        call(library().switchyard_attention, _shape(q_BHSN, k_BGSN, v_BGSN), *views, data_of(lse_BHS))
         ctx.save_for_backward(q_BHSN, k_BGSN, v_BGSN, out_BHSN, lse_BHS)
         return out_BHSN
 
@@ -60,7 +60,7 @@ class _CausalAttention(torch.autograd.Function):
         *inputs, out_BHSN, lse_BHS = ctx.saved_tensors
         dout_BHSN, gradients = _readable(dout_BHSN), [_like(t) for t in inputs]
         views = (_view(t) for t in (*inputs, out_BHSN, dout_BHSN, *gradients))
-        multiply(library().switchyard_attention_back, _shape(*inputs[:2]), *views, data_of(lse_BHS))
+        call(library().switchyard_attention_back, _shape(*inputs), *views, data_of(lse_BHS))
         return tuple(gradients)
 
 
@@ -72,3 +72,15 @@ def causal_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
         MemoryError: no memory for the blocks of scores.
     """
     return _CausalAttention.apply(q_BHSN, k_BGSN, v_BGSN)
+
+
+def turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, back: bool = False) -> Tensor:
+    """For moe.attention.Rotary."""
+    assert cos.dtype == sin.dtype == torch.float32
+    x_SBHN, (s, b, h, n) = _readable(x_SBHN), x_SBHN.shape
+    views = [_view(t.permute(1, 2, 0, 3)) for t in (x_SBHN, out_SBHN)]
+    library().switchyard_rotate(
+        ctypes.pointer(_Shape(b, h, h, s, n, 0)), views[0], data_of(cos), data_of(sin),
+        c_float(-1 if back else 1), views[1], threads(),
+    )  # fmt: skip
+    return out_SBHN

@@ -8,6 +8,8 @@
 #include <omp.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -179,7 +181,8 @@ bool switchyard_product(Index experts, const Index *start, const Bf16 *x, const 
     for (Index e = 0; e < experts; ++e) {
         if (start[e] == start[e + 1]) continue;
         const Operand rows{x, K, true, line}, weight{w + e * K * N, transposed ? K : N, transposed, nullptr};
-        products.push_back({rows, weight, K, 0, 0, start[e], start[e], start[e + 1] - start[e], 0, N, {y, N, Put::ROUND}});
+        const Target to{y, N, Put::ROUND};
+        products.push_back({rows, weight, K, 0, 0, start[e], start[e], start[e + 1] - start[e], 0, N, to});
     }
     return run(products, threads);
 }
@@ -189,10 +192,9 @@ bool switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x
                                 Index K, Index N, void *dw, bool add, int threads) {
     std::vector<Product> products;
     for (Index e = 0; e < experts; ++e) {
-        void *to = add ? static_cast<void *>(static_cast<float *>(dw) + e * K * N)
-                       : static_cast<void *>(static_cast<Bf16 *>(dw) + e * K * N);
+        const Target to = Target{dw, N, add ? Put::ADD : Put::ROUND}.at(e * K, 0);
         const Operand a{x, K, false, line}, b{dy, N, false, nullptr};
-        products.push_back({a, b, start[e + 1] - start[e], start[e], start[e], 0, 0, K, 0, N, {to, N, add ? Put::ADD : Put::ROUND}});
+        products.push_back({a, b, start[e + 1] - start[e], start[e], start[e], 0, 0, K, 0, N, to});
     }
     return run(products, threads);
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.kernels.native.library import library, multiply, pointer, threads
+from moe.kernels.native.library import call, data_of, library, threads
 from moe.kernels.tools import Weight, main_gradient
 
 KINDS = ("swiglu", "geglu", "gelu", "relu", "relu2")
@@ -66,11 +66,11 @@ class NativeTools:
         assert dtype == torch.bfloat16 and x_RK.x_RK.shape[1] == inner and int(groups[-1]) == len(x_RK)
         transposed = not w_LKN.is_contiguous()
         y_RN = x_RK.x_RK.new_empty((len(x_RK), outer))
-        multiply(
+        call(
             library().switchyard_product,
-            c_int64(experts), pointer(groups), pointer(x_RK.x_RK), pointer(x_RK.row_R),
-            pointer(w_LKN.transpose(1, 2) if transposed else w_LKN), c_bool(transposed),
-            c_int64(inner), c_int64(outer), pointer(y_RN),
+            c_int64(experts), data_of(groups), data_of(x_RK.x_RK), data_of(x_RK.row_R),
+            data_of(w_LKN.transpose(1, 2) if transposed else w_LKN), c_bool(transposed),
+            c_int64(inner), c_int64(outer), data_of(y_RN),
         )  # fmt: skip
         return y_RN
 
@@ -80,7 +80,7 @@ class NativeTools:
         a_RF = h_RGF.new_empty((rows, width))
         library().switchyard_activate(
             c_int(KINDS.index(name)), c_int64(rows), c_int64(width),
-            pointer(h_RGF), pointer(keep_RF), pointer(a_RF), threads(),
+            data_of(h_RGF), data_of(keep_RF), data_of(a_RF), threads(),
         )  # fmt: skip
         return Rows(a_RF)
 
@@ -92,7 +92,7 @@ class NativeTools:
         a_RF, dh_RN = da_RF, torch.empty_like(h_RGF).flatten(1)  # a value of da is read before it is written
         library().switchyard_activate_back(
             c_int(KINDS.index(name)), c_int64(rows), c_int64(width),
-            pointer(h_RGF), pointer(da_RF), pointer(keep_RF), pointer(a_RF), pointer(dh_RN),
+            data_of(h_RGF), data_of(da_RF), data_of(keep_RF), data_of(a_RF), data_of(dh_RN),
             threads(),
         )  # fmt: skip
         return a_RF, dh_RN, Rows(dh_RN)
@@ -105,10 +105,10 @@ class NativeTools:
         main = main_gradient(w)
         assert int(groups[-1]) == len(dy_RN) and (main is None or main.dtype == torch.float32)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        multiply(
+        call(
             library().switchyard_weight_gradient,
-            c_int64(len(groups) - 1), pointer(groups), pointer(x_RK), pointer(row_R[0] if row_R else None),
-            pointer(dy_RN), c_int64(x_RK.shape[1]), c_int64(dy_RN.shape[1]),
-            pointer(dw if main is None else main), c_bool(main is not None),
+            c_int64(len(groups) - 1), data_of(groups), data_of(x_RK), data_of(row_R[0] if row_R else None),
+            data_of(dy_RN), c_int64(x_RK.shape[1]), c_int64(dy_RN.shape[1]),
+            data_of(dw if main is None else main), c_bool(main is not None),
         )  # fmt: skip
         return dw

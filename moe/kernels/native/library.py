@@ -31,13 +31,27 @@ def missing_instructions() -> list[str]:
 
 
 def obstacle() -> str | None:
-    """Why the kernels cannot run here, before anything is compiled; None: they can."""
+    """Why the kernels cannot run here; None: they can."""
     missing = missing_instructions()
     if missing:
         return f"needs a processor with AVX512-BF16; this one lacks {', '.join(missing)}"
     if shutil.which(compiler()[0]) is None:
         return "is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
+    return _compile_error()
+
+
+@functools.cache
+def _compile_error() -> str | None:
+    try:
+        library()
+    except OSError as error:
+        return f"does not compile: {error}"
     return None
+
+
+def serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they are made for such a run and can be compiled."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and obstacle() is None
 
 
 def slower_than_onednn() -> bool:
@@ -90,8 +104,8 @@ def threads() -> c_int:
     return c_int(torch.get_num_threads())
 
 
-def multiply(function: Any, *arguments: Any) -> None:
-    """Calls what packs operands, which takes memory.
+def call(function: Any, *arguments: Any) -> None:
+    """Calls a kernel that packs operands, which takes memory, with these arguments and the number of threads.
 
     Raises:
         MemoryError: there is none.
@@ -101,6 +115,6 @@ def multiply(function: Any, *arguments: Any) -> None:
         raise MemoryError("no memory to pack the operands of products")
 
 
-def pointer(t: Tensor | None) -> c_void_p:
+def data_of(t: Tensor | None) -> c_void_p:
     assert t is None or t.is_contiguous()
     return c_void_p(None if t is None else t.data_ptr())

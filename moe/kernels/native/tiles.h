@@ -1,8 +1,8 @@
 // Products of bf16 in tiles, on a CPU with AVX512-BF16: what experts.cpp and attention.cpp are made of.
 //
 // A tile is 12 x 32 and stays in registers. What it multiplies is packed first: into panels of 12 rows and of 32
-// columns, two values of the inner dimension side by side, as vdpbf16ps takes them. Nothing is compiled for a shape, and
-// rows are read from where they lie while they are packed.
+// columns, two values of the inner dimension side by side, as vdpbf16ps takes them. Nothing is compiled for a shape,
+// and rows are read from where they lie while they are packed.
 
 #pragma once
 
@@ -10,8 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 namespace {
 
@@ -170,11 +168,12 @@ struct Panels {
     Index pairs;
 };
 
-// Which pairs of the inner dimension a tile adds up.
+// Which pairs of the inner dimension a tile adds up. None of them (from == to): it adds up to 0. to < from: the tile is
+// not touched.
 struct Span {
     Index from, to;
 };
-constexpr Span LEFT_OUT{1, 0};  // of the product, which keeps what it had there; where there is nothing to add up, it is 0
+constexpr Span LEFT_OUT{1, 0};
 
 // y [rows, columns] = a @ b, for the tile at (r, c) over span(r, c).
 template <class Spans>

@@ -207,10 +207,10 @@ def test_experts_read_rows_where_they_lie() -> None:
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Neither the library nor its trial is remembered, before or after."""
-    for function in (native.library, experts._native_fails):
+    for function in (native.library, native._compile_error, experts._native_fails):
         function.cache_clear()
     yield monkeypatch
-    for function in (native.library, experts._native_fails):
+    for function in (native.library, native._compile_error, experts._native_fails):
         function.cache_clear()
 
 
@@ -250,10 +250,11 @@ def test_who_asks_for_them_hears_what_is_missing(untried: pytest.MonkeyPatch) ->
 def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.MonkeyPatch, tmp_path: Path) -> None:
     untried.setenv("HOME", str(tmp_path))
     untried.setattr(native, "FLAGS", [*native.FLAGS, "-mno-such-instructions"])
-    with pytest.raises(ValueError, match=r"failed their trial \(OSError: .*error: unrecognized"):
+    with pytest.raises(ValueError, match=r"does not compile: .*error: unrecognized"):
         asked_for()
     assert not list((tmp_path / ".cache/switchyard/kernels").iterdir())
     untried.undo()
+    native._compile_error.cache_clear()
     experts._native_fails.cache_clear()
     right = NativeTools.activate
     untried.setattr(NativeTools, "activate", lambda *a: Rows(right(*a).x_RK * 1.05))
