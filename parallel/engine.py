@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
-from parallel.blocks import rows_at_once
+from parallel.blocks import sum_of_squares
 from parallel.clock import DeviceClock
 from parallel.cpu import tensor_types_as_cuda
 from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
@@ -303,10 +303,7 @@ class Engine:
         grads = [g for o in self.optimizer.chained_optimizers for g in o.get_main_grads_for_grad_norm()]
         square = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if grads:
-            # In fp64: a CPU's fp32 sum over a million elements is 6e-5 off, by another amount under each layout. In
-            # blocks, because a CPU copies what it sums in another precision.
-            blocks = [b for g in grads for b in g.flatten().split(rows_at_once(1, g.device))]
-            square += torch.stack(torch._foreach_norm(blocks, 2, torch.float64)).square().sum()
+            square += sum_of_squares(grads)
         dist.all_reduce(square)
         return square.sqrt().item()
 

@@ -1,0 +1,14 @@
+import torch
+
+from parallel.blocks import sum_of_squares
+
+
+def test_a_sum_of_squares_is_that_of_fp64(runtime) -> None:
+    """Over sizes that are no whole rows, none at all, and values that fp32 would lose in a sum over millions."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, generator=generator) for size in ((3, 700), (1024,), (0,), (1,), (4_000_003,))]
+    tensors[1] *= 1e4
+    wanted = sum(t.double().square().sum() for t in tensors)
+    got = sum_of_squares([t.to(runtime.device) for t in tensors]).cpu()
+    assert got.dtype == torch.float64 and abs(got / wanted - 1).item() < 2e-8
+    assert sum_of_squares([torch.tensor([1.0, float("nan")], device=runtime.device)]).isnan()
