@@ -253,5 +253,6 @@ def choose_turn(device: torch.device, dtype: torch.dtype) -> tuple[Turn, Choice]
 
     part, name = "positions", "torch, in blocks"
     if not native.serve(device, dtype):
-        return torch_turn, Choice(part, name, "rotary, in fp32")
+        made_for = device.type == "cpu" and dtype == torch.bfloat16 and not native.missing_instructions()
+        return torch_turn, Choice(part, name, f"native {native.obstacle()}" if made_for else "rotary, in fp32")
     return select(part, [Candidate("native", _native_turn)], (name, torch_turn), run, 1e-2)

@@ -6,11 +6,12 @@ the start table says which and why. Any exception counts as a disagreement: a ha
 ImportError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,6 +80,27 @@ def select(
         found.append(f"{candidate.name} differs from torch's by {difference:.0e} and is left out")
     names = ", ".join(c.name for c in candidates)
     return fallback, Choice(part, name, "; ".join(found) or f"not installed: {names}")
+
+
+Picked = tuple[Any, Choice]
+
+
+def agreed(picked: Mapping[str, tuple[Picked, Any]]) -> dict[str, Picked]:
+    """What every rank has picked; where nodes differ, torch's on all of them: implementations exchange different
+    messages, and what ranks compute alike they are to compute alike to the bit.
+
+    Args:
+        picked: by name, this rank's pick and torch's implementation.
+    """
+    mine = {name: choice.name for name, ((_, choice), _) in picked.items()}
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    result = {}
+    for name, (pick, plain) in picked.items():
+        names = sorted({theirs[name] for theirs in everyone})
+        differ = Choice(pick[1].part, "torch", f"nodes differ in what they have: {', '.join(names)}")
+        result[name] = pick if len(names) == 1 else (plain, differ)
+    return result
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

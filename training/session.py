@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from conf.schema import PRECISIONS, Config
-from moe.attention import choose_attention, choose_turn
+from moe.attention import choose_attention, choose_turn, torch_attention, torch_turn
 from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
-from moe.loss import choose_token_losses
+from moe.loss import choose_token_losses, token_losses
 from moe.model import Parts, Stage, sparse_layers
 from moe.norm import our_norms
 from moe.router import choose_router
@@ -135,9 +135,16 @@ def _choose_implementations(
     """(what Parts is to be built from, what the start table says of it)."""
     model, device = config.model, run.device
     sequences, masked = config.train.micro_batch_size, config.data.document_mask
-    attention, attending = choose_attention(model, run.groups, device, dtype, sequences=sequences, document_mask=masked)
-    turn, turning = choose_turn(device, dtype)
-    rows = [(choice.part, choice.name, choice.why) for choice in (turning, attending)]
+    attend = choose_attention(model, run.groups, device, dtype, sequences=sequences, document_mask=masked)
+    norm = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
+    picked = {
+        "turn": (choose_turn(device, dtype), torch_turn),
+        "causal_attention": (attend, torch_attention),
+        "norm_function": (norm, selection.torch_rms_norm),
+        "token_losses": (choose_token_losses(device, dtype), token_losses),
+    }
+    agreed = selection.agreed(picked)
+    rows = [(choice.part, choice.name, choice.why) for _, choice in agreed.values()]
     float8 = None
     if precision == "fp8":
         float8, *words = choose_float8(config.fp8, model, device)
@@ -148,9 +155,6 @@ def _choose_implementations(
     if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
         backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
-    norm, *choices = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
-    losses, choice = choose_token_losses(device, dtype)
-    choices += [choice]
     permutation, permuting = choose_rows(device, dtype)
     if bf16_experts:
         rows += [("experts", backend, why_backend)]
@@ -158,12 +162,10 @@ def _choose_implementations(
     if model.moe.num_experts:
         rows += [("dispatch", dispatcher, why_dispatcher)]
         fused_route, routing = choose_router(model, run.groups, device)
-        choices += [permuting, routing]
-    rows += [(choice.part, choice.name, choice.why) for choice in choices]
+        rows += [(choice.part, choice.name, choice.why) for choice in (permuting, routing)]
     chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
     chosen |= {"fused_route": fused_route}
-    chosen |= {"causal_attention": attention, "turn": turn}
-    return chosen | {"norm_function": norm, "token_losses": losses}, rows
+    return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows
 
 
 def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:

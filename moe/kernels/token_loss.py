@@ -4,7 +4,8 @@ Legend: T tokens, V vocabulary (this rank's slice).
 """
 
 import functools
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,10 +50,11 @@ class _TokenLoss(torch.autograd.Function):
         ctx.spent = True
         logits_TV, *about = ctx.saved_tensors
         ctx.kernels.become_gradient(logits_TV, *about, grad_T.contiguous())
+        torch.autograd.graph.increment_version(logits_TV)  # for whoever keeps the logits
         return None, logits_TV.detach(), None, None
 
 
-def losses_with(kernels: Kernels) -> Any:
+def losses_with(kernels: Kernels) -> Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]:
     """moe.loss.token_losses, but that the backward pass overwrites the logits."""
     return functools.partial(_token_losses, kernels)
 

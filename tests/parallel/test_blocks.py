@@ -11,4 +11,6 @@ def test_a_sum_of_squares_is_that_of_fp64(runtime) -> None:
     wanted = sum(t.double().square().sum() for t in tensors)
     got = sum_of_squares([t.to(runtime.device) for t in tensors]).cpu()
     assert got.dtype == torch.float64 and abs(got / wanted - 1).item() < 2e-8
+    large = torch.full((10,), 1e20, device=runtime.device)  # its squares are beyond fp32
+    assert abs(sum_of_squares([large]).cpu() / 1e41 - 1).item() < 1e-6
     assert sum_of_squares([torch.tensor([1.0, float("nan")], device=runtime.device)]).isnan()

@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.schema import ParallelConfig
 from parallel import selection
 from parallel.checkpoint import Checkpointer
-from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, state, train
+from parallel.selection import Choice
+from parallel.simulate import RankPool
+from parallel.world import World
+from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, state, train
 
 CPU = torch.device("cpu")
 TE, APEX = "transformer_engine.pytorch.optimizers", "apex.optimizers"
@@ -185,3 +189,19 @@ def test_torchs_norm_is_the_formula():
         mean_square = sum(v * v for v in row.tolist()) / 8
         wanted = [v / (mean_square + 0.1) ** 0.5 * w for v, w in zip(row.tolist(), weight.tolist(), strict=True)]
         assert got.tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def agree(world: World) -> dict[str, tuple[str, str]]:
+    """Of two implementations, one is on the first rank alone (rank function)."""
+    with started(world, ParallelConfig()):
+        name = "native" if world.rank == 0 else "torch, in blocks"
+        losses = ("fast here", Choice("loss", name, "")), "slow"
+        norm = ("fast", Choice("norm", "native", "")), "slow"
+        agreed = selection.agreed({"losses": losses, "norm": norm})
+        return {key: (implementation, choice.why) for key, (implementation, choice) in agreed.items()}
+
+
+def test_ranks_that_differ_take_torch(ranks: RankPool) -> None:
+    """Else one would wait for messages that another never sends."""
+    why = "nodes differ in what they have: native, torch, in blocks"
+    assert ranks.run(2, agree, timeout=120) == [{"losses": ("slow", why), "norm": ("fast", "")}] * 2

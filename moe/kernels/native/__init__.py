@@ -1,1 +1,1 @@
-"""Kernels in C++ for a CPU with AVX512-BF16 and no matrix instructions."""
+"""Kernels in C++ for a CPU with AVX512-BF16."""

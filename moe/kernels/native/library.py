@@ -44,8 +44,8 @@ def obstacle() -> str | None:
 def _compile_error() -> str | None:
     try:
         library()
-    except OSError as error:
-        return f"does not compile: {error}"
+    except Exception as error:  # also where there is no home directory
+        return f"cannot be compiled, kept or loaded: {error}"
     return None
 
 

@@ -7,12 +7,6 @@
 
 #include <cmath>
 
-namespace {
-
-constexpr Index PART = 64;  // rows whose share of a norm's weight gradient is added up at once; as in rows.py
-
-}  // namespace
-
 extern "C" {
 
 // The largest logit of each row, the sum of e^(logit - largest), and the label's logit: 0 where it is not in 0 .. V.
@@ -70,15 +64,15 @@ void switchyard_rms_norm(Index R, Index D, const Bf16 *x, const Bf16 *weight, fl
     }
 }
 
-// With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)); dweight [P, D] has each part's sum of
-// dy * n.
+// With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)); dweight [P, D] has the sum of dy * n over
+// each part of `rows` rows.
 void switchyard_rms_norm_back(Index R, Index D, const Bf16 *x, const Bf16 *weight, const float *scale, const Bf16 *dy,
-                              Bf16 *dx, float *dweight, int threads) {
+                              Bf16 *dx, float *dweight, Index rows, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (Index part = 0; part < (R + PART - 1) / PART; ++part) {
+    for (Index part = 0; part < (R + rows - 1) / rows; ++part) {
         float *share = dweight + part * D;
         std::fill_n(share, D, 0.f);
-        for (Index r = part * PART; r < std::min(R, (part + 1) * PART); ++r) {
+        for (Index r = part * rows; r < std::min(R, (part + 1) * rows); ++r) {
             __m512 sum = all(0);
             for (Index d = 0; d < D; d += 16) {
                 const __mmask16 there = first(D - d);

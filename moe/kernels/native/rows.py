@@ -13,7 +13,7 @@ from moe.kernels.native.library import data_of, library, threads
 from moe.kernels.token_loss import losses_with
 
 PART = 64
-"""As in rows.cpp."""
+"""Rows over which a norm's weight gradient is added up at once."""
 
 
 class _Losses:
@@ -60,8 +60,9 @@ class _RMSNorm(torch.autograd.Function):
         dx_RD = torch.empty_like(x_RD)
         parts_PD = x_RD.new_empty((-(-len(x_RD) // PART), x_RD.shape[1]), dtype=torch.float32)
         library().switchyard_rms_norm_back(
-            *map(c_int64, x_RD.shape), *map(data_of, (x_RD, weight_D, scale_R, dy_RD, dx_RD, parts_PD)), threads()
-        )
+            *map(c_int64, x_RD.shape), *map(data_of, (x_RD, weight_D, scale_R, dy_RD, dx_RD, parts_PD)),
+            c_int64(PART), threads(),
+        )  # fmt: skip
         return dx_RD, parts_PD.sum(0).to(weight_D.dtype), None
 
 

@@ -1,4 +1,4 @@
-// Products of bf16 in tiles, on a CPU with AVX512-BF16: what experts.cpp and attention.cpp are made of.
+// Products of bf16 in tiles, on a CPU with AVX512-BF16: what the kernels beside this file are made of.
 //
 // A tile is 12 x 32 and stays in registers. What it multiplies is packed first: into panels of 12 rows and of 32
 // columns, two values of the inner dimension side by side, as vdpbf16ps takes them. Nothing is compiled for a shape,
