@@ -49,8 +49,8 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> 
     in_flight = min(micro_batches, layout.pp - stage)
     if layout.vpp > 1:
         in_flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
-    # The final norm's input and output; the logits as they come, in fp32, and their softmax.
-    head = value * 2 * model.hidden_size + (value + 4 + 4) * model.vocab_size / layout.tp
+    # The final norm's input and output; the logits as they come.
+    head = value * (2 * model.hidden_size + model.vocab_size / layout.tp)
     return Memory(
         weights=value * (spread + experts),
         gradients=4.0 * (spread + experts),
@@ -124,8 +124,9 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     if "full" in again:
         return (sparse + dense) * outside
     block = outside * (2 if "norm" in again else 4)  # inputs and outputs of two norms
-    # Queries and keys after their rotation, the projection, of which the values are a part, and the result twice.
-    attention = outside + 2 * (2 * d + _keys_and_values(model)) / layout.tp
+    # Queries and keys after their rotation, the projection, of which the values are a part, and the result (twice where
+    # torch attends).
+    attention = outside + (4 * d + 1.5 * _keys_and_values(model)) / layout.tp
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0) * layout.etp / layout.tp
