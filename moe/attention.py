@@ -213,7 +213,7 @@ def choose_attention(
         sequences: of a micro-batch.
     """
     part, name, why = "attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself"
-    if device.type != "cpu" or dtype != torch.bfloat16 or native.missing_instructions() or native.slower_than_onednn():
+    if not native.made_for(device, dtype) or native.slower_than_onednn():
         return torch_attention, Choice(part, name, why)
     if document_mask or groups.cp.size() > 1:
         return torch_attention, Choice(part, name, "native knows no mask: of documents, or of cp > 1")
@@ -253,6 +253,6 @@ def choose_turn(device: torch.device, dtype: torch.dtype) -> tuple[Turn, Choice]
 
     part, name = "positions", "torch, in blocks"
     if not native.serve(device, dtype):
-        made_for = device.type == "cpu" and dtype == torch.bfloat16 and not native.missing_instructions()
-        return torch_turn, Choice(part, name, f"native {native.obstacle()}" if made_for else "rotary, in fp32")
+        why = f"native {native.obstacle()}" if native.made_for(device, dtype) else "rotary, in fp32"
+        return torch_turn, Choice(part, name, why)
     return select(part, [Candidate("native", _native_turn)], (name, torch_turn), run, 1e-2)

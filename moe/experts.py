@@ -171,7 +171,7 @@ def _native_fails() -> str | None:
 
 def native_left_out(available: Sequence[str], device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps `native` from a processor that it is made for; None: nothing does, or it is not made for this one."""
-    if "native" in available or device.type != "cpu" or dtype != torch.bfloat16 or native.missing_instructions():
+    if "native" in available or not native.made_for(device, dtype):
         return None
     return native.obstacle() or _native_fails() or "cannot run on every node"
 

@@ -49,9 +49,14 @@ def _compile_error() -> str | None:
     return None
 
 
+def made_for(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether only a compiler can be missing."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not missing_instructions()
+
+
 def serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether they are made for such a run and can be compiled."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and obstacle() is None
+    """Whether such a run can have them."""
+    return made_for(device, dtype) and obstacle() is None
 
 
 def slower_than_onednn() -> bool:
