@@ -52,9 +52,18 @@ def build_ours(model: ModelConfig, runtime, dtype: torch.dtype) -> nn.Module:
     from moe.experts import choose_backend
     from moe.init import initialise
     from moe.layer import MoELayer
+    from moe.router import choose_router, choose_router_logits
+    from moe.rows import choose_rows
 
-    backend, _ = choose_backend(model, runtime.device, dtype)
-    layer = MoELayer(model, backend=backend, dtype=dtype, sequence_parallel=False, groups=runtime.groups, draws=(1, 0))
+    device, groups = runtime.device, runtime.groups
+    chosen = {
+        "backend": choose_backend(model, device, dtype),
+        "rows": choose_rows(device, dtype),
+        "fused_route": choose_router(model, groups, device),
+        "logits": choose_router_logits(model.moe, device, dtype),
+    }
+    parts = {name: implementation for name, (implementation, _) in chosen.items()}
+    layer = MoELayer(model, dtype=dtype, sequence_parallel=False, groups=groups, draws=(1, 0), **parts)
     initialise(layer.to(runtime.device), seed=1)
     return layer
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from conf import rules
 from conf.schema import Config, DataConfig, EvalConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig, TrainConfig
 from corpus.prepare import prepare
+from parallel.selection import Choice
 from parallel.world import World
 from training.rank import train_rank
 from training.run_dir import open_run_dir
@@ -119,7 +120,8 @@ def _router(low_precision: bool) -> Iterator[None]:
     if not low_precision:
         yield
         return
-    with mock.patch("moe.router.router_logits", in_bf16):
+    chosen = in_bf16, Choice("router logits", "torch", "in bf16")
+    with mock.patch("training.session.choose_router_logits", lambda *_: chosen):
         yield
 
 

@@ -22,7 +22,7 @@ from parallel.collectives import GatherSequence
 from parallel.flight import exchanging, fly
 from parallel.placement import place
 from parallel.runtime import Groups
-from parallel.selection import Candidate, Choice, select
+from parallel.selection import Choice, select
 
 Masks = list[Tensor | None]
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -221,8 +221,6 @@ def choose_attention(
     if key_heads < torch.get_num_threads():  # a backward pass has a thread for each
         why = f"native would leave threads idle: {key_heads} key/value heads for {torch.get_num_threads()}"
         return torch_attention, Choice(part, name, why)
-    if native.obstacle():
-        return torch_attention, Choice(part, name, f"native {native.obstacle()}")
 
     def run(attend: CausalAttention) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -233,7 +231,7 @@ def choose_attention(
         out = attend(q, k, v)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), above.detach())]
 
-    return select(part, [Candidate("native", _native_attention)], (name, torch_attention), run, 1e-2)
+    return select(part, [native.candidate(_native_attention)], (name, torch_attention), run, 1e-2)
 
 
 def _native_turn() -> Turn:
@@ -252,7 +250,6 @@ def choose_turn(device: torch.device, dtype: torch.dtype) -> tuple[Turn, Choice]
         return [turn(x, *about, torch.empty_like(x), back=back) for back in (False, True)]
 
     part, name = "positions", "torch, in blocks"
-    if not native.serve(device, dtype):
-        why = f"native {native.obstacle()}" if native.made_for(device, dtype) else "rotary, in fp32"
-        return torch_turn, Choice(part, name, why)
-    return select(part, [Candidate("native", _native_turn)], (name, torch_turn), run, 1e-2)
+    if not native.made_for(device, dtype):
+        return torch_turn, Choice(part, name, "rotary, in fp32")
+    return select(part, [native.candidate(_native_turn)], (name, torch_turn), run, 1e-2)

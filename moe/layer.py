@@ -16,7 +16,7 @@ from moe.dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.kernels.tools import Tools
 from moe.recompute import decision, recomputed
-from moe.router import FusedRoute, Router, Routing
+from moe.router import FusedRoute, Router, RouterLogits, Routing, router_logits
 from moe.rows import PLAIN_ROWS, Rows
 from moe.shared_experts import SharedExperts
 from moe.statistics import LoadStatistics, Report
@@ -42,12 +42,14 @@ class MoELayer(nn.Module):
         shared: SharedExperts | None = None,
         rows: Rows = PLAIN_ROWS,
         fused_route: FusedRoute | None = None,
+        logits: RouterLogits = router_logits,
     ):
         """Args:
         draws: (seed of the run, layer), which name this layer's random numbers (moe.draws).
         dispatcher: how rows travel to their experts; None: what choose_dispatcher says.
         rows: how they are gathered and added on this rank.
         fused_route: how the router chooses and weighs; None: by torch's operations.
+        logits: how it multiplies.
         """
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
@@ -55,7 +57,9 @@ class MoELayer(nn.Module):
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
         self.sequence_parallel = sequence_parallel
-        self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups, fused=fused_route)
+        self.router = Router(
+            model, sequence_parallel=sequence_parallel, groups=groups, fused=fused_route, logits=logits
+        )
         self.micro_batch_group = self.router.micro_batch_group
         dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
         self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups, rows)

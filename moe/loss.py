@@ -102,8 +102,8 @@ def choose_token_losses(device: torch.device, dtype: torch.dtype) -> tuple[Token
     part, plain = "loss", ("torch, in blocks", token_losses)
     if device.type == "cuda":
         faster = Candidate("Triton", _triton_token_losses)
-    elif native.serve(device, dtype):
-        faster = Candidate("native", _native_token_losses)
+    elif native.made_for(device, dtype):
+        faster = native.candidate(_native_token_losses)
     else:
         return token_losses, Choice(part, plain[0], "no copy of the logits in fp32")
     return select(part, [faster], plain, run, 1e-5 if dtype == torch.float32 else 1e-2)

@@ -26,7 +26,7 @@ from moe.layer import MoELayer
 from moe.loss import TokenLosses, token_losses
 from moe.norm import RMSNorm
 from moe.recompute import recomputed, with_output_recomputed
-from moe.router import FusedRoute
+from moe.router import FusedRoute, RouterLogits, router_logits
 from moe.rows import PLAIN_ROWS, Rows
 from moe.shared_experts import SharedExperts
 from moe.statistics import Report
@@ -67,9 +67,11 @@ class Parts:
     token_losses: TokenLosses = token_losses
     """Which cross-entropy runs (moe.loss.choose_token_losses)."""
     rows: Rows = PLAIN_ROWS
-    """How rows are gathered and added on a rank (moe.dispatch.choose_rows)."""
+    """How rows are gathered and added on a rank (moe.rows.choose_rows)."""
     fused_route: FusedRoute | None = None
     """What routers choose and weigh with (moe.router.choose_router); None: torch's operations."""
+    router_logits: RouterLogits = router_logits
+    """What multiplies tokens with a router's weight (moe.router.choose_router_logits)."""
     float8: Float8 | None = None
     """Which layers compute in FP8, and with what (moe.kernels.float8.choose_float8)."""
 
@@ -109,6 +111,7 @@ class Block(nn.Module):
                 dispatcher=parts.dispatcher,
                 rows=parts.rows,
                 fused_route=parts.fused_route,
+                logits=parts.router_logits,
                 shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
             )
         else:

@@ -95,4 +95,4 @@ def our_norms(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     if device.type != "cpu":
         return [Candidate("Triton", _triton_rms_norm)]
     blocks = Candidate("blocks of rows in cache", lambda: rms_norm_in_blocks)
-    return [Candidate("native", _native_rms_norm), blocks] if native.serve(device, dtype) else [blocks]
+    return [native.candidate(_native_rms_norm), blocks] if native.made_for(device, dtype) else [blocks]

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from conf.schema import ModelConfig, MoeConfig
 from moe.assign import expert_choice, sinkhorn_potentials
 from moe.balance import Tallies, capacity
+from moe.kernels.native import library as native
 from moe.recompute import decision
 from parallel.collectives import all_gather
 from parallel.forward_pass import TRAIN
@@ -72,15 +73,30 @@ class _Logits(torch.autograd.Function):
         return (dlogits_TE @ weight_ED).to(x_TD.dtype), dlogits_TE.t() @ x_TD.float()
 
 
+RouterLogits = Callable[[Tensor, Tensor], Tensor]
+"""The arguments and the result of `router_logits`."""
+
+
 class Router(nn.Module):
     """Switch routing (Fedus et al. 2021, arXiv:2101.03961, eq. 1 and 2) with K choices, and what followed it: scores
     by softmax before or after the choice or by sigmoid; a choice limited to a few groups of experts, by a balanced
     plan, or by the experts. Weight and arithmetic are fp32 whatever the model's precision (Switch, section 2.4)."""
 
-    def __init__(self, model: ModelConfig, *, sequence_parallel: bool, groups: Groups, fused: FusedRoute | None = None):
-        """fused: used instead of torch's operations (choose_router)."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        sequence_parallel: bool,
+        groups: Groups,
+        fused: FusedRoute | None = None,
+        logits: RouterLogits = router_logits,
+    ):
+        """Args:
+        fused: used instead of torch's operations (choose_router).
+        logits: what multiplies (choose_router_logits).
+        """
         super().__init__()
-        self.moe, self.fused = model.moe, fused
+        self.moe, self.fused, self.logits = model.moe, fused, logits
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
         self.experts_choose = self.moe.load_balancing == "expert_choice"
         # The number of experts that took a token says something itself, so its gates are left as they are.
@@ -122,7 +138,7 @@ class Router(nn.Module):
         """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = router_logits(x_TD, self.weight)
+            logits_TE = self.logits(x_TD, self.weight)
         return self.route(logits_TE, padding_T, mode, sequences)
 
     def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
@@ -201,6 +217,29 @@ def _why_not_fused(moe: MoeConfig) -> str | None:
     if moe.load_balancing in ("sinkhorn", "expert_choice"):
         return f"{moe.load_balancing} chooses over the whole micro-batch"
     return "chooses groups of experts first" if moe.num_expert_groups > 1 else None
+
+
+def _native_logits() -> RouterLogits:
+    from moe.kernels.native.router import router_logits
+
+    return router_logits
+
+
+def choose_router_logits(moe: MoeConfig, device: torch.device, dtype: torch.dtype) -> tuple[RouterLogits, Choice]:
+    """Ours in C++ on a CPU that it is made for, where it equals torch's."""
+    part, plain = "router logits", ("torch", router_logits)
+    if moe.jitter or not native.made_for(device, dtype):
+        return router_logits, Choice(part, plain[0], "in fp32" + ", as jitter makes the tokens" * bool(moe.jitter))
+
+    def run(logits: RouterLogits) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x_TD, weight_ED, grad_TE = (torch.randn(*s, generator=generator) for s in ((9, 90), (7, 90), (9, 7)))
+        leaves = [x_TD.to(device, dtype).requires_grad_(), weight_ED.to(device).requires_grad_()]
+        logits_TE = logits(*leaves)
+        return [logits_TE, *torch.autograd.grad(logits_TE, leaves, grad_TE.to(device))]
+
+    # The tokens' gradient is rounded to bf16, now and then to the other neighbour.
+    return select(part, [native.candidate(_native_logits)], plain, run, 1e-3)
 
 
 def _triton_route() -> FusedRoute:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels.native import library as native
 from parallel.selection import Candidate, Choice, select
 
 
@@ -92,24 +93,34 @@ class Routed:
 
 
 def _triton_rows() -> Rows:
-    from moe.kernels.rows import TritonRows
+    from moe.kernels.rows import ROWS
 
-    return TritonRows()
+    return ROWS
+
+
+def _native_rows() -> Rows:
+    from moe.kernels.native.permutation import ROWS
+
+    return ROWS
 
 
 def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[Rows, Choice]:
-    """Triton's on a GPU where they equal the plain ones."""
+    """Triton's on a GPU, or ours in C++ on a CPU that it is made for, where they equal the plain ones."""
 
     def run(rows: Rows) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         x_TD, gates_TK, grad_TD = (torch.randn(*s, generator=generator) for s in ((9, 80), (9, 2), (9, 80)))
-        leaves = [t.to(device, dtype).requires_grad_() for t in (x_TD, gates_TK)]
+        leaves = [x_TD.to(device, dtype).requires_grad_(), gates_TK.to(device).requires_grad_()]
         choice_R = torch.tensor([0, 17, 4, 5, 18, 9, 2, 16], device=device)  # 18 is none
         taken_RD = rows.take(leaves[0], choice_R, 2, True)
         out_TD = rows.weighted_sum(taken_RD * 2, choice_R, leaves[1], True)
         return [taken_RD, out_TD, *torch.autograd.grad(out_TD, leaves, grad_TD.to(device, dtype))]
 
     part, plain = "permutation", ("torch", PLAIN_ROWS)
-    if device.type != "cuda":
+    if device.type == "cuda":
+        faster = Candidate("Triton", _triton_rows)
+    elif native.made_for(device, dtype):
+        faster = native.candidate(_native_rows)
+    else:
         return plain[1], Choice(part, plain[0], "index_select and index_add")
-    return select(part, [Candidate("Triton", _triton_rows)], plain, run, 1e-5 if dtype == torch.float32 else 2e-2)
+    return select(part, [faster], plain, run, 1e-5 if dtype == torch.float32 else 2e-2)

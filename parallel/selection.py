@@ -28,9 +28,13 @@ class Choice:
     why: str
 
 
+class Unavailable(Exception):
+    """Says in words what an implementation lacks here."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """An optional implementation; `load` imports it and may raise anything."""
+    """An optional implementation; `load` imports it and may raise anything: Unavailable with words for the table."""
 
     name: str
     load: Callable[[], Any]
@@ -66,6 +70,9 @@ def select(
             loaded = candidate.load()
         except ImportError:
             continue
+        except Unavailable as what:
+            found.append(f"{candidate.name} {what}")
+            continue
         except Exception as error:
             found.append(f"{candidate.name} does not import ({type(error).__name__})")
             continue
@@ -76,7 +83,8 @@ def select(
             found.append(f"{candidate.name} failed its trial ({type(error).__name__})")
             continue
         if difference <= tolerance:
-            return loaded, Choice(part, candidate.name, f"equals torch's within {difference:.0e} on a random batch")
+            equal = f"equals torch's within {difference:.0e} on a random batch"
+            return loaded, Choice(part, candidate.name, "; ".join([*found, equal]))
         found.append(f"{candidate.name} differs from torch's by {difference:.0e} and is left out")
     names = ", ".join(c.name for c in candidates)
     return fallback, Choice(part, name, "; ".join(found) or f"not installed: {names}")

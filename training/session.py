@@ -16,8 +16,8 @@ from moe.kernels.float8 import choose_float8
 from moe.loss import choose_token_losses, token_losses
 from moe.model import Parts, Stage, sparse_layers
 from moe.norm import our_norms
-from moe.router import choose_router
-from moe.rows import choose_rows
+from moe.router import choose_router, choose_router_logits, router_logits
+from moe.rows import PLAIN_ROWS, choose_rows
 from parallel import cpu, runtime, selection
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
@@ -143,6 +143,10 @@ def _choose_implementations(
         "norm_function": (norm, selection.torch_rms_norm),
         "token_losses": (choose_token_losses(device, dtype), token_losses),
     }
+    if model.moe.num_experts:
+        picked["rows"] = choose_rows(device, dtype), PLAIN_ROWS
+        picked["router_logits"] = choose_router_logits(model.moe, device, dtype), router_logits
+        picked["fused_route"] = choose_router(model, run.groups, device), None
     agreed = selection.agreed(picked)
     rows = [(choice.part, choice.name, choice.why) for _, choice in agreed.values()]
     float8 = None
@@ -155,16 +159,11 @@ def _choose_implementations(
     if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
         backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
-    permutation, permuting = choose_rows(device, dtype)
     if bf16_experts:
         rows += [("experts", backend, why_backend)]
-    fused_route = None
     if model.moe.num_experts:
         rows += [("dispatch", dispatcher, why_dispatcher)]
-        fused_route, routing = choose_router(model, run.groups, device)
-        rows += [(choice.part, choice.name, choice.why) for choice in (permuting, routing)]
-    chosen = {"backend": backend, "dispatcher": dispatcher, "rows": permutation, "float8": float8}
-    chosen |= {"fused_route": fused_route}
+    chosen = {"backend": backend, "dispatcher": dispatcher, "float8": float8}
     return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows
 
 

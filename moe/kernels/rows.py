@@ -1,5 +1,4 @@
-"""Tokens to rows and back in Triton: every row is read once and written once, and each token adds up its own rows in
-fp32 and in their order, so that sums are the same every time.
+"""Tokens to rows and back in Triton (moe/kernels/permutation.py).
 
 Legend: T tokens, D hidden, K choices per token, R routed rows.
 """
@@ -8,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe.kernels.permutation import KernelRows
 
 
 @triton.jit
@@ -61,76 +61,34 @@ def gate_gradient(rows_ptr, slot_ptr, grad_ptr, out_ptr, D, K: tl.constexpr, BLO
     tl.store(out_ptr + token * K + k, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty))
 
 
-def slots_of(choice_R: Tensor, choices: int) -> Tensor:
-    """int64 [choices]: which row each choice has, -1 for none. Several rows may have choice number `choices`: none."""
-    slot = torch.full((choices + 1,), -1, dtype=torch.int64, device=choice_R.device)
-    return slot.scatter_(0, choice_R, torch.arange(len(choice_R), device=choice_R.device))[:-1]
-
-
 BLOCK = 1024
 
 
-def _gather(source_TD: Tensor, choice_R: Tensor, gates_TK: Tensor | None, top_k: int) -> Tensor:
-    (tokens, hidden), rows = source_TD.shape, len(choice_R)
-    out_RD = source_TD.new_empty((rows, hidden))
-    if rows:
-        gather_rows[(rows, -(-hidden // BLOCK))](
-            source_TD, choice_R, source_TD if gates_TK is None else gates_TK, out_RD, tokens, hidden,
+class _Kernels:
+    """For moe.kernels.permutation."""
+
+    def gather(self, source_TD: Tensor, choice_R: Tensor, gates_TK: Tensor | None, top_k: int) -> Tensor:
+        (tokens, hidden), rows = source_TD.shape, len(choice_R)
+        out_RD = source_TD.new_empty((rows, hidden))
+        if rows:
+            gather_rows[(rows, -(-hidden // BLOCK))](
+                source_TD, choice_R, source_TD if gates_TK is None else gates_TK, out_RD, tokens, hidden,
+                K=top_k, GATED=gates_TK is not None, BLOCK=BLOCK,
+            )  # fmt: skip
+        return out_RD
+
+    def add(self, rows_RD: Tensor, slot: Tensor, gates_TK: Tensor | None, tokens: int, top_k: int) -> Tensor:
+        out_TD = rows_RD.new_empty((tokens, rows_RD.shape[1]))
+        add_rows[(tokens, -(-rows_RD.shape[1] // BLOCK))](
+            rows_RD, slot, rows_RD if gates_TK is None else gates_TK, out_TD, rows_RD.shape[1],
             K=top_k, GATED=gates_TK is not None, BLOCK=BLOCK,
         )  # fmt: skip
-    return out_RD
+        return out_TD
+
+    def gate_gradient(self, rows_RD: Tensor, slot: Tensor, grad_TD: Tensor, gates_TK: Tensor) -> Tensor:
+        (tokens, top_k), dgates_TK = gates_TK.shape, torch.empty_like(gates_TK)
+        gate_gradient[(tokens, top_k)](rows_RD, slot, grad_TD, dgates_TK, rows_RD.shape[1], K=top_k, BLOCK=BLOCK)
+        return dgates_TK
 
 
-def _add(rows_RD: Tensor, slot_TK: Tensor, gates_TK: Tensor | None, tokens: int, top_k: int) -> Tensor:
-    out_TD = rows_RD.new_empty((tokens, rows_RD.shape[1]))
-    add_rows[(tokens, -(-rows_RD.shape[1] // BLOCK))](
-        rows_RD, slot_TK, rows_RD if gates_TK is None else gates_TK, out_TD, rows_RD.shape[1],
-        K=top_k, GATED=gates_TK is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    return out_TD
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, choice_R: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(choice_R)
-        ctx.sizes = len(x_TD), top_k
-        return _gather(x_TD.contiguous(), choice_R.contiguous(), None, top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (choice_R,), (tokens, top_k) = ctx.saved_tensors, ctx.sizes
-        return TritonRows().add(grad_RD, choice_R, top_k, tokens), None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor) -> Tensor:
-        y_RD, gates_TK, choice_R = y_RD.contiguous(), gates_TK.contiguous(), choice_R.contiguous()
-        slot_TK = slots_of(choice_R, gates_TK.numel())
-        ctx.save_for_backward(y_RD, choice_R, gates_TK, slot_TK)
-        return _add(y_RD, slot_TK, gates_TK, *gates_TK.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None, Tensor]:
-        y_RD, choice_R, gates_TK, slot_TK = ctx.saved_tensors
-        grad_TD, dgates_TK = grad_TD.contiguous(), torch.empty_like(gates_TK)
-        gate_gradient[gates_TK.shape](
-            y_RD, slot_TK, grad_TD, dgates_TK, y_RD.shape[1], K=gates_TK.shape[1], BLOCK=BLOCK
-        )
-        return _gather(grad_TD, choice_R, gates_TK, gates_TK.shape[1]), None, dgates_TK
-
-
-class TritonRows:
-    """moe.dispatch.Rows."""
-
-    def take(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
-        return _Take.apply(x_TD, choice_R, top_k)
-
-    def add(self, rows_RD: Tensor, choice_R: Tensor, top_k: int, tokens: int) -> Tensor:
-        return _add(rows_RD.contiguous(), slots_of(choice_R, tokens * top_k), None, tokens, top_k)
-
-    def weighted_sum(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
-        return _WeightedSum.apply(y_RD, choice_R, gates_TK)
+ROWS = KernelRows(_Kernels())

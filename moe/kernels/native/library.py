@@ -10,12 +10,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from ctypes import c_bool, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from parallel.selection import Candidate, Unavailable
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cpp"))
@@ -54,9 +57,16 @@ def made_for(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and not missing_instructions()
 
 
-def serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether such a run can have them."""
-    return made_for(device, dtype) and obstacle() is None
+def candidate(load: Callable[[], Any]) -> Candidate:
+    """For parallel.selection.select, where `made_for` says yes: what `load` imports, if the kernels can be compiled."""
+
+    def compiled() -> Any:
+        missing = obstacle()
+        if missing:
+            raise Unavailable(missing)
+        return load()
+
+    return Candidate("native", compiled)
 
 
 def slower_than_onednn() -> bool:
