@@ -35,8 +35,14 @@ CHOICES = {
     "data.kind": DATA_KINDS,
     "optim.schedule": SCHEDULES,
 }
-NARROW_PRECISIONS = ("fp16",)
-"""Not available; bf16 is the nearest, although fp32 is spelt more like them."""
+MEANT = {
+    ("precision", "fp16"): ("bf16", "is not available"),
+    ("model.moe.backend", "triton_fp8"): (
+        "auto",
+        "is asked for by precision=fp8 fp8.kernels=triton, and fp8.linear_layers=false for the experts alone",
+    ),
+}
+"""Choices that other trainers have: what comes nearest, where another is spelt more like it, and what to say."""
 
 
 def _copies_differ_over(case: Any) -> int:

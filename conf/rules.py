@@ -11,7 +11,7 @@ from itertools import islice
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
-from conf.limits import BOUNDS, CHOICES, IDLE, NARROW_PRECISIONS
+from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
 from conf.nearest import nearest_layouts
 from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
@@ -71,10 +71,9 @@ def _choices(case: Case) -> Iterator[Violation]:
         value = case[key]
         if value in options:
             continue
-        nearest = difflib.get_close_matches(value, options, n=1, cutoff=0.0)
-        if key == "precision" and value in NARROW_PRECISIONS:
-            nearest = ["bf16"]
-        yield Violation(f"{key} is one of {', '.join(options)}", f"{value} is not available", {key: nearest})
+        alike = difflib.get_close_matches(value, options, n=1, cutoff=0.0)
+        nearest, words = MEANT.get((key, value), (alike[0], "is not available"))
+        yield Violation(f"{key} is one of {', '.join(options)}", f"{value} {words}", {key: [nearest]})
 
 
 def _bounds(case: Case) -> Iterator[Violation]:

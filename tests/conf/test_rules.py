@@ -92,6 +92,7 @@ BROKEN = [
     ),
     ({"model.recompute": ["norm", "full"]}, 1, "[full] goes alone", "model.recompute=[full]"),
     ({"model.recompute": ["norm", "moe"]}, 1, "the model is dense", "model.recompute=[norm]"),
+    ({"model.moe.backend": "triton_fp8", **SPARSE}, 1, "precision=fp8 fp8.kernels=triton", "model.moe.backend=auto"),
     ({"model.moe.backend": "groupedmm", **SPARSE}, 1, "groupedmm is not available", "model.moe.backend=grouped_mm"),
     ({"data.kind": "stdlb"}, 1, "stdlib, text, megatron, blend", "data.kind=stdlib"),
     ({"optim.schedule": "cosin"}, 1, "cosine, linear, wsd, constant", "optim.schedule=cosine"),
