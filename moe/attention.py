@@ -29,45 +29,6 @@ CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, H, S, N], k and v [B, G, S, N]) -> [B, H, S, N]; a query sees the keys up to its own."""
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), halves instead of interleaved pairs."""
-
-    def __init__(self, width: int, theta: float, max_positions: int):
-        super().__init__()
-        angle = torch.outer(torch.arange(max_positions).float(), theta ** -(torch.arange(0, width, 2) / width))
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, B, 1, N/2], fp32, contiguous."""
-        # What an index gives lies in memory as the index does, which may be a batch turned round.
-        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in (self.cos, self.sin))
-
-    @staticmethod
-    def rotate(x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: "Turn | None" = None) -> Tensor:
-        """In fp32 whatever the precision of x; turn: as Attention takes it."""
-        return _Rotate.apply(x_SBHN, cos, sin, turn or torch_turn)
-
-
-class _Rotate(torch.autograd.Function):
-    """Keeps nothing of x for the backward pass, which turns the other way."""
-
-    @staticmethod
-    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: "Turn") -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.turn = turn
-        s, b, h, n = x_SBHN.shape
-        # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
-        turned_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
-        return turn(x_SBHN, cos, sin, turned_SBHN)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return ctx.turn(grad_SBHN, cos, sin, grad_SBHN.new_empty(grad_SBHN.shape), back=True), None, None, None
-
-
 Turn = Callable[..., Tensor]
 """The arguments and the result of `torch_turn`."""
 
@@ -90,6 +51,45 @@ def torch_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor
     )
 
 
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), halves instead of interleaved pairs."""
+
+    def __init__(self, width: int, theta: float, max_positions: int):
+        super().__init__()
+        angle = torch.outer(torch.arange(max_positions).float(), theta ** -(torch.arange(0, width, 2) / width))
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, B, 1, N/2], fp32, contiguous."""
+        # What an index gives lies in memory as the index does, which may be a batch turned round.
+        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in (self.cos, self.sin))
+
+    @staticmethod
+    def rotate(x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: Turn = torch_turn) -> Tensor:
+        """In fp32 whatever the precision of x."""
+        return _Rotate.apply(x_SBHN, cos, sin, turn)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing of x for the backward pass, which turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.turn = turn
+        s, b, h, n = x_SBHN.shape
+        # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
+        turned_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
+        return turn(x_SBHN, cos, sin, turned_SBHN)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return ctx.turn(grad_SBHN, cos, sin, grad_SBHN.new_empty(grad_SBHN.shape), back=True), None, None, None
+
+
 class Attention(nn.Module):
     """Projects, rotates and attends. Heads are cut over tensor-parallel ranks; under context parallelism keys and
     values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
@@ -99,13 +99,12 @@ class Attention(nn.Module):
         model: ModelConfig,
         config: TransformerConfig,
         groups: Groups,
-        causal: CausalAttention | None = None,
-        turn: Turn | None = None,
+        causal: CausalAttention = torch_attention,
+        turn: Turn = torch_turn,
     ):
-        """causal, turn: what attends where there is no mask, and what rotates (choose_attention, choose_turn); None:
-        torch."""
+        """causal, turn: what attends where there is no mask, and what rotates (choose_attention, choose_turn)."""
         super().__init__()
-        self.cp, self.causal, self.turn = groups.cp, causal or torch_attention, turn or torch_turn
+        self.cp, self.causal, self.turn = groups.cp, causal, turn
         ranks = groups.tp.size()
         query_groups = model.num_query_groups or model.num_attention_heads
         self.width = model.hidden_size // model.num_attention_heads

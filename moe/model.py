@@ -17,7 +17,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, CausalAttention, Masks, Rotary, Turn, attention_masks
+from moe.attention import (
+    Attention,
+    CausalAttention,
+    Masks,
+    Rotary,
+    Turn,
+    attention_masks,
+    torch_attention,
+    torch_turn,
+)
 from moe.experts import DenseFFN
 from moe.init import initialise
 from moe.kernels.float8 import Float8
@@ -60,10 +69,10 @@ class Parts:
     """Which RMSNorm runs (parallel.selection.select_norm)."""
     dispatcher: str | None = None
     """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
-    causal_attention: CausalAttention | None = None
-    """What attends where there is no mask (moe.attention.choose_attention); None: torch."""
-    turn: Turn | None = None
-    """What turns queries and keys by their positions (moe.attention.choose_turn); None: torch."""
+    causal_attention: CausalAttention = torch_attention
+    """What attends where there is no mask (moe.attention.choose_attention)."""
+    turn: Turn = torch_turn
+    """What turns queries and keys by their positions (moe.attention.choose_turn)."""
     token_losses: TokenLosses = token_losses
     """Which cross-entropy runs (moe.loss.choose_token_losses)."""
     rows: Rows = PLAIN_ROWS
