@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -92,21 +93,25 @@ def library() -> ctypes.CDLL:
     source = b"".join(path.name.encode() + path.read_bytes() for path in [*SOURCES, *sorted(FOLDER.glob("*.h"))])
     name = hashlib.sha256(source + with_what.encode()).hexdigest()[:16]
     place = Path("~/.cache/switchyard/kernels").expanduser() / f"native-{name}.so"
-    if place.exists():
-        try:
-            return ctypes.CDLL(str(place))
-        except OSError:  # left empty by a power failure, or of another C library
-            place.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # absent, left empty by a power failure, or of another C library
+        return ctypes.CDLL(str(place))
     place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a node one compiles
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(place))
+        _make(place, openmp)
+        return ctypes.CDLL(str(place))
+
+
+def _make(place: Path, openmp: list[str]) -> None:
+    """Puts the library there, whole."""
     with tempfile.TemporaryDirectory(dir=place.parent) as own:
         made = Path(own) / place.name
         with ThreadPoolExecutor() as pool:  # at once, which takes half of the time on two processors
             objects = list(pool.map(lambda path: _compile(Path(own) / f"{path.stem}.o", ["-c", str(path)]), SOURCES))
         _compile(made, [*objects, *openmp])
-        # Put there whole, and never over one that another process put there and may be running.
-        with contextlib.suppress(FileExistsError):
-            os.link(made, place)
-        return ctypes.CDLL(str(place))
+        os.replace(made, place)
 
 
 def _compile(result: Path, of: Sequence[str]) -> str:

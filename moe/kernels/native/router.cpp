@@ -90,6 +90,18 @@ void weight_gradient(Index T, Index D, Index E, Index from, const float *dlogits
     }
 }
 
+// several(i) for TOGETHER indices from i on, as long as there are so many, and one(i) for each that is left.
+template <class Several, class One>
+void together(Index count, int threads, Several several, One one) {
+#pragma omp parallel for num_threads(threads)
+    for (Index begin = 0; begin < count; begin += TOGETHER) {
+        if (begin + TOGETHER <= count)
+            several(begin);
+        else
+            for (Index i = begin; i < count; ++i) one(i);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -97,28 +109,17 @@ extern "C" {
 // logits [T, E] = x [T, D] @ weight.T [D, E].
 void switchyard_router_logits(Index T, Index D, Index E, const Bf16 *x, const float *weight, float *logits,
                               int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (Index block = 0; block < (T + TOGETHER - 1) / TOGETHER; ++block) {
-        const Index t = block * TOGETHER;
-        if (t + TOGETHER <= T)
-            logits_of_all<TOGETHER>(D, E, x + t * D, weight, logits + t * E);
-        else
-            for (Index last = t; last < T; ++last) logits_of_all<1>(D, E, x + last * D, weight, logits + last * E);
-    }
+    together(
+        T, threads, [&](Index t) { logits_of_all<TOGETHER>(D, E, x + t * D, weight, logits + t * E); },
+        [&](Index t) { logits_of_all<1>(D, E, x + t * D, weight, logits + t * E); });
 }
 
 // dx [T, D] = dlogits [T, E] @ weight [E, D], and dweight = dlogits.T @ x.
 void switchyard_router_logits_back(Index T, Index D, Index E, const float *dlogits, const Bf16 *x, const float *weight,
                                    Bf16 *dx, float *dweight, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (Index block = 0; block < (T + TOGETHER - 1) / TOGETHER; ++block) {
-        const Index t = block * TOGETHER;
-        if (t + TOGETHER <= T)
-            input_gradient<TOGETHER>(D, E, dlogits + t * E, weight, dx + t * D);
-        else
-            for (Index last = t; last < T; ++last)
-                input_gradient<1>(D, E, dlogits + last * E, weight, dx + last * D);
-    }
+    together(
+        T, threads, [&](Index t) { input_gradient<TOGETHER>(D, E, dlogits + t * E, weight, dx + t * D); },
+        [&](Index t) { input_gradient<1>(D, E, dlogits + t * E, weight, dx + t * D); });
     const Index columns = 16 * TOGETHER;
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (Index from = 0; from < D; from += columns)

@@ -1,6 +1,8 @@
 """The experts' products for a CPU with AVX512-BF16: against plain torch in fp64, and who gets them."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,7 +254,7 @@ def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.
     untried.setattr(native, "FLAGS", [*native.FLAGS, "-mno-such-instructions"])
     with pytest.raises(ValueError, match=r"cannot be compiled, kept or loaded: .*error: unrecognized"):
         asked_for()
-    assert not list((tmp_path / ".cache/switchyard/kernels").iterdir())
+    assert {path.suffix for path in (tmp_path / ".cache/switchyard/kernels").iterdir()} == {".lock"}
     untried.undo()
     native._compile_error.cache_clear()
     experts._native_fails.cache_clear()
@@ -272,7 +274,7 @@ def test_they_are_compiled_once(untried: pytest.MonkeyPatch, tmp_path: Path) -> 
         untried.setenv("HOME", str(tmp_path / home))
         native.library.cache_clear()
         assert native.library().switchyard_product
-        (made,) = (tmp_path / home / ".cache/switchyard/kernels").iterdir()
+        (made,) = (tmp_path / home / ".cache/switchyard/kernels").glob("*.so")
         return made
 
     made = load("first")
@@ -282,6 +284,18 @@ def test_they_are_compiled_once(untried: pytest.MonkeyPatch, tmp_path: Path) -> 
     left.parent.mkdir(parents=True)
     left.touch()  # as a power failure leaves it
     assert load("second") == left and len(runs) == 2 * once
+
+
+@here
+def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
+    counting = tmp_path / "counting"
+    counting.write_text(f'#!/bin/sh\necho >> "{tmp_path}/calls"\nexec g++ "$@"\n')
+    counting.chmod(0o755)
+    program = "from moe.kernels.native.library import library; assert library().switchyard_product"
+    env = os.environ | {"HOME": str(tmp_path), "CXX": str(counting)}
+    started = [subprocess.Popen([sys.executable, "-c", program], env=env) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(native.SOURCES) + 1
 
 
 @here
