@@ -228,8 +228,10 @@ def _native_logits() -> RouterLogits:
 def choose_router_logits(moe: MoeConfig, device: torch.device, dtype: torch.dtype) -> tuple[RouterLogits, Choice]:
     """Ours in C++ on a CPU that it is made for, where it equals torch's."""
     part, plain = "router logits", ("torch", router_logits)
-    if moe.jitter or not native.made_for(device, dtype):
-        return router_logits, Choice(part, plain[0], "in fp32" + ", as jitter makes the tokens" * bool(moe.jitter))
+    if not native.made_for(device, dtype):
+        return router_logits, Choice(part, plain[0], "in fp32")
+    if moe.jitter:
+        return router_logits, Choice(part, plain[0], "native takes tokens in bf16, and jitter makes them fp32")
 
     def run(logits: RouterLogits) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,14 @@
-"""What the stability benchmark says of a run, from rows drawn by hand."""
+"""What the stability benchmark says of a run, from rows drawn by hand, and that its variants are what they say."""
 
 import pytest
+import torch
 
-from benchmarks.stability import REPEATED, STRESSED, base, changed, figures
+from benchmarks.stability import REPEATED, STRESSED, _router, base, changed, figures
 from conf import rules
-from conf.schema import DataConfig
+from conf.schema import Config, DataConfig, ModelConfig, MoeConfig
+from moe.router import Router
+from parallel.simulate import RankPool
+from parallel.world import World
 
 
 def row(step: int, loss: float | None, norm: float, dropped: float = 0.0) -> dict[str, object]:
@@ -31,3 +35,25 @@ def test_a_loss_that_is_not_finite_is_an_endless_rise() -> None:
 @pytest.mark.parametrize("variant", [*STRESSED.values(), *REPEATED.values()], ids=str)
 def test_every_variant_can_be_run(variant, tmp_path) -> None:
     rules.check(changed(base(10, 1, tmp_path, DataConfig(), 1e-2), variant.changes), 1)
+
+
+def router_rounds(world: World, low_precision: bool) -> bool:
+    """Whether the logits of a run's router are numbers of bf16 (rank function)."""
+    from training import session as sessions
+    from training.noise import redirect_noise
+
+    noise = redirect_noise(world.rank)
+    moe = MoeConfig(num_experts=4, every=1, backend="loop")
+    with _router(low_precision):
+        session = sessions.start(Config(model=ModelConfig(num_layers=1, moe=moe), precision="bf16"), world, train=False)
+    (router,) = (m for stage in session.engine.modules for m in stage.modules() if isinstance(m, Router))
+    x_TD = torch.randn(5, session.config.model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_TE = router.logits(x_TD, router.weight)
+    sessions.stop()
+    noise.undo()
+    return torch.equal(logits_TE, logits_TE.bfloat16().float())
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_a_router_in_bf16_is_one(low_precision: bool, ranks: RankPool) -> None:
+    assert ranks.run(1, router_rounds, low_precision, timeout=60) == [low_precision]
