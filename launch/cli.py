@@ -2,6 +2,7 @@
 
 Imports nothing heavy, so that a mistake is answered within the first second, on a login node too."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -29,10 +30,12 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from launch import process
 from parallel import threads
+from training.noise import discard_output
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-BAD_CONFIGURATION = 2
+FAILED, BAD_CONFIGURATION = 1, 2
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
 
@@ -44,16 +47,19 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     run: gets an instance of schema; returns the exit code. A ValueError that it raises is the user's to mend.
 
     Exit code: what run returned (of several runs with --multirun, the first that is not 0); 2 and one message on
-    stderr for a configuration error or a ValueError; 1 and a traceback for any other exception.
+    stderr for a configuration error or a ValueError; 1 and one message for a file, or standard output, that cannot be
+    read or written; 1 and a traceback for any other exception.
     """
     threads.wait_briefly()
     ConfigStore.instance().store(name="schema", node=schema)
     keys = setting_types(schema)
     exit_codes: list[int] = []
 
-    def fail(error: Exception) -> None:
-        print(f"switchyard: error: {explain(error, keys)}", file=sys.stderr)
-        exit_codes.append(BAD_CONFIGURATION)
+    def fail(error: Exception, code: int = BAD_CONFIGURATION) -> None:
+        exit_codes.append(code)
+        if not isinstance(error, BrokenPipeError):  # the reader of standard output has seen enough
+            with contextlib.suppress(OSError):  # nobody reads standard error either
+                print(f"switchyard: error: {explain(error, keys)}", file=sys.stderr)
 
     @functools.wraps(run)  # Hydra takes the command's name, shown by --help, from the wrapped function's module
     def task(config: DictConfig) -> None:
@@ -62,9 +68,16 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
             exit_codes.append(run(OmegaConf.to_object(config)))
         except CONFIGURATION_ERRORS as error:
             fail(error)
+        except OSError as error:
+            fail(error, FAILED)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                discard_output(sys.stdout)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own message and exiting with 1
     try:
+        process.prepare()
         check_arguments(sys.argv[1:], keys)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
     except CONFIGURATION_ERRORS as error:
@@ -159,6 +172,8 @@ def explain(error: BaseException, keys: dict[str, Any]) -> str:
             return f"{prefix}{cause.full_key or 'settings'}: {str(cause).splitlines()[0]}"
         case HydraException():
             return str(cause).split("\n\n")[0].strip()  # what follows is Hydra's search path
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).strip() or type(error).__name__
 
 

@@ -44,7 +44,7 @@ def _train(world: World, simulated: int, config: Config, early: StopRequest) -> 
     run_dir = open_run_dir(config) if world.size == 1 else None
     noise = redirect_noise(world.rank)
     try:
-        with Console(rank=world.rank) as console:
+        with Console(rank=world.rank, may_lose_output=True) as console:
             prepared = prepare_run(config, run_dir, console)
         if simulated == 1:
             return train_rank(world, config, run_dir, prepared, noise, early)

@@ -1,9 +1,10 @@
 """What a person sees of a run, and train.log, which keeps the same lines. Shapes: L sparse layers, E experts."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from moe.load import ExpertLoad
 from training.metrics import Row
+from training.noise import discard_output
 
 if TYPE_CHECKING:  # rich is imported where it is used: a rank that prints nothing does not need it
     from rich.console import Console as RichConsole
@@ -27,6 +29,9 @@ class Console:
     """Prints a run. On a terminal a progress line stays at the bottom and everything else scrolls above it; elsewhere
     there are only plain lines, without control characters and never wrapped. train.log gets the plain lines.
 
+    Standard output that cannot be written any more, since its reader is gone or its disk is full, is left: with
+    `log_path` or `may_lose_output` nothing else happens. `log_error` says what keeps train.log from being written.
+
     Any rank may call every method: ranks other than 0 print and write nothing. Use it as a context manager: leaving it
     removes the progress line and gives the terminal its cursor back.
     """
@@ -36,13 +41,21 @@ class Console:
         *,
         rank: int = 0,
         log_path: Path | None = None,
+        may_lose_output: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`log_path`: train.log, appended to; None: no log. `stream`: standard output unless a test says otherwise.
-        `clock`: seconds. Create it after `redirect_noise`, which exchanges sys.stdout."""
+        """`log_path`: train.log, appended to; None: no log. `may_lose_output`: what is printed is not all that the
+        command is for. `stream`: standard output unless a test says otherwise. `clock`: seconds. Create it after
+        `redirect_noise`, which exchanges sys.stdout.
+
+        Raises:
+            OSError: train.log cannot be opened.
+        """
+        self.log_error: OSError | None = None
+        self._may_lose_output = may_lose_output or log_path is not None
         self._terminal: RichConsole | None = None
-        self._plain_files: list[TextIO] = []
+        self._stream: TextIO | None = None  # standard output; None: it is not rank 0's, or lost
         self._log_file: TextIO | None = None
         self._live: Live | None = None
         self._drawn = float("-inf")
@@ -57,17 +70,19 @@ class Console:
     def _open(self, stream: TextIO, log_path: Path | None) -> None:
         from rich.console import Console as RichConsole
 
+        class Terminal(RichConsole):
+            def on_broken_pipe(self) -> None:
+                raise  # the BrokenPipeError being handled; rich would end the process
+
+        self._stream = stream
         if hasattr(stream, "reconfigure"):
             # A sample may hold characters that the job's locale cannot print.
             stream.reconfigure(errors="backslashreplace")
         literal: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
         if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-            self._terminal = RichConsole(file=stream, force_terminal=True, **literal)
-        else:
-            self._plain_files.append(stream)
+            self._terminal = Terminal(file=stream, force_terminal=True, **literal)
         if log_path is not None:
             self._log_file = log_path.open("a", encoding="utf-8", errors="backslashreplace")
-            self._plain_files.append(self._log_file)
         self._plain = RichConsole(force_terminal=False, color_system=None, width=10_000, **literal)
 
     def __enter__(self) -> Self:
@@ -80,7 +95,8 @@ class Console:
         """Prints the last step where it is still owed, and ends the progress line and train.log."""
         self._end_steps()
         if self._log_file is not None:
-            self._log_file.close()
+            with contextlib.suppress(OSError):  # of what could not be written before
+                self._log_file.close()
 
     def note(self, text: str) -> None:
         """A line for what happened: a checkpoint written, a run continued."""
@@ -198,14 +214,50 @@ class Console:
     ) -> None:
         """`whole`: no line break of ours inside a long line, so that a command can be copied from a terminal."""
         if self._terminal and on_terminal:
-            self._terminal.print(what, soft_wrap=whole)
-        if self._plain_files and in_plain_files:
-            with self._plain.capture() as capture:
-                self._plain.print(what, soft_wrap=True)
-            lines = "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
-            for file in self._plain_files:
-                file.write(lines)
-                file.flush()
+            with self._output():
+                self._terminal.print(what, soft_wrap=whole)
+        plain_stream = None if self._terminal else self._stream
+        if not in_plain_files or not (plain_stream or self._log_file):
+            return
+        with self._plain.capture() as capture:
+            self._plain.print(what, soft_wrap=True)
+        lines = "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
+        self._log(lines)
+        if plain_stream:
+            with self._output():
+                plain_stream.write(lines)
+                plain_stream.flush()
+
+    def _log(self, lines: str) -> None:
+        if self._log_file is None or self.log_error is not None:
+            return
+        try:
+            self._log_file.write(lines)
+            self._log_file.flush()
+        except OSError as error:
+            self.log_error = error
+            self.warning(f"{self._log_file.name} cannot be written any more: {error.strerror}")
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[None]:
+        """Around everything that writes to standard output.
+
+        Raises:
+            OSError: it cannot be written, and is all that there is.
+        """
+        try:
+            yield
+        except OSError as error:
+            stream, live = self._stream, self._live
+            self._stream = self._terminal = self._live = None
+            if stream is not None:
+                discard_output(stream)
+            if live is not None:
+                with contextlib.suppress(OSError):
+                    live.stop()  # it had put itself in the place of sys.stdout
+            if not self._may_lose_output:
+                raise
+            self._log(f"standard output cannot be written any more ({error.strerror}): the run goes on without it\n")
 
     def _show_progress(self, label: str, fraction: float, detail: str) -> None:
         if not self._terminal or self._clock() - self._drawn < _REFRESH_SECONDS:
@@ -224,13 +276,17 @@ class Console:
         if self._live is None:
             # Drawn when there is something new rather than by a thread: no thread to meet a fork or a signal.
             self._live = Live(console=self._terminal, auto_refresh=False, transient=True)
-            self._live.start()
-        self._live.update(line, refresh=True)
+            with self._output():
+                self._live.start()
+        if self._live is not None:  # not lost meanwhile
+            with self._output():
+                self._live.update(line, refresh=True)
         self._drawn = self._clock()
 
     def _hide_progress(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._output():
+                self._live.stop()
             self._live = None
         self._drawn = float("-inf")
 

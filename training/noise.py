@@ -8,6 +8,7 @@ import sys
 import tempfile
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TextIO
 
 
 class NoiseRedirection:
@@ -38,7 +39,10 @@ class NoiseRedirection:
     def _take_c_output(self) -> None:
         """Parts Python's sys.stdout, which stays on the screen, from file descriptor 1, where C libraries print."""
         before = sys.stdout
-        before.flush()
+        try:
+            before.flush()
+        except OSError:  # its reader is gone, or the disk is full
+            discard_output(before)
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=before.encoding, errors=before.errors)
         self._undo.callback(sys.stdout.close)
         self._undo.callback(setattr, sys, "stdout", before)
@@ -49,7 +53,7 @@ class NoiseRedirection:
     def attach(self, log_path: Path) -> None:
         """Appends what was held, and from now on everything, to `log_path`. Call it once, when the run directory is
         known and the engine imported: torch gives loggers handlers of their own, which are replaced here."""
-        file = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         self._undo.callback(file.close)
         file.setFormatter(logging.Formatter(f"%(asctime)s rank {self._rank} %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
@@ -71,6 +75,28 @@ class NoiseRedirection:
         """Puts everything back but TORCH_CPP_LOG_LEVEL. What is still held, without `attach`, is dropped. A `Console`
         made in between must be closed before."""
         self._undo.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A disk that takes no more records is not worth a traceback for each: `Console`, which writes to the same file,
+    reports it."""
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def discard_output(stream: TextIO) -> None:
+    """Points a stream that cannot be written any more at /dev/null, so that what is left in its buffer fails nobody
+    later on, at the interpreter's exit for example."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: closed, or no descriptor beneath
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def redirect_noise(rank: int) -> NoiseRedirection:

@@ -200,6 +200,57 @@ def test_other_ranks_print_and_write_nothing(tmp_path: Path) -> None:
     assert stream.getvalue() == "" and list(tmp_path.iterdir()) == []
 
 
+class Lost(Terminal):
+    """Standard output whose reader is gone, or whose disk is full, after `room` characters."""
+
+    def __init__(self, room: int, error: OSError, terminal: bool) -> None:
+        super().__init__()
+        self.room, self.error, self.terminal = room, error, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        if self.tell() + len(text) > self.room:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("room", [0, 300, 1000])
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_goes_on_without_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, error: OSError, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    before = sys.stdout
+    with Console(stream=io.StringIO(), log_path=tmp_path / "whole.log") as console:
+        whole_run(console)
+    stream = Lost(room, error, terminal)
+    with Console(stream=stream, log_path=tmp_path / "train.log") as console:
+        whole_run(console)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    said = [line for line in lines if line.startswith("standard output cannot be written any more")]
+    assert len(said) == 1 and error.strerror in said[0]
+    # whole_run takes no time worth a line, so the log is that of an undisturbed run.
+    assert [line for line in lines if line != said[0]] == (tmp_path / "whole.log").read_text().splitlines()
+    assert sys.stdout is before
+
+
+def test_output_that_is_all_there_is_may_not_be_lost() -> None:
+    with pytest.raises(BrokenPipeError):
+        Console(stream=Lost(0, BrokenPipeError(32, "Broken pipe"), terminal=False)).note("held-out loss")
+    Console(stream=Lost(0, BrokenPipeError(32, "Broken pipe"), terminal=False), may_lose_output=True).note("tokenising")
+
+
+def test_a_log_that_cannot_be_written_is_reported_once() -> None:
+    stream = io.StringIO()
+    with Console(stream=stream, log_path=Path("/dev/full")) as console:
+        whole_run(console)
+    assert stream.getvalue().count("/dev/full cannot be written any more: No space left on device") == 1
+    assert isinstance(console.log_error, OSError) and "bits per byte   1.500" in stream.getvalue()
+
+
 def test_a_locale_without_the_characters_gets_escapes() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
