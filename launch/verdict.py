@@ -8,8 +8,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from conf.schema import SlurmConfig
 from training.lives import end_life
-from training.run_dir import load_config
+from training.run_dir import read_settings
+
+
+def _max_requeues(run_dir: Path) -> int:
+    """The run's slurm.max_requeues, and its default where the recorded settings cannot be read or are of another
+    version: a job that could go on is not lost for that."""
+    try:
+        section = read_settings(run_dir).get("slurm")
+    except ValueError as error:
+        print(f"switchyard: warning: {error}", file=sys.stderr)
+        section = None
+    limit = section.get("max_requeues") if isinstance(section, dict) else None
+    return limit if type(limit) is int else SlurmConfig().max_requeues
 
 
 def main() -> None:
@@ -18,7 +31,7 @@ def main() -> None:
     parser.add_argument("--asked", action="store_true")
     parser.add_argument("--interactive", action="store_true")
     given = parser.parse_args()
-    limit = None if given.interactive else load_config(given.run_dir).slurm.max_requeues
+    limit = None if given.interactive else _max_requeues(given.run_dir)
     verdict = end_life(given.run_dir, asked=given.asked, max_requeues=limit)
     print(f"switchyard: {verdict.message}", file=sys.stderr)
     print("requeue" if verdict.requeue else verdict.code)

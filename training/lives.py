@@ -7,8 +7,10 @@ passes from one life to the next is kept there:
 
 Imports nothing heavy: the batch script asks too."""
 
+import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -42,13 +44,15 @@ class Ownership:
         """Takes the directory over."""
         self._path = run_dir / _OWNER
         self._token = f"{life_name()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
-        self._path.write_text(self._token)
+        aside = run_dir / f".{_OWNER}-{uuid.uuid4().hex[:8]}"
+        aside.write_text(self._token)
+        aside.rename(self._path)
         (run_dir / _STOP).unlink(missing_ok=True)
 
     def holds(self) -> bool:
         """Whether nobody has taken the directory over since."""
         try:
-            return self._path.read_text() in (self._token, "")  # empty: somebody is about to write
+            return self._path.read_bytes() == self._token.encode()
         except OSError:  # a file system that hesitates is no other process
             return True
 
@@ -100,8 +104,8 @@ def end_life(run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mappi
     """
     earlier = read_lives(run_dir)
     life, code = _ended(run_dir, asked=asked, env=env)
-    with (run_dir / _LIVES).open("a") as file:
-        file.write(json.dumps(asdict(life)) + "\n")
+    with contextlib.suppress(OSError):  # a full disk: decided all the same
+        _append(run_dir / _LIVES, json.dumps(asdict(life)))
     told = f"after step {life.step}: {life.reason}"
     if life.end == "done":
         return Verdict(False, DONE, f"done {told}")
@@ -136,10 +140,7 @@ def stuck(earlier: list[Life], life: Life) -> bool:
 
 def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Life, int]:
     checkpoint, step = newest_checkpoint(run_dir), last_step(run_dir)
-    try:
-        told: dict[str, Any] = json.loads((run_dir / _STOP).read_text())
-    except (OSError, ValueError):
-        told = {}
+    told = _read_stop(run_dir)
     name = life_name(env)
     if told.get("life") != name:
         if asked:
@@ -150,18 +151,50 @@ def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Life,
     return Life(name, end, step, checkpoint, told["reason"]), told["code"]
 
 
-def read_lives(run_dir: Path) -> list[Life]:
-    """The lives that have ended, oldest first."""
+def _read_stop(run_dir: Path) -> dict[str, Any]:
+    """stop.json; empty where it is absent, torn, or says it in a way that this version does not know."""
     try:
-        lines = (run_dir / _LIVES).read_text().splitlines()
-    except FileNotFoundError:
+        text = (run_dir / _STOP).read_bytes()
+    except OSError:
+        return {}
+    return _fields(text, {"life": str, "code": int, "reason": str}) or {}
+
+
+def read_lives(run_dir: Path) -> list[Life]:
+    """The lives that have ended, oldest first. Lines that are torn or of another form are passed over, and so is what
+    a later version adds to a line."""
+    kinds = {"life": str, "end": str, "step": int, "checkpoint": int, "reason": str}
+    try:
+        lines = (run_dir / _LIVES).read_bytes().splitlines()
+    except OSError:
         return []
-    return [Life(**json.loads(line)) for line in lines]
+    return [Life(**found) for found in (_fields(line, kinds) for line in lines) if found]
+
+
+def _fields(text: bytes, kinds: dict[str, type]) -> dict[str, Any] | None:
+    """These fields of a JSON object; None where it is none, or lacks one."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
+        return None
+    return {name: entry[name] for name in kinds}
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line, on a new one even where the last was torn."""
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def newest_checkpoint(run_dir: Path) -> int:
     """The newest checkpoint's step, 0 for none. Its files are not looked at."""
-    return max((int(p.name.removeprefix("step_")) for p in run_dir.glob("checkpoints/step_????????")), default=0)
+    names = (re.fullmatch(r"step_(\d{8})", path.name) for path in run_dir.glob("checkpoints/step_*"))
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def last_step(run_dir: Path) -> int:
@@ -170,11 +203,11 @@ def last_step(run_dir: Path) -> int:
         with (run_dir / "metrics.jsonl").open("rb") as rows:
             rows.seek(max(0, os.fstat(rows.fileno()).st_size - _TAIL_BYTES))
             lines = rows.read().splitlines()
-    except FileNotFoundError:
+    except OSError:
         return 0
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # torn by a kill
+        except (ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
             continue
     return 0

@@ -1,6 +1,8 @@
 """What is decided between two lives of a run."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from conf.schema import Config
 from corpus.prepare import prepare
 from parallel.simulate import RankPool
 from parallel.world import World
-from tests.training.helpers import tiny_config, train, write_corpus
+from tests.training.helpers import ROOT, tiny_config, train, write_corpus
 from training import environment, lives
 from training.guard import StopRequest
 from training.lives import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Ownership, end_life, read_lives, write_stop
@@ -103,6 +105,38 @@ def test_what_an_earlier_life_said_is_not_this_ones_word(run: Run) -> None:
     assert not (run.path / "stop.json").exists()
     (run.path / "stop.json").write_text(stop)  # as if the earlier rank 0 had been late
     assert run.end()[2].startswith("died after step 8")
+
+
+TORN = [b'{"life": "7.0", "end": "di', b"\xff\xfe", b"[]", b"null", b'{"life": "7.0"}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_or_foreign_line_is_passed_over(run: Run, torn: bytes) -> None:
+    """As a kill or another version leaves it, in either file; the next line is not glued to it."""
+    run.live(0, step=7, checkpoint=5)
+    run.end()
+    with (run.path / "lives.jsonl").open("ab") as file:
+        file.write(b'{"life": "7.0", "end": "died", "step": 7, "checkpoint": 5, "reason": "", "new": 1}\n' + torn)
+    run.live(1, step=8, checkpoint=8)
+    (run.path / "stop.json").write_bytes(torn)
+    requeue, _, message = run.end()
+    assert requeue and message.startswith("died after step 8")
+    assert [(life.step, life.end) for life in read_lives(run.path)] == [(7, "died")] * 2 + [(8, "died")]
+
+
+def test_the_verdict_needs_no_readable_settings(run: Run) -> None:
+    for content in (b"slurm: {max_requeues: 3}\nnewer: {setting: 1}\n", b"\xff\xfe", b"slurm: 3", b""):
+        run.live(4, step=7, checkpoint=7, code=STOPPED)
+        (run.path / "config.yaml").write_bytes(content)
+        command = [sys.executable, "-m", "launch.verdict", str(run.path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "75\n" if b"newer" in content else "requeue\n"), done.stderr
+
+
+def test_a_name_that_is_no_step_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("step_00000007", "step_damaged_", "step_00000009.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert lives.newest_checkpoint(tmp_path) == 7
 
 
 def test_the_later_owner_holds_the_directory(tmp_path: Path) -> None:
