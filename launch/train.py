@@ -1,7 +1,6 @@
 """`python -m launch.train [overrides]`: trains. `bash launch/train.sh` is the way in for people."""
 
 import os
-import shutil
 import signal
 
 from conf import rules
@@ -58,7 +57,7 @@ def prepare_run(config: Config, run_dir: RunDir | None, console: Console) -> Pre
     """Prepares the data; the run directory takes the configuration over when the data fits it.
 
     Raises:
-        ValueError: the data is wrong; a run directory that was made for it is gone again.
+        ValueError: the data is wrong; a run directory that was made for it is gone again, unless another run is in it.
     """
     try:
         prepared = prepare(
@@ -70,9 +69,9 @@ def prepare_run(config: Config, run_dir: RunDir | None, console: Console) -> Pre
         if run_dir:
             run_dir.adopt(config, prepared.tokenizer)
         return prepared
-    except ValueError:
-        if run_dir and run_dir.created:
-            shutil.rmtree(run_dir.path)
+    except BaseException:
+        if run_dir:
+            run_dir.discard()
         raise
 
 

@@ -20,7 +20,7 @@ from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.generate import encode_prompt, generate
 from training.guard import GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
-from training.lives import DONE, STOPPED, Ownership
+from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
@@ -49,7 +49,7 @@ class Trainer:
         self.session, self.config, self.run_dir, self.console = session, session.config, run_dir, console
         train, data = self.config.train, self.config.data
         self.is_main = session.runtime.world.rank == 0
-        self.owner = Ownership(run_dir.path) if self.is_main else None
+        self.owner = run_dir.take_over(self.config, prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
         # Bytes are known for text that was tokenised here; a .bin made elsewhere with a given tokenizer counts as well.

@@ -112,9 +112,12 @@ def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDi
     answer: list[RunDir | str | None] = [None]
     if world.rank == 0:
         try:
-            opened = open_run_dir(config)
-            opened.adopt(config, prepared.tokenizer)
-            answer[0] = opened
+            answer[0] = opened = open_run_dir(config)
+            try:
+                opened.adopt(config, prepared.tokenizer)
+            except ValueError:
+                opened.discard()
+                raise
         except ValueError as error:
             answer[0] = str(error)
     dist.broadcast_object_list(answer)

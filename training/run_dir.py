@@ -1,10 +1,16 @@
 """The run directory: its name, its configuration, and whether a run may go on in it."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import itertools
 import os
+import re
 import shlex
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from conf.schema import Config
+from training.lives import Ownership
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
@@ -57,21 +64,54 @@ class RunDir:
         return f"{ranks}bash launch/train.sh {shlex.join(words)}"
 
     def adopt(self, config: Config, tokenizer: str | None) -> None:
-        """Keeps the configuration, and the tokenizer, so that checkpoints can be evaluated and write text wherever the
-        directory is moved.
+        """Keeps the configuration and the tokenizer of a new run, so that checkpoints can be evaluated and write text
+        wherever the directory is moved. Those of an existing run are left as they are until `take_over`.
 
         Raises:
-            ValueError: the run was trained with another tokenizer: its token ids mean other text.
+            ValueError: the run was trained with another tokenizer: its token ids mean other text; or the directory
+                cannot be written.
         """
+        with self._explained():
+            self.path.mkdir(parents=True, exist_ok=True)  # another start that failed may have removed it, still empty
+            self._check_tokenizer(tokenizer)
+            if not (self.path / CONFIG).exists():
+                self._keep(config, tokenizer)
+
+    def take_over(self, config: Config, tokenizer: str | None) -> Ownership:
+        """Makes this process the one that writes here, with its own configuration and tokenizer: of several that
+        start at the same time the last one, whole. Arguments and errors as for `adopt`."""
+        with self._explained(), _locked(self.path / ".lock"):
+            self._check_tokenizer(tokenizer)
+            owner = Ownership(self.path)
+            self._keep(config, tokenizer)
+        return owner
+
+    def discard(self) -> None:
+        """Removes the directory after a start that failed, where this process made it and nothing is in it: whatever
+        is there by now belongs to a run."""
+        if self.created:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def _keep(self, config: Config, tokenizer: str | None) -> None:
         if tokenizer:
-            kept = self.path / TOKENIZER
-            if kept.exists() and kept.read_bytes() != Path(tokenizer).read_bytes():
-                raise ValueError(
-                    f"the data's tokenizer {tokenizer} is not the one that this run was trained with ({kept}). "
-                    f"Set data.tokenizer={kept}, or choose another run.dir"
-                )
-            _write_whole(kept, Path(tokenizer).read_bytes())
+            _write_whole(self.path / TOKENIZER, Path(tokenizer).read_bytes())
         _write_whole(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
+
+    def _check_tokenizer(self, tokenizer: str | None) -> None:
+        kept = self.path / TOKENIZER
+        if tokenizer and kept.exists() and kept.read_bytes() != Path(tokenizer).read_bytes():
+            raise ValueError(
+                f"the data's tokenizer {tokenizer} is not the one that this run was trained with ({kept}). "
+                f"Set data.tokenizer={kept}, or choose another run.dir"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"run.dir={self.path} cannot be written: {error}") from None
 
     @property
     def checkpoints(self) -> Path:
@@ -113,16 +153,13 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
     Raises:
         ValueError: it cannot be written, or holds a run of another model.
     """
-    path = expected_path(config, env)
-    path = path if config.run.dir else _fresh(path, env)
-    created = not path.exists()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path, created = _make(config, env)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"Permission denied: '{path}'")
     except OSError as error:
-        raise ValueError(f"run.dir={path} cannot be written: {error}") from None
-    continued = any((path / "checkpoints").glob("step_*"))
+        raise ValueError(f"run.dir={expected_path(config, env)} cannot be written: {error}") from None
+    continued = bool(_steps_kept(path))
     changed: dict[str, str] = {}
     if continued:
         if not config.checkpoint.resume:
@@ -138,20 +175,87 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
     return RunDir(path, created, continued, [f"{key}: {change}" for key, change in changed.items()], overrides)
 
 
+def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
+    """(the run's directory, whether this call made it). Without run.dir, -2, -3, ... is appended until the name is
+    new, so that runs of one second stay apart; but a job's directory is meant to be found again."""
+    path = expected_path(config, env)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = config.run.dir or "SLURM_JOB_ID" in env
+    for n in itertools.count(1):
+        candidate = path if n == 1 else path.with_name(f"{path.name}-{n}")
+        try:
+            candidate.mkdir()
+            return candidate, True
+        except FileExistsError:
+            if named and candidate.is_dir():
+                return candidate, False
+            if named:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _steps_kept(path: Path) -> list[Path]:
+    """The checkpoints in a run directory, whole or not, after a look whether all that a start reads and changes there
+    can be: nothing is changed before.
+
+    Raises:
+        ValueError: naming what cannot be read or written.
+    """
+    root = path / "checkpoints"
+    try:
+        found = sorted(root / name for name in os.listdir(root) if re.fullmatch(r"step_\d{8}", name))
+    except FileNotFoundError:
+        found = []
+    except OSError as error:
+        raise ValueError(f"run.dir={path}: its checkpoints cannot be read: {error}. Nothing was changed") from None
+    read, write, enter = os.R_OK, os.W_OK, os.X_OK
+    needed = {path / CONFIG: read, path / "metrics.jsonl": read | write, path / "train.log": write}
+    needed |= {root: read | write | enter} | dict.fromkeys(found, read | enter)
+    for name, mode in needed.items():
+        if name.exists() and not os.access(name, mode):
+            raise ValueError(f"run.dir={path}: permission denied: {name}. Nothing was changed")
+    return found
+
+
 def _write_whole(path: Path, content: bytes) -> None:
-    """Written aside and renamed: a reader never sees half of it."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(content)
-    aside.rename(path)
+    """Written aside and renamed: a reader never sees half of it, nor a mixture of two writers."""
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(content)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def _fresh(path: Path, env: Mapping[str, str]) -> Path:
-    """The path, or with -2, -3, ... appended the first that does not exist: runs of one second stay apart. A job's
-    directory is meant to be found again."""
-    if "SLURM_JOB_ID" in env:
-        return path
-    candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, 10_000))
-    return next(p for p in candidates if not p.exists())
+_LOCK_PATIENCE = 30.0
+"""Seconds that a start waits for another that is writing a few small files."""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """While one process is in here, others wait. On a file system without locks they do not: each file is whole there
+    too, and there is one owner.
+
+    Raises:
+        ValueError: another process keeps the lock.
+    """
+    with path.open("w") as lock:
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno != errno.EWOULDBLOCK:
+                    break
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another process has kept {path} locked for {_LOCK_PATIENCE:.0f} s (frozen?): end it "
+                        f"(fuser {path}), or choose another run.dir"
+                    ) from None
+                time.sleep(0.05)
+            else:
+                break
+        yield  # closing the file releases the lock
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -161,9 +265,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: not a run directory.
     """
     try:
-        settings = yaml.safe_load((path / CONFIG).read_text())
+        settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a run directory: {CONFIG}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path / CONFIG} is not UTF-8 text: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a run directory: {CONFIG} holds no settings")
     return settings

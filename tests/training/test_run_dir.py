@@ -1,12 +1,20 @@
 """The run directory: names, and the command that continues a run."""
 
+import multiprocessing
+import os
 import re
 import shlex
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.schema import Config, RunConfig
+from launch.train import prepare_run
+from tests.training.helpers import tiny_config, write_corpus
+from training import run_dir as run_dirs
+from training.console import Console
 from training.run_dir import RunDir, default_name, flatten, load_config, open_run_dir
 
 
@@ -52,3 +60,117 @@ def test_a_run_is_continued_with_what_it_was_started_with(monkeypatch: pytest.Mo
     assert words[2:] == ["data=text", "data.files=[a b.txt]", "run.dir=runs/x", "train.steps=10"]
     monkeypatch.setenv("NPROC", "4")
     assert run.command(10).startswith("NPROC=4 bash ")
+
+
+def open_at_once(barrier: Any, found: Any) -> None:
+    """Ten directories (function for a process)."""
+    for _ in range(10):
+        barrier.wait()
+        found.put(open_run_dir(Config(), {}).path.name)
+
+
+def test_runs_opened_at_one_instant_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    fork = multiprocessing.get_context("fork")
+    barrier, found = fork.Barrier(4), fork.Queue()
+    processes = [fork.Process(target=open_at_once, args=(barrier, found)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    names = [found.get(timeout=60) for _ in range(40)]
+    for process in processes:
+        process.join()
+    assert sorted(names) == sorted(p.name for p in (tmp_path / "runs").iterdir()) and len(set(names)) == 40
+
+
+def test_a_start_that_fails_removes_only_an_empty_directory_of_its_own(tmp_path: Path) -> None:
+    """While this one prepares its data, another makes, checks and uses the directory."""
+    config = tiny_config(write_corpus(tmp_path), tmp_path / "run")
+    config.data.files = [str(tmp_path / "nowhere.txt")]
+
+    def fail(opened: run_dirs.RunDir) -> None:
+        with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
+            prepare_run(config, opened, Console())
+
+    fail(open_run_dir(config))
+    assert not (tmp_path / "run").exists()
+    mine, others = open_run_dir(config), open_run_dir(config)
+    assert mine.created and not others.created
+    others.take_over(config, None)
+    (others.checkpoints / "step_00000001").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("run/**/*"))
+    fail(mine)
+    assert sorted(tmp_path.rglob("run/**/*")) == before and len(before) >= 4
+    # The other way round: what was removed while it was still empty is made again.
+    config.run.dir = str(tmp_path / "second")
+    mine, others = open_run_dir(config), open_run_dir(config)
+    fail(mine)
+    others.adopt(config, None)
+    assert load_config(tmp_path / "second") == config
+
+
+def test_starts_of_one_instant_leave_the_settings_of_the_owner(tmp_path: Path) -> None:
+    """Two take a new directory over at once, again and again: files are whole, and of the one that may write."""
+    tokenizers = [tmp_path / f"{n}.json" for n in range(2)]
+    for path in tokenizers:
+        path.write_text("{}")
+
+    def start(n: int, barrier: threading.Barrier, owners: dict[int, Any]) -> None:
+        config = Config(run=RunConfig(dir=str(path), name=str(n)))
+        opened = open_run_dir(config)
+        barrier.wait()
+        opened.adopt(config, str(tokenizers[n]))
+        owners[n] = opened.take_over(config, str(tokenizers[n]))
+
+    for attempt in range(8):
+        path, owners = tmp_path / str(attempt), {}
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=start, args=(n, barrier, owners)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (holder,) = [n for n, owner in owners.items() if owner.holds()]
+        assert load_config(path).run.name == str(holder)
+        left = {".lock", "config.yaml", "owner", "tokenizer.json"}
+        assert {p.name for p in path.iterdir()} == left
+
+
+def test_a_lock_that_is_never_released_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dirs, "_LOCK_PATIENCE", 0.1)
+    opened = open_run_dir(Config(run=RunConfig(dir=str(tmp_path))))
+    with run_dirs._locked(tmp_path / ".lock"), pytest.raises(ValueError, match=r"another process has kept .*lock"):
+        opened.take_over(Config(), None)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "checkpoints/step_00000003", "metrics.jsonl", "train.log", "config.yaml"]
+)
+def test_what_cannot_be_read_is_named_before_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The superuser may read everything, so that the answer of the system is played."""
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    for file in ("metrics.jsonl", "train.log"):
+        (tmp_path / file).write_text('{"step": 5}\n')
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    run_dirs._write_whole(tmp_path / "config.yaml", b"model: {}\n")
+    assert open_run_dir(config).continued
+    access, listdir, closed = os.access, os.listdir, tmp_path / name
+
+    def no_list(path: Path) -> list[str]:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    monkeypatch.setattr(os, "listdir", no_list)
+    with pytest.raises(ValueError, match=f"(?i)permission denied: .*{name}.*Nothing was changed"):
+        open_run_dir(config)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 5}\n'
+
+
+def test_settings_that_are_not_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"run: {name: caf\xe9}\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml is not UTF-8"):
+        load_config(tmp_path)
