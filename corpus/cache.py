@@ -1,122 +1,197 @@
 """The cache on disk: entries, which are folders that exist whole or not at all, and facts about files."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import uuid
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_SIZES = "sizes.json"  # written last, so that a folder with it was finished
+from corpus import integrity
+
+_CLOCK_TICK_NS = 20_000_000
+"""Longer than the steps in which file systems count time: two changes further apart than this have different times."""
+
+
+class ReadOnlyCache(ValueError):
+    """What was asked for is not in the cache, and this user cannot write there."""
 
 
 class Cache:
-    """Safe to share: several processes, also on several nodes, may use one folder at once."""
+    """Safe to share: several processes, also on several nodes and of several users, may use one folder at once. Who
+    may not write there can read what others have put in."""
 
-    def __init__(self, cache_dir: str) -> None:
+    def __init__(self, cache_dir: str, note: Callable[[str], None] = lambda text: None) -> None:
         """Creates the folder when it is absent.
 
+        Args:
+            note: called with what the user should know, such as that a damaged entry was made again.
+
         Raises:
-            ValueError: it cannot be created or written to.
+            ValueError: it cannot be created or read.
         """
         self._folder = Path(cache_dir).expanduser().absolute()
+        self._note = note
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(self._folder, os.W_OK | os.X_OK)
-        except OSError:
-            writable = False
-        if not writable:
+            os.listdir(self._folder)
+        except OSError as error:
             raise ValueError(
-                f"data.cache_dir {self._folder} cannot be written to; set data.cache_dir to a folder that can"
-            )
+                f"data.cache_dir {self._folder} cannot be used: {error.strerror}; "
+                "set data.cache_dir to a folder that can be written to"
+            ) from None
+        self.writable = os.access(self._folder, os.W_OK | os.X_OK)
         self._facts_path = self._folder / "facts.json"
-        try:
-            self._facts: dict[str, Any] = json.loads(self._facts_path.read_text())
-        except (OSError, json.JSONDecodeError):
-            self._facts = {}
+        self._facts = self._read_facts()
         self._facts_changed = False
 
     def entry(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
         """The folder of an entry, which `build` fills when it is not there yet.
 
         `build` gets an empty folder, which is moved to its place once it is complete. Of several processes one builds
-        and the others wait for it. An entry whose files have changed their size since is built again.
+        and the others wait for it. An entry whose files are not as they were written is built again, with a note.
 
         Args:
             kind: the folder that holds such entries.
             key: all that the content depends on, JSON-serialisable.
+
+        Raises:
+            ReadOnlyCache: the entry is not there, or is damaged, and the cache cannot be written to.
+            ValueError: the file system has no locks, or no space is left.
         """
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        place = self._folder / kind / name
-        if _is_whole(place):
+        place = self._folder / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        with suppress(OSError, ValueError):
+            if not integrity.unverified(place):
+                return place  # without a lock, which not everybody can take
+        if not os.access(_nearest_folder(place.parent), os.W_OK | os.X_OK):
+            if damage := _damage(place, record=False):
+                raise ReadOnlyCache(
+                    f"{place} {damage}, and data.cache_dir {self._folder} cannot be written to; "
+                    "set data.cache_dir to a folder that can"
+                )
             return place
-        place.parent.mkdir(exist_ok=True)
-        with _locked(place.with_suffix(".lock")):
-            if _is_whole(place):
-                return place
-            partial = place.with_suffix(".partial")
-            for leftover in (partial, place):  # of a process that died: nobody else is here while the lock is held
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir()
-            try:
-                build(partial)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _make_shared(place.parent)
+            with _locked(place.with_suffix(".lock")):
+                if damage := _damage(place, record=True):
+                    if place.exists() and damage != _UNFINISHED:
+                        self._note(f"{place} {damage}; it has been made again")
+                    _build(place, build)
+        except OSError as error:
+            elsewhere = error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(self._folder)
+            if error.errno not in _NO_ROOM_OR_RIGHT or elsewhere:
                 raise
-            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-            (partial / _SIZES).write_text(json.dumps(sizes))
-            os.rename(partial, place)
+            raise ValueError(
+                f"data.cache_dir {self._folder} cannot be written to: {error.strerror}"
+                f"{f' ({error.filename})' if error.filename else ''}; set data.cache_dir to a folder that can"
+            ) from error
         return place
 
     def fact(self, path: str, name: str, compute: Callable[[str], Any]) -> Any:
-        """What `compute(path)` says about a file's content, JSON-serialisable; remembered under the file's path, size
-        and modification time, so that a second start need not read the file again."""
-        status = os.stat(path)
-        key = f"{name} {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
-        if key not in self._facts:
-            self._facts[key] = compute(path)
-            self._facts_changed = True
+        """What `compute(path)` says about a file's content, JSON-serialisable; remembered under the file's path, inode,
+        size, modification and change time, so that a second start need not read the file again.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        try:
+            status = os.stat(path)
+            if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_TICK_NS:
+                time.sleep(_CLOCK_TICK_NS / 1e9)  # an edit from now on shows in the change time
+                status = os.stat(path)
+            key = f"{name} {os.path.abspath(path)} {' '.join(map(str, integrity.stamp(status)))}"
+            if key not in self._facts:
+                self._facts[key] = compute(path)
+                self._facts_changed = True
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
         return self._facts[key]
 
     def sha256(self, path: str) -> str:
         """Hexadecimal SHA-256 of a file's bytes, remembered."""
-        return self.fact(path, "sha256", _sha256)
+        return self.fact(path, "sha256", integrity.sha256)
 
     def save_facts(self) -> None:
-        """Writes what was learned about files. Of two processes that save at once one may win; what the other learned
-        is then computed again when it is next needed."""
-        if self._facts_changed:
-            # Not a process number, which other nodes have too.
-            partial = self._facts_path.with_name(f"facts.json.{uuid.uuid4().hex}.partial")
-            partial.write_text(json.dumps(self._facts))
-            os.replace(partial, self._facts_path)
+        """Writes what was learned about files, where that is possible: it can be computed again. Of two processes that
+        save at once one may win; what the other learned is then computed again when it is next needed."""
+        if self._facts_changed and self.writable:
+            with suppress(OSError):
+                integrity.write_sealed(self._facts_path, self._facts)
+
+    def _read_facts(self) -> dict[str, Any]:
+        try:
+            return integrity.read_sealed(self._facts_path)
+        except (OSError, ValueError):
+            return {}  # all of it can be computed again
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_UNFINISHED = "is not there"
+_NO_ROOM_OR_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _is_whole(folder: Path) -> bool:
+def _damage(place: Path, *, record: bool) -> str | None:
+    """What is wrong with an entry, after reading all of it that was touched since it was last read; None: nothing."""
     try:
-        sizes = json.loads((folder / _SIZES).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, json.JSONDecodeError):
-        return False
+        integrity.verify(place, integrity.unverified(place), record=record)
+        return None
+    except FileNotFoundError:
+        return _UNFINISHED
+    except ValueError as error:
+        return f"is damaged ({error})"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _build(place: Path, build: Callable[[Path], None]) -> None:
+    partial = place.with_suffix(".partial")
+    for leftover in (partial, place):  # of a process that died: nobody else is here while the lock is held
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    _make_shared(partial)
+    try:
+        build(partial)
+        integrity.seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.rename(partial, place)
+
+
+def _nearest_folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _make_shared(folder: Path) -> None:
+    """Makes a folder in which those who may write to its parent may write, whatever this user's umask."""
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        shared = folder.parent.stat().st_mode & 0o1022  # and the bit that keeps users from each other's files
+        if shared & ~folder.stat().st_mode:
+            folder.chmod(folder.stat().st_mode & 0o7777 | shared)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        lock = os.open(path, os.O_RDONLY)  # made by another user before the folder was shared
+    try:
+        shared = path.parent.stat().st_mode & 0o22
+        if os.fstat(lock).st_uid == os.geteuid() and shared:
+            os.fchmod(lock, 0o644 | shared)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
-                f"{path.parent}: this file system has no file locks ({error.strerror}); "
-                "set data.cache_dir to a folder on one that does"
+                f"{path} cannot be locked ({error.strerror}); "
+                "set data.cache_dir to a folder of yours on a file system that has file locks"
             ) from None
-        yield  # closing the file releases the lock
+        yield
+    finally:
+        os.close(lock)  # which releases it

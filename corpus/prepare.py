@@ -4,16 +4,19 @@ Cold, this trains the tokenizer and writes token files into the cache. Warm, it 
 PyTorch nor Megatron-Core is imported, and no data is read.
 """
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from conf.schema import DataConfig
 from corpus.cache import Cache
 from corpus.documents import nearest_existing
 from corpus.ingredients import Ingredient, ingredients
+from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 
 _FORMAT = 1  # of the cache; to be raised when the same settings come to mean other token files
@@ -30,6 +33,8 @@ class Source:
     first_document: int
     num_documents: int
     num_tokens: int
+    sha256: str = field(default="", compare=False)
+    """Of both files."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Prepared:
     """The same after `gzip -9`, added up over the parts of a blend."""
     notes: list[str]
     """What the user should be told."""
+
+    @property
+    def key(self) -> str:
+        """What is trained on and held out: the same for token files of the same bytes in the same order with the same
+        weights, wherever they lie."""
+        return _key([[asdict(source) | {"prefix": ""} for source in split] for split in (self.train, self.valid)])
 
     def gzip_bits_per_byte(self) -> float | None:
         """What `gzip -9` makes of the held-out text; None where that is not known."""
@@ -107,7 +118,8 @@ def prepare(
     """
     progress = progress or (lambda what, done: None)
     found = ingredients(data, held_out_only)
-    cache = Cache(data.cache_dir)
+    notes: list[str] = []
+    cache = Cache(data.cache_dir, notes.append)
     try:
         corpora = {i: TextCorpus(i, data.text_key) for i in found if i.kind != "megatron"}
         _hash_files([path for ingredient in corpora for path in ingredient.files], cache, progress)
@@ -119,12 +131,14 @@ def prepare(
                 parts.append(_read_manifest(folder, ingredient.weight))
             else:
                 vocabulary = _check_token_ids(ingredient.files, vocabulary, vocab_size, cache)
-                parts.append(_read_megatron(ingredient))
+                pairs = [prefix + suffix for prefix in ingredient.files for suffix in (".idx", ".bin")]
+                _hash_files(pairs, cache, progress)
+                parts.append(_read_megatron(ingredient, cache))
     finally:
         cache.save_facts()  # hashes of a large corpus are worth keeping even when something else is wrong
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
-    prepared = _combine(parts, vocabulary)
+    prepared = _combine(parts, vocabulary, notes)
     if held_out_only:
         _check_held_out(prepared, 1, data)
     else:
@@ -203,29 +217,34 @@ def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, eod_token: str, cache
 
 
 def _read_manifest(folder: Path, weight: float) -> _Part:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest, sha256 = json.loads((folder / "manifest.json").read_text()), digests(folder)
     sources: dict[str, list[Source]] = {"train": [], "valid": []}
     for split, counts in manifest["splits"].items():
-        sources[split] = [Source(str(folder / split), weight, 0, counts["num_documents"], counts["num_tokens"])]
+        digest = _key([sha256[f"{split}.idx"], sha256[f"{split}.bin"]])
+        sources[split] = [Source(str(folder / split), weight, 0, counts["num_documents"], counts["num_tokens"], digest)]
     return _Part(**sources, **manifest["held_out"], notes=manifest["notes"])
 
 
-def _read_megatron(ingredient: Ingredient) -> _Part:
+def _key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read_megatron(ingredient: Ingredient, cache: Cache) -> _Part:
     """Checks the pairs and holds out the last documents of each."""
     from corpus.indexed import read_index
 
     train, valid = [], []
     for prefix in ingredient.files:
-        index = read_index(prefix)
+        index, digest = read_index(prefix), _key([cache.sha256(prefix + ".idx"), cache.sha256(prefix + ".bin")])
         documents, share = index.num_documents, ingredient.valid_share
         held_out = round(documents * share)
         if 0 < share < 1:  # something of each, where there are two documents or more
             held_out = min(max(held_out, 1), documents - 1)
         kept = documents - held_out
         if held_out:
-            valid.append(Source(prefix, 0.0, kept, held_out, index.num_tokens(kept, held_out)))
+            valid.append(Source(prefix, 0.0, kept, held_out, index.num_tokens(kept, held_out), digest))
         if kept:
-            train.append(Source(prefix, 0.0, 0, kept, index.num_tokens(0, kept)))
+            train.append(Source(prefix, 0.0, 0, kept, index.num_tokens(0, kept), digest))
     # One epoch of the ingredient is one of each file.
     tokens = sum(source.num_tokens for source in train)
     train = [replace(source, weight=ingredient.weight * source.num_tokens / max(tokens, 1)) for source in train]
@@ -259,7 +278,7 @@ def _check_token_ids(prefixes: list[str], vocabulary: _Vocabulary, vocab_size: i
     return vocabulary
 
 
-def _combine(parts: list[_Part], vocabulary: _Vocabulary) -> Prepared:
+def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str]) -> Prepared:
     train = [source for part in parts for source in part.train]
     valid = [source for part in parts for source in part.valid]
     total = sum(source.weight for source in train)
@@ -273,7 +292,7 @@ def _combine(parts: list[_Part], vocabulary: _Vocabulary) -> Prepared:
         eod_id=vocabulary.eod_id,
         valid_bytes=sum(part.valid_bytes for part in parts) if known else None,
         valid_gzip_bytes=sum(part.valid_gzip_bytes for part in parts) if known else None,
-        notes=[note for part in parts for note in part.notes],
+        notes=[*notes, *(note for part in parts for note in part.notes)],
     )
 
 

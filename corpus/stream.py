@@ -9,14 +9,14 @@ tokens after an epoch's last whole sample, less than S, are left out of that epo
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from corpus.cache import Cache
+from corpus.cache import Cache, ReadOnlyCache
 from corpus.indexed import quiet_import, read_index, token_range
 from corpus.prepare import Prepared, Source
 
@@ -43,15 +43,23 @@ class TrainStream:
     """The training samples: a weighted blend of sources, without end."""
 
     def __init__(
-        self, prepared: Prepared, *, sequence_length: int, seed: int, cache_dir: str, document_mask: bool
+        self,
+        prepared: Prepared,
+        *,
+        sequence_length: int,
+        seed: int,
+        cache_dir: str,
+        document_mask: bool,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
             seed: 0 or more; another seed is another order.
             document_mask: positions start again after each end-of-document token.
+            note: called with what the user should know, such as that a damaged index was built again.
         """
         assert prepared.train and (prepared.eod_id is not None or not document_mask)
-        cache = Cache(cache_dir)
+        cache = Cache(cache_dir, note)
         self._epochs = [
             _Epochs(source, sequence_length, [seed, number], cache) for number, source in enumerate(prepared.train)
         ]
@@ -100,17 +108,21 @@ class _Epochs:
         Megatron-Core writes an index on global rank 0 only, and reads it on the others whether it is finished or not.
         So the first rank that wants the epoch builds its index in memory (path_to_cache="") and leaves the files to
         our cache, whose lock holds the others; then all put these files in the place of an index that is deferred.
+        Where the cache cannot be written to, every rank builds the same index in memory.
         """
 
         def build(folder: Path) -> None:
             built = self._gpt_dataset(epoch)
             for name in _INDEX_PARTS:
-                np.save(folder / f"{name}.npy", getattr(built, name))
+                np.save(folder / f"{name}.npy", getattr(built, name), allow_pickle=False)
 
-        folder = self._cache.entry("epochs", [*self._key, epoch], build)
+        try:
+            folder = self._cache.entry("epochs", [*self._key, epoch], build)
+        except ReadOnlyCache:
+            return self._gpt_dataset(epoch)
         dataset = self._gpt_dataset(epoch, defer_npy_index_mmap=True)
         for name in _INDEX_PARTS:
-            setattr(dataset, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+            setattr(dataset, name, np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
         return dataset
 
     def _gpt_dataset(self, epoch: int, *, defer_npy_index_mmap: bool = False) -> GPTDataset:

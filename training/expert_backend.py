@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config, ModelConfig
-from corpus.cache import Cache
+from corpus.cache import Cache, ReadOnlyCache
 from moe.experts import available_backends, choose_backend, native_left_out
 from moe.measure import Shapes, TooSlow, measure
 from parallel.runtime import Runtime
@@ -95,10 +95,13 @@ def _decide(
     machine = {"device": _device_name(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     key = machine | asdict(shapes) | {"names": names}
     try:
-        entry = Cache(config.data.cache_dir).entry("expert_backends", key, build)
+        try:
+            entry = Cache(config.data.cache_dir).entry("expert_backends", key, build)
+            seconds = json.loads((entry / FILE).read_text())
+        except ReadOnlyCache:
+            fresh, seconds = True, measure(names, shapes, run.device)
     except TooSlow as error:
         return ruled, f"by rule; not measured: {error}"
-    seconds = json.loads((entry / FILE).read_text())
     best = min(seconds, key=seconds.__getitem__)
     even = ruled in seconds and seconds[best] > WORTH * seconds[ruled]
     told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))

@@ -60,6 +60,7 @@ class Trainer:
             seed=train.seed,
             cache_dir=data.cache_dir,
             document_mask=data.document_mask,
+            note=console.note,
         )
         self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
         self.checkpointer = Checkpointer(run_dir.checkpoints, session.engine, self.config.checkpoint.keep)

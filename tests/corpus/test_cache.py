@@ -1,11 +1,25 @@
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from corpus import integrity
 from corpus.cache import Cache
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that other users can reach, as they cannot reach tmp_path."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def write(text: str):
@@ -64,7 +78,7 @@ def test_leftovers_of_a_killed_process_are_not_used(tmp_path):
     place = cache.entry("things", "key", write("whole"))
     place.rename(place.with_suffix(".partial"))
     (place.with_suffix(".partial") / "half.txt").write_text("half")
-    assert sorted(path.name for path in cache.entry("things", "key", write("new")).iterdir()) == ["a.txt", "sizes.json"]
+    assert sorted(path.name for path in cache.entry("things", "key", write("new")).iterdir()) == ["a.txt", "files.json"]
 
 
 def test_an_entry_with_a_truncated_or_missing_file_is_built_again(tmp_path):
@@ -74,6 +88,91 @@ def test_an_entry_with_a_truncated_or_missing_file_is_built_again(tmp_path):
     assert (cache.entry("things", "key", write("again")) / "a.txt").read_text() == "again"
     (place / "a.txt").unlink()
     assert (cache.entry("things", "key", write("once more")) / "a.txt").read_text() == "once more"
+
+
+@pytest.mark.parametrize("size", [9, integrity.ALWAYS_HASHED + 1])
+def test_a_flipped_byte_is_found_and_the_entry_built_again(tmp_path, size):
+    notes = []
+    cache = Cache(str(tmp_path), notes.append)
+    place = cache.entry("things", "key", write("a" * size))
+    status = (place / "a.txt").stat()
+    with open(place / "a.txt", "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"b")
+    os.utime(place / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (cache.entry("things", "key", write("new")) / "a.txt").read_text() == "new"
+    assert notes == [f"{place} is damaged (a.txt holds other bytes than were written); it has been made again"]
+
+
+def test_a_large_file_is_hashed_once_after_it_was_copied(tmp_path, monkeypatch):
+    cache, hashed = Cache(str(tmp_path)), []
+    place = cache.entry("things", "key", write("a" * (integrity.ALWAYS_HASHED + 1)))
+    sha256 = integrity.sha256
+    monkeypatch.setattr(integrity, "sha256", lambda path: hashed.append(path) or sha256(path))
+    cache.entry("things", "key", write("new"))
+    assert hashed == []
+    shutil.copy(place / "a.txt", tmp_path / "copy")
+    (tmp_path / "copy").rename(place / "a.txt")
+    for _ in range(3):
+        cache.entry("things", "key", write("new"))
+    assert hashed == [place / "a.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"a.txt": [5, ""]}', b'{"sha256": "", "content": {}}'])
+def test_an_entry_with_a_damaged_list_of_files_is_built_again(tmp_path, content):
+    notes = []
+    cache = Cache(str(tmp_path), notes.append)
+    place = cache.entry("things", "key", write("whole"))
+    (place / "files.json").write_bytes(content)
+    assert (cache.entry("things", "key", write("again")) / "a.txt").read_text() == "again"
+    assert notes == [f"{place} is damaged (files.json is damaged); it has been made again"]
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from corpus.cache import Cache, ReadOnlyCache  # first, since another user may not be able to read this Python
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+cache = Cache(sys.argv[1])
+print((cache.entry("things", "old", None) / "a.txt").read_text())
+try:
+    place = cache.entry("things", "new", lambda folder: (folder / "a.txt").write_text("by another"))
+    print((place / "a.txt").read_text())
+except ReadOnlyCache as error:
+    print(error)
+cache.save_facts()
+"""
+
+
+def as_another_user(folder: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ANOTHER_USER, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_who_may_not_write_reads_what_is_there(open_path):
+    Cache(str(open_path)).entry("things", "old", write("by the first"))
+    for folder in (open_path, open_path / "things"):
+        folder.chmod(0o555)
+    read, message = as_another_user(open_path)
+    assert read == "by the first"
+    assert "is not there" in message and "set data.cache_dir to a folder that can" in message
+
+
+def test_another_user_adds_to_a_shared_cache(open_path):
+    open_path.chmod(0o777)
+    cache = Cache(str(open_path))
+    cache.entry("things", "old", write("by the first"))
+    place = cache.entry("things", "new", write("gone"))
+    shutil.rmtree(place)  # its lock, which the first user made, is left
+    assert as_another_user(open_path) == ["by the first", "by another"]
 
 
 def test_a_fact_is_remembered_until_the_file_changes(tmp_path):
@@ -90,12 +189,38 @@ def test_a_fact_is_remembered_until_the_file_changes(tmp_path):
         assert cache.fact(str(file), "length", length) == 3
         cache.save_facts()
     assert len(reads) == 1
-    status = file.stat()
     file.write_text("xyz!")
     assert cache.fact(str(file), "length", length) == 4
+    status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # same size, other time
     cache.fact(str(file), "length", length)
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize("way", ["written", "replaced"])
+def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, way):
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_text("abc")
+    cache = Cache(str(tmp_path / "cache"))
+    before = cache.sha256(str(file))
+    status = file.stat()
+    (file if way == "written" else other).write_text("xyz")
+    if way == "replaced":
+        other.rename(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert cache.sha256(str(file)) != before
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"sha256": "0", "content": {}}', b"[" * 100_000])
+def test_damaged_facts_are_computed_again(tmp_path, content):
+    file = tmp_path / "file"
+    file.write_text("abc")
+    cache = Cache(str(tmp_path / "cache"))
+    before = cache.sha256(str(file))
+    cache.save_facts()
+    (tmp_path / "cache" / "facts.json").write_bytes(content)
+    assert Cache(str(tmp_path / "cache")).sha256(str(file)) == before
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):

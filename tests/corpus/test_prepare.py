@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,10 +150,34 @@ def test_what_changes_the_tokens_is_prepared_anew(text_data, tmp_path):
 
 def test_a_damaged_cache_is_made_again(text_data):
     prepared = run(text_data)
-    file = Path(prepared.train[0].prefix + ".bin")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-10])
-    assert run(text_data) == prepared and file.read_bytes() == whole
+    files = [Path(prepared.train[0].prefix + ".bin"), Path(prepared.tokenizer)]
+    files += [files[0].with_name(name) for name in ("valid.idx", "manifest.json", "files.json")]
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:9] + bytes([whole[9] ^ 0x80]) + whole[10:])
+        again = run(text_data)
+        (note,) = again.notes
+        assert str(file.parent) in note and file.name in note and "it has been made again" in note
+        assert replace(again, notes=[]) == prepared and again.key == prepared.key and file.read_bytes() == whole
+    (Path(text_data.cache_dir) / "facts.json").write_bytes(b"\xff")
+    assert run(text_data) == prepared
+
+
+def test_the_key_is_that_of_the_content(text_data, pairs, tmp_path):
+    key = run(text_data).key
+    moved = [str(shutil.move(text_data.files[0], tmp_path / "moved.jsonl"))]
+    assert run(replace(text_data, files=moved, cache_dir=str(tmp_path / "another"))).key == key
+    lines = Path(moved[0]).read_text()
+    write_jsonl(Path(text_data.files[0]), sentences(200))
+    assert run(text_data).key == key
+    Path(text_data.files[0]).write_text(lines.replace("word 7:", "word 8:"))
+    assert run(text_data).key != key
+    a, _ = pairs
+    megatron = replace(text_data, kind="megatron", files=[a])
+    key = run(megatron, sequence_length=16).key
+    with open(a + ".bin", "r+b") as file:
+        file.write(b"\x07")
+    assert run(megatron, sequence_length=16).key != key
 
 
 def test_prepared_at_once_by_several(text_data):
