@@ -162,16 +162,25 @@ def tensor_types_as_cuda() -> Iterator[None]:
         torch.Tensor.type = original
 
 
-def megatron() -> ModuleType:
-    """Imports Megatron-Core, quickly, and installs the CPU patches where they are needed. Called before anything else
-    imports the engine; late, it only costs time."""
+def import_megatron() -> ModuleType:
+    """Imports Megatron-Core, quickly, and what the CPU patches need of it. Touches no device, so that a process which
+    has called it can still be forked: a CUDA driver that was initialised before a fork is unusable after it."""
     compiler = torch.compile
     # Megatron-Core decorates layers that we do not use with torch.compile at import, which alone would load torch's
     # compiler: half of the import.
     torch.compile = lambda function=None, **options: function if function else lambda decorated: decorated
     try:
         import megatron.core
+        from megatron.core.distributed import param_and_grad_buffer  # noqa: F401
+        from megatron.core.tensor_parallel import random  # noqa: F401
     finally:
         torch.compile = compiler
-    install()
     return megatron.core
+
+
+def megatron() -> ModuleType:
+    """Imports Megatron-Core and installs the CPU patches where they are needed. Called before anything else imports
+    the engine; late, it only costs time."""
+    core = import_megatron()
+    install()
+    return core

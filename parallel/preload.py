@@ -1,5 +1,6 @@
 """Imported once by the fork server that ranks are forked from: the engine takes seconds to import, a fork none.
-Nothing here may start a thread or draw on a device."""
+Nothing here may start a thread or ask for a device: a CUDA driver that was initialised before a fork, which
+torch.cuda.is_available() does, is unusable in every rank. Each rank installs the CPU patches after its fork."""
 
 import logging
 import warnings
@@ -9,5 +10,5 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from parallel import cpu
 
-    cpu.megatron()
+    cpu.import_megatron()
 logging.disable(logging.NOTSET)

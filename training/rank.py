@@ -20,6 +20,9 @@ from training.run_dir import RunDir, expected_path, open_run_dir
 if TYPE_CHECKING:
     from training.loop import Trainer
 
+PRELOAD = ("parallel.preload", "training.rank", "training.loop", "launch.cli")
+"""What the fork server of simulated ranks imports before the first fork."""
+
 
 def train_rank(
     world: World,
@@ -165,7 +168,7 @@ def train_simulated(
         ValueError: as train_rank.
         RankFailed: a rank raised anything else, or died.
     """
-    with RankPool(ranks, preload=("parallel.preload", "training.rank", "training.loop", "launch.cli")) as pool:
+    with RankPool(ranks, preload=PRELOAD) as pool:
 
         def forward(number: int, frame: FrameType | None) -> None:
             pool.signal(number)

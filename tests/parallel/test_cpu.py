@@ -1,6 +1,7 @@
 """The CPU patches come and go without a trace. All of it happens in a rank process, which nobody else looks at."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any
 
 
 def install_and_undo(world: World) -> dict[str, Any]:
-    cpu.undo()  # the fork server had installed them
+    cpu.undo()  # an earlier test of this rank may have installed them
     original = snapshot()
     first, patched = cpu.install(), snapshot()
     second, patched_again = cpu.install(), snapshot()
@@ -106,3 +107,34 @@ def test_the_engine_is_imported_without_torchs_compiler():
     command = [sys.executable, "-W", "ignore", "-c", script]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["False", "True", "True"]
+
+
+def test_nothing_before_the_fork_initialises_the_driver():
+    """What the fork servers of runs and tests preload, with a torch that was built with CUDA and a driver that notices
+    every call. A rank that is forked from a process whose driver is initialised fails at its first CUDA call."""
+    script = """
+import sys, torch
+from torch import cuda
+called = []
+torch._C._cuda_getDeviceCount = lambda: called.append("cudaGetDeviceCount") or 1
+for name in ("_cuda_init", "_cuda_getDevice", "_cuda_setDevice"):
+    setattr(torch._C, name, lambda *a, name=name: called.append(name))
+cuda._is_compiled = lambda: True
+cuda._lazy_init = lambda: called.append("_lazy_init")
+cuda._device_count_nvml = lambda: -1  # a container without the management library: no way round the driver
+import importlib
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+assert "megatron.core" in sys.modules
+print(called)
+assert torch.cuda.is_available() and called  # the stand-in works
+"""
+    from parallel.simulate import RankPool
+    from training import rank
+
+    default = inspect.signature(RankPool.__init__).parameters["preload"].default
+    command = [sys.executable, "-W", "ignore", "-c", script, *default, *rank.PRELOAD]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[]"]
