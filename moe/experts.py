@@ -137,14 +137,22 @@ KEEP_PRODUCTS_ONLY = ("fused", "native", "triton")
 """Those that compute the activation again in the backward pass anyway."""
 
 
-def _misaligned(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def _not_for_grouped_mm(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    missing = _misaligned(model, dtype) or _grouped_mm_fails(device, dtype)
+    return missing and f"{missing}. Use model.moe.backend=loop, or auto"
+
+
+@cache
+def _grouped_mm_fails(device: torch.device, dtype: torch.dtype) -> str | None:
+    """On some GPUs an expert without rows has had wrong gradients (pytorch#172439)."""
+    return disagreement(grouped_experts, loop_experts, device, dtype=dtype)
+
+
+def _misaligned(model: ModelConfig, dtype: torch.dtype) -> str | None:
     row_bytes = torch.finfo(dtype).bits // 8
     for size in (model.hidden_size, model.ffn_hidden_size):
         if size * row_bytes % 16:
-            return (
-                f"needs rows of a multiple of 16 bytes; {size} values of {dtype} are not. "
-                "Use model.moe.backend=loop, or sizes divisible by 8"
-            )
+            return f"needs rows of a multiple of 16 bytes; {size} values of {dtype} are not: sizes divisible by 8 are"
     return None
 
 
@@ -204,7 +212,7 @@ def _te_fails(device: torch.device) -> str | None:
 Obstacle = Callable[[ModelConfig, torch.device, torch.dtype], str | None]
 OBSTACLES: dict[str, Obstacle] = {
     "native": _not_native,
-    "grouped_mm": _misaligned,
+    "grouped_mm": _not_for_grouped_mm,
     "triton": _not_for_triton,
     "te": _not_for_te,
 }
@@ -241,7 +249,10 @@ def choose_backend(
         return "native", "our products for AVX512-BF16, compiled here"
     if device.type == "cpu":
         return "fused", "one operation, which keeps less for the backward pass than loop"
-    return "loop", f"{dtype} on a GPU" if dtype != torch.bfloat16 else "rows are not a multiple of 16 bytes"
+    if dtype != torch.bfloat16:
+        return "loop", f"{dtype} on a GPU"
+    missing = _misaligned(model, dtype) or _grouped_mm_fails(device, dtype) or "cannot run on every node"
+    return "loop", f"one product per expert; grouped_mm {missing}"
 
 
 class Experts(nn.Module):

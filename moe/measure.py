@@ -1,17 +1,17 @@
 """Times what can run the experts' products, on the shapes of the run."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe.experts import BACKENDS, GATED
 
 BUDGET, REPETITIONS = 1.0, 7
-"""Seconds after which no further round begins, and rounds at most."""
+"""Seconds of timed rounds after which no further one begins, and rounds at most."""
 
 
 _LOG = logging.getLogger("switchyard")
@@ -36,35 +36,52 @@ class Shapes:
 
 
 def measure(names: Sequence[str], shapes: Shapes, device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass; backends that fail are left out. Rounds alternate between the backends;
-    the first, in which kernels are built and memory is first touched, does not count. Of the others the fastest does:
-    whatever else the machine computes only adds to it.
+    """Seconds of a forward and backward pass; backends that fail are left out. Kernels are compiled before the clock
+    starts, however long that takes. Timed rounds then alternate between the backends, and the fastest one of each
+    backend counts: whatever else the machine computes only adds to it.
 
     Raises:
         TooSlow: shapes too large, or a machine too busy, to say anything in this time.
     """
     steps = {name: _step(name, shapes, device) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def run(name: str, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except Exception:
+            if len(steps) == 1:
+                raise
+            _LOG.warning("the experts' backend %s failed while it was measured", name, exc_info=True)
+            del steps[name]
+            return None
+
+    for name in list(steps):
+        run(name, lambda name=name: [steps[name](repetition) for repetition in _untimed(device)])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     begin = time.perf_counter()
     for repetition in range(REPETITIONS):
         if repetition and time.perf_counter() - begin > BUDGET:
-            if repetition == 1:
-                raise TooSlow(f"a round takes more than {BUDGET:g} s")
             break
-        for name in list(seconds):
-            try:
-                seconds[name].append(_timed(steps[name], device))
-            except Exception:
-                if len(seconds) == 1:
-                    raise
-                _LOG.warning("the experts' backend %s failed while it was measured", name, exc_info=True)
-                del seconds[name]
-    return {name: min(times[1:]) for name, times in seconds.items()}
+        for name in list(steps):
+            took = run(name, lambda name=name, repetition=repetition: _timed(steps[name], repetition, device))
+            seconds[name] += [] if took is None else [took]
+        if not repetition and time.perf_counter() - begin > BUDGET:
+            raise TooSlow(f"a round takes more than {BUDGET:g} s")
+    return {name: min(seconds[name]) for name in steps}
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def _untimed(device: torch.device) -> Sequence[int]:
+    """Rounds before the clock starts. On a GPU the row counts of every timed round, since Triton compiles a kernel anew
+    for some of them and keeps it for the whole run; on a CPU others than these, since oneDNN builds a kernel for every
+    new row count, which every step of the run pays for."""
+    return range(REPETITIONS) if device.type == "cuda" else [REPETITIONS]
+
+
+def _timed(step: Callable[[int], None], repetition: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    step()
+    step(repetition)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -78,7 +95,7 @@ def _counts(shapes: Shapes, repetition: int) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _step(name: str, shapes: Shapes, device: torch.device) -> Callable[[], None]:
+def _step(name: str, shapes: Shapes, device: torch.device) -> Callable[[int], None]:
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shapes.dtype)
     gates = 2 if shapes.activation in GATED else 1
     sizes = {
@@ -90,10 +107,9 @@ def _step(name: str, shapes: Shapes, device: torch.device) -> Callable[[], None]
     drawn = {
         k: torch.rand(s, generator=generator).sub_(0.5).to(device, dtype).requires_grad_() for k, s in sizes.items()
     }
-    rounds = itertools.count()
 
-    def step() -> None:
-        counts = _counts(shapes, next(rounds))
+    def step(repetition: int) -> None:
+        counts = _counts(shapes, repetition)
         bias = drawn["b_in"] if shapes.bias else None
         y = BACKENDS[name](drawn["x"], counts, drawn["w_in"], drawn["w_out"], shapes.activation, bias, None)
         y.backward(y.detach())

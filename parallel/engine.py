@@ -78,10 +78,14 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
         perform_initialization=False,  # weights are drawn by moe.init, independently of the layout
         add_bias_linear=False,
         gradient_accumulation_fusion=False,  # an Apex extension
-        # Batched point-to-point is NCCL's way round deadlocks between pipeline neighbours; gloo does not have it.
-        batch_p2p_comm=runtime.backend == "nccl",
-        overlap_p2p_comm=False,
-        deallocate_pipeline_outputs=True,
+        # With interleaved stages a message travels while the next chunk computes. Without, batched point-to-point is
+        # NCCL's way round deadlocks between pipeline neighbours; gloo does not have it.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=runtime.backend == "nccl" and layout.vpp == 1,
+        batch_p2p_sync=False,  # a device-wide wait after every exchange, for PyTorch older than 1.12
+        # Frees a stage's output once it is sent. A message that is still travelling reads it: neither gloo's handle nor
+        # NCCL's keeps the storage of a tensor whose `.data` is replaced.
+        deallocate_pipeline_outputs=layout.vpp == 1,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,

@@ -14,6 +14,8 @@ from parallel.selection import largest_difference
 
 BF16_CAPABILITY, CAPABILITY = (8, 0), (8, 9)
 """The first generations of GPUs with tensor cores for bf16 and for FP8."""
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+"""The largest relative difference, by norm, that rounding explains (fp32: TF32 is off by default)."""
 
 Backend = Callable[..., torch.Tensor]
 """Of moe.experts.BACKENDS, or moe.kernels.layers.linear_with."""
@@ -86,43 +88,51 @@ def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | 
     return None
 
 
-Trial = Callable[[Backend, torch.device], list[torch.Tensor]]
-"""(implementation, device) -> an output and all gradients on a random batch."""
+Trial = Callable[[Backend, torch.device, torch.dtype], list[torch.Tensor]]
+"""(implementation, device, dtype) -> an output and all gradients on a random batch."""
 
 
-def _random(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[torch.Tensor]:
+def _random(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(*s, generator=generator).to(device, torch.bfloat16) / 8 for s in shapes]
+    made = [torch.randn(*s, generator=generator).to(device, dtype) / 8 for s in shapes]
     return [t.requires_grad_() for t in made]
 
 
-def _experts(backend: Backend, device: torch.device, origin: Origin | None = None) -> list[torch.Tensor]:
+def _experts(
+    backend: Backend, device: torch.device, dtype: torch.dtype, origin: Origin | None = None
+) -> list[torch.Tensor]:
     """Of which one has no row and one a single one."""
     tokens = 150 if origin is None else 100
-    *leaves, grad_RD = _random(((tokens, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256)), device)
+    *leaves, grad_RD = _random(((tokens, 256), (4, 256, 2, 128), (4, 128, 256), (150, 256)), device, dtype)
     more = [] if origin is None else [None, None, origin]
     y_RD = backend(leaves[0], [70, 0, 1, 79], *leaves[1:], "swiglu", *more)
     return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, grad_RD)]
 
 
-def routed_experts(backend: Backend, device: torch.device) -> list[torch.Tensor]:
+def routed_experts(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """The same on rows that lie elsewhere: of 100 tokens with two choices each, 50 choices dropped."""
     choice_R = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:150].to(device)
-    return _experts(backend, device, Origin(choice_R, 2))
+    return _experts(backend, device, dtype, Origin(choice_R, 2))
 
 
-def _linear(layer: Backend, device: torch.device) -> list[torch.Tensor]:
+def _linear(layer: Backend, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Rows and blocks that are no multiples of four, where layouts of scales begin to differ."""
-    *leaves, grad_RN = _random(((150, 384), (256, 384), (150, 256)), device)
+    *leaves, grad_RN = _random(((150, 384), (256, 384), (150, 256)), device, dtype)
     y_RN = layer(*leaves)
     return [y_RN.detach(), *torch.autograd.grad(y_RN, leaves, grad_RN)]
 
 
-def disagreement(backend: Backend, reference: Backend, device: torch.device, run: Trial = _experts) -> str | None:
+def disagreement(
+    backend: Backend,
+    reference: Backend,
+    device: torch.device,
+    run: Trial = _experts,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str | None:
     """How a backend of the experts, or with run=_linear a linear layer, differs from the reference on a random batch.
     None: by no more than rounding explains."""
     try:
-        difference = largest_difference(run(backend, device), run(reference, device))
+        difference = largest_difference(run(backend, device, dtype), run(reference, device, dtype))
     except Exception as error:
         return f"failed their trial ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
-    return f"differ from the reference by {difference:.0e}" if difference > 1e-2 else None
+    return f"differ from the reference by {difference:.0e}" if difference > TOLERANCE[dtype] else None

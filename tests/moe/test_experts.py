@@ -2,8 +2,10 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -244,6 +246,7 @@ def test_backend_fits_device_and_precision(
     wanted: str, device: torch.device, dtype: torch.dtype, hidden: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a processor without AVX512-BF16."""
+    monkeypatch.setattr(experts, "_grouped_mm_fails", lambda *_: None)  # there may be no GPU to try it on
     monkeypatch.setattr(experts.native, "obstacle", lambda: "needs a processor with AVX512-BF16")
     model = tiny(hidden_size=hidden, ffn_hidden_size=64)
     model.moe.backend = wanted
@@ -256,3 +259,33 @@ def test_grouped_products_refuse_rows_that_are_not_aligned(sizes: dict[str, int]
     model.moe.backend = "grouped_mm"
     with pytest.raises(ValueError, match=r"backend=grouped_mm .* 60 values .*backend=loop"):
         choose_backend(model, CPU, torch.bfloat16)
+
+
+def test_grouped_products_are_tried_with_an_expert_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs where the weight gradient of an expert without rows is whatever lay in memory."""
+    model, right = tiny(hidden_size=64, ffn_hidden_size=64), experts.torch_grouped_product
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w_LKN: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(empty)
+            return w_LKN.view_as(w_LKN)
+
+        @staticmethod
+        def backward(ctx: Any, grad_LKN: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return grad_LKN.masked_fill(ctx.saved_tensors[0][:, None, None], 1.0), None
+
+    def product(x: torch.Tensor, w: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return right(x, Wrong.apply(w, torch.tensor(counts) == 0), counts)
+
+    monkeypatch.setattr(experts, "_grouped_mm_fails", experts._grouped_mm_fails.__wrapped__)
+    assert "grouped_mm" in experts.available_backends(model, CPU, torch.float32)
+    monkeypatch.setattr(experts, "grouped_experts", partial(experts.experts_by, product))
+    assert "grouped_mm" not in experts.available_backends(model, CPU, torch.float32)
+    model.moe.backend = "grouped_mm"
+    with pytest.raises(ValueError, match=r"grouped_mm differ from the reference by .*backend=loop"):
+        choose_backend(model, CPU, torch.float32)
+    model.moe.backend = "auto"
+    monkeypatch.setattr(experts, "_grouped_mm_fails", lambda *_: "differ from the reference by 1e+00")
+    backend, why = choose_backend(model, CUDA, torch.bfloat16, ["loop", "fused"])
+    assert backend == "loop" and "grouped_mm differ from the reference" in why

@@ -2,14 +2,15 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conf.schema import OptimConfig, ParallelConfig
+from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import optimizer_state
-from parallel.engine import Engine, Overlap
+from parallel.engine import Engine, Overlap, core_config
 from parallel.world import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
@@ -31,6 +32,18 @@ DENSE = Variant({"tie_embeddings": True}, {"num_experts": 0})
 
 def is_decayed(name: str) -> bool:
     return not name.endswith("norm.weight")
+
+
+@pytest.mark.parametrize("vpp", [1, 2])
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_pipeline_messages_neither_synchronise_the_device_nor_lose_their_tensor(runtime, backend, vpp):
+    """Interleaved stages overlap their messages with computation (benchmarks.parity has such cells); an output that is
+    freed meanwhile would be sent as whatever then lies there."""
+    here = replace(runtime, backend=backend, layout=replace(runtime.layout, pp=2, vpp=vpp))
+    config = core_config(ModelConfig(num_layers=4), here, torch.float32, deterministic=False)
+    assert not config.batch_p2p_sync
+    assert config.overlap_p2p_comm == (vpp == 2) and config.batch_p2p_comm == (backend == "nccl" and vpp == 1)
+    assert not (config.overlap_p2p_comm and config.deallocate_pipeline_outputs)
 
 
 def test_weight_decay_leaves_norms_alone(runtime):

@@ -1,6 +1,8 @@
 """The experts' backend: measured once, and then the same for the run, its ranks and its later lives."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,11 +166,40 @@ def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: py
     assert list(seconds) == BACKENDS_THAT_RUN and all(s > 0 for s in seconds.values())
 
 
+def test_compilation_is_not_running_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that takes longer to compile than all rounds may last, on a GPU for every new row count."""
+    from moe import measure as room
+    from moe.experts import BACKENDS
+
+    compiled: set[tuple[int, ...]] = set()
+
+    def once(*arguments: Any) -> torch.Tensor:
+        if not compiled:
+            time.sleep(1.2 * room.BUDGET)
+            compiled.add(())
+        return BACKENDS["loop"](*arguments)
+
+    def per_counts(x: torch.Tensor, counts: list[int], *rest: Any) -> torch.Tensor:
+        if tuple(counts) not in compiled:
+            compiled.add(tuple(counts))
+            time.sleep(0.3)
+        return BACKENDS["loop"](x, counts, *rest)
+
+    monkeypatch.setitem(BACKENDS, "compiled", once)
+    shapes = room.Shapes(640, 16, 16, 4, "swiglu", True, "float32")
+    assert room.measure(["loop", "compiled"], shapes, torch.device("cpu"))["compiled"] < 0.2
+    monkeypatch.setitem(BACKENDS, "compiled", per_counts)
+    monkeypatch.setattr(room, "_untimed", lambda device, real=room._untimed: real(torch.device("cuda")))
+    slept = time.perf_counter()
+    assert room.measure(["compiled"], shapes, torch.device("cpu"))["compiled"] < 0.2
+    assert time.perf_counter() - slept > 0.3 * room.REPETITIONS
+
+
 def test_no_two_rounds_have_the_same_rows() -> None:
     """A kernel that oneDNN builds for one row count must cost every round, as it costs every step."""
     from moe import measure as room
 
     shapes = room.Shapes(8192, 16, 16, 8, "swiglu", False, "bfloat16")
-    rounds = [room._counts(shapes, r) for r in range(room.REPETITIONS)]
+    rounds = [room._counts(shapes, r) for r in [*room._untimed(torch.device("cpu")), *range(room.REPETITIONS)]]
     assert all(sum(counts) == 8192 and min(counts) > 0 for counts in rounds)
-    assert len({n for counts in rounds for n in counts}) > 0.8 * 8 * room.REPETITIONS
+    assert len({n for counts in rounds for n in counts}) > 0.8 * 8 * len(rounds)
