@@ -31,7 +31,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from launch import process
-from parallel import threads
+from parallel import device_env, threads
 from training.noise import discard_output
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -51,6 +51,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     read or written; 1 and a traceback for any other exception.
     """
     threads.wait_briefly()
+    device_env.set_device_variables()
     ConfigStore.instance().store(name="schema", node=schema)
     keys = setting_types(schema)
     exit_codes: list[int] = []

@@ -19,6 +19,7 @@ from moe.norm import our_norms
 from moe.router import choose_router, choose_router_logits, router_logits
 from moe.rows import PLAIN_ROWS, choose_rows
 from parallel import cpu, runtime, selection
+from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
 from parallel.runtime import Runtime, World
@@ -191,7 +192,10 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
         how = "NCCL" if run.backend == "nccl" else "shared by simulated ranks; gloo through host memory"
-        return [("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, {how}")]
+        return [
+            ("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, {how}"),
+            ("environment", device_variables(), "read by CUDA and its allocator when they start"),
+        ]
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     wait, why = waiting()
     rows = [

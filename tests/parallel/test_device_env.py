@@ -1,0 +1,47 @@
+"""What is set for CUDA before torch starts, for every way of starting."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from parallel.device_env import device_variables, set_device_variables
+from tests.training.helpers import ROOT
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [
+        ({}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    ],
+)
+def test_what_the_user_set_stays(env: dict[str, str], wanted: dict[str, str]) -> None:
+    mine = dict(env)
+    set_device_variables(mine)
+    assert mine == env | wanted
+    assert device_variables(mine) == ", ".join(f"{k}={v}" for k, v in sorted(mine.items()))
+
+
+SHOW = """
+import os, sys, launch.cli, launch.train
+assert "torch" not in sys.modules, "too late: torch is imported"
+def show(config):
+    print("torch" in sys.modules, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], os.environ["PYTORCH_ALLOC_CONF"])
+    return 0
+from conf.schema import Config
+launch.cli.command(Config, "config", show)
+"""
+
+
+@pytest.mark.parametrize("launcher", [{}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}])
+def test_they_are_set_before_torch_is_imported(launcher: dict[str, str]) -> None:
+    """Alone and under torchrun: the command itself sets them."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    env = {k: v for k, v in os.environ.items() if k not in names} | launcher
+    command = [sys.executable, "-c", SHOW]
+    printed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert printed.split() == ["False", "1", "expandable_segments:True"]
