@@ -30,7 +30,7 @@ def nonlinear(x, KIND: tl.constexpr):
 
 @triton.jit
 def _write(
-    x, ptr, q_ptr, scale_ptr, R, F, half, halves, model_type: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr,
+    x, ptr, q_ptr, scale_ptr, R, F, stride_scale, half, halves, model_type: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr,
     BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes this program's tile x [BR, BLOCK] of a [R, F] tensor into half `half` of a [R, halves * F] one: as it is
@@ -48,14 +48,14 @@ def _write(
         bits = scale_bits(tl.max(tl.abs(x), axis=1))
         tl.store(q_ptr + place, (x * inverse(bits)[:, None]).to(q_ptr.dtype.element_ty), mask=mask)
         block = half * F // BLOCK + tl.program_id(1)
-        scale_ptrs = scale_ptr + block.to(tl.int64) * R + rows
+        scale_ptrs = scale_ptr + block.to(tl.int64) * stride_scale + rows
         tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def activate(
-    h_ptr, keep_ptr, a_ptr, q_ptr, scale_ptr, R, F, KIND: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
-    ROUND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
+    h_ptr, keep_ptr, a_ptr, q_ptr, scale_ptr, R, F, stride_scale, KIND: tl.constexpr, G: tl.constexpr,
+    DROP: tl.constexpr, ROUND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """a [R, F] = f(h) or f(gate) * up of h [R, G, F], with DROP times keep [R, F], all contiguous; with ROUND the FP8
     values and scales of a instead. The grid is (R / BR, F / BLOCK)."""
@@ -68,12 +68,12 @@ def activate(
         a = a * tl.load(h_ptrs + F, mask=mask, other=0.0).to(tl.float32)
     if DROP:
         a = a * tl.load(keep_ptr + rows[:, None].to(tl.int64) * F + columns[None, :], mask=mask, other=0.0)
-    _write(a, a_ptr, q_ptr, scale_ptr, R, F, 0, 1, h_ptr.dtype.element_ty, ROUND, not ROUND, BR, BLOCK)
+    _write(a, a_ptr, q_ptr, scale_ptr, R, F, stride_scale, 0, 1, h_ptr.dtype.element_ty, ROUND, not ROUND, BR, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def activate_back(
-    h_ptr, da_ptr, keep_ptr, a_ptr, dh_ptr, q_ptr, scale_ptr, R, F, KIND: tl.constexpr, G: tl.constexpr,
+    h_ptr, da_ptr, keep_ptr, a_ptr, dh_ptr, q_ptr, scale_ptr, R, F, stride_scale, KIND: tl.constexpr, G: tl.constexpr,
     DROP: tl.constexpr, ROUND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From h [R, G, F] and da [R, F], all contiguous: a [R, F] again, dh [R, G * F], and with ROUND the FP8 values and
@@ -92,7 +92,9 @@ def activate_back(
     dh = da * slope
     if G == 2:
         up = tl.load(h_ptrs + F, mask=mask, other=0.0).to(tl.float32)
-        _write(da * a, dh_ptr, q_ptr, scale_ptr, R, F, 1, G, h_ptr.dtype.element_ty, ROUND, True, BR, BLOCK)
+        _write(
+            da * a, dh_ptr, q_ptr, scale_ptr, R, F, stride_scale, 1, G, h_ptr.dtype.element_ty, ROUND, True, BR, BLOCK
+        )
         dh, a = dh * up, a * up
-    _write(dh, dh_ptr, q_ptr, scale_ptr, R, F, 0, G, h_ptr.dtype.element_ty, ROUND, True, BR, BLOCK)
-    _write(a * keep, a_ptr, q_ptr, scale_ptr, R, F, 0, 1, h_ptr.dtype.element_ty, False, True, BR, BLOCK)
+    _write(dh, dh_ptr, q_ptr, scale_ptr, R, F, stride_scale, 0, G, h_ptr.dtype.element_ty, ROUND, True, BR, BLOCK)
+    _write(a * keep, a_ptr, q_ptr, scale_ptr, R, F, stride_scale, 0, 1, h_ptr.dtype.element_ty, False, True, BR, BLOCK)

@@ -14,8 +14,9 @@ from moe.kernels import activations, products, rounding
 from moe.kernels.numerics import BLOCK, E4M3, RECIPES, Block, Quantised, Recipe, quantise
 from moe.kernels.tools import Weight, main_gradient
 
-ROWS = 128
-"""Rows of a tile; the rows of an FP8 weight gradient are padded to this."""
+ROWS, SCALE_ROWS = 128, 16
+"""Rows of a tile, and of an FP8 weight gradient a multiple; rows that the scales of 1 x BLOCK have room for a multiple
+of. Triton compiles a kernel anew for a stride that is no multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Groups:
             tiles += [(expert, row, end) for row in range(starts[-1], end, ROWS)]
             starts.append(end)
             padded.append(ROWS * len(tiles))
-        # One copy to the device instead of three.
-        flat = [number for tile in tiles for number in tile] + starts + padded
+        # One copy to the device instead of three. Each part begins at a multiple of 16 bytes: Triton compiles a kernel
+        # anew for a pointer that does not.
+        parts = starts, padded, [number for tile in tiles for number in tile]
+        flat = [number for part in parts for number in (*part, *[0] * (-len(part) % 4))]
         whole = torch.tensor(flat, dtype=torch.int32).to(device, non_blocking=True)
-        parts = whole.split([3 * len(tiles), len(starts), len(padded)])
-        return cls(counts, parts[0].view(-1, 3), parts[1], parts[2])
+        sizes = [len(part) + -len(part) % 4 for part in parts]
+        of_starts, of_padded, of_tiles = (t[: len(p)] for t, p in zip(whole.split(sizes), parts, strict=True))
+        return cls(counts, of_tiles.view(-1, 3), of_starts, of_padded)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,13 @@ class TritonTools:
         scales, strides = (y_RN, y_RN), [0] * 5
         if narrow:
             scales = (x_RK.scale, w_LKN.scale)
-            # Along an axis with a single scale the stride is 0: all of the axis reads that one.
-            strides = [s.stride(axis) * (s.shape[axis] > 1) for s in scales for axis in range(s.dim())]
+            # Along an axis with a single scale, which all of the axis reads, the stride is 0. Not for a single row: it
+            # is row 0, and the stride stays what it is for more.
+            axes = [(scale, axis) for scale in scales for axis in range(scale.dim())]
+            strides = [
+                s.stride(axis) * (s.shape[axis] > 1 or (s is x_RK.scale and axis == 0 and w_LKN.blocks))
+                for s, axis in axes
+            ]
         products.grouped_product[(programs(x.device),)](
             x, w, y_RN, *scales, groups.tiles if row_R is None else row_R, groups.tiles, len(groups.tiles),
             outer, inner, x.stride(0), *w.stride(), y_RN.stride(0), *strides,
@@ -115,7 +124,7 @@ class TritonTools:
         if rows:
             activations.activate[(_blocks(rows, 16), _blocks(width, BLOCK))](
                 h_RGF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, a_RF,
-                scale if narrow else a_RF, rows, width,
+                scale if narrow else a_RF, rows, width, _stride(scale),
                 KIND=activations.KINDS[name], G=gates, DROP=keep_RF is not None, ROUND=narrow, BR=16, BLOCK=BLOCK,
                 num_warps=8,
             )  # fmt: skip
@@ -136,7 +145,7 @@ class TritonTools:
         if rows:
             activations.activate_back[(_blocks(rows, 16), _blocks(width, BLOCK))](
                 h_RGF.contiguous(), da_RF.contiguous(), a_RF if keep_RF is None else keep_RF.contiguous(), a_RF, dh_RN,
-                q_RN, scale if narrow else dh_RN, rows, width,
+                q_RN, scale if narrow else dh_RN, rows, width, _stride(scale),
                 KIND=activations.KINDS[name], G=gates, DROP=keep_RF is not None, ROUND=narrow, BR=16, BLOCK=BLOCK,
                 num_warps=8,
             )  # fmt: skip
@@ -196,7 +205,7 @@ class Float8Tools(TritonTools):
         scale = _row_scales(x_RK, rows, inner)
         if rows:
             rounding.round_rows[(_blocks(rows, 16), scale.shape[1])](
-                x_RK, q, scale, rows, inner, x_RK.stride(0), BR=16, BLOCK=BLOCK
+                x_RK, q, scale, rows, inner, x_RK.stride(0), _stride(scale), BR=16, BLOCK=BLOCK
             )
         return Operand(q, scale, row_R=row_R)
 
@@ -237,8 +246,15 @@ def _rows_contiguous(x_RK: Tensor) -> Tensor:
 
 
 def _row_scales(like: Tensor, rows: int, inner: int) -> Tensor:
-    """Room for the scales [R, K / BLOCK] of 1 x BLOCK, those of one block side by side."""
-    return like.new_empty((_blocks(inner, BLOCK), rows), dtype=torch.float32).t()
+    """Room for the scales [R, K / BLOCK] of 1 x BLOCK, those of one block side by side; blocks lie a multiple of
+    SCALE_ROWS apart, whatever the rows of this step are."""
+    room = like.new_empty((_blocks(inner, BLOCK), SCALE_ROWS * _blocks(rows, SCALE_ROWS)), dtype=torch.float32)
+    return room.t()[:rows]
+
+
+def _stride(scale: Tensor | None) -> int:
+    """How far apart the scales of two blocks lie; without scales a number that fits the kernel that has some."""
+    return SCALE_ROWS if scale is None else scale.stride(1)
 
 
 def _weight(w: Quantised) -> Operand:

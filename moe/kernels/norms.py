@@ -25,7 +25,7 @@ def rms_norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, D, eps, BLOCK: tl.cons
     tl.store(scale_ptr + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_backward(x_ptr, weight_ptr, dy_ptr, scale_ptr, dx_ptr, parts_ptr, R, D, BLOCK: tl.constexpr):
     """dx, and in parts [programs, D] each program's share of the weight's gradient, added up in the order of rows."""
     columns = tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_row_tiles"])
 def grouped_product(
     x_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, row_ptr, tiles_ptr, num_row_tiles, N, K,
     stride_xr, stride_wl, stride_wk, stride_wn, stride_yr,

@@ -20,8 +20,8 @@ def inverse(bits):
     return tl.where(bits < 0x7F800000, (254 << 23) - bits, 0).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, BR: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, stride_scale, BR: tl.constexpr, BLOCK: tl.constexpr):
     """x [R, K] -> q [R, K], scale transposed [K / BLOCK, R]: one scale for 1 x BLOCK. Products read one block's scales
     of many rows. The grid is (R / BR, K / BLOCK)."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -32,7 +32,7 @@ def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, BR: tl.constexpr, BLOCK
     bits = scale_bits(tl.max(tl.abs(x), axis=1))
     q = (x * inverse(bits)[:, None]).to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + wide * K + columns[None, :], q, mask=mask)
-    scale_ptrs = scale_ptr + tl.program_id(1).to(tl.int64) * R + rows
+    scale_ptrs = scale_ptr + tl.program_id(1).to(tl.int64) * stride_scale + rows
     tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.kernels.permutation import KernelRows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gather_rows(
     source_ptr, choice_ptr, gates_ptr, out_ptr, T, D, K: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from moe.kernels.fused import Float8Tools, Groups, Operand
+from moe.kernels.fused import SCALE_ROWS, Float8Tools, Groups, Operand
 from moe.kernels.numerics import BLOCK, Block
 from moe.kernels.tools import Weight, main_gradient
 
@@ -40,7 +40,7 @@ class ScaledTools(Float8Tools):
 
     def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
         assert row_R is None  # a linear layer's rows are never gathered
-        missing = -len(x_RK) % ALIGNED
+        missing = -len(x_RK) % SCALE_ROWS  # torch takes scales without a gap between blocks
         return super().rows(F.pad(x_RK, (0, 0, 0, missing)) if missing else x_RK)
 
     def product(self, x_RK: Operand, w_LKN: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:

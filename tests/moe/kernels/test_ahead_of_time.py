@@ -36,3 +36,14 @@ def test_products_use_the_tensor_cores_of_the_generation(code, capability: str, 
 def test_nothing_spills_and_shared_memory_suffices(code, capability: str) -> None:
     for name, counts in code[capability].items():
         assert counts["spills"] == 0 and counts["shared"] <= 227 * 1024, (name, counts)
+
+
+def test_other_row_counts_compile_no_further_kernel() -> None:
+    """Row counts change at every step: a kernel that is compiled anew for some of them stalls the run for seconds."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.moe.kernels.specialisations"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for precision, (first, *later) in json.loads(done.stdout).items():
+        assert {"grouped_product", "grouped_weight_gradient", "activate", "activate_back"} <= set(first), precision
+        assert later == [[]] * 6, precision
