@@ -30,8 +30,8 @@ def nonlinear(x, KIND: tl.constexpr):
 
 @triton.jit
 def _write(
-    x, ptr, q_ptr, scale_ptr, R, F, stride_scale, half, halves, model_type: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr,
-    BR: tl.constexpr, BLOCK: tl.constexpr,
+    x, ptr, q_ptr, scale_ptr, R, F, stride_scale, half, halves, model_type: tl.constexpr, ROUND: tl.constexpr,
+    KEEP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes this program's tile x [BR, BLOCK] of a [R, F] tensor into half `half` of a [R, halves * F] one: as it is
     (KEEP), rounded to FP8 (ROUND), or both."""
