@@ -6,6 +6,7 @@ G 2 for gated activations, else 1.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -90,8 +91,7 @@ def experts_by(
 
 def torch_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
     """A Product in one launch."""
-    ends = torch.tensor(counts, device=x_RK.device).cumsum(0).to(torch.int32)
-    return F.grouped_mm(x_RK, w_LKN, offs=ends)
+    return F.grouped_mm(x_RK, w_LKN, offs=_on_device(list(accumulate(counts)), x_RK.device))
 
 
 grouped_experts = partial(experts_by, torch_grouped_product)
@@ -100,8 +100,13 @@ te_experts = partial(experts_by, te_grouped_product)
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
     """[L, ...] -> [R, ...]: for every row what belongs to its expert."""
-    repeats = torch.tensor(counts, device=per_expert.device)
+    repeats = _on_device(counts, per_expert.device)
     return per_expert.repeat_interleave(repeats, dim=0, output_size=sum(counts))
+
+
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int32. `torch.tensor(numbers, device=device)` would make the host wait for the device."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def triton_experts(*arguments: Any) -> Tensor:
