@@ -1,4 +1,4 @@
-"""How long the device was at work on something."""
+"""How long the device was at work on something, and how long a step takes."""
 
 import time
 from typing import Any, Self
@@ -31,3 +31,39 @@ class DeviceClock:
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._times[1] - self._times[0]
+
+
+class StepClock:
+    """Seconds of whole optimizer steps: the wait for data, forward, backward, and the optimizer's kernels until the
+    device has finished them. What happens between `stop` and the next `start` (evaluation, checkpoints) does not count.
+
+    On a GPU kernels are only queued when the host comes to the end of a step, and the ones of the optimizer run while
+    the host prepares the next: a host's clock would leave them out. Events on the stream mark both ends instead, and
+    the host waits for the last one when the time is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self._began = self._now()
+
+    def stop(self) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def read(self) -> float:
+        """The mean of the steps since the last call, of which there is at least one."""
+        spans, self._spans = self._spans, []
+        if self._device.type != "cuda":
+            return sum(end - begin for begin, end in spans) / len(spans)
+        spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 / len(spans)
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -16,6 +16,7 @@ from moe.model import sparse_layers
 from moe.statistics import collect
 from parallel import checkpoint
 from parallel.checkpoint import Checkpointer
+from parallel.clock import StepClock
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.generate import encode_prompt, generate
@@ -68,6 +69,7 @@ class Trainer:
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.layers = sparse_layers(self.config.model)
         self.stragglers = Stragglers(session.runtime.device)
+        self.clock = StepClock(session.runtime.device)
         self.load: ExpertLoad | None = None
         self.saved_step: int | None = None
         self.waited = 0.0
@@ -105,14 +107,14 @@ class Trainer:
         self.logged = self.progress.step, self.skips.total
         interrupted = stop.agreed(self.session.runtime.device) != GO_ON
         while self.progress.step < last and not interrupted:
-            started = time.perf_counter()
+            self.clock.start()
             profiler.before(self.progress.step + 1)
             loss, norm, lr = self._step()
+            self.clock.stop()
             profiler.after(self.progress.step)
-            seconds = time.perf_counter() - started
             step = self.progress.step
             if step % train.log_every == 0 or step == last:
-                self._log(log, loss=loss, norm=norm, lr=lr, seconds=seconds)
+                self._log(log, loss=loss, norm=norm, lr=lr, seconds=self.clock.read())
             if config.eval.every and step % config.eval.every == 0 and step < last:
                 evaluation = self._evaluate(config.eval.batches)
                 self.console.evaluation(evaluation.row(step))
@@ -179,7 +181,8 @@ class Trainer:
         return loss, norm, lr
 
     def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
-        """A line for the step just taken; the routers' figures are those since the line before."""
+        """A line for the step just taken; the routers' figures and the seconds a step are those since the line
+        before."""
         train, session = self.config.train, self.session
         parts = {i: layer.statistics for m in session.engine.modules for i, layer in m.sparse().items()}
         steps, skipped = self.progress.step - self.logged[0], self.skips.total - self.logged[1]

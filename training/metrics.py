@@ -23,7 +23,7 @@ STEP_KEYS = (
     "grad_norm",  # before clipping
     "tokens",  # since the beginning of the run
     "tokens_per_second",  # over all ranks
-    "step_seconds",
+    "step_seconds",  # mean since the line before, optimizer and wait for data included
     "mfu",  # model FLOPs utilisation, a fraction; None where the peak is unknown
     "world_size",
     "aux_loss",  # mean over layers, without its coefficient
