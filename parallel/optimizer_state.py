@@ -69,6 +69,23 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     }
 
 
+def first_nonfinite(engine: Engine) -> str | None:
+    """The first tensor of weights or moments that holds a NaN or an infinity, as "exp_avg of layers.0...."; None where
+    all are finite. Every rank looks at its own shards, all call this together, and all get the same answer."""
+    pieces, mine = _pieces(engine), None
+    for name, parameter in _named(engine):
+        piece = pieces.get(parameter)
+        state = piece.inner.state.get(piece.master, {}) if piece else {}
+        # Weights in bf16 are rounded from the master copy: where there is one, it is what a checkpoint holds.
+        parts = {"weights": piece.master if piece else parameter, **{m: state[m] for m in MOMENTS if m in state}}
+        mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
+        if mine:
+            break
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next(filter(None, found), None)
+
+
 def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
     """Megatron-Core's description of a box of a logical tensor."""
     from megatron.core.dist_checkpointing import ShardedTensor

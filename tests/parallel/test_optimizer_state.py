@@ -142,3 +142,29 @@ def test_weights_alone_are_enough_to_evaluate(runtime, tmp_path):
     starter = build_engine(runtime, TIED)
     checkpoint.load_weights(starter, directory)
     assert_same_bits({"weights": weights(starter)}, {"weights": weights(trained)})
+
+
+@pytest.mark.parametrize("kind", ["weights", *optimizer_state.MOMENTS])
+def test_what_is_not_finite_is_named(runtime, kind):
+    engine = build_engine(runtime, TIED)
+    assert optimizer_state.first_nonfinite(engine) is None  # before the first update there are no moments
+    train(engine, range(1))
+    assert optimizer_state.first_nonfinite(engine) is None
+    parameter = engine.modules[0].get_parameter("layers.1.attention.qkv.weight")
+    piece = optimizer_state._pieces(engine)[parameter]
+    held = piece.master.data if kind == "weights" else piece.inner.state[piece.master][kind]
+    held[5] = float("nan") if kind == "weights" else float("inf")
+    assert optimizer_state.first_nonfinite(engine) == f"{kind} of layers.1.attention.qkv.weight"
+
+
+def find_nonfinite(world: World) -> str | None:
+    """The second rank's half of a parameter is not finite."""
+    with started(world, ParallelConfig(tp=2)) as runtime:
+        engine = build_engine(runtime, TIED)
+        if world.rank == 1:
+            engine.modules[0].get_parameter("layers.0.attention.qkv.weight").data[0] = float("inf")
+        return optimizer_state.first_nonfinite(engine)
+
+
+def test_every_rank_hears_what_is_not_finite(ranks):
+    assert ranks.run(2, find_nonfinite, timeout=60) == ["weights of layers.0.attention.qkv.weight"] * 2
