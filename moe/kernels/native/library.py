@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel import cache_dir
 from parallel.selection import Candidate, Unavailable
 
 FOLDER = Path(__file__).parent
@@ -91,27 +92,47 @@ def library() -> ctypes.CDLL:
     openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
     with_what = repr((compiler(), FLAGS, openmp, torch.__version__, platform.libc_ver()))
     source = b"".join(path.name.encode() + path.read_bytes() for path in [*SOURCES, *sorted(FOLDER.glob("*.h"))])
-    name = hashlib.sha256(source + with_what.encode()).hexdigest()[:16]
-    place = Path("~/.cache/switchyard/kernels").expanduser() / f"native-{name}.so"
-    with contextlib.suppress(OSError):  # absent, left empty by a power failure, or of another C library
-        return ctypes.CDLL(str(place))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.with_suffix(".lock"), "w") as lock:
+    key = hashlib.sha256(source + with_what.encode()).hexdigest()[:16]
+    root = Path(cache_dir.ROOT).expanduser()
+    folder = root / "kernels"
+    cache_dir.make_private(folder)
+    cache_dir.check_private(folder, root)
+    if (found := _load(folder, key)) is not None:
+        return found
+    with open(folder / f"native-{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a node one compiles
+        if (found := _load(folder, key)) is not None:
+            return found
+        return ctypes.CDLL(str(_make(folder, key, openmp)))
+
+
+def _load(folder: Path, key: str) -> ctypes.CDLL | None:
+    """The kernels of this key, if this user has compiled them: the name holds the hash of the content, and nobody else
+    could have written the file. None: there are none, or only damaged ones (left empty by a power failure, or of another
+    C library)."""
+    for path in sorted(folder.glob(f"native-{key}-*.so")):
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(place))
-        _make(place, openmp)
-        return ctypes.CDLL(str(place))
+            cache_dir.check_private(path, folder)
+            if path.name == _name(key, path.read_bytes()):
+                return ctypes.CDLL(str(path))
+    return None
 
 
-def _make(place: Path, openmp: list[str]) -> None:
+def _name(key: str, content: bytes) -> str:
+    return f"native-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _make(folder: Path, key: str, openmp: list[str]) -> Path:
     """Puts the library there, whole."""
-    with tempfile.TemporaryDirectory(dir=place.parent) as own:
-        made = Path(own) / place.name
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own) / "native.so"
         with ThreadPoolExecutor() as pool:  # at once, which takes half of the time on two processors
             objects = list(pool.map(lambda path: _compile(Path(own) / f"{path.stem}.o", ["-c", str(path)]), SOURCES))
         _compile(made, [*objects, *openmp])
+        made.chmod(0o755)  # whatever the umask, nobody else writes it
+        place = folder / _name(key, made.read_bytes())
         os.replace(made, place)
+    return place
 
 
 def _compile(result: Path, of: Sequence[str]) -> str:
