@@ -108,8 +108,8 @@ def library() -> ctypes.CDLL:
 
 def _load(folder: Path, key: str) -> ctypes.CDLL | None:
     """The kernels of this key, if this user has compiled them: the name holds the hash of the content, and nobody else
-    could have written the file. None: there are none, or only damaged ones (left empty by a power failure, or of another
-    C library)."""
+    could have written the file. None: there are none, or only damaged ones (left empty by a power failure, or of
+    another C library)."""
     for path in sorted(folder.glob(f"native-{key}-*.so")):
         with contextlib.suppress(OSError):
             cache_dir.check_private(path, folder)
