@@ -165,6 +165,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),
     ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),
+    ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
     ("data=text or data=megatron", lambda c: c["data.kind"] in ("text", "megatron"), "data.files"),

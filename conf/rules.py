@@ -3,6 +3,7 @@
 A rule is an equation over settings. A violated one is told with its numbers and the nearest values that work. That they
 work is not estimated but tried, by asking all the rules again with the new value."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator
@@ -39,7 +40,8 @@ def violations(case: Case) -> list[Violation]:
     for violation in found:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
-    sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules, _schedule, _data, _blend, _idle)
+    sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
+    sections += (_schedule, _load, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 
@@ -210,6 +212,20 @@ def _schedule(case: Case) -> Iterator[Violation]:
             f"train.profile is [a,b] with 1 <= a <= b <= {last}, the last step",
             f"it is {shown(profile)}",
             {"train.profile": [clamped]},
+        )
+
+
+def _load(case: Case) -> Iterator[Violation]:
+    """checkpoint.load_except names settings that there are."""
+    key, sections = "checkpoint.load_except", {"model": case.config.model, "model.moe": case.config.model.moe}
+    known = [f"{section}.{f.name}" for section, part in sections.items() for f in dataclasses.fields(part)]
+    known = [name for name in known if name not in sections] + ["data.tokenizer"]
+    if unknown := [name for name in case[key] if name not in known]:
+        near = [difflib.get_close_matches(name, known, 1, 0.0)[0] if name in unknown else name for name in case[key]]
+        yield Violation(
+            f"{key} is made of settings of the model and data.tokenizer",
+            f"there is no {', '.join(unknown)}",
+            {key: [list(dict.fromkeys(near))]},
         )
 
 

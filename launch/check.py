@@ -24,8 +24,9 @@ from parallel.layout import Layout, describe
 from parallel.world import simulated_ranks
 from training.console import Console
 from training.lives import FAILED, forget_stop, restarts
+from training.noise import redirect_noise
 from training.preview import preview
-from training.run_dir import open_run_dir
+from training.run_dir import expected_path, open_run_dir, steps_kept
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
 
 
@@ -54,6 +55,8 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     with Console(stream=sys.stderr if in_job else None) as console:
         prepared = prepare_run(run, run_dir, console)
         tokens = sum(source.num_tokens for source in prepared.train)
+        if run.checkpoint.load and not in_job and not steps_kept(expected_path(run)):
+            _check_files(run.checkpoint.load)
         table, warnings = preview(run, layout, tokens)
         console.start_table(table)
         if ranks > 1:
@@ -66,6 +69,17 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
         forget_stop(run_dir.path)
         print(run_dir.path)
     return _ask(shape, slurm) if shape and slurm is not None else 0
+
+
+def _check_files(load: str) -> None:
+    """Reads the whole checkpoint, as the run will when it starts. Raises ValueError where a file is damaged."""
+    noise = redirect_noise(0)
+    try:
+        from parallel import checkpoint  # which loads the engine
+
+        checkpoint.resolve(load)
+    finally:
+        noise.undo()
 
 
 def _ranks_per_node(config: Config, ranks: int, job: Allocation | None) -> int:

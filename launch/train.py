@@ -10,6 +10,7 @@ from launch.cli import command
 from parallel.world import World, simulated_ranks
 from training.console import Console
 from training.guard import StopRequest
+from training.initial_weights import data_settings
 from training.lives import BAD_CONFIGURATION, DONE, STOPPED
 from training.noise import redirect_noise
 from training.rank import tell_batch_script, train_rank, train_simulated
@@ -57,11 +58,12 @@ def prepare_run(config: Config, run_dir: RunDir | None, console: Console) -> Pre
     """Prepares the data; the run directory takes the configuration over when the data fits it.
 
     Raises:
-        ValueError: the data is wrong; a run directory that was made for it is gone again, unless another run is in it.
+        ValueError: the data is wrong, or checkpoint.load is of another model. A run directory that was made for it is
+            gone again, unless another run is in it.
     """
     try:
         prepared = prepare(
-            config.data,
+            data_settings(config, run_dir),
             vocab_size=config.model.vocab_size,
             sequence_length=config.train.sequence_length,
             progress=console.progress,

@@ -116,19 +116,19 @@ class Router(nn.Module):
         self.bias: nn.Parameter | None = None
         self.last_load: nn.Parameter | None = None
         """fp32 [E]: loads of the last optimizer step over their mean; before the first one they count as even."""
-        if self.moe.bias_update_rate:
+        if self.moe.bias_update_rate is not None:
             self.bias = self._state(groups, std=0.0)
         if self.moe.load_balancing == "global_aux_loss":
             self.last_load = self._state(groups, std=None)
 
     def _state(self, groups: Groups, std: float | None) -> nn.Parameter:
         state_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32), requires_grad=False)
-        return place(state_E, copies=(groups.tp,), std=std)
+        return place(state_E, copies=(groups.tp,), std=std, is_state=True)
 
     @property
     def follows_load(self) -> bool:
         """Whether it wants the loads of an optimizer step (end_step)."""
-        return self.bias is not None or self.last_load is not None
+        return bool(self.moe.bias_update_rate) or self.last_load is not None
 
     def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN, sequences: int = 1) -> Routing:
         """Args:
@@ -170,7 +170,7 @@ class Router(nn.Module):
         Args:
             load_E: choices of each expert over the global batch of the step, exact, fp64.
         """
-        if self.bias is not None:
+        if self.bias is not None and self.moe.bias_update_rate:
             self.bias += self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype)
         if self.last_load is not None:
             self.last_load.copy_(load_E / load_E.mean())

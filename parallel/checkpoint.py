@@ -30,6 +30,7 @@ from parallel.checkpoint_writer import Writing, digest
 from parallel.engine import Engine
 from parallel.placement import logical_name
 from parallel.runtime import Runtime
+from parallel.weight_matching import Mismatch, match_weights
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8})$")
@@ -295,26 +296,33 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def load_weights(engine: Engine, directory: Path) -> None:
-    """Reads the weights alone into the model (and the optimizer's master copies, if there is one).
+def load_weights(engine: Engine, directory: Path, *, partial: bool = False) -> Mismatch:
+    """Reads the weights alone into the model (and the optimizer's master copies, if there is one), and accounts for
+    every one of either side. State that follows a rule starts naturally where the checkpoint has none.
+
+    Args:
+        partial: what only one side has, or has in another shape, is left as it is.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or has nothing in common with this one.
     """
     from megatron.core import dist_checkpointing
 
-    stored = stored_shapes(directory)
-    for name, shape in optimizer_state.logical_shapes(engine).items():
-        found = stored.get(f"weights.{name}")
-        if found != shape:
-            raise ValueError(f"{directory} is of another model: {name} is {found or 'absent'} there and {shape} here")
-    wanted = optimizer_state.weights_to_load(engine)
+    mismatch, matching = match_weights(engine, stored_shapes(directory))
+    if mismatch and not partial:
+        raise ValueError(f"{directory} is of another model: {mismatch}")
+    if not matching:
+        raise ValueError(f"{directory} has no weight in common with this model: {mismatch}")
+    wanted = {key: box for key, box in optimizer_state.weights_to_load(engine).items() if key in matching}
+    # Not every rank asks for every box, so the ranks' requests need not tile the tensors.
     loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
     with torch.no_grad():
         for module in engine.modules:
             for name, parameter in module.named_parameters():
-                parameter.copy_(loaded[f"weights.{logical_name(name, parameter)}"])
+                if (key := f"weights.{logical_name(name, parameter)}") in loaded:
+                    parameter.copy_(loaded[key])
     optimizer_state.restore_master(engine, loaded)
+    return mismatch
 
 
 def _random_state(runtime: Runtime) -> dict[str, Any]:

@@ -59,6 +59,11 @@ def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return {name: p.placement.logical_shape(p.shape) for name, p in _named(engine)}
 
 
+def states(engine: Engine) -> list[str]:
+    """Those among this rank's parameters that are set by rule (Placement.is_state)."""
+    return [name for name, p in _named(engine) if p.placement.is_state]
+
+
 def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The whole shape of every tensor of a checkpoint that this rank has a part in. What no gradient moves has no
     moments."""
@@ -152,7 +157,7 @@ def restore_master(engine: Engine, loaded: dict[str, Tensor]) -> None:
         return
     pieces = _pieces(engine)
     for name, parameter in _named(engine):
-        if piece := pieces.get(parameter):
+        if (piece := pieces.get(parameter)) and f"weights.{name}" in loaded:
             piece.master.copy_(loaded[f"weights.{name}"].flatten()[piece.start : piece.end])
 
 

@@ -22,6 +22,9 @@ class Placement:
     """Axis 0 counts experts: each is drawn by its own key."""
     alias: str | None = None
     """The logical parameter that this one is a second copy of (tied embeddings on two pipeline stages)."""
+    is_state: bool = False
+    """Set by rule and not by gradient. Weights without it mean what they mean with its initial values, with which it
+    starts where a checkpoint has none."""
 
     def offset_and_size(self, axis: int) -> tuple[int, int]:
         """(index of this rank's part, number of parts) along an axis."""
@@ -51,9 +54,10 @@ def place(
     std: float | None = None,
     per_expert: bool = False,
     alias: str | None = None,
+    is_state: bool = False,
 ) -> nn.Parameter:
     """Attaches a Placement to a parameter and returns the parameter."""
-    parameter.placement = Placement(tuple(cuts), copies, std, per_expert, alias)
+    parameter.placement = Placement(tuple(cuts), copies, std, per_expert, alias, is_state)
     if cuts:
         # Megatron-Core's own marks: every rank's part counts in the gradient norm. Without them only tensor-parallel
         # rank 0 would count.

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from training.run_dir import flatten, read_settings
+from training.compatibility import flatten
+from training.run_dir import read_settings
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.case import shown
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
 from corpus.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class Trainer:
         self.session, self.config, self.run_dir, self.console = session, session.config, run_dir, console
         train, data = self.config.train, self.config.data
         self.is_main = session.runtime.world.rank == 0
-        self.owner = run_dir.take_over(self.config, prepared.tokenizer) if self.is_main else None
+        self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
         # Bytes are known for text that was tokenised here; a .bin made elsewhere with a given tokenizer counts as well.
@@ -86,9 +87,14 @@ class Trainer:
             self.saved_step = self.progress.step
             self.console.note(f"continuing from {newest}")
         elif self.config.checkpoint.load:
-            source = checkpoint.resolve(self.config.checkpoint.load)
-            checkpoint.load_weights(self.session.engine, source)
+            settings = self.config.checkpoint
+            source = checkpoint.resolve(settings.load)
+            mismatch = checkpoint.load_weights(self.session.engine, source, partial=bool(settings.load_except))
             self.console.note(f"weights from {source}")
+            if mismatch:
+                self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
+        if self.owner:
+            self.run_dir.keep_settings(self.owner, self.config, self.prepared.tokenizer)
 
     def signs_of_life(self) -> tuple[int, tuple[int, int]]:
         """(step under way, counters that grow while this rank gets on)."""

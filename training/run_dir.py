@@ -19,27 +19,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from conf.schema import Config
+from training.compatibility import differences, model_differences, restored, told
 from training.lives import Ownership
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
-# Settings under `model.` that may change between two lives of a run: they change how it is computed or trained, not
-# what the saved weights mean.
-_MAY_CHANGE = {
-    "model.name",
-    "model.init_scale",
-    "model.moe.capacity_factor",
-    "model.moe.eval_capacity_factor",
-    "model.moe.aux_loss_coeff",
-    "model.moe.z_loss_coeff",
-    "model.moe.drop_policy",
-    "model.moe.jitter",
-    "model.moe.backend",
-    "model.moe.dispatcher",
-    "model.moe.pad_to_capacity",
-    "model.moe.expert_dropout",
-    "model.moe.expert_chunk_rows",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ class RunDir:
 
     def adopt(self, config: Config, tokenizer: str | None) -> None:
         """Keeps the configuration and the tokenizer of a new run, so that checkpoints can be evaluated and write text
-        wherever the directory is moved. Those of an existing run are left as they are until `take_over`.
+        wherever the directory is moved. Those of an existing run are left as they are until `keep_settings`.
 
         Raises:
             ValueError: the run was trained with another tokenizer: its token ids mean other text; or the directory
@@ -77,14 +61,18 @@ class RunDir:
             if not (self.path / CONFIG).exists():
                 self._keep(config, tokenizer)
 
-    def take_over(self, config: Config, tokenizer: str | None) -> Ownership:
-        """Makes this process the one that writes here, with its own configuration and tokenizer: of several that
-        start at the same time the last one, whole. Arguments and errors as for `adopt`."""
+    def take_over(self, tokenizer: str | None) -> Ownership:
+        """Makes this process the one that writes here; of several that start at the same time it is the last. Arguments
+        and errors as for `adopt`."""
         with self._explained(), _locked(self.path / ".lock"):
             self._check_tokenizer(tokenizer)
-            owner = Ownership(self.path)
-            self._keep(config, tokenizer)
-        return owner
+            return Ownership(self.path)
+
+    def keep_settings(self, owner: Ownership, config: Config, tokenizer: str | None) -> None:
+        """As `adopt`, of a run that has found its checkpoint, unless another process has taken the directory over."""
+        with self._explained(), _locked(self.path / ".lock"):
+            if owner.holds():
+                self._keep(config, tokenizer)
 
     def discard(self) -> None:
         """Removes the directory after a start that failed, where this process made it and nothing is in it: whatever
@@ -131,22 +119,6 @@ def expected_path(config: Config, env: Mapping[str, str] = os.environ) -> Path:
     return Path(config.run.dir).expanduser() if config.run.dir else Path("runs") / default_name(config, env)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """{key: "old -> new"}; a key that only one side has belongs to another version and is left out."""
-    old, new = flatten(old), flatten(new)
-    both = [key for key in new if key in old and not key.startswith("run.")]
-    return {key: f"{old[key]} -> {new[key]}" for key in both if old[key] != new[key]}
-
-
 def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
     """Makes or reopens the run directory. One process of a run calls this, and `adopt` once the data is known.
 
@@ -159,20 +131,22 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
             raise PermissionError(f"Permission denied: '{path}'")
     except OSError as error:
         raise ValueError(f"run.dir={expected_path(config, env)} cannot be written: {error}") from None
-    continued = bool(_steps_kept(path))
-    changed: dict[str, str] = {}
+    steps = steps_kept(path)
+    _check_access(path, steps)
+    continued = bool(steps)
+    changed: list[str] = []
     if continued:
         if not config.checkpoint.resume:
             raise ValueError(f"run.dir={path} holds checkpoints and checkpoint.resume is false. Choose another run.dir")
-        changed = _differences(read_settings(path), dataclasses.asdict(config))
-        fatal = [f"{k}: {v}" for k, v in changed.items() if k.startswith("model.") and k not in _MAY_CHANGE]
-        if fatal:
+        old, new = read_settings(path), dataclasses.asdict(config)
+        if fatal := model_differences(old, new):
             raise ValueError(
-                f"run.dir={path} holds a run of another model ({'; '.join(fatal)}). "
-                "Restore these settings or choose another run.dir"
+                f"run.dir={path} holds a run of another model ({told(fatal)}). "
+                f"Restore these settings ({restored(fatal)}), or choose another run.dir"
             )
+        changed = [told({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return RunDir(path, created, continued, [f"{key}: {change}" for key, change in changed.items()], overrides)
+    return RunDir(path, created, continued, changed, overrides)
 
 
 def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
@@ -194,27 +168,29 @@ def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
     raise AssertionError("unreachable")
 
 
-def _steps_kept(path: Path) -> list[Path]:
-    """The checkpoints in a run directory, whole or not, after a look whether all that a start reads and changes there
-    can be: nothing is changed before.
+def steps_kept(path: Path) -> list[Path]:
+    """The checkpoints in a run directory, oldest first, whole or not.
 
     Raises:
-        ValueError: naming what cannot be read or written.
+        ValueError: there are some that cannot be read.
     """
     root = path / "checkpoints"
     try:
-        found = sorted(root / name for name in os.listdir(root) if re.fullmatch(r"step_\d{8}", name))
+        return sorted(root / name for name in os.listdir(root) if re.fullmatch(r"step_\d{8}", name))
     except FileNotFoundError:
-        found = []
+        return []
     except OSError as error:
-        raise ValueError(f"run.dir={path}: its checkpoints cannot be read: {error}. Nothing was changed") from None
+        raise ValueError(f"the checkpoints of {path} cannot be read: {error}") from None
+
+
+def _check_access(path: Path, steps: list[Path]) -> None:
+    """Raises ValueError where something that a start reads or changes cannot be: before anything is changed."""
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
     needed = {path / CONFIG: read, path / "metrics.jsonl": read | write, path / "train.log": write}
-    needed |= {root: read | write | enter} | dict.fromkeys(found, read | enter)
+    needed |= {path / "checkpoints": read | write | enter} | dict.fromkeys(steps, read | enter)
     for name, mode in needed.items():
         if name.exists() and not os.access(name, mode):
-            raise ValueError(f"run.dir={path}: permission denied: {name}. Nothing was changed")
-    return found
+            raise ValueError(f"run.dir={path}: permission denied: {name}")
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -174,7 +174,7 @@ BROKEN = [
         "renormalize=null",
     ),
     ({**EXPERT_CHOICE, "model.moe.eval_capacity_factor": 1.0}, 1, "eval_capacity_factor needs", "factor=2.0"),
-    ({**EXPERT_CHOICE, "model.moe.bias_update_rate": 0.1}, 1, "bias_update_rate needs", "bias_update_rate=0.0"),
+    ({**EXPERT_CHOICE, "model.moe.bias_update_rate": 0.1}, 1, "bias_update_rate needs", "bias_update_rate=null"),
     (
         {"model.moe.load_balancing": "sinkhorn", "model.moe.aux_loss_coeff": 0.1, **SPARSE},
         1,

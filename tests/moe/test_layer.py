@@ -211,7 +211,7 @@ def sparse_layer_of(case: dict[str, Any], runtime: Runtime) -> MoELayer:
         top_k_groups=top_k_groups,
         capacity_factor=case["capacity_factor"] or (1.0 if chooses else None),
         drop_policy=case["drop_policy"],
-        bias_update_rate=0.1 if case["bias"] and by_loss and scores != "after" else 0.0,
+        bias_update_rate=0.1 if case["bias"] and by_loss and scores != "after" else None,
         expert_bias=case["expert_bias"],
         pad_to_capacity=case["pad"] and (chooses or case["capacity_factor"] is not None),
         num_shared_experts=2 if case["shared"] else 0,

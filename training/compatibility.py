@@ -1,0 +1,75 @@
+"""Which settings of a model give trained weights another meaning: compared when a run is continued and when it starts
+from another run's weights. Beside each setting in conf/schema.py stands which of its changes do not (`resumable`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from conf.case import shown
+from conf.schema import Change, ModelConfig, MoeConfig
+
+Differences = dict[str, tuple[Any, Any]]
+"""{setting: (old value, new value)}"""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
+    """The settings that differ. A key that only one side has belongs to another version and is left out."""
+    old, new = flatten(old), flatten(new)
+    return {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key]}
+
+
+def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
+    """The differences with which weights of the old settings would mean something else under the new ones."""
+    changes = differences(_without_null(old), _without_null(new))
+    return {
+        key: change
+        for key, change in changes.items()
+        if key.startswith("model.") and not _RESUMABLE.get(key, lambda *_: False)(*change)
+    }
+
+
+def told(changes: Differences) -> str:
+    """`key: old -> new; ...`"""
+    return "; ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items())
+
+
+def restored(changes: Differences) -> str:
+    """The overrides that undo the changes."""
+    words = [f"{key}={shown(old)}" for key, (old, _) in changes.items()]
+    if "model.moe.bias_update_rate" in changes:
+        words.append("or model.moe.bias_update_rate=0, which keeps the trained bias as it is")
+    return " ".join(words)
+
+
+def _resumable() -> dict[str, Change]:
+    sections = {"model": ModelConfig, "model.moe": MoeConfig}
+    return {
+        f"{section}.{field.name}": field.metadata["resumable"]
+        for section, kind in sections.items()
+        for field in dataclasses.fields(kind)
+        if "resumable" in field.metadata
+    }
+
+
+def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings flat, with what null means written out, and without those of experts that there are none of."""
+    flat = flatten(settings)
+    if flat.get("model.num_query_groups", 0) is None:
+        flat["model.num_query_groups"] = flat.get("model.num_attention_heads")
+    if flat.get("model.moe.renormalize", 0) is None:
+        flat["model.moe.renormalize"] = flat.get("model.moe.top_k", 1) > 1
+    if not flat.get("model.moe.num_experts", 1):
+        flat = {k: v for k, v in flat.items() if not k.startswith("model.moe.") or k == "model.moe.num_experts"}
+    return flat
+
+
+_RESUMABLE = _resumable()

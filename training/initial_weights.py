@@ -1,0 +1,116 @@
+"""`checkpoint.load`: the weights that a run starts from, looked at before anything is prepared or written."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.schema import Config, DataConfig
+from training.compatibility import model_differences, restored, told
+from training.run_dir import TOKENIZER, RunDir, expected_path, read_settings, steps_kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from."""
+
+    run_dir: Path
+    directory: Path
+    """The newest step's directory, or the one that was named."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        path = self.run_dir / TOKENIZER
+        return path if path.exists() else None
+
+
+def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
+    """The data settings of a run, with the tokenizer of the weights that it starts from.
+
+    Args:
+        run_dir: None where it is not opened yet, or not by this process.
+
+    Raises:
+        ValueError: checkpoint.load holds no checkpoint, or one of another model or with another tokenizer.
+    """
+    if not config.checkpoint.load:
+        return config.data
+    path = run_dir.path if run_dir else expected_path(config)
+    if steps_kept(path):  # the run goes on from its own weights; the source may be gone by now
+        kept = path / TOKENIZER
+        return _with_tokenizer(config.data, kept if kept.exists() else None)
+    source = find_source(config.checkpoint.load)
+    check_model(config, source)
+    if "data.tokenizer" in config.checkpoint.load_except:
+        return config.data
+    check_tokenizer(config.data, source)
+    return _with_tokenizer(config.data, source.tokenizer)
+
+
+def find_source(load: str) -> Source:
+    """The checkpoint that `checkpoint.load` means. Whether its files are intact is not looked at.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = Path(load).expanduser()
+    if given.name.startswith("step_"):
+        found = [given]
+    else:
+        found = steps_kept(given.parent if given.name == "checkpoints" else given)[::-1]
+    for directory in found:
+        try:
+            json.loads((directory / "manifest.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        return Source(directory.absolute().parent.parent, directory)
+    what = f"no whole one among {', '.join(p.name for p in found)}" if found else "no checkpoint"
+    raise ValueError(f"checkpoint.load={load}: found {what}; a run directory or one of its step_NNNNNNNN is needed")
+
+
+def check_model(config: Config, source: Source) -> None:
+    """Compares the settings of the model with those that the source was trained with.
+
+    Raises:
+        ValueError: they differ where checkpoint.load_except does not name it.
+    """
+    try:
+        settings = read_settings(source.run_dir)
+    except ValueError as error:
+        raise ValueError(f"checkpoint.load={config.checkpoint.load}: the settings of its model: {error}") from None
+    changes = model_differences(settings, dataclasses.asdict(config))
+    named = config.checkpoint.load_except
+    fatal = {key: change for key, change in changes.items() if key not in named}
+    if fatal:
+        raise ValueError(
+            f"checkpoint.load={config.checkpoint.load} is of another model ({told(fatal)}). "
+            f"Take its settings ({restored(fatal)}), or name what may differ: "
+            f"checkpoint.load_except=[{','.join([*named, *fatal])}]"
+        )
+
+
+def check_tokenizer(data: DataConfig, source: Source) -> None:
+    """Raises ValueError where the text would be cut into other tokens than those that the weights were trained on."""
+    kept = source.tokenizer
+    if kept is None:
+        if data.tokenizer is None and data.kind != "megatron":
+            raise ValueError(
+                f"checkpoint.load: {source.run_dir} has no {TOKENIZER}, and a new one would give its token ids another "
+                "meaning: set data.tokenizer to the one that made its token files, or "
+                "checkpoint.load_except=[data.tokenizer] to train a new one"
+            )
+        return
+    if data.tokenizer is None:
+        return
+    given = Path(data.tokenizer).expanduser()
+    if given.is_file() and given.read_bytes() != kept.read_bytes():
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer} is not the one of checkpoint.load: its token ids mean other text. "
+            f"Leave it out, or set data.tokenizer={kept}; deliberately: checkpoint.load_except=[data.tokenizer]"
+        )
+
+
+def _with_tokenizer(data: DataConfig, tokenizer: Path | None) -> DataConfig:
+    if data.tokenizer is not None or tokenizer is None:
+        return data
+    return dataclasses.replace(data, tokenizer=str(tokenizer))
