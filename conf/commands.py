@@ -28,6 +28,8 @@ class PrepareConfig:
     vocab_size: int = 4096
     tokenizer_sample_mib: int = 64
     text_key: str = "text"
+    strict: bool = False
+    """Stop at the first row that has no text, as data.strict does."""
     eod_token: str = "<|endoftext|>"
 
 

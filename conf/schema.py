@@ -217,9 +217,13 @@ class DataConfig:
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
     valid_fraction: float = 0.02
     """Share of the documents held out: chosen by a hash of the path (stdlib) or of the document (text), the last ones
-    (megatron)."""
+    (megatron). Where the hash holds out no document of a text, the one with the smallest hash is held out if it is
+    short, and the tail of it otherwise: this share of all characters, at least 4,096, at most a quarter of it."""
     text_key: str = "text"
     """The field of .jsonl and .parquet rows that holds the text."""
+    strict: bool = False
+    """Stop at the first .jsonl or .parquet row that has no text (null, another type, no such field, not JSON). false:
+    leave such rows out and say how many there were and where; a file without any other stops all the same."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json. null: a byte-level BPE of model.vocab_size entries is trained on the training
     documents and cached."""

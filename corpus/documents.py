@@ -7,7 +7,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _BLOCK = 256 * 1024
+_MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` makes
+_NAMED_ROWS = 3
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,29 @@ class Document:
     """Invalid UTF-8 sequences of the file that became U+FFFD in `text`."""
     done: float
     """Share of the file read so far, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _BadRow:
+    """A row without usable text."""
+
+    where: str
+    why: str
+
+
+@dataclass
+class LeftOut:
+    """The rows of a file that have no usable text."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Where the first few are, and what is wrong with each."""
+
+    def note(self, path: str) -> str:
+        """What to tell the user."""
+        more = self.count - len(self.first)
+        rows = "; ".join(self.first) + (f"; and {more} more" if more else "")
+        return f"{path}: {self.count} row{'s' if self.count > 1 else ''} left out, strict=true stops at them: {rows}"
 
 
 def is_text_file(path: str) -> bool:
@@ -75,71 +101,131 @@ def expand(patterns: list[str]) -> list[str]:
 
 def nearest_existing(path: str) -> str:
     """The end of a message about a missing file: the most similar name beside it, or the folder that is missing."""
+    try:
+        os.stat(path)  # is there, but something else than was wanted; or the name itself is impossible
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        return f": {error.strerror.lower() if isinstance(error, OSError) and error.strerror else error}"
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         while not folder.parent.is_dir():
             folder = folder.parent
         return f"; there is no {folder.name} in {folder.parent}"
-    similar = difflib.get_close_matches(Path(path).name, os.listdir(folder), n=1, cutoff=0.5)
+    try:
+        similar = difflib.get_close_matches(Path(path).name, os.listdir(folder), n=1, cutoff=0.5)
+    except OSError:
+        return ""  # a folder that this user may enter but not list
     return f"; did you mean {folder / similar[0]}?" if similar else ""
 
 
-def read_documents(path: str, text_key: str) -> Iterator[Document]:
+def read_documents(
+    path: str, text_key: str, *, strict: bool = False, left_out: LeftOut | None = None
+) -> Iterator[Document]:
     """The documents of one file, in order; those without text are left out. Whatever the size of the file, no more
     than one document (.txt, .jsonl) or one row group (.parquet) is in memory.
 
     Args:
         path: one of TEXT_SUFFIXES; any other suffix is read like .txt.
         text_key: the field of a row that holds its text.
+        strict: stop at a row that is not JSON, has no such field, or has something other than a string there.
+        left_out: where such rows are counted otherwise.
 
     Raises:
-        ValueError: the file cannot be read, is damaged, or a row has no text; names the file and the line.
+        ValueError: the file cannot be read or is damaged, or no row (`strict`: a row) has no text; names the file and
+            the line.
     """
     if path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        documents = _read_jsonl(path, text_key)
+        rows = _read_jsonl(path, text_key)
     elif path.endswith(".parquet"):
-        documents = _read_parquet(path, text_key)
+        rows = _read_parquet(path, text_key)
     else:
-        documents = _read_plain(path)
+        rows = _read_plain(path)
+    left_out = LeftOut() if left_out is None else left_out
+    usable = False
     try:
-        yield from (document for document in documents if document.text)
+        for row in rows:
+            if isinstance(row, Document):
+                usable = True
+                if row.text:
+                    yield row
+                continue
+            if strict:
+                raise ValueError(f"{path} {row.where}{row.why}")
+            left_out.count += 1
+            if len(left_out.first) < _NAMED_ROWS:
+                left_out.first.append(f"{row.where}{row.why}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    if left_out.count and not usable:
+        others = f"; none of its {left_out.count} rows can be used" if left_out.count > 1 else ""
+        raise ValueError(f"{path} {left_out.first[0]}{others}")
 
 
 def _read_plain(path: str) -> Iterator[Document]:
-    yield Document(*_decode(Path(path).read_bytes()), done=1.0)
+    yield Document(*_decode(_without_mark(Path(path).read_bytes(), path)), done=1.0)
 
 
-def _read_jsonl(path: str, text_key: str) -> Iterator[Document]:
+def _without_mark(start: bytes, path: str) -> bytes:
+    """The beginning of a file without a byte-order mark, which is no part of its text.
+
+    Raises:
+        ValueError: the mark is that of UTF-16.
+    """
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in start:
+        raise ValueError(f"{path} is in UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+    return start.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _read_jsonl(path: str, text_key: str) -> Iterator[Document | _BadRow]:
     import zstandard
 
     number = 0
     try:
         for number, (line, done) in enumerate(_lines(path), start=1):
+            if number == 1:
+                line = _without_mark(line, path)
             if line.strip():
                 text, replaced = _decode(line)
-                yield Document(_field(text, text_key, f"{path} line {number}"), replaced, done)
+                value = _field(text, text_key, f"line {number}")
+                yield Document(value, replaced, done) if isinstance(value, str) else value
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise ValueError(f"{path} is damaged after line {number}: {error}") from error
 
 
-def _field(line: str, text_key: str, where: str) -> str:
+def _field(line: str, text_key: str, where: str) -> str | _BadRow:
     """The text of a JSON row."""
     try:
-        row = json.loads(line)
+        row = _parse(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error.msg}, column {error.colno}") from error
+        return _BadRow(where, f" is not valid JSON: {error.msg}, column {error.colno}")
+    except RecursionError:
+        return _BadRow(where, " is nested too deeply")
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is a JSON {type(row).__name__}, not an object with a field {text_key!r}")
+        return _BadRow(where, f" is a JSON {_kind(row)}, not an object with a field {text_key!r}")
     if text_key not in row:
-        raise ValueError(f"{where} has no field {text_key!r}; set text_key to one that it has: {', '.join(row)}")
-    if not isinstance(row[text_key], str):
-        raise ValueError(f"{where}: field {text_key!r} is {type(row[text_key]).__name__}, not a string")
-    return _without_lone_surrogates(row[text_key])
+        names = ", ".join(row) or "none"
+        return _BadRow(where, f" has no field {text_key!r}; set text_key to one that it has: {names}")
+    value = row[text_key]
+    if not isinstance(value, str):
+        return _BadRow(where, f": field {text_key!r} is {_kind(value)}, not a string")
+    return _without_lone_surrogates(value)
 
 
-def _read_parquet(path: str, text_key: str) -> Iterator[Document]:
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python converts, and a field that is not looked at
+        return json.loads(line, parse_int=float)
+
+
+def _read_parquet(path: str, text_key: str) -> Iterator[Document | _BadRow]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -154,8 +240,9 @@ def _read_parquet(path: str, text_key: str) -> Iterator[Document]:
             for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                 number += 1
                 if value is None:
-                    raise ValueError(f"{path} row {number}: column {text_key!r} is null")
-                yield Document(*_decode(value), done=number / file.metadata.num_rows)
+                    yield _BadRow(f"row {number}", f": column {text_key!r} is null")
+                else:
+                    yield Document(*_decode(value), done=number / file.metadata.num_rows)
     except arrow.ArrowNotImplementedError as error:
         raise ValueError(f"{path}: column {text_key!r} does not hold text: {error}") from error
     except (arrow.ArrowException, OSError) as error:
@@ -187,16 +274,20 @@ def _lines(path: str) -> Iterator[tuple[bytes, float]]:
     elif path.endswith(".zst"):
         import zstandard
 
-        blocks = _decompressed(path, zstandard.ZstdDecompressor().decompressobj)
+        blocks = _decompressed(path, zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).decompressobj)
     else:
         blocks = _blocks(path)
-    rest = b""
+    begun: list[bytes] = []  # parts of a line that has not ended: joined once, so that a long line takes linear time
     for block, done in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            yield line, done
-    if rest:
-        yield rest, 1.0
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        if others:
+            *lines, rest = b"".join(begun), *others
+            for line in lines:
+                yield line, done
+            begun = [rest]
+    if line := b"".join(begun):
+        yield line, 1.0
 
 
 def _blocks(path: str) -> Iterator[tuple[bytes, float]]:
@@ -218,7 +309,7 @@ def _decompressed(path: str, new_frame: Callable[[], Any]) -> Iterator[tuple[byt
         while block:
             frame = frame or new_frame()
             yield frame.decompress(block), done
-            block = frame.unused_data if frame.eof else b""
+            block = frame.unused_data.lstrip(b"\0") if frame.eof else b""  # tapes pad with zeros
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("it ends in the middle of the compressed data")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from corpus.documents import nearest_existing
-from corpus.tokenizer import Tokenizer, segments
+from corpus.tokenizer import Tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
@@ -65,6 +65,11 @@ def read_index(prefix: str) -> Index:
     if version != 1 or code not in _DTYPES:
         raise ValueError(f"{idx_path}: version {version} and type code {code} are not those of an index of token ids")
     size = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+    if os.path.getsize(idx_path) == size + num_sequences and num_sequences:
+        raise ValueError(
+            f"{idx_path} is a multimodal index, with a mode for each of its {num_sequences} sequences; "
+            "only token files of text can be trained on: make the pair again without modes"
+        )
     if os.path.getsize(idx_path) != size:
         raise ValueError(
             f"{idx_path} is truncated or damaged: {os.path.getsize(idx_path)} bytes instead of {size} "
@@ -148,7 +153,7 @@ class TokenWriter:
 
     def add(self, text: str) -> None:
         """Appends a document; its end-of-document token is added."""
-        parts = segments(text)
+        parts = self._tokenizer.segments(text)
         for number, part in enumerate(parts, start=1):
             self._segments.append((part, number == len(parts)))
             self._characters += len(part)

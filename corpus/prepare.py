@@ -19,7 +19,7 @@ from corpus.ingredients import Ingredient, ingredients
 from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 
-_FORMAT = 1  # of the cache; to be raised when the same settings come to mean other token files
+_FORMAT = 2  # of the cache; to be raised when the same settings come to mean other token files
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def prepare(
     notes: list[str] = []
     cache = Cache(data.cache_dir, notes.append)
     try:
-        corpora = {i: TextCorpus(i, data.text_key) for i in found if i.kind != "megatron"}
+        corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.kind != "megatron"}
         _hash_files([path for ingredient in corpora for path in ingredient.files], cache, progress)
         vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
         parts = []

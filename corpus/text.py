@@ -6,40 +6,72 @@ import math
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from corpus.cache import Cache
-from corpus.documents import Document, read_documents
+from corpus.documents import Document, LeftOut, read_documents
 from corpus.ingredients import Ingredient
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0 to 1."""
 
 
+_SHORT = 4096  # characters
+_SMALL_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out."""
+
+    threshold: float
+    """Those that draw less, whole."""
+    smallest: float = 1.0
+    tail: int = 0
+    """Of those that draw `smallest`, about this many characters at the end; 0: none."""
+
+
 class TextCorpus:
     """The documents of an ingredient of text."""
 
-    def __init__(self, ingredient: Ingredient, text_key: str) -> None:
+    def __init__(self, ingredient: Ingredient, text_key: str, *, strict: bool = False) -> None:
         """
         Args:
             text_key: the field of a row that holds its text.
+            strict: stop at a row without text, which is left out otherwise.
         """
         self.ingredient = ingredient
+        self.left_out: dict[str, LeftOut] = {}
+        """Of the files that `documents` has read."""
         self._text_key = text_key
+        self._strict = strict
 
     def identity(self, cache: Cache) -> list[Any]:
         """All that decides which documents there are and which of them are held out, JSON-serialisable."""
         kind, files = self.ingredient.kind, self.ingredient.files
         names = [_library_name(path) if kind == "stdlib" else os.path.basename(path) for path in files]
         contents = [cache.sha256(path) for path in files]
-        return [kind, names, contents, self.ingredient.valid_share, self._text_key]
+        # What was read without `strict` may hold rows that it stops at.
+        return [kind, names, contents, self.ingredient.valid_share, self._text_key, self._strict]
 
     def documents(self, path: str) -> Iterator[tuple[Document, bool]]:
-        """The documents of one of the files, in order, and whether each is held out."""
-        for document in read_documents(path, self._text_key):
-            yield document, self._draw(path, document) < self._threshold
+        """The documents of one of the files, in order, and whether each is held out. One of which only the tail is held
+        out comes as two."""
+        split, self.left_out[path] = self.split, LeftOut()
+        for document in self._read(path, self.left_out[path]):
+            draw = self._draw(path, document)
+            if split.tail and draw == split.smallest:
+                begin = _tail_begin(document.text, split.tail)
+                yield replace(document, text=document.text[:begin]), False
+                yield replace(document, text=document.text[begin:], replaced=0), True
+            else:
+                yield document, draw < split.threshold
+
+    def _read(self, path: str, left_out: LeftOut | None = None) -> Iterator[Document]:
+        return read_documents(path, self._text_key, strict=self._strict, left_out=left_out)
 
     def _draw(self, path: str, document: Document) -> float:
         """A number in [0, 1) that depends on nothing but the path (stdlib) or the text, so that equal documents never
@@ -48,24 +80,36 @@ class TextCorpus:
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
     @cached_property
-    def _threshold(self) -> float:
-        """Documents that draw less are held out: valid_share, or where none would be, the document with the smallest
-        draw. A corpus with a single document holds out nothing."""
+    def split(self) -> Split:
+        """Documents that draw less than valid_share are held out; where none would be, the one with the smallest draw:
+        whole, when others are left and it is short, otherwise its tail."""
         share = self.ingredient.valid_share
         if share in (0.0, 1.0):
-            return share
-        smallest, largest = 1.0, 0.0
+            return Split(share)
+        smallest, length, characters, others = 1.0, 0, 0, False
         for path in self.ingredient.files:
-            for document in read_documents(path, self._text_key):
+            for document in self._read(path):
                 draw = self._draw(path, document)
                 if draw < share:
-                    return share
-                smallest, largest = min(smallest, draw), max(largest, draw)
-        return math.nextafter(smallest, 1.0) if smallest < largest else 0.0
+                    return Split(share)
+                others |= characters > 0 and draw != smallest
+                characters += len(document.text)
+                if draw < smallest:
+                    smallest, length = draw, len(document.text)
+        if others and length <= max(_SHORT, characters * _SMALL_SHARE):
+            return Split(math.nextafter(smallest, 1.0))
+        return Split(0.0, smallest, min(max(math.ceil(share * characters), _SHORT), length // 4))
 
 
 def _library_name(path: str) -> str:
     return Path(path).relative_to(sysconfig.get_path("stdlib")).as_posix()
+
+
+def _tail_begin(text: str, size: int) -> int:
+    """Where the last `size` characters or a little less begin: with a line, or else with a word."""
+    begin = len(text) - size
+    newline, space = (text.find(character, begin, begin + size // 2) for character in "\n ")
+    return newline + 1 if newline >= 0 else space if space >= 0 else begin
 
 
 def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]:
@@ -94,6 +138,7 @@ def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder
     tokenizer = Tokenizer.load(tokenizer_path, eod_token)
     writers: dict[str, TokenWriter] = {}
     replaced: dict[str, int] = {}
+    tails: dict[str, int] = {}
     for document, path, held_out, done in _all_documents(corpus):
         split = "valid" if held_out else "train"
         if split not in writers:
@@ -101,6 +146,8 @@ def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder
         writers[split].add(document.text)
         if document.replaced:
             replaced[path] = document.replaced + replaced.get(path, 0)
+        if held_out and corpus.split.tail:
+            tails[path] = len(document.text) + tails.get(path, 0)
         progress("tokenising", done)
     splits, measured = {}, {"valid_bytes": 0, "valid_gzip_bytes": 0}
     for split, writer in writers.items():
@@ -109,7 +156,9 @@ def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder
         splits[split] = {"num_documents": writer.num_documents, "num_tokens": tokens}
     if "valid" in writers:
         measured = {"valid_bytes": writers["valid"].num_bytes, "valid_gzip_bytes": writers["valid"].gzip_bytes}
-    manifest = {"splits": splits, "held_out": measured, "notes": _replacement_notes(replaced)}
+    left_out = [rows.note(path) for path, rows in corpus.left_out.items() if rows.count]
+    notes = [*left_out, *_replacement_notes(replaced), *_tail_notes(tails)]
+    manifest = {"splits": splits, "held_out": measured, "notes": notes}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -128,4 +177,13 @@ def _replacement_notes(replaced: dict[str, int]) -> list[str]:
     return [
         f"{count} invalid UTF-8 sequence{'s' if count > 1 else ''} replaced in {path}"
         for path, count in replaced.items()
+    ]
+
+
+def _tail_notes(tails: dict[str, int]) -> list[str]:
+    """What to tell the user about documents that were split."""
+    return [
+        f"the last {count:,} characters of {path} are held out, since there are too few documents to hold out a whole "
+        "one; data.valid_files names others"
+        for path, count in tails.items()
     ]

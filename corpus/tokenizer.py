@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SEGMENT = 256 * 1024  # characters
-# After a single newline or before a single space: the pre-tokenizers of GPT-2, cl100k and Llama 3 cut there as well.
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+_BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)")
+_BEFORE_SPACE_OR_LINE = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+# GPT-4's (cl100k_base), which is Llama 3's, and Qwen's: like GPT-2's, they end a token before a single space and after
+# a single newline.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_KNOWN_SPLITS = {f"{_CONTRACTIONS}|{_WORDS}|{numbers}|{_OTHERS}" for numbers in (r"\p{N}{1,3}", r"\p{N}")}
 
 
 class Tokenizer:
@@ -30,6 +36,7 @@ class Tokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True
         self._inner = inner
+        self._cut = _harmless_cut(json.loads(inner.to_str()))
         self.eod_id = eod_id
         """Id of the end-of-document token."""
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -47,6 +54,8 @@ class Tokenizer:
                 inner = tokenizers.Tokenizer.from_str(file.read())
         except FileNotFoundError:
             raise ValueError(f"tokenizer {path} does not exist{nearest_existing(path)}") from None
+        except OSError as error:
+            raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from None
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         eod_id = None if eod_token is None else inner.token_to_id(eod_token)
@@ -89,6 +98,17 @@ class Tokenizer:
         """The same for many texts, on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def segments(self, text: str) -> list[str]:
+        """Cuts a long text every _SEGMENT characters or a little more, where the tokens stay the same, so that it can
+        be encoded on all cores and in little memory; not at all where no such place is known for this tokenizer."""
+        if self._cut is None:
+            return [text]
+        parts, start = [], 0
+        while cut := self._cut.search(text, start + _SEGMENT):
+            parts.append(text[start : cut.start()])
+            start = cut.start()
+        return [*parts, text[start:]]
+
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; special tokens are spelled out."""
         return self._inner.decode(ids, skip_special_tokens=False)
@@ -126,14 +146,37 @@ class Tokenizer:
         return lengths
 
 
-def segments(text: str) -> list[str]:
-    """Cuts a long text every _SEGMENT characters or a little more, where a byte-level tokenizer separates tokens
-    anyhow, so that it can be encoded on all cores and in little memory."""
-    parts, start = [], 0
-    while cut := _SAFE_CUT.search(text, start + _SEGMENT):
-        parts.append(text[start : cut.start()])
-        start = cut.start()
-    return [*parts, text[start:]]
+def _harmless_cut(state: dict[str, Any]) -> re.Pattern[str] | None:
+    """Where a text may be cut so that the tokens of the parts are those of the whole; None: nowhere that is known.
+
+    Pre-tokenizers end a token at certain characters whatever follows. But those that put a space before a text would
+    put one before every part, unless it begins with one; and an added token may reach over the cut.
+
+    Args:
+        state: content of the tokenizer.json.
+    """
+    normalizer, pre_tokenizer = state["normalizer"], state["pre_tokenizer"] or {}
+    if normalizer is not None and normalizer["type"] != "NFC":  # a space and a newline do not compose
+        return None
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["Metaspace"]:
+        cut = _BEFORE_SPACE if parts[0].get("split", True) else None
+    elif kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        cut = _BEFORE_SPACE if parts[0]["add_prefix_space"] else _BEFORE_SPACE_OR_LINE
+    elif kinds == ["Split", "ByteLevel"] and _is_known_split(parts[0]) and not parts[1].get("use_regex", True):
+        cut = None if parts[1]["add_prefix_space"] else _BEFORE_SPACE_OR_LINE
+    else:
+        cut = None
+    for token in state["added_tokens"]:
+        # Special tokens are not looked for in text.
+        if not token["special"] and (token["lstrip"] or token["rstrip"] or re.search(r"\s\S|\S\s", token["content"])):
+            return None
+    return cut
+
+
+def _is_known_split(part: dict[str, Any]) -> bool:
+    return part["pattern"].get("Regex") in _KNOWN_SPLITS and part["behavior"] == "Isolated" and not part["invert"]
 
 
 def _eod_candidates(inner: tokenizers.Tokenizer) -> str:

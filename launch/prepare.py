@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from conf.commands import PrepareConfig
 from corpus.documents import expand
@@ -31,7 +32,21 @@ def main(config: PrepareConfig) -> int:
     patterns = config.input if isinstance(config.input, list) else [config.input]
     files = expand([str(pattern) for pattern in patterns])
     prefix = _check_output(config.output)
-    corpus = TextCorpus(Ingredient("text", files, weight=1.0, valid_share=0.0), config.text_key)
+    corpus = TextCorpus(Ingredient("text", files, weight=1.0, valid_share=0.0), config.text_key, strict=config.strict)
+    try:
+        manifest = _write(config, corpus, prefix)
+    except OSError as error:
+        raise ValueError(f"output={config.output} cannot be written: {error.strerror or error}") from error
+    counts = manifest["splits"]["train"]
+    print(f"{prefix}.bin: {counts['num_tokens']:,} tokens, documents: {counts['num_documents']:,}")
+    for note in manifest["notes"]:
+        print(note)
+    print(f"train on it: data=megatron data.files=[{prefix}] data.tokenizer={prefix}.tokenizer.json")
+    return 0
+
+
+def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str, Any]:
+    """Writes the three files and returns the corpus's manifest."""
     # Written aside, in the same file system: an interrupted command leaves no file that looks finished.
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as temporary:
         folder = Path(temporary)
@@ -42,15 +57,10 @@ def main(config: PrepareConfig) -> int:
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
         manifest = json.loads((folder / "manifest.json").read_text())
         if "train" not in manifest["splits"]:
-            raise ValueError(f"{', '.join(files)} hold no text")
+            raise ValueError(f"{', '.join(corpus.ingredient.files)} hold no text")
         for name, suffix in _OUTPUTS.items():
             os.rename(folder / name, f"{prefix}{suffix}")
-    counts = manifest["splits"]["train"]
-    print(f"{prefix}.bin: {counts['num_tokens']:,} tokens, documents: {counts['num_documents']:,}")
-    for note in manifest["notes"]:
-        print(note)
-    print(f"train on it: data=megatron data.files=[{prefix}] data.tokenizer={prefix}.tokenizer.json")
-    return 0
+    return manifest
 
 
 def _check_output(output: str) -> Path:
@@ -58,6 +68,8 @@ def _check_output(output: str) -> Path:
     if output.endswith((".bin", ".idx")):
         raise ValueError(f"output={output} is a prefix: name it without the suffix, output={output[:-4]}")
     prefix = Path(output).expanduser().absolute()
+    if output.endswith("/") or prefix.name in ("", "..") or os.path.isdir(prefix):
+        raise ValueError(f"output={output} names a folder; add a name for the files: output={Path(output) / 'corpus'}")
     for suffix in _OUTPUTS.values():
         if os.path.exists(f"{prefix}{suffix}"):
             raise ValueError(f"{prefix}{suffix} exists already; remove it or choose another output")

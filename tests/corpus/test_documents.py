@@ -1,6 +1,8 @@
 import gzip
 import json
+import re
 import sysconfig
+import time
 from pathlib import Path
 
 import pyarrow
@@ -9,7 +11,7 @@ import pytest
 import zstandard
 
 from corpus import documents
-from corpus.documents import expand, read_documents, standard_library_files
+from corpus.documents import LeftOut, expand, read_documents, standard_library_files
 
 TEXTS = ["one", "zwei\nLinien", "", "trois é\U0001f389", "four " * 200]
 LINES = [json.dumps({"id": i, "text": text}).encode() for i, text in enumerate(TEXTS)]
@@ -61,20 +63,79 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
     assert texts_of(path) == ["a\ufffdb \U0001f389"]
 
 
+DEEP = b'{"text": "x", "m": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BAD_LINES = {
-    b'{"text": ': r"file.jsonl line 3 is not valid JSON",
-    b"[1]": r"line 3 is a JSON list, not an object",
-    b'{"body": "x", "id": 1}': r"line 3 has no field 'text'; set text_key to one that it has: body, id",
-    b'{"text": null}': r"line 3: field 'text' is NoneType, not a string",
+    b'{"text": ': "line 3 is not valid JSON: Expecting value, column 10",
+    b"[1]": "line 3 is a JSON list, not an object with a field 'text'",
+    b'{"body": "x", "id": 1}': "line 3 has no field 'text'; set text_key to one that it has: body, id",
+    b'{"text": null}': "line 3: field 'text' is null, not a string",
+    b'{"text": 1' + b"0" * 5000 + b"}": "line 3: field 'text' is float, not a string",
+    DEEP: "line 3 is nested too deeply",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named(tmp_path, line):
+@pytest.mark.parametrize("line", BAD_LINES, ids=BAD_LINES.values())
+def test_a_bad_line_is_left_out_and_named(tmp_path, line):
     path = tmp_path / "file.jsonl"
-    path.write_bytes(LINES[0] + b"\n" + LINES[1] + b"\n" + line + b"\n")
-    with pytest.raises(ValueError, match=BAD_LINES[line]):
+    path.write_bytes(LINES[0] + b"\n" + LINES[1] + b"\n" + line + b"\n" + LINES[3] + b"\n")
+    left_out = LeftOut()
+    documents = list(read_documents(str(path), "text", left_out=left_out))
+    assert [document.text for document in documents] == [TEXTS[0], TEXTS[1], TEXTS[3]]
+    assert left_out.note("file") == f"file: 1 row left out, strict=true stops at them: {BAD_LINES[line]}"
+    with pytest.raises(ValueError, match=re.escape(f"{path} {BAD_LINES[line]}")):
+        list(read_documents(str(path), "text", strict=True))
+    path.write_bytes(b"\n\n" + line + b"\n" + line)
+    with pytest.raises(ValueError, match=re.escape(f"{BAD_LINES[line]}; none of its 2 rows can be used")):
         texts_of(path)
+
+
+def test_many_bad_lines_are_counted(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b'{"text": "x"}\n' + b'{"text": null}\n' * 9)
+    left_out = LeftOut()
+    list(read_documents(str(path), "text", left_out=left_out))
+    assert left_out.count == 9 and left_out.note("file").endswith(
+        "line 4: field 'text' is null, not a string; and 6 more"
+    )
+
+
+def test_an_integer_of_many_digits_in_a_field_that_is_not_read(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b'{"text": "x", "id": ' + b"9" * 5000 + b"}")
+    assert texts_of(path) == ["x"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    text = b"one" if suffix == ".txt" else LINES[0]
+    for mark in (b"\xef\xbb\xbf", b""):
+        path.write_bytes(mark + text if suffix == ".txt" else compress(suffix, mark + text))
+        assert texts_of(path) == ["one"]
+    utf16 = text.decode().encode("utf-16")
+    path.write_bytes(utf16 if suffix == ".txt" else compress(suffix, utf16))
+    with pytest.raises(ValueError, match="is in UTF-16, not UTF-8; convert it: iconv"):
+        texts_of(path)
+
+
+def test_a_long_zstd_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size, as in a pipe
+    path = tmp_path / "file.jsonl.zst"
+    path.write_bytes(compressor.compress(LINES[0]) + compressor.flush())
+    assert texts_of(path) == ["one"]
+
+
+def test_a_long_line_takes_linear_time(tmp_path, monkeypatch):
+    path = tmp_path / "file.jsonl"
+    monkeypatch.setattr(documents, "_BLOCK", 64)
+    times = []
+    for size in (1, 8):
+        path.write_text(json.dumps({"text": "a" * size * 1_000_000}))
+        begin = time.process_time()
+        assert [len(text) for text in texts_of(path)] == [size * 1_000_000]
+        times.append(time.process_time() - begin)
+    assert times[1] < 24 * times[0] + 0.1  # 64 times when every block copies the line so far
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -84,6 +145,8 @@ def test_damaged_compressed_files(tmp_path, suffix):
     path.write_bytes(first + second[:-6])
     with pytest.raises(ValueError, match=r"file.*is damaged after line (5|6|7|8|9|10): it ends in the middle"):
         texts_of(path)
+    path.write_bytes(first + b"\x00" * 100)
+    assert len(texts_of(path)) == 4
     path.write_bytes(first + b"\x00 this is something else")
     with pytest.raises(ValueError, match=r"file.*is damaged after line 5"):
         texts_of(path)
@@ -92,8 +155,11 @@ def test_damaged_compressed_files(tmp_path, suffix):
 def test_damaged_and_unsuitable_parquet(tmp_path):
     path = tmp_path / "file.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["a", None]}), path)
+    left_out = LeftOut()
+    assert [document.text for document in read_documents(str(path), "text", left_out=left_out)] == ["a"]
+    assert left_out.note("file").endswith("1 row left out, strict=true stops at them: row 2: column 'text' is null")
     with pytest.raises(ValueError, match=r"file.parquet row 2: column 'text' is null"):
-        texts_of(path)
+        list(read_documents(str(path), "text", strict=True))
     with pytest.raises(ValueError, match="no column 'body'; set text_key to one that it has: n, text"):
         texts_of(path, "body")
     with pytest.raises(ValueError, match="column 'n' does not hold text"):
@@ -121,6 +187,9 @@ def test_files_that_cannot_be_used(tmp_path):
         "empty.txt": "empty.txt is empty",
         "table.csv": r"table\.csv: unknown kind of file; known are \.txt \.jsonl",
         "": "is a folder; name its files, for example",
+        "a" * 300 + ".txt": "does not exist: file name too long",
+        "a" * 300 + "/b.txt": "does not exist: file name too long",
+        "a" * 300 + "*.txt": "matches no file",
     }.items():
         with pytest.raises(ValueError, match=message):
             expand([f"{tmp_path}/{pattern}"])

@@ -94,6 +94,8 @@ def test_pairs_that_cannot_be_used(tmp_path):
     short = pair("short")
     (tmp_path / "short.idx").write_bytes(index[:-8])
     refuse(short, r"short\.idx is truncated or damaged: 94 bytes instead of 102 for 3 sequences")
+    (tmp_path / "short.idx").write_bytes(index + bytes(3))
+    refuse(short, r"short\.idx is a multimodal index, with a mode for each of its 3 sequences")
     (tmp_path / "short.idx").write_bytes(b"PK\x03\x04 something else altogether, but long enough")
     refuse(short, r"short\.idx is not a Megatron index")
     (tmp_path / "short.idx").write_bytes(index[:17] + b"\x07" + index[18:])  # float32

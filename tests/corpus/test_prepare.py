@@ -80,6 +80,43 @@ def test_a_small_corpus_holds_out_one_document(text_data, tmp_path):
     assert (prepared.train[0].num_documents, prepared.valid[0].num_documents) == (4, 1)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_few_long_documents_the_tail_of_one_is_held_out(text_data, tmp_path, count):
+    texts = ["".join(f"{i}. In book {book} the fox jumps.\n" for i in range(900)) for book in range(count)]
+    files = [tmp_path / f"{book}.txt" for book in range(count)]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    text_data.files, text_data.valid_fraction = [str(file) for file in files], 0.02
+    prepared = run(text_data)
+    (tail,) = documents_of(prepared, prepared.valid)
+    train = documents_of(prepared, prepared.train)
+    (i,) = [i for i, text in enumerate(texts) if text.endswith(tail)]
+    assert train == [text.removesuffix(tail) if i == j else text for j, text in enumerate(texts)]
+    assert tail.endswith(f"899. In book {i} the fox jumps.\n") and tail[0].isdigit()  # whole lines
+    assert 4000 < len(tail) <= 4096 and prepared.valid_bytes == len(tail)
+    (note,) = prepared.notes
+    assert f"the last {len(tail):,} characters of {files[i]} are held out" in note and "data.valid_files" in note
+    assert run(replace(text_data, cache_dir=str(tmp_path / "other"))).key == prepared.key
+
+
+def test_equal_documents_are_split_alike(text_data, tmp_path):
+    text = "".join(f"{i} is a number\n" for i in range(500))
+    text_data.files = [write_jsonl(tmp_path / "one.jsonl", [text] * 3)]
+    prepared = run(text_data)
+    (tail, *tails), (head, *heads) = documents_of(prepared, prepared.valid), documents_of(prepared, prepared.train)
+    assert tails == [tail] * 2 and heads == [head] * 2 and head + tail == text and 0 < len(tail) <= len(text) // 4
+
+
+def test_rows_without_text(text_data, tmp_path):
+    with open(text_data.files[0], "a") as file:
+        file.write('\n{"text": null}\nnot JSON\n')
+    prepared = run(text_data)
+    assert sorted(documents_of(prepared, prepared.train + prepared.valid)) == sorted(sentences(200))
+    (note,) = prepared.notes
+    assert note.startswith(f"{text_data.files[0]}: 2 rows left out") and "line 201: field 'text' is null" in note
+    refused(replace(text_data, strict=True), r"line 201: field 'text' is null, not a string")
+
+
 def test_held_out_text_does_not_teach_the_tokenizer(text_data, tmp_path):
     before = run(text_data)
     held_out = set(documents_of(before, before.valid))
@@ -282,7 +319,11 @@ def test_text_and_tokenizers_that_do_not_fit(text_data, tmp_path):
     refused(replace(given, eod_token="</s>"), r"has no token '</s>'; set eod_token to one that it has: ")
     refused(replace(given, tokenizer=tokenizer + "x"), r"does not exist; did you mean .*tokenizer\.json\?")
     one = write_jsonl(tmp_path / "one.jsonl", ["a single document " * 50])
-    refused(replace(text_data, files=[one]), "a single document cannot be split; set data.valid_files")
+    refused(
+        replace(text_data, files=[one]),
+        r"held-out text has \d+ tokens, .*; raise data.valid_fraction=0.1 or",
+        sequence_length=64,
+    )
     blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
     refused(replace(text_data, files=[blank]), "no document is left to train on")
     refused(replace(text_data, valid_files=text_data.files), "data.valid_files names all the files")

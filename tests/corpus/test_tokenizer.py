@@ -5,10 +5,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from corpus import tokenizer as module
-from corpus.tokenizer import Tokenizer, segments
+from corpus.tokenizer import Tokenizer
 
 EOD = "<|endoftext|>"
 TRAINING = [
@@ -53,19 +53,82 @@ def test_training_again_gives_the_same_tokenizer(trained, tmp_path):
     assert loaded.encode_batch(TRAINING) == [trained.encode(text) for text in TRAINING]
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=texts | st.lists(st.sampled_from(["a", "bc", " ", "\n", "\r\n", "1", ".", "'s"])).map("".join))
-def test_cutting_a_long_text_changes_nothing(trained, text):
+def byte_level(**settings) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **settings})
+
+
+def split(regex: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated"), byte_level(use_regex=False)]
+    )
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+METASPACE = pre_tokenizers.Metaspace
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+# Whether a text may be cut, then the tokenizer's normalizer, pre-tokenizer and added tokens.
+CUTS = {
+    "gpt 2": (True, None, byte_level(), []),
+    "a space before the text": (True, None, byte_level(add_prefix_space=True), []),
+    "no words": (False, None, byte_level(use_regex=False), []),
+    "llama 3": (True, None, split(LLAMA_3), []),
+    "qwen": (True, normalizers.NFC(), split(LLAMA_3.replace("{1,3}", "")), []),
+    "another regex": (False, None, split(r"\w+ \w+|."), []),
+    "metaspace always": (True, None, METASPACE(prepend_scheme="always"), []),
+    "metaspace first": (True, None, METASPACE(prepend_scheme="first"), []),
+    "metaspace never": (True, None, METASPACE(prepend_scheme="never"), []),
+    "metaspace unsplit": (False, None, METASPACE(prepend_scheme="always", split=False), []),
+    "sentencepiece": (False, PREPEND, None, []),
+    "stripped": (False, normalizers.Strip(), byte_level(), []),
+    "runs of spaces": (True, None, byte_level(), [AddedToken("  "), AddedToken("\n\n")]),
+    "a token over the cut": (False, None, byte_level(), [AddedToken("x a")]),
+    "a token that takes spaces": (False, None, byte_level(), [AddedToken("bc", rstrip=True)]),
+}
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def any_kind(request, tmp_path_factory) -> tuple[bool, Tokenizer]:
+    """A BPE with merges over whatever its pre-tokenizer leaves together, and whether texts may be cut for it."""
+    may_be_cut, normalizer, pre_tokenizer, added = CUTS[request.param]
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="?", byte_fallback=True))
+    inner.normalizer, inner.pre_tokenizer = normalizer, pre_tokenizer
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), *" \n▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[EOD, "?"], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(["a bc a bc\nx a x a\n 1 1\n1\n" * 3, *TRAINING], trainer)
+    inner.add_tokens(added)
+    return may_be_cut, Tokenizer.load(save(inner, tmp_path_factory.mktemp("kind") / "t.json"), EOD)
+
+
+pieces = st.sampled_from(
+    ["a", "bc", "x", " ", "  ", "\n", "\r\n", "1", ".", "'s", "▁", "é", "e", "\u0301", "\xa0", EOD]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.lists(pieces, max_size=24).map("".join) | st.text())
+def test_cutting_a_long_text_changes_nothing(any_kind, text):
+    _, tokenizer = any_kind
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SEGMENT", 3)
-        parts = segments(text)
+        parts = tokenizer.segments(text)
     assert "".join(parts) == text
-    assert list(chain(*trained.encode_batch(parts))) == trained.encode(text)
+    assert list(chain(*tokenizer.encode_batch(parts))) == tokenizer.encode(text)
 
 
-def test_long_texts_are_cut(monkeypatch):
+def test_long_texts_are_cut_where_that_is_known_to_be_harmless(any_kind, monkeypatch):
+    may_be_cut, tokenizer = any_kind
     monkeypatch.setattr(module, "_SEGMENT", 5)
-    assert segments("one two three\nfour  five") == ["one two", " three\n", "four  five"]
+    assert (len(tokenizer.segments("one two three four five")) > 1) == may_be_cut
+
+
+def test_where_long_texts_are_cut(trained, monkeypatch):
+    monkeypatch.setattr(module, "_SEGMENT", 5)
+    assert trained.segments("one two three\nfour  five") == ["one two", " three\n", "four  five"]
 
 
 def save(inner: tokenizers.Tokenizer, path) -> str:

@@ -19,6 +19,8 @@ TEXTS = [f"Document {i} is about {'numbers ' * (i % 5)}and words.\n" for i in ra
 def files(tmp_path: Path) -> list[str]:
     (tmp_path / "one.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     (tmp_path / "two.txt").write_bytes(b"\xffplain text")
+    (tmp_path / "null").mkdir()
+    (tmp_path / "null" / "null.jsonl").write_text('{"body": "x"}\n{"body": null}')
     return [f"{tmp_path}/*.jsonl", f"{tmp_path}/two.txt"]
 
 
@@ -57,6 +59,16 @@ def test_a_given_tokenizer_is_used_and_copied(files, tmp_path):
         ({"output": "{}/out.bin"}, r"name it without the suffix, output=.*/out$"),
         ({"output": "{}/there"}, r"there\.idx exists already"),
         ({"output": "{}/two.txt/out"}, r"cannot be created"),
+        ({"output": ""}, "output= names a folder; add a name for the files: output=corpus$"),
+        ({"output": "{}/"}, r"names a folder; add a name for the files: output=/.*[^/]/corpus$"),
+        ({"output": "{}"}, "names a folder"),
+        ({"output": "{}/.."}, "names a folder"),
+        ({"output": "{}/" + "a" * 250}, "cannot be written: File name too long"),
+        ({"tokenizer": "{}/" + "a" * 300}, "cannot be read: File name too long"),
+        (
+            {"strict": True, "text_key": "body", "input": "{}/null/null.jsonl"},
+            r"null\.jsonl line 2: field 'body' is null",
+        ),
         ({"vocab_size": 10}, "vocab_size=10 is too small"),
         ({"tokenizer": "{}/two.txt"}, "is not a Hugging Face tokenizer"),
     ],
