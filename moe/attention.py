@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,14 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
 from moe.kernels.native import library as native
+from moe.varlen_attention import (
+    Piece,
+    Segment,
+    VarlenAttention,
+    joined_attention,
+    masked_attention,
+    varlen_attention,
+)
 from parallel.blocks import rows_at_once
 from parallel.collectives import GatherSequence
 from parallel.flight import exchanging, fly
 from parallel.placement import place
 from parallel.runtime import Groups
-from parallel.selection import Choice, select
+from parallel.selection import Candidate, Choice, select
 
-Masks = list[Tensor | None]
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, H, S, N], k and v [B, G, S, N]) -> [B, H, S, N]; a query sees the keys up to its own."""
 
@@ -44,11 +50,9 @@ def torch_turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, ba
     return out_SBHN
 
 
-def torch_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor | None = None) -> Tensor:
+def torch_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
     gqa = q_BHSN.shape[1] != k_BGSN.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHSN, k_BGSN, v_BGSN, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
-    )
+    return F.scaled_dot_product_attention(q_BHSN, k_BGSN, v_BGSN, is_causal=True, enable_gqa=gqa)
 
 
 class Rotary(nn.Module):
@@ -101,10 +105,15 @@ class Attention(nn.Module):
         groups: Groups,
         causal: CausalAttention = torch_attention,
         turn: Turn = torch_turn,
+        varlen: VarlenAttention = joined_attention,
     ):
-        """causal, turn: what attends where there is no mask, and what rotates (choose_attention, choose_turn)."""
+        """Args:
+        causal: what attends where all tokens before a query are seen (choose_attention).
+        turn: what rotates (choose_turn).
+        varlen: what attends within documents, or to other ranks' keys (choose_varlen_attention).
+        """
         super().__init__()
-        self.cp, self.causal, self.turn = groups.cp, causal, turn
+        self.cp, self.causal, self.turn, self.varlen = groups.cp, causal, turn, varlen
         ranks = groups.tp.size()
         query_groups = model.num_query_groups or model.num_attention_heads
         self.width = model.hidden_size // model.num_attention_heads
@@ -128,8 +137,8 @@ class Attention(nn.Module):
         place(self.qkv.weight, (0, groups.tp), std=std)
         place(self.out.weight, (1, groups.tp), std=std)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, masks: Masks) -> Tensor:
-        """masks: from attention_masks, one for each piece of the queries."""
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
+        """pieces: from attention_pieces."""
         qkv = self.qkv(x_SBD)[0]
         s, b, _ = qkv.shape
         queries = self.heads // self.groups
@@ -140,19 +149,11 @@ class Attention(nn.Module):
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
             q = self._swap_late_half(q)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        attended = [self._attend(piece, k, v, mask) for piece, mask in zip(q.chunk(len(masks), 2), masks, strict=True)]
-        # A cat of one tensor would copy it.
-        out = (attended[0] if len(attended) == 1 else torch.cat(attended, 2)).permute(2, 0, 1, 3)
+        attended = self.causal(q, k, v) if pieces is None else self.varlen(q, k, v, pieces)
+        out = attended.permute(2, 0, 1, 3)
         if self.cp.size() > 1:
             out = self._swap_late_half(out)
         return self.out(out.reshape(s, b, -1))[0]
-
-    def _attend(self, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor, mask: Tensor | None) -> Tensor:
-        """A mask says by its width how many keys these queries see the last of."""
-        if mask is None:
-            return self.causal(q_BHSN, k_BGSN, v_BGSN)
-        seen = mask.shape[-1]
-        return torch_attention(q_BHSN, k_BGSN[:, :, :seen], v_BGSN[:, :, :seen], mask)
 
     def _swap_late_half(self, x_SBHN: Tensor) -> Tensor:
         """Exchanges the later half of this rank's slice with the rank opposite (see query_pieces)."""
@@ -162,41 +163,6 @@ class Attention(nn.Module):
         return torch.cat([early, fly(late, exchanging(rows, rows, self.cp))])
 
 
-def query_pieces(sequence: int, rank: int, ranks: int) -> list[range]:
-    """The positions whose queries a context-parallel rank attends with.
-
-    Each rank holds a slice of the sequence, but the later a token the more it looks back on: attending with its own
-    queries, the last rank would have nearly all the work. So rank i keeps the earlier half of its slice and exchanges
-    the later one with rank n - 1 - i. With the sequence in 2 n parts, i then has parts 2 i and 2 (n - 1 - i) + 1,
-    which look back on 2 i + 1 and 2 (n - 1 - i) + 2 parts: together 2 n + 1, whatever i.
-    """
-    if ranks == 1:
-        return [range(sequence)]
-    size = sequence // (2 * ranks)
-    return [range(part * size, (part + 1) * size) for part in (2 * rank, 2 * (ranks - 1 - rank) + 1)]
-
-
-def attention_masks(positions_BS: Tensor, cp: dist.ProcessGroup, document_mask: bool) -> Masks:
-    """Who may attend to whom, for each piece of this rank's queries: bool [B or 1, 1, queries, keys up to the last
-    that one of them may see]; None where plain causal attention says it.
-
-    Args:
-        positions_BS: positions of the whole sequence; a 0 starts a document.
-    """
-    if cp.size() == 1 and not document_mask:
-        return [None]
-    document_BS = (positions_BS == 0).cumsum(1)
-    masks: Masks = []
-    for piece in query_pieces(positions_BS.shape[1], cp.rank(), cp.size()):
-        token = torch.arange(piece.stop, device=positions_BS.device)
-        query = token[piece.start :]
-        mask = (query[:, None] >= token).expand(1, -1, -1)
-        if document_mask:
-            mask = mask & (document_BS[:, query, None] == document_BS[:, None, token])
-        masks.append(mask.unsqueeze(1))
-    return masks
-
-
 def _native_attention() -> CausalAttention:
     from moe.kernels.native.attention import causal_attention
 
@@ -204,7 +170,7 @@ def _native_attention() -> CausalAttention:
 
 
 def choose_attention(
-    model: ModelConfig, groups: Groups, device: torch.device, dtype: torch.dtype, *, sequences: int, document_mask: bool
+    model: ModelConfig, groups: Groups, device: torch.device, dtype: torch.dtype, *, sequences: int
 ) -> tuple[CausalAttention, Choice]:
     """Ours in C++ on a CPU that it is made for, where it equals torch's here.
 
@@ -214,8 +180,6 @@ def choose_attention(
     part, name, why = "attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself"
     if not native.made_for(device, dtype) or native.slower_than_onednn():
         return torch_attention, Choice(part, name, why)
-    if document_mask or groups.cp.size() > 1:
-        return torch_attention, Choice(part, name, "native knows no mask: of documents, or of cp > 1")
     key_heads = sequences * (model.num_query_groups or model.num_attention_heads) // groups.tp.size()
     if key_heads < torch.get_num_threads():  # a backward pass has a thread for each
         why = f"native would leave threads idle: {key_heads} key/value heads for {torch.get_num_threads()}"
@@ -231,6 +195,35 @@ def choose_attention(
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), above.detach())]
 
     return select(part, [native.candidate(_native_attention)], (name, torch_attention), run, 1e-2)
+
+
+def choose_varlen_attention(
+    model: ModelConfig, groups: Groups, device: torch.device, dtype: torch.dtype
+) -> tuple[VarlenAttention, Choice]:
+    """For documents and context parallelism: torch's varlen kernels on a GPU in bf16, else the fused kernels joined by
+    their log-sum-exps, where they equal attention under a mask."""
+    width = model.hidden_size // model.num_attention_heads
+    heads = model.num_attention_heads // groups.tp.size()
+    key_heads = (model.num_query_groups or model.num_attention_heads) // groups.tp.size()
+    # Two sequences: documents that end within a piece, reach over both, and begin before the first query.
+    rows = [[Segment(40, 30, 150), Segment(30, 150, 180)], [Segment(70, 0, 180)]]
+    late = [[Segment(1, 170, 181), Segment(57, 181, 238)], [Segment(58, 100, 238)]]
+    pieces = [Piece(slice(0, 70), rows), Piece(slice(70, 128), late)]
+
+    def run(attend: VarlenAttention) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, above = (
+            torch.randn(2, h, tokens, width, generator=generator).to(device, dtype).requires_grad_()
+            for h, tokens in ((heads, 128), (key_heads, 256), (key_heads, 256), (heads, 128))
+        )
+        out = attend(q, k, v, pieces)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), above.detach())]
+
+    candidates = [Candidate("joined by log-sum-exp", lambda: joined_attention)]
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        candidates.insert(0, Candidate("torch varlen", lambda: varlen_attention))
+    reference = ("torch, under a mask", masked_attention)
+    return select("attention", candidates, reference, run, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def _native_turn() -> Turn:

@@ -20,10 +20,8 @@ from conf.schema import ModelConfig
 from moe.attention import (
     Attention,
     CausalAttention,
-    Masks,
     Rotary,
     Turn,
-    attention_masks,
     torch_attention,
     torch_turn,
 )
@@ -39,6 +37,7 @@ from moe.router import FusedRoute, RouterLogits, router_logits
 from moe.rows import PLAIN_ROWS, Rows
 from moe.shared_experts import SharedExperts
 from moe.statistics import Report
+from moe.varlen_attention import Piece, VarlenAttention, attention_pieces, joined_attention
 from parallel.forward_pass import PLAIN, ForwardPass
 from parallel.placement import place
 from parallel.runtime import Runtime
@@ -71,6 +70,8 @@ class Parts:
     """How rows travel to their experts; None: what moe.dispatch.choose_dispatcher says."""
     causal_attention: CausalAttention = torch_attention
     """What attends where there is no mask (moe.attention.choose_attention)."""
+    varlen_attention: VarlenAttention = joined_attention
+    """What attends within documents and to other ranks' keys (moe.attention.choose_varlen_attention)."""
     turn: Turn = torch_turn
     """What turns queries and keys by their positions (moe.attention.choose_turn)."""
     token_losses: TokenLosses = token_losses
@@ -95,6 +96,9 @@ class Parts:
         )
 
 
+Attend = tuple[Tensor, Tensor, list[Piece] | None]
+"""Cosines and sines of the positions, and who attends to whom (moe.varlen_attention.attention_pieces)."""
+
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
 
@@ -106,7 +110,8 @@ class Block(nn.Module):
         super().__init__()
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
-        self.attention = Attention(parts.model, parts.config, groups, parts.causal_attention, parts.turn)
+        attends = parts.causal_attention, parts.turn, parts.varlen_attention
+        self.attention = Attention(parts.model, parts.config, groups, *attends)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
         float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:
@@ -128,15 +133,15 @@ class Block(nn.Module):
         if float8 is not None and float8.linear is not None:
             use_tools(self, float8.linear)
 
-    def forward(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Tensor:
-        """attend: cosines and sines of the positions, and the attention masks."""
+    def forward(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Tensor:
+        """attend: cosines and sines of the positions, and who attends to whom."""
         run = partial(recomputed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, about)
         if report is not None:
             self.ffn.record(report, about)
         return x_SBD
 
-    def _run(self, x_SBD: Tensor, attend: tuple[Tensor, Tensor, Masks], about: ForwardPass) -> Ran:
+    def _run(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Ran:
         x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         if not self.sparse:
             return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
@@ -234,9 +239,13 @@ class Stage(MegatronModule):
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
         cos, sin = self.rotary.angles(mine_BS.t())
-        masks = attention_masks(positions_BS, self.cp, self.document_mask)
+        pieces = None
+        if self.document_mask or self.cp.size() > 1:
+            on_host_BS = forward_pass.host_positions_BS
+            on_host_BS = positions_BS.cpu() if on_host_BS is None else on_host_BS
+            pieces = attention_pieces(on_host_BS, self.cp.rank(), self.cp.size(), self.document_mask)
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, masks), forward_pass)
+            x_SBD = layer(x_SBD, (cos, sin, pieces), forward_pass)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:

@@ -250,10 +250,16 @@ class Engine:
             self.passes += 1
             index, batch = next(batches)
             cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
-            this = replace(about, micro_batch=index * dp.size() + dp.rank(), padding_BS=cut.get("padding"))
+            this = replace(
+                about,
+                micro_batch=index * dp.size() + dp.rank(),
+                host_positions_BS=host_positions[index],
+                padding_BS=cut.get("padding"),
+            )
             return chunk(cut["tokens"], batch["positions"], cut.get("labels"), this), lambda out: loss(out, batch)
 
         device = self.runtime.device
+        host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         iterators = [iter(enumerate(batches)) for _ in self.chunks]
         micro_batch, sequence = batches[0]["tokens"].shape

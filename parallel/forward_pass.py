@@ -22,6 +22,9 @@ class ForwardPass:
     micro_batch: int = 0
     """Of the global batch of that step, counted over all data-parallel ranks: with the step it names the draws of this
     pass, whatever the layout."""
+    host_positions_BS: Tensor | None = None
+    """Positions of the whole sequence in the host's memory, where documents are looked up; None: only the device has
+    them."""
     padding_BS: Tensor | None = None
     """bool over this rank's slice of the sequence: True where there is no token. None: there is one everywhere."""
 

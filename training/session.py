@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from conf.schema import PRECISIONS, Config
-from moe.attention import choose_attention, choose_turn, torch_attention, torch_turn
+from moe.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
 from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
@@ -18,6 +18,7 @@ from moe.model import Parts, Stage, sparse_layers
 from moe.norm import our_norms
 from moe.router import choose_router, choose_router_logits, router_logits
 from moe.rows import PLAIN_ROWS, choose_rows
+from moe.varlen_attention import masked_attention
 from parallel import cpu, runtime, selection
 from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap, core_config
@@ -135,15 +136,17 @@ def _choose_implementations(
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """(what Parts is to be built from, what the start table says of it)."""
     model, device = config.model, run.device
-    sequences, masked = config.train.micro_batch_size, config.data.document_mask
-    attend = choose_attention(model, run.groups, device, dtype, sequences=sequences, document_mask=masked)
     norm = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
     picked = {
         "turn": (choose_turn(device, dtype), torch_turn),
-        "causal_attention": (attend, torch_attention),
         "norm_function": (norm, selection.torch_rms_norm),
         "token_losses": (choose_token_losses(device, dtype), token_losses),
     }
+    if config.data.document_mask or run.layout.cp > 1:
+        picked["varlen_attention"] = choose_varlen_attention(model, run.groups, device, dtype), masked_attention
+    else:
+        attend = choose_attention(model, run.groups, device, dtype, sequences=config.train.micro_batch_size)
+        picked["causal_attention"] = attend, torch_attention
     if model.moe.num_experts:
         picked["rows"] = choose_rows(device, dtype), PLAIN_ROWS
         picked["router_logits"] = choose_router_logits(model.moe, device, dtype), router_logits

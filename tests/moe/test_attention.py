@@ -1,14 +1,26 @@
 """Attention against the float64 reference, which rotates by complex multiplication and attends head by head."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import ModelConfig
-from moe.attention import Attention, Rotary, attention_masks, query_pieces
+from moe.attention import Attention, Rotary, choose_varlen_attention
 from moe.init import initialise
+from moe.varlen_attention import (
+    Piece,
+    Segment,
+    VarlenAttention,
+    attention_pieces,
+    joined_attention,
+    masked_attention,
+    piece_mask,
+    query_pieces,
+    varlen_attention,
+)
 from parallel.engine import core_config
 from parallel.runtime import Runtime
 from tests.moe import reference
@@ -24,9 +36,8 @@ def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
 
 def attend(layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask: bool, theta: float) -> Tensor:
     device = layer.qkv.weight.device
-    positions_BS = positions_BS.to(device)
-    cos, sin = Rotary(layer.width, theta, 64).to(device).angles(positions_BS.t())
-    return layer(x_SBD.to(device), cos, sin, attention_masks(positions_BS, layer.cp, document_mask))
+    cos, sin = Rotary(layer.width, theta, 64).to(device).angles(positions_BS.t().to(device))
+    return layer(x_SBD.to(device), cos, sin, attention_pieces(positions_BS, 0, 1, document_mask))
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
@@ -67,35 +78,29 @@ def test_document_mask_equals_each_document_alone(runtime: Runtime) -> None:
         assert_close(packed_SBD[:, b : b + 1], torch.cat(alone).detach().cpu().double())
 
 
-def test_mask_by_hand(runtime: Runtime) -> None:
+def masks_of(positions_BS: Tensor, rank: int = 0, ranks: int = 1, document_mask: bool = True) -> list[Tensor]:
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+    assert pieces is not None
+    return [piece_mask(piece, torch.device("cpu")) for piece in pieces]
+
+
+def test_mask_by_hand() -> None:
     """A row per query: itself and what came before it in its document."""
     positions_BS = torch.tensor([[0, 1, 0, 1]])
-    [mask] = attention_masks(positions_BS, runtime.groups.cp, document_mask=True)
-    assert mask is not None
+    [mask] = masks_of(positions_BS)
     assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
-    assert attention_masks(positions_BS, runtime.groups.cp, document_mask=False) == [None]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """As much of a process group as masks ask for."""
-
-    index: int
-    ranks: int
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.ranks
+    assert attention_pieces(positions_BS, 0, 1, document_mask=False) is None
+    # A sequence may begin within a document.
+    assert attention_pieces(torch.tensor([[7, 8, 0]]), 0, 1, document_mask=True) == [
+        Piece(slice(0, 3), [[Segment(2, 0, 2), Segment(1, 2, 3)]])
+    ]
 
 
 def test_context_masks_by_hand() -> None:
     """Rank 0 of 2 attends from the first and the last quarter of the sequence; a letter per document: aaab bbbb."""
     assert [[*piece] for piece in query_pieces(8, 0, 2)] == [[0, 1], [6, 7]]
     assert [[*piece] for piece in query_pieces(8, 1, 2)] == [[4, 5], [2, 3]]
-    positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
-    masks = attention_masks(positions_BS, Rank(0, 2), document_mask=True)
+    masks = masks_of(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), 0, 2)
     assert [mask.int().tolist() for mask in masks] == [
         [[[[1, 0], [1, 1]]]],
         [[[[0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]]]],
@@ -107,13 +112,107 @@ def test_context_ranks_share_queries_and_work_evenly(ranks: int) -> None:
     sequence = 6 * ranks
     work, positions = set(), []
     for rank in range(ranks):
-        masks = attention_masks(torch.arange(sequence)[None], Rank(rank, ranks), document_mask=False)
+        masks = masks_of(torch.arange(sequence)[None], rank, ranks, document_mask=False)
         work.add((sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)))
         positions += [position for piece in query_pieces(sequence, rank, ranks) for position in piece]
     assert sorted(positions) == [*range(sequence)]
     assert len(work) == 1  # computed and allowed pairs of query and key are as many on every rank
     # A little more than half of all pairs are computed, not all of them as under one mask for the whole sequence.
     assert work.pop()[0] * ranks == sequence**2 * (2 * ranks + 1) / (4 * ranks)
+
+
+def varlen_on_cpu(*arguments: object, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
+    """torch.nn.attention.varlen by its definition: the last query of a segment sees its last key."""
+    q, k, v, cu_q, cu_k, max_q, max_k = arguments
+    assert window_size == (-1, 0) and enable_gqa and q.dim() == k.dim() == 3 and cu_q.dtype == torch.int32
+    assert cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
+    out = []
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        queries, keys, values = q[q0:q1].transpose(0, 1), k[k0:k1].transpose(0, 1), v[k0:k1].transpose(0, 1)
+        mask = torch.ones(len(q[q0:q1]), len(k[k0:k1]), dtype=torch.bool).tril(int(k1 - k0) - int(q1 - q0))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, enable_gqa=True
+        )
+        out.append(attended.transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("attend", [joined_attention, varlen_attention])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_without_a_mask_equals_the_masked_reference(
+    attend: VarlenAttention, rank: int, ranks: int, document_mask: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe.varlen_attention._varlen", lambda: varlen_with_options)
+    positions_BS = torch.cat([torch.arange(n) for n in (5, 1, 17, 13, 23, 1, 6, 6)] * 2).view(2, 72).roll(3, 1)
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+    if pieces is None:
+        pieces = [Piece(slice(0, 72), [[Segment(72, 0, 72)]])]
+    queries = 72 // ranks
+    q, above = (random(2, 4, queries, 8, seed=seed).double() for seed in (1, 2))
+    k, v = (random(2, groups, 72, 8, seed=seed).double() for seed in (3, 4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    wanted = masked_attention(*leaves, pieces)
+    got = attend(*leaves, pieces)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(got, leaves, above), torch.autograd.grad(wanted, leaves, above), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_what_differs_from_the_reference_is_left_out(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(hidden_size=16, num_attention_heads=4, num_query_groups=2)
+    here = (model, runtime.groups, torch.device("cpu"), torch.float32)
+    attend, choice = choose_varlen_attention(*here)
+    assert attend is joined_attention and choice.name == "joined by log-sum-exp"
+
+    def all_keys(q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece]) -> Tensor:
+        """Forgets where documents begin."""
+        whole = [Piece(p.queries, [[s._replace(first_key=0) for s in row] for row in p.rows]) for p in pieces]
+        return joined_attention(q, k, v, whole)
+
+    monkeypatch.setattr("moe.attention.joined_attention", all_keys)
+    attend, choice = choose_varlen_attention(*here)
+    assert attend is masked_attention and "differs from torch's by" in choice.why
+
+
+def varlen_with_options(*arguments: object) -> Tensor:
+    return varlen_on_cpu(*arguments, window_size=(-1, 0), enable_gqa=True)
+
+
+@pytest.mark.parametrize(("ranks", "document_mask"), [(1, True), (4, False), (4, True)])
+def test_memory_grows_with_the_tokens(ranks: int, document_mask: bool) -> None:
+    """Largest tensor, and all that is kept for the backward pass, in values per token; a mask is 64 times as much."""
+
+    def sizes(sequence: int) -> tuple[float, float]:
+        documents = torch.arange(sequence) % 64
+        pieces = attention_pieces(documents[None], ranks - 1, ranks, document_mask)
+        q = random(1, 2, sequence // ranks, 8).requires_grad_()
+        k, v = (random(1, 1, sequence, 8).requires_grad_() for _ in range(2))
+        kept: list[int] = []
+        with (
+            Largest() as seen,
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+        ):
+            joined_attention(q, k, v, pieces).sum().backward()
+        return seen.values / sequence, sum(kept) / sequence
+
+    assert sizes(4096) == sizes(512) != (0, 0)
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of an operation."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)]
+        self.values = max([self.values, *(t.numel() for t in tensors)])
+        return result
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

@@ -4,7 +4,6 @@ Legend: B batch, H heads, G key/value groups, S sequence, N width of a head.
 """
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,15 +140,10 @@ def test_operands_whose_width_is_strided() -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-class _TwoRanks:
-    def size(self) -> int:
-        return 2
-
-
 def chosen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **changed: object) -> tuple[object, str, str]:
     has = dict.fromkeys(native.INSTRUCTIONS, True) | {"amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    about = {"sequences": 8, "document_mask": False, "dtype": torch.bfloat16, "device": CPU} | changed
+    about = {"sequences": 8, "dtype": torch.bfloat16, "device": CPU} | changed
     attend, choice = choose_attention(tiny(num_attention_heads=4, num_query_groups=1), runtime.groups, **about)
     return attend, choice.name, choice.why
 
@@ -164,13 +158,14 @@ def test_it_is_chosen_where_it_equals_torch(runtime: Runtime, monkeypatch: pytes
 
 
 def test_where_it_is_not_chosen_the_table_says_why(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [({"document_mask": True}, "knows no mask"), ({"sequences": 1}, "1 key/value heads for 2")]
-    cases += [({"dtype": torch.float32}, "picks the fastest"), ({"device": torch.device("cuda")}, "picks the fastest")]
+    cases = [
+        ({"sequences": 1}, "1 key/value heads for 2"),
+        ({"dtype": torch.float32}, "picks the fastest"),
+        ({"device": torch.device("cuda")}, "picks the fastest"),
+    ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for changed, words in cases:
         attend, _, why = chosen(runtime, monkeypatch, **changed)
         assert attend is torch_attention and words in why
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "there is no C++ compiler" in chosen(runtime, monkeypatch)[2]
-    two = SimpleNamespace(groups=SimpleNamespace(cp=_TwoRanks(), tp=runtime.groups.tp))
-    assert "knows no mask" in chosen(two, monkeypatch)[2]
