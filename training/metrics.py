@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class RunLog:
         # Here rather than above: it imports torch, and only a run that starts should pay for it.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
+        self._path = path = run_dir / "metrics.jsonl"
         if path.exists():
             trim_rows(path, restored_step)
         self._rows = path.open("a", encoding="utf-8")
@@ -109,9 +109,17 @@ class RunLog:
         self._logged += 1
 
     def evaluation(self, row: Row) -> None:
-        """Writes an evaluation: all of EVALUATION_KEYS."""
+        """Writes an evaluation: all of EVALUATION_KEYS. A step has one: where a finished run is started again, the new
+        one takes the place of the one before."""
         assert row.keys() == set(EVALUATION_KEYS), sorted(row)
-        self._write({key: row[key] for key in EVALUATION_KEYS})
+        line = json_line({key: row[key] for key in EVALUATION_KEYS})
+        if not self._logged and (before := self._evaluations(row["step"])):
+            if before == [line]:
+                return
+            self._rows.close()
+            rewrite_rows(self._path, lambda line: line.decode() not in before)
+            self._rows = self._path.open("a", encoding="utf-8")
+        self._write_line(line)
         for key in EVALUATION_KEYS[1:]:
             if row[key] is not None:
                 self._board.add_scalar(f"eval/{key.removeprefix('val_')}", row[key], row["step"])
@@ -120,8 +128,17 @@ class RunLog:
         self._rows.close()
         self._board.close()
 
+    def _evaluations(self, step: int) -> list[str]:
+        """The lines of a step's evaluations, kept by an earlier process."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = ((line, json.loads(line)) for line in lines)
+        return [line for line, row in rows if row["step"] == step and "val_loss" in row]
+
     def _write(self, row: dict[str, Any]) -> None:
-        self._rows.write(json_line(row))
+        self._write_line(json_line(row))
+
+    def _write_line(self, line: str) -> None:
+        self._rows.write(line)
         self._rows.flush()
 
     def _write_load(self, step: int, load: ExpertLoad) -> None:
@@ -153,24 +170,31 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def trim_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of metrics.jsonl past `last_step` and the lines that a killed process left torn. The old file
-    stays whole until the new one replaces it."""
+    """Drops the rows of metrics.jsonl past `last_step` and the lines that a killed process left torn."""
     torn = 0
+
+    def keep(line: bytes) -> bool:
+        nonlocal torn
+        try:
+            return json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            torn += 1
+            return False
+
+    rewrite_rows(path, keep)
+    if torn:
+        logging.getLogger(__name__).warning("%s: dropped %d torn line(s)", path, torn)
+
+
+def rewrite_rows(path: Path, keep: Callable[[bytes], bool]) -> None:
+    """Drops lines. The old file stays whole until the new one replaces it."""
     aside = path.with_name(path.name + ".tmp")
     with path.open("rb") as rows, aside.open("wb") as kept:
-        for line in rows:
-            try:
-                keep = json.loads(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError):
-                torn += 1
-                continue
-            if keep:
-                kept.write(line.rstrip(b"\n") + b"\n")  # the newline may be all that a torn line lacks
+        # The newline may be all that a torn line lacks.
+        kept.writelines(line.rstrip(b"\n") + b"\n" for line in rows if keep(line))
         kept.flush()
         os.fsync(kept.fileno())
     os.replace(aside, path)
-    if torn:
-        logging.getLogger(__name__).warning("%s: dropped %d torn line(s)", path, torn)
 
 
 # ColorBrewer's RdBu, read from blue to red: experts with a quarter, half, once, twice and four times the mean load.

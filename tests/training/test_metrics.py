@@ -57,6 +57,22 @@ def test_rows_are_on_disk_in_order_and_unrounded_as_soon_as_they_are_logged(tmp_
     assert rows[1] == {"step": 1, "val_loss": 3.25, "val_bits_per_byte": None}
 
 
+@pytest.mark.parametrize("again", [3.25, 3.5])
+def test_a_step_has_one_evaluation(tmp_path: Path, again: float) -> None:
+    """A finished run that is started again evaluates once more."""
+    for finished, val_loss in enumerate((3.25, again)):
+        log = RunLog(tmp_path, restored_step=2)
+        if not finished:
+            log.step(step_row(1))
+            log.evaluation({"step": 1, "val_loss": 4.0, "val_bits_per_byte": None})
+            log.step(step_row(2))
+        log.evaluation({"step": 2, "val_loss": val_loss, "val_bits_per_byte": None})
+        log.close()
+    rows = strict_lines(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]
+    assert [row["val_loss"] for row in rows if "val_loss" in row] == [4.0, again]
+
+
 def test_numbers_that_json_does_not_know_are_named() -> None:
     line = json_line({"step": 3, "loss": math.nan, "lr": 0.1, "grad_norm": np.float32("inf"), "tokens": np.int64(7)})
     assert line == (
