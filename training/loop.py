@@ -86,6 +86,8 @@ class Trainer:
             self.progress = Progress(**{**state, "world_size": self.progress.world_size})
             self.saved_step = self.progress.step
             self.console.note(f"continuing from {newest}")
+            if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
+                self.console.warning(f"the data are not those of the earlier steps: {changed}")
         elif self.config.checkpoint.load:
             settings = self.config.checkpoint
             source = checkpoint.resolve(settings.load)
@@ -94,7 +96,7 @@ class Trainer:
             if mismatch:
                 self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
         if self.owner:
-            self.run_dir.keep_settings(self.owner, self.config, self.prepared.tokenizer)
+            self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
     def signs_of_life(self) -> tuple[int, tuple[int, int]]:
         """(step under way, counters that grow while this rank gets on)."""

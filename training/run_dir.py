@@ -19,10 +19,12 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from conf.schema import Config
+from corpus.prepare import Prepared
 from training.compatibility import differences, model_differences, restored, told
 from training.lives import Ownership
 
 CONFIG = "config.yaml"
+DATA = "data.json"
 TOKENIZER = "tokenizer.json"
 
 
@@ -68,11 +70,30 @@ class RunDir:
             self._check_tokenizer(tokenizer)
             return Ownership(self.path)
 
-    def keep_settings(self, owner: Ownership, config: Config, tokenizer: str | None) -> None:
-        """As `adopt`, of a run that has found its checkpoint, unless another process has taken the directory over."""
+    def keep_settings(self, owner: Ownership, config: Config, prepared: Prepared) -> None:
+        """As `adopt`, of a run that has found its checkpoint, with what data it reads; unless another process has taken
+        the directory over."""
         with self._explained(), _locked(self.path / ".lock"):
             if owner.holds():
-                self._keep(config, tokenizer)
+                self._keep(config, prepared.tokenizer)
+                _write_whole(self.path / DATA, (prepared.to_json() + "\n").encode())
+
+    def changed_data(self, prepared: Prepared) -> str | None:
+        """What differs between the data and those that the run has been trained on: files at the same place may have
+        another content. None: nothing, or it is not known."""
+        try:
+            before = Prepared.from_json((self.path / DATA).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError):  # a run of another version
+            return None
+        if before.key == prepared.key:
+            return None
+        known = {(source.sha256, source.num_documents) for source in (*before.train, *before.valid)}
+        others = [s for s in (*prepared.train, *prepared.valid) if (s.sha256, s.num_documents) not in known]
+        tokens = [sum(source.num_tokens for source in data.train) for data in (before, prepared)]
+        what = (
+            f"other token files: {', '.join(s.prefix for s in others)}" if others else "other weights or another order"
+        )
+        return f"{what} ({tokens[0]} -> {tokens[1]} tokens to train on)"
 
     def discard(self) -> None:
         """Removes the directory after a start that failed, where this process made it and nothing is in it: whatever

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from conf.schema import Config, RunConfig
+from corpus.prepare import Prepared
 from launch.train import prepare_run
 from tests.training.helpers import tiny_config, write_corpus
 from training import run_dir as run_dirs
@@ -118,7 +119,7 @@ def test_starts_of_one_instant_leave_the_settings_of_the_owner(tmp_path: Path) -
         barrier.wait()
         opened.adopt(config, str(tokenizers[n]))
         owners[n] = opened.take_over(str(tokenizers[n]))
-        opened.keep_settings(owners[n], config, str(tokenizers[n]))
+        opened.keep_settings(owners[n], config, Prepared([], [], str(tokenizers[n]), 1, 0, None, None, []))
 
     for attempt in range(8):
         path, owners = tmp_path / str(attempt), {}
@@ -130,7 +131,7 @@ def test_starts_of_one_instant_leave_the_settings_of_the_owner(tmp_path: Path) -
             thread.join()
         (holder,) = [n for n, owner in owners.items() if owner.holds()]
         assert load_config(path).run.name == str(holder)
-        left = {".lock", "config.yaml", "owner", "tokenizer.json"}
+        left = {".lock", "config.yaml", "data.json", "owner", "tokenizer.json"}
         assert {p.name for p in path.iterdir()} == left
 
 

@@ -1,0 +1,45 @@
+"""A run that is started again in its directory."""
+
+from pathlib import Path
+
+from parallel.simulate import RankPool
+from tests.training.helpers import rows, tiny_config, train, write_corpus
+
+LIMIT = 120.0
+
+
+def test_data_that_changed_at_the_same_place_are_noticed(ranks: RankPool, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    config = tiny_config(corpus, tmp_path / "run", steps=2)
+    warning, log = "the data are not those of the earlier steps", tmp_path / "run" / "train.log"
+
+    def go_on() -> int:
+        """How often it has been said by now."""
+        config.train.steps += 1
+        assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+        return log.read_text().count(warning)
+
+    assert go_on() == 0
+    config.data.tokenizer = str(tmp_path / "run" / "tokenizer.json")
+    assert go_on() == 0
+    moved = write_corpus(tmp_path / "run").rename(tmp_path / "elsewhere.jsonl")
+    config.data.files = [str(moved)]
+    assert go_on() == 0  # the same text
+    moved.write_text(moved.read_text().replace("dog", "god"))
+    assert go_on() == 1
+    told = log.read_text().split(warning)[1].splitlines()[0]
+    assert told.startswith(": other token files: ") and told.endswith(" tokens to train on)")
+    assert go_on() == 1  # these are the run's data now
+    # Files of another version that say nothing of it.
+    (tmp_path / "run" / "data.json").write_text('{"train": 3}')
+    assert go_on() == 1
+
+
+def test_a_finished_run_started_again_adds_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(write_corpus(tmp_path), tmp_path / "run", steps=2)
+    config.eval.every = 1
+    kept = []
+    for _ in range(2):
+        assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+        kept.append((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert kept[0] == kept[1] and kept[0].count("val_loss") == 2 and len(rows(tmp_path / "run")) == 2
