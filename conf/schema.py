@@ -235,7 +235,8 @@ class DataConfig:
     """Keep attention and positions within documents."""
     blend: list[BlendPart] = field(default_factory=list)
     cache_dir: str = "~/.cache/switchyard"
-    """Tokenizers and token files are kept here, under a key of their content."""
+    """Tokenizers and token files are kept here, under a key of their content, with hashes. Who cannot write here can
+    use what is there; users who share a folder trust each other, since who writes to it decides what is trained on."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus import integrity
+from parallel.cache_dir import ROOT, distrust, make_private
 
 _CLOCK_TICK_NS = 20_000_000
 """Longer than the steps in which file systems count time: two changes further apart than this have different times."""
@@ -38,13 +39,16 @@ class Cache:
         self._folder = Path(cache_dir).expanduser().absolute()
         self._note = note
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             os.listdir(self._folder)
         except OSError as error:
             raise ValueError(
                 f"data.cache_dir {self._folder} cannot be used: {error.strerror}; "
                 "set data.cache_dir to a folder that can be written to"
             ) from None
+        # A folder that was chosen may be meant to be shared; the one in the user's home is not.
+        if self._folder == Path(ROOT).expanduser() and (reason := distrust(self._folder)):
+            note(f"tokenizers and token files are not safe from other users: {reason}")
         self.writable = os.access(self._folder, os.W_OK | os.X_OK)
         self._facts_path = self._folder / "facts.json"
         self._facts = self._read_facts()
@@ -169,7 +173,7 @@ def _nearest_folder(path: Path) -> Path:
 def _make_shared(folder: Path) -> None:
     """Makes a folder in which those who may write to its parent may write, whatever this user's umask."""
     if not folder.is_dir():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
         shared = folder.parent.stat().st_mode & 0o1022  # and the bit that keeps users from each other's files
         if shared & ~folder.stat().st_mode:
             folder.chmod(folder.stat().st_mode & 0o7777 | shared)

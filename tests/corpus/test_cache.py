@@ -227,3 +227,19 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"set data\.cache_dir"):
         Cache(str(tmp_path / "file" / "below"))
+
+
+def test_the_cache_in_the_users_home_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    notes = []
+    folder = tmp_path / ".cache" / "switchyard"
+    Cache("~/.cache/switchyard", notes.append).entry("things", "key", write("whole"))
+    assert notes == [] and all(path.stat().st_mode & 0o22 == 0 for path in (folder, folder / "things"))
+    folder.chmod(0o777)
+    Cache("~/.cache/switchyard", notes.append)
+    assert len(notes) == 1 and f"chmod go-w {folder}" in notes[0]
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    Cache(str(shared), notes.append)
+    assert len(notes) == 1
