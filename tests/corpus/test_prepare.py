@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,21 @@ def test_a_damaged_cache_is_made_again(text_data):
         assert replace(again, notes=[]) == prepared and again.key == prepared.key and file.read_bytes() == whole
     (Path(text_data.cache_dir) / "facts.json").write_bytes(b"\xff")
     assert run(text_data) == prepared
+
+
+def test_a_warm_cache_is_read_without_write_access(text_data, monkeypatch):
+    prepared = run(text_data)
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr("corpus.cache._locked", lambda path: pytest.fail("a lock is written to"))
+    monkeypatch.setattr("corpus.integrity.write_sealed", lambda path, content: pytest.fail("it is written to"))
+    assert run(text_data) == prepared
+    (Path(text_data.cache_dir) / "facts.json").unlink()
+    assert run(text_data) == prepared
+    refused(text_data, "is not there, and data.cache_dir .* cannot be written to; set data.cache_dir", vocab_size=300)
+    Path(prepared.train[0].prefix + ".bin").write_bytes(b"")
+    refused(
+        text_data, r"is damaged \(train\.bin has 0 bytes instead of \d+\), and data.cache_dir .* cannot be written to"
+    )
 
 
 def test_the_key_is_that_of_the_content(text_data, pairs, tmp_path):

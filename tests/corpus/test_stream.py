@@ -1,5 +1,6 @@
 import collections
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,10 +27,9 @@ def distinct_documents(lengths: list[int], first: int = 1) -> list[list[int]]:
     return [list(range(start, end)) for start, end in pairwise(ends)]
 
 
-def new_stream(prepared, cache: Path, *, sequence_length=8, seed=1, document_mask=False) -> TrainStream:
-    return TrainStream(
-        prepared, sequence_length=sequence_length, seed=seed, cache_dir=str(cache), document_mask=document_mask
-    )
+def new_stream(prepared, cache: Path, *, sequence_length=8, seed=1, document_mask=False, **options) -> TrainStream:
+    options |= {"sequence_length": sequence_length, "seed": seed, "document_mask": document_mask}
+    return TrainStream(prepared, cache_dir=str(cache), **options)
 
 
 @pytest.fixture
@@ -86,6 +86,31 @@ def test_samples_do_not_depend_on_what_was_read_before(single, tmp_path):
     elsewhere = new_stream(single, tmp_path / "two")
     for i in order:
         assert torch.equal(elsewhere.sample(i)["labels"], expected[i])
+
+
+def test_epochs_in_a_cache_that_cannot_be_written_to(single, tmp_path, monkeypatch):
+    writer = new_stream(single, tmp_path / "cache")
+    expected = [writer.sample(i)["labels"] for i in range(5)]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr("corpus.cache._locked", lambda path: pytest.fail("a lock is written to"))
+    for folder in ("cache", "empty"):  # warm, and by an index in memory
+        reader = new_stream(single, tmp_path / folder)
+        assert all(torch.equal(reader.sample(i)["labels"], expected[i]) for i in range(5))
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_damaged_epoch_is_indexed_again(single, tmp_path):
+    writer = new_stream(single, tmp_path / "cache")
+    expected = [writer.sample(i)["labels"] for i in range(15)]
+    (index,) = (tmp_path / "cache" / "epochs").glob("*/shuffle_index.npy")
+    with open(index, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")  # past the end of the data
+    notes: list[str] = []
+    reader = new_stream(single, tmp_path / "cache", note=notes.append)
+    assert all(torch.equal(reader.sample(i)["labels"], expected[i]) for i in range(15))
+    assert len(notes) == 1 and "shuffle_index.npy holds other bytes than were written" in notes[0]
 
 
 RANK = """

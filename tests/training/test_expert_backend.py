@@ -1,5 +1,6 @@
 """The experts' backend: measured once, and then the same for the run, its ranks and its later lives."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_measured_once_for_all_runs_of_the_shapes(runtime: Runtime, times: list,
     times.append(FAST | {"loop": 9.0})
     other = config_of(tmp_path, top_k=2)
     assert chosen(other, runtime, tmp_path / "three")[0] == "fused"
+
+
+def test_measured_where_the_cache_cannot_be_written_to(
+    runtime: Runtime, times: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    times.append(FAST)
+    backend, why = chosen(config_of(tmp_path), runtime, tmp_path)
+    assert backend == "loop" and why.startswith("measured: ") and not list((tmp_path / "cache").iterdir())
 
 
 def test_a_run_keeps_its_backend(runtime: Runtime, times: list, tmp_path: Path) -> None:
