@@ -6,37 +6,90 @@
 #   python           array: the command that starts Python
 #   SWITCHYARD_SRUN  further options for every srun, such as a container's
 
-say() { echo "train.sh: $*" >&2; }
+# A full disk under the job's output, or a reader that has left, ends nothing.
+trap : PIPE
+say() { echo "train.sh: $*" >&2 || true; }
+
+if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
+    say "error: this is a heterogeneous job of $SLURM_HET_SIZE components (--het-group, or : between sbatch's options)," \
+        "but ranks run in one: submit without the others"
+    exit 2
+fi
+interactive=()
+[ "${ENVIRONMENT-}" = BATCH ] || interactive=(--interactive)
+
+# What Slurm says of this job: its name (JOB, or ARRAY_ELEMENT: the number of an array's last element is the array's as
+# well), how often it was started again, its state, and the time it has left. Empty where nobody answers.
+ask_slurm() {
+    local id n c s l
+    name='' count='' state='' left=''
+    while read -r id n c s l; do
+        [ "$id" != "$SLURM_JOB_ID" ] || name=$n count=$c state=$s left=$l
+    done < <(
+        unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's own filters
+        squeue --noheader --job="$SLURM_JOB_ID" --Format='JobID: ,JobArrayID: ,RestartCnt: ,State: ,TimeLeft: ' \
+            2>/dev/null
+    )
+}
+
+# A job that is submitted inside another inherits what that one was: an element of an array, a restart, a step.
+unset "${!SLURM_STEP_@}" SLURM_STEPID
+ask_slurm
+if [ -n "$name" ]; then
+    [[ $name == *_* ]] || unset "${!SLURM_ARRAY_@}"
+    export SLURM_RESTART_COUNT=$count
+fi
+restarts=${SLURM_RESTART_COUNT:-0}
 
 nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
 tasks=${SLURM_NTASKS:-$((nodes * (gpus > 0 ? gpus : 1)))}
-read -ra srun_options <<<"${SWITCHYARD_SRUN-}"
+# ALL: the ranks have what this script has, whatever sbatch --export said.
+split_words "${SWITCHYARD_SRUN-}"
+srun_options=(--export=ALL "${words[@]}")
 [ -z "${SLURM_CPUS_PER_TASK-}" ] || # srun does not take this over from sbatch by itself
     srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores)
 # Megatron-Core counts on kernels starting in the order in which they were given.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-restarts=${SLURM_RESTART_COUNT:-0}
+# Here, since ranks in a container have none of Slurm's commands.
+if hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST-}" 2>/dev/null) && [ -n "$hosts" ]; then
+    export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+fi
 
-say "job $SLURM_JOB_ID, restart $restarts, on ${SLURM_JOB_NODELIST-?}: $tasks task(s), $gpus GPU(s) a node," \
-    "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task${srun_options:+, srun ${srun_options[*]}}"
-say "$(env | grep -E '^(NCCL|GLOO|UCX|TORCH_NCCL|CUDA)_' | sort | tr '\n' ' ')"
+say "job ${name:-$SLURM_JOB_ID}, restart $restarts, on ${SLURM_JOB_NODELIST-?}: $tasks task(s), $gpus GPU(s) a node," \
+    "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task, srun ${srun_options[*]}"
+say "$(env | grep -E '^(NCCL|GLOO|UCX|TORCH_NCCL|CUDA|MASTER)_' | sort | tr '\n' ' ')"
 
-# A command of ours, once, before or after the ranks; inside the container where there is one.
+# A command of ours, once, before or after the ranks; inside the container where there is one. Its last line of output
+# is the answer: a container may have words of its own before.
 once() {
+    local output code=0
     if [ -n "${SWITCHYARD_SRUN-}" ]; then
-        srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${python[@]}" "$@"
+        output=$(
+            unset SLURM_LABELIO # the user's wish for the ranks' output
+            srun --nodes=1 --ntasks=1 --input=none --output=all "${srun_options[@]}" "${python[@]}" "$@"
+        ) || code=$?
     else
-        "${python[@]}" "$@"
+        output=$("${python[@]}" "$@") || code=$?
     fi
+    echo "${output##*$'\n'}"
+    return "$code"
 }
 
-asked=() ranks_pid=''
+asked=() ranks_pid='' interrupted=''
+ranks_run() { [ -n "$ranks_pid" ] && [[ " $(jobs -pr | tr '\n' ' ')" == *" $ranks_pid "* ]]; }
+# Not TERM: srun answers that by killing the tasks.
+tell_ranks() { ! ranks_run || kill -USR1 "$ranks_pid" 2>/dev/null || true; }
 on_signal() {
+    if [ "$1" = INT ] && [ -n "$interrupted" ]; then
+        say "interrupted again: the ranks are killed"
+        ! ranks_run || kill -TERM "$ranks_pid" 2>/dev/null || true
+        exit 130
+    fi
+    [ "$1" != INT ] || interrupted=yes
     say "got $1: the ranks are to finish their step and write a checkpoint"
     asked=(--asked)
-    # Not TERM: srun answers that by killing the tasks.
-    [ -z "$ranks_pid" ] || kill -USR1 "$ranks_pid" 2>/dev/null || true
+    tell_ranks
 }
 trap 'on_signal USR1' USR1
 trap 'on_signal INT' INT
@@ -57,31 +110,41 @@ if [ "${#asked[@]}" = 0 ]; then
     srun --kill-on-bad-exit=1 --wait=120 --mpi=none --distribution=block --nodes="$nodes" --ntasks="$tasks" \
         "${srun_options[@]}" "${python[@]}" -m launch.train "$@" &
     ranks_pid=$!
-    # A signal that is trapped ends `wait`, and not what is waited for.
-    while kill -0 "$ranks_pid" 2>/dev/null; do wait "$ranks_pid" || true; done
+    # A signal that is trapped ends `wait`, and not what is waited for. srun passes none on to tasks that it has not
+    # started yet, as while a container's image is fetched: it is repeated, and the ranks count it once.
+    while ranks_run; do
+        if [ "${#asked[@]}" = 0 ]; then
+            wait "$ranks_pid" || true
+        else
+            sleep 10 &
+            wait -n "$ranks_pid" $! || true
+            kill $! 2>/dev/null || true
+            tell_ranks
+        fi
+    done
 fi
 
-# How often Slurm says that this job was started again, its state, and the time it has left; empty where nobody answers.
-ask_slurm() {
-    read -r count state left < <(
-        squeue --noheader --job="$SLURM_JOB_ID" --Format='RestartCnt: ,State: ,TimeLeft: ' 2>/dev/null
-    ) || true
-}
-
 # A batch script can outlive its job too, on a node that Slurm has given up.
-count='' state='' left=''
 ask_slurm
 if [ "${count:-$restarts}" != "$restarts" ]; then
     say "this job goes on elsewhere (restart $count): this is restart $restarts, which ends here"
     exit 1
 fi
 
-[ "${ENVIRONMENT-}" = BATCH ] || asked+=(--interactive)
-verdict=$(once -m launch.verdict "${asked[@]}" "$run_dir") || exit 1
-[ "$verdict" = requeue ] || exit "$verdict"
+verdict=$(once -m launch.verdict "${asked[@]}" "${interactive[@]}" "$run_dir") || verdict=''
+case $verdict in
+requeue) ;;
+[0-9] | [0-9][0-9]) exit "$verdict" ;;
+*)
+    # What the run has been through may be unreadable, or the disk full; that Slurm had asked for this end is certain.
+    # launch.check counts the restarts, so that this has an end.
+    [ "${#asked[@]}" != 0 ] && [ "${#interactive[@]}" = 0 ] || exit 1
+    say "there is no verdict on how the run ended, but it was asked to stop: requeued"
+    ;;
+esac
 
+answer="the controller does not answer"
 for _ in {1..30}; do # the controller may be restarting
-    answer="the controller does not answer"
     ask_slurm
     [ "${count:-$restarts}" = "$restarts" ] || exit 75 # somebody has requeued it already
     # Slurm itself may be ending the job: because its time is up, which is what requeueing is for, or for reasons of its
@@ -90,13 +153,14 @@ for _ in {1..30}; do # the controller may be restarting
         say "Slurm is ending this job ($state): not requeued"
         exit 75
     fi
-    if [ -n "$state" ] && answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    if [ -n "$state" ] && answer=$(scontrol requeue "$name" 2>&1); then
         say "requeued"
         sleep 300 & # Slurm ends this script now
         wait
         exit 75
     fi
-    [[ $answer == *controller* ]] || break
+    # Anything else, such as a time-out between here and the controller, may be better in a moment.
+    [[ $answer != *@(disabled|denied|nvalid|not\ supported|already)* ]] || break
     sleep 10
 done
 say "$answer; submit again with run.dir=$run_dir to go on"

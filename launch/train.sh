@@ -16,8 +16,19 @@ if ! cd -- "$root" 2>/dev/null || [ ! -f launch/setup.sh ]; then
     echo "switchyard: error: $root is not the repository: submit from there, cd REPOSITORY; sbatch launch/train.sh" >&2
     exit 2
 fi
+# The words of a variable that holds several, quoted where one has a space in it; into the array `words`.
+split_words() {
+    local split
+    if ! split=$(printf '%s' "$1" | xargs -r printf '%s\n'); then
+        echo "switchyard: error: cannot tell the words of $1 apart" >&2
+        exit 2
+    fi
+    words=()
+    [ -z "$split" ] || mapfile -t words < <(printf '%s\n' "$split")
+}
 # SWITCHYARD_PYTHON: the command that starts Python, where it is not .venv's: in a container (slurm/README.md).
-read -ra python <<<"${SWITCHYARD_PYTHON:-.venv/bin/python}"
+split_words "${SWITCHYARD_PYTHON-}"
+python=("${words[@]:-.venv/bin/python}")
 if [ -z "${SWITCHYARD_PYTHON-}" ] && ! bash launch/setup.sh --check; then
     if [ -n "${SLURM_JOB_ID:-}" ]; then # compute nodes often have no network
         echo "switchyard: error: no ready .venv in $root: run bash launch/setup.sh on a login node first" >&2
@@ -25,9 +36,25 @@ if [ -z "${SWITCHYARD_PYTHON-}" ] && ! bash launch/setup.sh --check; then
     fi
     bash launch/setup.sh
 fi
-# Outside of Slurm, or as a task that somebody else's srun has started.
-interactive_step=4294967290 # salloc's shell on a compute node: a step by name, but tasks are still to be started
-if [ -z "${SLURM_JOB_ID-}" ] || [ "${SLURM_STEP_ID-$interactive_step}" != "$interactive_step" ]; then
+# Whether this is a task that somebody else's srun has started. SLURM_STEP_ID alone does not tell: a job that is submitted
+# inside a step, as from `srun --pty bash`, inherits that step's variables. Slurm's process above this one knows.
+in_step() {
+    local interactive_step=4294967290 # salloc's shell on a compute node: a step by name, but tasks are still to be started
+    [ "${SLURM_STEP_ID:-$interactive_step}" != "$interactive_step" ] || return 1
+    local pid=$$ title
+    while [ "${pid:-0}" -gt 1 ]; do
+        title=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") || return 0
+        case $title in
+        "slurmstepd: [$SLURM_JOB_ID.batch]"*) return 1 ;;
+        "slurmstepd: [$SLURM_JOB_ID."* | "slurmstepd: [$SLURM_JOB_ID+"*) return 0 ;;
+        "slurmstepd: ["*) return 1 ;; # another job's, around salloc
+        esac
+        pid=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null) || return 0
+    done
+    return 0
+}
+
+if [ -z "${SLURM_JOB_ID-}" ] || in_step; then # without Slurm, or as a rank
     exec "${python[@]}" -m launch.train "$@"
 fi
 . launch/job.sh

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ class World:
         """From torchrun's variables, else from a Slurm step's, else one rank alone.
 
         Raises:
-            ValueError: half of torchrun's variables are set.
+            ValueError: half of torchrun's variables are set, or the address of a Slurm step's rank 0 is not known.
         """
         if "RANK" in env or "WORLD_SIZE" in env:
             missing = [k for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
@@ -58,9 +57,14 @@ def _port(env: Mapping[str, str]) -> int:
 
 
 def _first_host(nodelist: str) -> str:
-    """'gpu[03-06]' -> 'gpu03'; Slurm's own tool knows every form of its lists."""
-    found = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return found.stdout.split()[0]
+    """'gpu[03-06],login1' -> 'gpu03', without Slurm's tools: a container has none."""
+    found = re.match(r"(?:[\w.-]|\[\d+(?=[\],-])[\d,-]*\])+(?=,|$)", nodelist)
+    if not found:
+        raise ValueError(
+            f"SLURM_STEP_NODELIST={nodelist} does not tell the first node; set MASTER_ADDR to the name of the node "
+            "that rank 0 is on, as launch/train.sh does in a batch job"
+        )
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", found[0])
 
 
 def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:

@@ -41,10 +41,7 @@ def test_half_of_torchruns_variables(missing):
     "rank, node, local, size", [(0, 0, 0, 4), (3, 0, 3, 4), (6, 1, 2, 4), (8, 2, 0, 3), (10, 2, 2, 3)]
 )
 def test_a_slurm_step_with_uneven_nodes(tmp_path, monkeypatch, rank, node, local, size):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[03-05]" ] && printf "gpu03\\ngpu04\\ngpu05\\n"\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(tmp_path))  # a container has none of Slurm's commands
     mine = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local)}
     world = World.from_environment(STEP | mine)
     assert world == World(rank, 11, local, size, "gpu03", 10000 + 123456 % 20000)
@@ -52,6 +49,30 @@ def test_a_slurm_step_with_uneven_nodes(tmp_path, monkeypatch, rank, node, local
     assert requeued.port != world.port
     chosen = World.from_environment(STEP | mine | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (chosen.address, chosen.port) == ("10.0.0.1", 4000)
+
+
+@pytest.mark.parametrize(
+    "nodelist, first",
+    [
+        ("login1", "login1"),
+        ("gpu-a.site,gpu-b.site", "gpu-a.site"),
+        ("gpu3,gpu[5-6]", "gpu3"),
+        ("n[008-010,12],login1", "n008"),
+        ("n[7,9]", "n7"),
+        ("rack[1-2]node[03-4]", "rack1node03"),
+    ],
+)
+def test_the_first_host_of_a_step(nodelist, first):
+    rank = STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": nodelist}
+    assert World.from_environment(rank).address == first
+
+
+@pytest.mark.parametrize("nodelist", ["", "(null)", "n[", "n[1-2", "n[]", "n[-2]", "bgq[000x133]"])
+def test_a_list_of_nodes_that_cannot_be_read(nodelist):
+    rank = STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": nodelist}
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        World.from_environment(rank)
+    assert World.from_environment(rank | {"MASTER_ADDR": "gpu1"}).address == "gpu1"
 
 
 def test_a_shell_in_an_allocation_is_one_rank_alone():

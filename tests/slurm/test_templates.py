@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.slurm.cluster import LOCAL_CLUSTER, Cluster, kill, overrides, processes, wait_for_steps
 from tests.training.helpers import ROOT, rows
@@ -100,21 +101,39 @@ def test_slurm_would_take_every_template(cluster: Cluster, template: str) -> Non
     cluster.call("sbatch", "--test-only", f"slurm/{template}", "train.steps=1")
 
 
-def test_a_chain_waits_link_by_link(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """Held, so that it costs nothing: what each job waits for is what a chain is."""
-    words = overrides(corpus, tmp_path / "run", "train.steps=2")
-    jobs = cluster.call("bash", "slurm/chain.sh", "3", str(tmp_path / "run"), "--hold", "launch/train.sh", *words)
-    first, second, third = jobs.stdout.split()
-    try:
-        assert [cluster.show(job)["Dependency"] for job in (first, second, third)] == [
-            "(null)",
-            f"afternotok:{first}(unfulfilled)",
-            f"afternotok:{second}(unfulfilled)",
-        ]
-        command = cluster.call("scontrol", "show", "job", third).stdout
-        assert "Requeue=0" in command
-    finally:
-        cluster.call("scancel", first, second, third)
+def test_a_chain_goes_on_until_the_run_is_done(cluster: Cluster, tmp_path: Path) -> None:
+    """With scripts that end as jobs of a run do."""
+    run_dir = tmp_path / "it's (a) run, x=1"
+    chains = {}
+    for name, code in (("stopped", 75), ("done", 0)):
+        script = tmp_path / f"{name}.sh"
+        script.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{tmp_path}/{name}\nexit {code}\n')
+        command = ["bash", "slurm/chain.sh", "3", str(run_dir), f"--output={tmp_path}/log", str(script), "train.steps=1"]
+        chains[name] = cluster.call(*command).stdout.split()
+    assert cluster.show(chains["stopped"][2])["Requeue"] == "0"
+    cluster.settle()
+    assert [cluster.show(job)["JobState"] for job in chains["stopped"]] == ["FAILED"] * 3
+    assert [cluster.show(job)["JobState"] for job in chains["done"]] == ["COMPLETED", "CANCELLED", "CANCELLED"]
+    (given,) = (tmp_path / "done").read_text().splitlines()
+    assert given.startswith("train.steps=1 run.dir=") and given.endswith(" slurm.max_requeues=0")
+    override = given.removeprefix("train.steps=1 ").removesuffix(" slurm.max_requeues=0")
+    assert OverridesParser.create().parse_override(override).value() == str(run_dir)
+    assert len((tmp_path / "stopped").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["abc", "runs/x", "launch/train.sh"], "the number of jobs must be 1 to 9999, not 'abc'"),
+        (["0", "runs/x", "launch/train.sh"], "must be 1 to 9999, not '0'"),
+        (["2"], "which run directory?"),
+        (["2", "runs/x"], "what is to be submitted?"),
+        (["2", "runs/x", "--dependency=afterok:7", "launch/train.sh"], "--dependency=afterok:7: what each job waits"),
+    ],
+)
+def test_a_chain_that_cannot_be(words: list[str], message: str) -> None:
+    refused = subprocess.run(["bash", "slurm/chain.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stdout == "" and message in refused.stderr
 
 
 def test_slurm_says_before_the_queue_what_it_would_not_take(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:

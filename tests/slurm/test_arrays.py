@@ -1,0 +1,68 @@
+"""Jobs whose number or variables are not theirs alone: elements of an array, jobs submitted inside others."""
+
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.slurm.cluster import Cluster, halt_rank_0, kill, overrides, wait_for_signal
+from tests.training.helpers import ROOT, rows
+from training.lives import read_lives
+
+
+def test_elements_of_an_array_are_stopped_and_requeued_one_by_one(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    """Two are stopped, the last among them, whose number is the array's; one is done already. The user's own filters of
+    squeue change nothing."""
+    runs = [tmp_path / f"run{element}" for element in range(3)]
+    common = [word for word in overrides(corpus, tmp_path) if not word.startswith(("run.dir=", "train.steps="))]
+    own = [f"run.dir={runs[0]} train.steps=2", *(f"run.dir={run} train.steps=20" for run in runs[1:])]
+    filters = {"SQUEUE_STATES": "PENDING", "SQUEUE_FORMAT": "%i"}
+    array = cluster.submit("--array=0-2", *common, "--", *own, script="slurm/array.sh", **filters)
+    elements = [f"{array}_{element}" for element in range(3)]
+    cluster.wait(elements[0], "COMPLETED", "RUNNING")
+    numbers = [cluster.show(element)["JobId"] for element in elements]
+    assert numbers[2] == array
+    with ThreadPoolExecutor() as pool:  # each as soon as it has come so far
+        halted = list(pool.map(halt_rank_0, numbers[1:], runs[1:], [3, 3]))
+    cluster.wait(elements[0], "COMPLETED")
+    for element, rank in zip(elements[1:], halted, strict=True):
+        cluster.call("scancel", "--batch", "--signal=USR1", element)
+        wait_for_signal(rank, signal.SIGUSR1)
+        kill(rank, signal.SIGCONT)
+    shown = [cluster.wait(element, "COMPLETED") for element in elements]
+    assert [element["Restarts"] for element in shown] == ["0", "1", "1"]
+    assert [len(rows(run)) for run in runs] == [2, 20, 20]
+    ends = [[(life.life, life.end) for life in read_lives(run)] for run in runs]
+    assert ends == [
+        [(f"{numbers[0]}.0", "done")],
+        [(f"{numbers[1]}.0", "stopped"), (f"{numbers[1]}.1", "done")],
+        [(f"{numbers[2]}.0", "stopped"), (f"{numbers[2]}.1", "done")],
+    ]
+
+
+def test_a_job_submitted_inside_another_takes_none_of_its_variables_over(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    """As from `srun --pty bash`, there in a requeued element of an array."""
+    outer = {
+        **{"SLURM_ARRAY_JOB_ID": "99999", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"},
+        **{"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "elsewhere"},
+    }
+    words = overrides(corpus, tmp_path / "run", "train.steps=2")
+    job = cluster.submit("--ntasks=2", *words, **outer)
+    assert cluster.wait(job, "COMPLETED", limit=90)["Restarts"] == "0"
+    assert [row["world_size"] for row in rows(tmp_path / "run")] == [2, 2]
+    kept = json.loads((tmp_path / "run" / "environment.jsonl").read_text())["variables"]
+    assert "SLURM_ARRAY_JOB_ID" not in kept and kept["SLURM_RESTART_COUNT"] == "0"
+    assert f"job {job}, restart 0" in cluster.log(job)
+
+
+def test_a_heterogeneous_job_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/log", "--ntasks=1", ":", "--ntasks=1", "launch/train.sh"]
+    job = cluster.call(*command).stdout.strip()
+    cluster.settle()
+    log = (tmp_path / "log").read_text()
+    assert "heterogeneous job of 2 components" in log and cluster.show(job)["ExitCode"] == "2:0", log
+    assert not (ROOT / "runs").exists() or not list((ROOT / "runs").glob(f"*-{job}"))
