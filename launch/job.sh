@@ -26,14 +26,14 @@ ask_slurm() {
     while read -r id n c s l; do
         [ "$id" != "$SLURM_JOB_ID" ] || name=$n count=$c state=$s left=$l
     done < <(
-        unset "${!SQUEUE_@}" SLURM_CLUSTERS # the user's own filters
+        unset "${!SQUEUE_@}" # the user's own filters
         squeue --noheader --job="$SLURM_JOB_ID" --Format='JobID: ,JobArrayID: ,RestartCnt: ,State: ,TimeLeft: ' \
             2>/dev/null
     )
 }
 
 # A job that is submitted inside another inherits what that one was: an element of an array, a restart, a step.
-unset "${!SLURM_STEP_@}" SLURM_STEPID
+unset "${!SLURM_STEP_@}" SLURM_STEPID SLURM_CLUSTERS
 ask_slurm
 if [ -n "$name" ]; then
     [[ $name == *_* ]] || unset "${!SLURM_ARRAY_@}"
@@ -102,7 +102,7 @@ run_dir=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
 # A step is known by its number in the job. An srun that outlives an earlier life, on a node that Slurm has given up, ends
 # "its" step when its ranks die; so that this is not the step of the ranks below, each life counts on from a later one.
 for ((step = 0; step < restarts; step++)); do
-    srun --nodes=1 --ntasks=1 true || true
+    srun --export=ALL --nodes=1 --ntasks=1 true || true
 done
 
 if [ "${#asked[@]}" = 0 ]; then
@@ -131,7 +131,7 @@ if [ "${count:-$restarts}" != "$restarts" ]; then
     exit 1
 fi
 
-verdict=$(once -m launch.verdict "${asked[@]}" "${interactive[@]}" "$run_dir") || verdict=''
+verdict=$(once -m launch.verdict "${asked[@]}" "${interactive[@]}" "$run_dir") || true
 case $verdict in
 requeue) ;;
 [0-9] | [0-9][0-9]) exit "$verdict" ;;

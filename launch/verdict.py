@@ -33,8 +33,8 @@ def main() -> None:
     given = parser.parse_args()
     limit = None if given.interactive else _max_requeues(given.run_dir)
     verdict = end_life(given.run_dir, asked=given.asked, max_requeues=limit)
-    print(f"switchyard: {verdict.message}", file=sys.stderr)
-    print("requeue" if verdict.requeue else verdict.code)
+    print("requeue" if verdict.requeue else verdict.code, flush=True)
+    print(f"switchyard: {verdict.message}", file=sys.stderr)  # after the answer: the job's output may be full
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #SBATCH --job-name=switchyard --time=1-0
 #SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-export SWITCHYARD_PYTHON="apptainer exec --nv --bind $SLURM_SUBMIT_DIR --pwd $SLURM_SUBMIT_DIR \
-${IMAGE:?which image?} python3"
+: "${IMAGE:?which image?}"
+export SWITCHYARD_PYTHON="apptainer exec --nv --bind ${SLURM_SUBMIT_DIR@Q} --pwd ${SLURM_SUBMIT_DIR@Q} \
+${IMAGE@Q} python3"
 exec bash "$SLURM_SUBMIT_DIR/launch/train.sh" "$@"

@@ -12,10 +12,13 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 shift || true
 if [ "${SLURM_ARRAY_TASK_ID:-$#}" -ge $# ]; then
-    echo "switchyard: error: $# words after --, so --array=0-$(($# - 1));" \
+    wanted="--array=0-$(($# - 1))"
+    [ $# -gt 0 ] || wanted="nothing to do (COMMON -- A B C)"
+    echo "switchyard: error: $# words after --, so $wanted;" \
         "but this is element ${SLURM_ARRAY_TASK_ID-none}" >&2
     exit 2
 fi
 shift "$SLURM_ARRAY_TASK_ID"
-read -ra own <<<"$1"
+# Each override begins with a key and an equals sign; other spaces belong to a value.
+mapfile -t own < <(printf '%s' "$1" | sed -E 's/^\s+|\s+$//g; s/\s+([+~]*[A-Za-z_][A-Za-z0-9_.@/]*=)/\n\1/g')
 exec bash "$SLURM_SUBMIT_DIR/launch/train.sh" "${common[@]}" "${own[@]}"

@@ -1,6 +1,5 @@
-"""Jobs whose number or variables are not theirs alone: elements of an array, jobs submitted inside others."""
+"""Jobs that are several: elements of an array, components of a heterogeneous job."""
 
-import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,23 +39,6 @@ def test_elements_of_an_array_are_stopped_and_requeued_one_by_one(
         [(f"{numbers[1]}.0", "stopped"), (f"{numbers[1]}.1", "done")],
         [(f"{numbers[2]}.0", "stopped"), (f"{numbers[2]}.1", "done")],
     ]
-
-
-def test_a_job_submitted_inside_another_takes_none_of_its_variables_over(
-    cluster: Cluster, corpus: Path, tmp_path: Path
-) -> None:
-    """As from `srun --pty bash`, there in a requeued element of an array."""
-    outer = {
-        **{"SLURM_ARRAY_JOB_ID": "99999", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"},
-        **{"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "elsewhere"},
-    }
-    words = overrides(corpus, tmp_path / "run", "train.steps=2")
-    job = cluster.submit("--ntasks=2", *words, **outer)
-    assert cluster.wait(job, "COMPLETED", limit=90)["Restarts"] == "0"
-    assert [row["world_size"] for row in rows(tmp_path / "run")] == [2, 2]
-    kept = json.loads((tmp_path / "run" / "environment.jsonl").read_text())["variables"]
-    assert "SLURM_ARRAY_JOB_ID" not in kept and kept["SLURM_RESTART_COUNT"] == "0"
-    assert f"job {job}, restart 0" in cluster.log(job)
 
 
 def test_a_heterogeneous_job_is_refused(cluster: Cluster, tmp_path: Path) -> None:

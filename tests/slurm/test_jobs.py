@@ -25,6 +25,11 @@ from training.lives import read_lives
 
 FOUR = ("--nodes=4", "--ntasks-per-node=1")
 LAYOUT = ("parallel.tp=2", "parallel.ep=2")
+OUTER = {
+    **{"SLURM_ARRAY_JOB_ID": "99999", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "2"},
+    **{"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "elsewhere"},
+}
+"""What a job inherits that is submitted inside another: from `srun --pty bash` in a requeued element of an array."""
 NAME, NAME_TYPED = """it's "a run", $HOME *""", """'it\\'s "a run", $HOME *'"""
 
 
@@ -38,9 +43,9 @@ def one_rank(corpus: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def four_nodes(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An undisturbed run of 20 steps on four nodes, and its log."""
+    """An undisturbed run of 20 steps on four nodes, submitted inside another job, and its log."""
     run_dir = tmp_path_factory.mktemp("four") / "run"
-    job = cluster.submit(*FOUR, *overrides(corpus, run_dir, *LAYOUT, f"run.name={NAME_TYPED}"))
+    job = cluster.submit(*FOUR, *overrides(corpus, run_dir, *LAYOUT, f"run.name={NAME_TYPED}"), **OUTER)
     cluster.wait(job, "COMPLETED")
     return run_dir, cluster.log(job)
 
@@ -53,6 +58,15 @@ def test_four_nodes_compute_what_one_rank_computes(four_nodes: tuple[Path, str],
     assert "4 task(s), 0 GPU(s) a node" in log and "CUDA_DEVICE_MAX_CONNECTIONS=1" in log
     assert json.loads((run_dir / "stop.json").read_text())["code"] == 0
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["name"] == NAME
+
+
+def test_a_job_submitted_inside_another_takes_none_of_its_variables_over(four_nodes: tuple[Path, str]) -> None:
+    run_dir, log = four_nodes
+    (life,) = read_lives(run_dir)
+    job, _, restart = life.life.partition(".")
+    kept = json.loads((run_dir / "environment.jsonl").read_text())["variables"]
+    assert restart == kept["SLURM_RESTART_COUNT"] == "0" and life.end == "done" and f"job {job}, restart 0" in log
+    assert "SLURM_ARRAY_JOB_ID" not in kept and kept["MASTER_ADDR"] == "node1"
 
 
 def test_told_that_time_is_up_it_is_requeued_and_goes_on_bit_for_bit(
@@ -79,8 +93,9 @@ def test_told_that_time_is_up_it_is_requeued_and_goes_on_bit_for_bit(
 def test_a_killed_rank_ends_the_job_and_the_next_life_goes_on(
     cluster: Cluster, corpus: Path, one_rank: list[float], tmp_path: Path
 ) -> None:
+    """And though sbatch was to export nothing, the ranks have what the batch script has."""
     run_dir = tmp_path / "run"
-    job = cluster.submit("--ntasks=2", *overrides(corpus, run_dir, "checkpoint.every=4"))
+    job = cluster.submit("--ntasks=2", "--export=NONE", *overrides(corpus, run_dir, "checkpoint.every=4"))
     rank_0 = halt_rank_0(job, run_dir, 6)
     killed = time.monotonic()
     kill(ranks_of(job, rank=1))
@@ -91,6 +106,9 @@ def test_a_killed_rank_ends_the_job_and_the_next_life_goes_on(
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"
     assert [row["loss"] for row in rows(run_dir)] == pytest.approx(one_rank, rel=1e-5)
     assert "step_00000004\n" in cluster.log(job).split("continuing from")[1]
+    for line in (run_dir / "environment.jsonl").read_text().splitlines():
+        kept = json.loads(line)["variables"]
+        assert kept["NCCL_DEBUG"] == "WARN" and "/usr/bin" in kept["PATH"] and kept["MASTER_ADDR"].startswith("node")
 
 
 def test_a_lost_node_and_a_rank_that_outlives_its_job(
@@ -175,6 +193,26 @@ def test_a_preempted_job_stops_with_a_checkpoint_and_waits_for_its_turn(
     assert 0 <= life.checkpoint - life.step < 5  # of a life's steps only every fifth is logged
     cluster.call("scancel", job)
     cluster.settle()
+
+
+def test_neither_a_full_disk_nor_a_verdict_that_fails_loses_the_requeue(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    """Nothing can be written to the job's output, and launch.verdict ends without an answer."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'launch.verdict' in sys.orig_argv and os.environ['SLURM_RESTART_COUNT'] == '0': os.kill(os.getpid(), 9)\n"
+    )
+    run_dir = tmp_path / "run"
+    words = overrides(corpus, run_dir, "train.steps=6")
+    job = cluster.submit("--output=/dev/full", *words, PYTHONPATH=str(tmp_path))
+    rank_0 = halt_rank_0(job, run_dir, 2)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    wait_for_signal(rank_0, signal.SIGUSR1)
+    kill(rank_0, signal.SIGCONT)
+    assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"
+    assert len(rows(run_dir)) == 6
+    assert [(life.life, life.end) for life in read_lives(run_dir)] == [(f"{job}.1", "done")]
 
 
 def test_a_layout_that_does_not_fit_the_allocation_is_told_at_once(

@@ -1,8 +1,6 @@
 """The scripts of slurm/ and the commands around a job, on a real Slurm."""
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -53,27 +51,21 @@ def test_a_sweep_of_another_size_than_its_array(cluster: Cluster) -> None:
     assert "1 words after --, so --array=0-0; but this is element 1" in log
 
 
-def test_a_container_is_asked_to_run_everything(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """A stand-in for the container: a command before Python, and an option for srun."""
-    container = tmp_path / "container"
-    container.write_text(f'#!/bin/sh\necho "$SLURM_STEP_ID $*" >>{tmp_path}/calls\nexec "$@"\n')
-    container.chmod(0o755)
-    run_dir = tmp_path / "run"
-    python = f"{container} {ROOT}/.venv/bin/python"
-    words = overrides(corpus, run_dir, "train.steps=2")
-    options = ("--nodes=1", "--ntasks=2", "--gpus-per-node=2")
-    job = cluster.submit(*options, *words, SWITCHYARD_PYTHON=python, SWITCHYARD_SRUN="--comment=container")
-    cluster.wait(job, "COMPLETED")
-    assert len(rows(run_dir)) == 2
-    kept = json.loads((run_dir / "environment.jsonl").read_text())["variables"]
-    assert (kept["SLURM_JOB_ID"], kept["CUDA_VISIBLE_DEVICES"]) == (job, "0,1")  # each task sees all of its node's
-    calls = [re.match(r"(\d+) \S+python -m (\S+)", call) for call in (tmp_path / "calls").read_text().splitlines()]
-    assert [call and call.groups() for call in calls] == [
-        ("0", "launch.check"),
-        ("1", "launch.train"),
-        ("1", "launch.train"),
-        ("2", "launch.verdict"),
-    ]
+@pytest.mark.parametrize(
+    "word, overrides_of_it",
+    [
+        ("", []),
+        (" optim.lr=3e-3  optim.warmup_steps=60 ", ["optim.lr=3e-3", "optim.warmup_steps=60"]),
+        ("run.name='a b' data.files=[x, y] +z@a/b=1", ["run.name='a b'", "data.files=[x, y]", "+z@a/b=1"]),
+    ],
+)
+def test_a_word_of_a_sweep_holds_overrides(tmp_path: Path, word: str, overrides_of_it: list[str]) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.sh").write_text("printf '%s\\n' \"$@\"\n")
+    env = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "1"}
+    command = ["bash", ROOT / "slurm" / "array.sh", "train.steps=1", "--", "other=1", word]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["train.steps=1", *overrides_of_it]
 
 
 def test_inside_salloc_it_starts_the_ranks_and_is_not_requeued(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
@@ -108,7 +100,15 @@ def test_a_chain_goes_on_until_the_run_is_done(cluster: Cluster, tmp_path: Path)
     for name, code in (("stopped", 75), ("done", 0)):
         script = tmp_path / f"{name}.sh"
         script.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{tmp_path}/{name}\nexit {code}\n')
-        command = ["bash", "slurm/chain.sh", "3", str(run_dir), f"--output={tmp_path}/log", str(script), "train.steps=1"]
+        command = [
+            "bash",
+            "slurm/chain.sh",
+            "3",
+            str(run_dir),
+            f"--output={tmp_path}/log",
+            str(script),
+            "train.steps=1",
+        ]
         chains[name] = cluster.call(*command).stdout.split()
     assert cluster.show(chains["stopped"][2])["Requeue"] == "0"
     cluster.settle()
