@@ -52,7 +52,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
             )
             return FAILED
     run_dir = open_run_dir(run) if in_job else None
-    with Console(stream=sys.stderr if in_job else None) as console:
+    with Console(stream=sys.stderr if in_job else None, may_lose_output=in_job) as console:
         prepared = prepare_run(run, run_dir, console)
         tokens = sum(source.num_tokens for source in prepared.train)
         if run.checkpoint.load and not in_job and not steps_kept(expected_path(run)):
