@@ -106,6 +106,11 @@ class Console:
         """A line that a person should act on."""
         self._print(_text(("warning: ", "bold yellow"), (text, "yellow")))
 
+    def failure(self, text: str) -> None:
+        """The last line of a run that cannot go on."""
+        self._end_steps()
+        self.warning(text)
+
     def start_table(self, rows: list[tuple[str, str, str]]) -> None:
         """What was chosen, and why: (what, choice, why) per row."""
         from rich.table import Table

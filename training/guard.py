@@ -9,8 +9,9 @@ if TYPE_CHECKING:  # the command is to answer a wrong setting before PyTorch is 
     import torch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-GO_ON, STOP, LEAVE = 0, 1, 2
-"""What the ranks agree on after a step: the next one; an end with a checkpoint; an end without writing anything."""
+GO_ON, STOP, FAIL, LEAVE = 0, 1, 2, 3
+"""What the ranks agree on after a step: the next one; an end with a checkpoint; a failure, with a checkpoint if there
+is room for one; an end without writing anything."""
 
 
 class RunFailed(RuntimeError):
@@ -53,13 +54,13 @@ class StopRequest:
     def reason(self) -> str:
         return self.received or "a signal to another rank"
 
-    def agreed(self, device: "torch.device", *, leave: bool = False) -> int:
-        """GO_ON, STOP when any rank was asked to stop, LEAVE when one has to. Every rank calls this after every step,
-        so all stop after the same."""
+    def agreed(self, device: "torch.device", *, fail: bool = False, leave: bool = False) -> int:
+        """GO_ON, STOP when any rank was asked to stop, FAIL when one cannot go on, LEAVE when one has to. Every rank
+        calls this after every step, so all stop after the same."""
         import torch
         import torch.distributed as dist
 
-        mine = LEAVE if leave else STOP if self.received is not None else GO_ON
+        mine = LEAVE if leave else FAIL if fail else STOP if self.received is not None else GO_ON
         if dist.get_world_size() == 1:
             return mine
         all_of_us = torch.tensor([mine], dtype=torch.int32, device=device)

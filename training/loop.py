@@ -21,13 +21,14 @@ from parallel.clock import StepClock
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.generate import encode_prompt, generate
-from training.guard import GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
+from training.guard import FAIL, GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
 from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
 from training.schedule import learning_rate
 from training.session import Session
+from training.storage import StorageFailure
 from training.stragglers import Stragglers
 
 
@@ -67,6 +68,7 @@ class Trainer:
         self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
         self.checkpointer = Checkpointer(run_dir.checkpoints, session.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=session.runtime.world.size)
+        self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.layers = sparse_layers(self.config.model)
         self.stragglers = Stragglers(session.runtime.device)
@@ -106,14 +108,15 @@ class Trainer:
         """Trains to the last step. Returns DONE or STOPPED.
 
         Raises:
-            RunFailed: too many updates in a row were not finite, or another process took the run directory over.
+            RunFailed: too many updates in a row were not finite, another process took the run directory over, or the
+                run directory cannot be written any more.
         """
         config, train = self.config, self.config.train
-        log = RunLog(self.run_dir.path, restored_step=self.progress.step) if self.is_main else None
+        log = self._open_log()
         profiler = Profiler(train.profile, self.run_dir.path / "profile", enabled=self.is_main)
         last = min(train.steps, train.stop_after or train.steps)
         self.logged = self.progress.step, self.skips.total
-        interrupted = stop.agreed(self.session.runtime.device) != GO_ON
+        interrupted = self._agree(stop)
         while self.progress.step < last and not interrupted:
             self.clock.start()
             profiler.before(self.progress.step + 1)
@@ -126,8 +129,7 @@ class Trainer:
             if config.eval.every and step % config.eval.every == 0 and step < last:
                 evaluation = self._evaluate(config.eval.batches)
                 self.console.evaluation(evaluation.row(step))
-                if log:
-                    log.evaluation(evaluation.row(step))
+                self._log_evaluation(log, evaluation)
             interrupted = self._agree(stop)
             # Not while updates are being skipped: what led there must not push the good checkpoints out.
             if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
@@ -140,18 +142,45 @@ class Trainer:
             code = STOPPED
         else:
             self._finish(log)
+            self._agree(stop)
             code = DONE
         if log:
             log.close()
         return code
 
+    def _open_log(self) -> RunLog | None:
+        log = None
+        if self.is_main:
+            with self.storage.noted():
+                log = RunLog(self.run_dir.path, restored_step=self.progress.step, warn=self.console.warning)
+        return log
+
     def _agree(self, stop: StopRequest) -> bool:
-        """Whether the ranks stop here."""
+        """Whether the ranks stop here.
+
+        Raises:
+            RunFailed: another process took the run directory over, or it cannot be written any more; a checkpoint of
+                this step is then written first.
+        """
+        if self.is_main:
+            if self.console.log_error:
+                self.storage.add(self.console.log_error)
+            self.storage.look_for_directory(self._take_over)
         lost = self.owner is not None and not self.owner.holds()
-        agreed = stop.agreed(self.session.runtime.device, leave=lost)
+        failed = self.storage.message is not None
+        agreed = stop.agreed(self.session.runtime.device, fail=failed, leave=lost)
         if agreed == LEAVE:
             raise TakenOver(f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more")
+        if agreed == FAIL:
+            if self.progress.step:
+                self.saved_step = None  # it may have been in a directory that was deleted
+                self.save()
+                self._settle(wait=True)
+            raise self.storage.failed(self.progress.step)
         return agreed != GO_ON
+
+    def _take_over(self) -> None:
+        self.owner = self.run_dir.take_over(self.config, self.prepared.tokenizer)
 
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""
@@ -225,10 +254,16 @@ class Trainer:
         }
         if skipped:
             row["skipped"] = skipped
-        log.step(row, self.load)
+        with self.storage.noted():
+            log.step(row, self.load)
         self.console.step(row, train.steps)
         if told := self.stragglers.suspicion(of_ranks):
             self.console.warning(told)
+
+    def _log_evaluation(self, log: RunLog | None, evaluation: HeldOut) -> None:
+        if log:
+            with self.storage.noted():
+                log.evaluation(evaluation.row(self.progress.step))
 
     def _evaluate(self, batches: int | None) -> HeldOut:
         return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
@@ -239,7 +274,8 @@ class Trainer:
             return
         self._settle(wait=True)
         started = time.perf_counter()
-        self.checkpointer.begin(dataclasses.asdict(self.progress))
+        with self.storage.explained():
+            self.checkpointer.begin(dataclasses.asdict(self.progress))
         self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
         if not self.config.checkpoint.asynchronous:
             self._settle(wait=True)
@@ -247,7 +283,8 @@ class Trainer:
     def _settle(self, *, wait: bool) -> None:
         """Completes a checkpoint that was begun, if it is written or shall be waited for."""
         started = time.perf_counter()
-        path = self.checkpointer.settle(wait=wait)
+        with self.storage.explained():
+            path = self.checkpointer.settle(wait=wait)
         if path is not None:
             waited = self.waited + time.perf_counter() - started
             told = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
@@ -256,8 +293,7 @@ class Trainer:
     def _finish(self, log: RunLog | None) -> None:
         """The end of a run: held-out loss, expert load, a sample, the paths."""
         held_out = self._evaluate(self.config.eval.final_batches)
-        if log:
-            log.evaluation(held_out.row(self.progress.step))
+        self._log_evaluation(log, held_out)
         sample = self._sample()
         path = self.run_dir.path
         self.console.summary(

@@ -1,20 +1,32 @@
-"""What is kept of a run: metrics.jsonl, TensorBoard, and the figures behind `mfu` and the expert load.
+"""What is kept of a run's figures: metrics.jsonl, expert_load.jsonl and TensorBoard; and what is behind `mfu`.
 
-Shapes: L sparse layers, E experts."""
+Shapes: L sparse layers."""
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TextIO
 
 from moe.load import ExpertLoad
+from training.event_file import EventFile
+from training.expert_load import (
+    has_heat_map,
+    layer_name,
+    load_charts,
+    load_heat_map,
+    load_rows,
+    load_series,
+    recorded_every,
+)
 
 Row = Mapping[str, Any]
+_LOG = logging.getLogger(__name__)
+
+METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 STEP_KEYS = (
     "step",
@@ -78,84 +90,126 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, wo
 
 
 class RunLog:
-    """metrics.jsonl and tensorboard/ of a run directory; rank 0 alone owns one.
+    """metrics.jsonl, expert_load.jsonl and tensorboard/ of a run directory; rank 0 alone owns one.
 
     Opening one trims what an earlier process wrote past `restored_step` (0: all of it), since those steps are about to
-    be taken again. Every `heatmap_every`-th step that is logged adds a picture of the expert load.
+    be taken again. `warn` is told once when TensorBoard's files cannot be written; they are left out from then on, as
+    metrics.jsonl has the same figures.
+
+    Raises:
+        OSError: when it is opened, and by `step` and `evaluation`: one of the .jsonl files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, *, restored_step: int = 0, heatmap_every: int = 100) -> None:
-        # Here rather than above: it imports torch, and only a run that starts should pay for it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = path = run_dir / "metrics.jsonl"
-        if path.exists():
-            trim_rows(path, restored_step)
-        self._rows = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=restored_step + 1, flush_secs=30)
-        self._heatmap_every = heatmap_every
+    def __init__(self, run_dir: Path, *, restored_step: int = 0, warn: Callable[[str], None]) -> None:
+        self._path = run_dir / METRICS
+        self._rows, self._loads = (_open_rows(run_dir / name, restored_step) for name in (METRICS, EXPERT_LOAD))
+        self._warn = warn
         self._logged = 0
+        self._last_load: tuple[int, ExpertLoad] | None = None  # step and load that no heat map shows yet
+        self._board: EventFile | None = None
+        with self._board_errors():
+            self._board = EventFile(run_dir / "tensorboard", purge_step=restored_step + 1)
 
     def step(self, row: Row, load: ExpertLoad | None = None) -> None:
         """Writes a logged step: all of STEP_KEYS, some of OPTIONAL_STEP_KEYS; `load` is None for a dense model."""
         assert set(STEP_KEYS) <= row.keys() <= {*STEP_KEYS, *OPTIONAL_STEP_KEYS}, sorted(row)
-        self._write({key: row[key] for key in (*STEP_KEYS, *OPTIONAL_STEP_KEYS) if key in row})
-        step = row["step"]
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                self._board.add_scalar(f"train/{key}", value, step)
-        if load is not None:
-            self._write_load(step, load)
+        step, logged = row["step"], self._logged
         self._logged += 1
+        every_expert = load is not None and logged % recorded_every(load) == 0
+        with self._board_errors():
+            self._show(step, row, load, every_expert=every_expert, first=logged == 0)
+            if load is not None and has_heat_map(logged):
+                self._draw(step, load)
+        self._last_load = (step, load) if load is not None and not has_heat_map(logged) else None
+        self._write(self._rows, {key: row[key] for key in (*STEP_KEYS, *OPTIONAL_STEP_KEYS) if key in row})
+        if load is not None and every_expert:
+            self._write(self._loads, *load_rows(step, load))
 
     def evaluation(self, row: Row) -> None:
         """Writes an evaluation: all of EVALUATION_KEYS. A step has one: where a finished run is started again, the new
         one takes the place of the one before."""
         assert row.keys() == set(EVALUATION_KEYS), sorted(row)
-        line = json_line({key: row[key] for key in EVALUATION_KEYS})
+        kept = {key: row[key] for key in EVALUATION_KEYS}
         if not self._logged and (before := self._evaluations(row["step"])):
-            if before == [line]:
+            if before == [json_line(kept)]:
                 return
             self._rows.close()
             rewrite_rows(self._path, lambda line: line.decode() not in before)
             self._rows = self._path.open("a", encoding="utf-8")
-        self._write_line(line)
-        for key in EVALUATION_KEYS[1:]:
-            if row[key] is not None:
-                self._board.add_scalar(f"eval/{key.removeprefix('val_')}", row[key], row["step"])
+        values = {f"eval/{key.removeprefix('val_')}": row[key] for key in EVALUATION_KEYS[1:] if row[key] is not None}
+        with self._board_errors():
+            if self._board:
+                self._board.scalars(row["step"], values)
+        self._write(self._rows, kept)
 
     def close(self) -> None:
-        self._rows.close()
-        self._board.close()
+        """Draws the last step's load, if it is not drawn yet, and closes the files."""
+        with self._board_errors():
+            if self._last_load:
+                self._draw(*self._last_load)
+            if self._board:
+                self._board.close()
+        for file in (self._rows, self._loads):
+            with contextlib.suppress(OSError):  # of a row that could not be written before
+                file.close()
 
     def _evaluations(self, step: int) -> list[str]:
         """The lines of a step's evaluations, kept by an earlier process."""
+        if not self._path.is_file():
+            return []
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = ((line, json.loads(line)) for line in lines)
         return [line for line, row in rows if row["step"] == step and "val_loss" in row]
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._write_line(json_line(row))
+    def _write(self, file: TextIO, *rows: dict[str, Any]) -> None:
+        try:
+            file.write("".join(map(json_line, rows)))
+            file.flush()
+        except OSError as error:
+            error.filename = file.name
+            raise
 
-    def _write_line(self, line: str) -> None:
-        self._rows.write(line)
-        self._rows.flush()
+    @contextlib.contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, no run has to end for it
+            self._board = None
+            _LOG.exception("TensorBoard's files")
+            self._warn(f"TensorBoard's files cannot be written any more ({error}): the run goes on without them")
 
-    def _write_load(self, step: int, load: ExpertLoad) -> None:
-        figures = {
-            "load_max_over_mean": load.max_over_mean_L,
-            "load_cv": load.cv_L,
-            "dropped_fraction": load.dropped_L,
-            "unserved_fraction": load.unserved_L,
-            "dead_experts": (load.load_LE == 0).sum(axis=1),
-            "entropy": load.entropy_L,
-            "logit_rms": load.logit_rms_L,
-        }
-        for name, value_L in figures.items():
-            for layer, value in zip(load.layer_ids, value_L, strict=True):
-                self._board.add_scalar(f"moe/layer_{layer:02d}/{name}", float(value), step)
-        if self._logged % self._heatmap_every == 0:
-            self._board.add_image("moe/expert_load", load_heatmap(load), step, dataformats="HWC")
+    def _draw(self, step: int, load: ExpertLoad) -> None:
+        if self._board:
+            self._board.image(step, "moe/expert_load", load_heat_map(load, step))
+
+    def _show(self, step: int, row: Row, load: ExpertLoad | None, *, every_expert: bool, first: bool) -> None:
+        if self._board is None:
+            return
+        values = {f"train/{key}": value for key, value in row.items() if key != "step" and value is not None}
+        if load is not None:
+            figures = {
+                "load_max_over_mean": load.max_over_mean_L,
+                "load_cv": load.cv_L,
+                "dropped_fraction": load.dropped_L,
+                "unserved_fraction": load.unserved_L,
+                "dead_experts": (load.load_LE == 0).sum(axis=1),
+                "entropy": load.entropy_L,
+                "logit_rms": load.logit_rms_L,
+            }
+            for name, value_L in figures.items():
+                for layer, value in zip(load.layer_ids, value_L.tolist(), strict=True):
+                    values[f"moe/{layer_name(layer)}/{name}"] = value
+            if every_expert:
+                values |= load_series(load)
+            if first:
+                self._board.layout(load_charts(load))
+        self._board.scalars(step, values)
+
+
+def _open_rows(path: Path, restored_step: int) -> TextIO:
+    if path.is_file():
+        trim_rows(path, restored_step)
+    return path.open("a", encoding="utf-8")
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -170,7 +224,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def trim_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of metrics.jsonl past `last_step` and the lines that a killed process left torn."""
+    """Drops the rows of a .jsonl file past `last_step` and the lines that a killed process left torn."""
     torn = 0
 
     def keep(line: bytes) -> bool:
@@ -183,7 +237,7 @@ def trim_rows(path: Path, last_step: int) -> None:
 
     rewrite_rows(path, keep)
     if torn:
-        logging.getLogger(__name__).warning("%s: dropped %d torn line(s)", path, torn)
+        _LOG.warning("%s: dropped %d torn line(s)", path, torn)
 
 
 def rewrite_rows(path: Path, keep: Callable[[bytes], bool]) -> None:
@@ -195,20 +249,3 @@ def rewrite_rows(path: Path, keep: Callable[[bytes], bool]) -> None:
         kept.flush()
         os.fsync(kept.fileno())
     os.replace(aside, path)
-
-
-# ColorBrewer's RdBu, read from blue to red: experts with a quarter, half, once, twice and four times the mean load.
-_LOG2_RATIO = (-2, -1, 0, 1, 2)
-_COLOURS = np.array([[5, 113, 176], [146, 197, 222], [247, 247, 247], [244, 165, 130], [202, 0, 32]])
-
-
-def load_heatmap(load: ExpertLoad) -> np.ndarray:
-    """The expert load as a picture, uint8 [height, width, 3]: a row per layer, a column per expert; white is the mean,
-    blue a quarter of it or less, red four times as much or more, black an expert that no token chose."""
-    ratio_LE = load.share_LE * load.load_LE.shape[1]
-    dead_LE = ratio_LE == 0
-    log2_LE = np.log2(np.where(dead_LE, 1.0, ratio_LE))
-    picture = np.stack([np.interp(log2_LE, _LOG2_RATIO, channel) for channel in _COLOURS.T], axis=-1)
-    picture[dead_LE] = 0
-    cell = int(np.clip(512 // load.load_LE.shape[1], 8, 32))  # pixels
-    return picture.round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)

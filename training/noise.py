@@ -52,7 +52,11 @@ class NoiseRedirection:
 
     def attach(self, log_path: Path) -> None:
         """Appends what was held, and from now on everything, to `log_path`. Call it once, when the run directory is
-        known and the engine imported: torch gives loggers handlers of their own, which are replaced here."""
+        known and the engine imported: torch gives loggers handlers of their own, which are replaced here.
+
+        Raises:
+            OSError: `log_path` cannot be written.
+        """
         file = _LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         self._undo.callback(file.close)
         file.setFormatter(logging.Formatter(f"%(asctime)s rank {self._rank} %(levelname)s %(name)s: %(message)s"))
@@ -68,8 +72,12 @@ class NoiseRedirection:
                 logger.propagate = True
         os.dup2(file.stream.fileno(), 1)
         self._held_output.seek(0)
-        shutil.copyfileobj(self._held_output, file.stream.buffer)
-        file.stream.buffer.flush()
+        try:
+            shutil.copyfileobj(self._held_output, file.stream.buffer)
+            file.stream.buffer.flush()
+        except OSError as error:
+            error.filename = str(log_path)
+            raise
 
     def undo(self) -> None:
         """Puts everything back but TORCH_CPP_LOG_LEVEL. What is still held, without `attach`, is dropped. A `Console`

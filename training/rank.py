@@ -1,5 +1,6 @@
 """The life of one rank of a training run."""
 
+import logging
 import os
 import signal
 import sys
@@ -40,7 +41,8 @@ def train_rank(
         early: what remembers signals while the engine is being imported.
 
     Raises:
-        ValueError: what the user can mend (a run directory of another model, a full disk).
+        ValueError: what the user can mend (a run directory of another model).
+        OSError: a file that cannot be read or written.
     """
     own_noise = redirect_noise(world.rank) if noise is None else None
     noise = noise or own_noise
@@ -62,10 +64,12 @@ def train_rank(
             noise.attach(log)
             with Console(rank=world.rank, log_path=log) as console:
                 if world.rank == 0:
-                    expert_backend.remember(config, run_dir.path, session.backend)
-                    environment.record(run_dir.path)
                     _announce(console, session.table, run_dir, prepared, config.model)
                 trainer = Trainer(session, run_dir, prepared, console)
+                if world.rank == 0:
+                    with trainer.storage.noted():
+                        expert_backend.remember(config, run_dir.path, session.backend)
+                        environment.record(run_dir.path)
                 request = StopRequest(received=early.received if early else None)
                 with Watch(world, config.runtime.timeout, trainer.signs_of_life), request as stop:
                     trainer.restore()
@@ -77,6 +81,9 @@ def train_rank(
             print(f"switchyard: error: {failure}", file=sys.stderr)
             tell_batch_script(config, FAILED, str(failure))
         return FAILED
+    except OSError:
+        logging.getLogger("switchyard").exception("this rank ends")
+        raise
     finally:
         if own_noise:
             own_noise.undo()
@@ -94,11 +101,14 @@ def _train(trainer: "Trainer", stop: StopRequest) -> int:
         # An srun that has outlived its job would have the job's new step of the same number killed for a failure.
         return DONE if "SLURM_STEP_ID" in os.environ else FAILED
     except RunFailed as failure:
-        trainer.console.warning(str(failure))
+        trainer.console.failure(str(failure))
         code, reason = FAILED, str(failure)
     dist.barrier()  # what stop.json says is true of every rank
     if trainer.is_main:
-        write_stop(trainer.run_dir.path, code=code, reason=reason)
+        try:
+            write_stop(trainer.run_dir.path, code=code, reason=reason)
+        except OSError as error:
+            trainer.console.warning(f"the end of the run cannot be written down: {error}")
     return code
 
 

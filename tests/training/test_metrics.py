@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moe.load import ExpertLoad
 from training import metrics
-from training.metrics import EVALUATION_KEYS, STEP_KEYS, RunLog, json_line, load_heatmap, mfu, peak_flops
+from training.expert_load import load_heat_map
+from training.metrics import EVALUATION_KEYS, STEP_KEYS, RunLog, json_line, mfu, peak_flops
+
+
+def run_log(run_dir: Path, *, restored_step: int = 0, warn: Callable[[str], None] = pytest.fail) -> RunLog:
+    return RunLog(run_dir, restored_step=restored_step, warn=warn)
 
 
 def step_row(step: int, **changed: Any) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def expert_load() -> ExpertLoad:
 
 
 def test_rows_are_on_disk_in_order_and_unrounded_as_soon_as_they_are_logged(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
+    log = run_log(tmp_path)
     log.step(step_row(1, loss=2.0000000000000004))
     log.evaluation({"val_bits_per_byte": None, "val_loss": 3.25, "step": 1})
     log.step(step_row(2, skipped=1))
@@ -61,7 +67,7 @@ def test_rows_are_on_disk_in_order_and_unrounded_as_soon_as_they_are_logged(tmp_
 def test_a_step_has_one_evaluation(tmp_path: Path, again: float) -> None:
     """A finished run that is started again evaluates once more."""
     for finished, val_loss in enumerate((3.25, again)):
-        log = RunLog(tmp_path, restored_step=2)
+        log = run_log(tmp_path, restored_step=2)
         if not finished:
             log.step(step_row(1))
             log.evaluation({"step": 1, "val_loss": 4.0, "val_bits_per_byte": None})
@@ -81,7 +87,7 @@ def test_numbers_that_json_does_not_know_are_named() -> None:
 
 
 def test_a_forgotten_or_invented_key_is_a_bug(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
+    log = run_log(tmp_path)
     forgotten = step_row(1)
     del forgotten["lr"]
     for bad in (forgotten, step_row(1, momentum=0.9)):
@@ -97,12 +103,12 @@ def test_opening_trims_steps_that_will_be_taken_again_and_torn_lines(tmp_path: P
     path.write_bytes(
         kept[:25] + b'{"step": 2, "lo\n' + kept[25:] + b'{"step": 3, "loss": 2.0}\n{"step": 2, "loss": 1.\0\0'
     )
-    log = RunLog(tmp_path, restored_step=2)
+    log = run_log(tmp_path, restored_step=2)
     assert path.read_bytes() == kept
     log.step(step_row(3))
     log.close()
     assert [row["step"] for row in strict_lines(path)] == [1, 2, 3]
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(os.listdir(tmp_path)) == ["expert_load.jsonl", "metrics.jsonl", "tensorboard"]
 
 
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
@@ -126,39 +132,95 @@ def test_a_trim_that_is_interrupted_leaves_the_old_file(tmp_path: Path, monkeypa
 
 
 def test_tensorboard_after_a_continuation(tmp_path: Path) -> None:
-    for restored, steps in ((0, range(1, 6)), (3, range(4, 6))):
-        log = RunLog(tmp_path, restored_step=restored, heatmap_every=2)
+    for restored, steps in ((0, range(1, 16)), (12, range(13, 16))):
+        log = run_log(tmp_path, restored_step=restored)
         for step in steps:
             log.step(step_row(step, loss=step + restored), expert_load())
-        log.evaluation({"step": 5, "val_loss": 3.0 + restored, "val_bits_per_byte": None})
+        log.evaluation({"step": 15, "val_loss": 3.0 + restored, "val_bits_per_byte": None})
         log.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 7), (5, 8)]
-    assert [(e.step, e.value) for e in board.Scalars("eval/loss")] == [(5, 6.0)]
-    assert [e.value for e in board.Scalars("moe/layer_03/load_max_over_mean")] == [2.0] * 5
-    assert [e.value for e in board.Scalars("moe/layer_03/dropped_fraction")] == [0.5] * 5
-    assert [e.value for e in board.Scalars("moe/layer_01/entropy")] == [1.0] * 5
+    losses = [(e.step, e.value) for e in board.Scalars("train/loss")]
+    assert losses == [*((step, step) for step in range(1, 13)), (13, 25), (14, 26), (15, 27)]
+    assert [(e.step, e.value) for e in board.Scalars("eval/loss")] == [(15, 15.0)]
+    assert [e.value for e in board.Scalars("moe/layer_03/load_max_over_mean")] == [2.0] * 15
+    assert [e.value for e in board.Scalars("moe/layer_03/dropped_fraction")] == [0.5] * 15
+    assert [e.value for e in board.Scalars("moe/layer_01/entropy")] == [1.0] * 15
+    assert [[e.value for e in board.Scalars(f"expert_load/layer_03/expert_{e}")] for e in range(4)] == [
+        [2.0] * 15,
+        [0.0] * 15,
+        [1.0] * 15,
+        [1.0] * 15,
+    ]
     assert not {"train/mfu", "train/step", "eval/bits_per_byte"} & set(board.Tags()["scalars"])
     images = board.Images("moe/expert_load")
-    assert [image.step for image in images] == [1, 3, 4]  # every second logged step of each process
+    assert [image.step for image in images] == [1, 11, 13, 15]  # every tenth of a process, and its last
     decoded = np.asarray(Image.open(io.BytesIO(images[0].encoded_image_string)))
-    assert np.array_equal(decoded, load_heatmap(expert_load()))
+    assert np.array_equal(decoded, load_heat_map(expert_load(), 1))
 
 
-def test_heatmap_colours() -> None:
-    picture = load_heatmap(expert_load())
-    cell = picture.shape[0] // 2
-    assert picture.shape == (2 * cell, 4 * cell, 3)
-    cells = picture.reshape(2, cell, 4, cell, 3)
-    assert (cells == cells[:, :1, :, :1]).all()  # a cell has one colour
-    colour = cells[:, 0, :, 0].tolist()
-    assert colour[0] == [[247, 247, 247]] * 4  # balanced: white
-    assert colour[1] == [[244, 165, 130], [0, 0, 0], [247, 247, 247], [247, 247, 247]]  # twice, dead, once, once
-    wide = load_heatmap(ExpertLoad([0], np.arange(128)[None], *[np.zeros(1)] * 6))
-    assert wide.shape == (8, 1024, 3)
-    red_minus_blue = wide[0, 8::8, 0].astype(int) - wide[0, 8::8, 2]
-    assert (np.diff(red_minus_blue) >= 0).all()  # ever redder as the load grows
+def test_every_expert_of_every_layer_has_its_rows(tmp_path: Path) -> None:
+    log = run_log(tmp_path)
+    for step in (1, 2, 3):
+        log.step(step_row(step), expert_load())
+    log.close()
+    log = run_log(tmp_path, restored_step=1)  # steps 2 and 3 are taken again
+    log.step(step_row(2), expert_load())
+    log.close()
+    of_layer_1 = {"layer": 1, "assignments": [10, 10, 10, 10], "dropped_fraction": 0.0}
+    of_layer_3 = {"layer": 3, "assignments": [20, 0, 10, 10], "dropped_fraction": 0.5}
+    assert strict_lines(tmp_path / "expert_load.jsonl") == [
+        {"step": step, **row} for step in (1, 2) for row in (of_layer_1, of_layer_3)
+    ]
+
+
+def test_many_experts_are_recorded_less_often(tmp_path: Path) -> None:
+    log = run_log(tmp_path)
+    many = ExpertLoad([0, 1], np.ones((2, 1536), int), *[np.zeros(2)] * 6)  # three times what a step may cost
+    for step in range(10, 80, 10):
+        log.step(step_row(step), many)
+    log.close()
+    rows = strict_lines(tmp_path / "expert_load.jsonl")
+    assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in (10, 40, 70) for layer in (0, 1)]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("expert_load/layer_01/expert_0007")] == [10, 40, 70]
+    assert len(board.Scalars("moe/layer_01/load_cv")) == 7
+
+
+def test_without_tensorboard_the_figures_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    warnings: list[str] = []
+    log = run_log(tmp_path, warn=warnings.append)
+    for step in (1, 2):
+        log.step(step_row(step), expert_load())
+    log.evaluation({"step": 2, "val_loss": 3.0, "val_bits_per_byte": None})
+    log.close()
+    assert [row["step"] for row in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 2]
+    assert len(warnings) == 1 and "TensorBoard" in warnings[0]
+
+
+def test_tensorboard_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    log = run_log(tmp_path, warn=warnings.append)
+    log.step(step_row(1), expert_load())
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (the end of the test closes it)
+    monkeypatch.setattr(log._board._records, "_writer", full)
+    for step in (2, 3):
+        log.step(step_row(step), expert_load())
+    log.close()
+    assert [row["step"] for row in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(warnings) == 1 and "No space left" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "expert_load.jsonl"])
+def test_rows_that_cannot_be_written_name_their_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    log = run_log(tmp_path)
+    with pytest.raises(OSError, match="No space left") as raised:
+        log.step(step_row(1), expert_load())
+    assert raised.value.filename == str(tmp_path / name)
+    log.close()
 
 
 def test_expert_load_summed_up() -> None:
