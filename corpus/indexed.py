@@ -98,6 +98,31 @@ def _check_index(index: Index, prefix: str) -> None:
         )
 
 
+class OpenTokens:
+    """PREFIX.bin, kept open to be asked, before it is read through a mapping, whether all of it is still there: a page
+    past the end of a file that was truncated would end the process (SIGBUS), without a message.
+
+    Raises:
+        ValueError: as `read_index`.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.path = prefix + ".bin"
+        index = read_index(prefix)
+        self._size = index.num_tokens(0, index.num_documents) * np.dtype(index.dtype).itemsize
+        self._file = open(self.path, "rb")  # noqa: SIM115 (open as long as the mapping is)
+
+    def check(self) -> None:
+        """Raises OSError: the file has become smaller."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._size:
+            raise OSError(
+                f"{self.path} was truncated while it was in use: {size} bytes instead of {self._size}. Whatever writes "
+                "to it must stop. Make the file again (one in data.cache_dir is made again by itself), then continue "
+                "the run with the same run.dir"
+            )
+
+
 def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndarray:
     """The tokens of a range of documents, one after the other, memory-mapped; [tokens] of the file's type."""
     index = read_index(prefix)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from corpus.cache import Cache, ReadOnlyCache
-from corpus.indexed import quiet_import, read_index, token_range
+from corpus.indexed import OpenTokens, quiet_import, read_index, token_range
 from corpus.prepare import Prepared, Source
 
 with quiet_import():
@@ -92,11 +92,13 @@ class _Epochs:
         self._sequence_length = sequence_length
         self._seed = seed
         self._cache = cache
+        self._file = OpenTokens(source.prefix)
         self._tokens = IndexedDataset(source.prefix)
         self._samples_per_epoch = (source.num_tokens - 1) // sequence_length
         self._open: tuple[int, GPTDataset] | None = None
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
+        self._file.check()
         epoch, of_epoch = divmod(index, self._samples_per_epoch)
         if self._open is None or self._open[0] != epoch:
             self._open = (epoch, self._dataset(epoch))
@@ -179,6 +181,7 @@ class ValidWindows:
 
     def __init__(self, prepared: Prepared, *, sequence_length: int, document_mask: bool) -> None:
         assert prepared.eod_id is not None or not document_mask
+        self._files = [OpenTokens(source.prefix) for source in prepared.valid]
         self._sources = [token_range(s.prefix, s.first_document, s.num_documents) for s in prepared.valid]
         windows = [-(-(len(tokens) - 1) // sequence_length) for tokens in self._sources]
         self._ends = np.cumsum(windows)
@@ -196,6 +199,7 @@ class ValidWindows:
         text = np.empty(0, dtype=np.int64)
         if index < len(self):
             source = int(np.searchsorted(self._ends, index, side="right"))
+            self._files[source].check()
             start = (index - (self._ends[source - 1] if source else 0)) * size
             text = self._sources[source][start : start + size + 1].astype(np.int64)
         labels = max(len(text) - 1, 0)

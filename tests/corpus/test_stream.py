@@ -210,6 +210,25 @@ def test_blended_sources_each_go_through_their_epochs(tmp_path):
         assert len(inputs) == 40 and set(inputs.values()) == {1}
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_file_that_is_truncated_in_use_is_named(tmp_path, held_out):
+    """Reading a page past its end would end the process: SIGBUS."""
+    documents = distinct_documents([4000, 4000])
+    prepared = prepared_of({write_pair(tmp_path / "data", documents): documents}, [1.0])
+    if held_out:
+        stream = ValidWindows(prepared, sequence_length=8, document_mask=False)
+    else:
+        stream = new_stream(prepared, tmp_path / "cache")
+    first = stream.sample(990)["tokens"].tolist()
+    with (tmp_path / "data.bin").open("r+b") as file:
+        whole = file.read()
+        file.truncate(0)
+    with pytest.raises(OSError, match=r"data\.bin was truncated while it was in use: 0 bytes instead of"):
+        stream.sample(990)
+    (tmp_path / "data.bin").write_bytes(whole)
+    assert stream.sample(990)["tokens"].tolist() == first
+
+
 def test_positions_start_again_after_an_end_of_document():
     tokens = torch.tensor([7, 7, 0, 5, 0, 0, 6, 6])
     assert positions_within(tokens, eod_id=0).tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
