@@ -361,6 +361,9 @@ class RuntimeConfig:
     threads: int | None = None
     """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that Slurm gave the task, else the machine's cores
     divided among its ranks."""
+    verbose: bool = False
+    """Print all of the start table. false: its rows on device, ranks, precision, model, data and run, and those that
+    say why something faster is not used; train.log has all in any case."""
     preflight: bool = False
     """Before training, measure every rank's memory, disk, matrix products and links, and end the run naming the nodes
     that fall short."""

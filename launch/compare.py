@@ -1,29 +1,43 @@
-"""`python -m launch.compare RUN...`: a table of runs, with the settings in which they differ. A folder that is no run
-but holds some stands for these."""
+"""`python -m launch.compare RUN... [format=json]`: a table of runs, with the settings in which they differ, as wide as
+the terminal (or COLUMNS). A folder that is no run but holds some stands for these. format=json: the same as a list of
+objects."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from training.compare import comparison, summarise
+from training.compare import as_json, comparison, summarise
+from training.console import visible
+from training.noise import discard_output
 from training.run_dir import CONFIG
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; returns the exit code: 2 when something is not a run."""
-    from rich.console import Console
-
+    """Prints the table; returns the exit code: 2 when something is not a run, 1 when standard output is lost."""
     if not arguments or arguments[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    formats = [given.removeprefix("format=") for given in arguments if given.startswith("format=")]
     try:
-        runs = [summarise(path) for given in arguments for path in _runs(Path(given))]
+        if unknown := [name for name in formats if name not in ("table", "json")]:
+            raise ValueError(f"format={unknown[0]} is not one of table, json; the nearest is format=json")
+        paths = [Path(given) for given in arguments if not given.startswith("format=")]
+        runs = [summarise(path) for given in paths for path in _runs(given)]
+        if not runs:
+            raise ValueError("no run is given: python -m launch.compare RUN...")
     except ValueError as error:
         print(f"switchyard: error: {error}", file=sys.stderr)
         return 2
     # Into a file or a pipe a row is one line, however long.
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 10_000))
-    Console(highlight=False, markup=False, emoji=False, width=width).print(comparison(runs))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+    try:
+        print(as_json(runs) if formats[-1:] == ["json"] else visible(comparison(runs, width)), flush=True)
+    except OSError as error:
+        discard_output(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            print(f"switchyard: error: standard output: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

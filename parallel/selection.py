@@ -26,6 +26,8 @@ class Choice:
     part: str
     name: str
     why: str
+    refused: bool = False
+    """Whether something faster was found here and left out."""
 
 
 class Unavailable(Exception):
@@ -84,10 +86,10 @@ def select(
             continue
         if difference <= tolerance:
             equal = f"equals torch's within {difference:.0e} on a random batch"
-            return loaded, Choice(part, candidate.name, "; ".join([*found, equal]))
+            return loaded, Choice(part, candidate.name, "; ".join([*found, equal]), bool(found))
         found.append(f"{candidate.name} differs from torch's by {difference:.0e} and is left out")
     names = ", ".join(c.name for c in candidates)
-    return fallback, Choice(part, name, "; ".join(found) or f"not installed: {names}")
+    return fallback, Choice(part, name, "; ".join(found) or f"not installed: {names}", bool(found))
 
 
 Picked = tuple[Any, Choice]
@@ -106,7 +108,7 @@ def agreed(picked: Mapping[str, tuple[Picked, Any]]) -> dict[str, Picked]:
     result = {}
     for name, (pick, plain) in picked.items():
         names = sorted({theirs[name] for theirs in everyone})
-        differ = Choice(pick[1].part, "torch", f"nodes differ in what they have: {', '.join(names)}")
+        differ = Choice(pick[1].part, "torch", f"nodes differ in what they have: {', '.join(names)}", True)
         result[name] = pick if len(names) == 1 else (plain, differ)
     return result
 

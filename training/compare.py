@@ -2,20 +2,20 @@
 heavy."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.compatibility import flatten
-from training.run_dir import read_settings
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from training.plan import Cost, model_cost
+from training.run_dir import load_config, read_settings
 
 # Where a run is kept and on how many steps it was told to stop say nothing of what it is.
 _NOT_COMPARED = ("run.", "train.stop_after", "slurm.", "runtime.", "cluster.")
+_WIDEST_SETTING = 30  # characters
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Summary:
     """The median of its steps."""
     dropped: float | None
     """A fraction, of the last logged step."""
+    parameters: int | None
+    active_parameters: int | None
+    """Those that one token meets."""
+    flops_per_token: float | None
+    """Forward and backward."""
+    flops: float | None
+    """Of all tokens so far."""
 
 
 def summarise(path: Path) -> Summary:
@@ -47,6 +54,7 @@ def summarise(path: Path) -> Summary:
         elif "val_loss" in row:
             evaluation = row
     last = steps[-1] if steps else {}
+    cost = _cost(path)
     rates = [row["tokens_per_second"] for row in steps if row["tokens_per_second"]]
     return Summary(
         path,
@@ -57,7 +65,20 @@ def summarise(path: Path) -> Summary:
         evaluation.get("val_bits_per_byte"),
         median(rates) if rates else None,
         last.get("dropped_fraction"),
+        cost.total if cost else None,
+        cost.active if cost else None,
+        cost.flops_per_token if cost else None,
+        cost.flops_per_token * last["tokens"] if cost and last.get("tokens") else None,
     )
+
+
+def _cost(path: Path) -> Cost | None:
+    """None: the settings are of another version."""
+    try:
+        config = load_config(path)
+    except ValueError:
+        return None
+    return model_cost(config.model, config.train.sequence_length)
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
@@ -80,29 +101,108 @@ def differing(runs: Sequence[Summary]) -> list[str]:
     return [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
 
 
-def comparison(runs: Sequence[Summary]) -> "Table":
-    """A table with a row per run and a column per setting in which they differ."""
-    from rich.table import Table
-
-    settings = differing(runs)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run", overflow="fold")
-    for key in settings:
-        table.add_column(key, overflow="fold")
-    for figure in ("steps", "loss", "held-out", "bits/byte", "tokens/s", "dropped"):
-        table.add_column(figure, justify="right", no_wrap=True)
+def as_json(runs: Sequence[Summary]) -> str:
+    """A list with an object per run; `settings` are those in which the runs differ. null where a run has not come that
+    far, or its settings are not known to this version."""
+    keys = differing(runs)
+    shown = []
     for run in runs:
-        figures = (
-            (run.loss, ".4f"),
-            (run.val_loss, ".4f"),
-            (run.bits_per_byte, ".3f"),
-            (run.tokens_per_second, ",.0f"),
-            (run.dropped, ".1%"),
+        figures = asdict(run) | {"path": str(run.path), "settings": {key: run.settings.get(key) for key in keys}}
+        shown.append(figures)
+    return json.dumps(shown, indent=1, default=str)
+
+
+def comparison(runs: Sequence[Summary], width: int | None = None) -> str:
+    """A table with a row per run and a column per setting in which they differ and per figure.
+
+    width: in columns of the terminal. Where the table is wider it comes in several blocks, and the runs are numbered.
+        None: one block, however wide.
+    """
+    names = _shortest({run.path.parts: run.path.name or str(run.path) for run in runs}, os.sep)
+    keys = differing(runs)
+    titles = _shortest({tuple(key.split(".")): key.split(".")[-1] for key in keys}, ".")
+    first = [("run", [names[run.path.parts] for run in runs], False)]
+    columns = [
+        (titles[tuple(key.split("."))], [_setting(run.settings.get(key)) for run in runs], False) for key in keys
+    ]
+    columns += [
+        (title, ["-" if (value := read(run)) is None else form(value) for run in runs], True)
+        for title, read, form in _FIGURES
+    ]
+    if width is None or sum(map(_width_of, [*first, *columns])) + 2 * len(columns) <= width:
+        return _block([*first, *columns], width)
+    numbers = ("#", [str(number) for number in range(1, len(runs) + 1)], True)
+    block, blocks = [numbers, *first], []
+    for column in columns:
+        if len(block) > 1 and sum(map(_width_of, [*block, column])) + 2 * len(block) > width:
+            blocks.append(block)
+            block = [numbers]
+        block.append(column)
+    return "\n\n".join(_block(block, width) for block in [*blocks, block])
+
+
+Column = tuple[str, list[str], bool]
+"""Title, a cell per run, whether it is aligned to the right."""
+
+
+def _width_of(column: Column) -> int:
+    return max(len(column[0]), *map(len, column[1]))
+
+
+def _block(columns: Sequence[Column], width: int | None) -> str:
+    """The columns side by side. One that is wider than the terminal by itself is shortened in its middle."""
+    room = width - 2 - 2 * (len(columns) - 1) if width else 10**6
+    lines = []
+    for row in zip(*([title, *cells] for title, cells, _ in columns), strict=True):
+        cells = []
+        for cell, column in zip(row, columns, strict=True):
+            size = min(_width_of(column), room)
+            short = _shortened(cell, size)
+            cells.append(short.rjust(size) if column[2] else short.ljust(size))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _shortest(names: Mapping[tuple[str, ...], str], separator: str) -> dict[tuple[str, ...], str]:
+    """For each of several paths as many of its last parts as tell it from the others."""
+    short = {}
+    for parts, last in names.items():
+        length = next(
+            n
+            for n in range(1, len(parts) + 1)
+            if n == len(parts) or sum(other[-n:] == parts[-n:] for other in names) == 1
         )
-        shown = ["-" if value is None else format(value, form) for value, form in figures]
-        table.add_row(str(run.path), *(_setting(run.settings.get(key)) for key in settings), run.steps, *shown)
-    return table
+        short[parts] = last if length == 1 else separator.join(parts[-length:]).replace(separator * 2, separator)
+    return short
+
+
+def _count(value: float) -> str:
+    """1234567 -> 1.23 M."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+_FIGURES: tuple[tuple[str, Callable[[Summary], Any], Callable[[Any], str]], ...] = (
+    ("steps", lambda run: run.steps, str),
+    ("loss", lambda run: run.loss, "{:.4f}".format),
+    ("held-out", lambda run: run.val_loss, "{:.4f}".format),
+    ("bits/byte", lambda run: run.bits_per_byte, "{:.3f}".format),
+    ("tokens/s", lambda run: run.tokens_per_second, "{:,.0f}".format),
+    ("dropped", lambda run: run.dropped, "{:.1%}".format),
+    ("params", lambda run: run.parameters, _count),
+    ("active", lambda run: run.active_parameters, _count),
+    ("FLOPs/token", lambda run: run.flops_per_token, _count),
+    ("FLOPs", lambda run: run.flops, "{:.2e}".format),
+)
 
 
 def _setting(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return _shortened(shown, _WIDEST_SETTING)
+
+
+def _shortened(text: str, size: int) -> str:
+    """At most `size` characters, without the middle where there are more."""
+    return text if len(text) <= size else f"{text[: (size - 1) // 2]}…{text[len(text) - size // 2 :]}"

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # rich is imported where it is used: a rank that prints nothi
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
     from rich.live import Live
+    from rich.table import Table
     from rich.text import Text
 
 _PLAIN_WIDTH = 120  # columns that a table of expert load may take where there is no terminal to ask
@@ -111,8 +112,16 @@ class Console:
         self._end_steps()
         self.warning(text)
 
-    def start_table(self, rows: list[tuple[str, str, str]]) -> None:
-        """What was chosen, and why: (what, choice, why) per row."""
+    def start_table(self, rows: Sequence[tuple[str, str, str]], shown: Collection[str] | None = None) -> None:
+        """What was chosen, and why: (what, choice, why) per row. `shown`: what standard output gets of it, None: all;
+        train.log gets every row."""
+        short = [row for row in rows if shown is None or row[0] in shown]
+        self._print(self._table(short), in_log=len(short) == len(rows))
+        if len(short) < len(rows):
+            self._print(self._table(rows), in_stream=False)
+        self._print(_text())
+
+    def _table(self, rows: Sequence[tuple[str, str, str]]) -> "Table":
         from rich.table import Table
 
         table = Table.grid(padding=(0, 3, 0, 0))
@@ -121,8 +130,7 @@ class Console:
         table.add_column(overflow="fold")
         for what, choice, why in rows:
             table.add_row(_text((what, "dim")), _text((choice, "")), _text((why, "dim")))
-        self._print(table)
-        self._print(_text())
+        return table
 
     def progress(self, stage: str, fraction: float) -> None:
         """How much of a stage of the preparation is done, from 0 to 1; at 1 a line tells the time it took, if it was
@@ -215,10 +223,17 @@ class Console:
         self._print(_text((f"{what:<16}", "dim"), (value, "")), whole=True)
 
     def _print(
-        self, what: "RenderableType", *, whole: bool = False, on_terminal: bool = True, in_plain_files: bool = True
+        self,
+        what: "RenderableType",
+        *,
+        whole: bool = False,
+        on_terminal: bool = True,
+        in_plain_files: bool = True,
+        in_stream: bool = True,
+        in_log: bool = True,
     ) -> None:
         """`whole`: no line break of ours inside a long line, so that a command can be copied from a terminal."""
-        if self._terminal and on_terminal:
+        if self._terminal and on_terminal and in_stream:
             with self._output():
                 self._terminal.print(what, soft_wrap=whole)
         plain_stream = None if self._terminal else self._stream
@@ -227,8 +242,9 @@ class Console:
         with self._plain.capture() as capture:
             self._plain.print(what, soft_wrap=True)
         lines = "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
-        self._log(lines)
-        if plain_stream:
+        if in_log:
+            self._log(lines)
+        if plain_stream and in_stream:
             with self._output():
                 plain_stream.write(lines)
                 plain_stream.flush()

@@ -43,6 +43,11 @@ def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | Non
     return backend, f"{why}; native {missing}" if missing else why
 
 
+def tells_of_a_failure(why: str) -> bool:
+    """Whether the words of `choose` say that a backend which is made for this device cannot be used."""
+    return " failed" in why or "; native " in why
+
+
 def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Nodes may differ in what they have."""
     mine = available_backends(model, device, dtype)

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from conf.schema import MoeConfig
 from moe.load import ExpertLoad
 
 VALUES_PER_LINE = 1024
 """What a logged step may cost on average. A model with more experts than that, over all its layers, has them recorded
 every ceil(L * E / VALUES_PER_LINE) logged steps, so that a run's files stay of a size that can be read."""
+
+HIGH_DROPS = 0.2
+"""A dropped fraction above which a run explains once what it means."""
 
 
 def recorded_every(load: ExpertLoad) -> int:
@@ -23,6 +27,17 @@ def has_heat_map(logged: int) -> bool:
     """Whether logged step number `logged`, counted from 0, is drawn: every tenth, and after the hundredth every
     hundredth."""
     return logged % (10 if logged <= 100 else 100) == 0
+
+
+def explain_drops(moe: MoeConfig, dropped: float) -> str | None:
+    """What a person should know of a dropped fraction that is high; None of one that is not."""
+    if dropped <= HIGH_DROPS or moe.capacity_factor is None:
+        return None
+    return (
+        f"dropped {dropped:.0%}: so many assignments found their expert full, and those tokens passed the layer by the "
+        "residual connection alone. It falls while the router learns to balance the load; "
+        f"model.moe.capacity_factor (now {moe.capacity_factor:g}) makes more room, null drops nothing"
+    )
 
 
 def layer_name(layer: int) -> str:

@@ -20,6 +20,7 @@ from parallel.checkpoint import Checkpointer
 from parallel.clock import StepClock
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
+from training.expert_load import explain_drops
 from training.generate import encode_prompt, generate
 from training.guard import FAIL, GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
 from training.lives import DONE, STOPPED
@@ -74,6 +75,7 @@ class Trainer:
         self.stragglers = Stragglers(session.runtime.device)
         self.clock = StepClock(session.runtime.device)
         self.load: ExpertLoad | None = None
+        self.explained_drops: str | None = None
         self.saved_step: int | None = None
         self.waited = 0.0
         """Seconds that the training stood still for the checkpoint under way."""
@@ -257,6 +259,10 @@ class Trainer:
         with self.storage.noted():
             log.step(row, self.load)
         self.console.step(row, train.steps)
+        if self.load and not self.explained_drops:
+            self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])
+            if self.explained_drops:
+                self.console.note(f"step {self.progress.step}: {self.explained_drops}")
         if told := self.stragglers.suspicion(of_ranks):
             self.console.warning(told)
 

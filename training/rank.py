@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from conf.schema import Config, ModelConfig
+from conf.schema import Config
 from corpus.prepare import Prepared
 from parallel.simulate import RankPool
 from parallel.world import World
@@ -20,6 +20,7 @@ from training.run_dir import RunDir, expected_path, open_run_dir
 
 if TYPE_CHECKING:
     from training.loop import Trainer
+    from training.session import Session
 
 PRELOAD = ("parallel.preload", "training.rank", "training.loop", "launch.cli")
 """What the fork server of simulated ranks imports before the first fork."""
@@ -64,7 +65,7 @@ def train_rank(
             noise.attach(log)
             with Console(rank=world.rank, log_path=log) as console:
                 if world.rank == 0:
-                    _announce(console, session.table, run_dir, prepared, config.model)
+                    _announce(console, session, run_dir, prepared)
                 trainer = Trainer(session, run_dir, prepared, console)
                 if world.rank == 0:
                     with trainer.storage.noted():
@@ -140,15 +141,19 @@ def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDi
     return answer[0]
 
 
-def _announce(
-    console: Console, table: list[tuple[str, str, str]], run_dir: RunDir, prepared: Prepared, model: ModelConfig
-) -> None:
+_SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model", "data", "job", "run"}
+"""Rows of the start table that are always printed."""
+
+
+def _announce(console: Console, session: "Session", run_dir: RunDir, prepared: Prepared) -> None:
     tokens = sum(source.num_tokens for source in prepared.train)
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
     job = [("job", life_name(), f"on {os.environ.get('SLURM_JOB_NODELIST')}")] if life_name() else []
-    console.start_table([*table, data, *job, ("run", str(run_dir.path), "continued" if run_dir.continued else "new")])
-    if warning := lookahead.warning(model):
+    run = ("run", str(run_dir.path), "continued" if run_dir.continued else "new")
+    shown = None if session.config.runtime.verbose else _SHOWN | session.refused
+    console.start_table([*session.table, data, *job, run], shown)
+    if warning := lookahead.warning(session.config.model):
         console.warning(warning)
     for note in prepared.notes:
         console.note(note)

@@ -45,6 +45,8 @@ class Session:
     cost: Cost
     table: list[tuple[str, str, str]]
     """(what, choice, why) for the start table."""
+    refused: frozenset[str] = frozenset()
+    """The rows of the table, by `what`, that say why something faster was left out."""
 
 
 def bf16_support(device: torch.device) -> tuple[bool, str]:
@@ -102,12 +104,13 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     if train and config.runtime.preflight:
         rows += [preflight(config, run, bf16=dtype == torch.bfloat16)]
-    chosen, told = _choose_implementations(config, run, precision, dtype, run_dir)
+    chosen, told, refused = _choose_implementations(config, run, precision, dtype, run_dir)
     rows += told
     if train:
         rows += _recompute_row(config.model.recompute, chosen["backend"])
         adam = selection.select_adam(run.device)
         rows += [(adam.part, adam.name, adam.why)]
+        refused |= {adam.part} if adam.refused else set()
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
     parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
@@ -128,13 +131,13 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:
         rows += [memory_row(memory_per_rank(config, layout, bf16=dtype == torch.bfloat16), config.cluster)]
-    return Session(config, run, engine, precision, chosen["backend"], cost, rows)
+    return Session(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))
 
 
 def _choose_implementations(
     config: Config, run: Runtime, precision: str, dtype: torch.dtype, run_dir: Path | None
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """(what Parts is to be built from, what the start table says of it)."""
+) -> tuple[dict[str, Any], list[tuple[str, str, str]], set[str]]:
+    """(what Parts is to be built from, what the start table says of it, the rows of it that tell of a refusal)."""
     model, device = config.model, run.device
     norm = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
     picked = {
@@ -153,6 +156,7 @@ def _choose_implementations(
         picked["fused_route"] = choose_router(model, run.groups, device), None
     agreed = selection.agreed(picked)
     rows = [(choice.part, choice.name, choice.why) for _, choice in agreed.values()]
+    refused = {choice.part for _, choice in agreed.values() if choice.refused}
     float8 = None
     if precision == "fp8":
         float8, *words = choose_float8(config.fp8, model, device)
@@ -165,10 +169,12 @@ def _choose_implementations(
     dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
     if bf16_experts:
         rows += [("experts", backend, why_backend)]
+        refused |= {"experts"} if expert_backend.tells_of_a_failure(why_backend) else set()
     if model.moe.num_experts:
         rows += [("dispatch", dispatcher, why_dispatcher)]
+        refused |= {"dispatch"} if "; " in why_dispatcher and "not installed" not in why_dispatcher else set()
     chosen = {"backend": backend, "dispatcher": dispatcher, "float8": float8}
-    return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows
+    return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows, refused
 
 
 def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:

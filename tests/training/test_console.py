@@ -4,12 +4,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from conf.schema import Config, RuntimeConfig
 from moe.load import ExpertLoad
+from training import rank
 from training.console import Console, load_lines, visible
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,31 @@ def test_plain_output_has_no_control_characters_and_no_wrapped_lines(tmp_path: P
     assert "run directory   " + "/long" * 40 in lines
     assert not [line for line in lines if line != line.rstrip()]
     assert (tmp_path / "train.log").read_text() == text
+
+
+@pytest.mark.parametrize("stream_type", [io.StringIO, Terminal])
+def test_the_start_table_is_whole_in_the_log(tmp_path: Path, stream_type: type[io.StringIO]) -> None:
+    rows = [("device", "CPU", ""), ("norm", "torch", "equals"), ("run", "a", "new")]
+    stream = stream_type()
+    with Console(stream=stream, log_path=tmp_path / "train.log") as console:
+        console.start_table(rows, {"run", "device"})
+    assert "norm" not in stream.getvalue() and "device" in stream.getvalue() and "new" in stream.getvalue()
+    log = ["device   CPU", "norm     torch   equals", "run      a       new", ""]
+    assert (tmp_path / "train.log").read_text().splitlines() == log
+
+
+@pytest.mark.parametrize(("verbose", "refused", "shown"), [(False, (), 3), (False, ("norm",), 4), (True, (), 5)])
+def test_a_refused_faster_path_is_always_shown(verbose: bool, refused: tuple[str, ...], shown: int) -> None:
+    config = Config(runtime=RuntimeConfig(verbose=verbose))
+    table = [("device", "CPU", ""), ("norm", "torch", "native differs"), ("loss", "torch", "no copy")]
+    session = SimpleNamespace(config=config, table=table, refused=frozenset(refused))
+    run_dir = SimpleNamespace(path=Path("runs/a"), continued=False, changed=[])
+    stream = io.StringIO()
+    with Console(stream=stream) as console:
+        rank._announce(console, session, run_dir, SimpleNamespace(train=[], valid=[], notes=[]))
+    lines = stream.getvalue().rstrip().splitlines()
+    assert len(lines) == shown and lines[0].startswith("device") and lines[-1].split() == ["run", "runs/a", "new"]
+    assert ("native differs" in stream.getvalue()) == (verbose or bool(refused))
 
 
 def test_summary_says_what_was_measured() -> None:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from conf.schema import MoeConfig
 from moe.load import ExpertLoad
-from training.expert_load import has_heat_map, load_charts, load_colours, load_heat_map, load_series
+from training.expert_load import explain_drops, has_heat_map, load_charts, load_colours, load_heat_map, load_series
 
 
 def load_of(load_LE: np.ndarray, layers: list[int]) -> ExpertLoad:
@@ -73,3 +74,10 @@ def test_names_of_the_series() -> None:
 
 def test_when_a_heat_map_is_drawn() -> None:
     assert [n for n in range(401) if has_heat_map(n)] == [*range(0, 101, 10), 200, 300, 400]
+
+
+def test_high_drops_are_explained() -> None:
+    words = explain_drops(MoeConfig(num_experts=8, capacity_factor=1.25), 0.385)
+    assert words is not None and words.startswith("dropped 38%") and "model.moe.capacity_factor (now 1.25)" in words
+    assert explain_drops(MoeConfig(num_experts=8, capacity_factor=1.25), 0.07) is None
+    assert explain_drops(MoeConfig(num_experts=8, capacity_factor=None), 0.9) is None
