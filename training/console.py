@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 
 from moe.load import ExpertLoad
+from training.expert_load import load_lines
 from training.metrics import Row
 from training.noise import discard_output
 
@@ -379,26 +380,3 @@ def _step_line(row: Row, steps: int, left: str) -> str:
     if row["step"] < steps:
         parts.append(f"{left} left")
     return "  ".join(parts)
-
-
-def load_lines(load: ExpertLoad, width: int) -> list[str]:
-    """The expert load as a table, a row per layer: each expert's share of the choices in percent where `width` columns
-    hold that, otherwise the smallest, median and largest share and the busiest experts. The first line explains it."""
-    percent_LE = 100 * load.share_LE
-    experts = percent_LE.shape[1]
-    every_expert = 16 + 6 * experts <= width
-    heading = f"share of the choices of {experts} experts in percent (balanced: {100 / experts:.3g})"
-    if every_expert:
-        title = "".join(f"{f'e{expert}':>6}" for expert in range(experts))
-    else:
-        title = f"{'min':>7}{'median':>8}{'max':>7}{'unused':>8}   {'busiest':<31}"
-    lines = [heading, f"layer{title}   dropped"]
-    for layer, percent_E, dropped in zip(load.layer_ids, percent_LE, load.dropped_L, strict=True):
-        if every_expert:
-            shares = "".join(f"{share:6.1f}" for share in percent_E)
-        else:
-            low, middle, high = percent_E.min(), np.median(percent_E), percent_E.max()
-            busiest = "  ".join(f"e{e} {percent_E[e]:.2f}" for e in np.argsort(-percent_E, kind="stable")[:3])
-            shares = f"{low:7.2f}{middle:8.2f}{high:7.2f}{(percent_E == 0).sum():8d}   {busiest:<31}"
-        lines.append(f"{layer:5d}{shares}   {dropped:7.1%}")
-    return lines

@@ -1,4 +1,5 @@
-"""The load of every expert of every layer: as rows of expert_load.jsonl, as TensorBoard's series, as a heat map.
+"""The load of every expert of every layer: as rows of expert_load.jsonl, as TensorBoard's series, as a heat map, as a
+table.
 
 Legend: L sparse layers, E experts."""
 
@@ -27,6 +28,29 @@ def has_heat_map(logged: int) -> bool:
     """Whether logged step number `logged`, counted from 0, is drawn: every tenth, and after the hundredth every
     hundredth."""
     return logged % (10 if logged <= 100 else 100) == 0
+
+
+def load_lines(load: ExpertLoad, width: int) -> list[str]:
+    """The expert load as a table, a row per layer: each expert's share of the choices in percent where `width` columns
+    hold that, otherwise the smallest, median and largest share and the busiest experts. The first line explains it."""
+    percent_LE = 100 * load.share_LE
+    experts = percent_LE.shape[1]
+    every_expert = 16 + 6 * experts <= width
+    heading = f"share of the choices of {experts} experts in percent (balanced: {100 / experts:.3g})"
+    if every_expert:
+        title = "".join(f"{f'e{expert}':>6}" for expert in range(experts))
+    else:
+        title = f"{'min':>7}{'median':>8}{'max':>7}{'unused':>8}   {'busiest':<31}"
+    lines = [heading, f"layer{title}   dropped"]
+    for layer, percent_E, dropped in zip(load.layer_ids, percent_LE, load.dropped_L, strict=True):
+        if every_expert:
+            shares = "".join(f"{share:6.1f}" for share in percent_E)
+        else:
+            low, middle, high = percent_E.min(), np.median(percent_E), percent_E.max()
+            busiest = "  ".join(f"e{e} {percent_E[e]:.2f}" for e in np.argsort(-percent_E, kind="stable")[:3])
+            shares = f"{low:7.2f}{middle:8.2f}{high:7.2f}{(percent_E == 0).sum():8d}   {busiest:<31}"
+        lines.append(f"{layer:5d}{shares}   {dropped:7.1%}")
+    return lines
 
 
 def explain_drops(moe: MoeConfig, dropped: float) -> str | None:

@@ -182,7 +182,8 @@ class Trainer:
         return agreed != GO_ON
 
     def _take_over(self) -> None:
-        self.owner = self.run_dir.take_over(self.config, self.prepared.tokenizer)
+        self.owner = self.run_dir.take_over(self.prepared.tokenizer)
+        self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""

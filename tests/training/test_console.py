@@ -13,7 +13,8 @@ import pytest
 from conf.schema import Config, RuntimeConfig
 from moe.load import ExpertLoad
 from training import rank
-from training.console import Console, load_lines, visible
+from training.console import Console, visible
+from training.expert_load import load_lines
 
 ROOT = Path(__file__).parents[2]
 
