@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def _max_requeues(run_dir: Path) -> int:
     try:
         section = read_settings(run_dir).get("slurm")
     except ValueError as error:
-        print(f"switchyard: warning: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the job's output may be full
+            print(f"switchyard: warning: {error}", file=sys.stderr)
         section = None
     limit = section.get("max_requeues") if isinstance(section, dict) else None
     return limit if type(limit) is int else SlurmConfig().max_requeues

@@ -174,6 +174,13 @@ BROKEN = [
         "renormalize=null",
     ),
     ({**EXPERT_CHOICE, "model.moe.eval_capacity_factor": 1.0}, 1, "eval_capacity_factor needs", "factor=2.0"),
+    (
+        {"checkpoint.load": "x", "checkpoint.load_except": ["model.moe.topk", "model.num_layers"]},
+        1,
+        "there is no model.moe.topk",
+        "checkpoint.load_except=[model.moe.top_k,model.num_layers]",
+    ),
+    ({"checkpoint.load_except": ["model.num_layers"]}, 1, "load_except needs checkpoint.load", "load_except=[]"),
     ({**EXPERT_CHOICE, "model.moe.bias_update_rate": 0.1}, 1, "bias_update_rate needs", "bias_update_rate=null"),
     (
         {"model.moe.load_balancing": "sinkhorn", "model.moe.aux_loss_coeff": 0.1, **SPARSE},
