@@ -83,7 +83,7 @@ tell_ranks() { ! ranks_run || kill -USR1 "$ranks_pid" 2>/dev/null || true; }
 on_signal() {
     if [ "$1" = INT ] && [ -n "$interrupted" ]; then
         say "interrupted again: the ranks are killed"
-        ! ranks_run || kill -TERM "$ranks_pid" 2>/dev/null || true
+        if ranks_run; then kill -TERM "$ranks_pid" && wait "$ranks_pid" || true; fi
         exit 130
     fi
     [ "$1" != INT ] || interrupted=yes
