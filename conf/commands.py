@@ -26,11 +26,15 @@ class PrepareConfig:
     tokenizer: str | None = None
     """A tokenizer.json. null: train one of vocab_size entries on the input."""
     vocab_size: int = 4096
+    """Entries of the tokenizer that is trained."""
     tokenizer_sample_mib: int = 64
+    """At most this much text trains the tokenizer, in MiB."""
     text_key: str = "text"
+    """The field of .jsonl and .parquet rows that holds the text."""
     strict: bool = False
     """Stop at the first row that has no text, as data.strict does."""
     eod_token: str = "<|endoftext|>"
+    """Token at the end of each document; added to a tokenizer that is trained."""
 
 
 @dataclass
@@ -39,6 +43,7 @@ class OwnText:
     """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on, all of each. Empty: the run's held-out
     text."""
     text_key: str = "text"
+    """The field of .jsonl and .parquet rows that holds the text."""
 
 
 @dataclass
@@ -51,6 +56,7 @@ class EvaluateConfig:
     batches: int | None = None
     """Global batches of the run's size; null: all of the text."""
     precision: str = "auto"
+    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""
 
 
 @dataclass
@@ -58,8 +64,11 @@ class GenerateConfig:
     """python -m launch.generate: text from a checkpoint."""
 
     checkpoint: str = "???"
+    """A run directory (its newest whole checkpoint) or one step's directory."""
     prompt: str = ""
+    """What the text begins with, taken as it is typed."""
     max_tokens: int = 128
+    """Tokens to write at most; the text ends earlier with its document."""
     temperature: float = 0.8
     """0: greedy, always the likeliest token."""
     top_k: int | None = None
@@ -67,4 +76,6 @@ class GenerateConfig:
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this probability."""
     seed: int = 1234
+    """Of the sampling."""
     precision: str = "auto"
+    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""

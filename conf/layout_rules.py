@@ -1,18 +1,19 @@
 """What the degrees of parallelism must satisfy together with the model, the batch and the number of ranks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from conf.case import WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
 
 
 def layout_rules(case: Case) -> Iterator[Violation]:
-    tp, pp, vpp, cp, ep, etp = (f"parallel.{key}" for key in ("tp", "pp", "vpp", "cp", "ep", "etp"))
+    tp, pp, cp, ep, etp = (f"parallel.{key}" for key in ("tp", "pp", "cp", "ep", "etp"))
     yield from divisible(case, WORLD_SIZE, tp, pp, cp)
     for size in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         if case[f"model.{size}"] is not None:
             yield from divisible(case, f"model.{size}", tp)
     if case["parallel.pp_layers"] is None:
-        yield from divisible(case, "model.num_layers", pp, vpp)
+        yield from _even_stages(case)
     elif case[pp] > 1:
         yield from _uneven_stages(case)
     if case["model.moe.num_experts"]:
@@ -41,10 +42,26 @@ def layout_rules(case: Case) -> Iterator[Violation]:
         yield from divisible(case, sequence, cp, tp)
 
 
+def _even_stages(case: Case) -> Iterator[Violation]:
+    """The model is given: where its layers can be spread unevenly, that is the nearest that works."""
+    layers, chunks = case["model.num_layers"], case.product("parallel.pp", "parallel.vpp")
+    for violation in divisible(case, "model.num_layers", "parallel.pp", "parallel.vpp"):
+        repairs = dict(violation.repairs)
+        if layers >= chunks > 1:
+            del repairs["model.num_layers"]
+            repairs = {"parallel.pp_layers": [_spread(layers, chunks)], **repairs}
+        yield replace(violation, repairs=repairs)
+
+
+def _spread(layers: int, chunks: int) -> list[int]:
+    """As even as it can be, the earlier ones first: 61 on 16 -> thirteen of 4 and three of 3."""
+    return [layers // chunks + (i < layers % chunks) for i in range(chunks)]
+
+
 def _uneven_stages(case: Case) -> Iterator[Violation]:
     given, layers = case["parallel.pp_layers"], case["model.num_layers"]
     chunks = case.product("parallel.pp", "parallel.vpp")
-    even = [layers // chunks + (i < layers % chunks) for i in range(chunks)]
+    even = _spread(layers, chunks)
     repairs = {"parallel.pp_layers": [even, None] if layers >= chunks else [None]}
     what = "parallel.pp * parallel.vpp" if case["parallel.vpp"] else "parallel.pp"
     if len(given) != chunks:

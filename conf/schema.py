@@ -144,8 +144,11 @@ class ModelConfig:
     name: str = resumable("custom")
     """Shown in tables and used in the default run name."""
     num_layers: int = 4
+    """Transformer blocks."""
     hidden_size: int = 256
+    """Width of the residual stream."""
     num_attention_heads: int = 4
+    """Query heads; must divide hidden_size."""
     num_query_groups: int | None = None
     """Key/value heads; null: as many as attention heads."""
     ffn_hidden_size: int = 512
@@ -155,8 +158,11 @@ class ModelConfig:
     vocab_size: int = 4096
     """Rows of the embedding. Also the size of the tokenizer when one is trained on the corpus."""
     tie_embeddings: bool = False
+    """The output layer uses the embedding's weights."""
     rope_theta: float = 10000.0
+    """Base of the rotary embedding's frequencies (RoFormer, arXiv:2104.09864)."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     init_scale: float = resumable(0.1)
     """s of the normal distribution with standard deviation sqrt(s / fan_in), cut at two of them; Switch, section 2.4,
     reduces the transformer's usual 1.0 tenfold for stability."""
@@ -204,6 +210,7 @@ class BlendPart:
     kind: str = "text"
     """stdlib, text or megatron."""
     files: list[str] = field(default_factory=list)
+    """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
 
 
 @dataclass
@@ -234,6 +241,7 @@ class DataConfig:
     document_mask: bool = False
     """Keep attention and positions within documents."""
     blend: list[BlendPart] = field(default_factory=list)
+    """The parts of data=blend: [{weight: 1, kind: text, files: [PATH]}, ...]."""
     cache_dir: str = "~/.cache/switchyard"
     """Tokenizers and token files are kept here, under a key of their content, with hashes. Who cannot write here can
     use what is there; users who share a folder trust each other, since who writes to it decides what is trained on."""
@@ -250,6 +258,7 @@ class TrainConfig:
     sequence_length: int = 256
     """Tokens."""
     seed: int = 1234
+    """Of initial weights, sample order, dropout and router noise."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time."""
     stop_after: int | None = None
@@ -275,9 +284,13 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """wsd only: share of the steps spent decaying."""
     weight_decay: float = 0.1
+    """Decoupled weight decay."""
     beta1: float = 0.9
+    """Decay rate of the first moment."""
     beta2: float = 0.95
+    """Decay rate of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
@@ -293,6 +306,7 @@ class EvalConfig:
     sample_tokens: int = 96
     """Tokens of the text written at the end of a run; 0: none."""
     sample_prompt: str = "    def __init__(self"
+    """Beginning of that text."""
 
 
 @dataclass
@@ -375,6 +389,7 @@ class ClusterConfig:
     tasks and the verdict on memory and links from it; a run says in its start table how much memory it should take."""
 
     name: str | None = None
+    """Shown in tables. null: no particular machine."""
     ranks_per_node: int = 1
     """GPUs of a node; without GPUs, the ranks that a node is to carry."""
     gpus: bool = False

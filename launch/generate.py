@@ -1,8 +1,8 @@
 """`python -m launch.generate checkpoint=DIR prompt=TEXT`: text from a checkpoint."""
 
 from conf.commands import GenerateConfig
+from conf.printable import visible
 from launch.cli import command
-from training.console import visible
 from training.lookahead import check_can_write
 from training.sampling import check_sampling
 from training.trained import open_trained

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import numpy as np
 
+from conf.printable import visible
 from moe.load import ExpertLoad
 from training.expert_load import load_lines
 from training.metrics import Row
@@ -337,13 +338,6 @@ class _Pace:
             return False
         self._last = now
         return True
-
-
-def visible(text: str) -> str:
-    """The text with every control, format and other unprintable character as its escape, line breaks excepted. What a
-    model writes, or a file is called, must not reach a terminal's controls."""
-    shown = text.replace("\r\n", "\n").expandtabs(4)
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _text(*parts: tuple[str, str]) -> "Text":

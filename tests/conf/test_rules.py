@@ -8,7 +8,7 @@ import pytest
 from conf.limits import BOUNDS, CHOICES, IDLE
 from conf.rules import Case, check
 from conf.schema import BlendPart, Config
-from launch.cli import setting_types
+from launch.settings import setting_types
 
 FURTHER = ", each with further changes"
 SPARSE = {"model.moe.num_experts": 8}
@@ -243,7 +243,13 @@ BROKEN = [
     ({"parallel.tp": 2}, 1, "1 % 2 = 1", "parallel.tp=1 or 2 ranks"),
     ({"parallel.tp": 4, "train.global_batch_size": 48}, 6, "6 % 4 = 2", "parallel.tp=2 or 4 ranks"),
     ({"parallel.ep": 4, **SPARSE}, 2, "2 % 4 = 2", "parallel.ep=2 or 4 ranks"),
-    ({"parallel.pp": 3}, 3, "model.num_layers % parallel.pp == 0, but 4 % 3 = 1", "model.num_layers=3"),
+    ({"parallel.pp": 3}, 3, "model.num_layers % parallel.pp == 0, but 4 % 3 = 1", "parallel.pp_layers=[2,1,1]"),
+    (
+        {"parallel.pp": 16, "model.num_layers": 61, "train.global_batch_size": 64},
+        16,
+        "61 % 16 = 13",
+        "nearest: parallel.pp_layers=[4,4,4,4,4,4,4,4,4,4,4,4,4,3,3,3] or parallel.pp=1",
+    ),
     ({"parallel.pp": 2, "parallel.vpp": 3}, 2, "4 % 6 = 4", "parallel.vpp=2 or model.num_layers=6"),
     ({"parallel.pp": 2, "parallel.vpp": 1}, 2, "parallel.vpp >= 2, but it is 1", "parallel.vpp=2"),
     ({"parallel.vpp": 2}, 1, "parallel.vpp needs parallel.pp > 1", "parallel.vpp=null"),

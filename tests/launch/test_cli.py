@@ -58,6 +58,8 @@ MISTAKES = [
     (["train.sed=1"], ["nearest is train.seed"]),
     (["every=1"], ["model.moe.every", "eval.every", "checkpoint.every"]),
     (["model.heads=3"], ["nearest is model.num_attention_heads"]),
+    (["lora.rank=8"], ["no setting lora.rank; --help lists all"]),
+    (["optimizer.lr=1"], ["did you mean optim.lr?"]),
     (["optim.momentum=1"], ["there are optim.lr, ", "optim.beta1"]),
     (["optim={lr: 1, betta1: 2}"], ["no setting optim.betta1;", "nearest is optim.beta1"]),
     (["data.blend=[{wieght: 1}]"], ["no setting wieght in a BlendPart", "nearest is weight"]),
@@ -70,7 +72,6 @@ MISTAKES = [
     (["train.stop_after=x"], ["train.stop_after=x", "a whole number or null"]),
     (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
     (["train.deterministic=maybe"], ["train.deterministic=maybe", "true or false"]),
-    (["data.files=a.txt"], ["a list (each: text), for example data.files=[a.txt]"]),
     (["train.profile=[a]"], ["train.profile=a", "a list (each: a whole number) or null"]),
     (["data.blend=[{weight: heavy}]"], ["weight=heavy", "a number"]),
     (["train=5"], ["train is a section", "train.steps"]),
@@ -80,7 +81,6 @@ MISTAKES = [
     (["run.name=${no.such}"], ["run.name", "no.such"]),
     (["train.steps"], ["train.steps is not a setting", "key=value"]),
     (["train.profile=[1"], ["cannot read train.profile=[1"]),
-    (["run.name=a b (c)"], ["cannot read run.name=a b (c)", "quotes"]),
     (["train.steps=1,2"], ["train.steps=1,2", "--multirun"]),
     (["--train.steps=3"], ["--train.steps=3", "without dashes"]),
     (["--config-name=nothing"], ["nothing"]),
@@ -134,10 +134,10 @@ def test_multirun_runs_all_and_exits_with_the_first_failure(door):
 
 
 def test_help_and_config_are_shown(door, tmp_path):
-    for arguments in (["--help"], ["--cfg", "job"]):
+    for arguments, part in ((["--help"], "train.steps=200 "), (["--cfg", "job"], "steps: 77")):
         result = door(*arguments, "train.steps=77")
         assert result.returncode == 0
-        assert "steps: 77" in result.stdout and "got" not in result.stdout
+        assert part in result.stdout and "got 77" not in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.py", "presets"}
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.printable import visible
 from conf.schema import Config, RuntimeConfig
 from moe.load import ExpertLoad
 from training import rank
-from training.console import Console, visible
+from training.console import Console
 from training.expert_load import load_lines
 
 ROOT = Path(__file__).parents[2]

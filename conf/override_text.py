@@ -1,0 +1,119 @@
+"""Text in overrides: what a person types as it is, and what a command prints to be copied, in Hydra's grammar."""
+
+import re
+import shlex
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+FREE_TEXT = ("prompt", "eval.sample_prompt")
+"""Settings whose text is never an interpolation: what looks like `${...}` is part of it."""
+_PLAIN = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][A-Za-z0-9_./-]*")
+_ELEMENT = re.compile(r"""(\s*'(?:\\.|[^'\\])*'\s*|\s*"(?:\\.|[^"\\])*"\s*|[^,]*),""")
+_OTHER_THAN_TEXT = ("null", "true", "false", "nan", "inf")
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` for Hydra, whatever characters a text (or a list of texts) has; not yet quoted for a shell."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(_element(element) for element in value)}]"
+    return f"{key}={_element(value)}"
+
+
+def command(words: Sequence[str], overrides: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """A line for copying into a shell. `overrides`: as `override` makes them, or as they were typed."""
+    set_first = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
+    return " ".join([*set_first, shlex.join([*words, *overrides])])
+
+
+def _element(value: Any) -> str:
+    if not isinstance(value, str):
+        return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if _PLAIN.fullmatch(value) and value.lower() not in _OTHER_THAN_TEXT:
+        return value
+    return _quoted(value, literal=True)
+
+
+def _quoted(text: str, *, literal: bool) -> str:
+    """Quoted for Hydra. `literal`: no part of it is an interpolation."""
+    if literal:
+        text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def as_typed(word: str, hints: Mapping[str, Any], *, sweep: bool) -> str:
+    """An override as Hydra must get it so that a text setting takes what was typed: `prompt=def f(x):` becomes
+    `prompt='def f(x):'`. What is quoted already stays, and so does whatever is no text setting.
+
+    Args:
+        hints: the type of every setting.
+        sweep: commas may separate the values of a sweep (--multirun).
+    """
+    name, equals, value = word.partition("=")
+    key = name.lstrip("+")
+    if not equals or key not in hints:
+        return word
+    text, texts = _takes_text(hints[key])
+    if texts and (not text or value.startswith("[")):
+        return f"{name}={_list(value, sweep=sweep, or_text=text)}"
+    if text:
+        optional = type(None) in get_args(hints[key])
+        return f"{name}={_text(value, literal=key in FREE_TEXT, sweep=sweep, optional=optional)}"
+    return word
+
+
+def _takes_text(hint: Any) -> tuple[bool, bool]:
+    """Whether a setting takes a text, and whether it takes a list of texts."""
+    kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    return str in kinds or Any in kinds, list[str] in kinds or Any in kinds
+
+
+def _parsed(value: str) -> Any:
+    """What Hydra makes of a value, None for null; ValueError where it cannot read it."""
+    try:
+        (found,) = OverridesParser.create().parse_overrides([f"key={value}"])
+    except (HydraException, ValueError):
+        raise ValueError(value) from None
+    return found._value if not found.is_sweep_override() else found
+
+
+def _text(value: str, *, literal: bool, sweep: bool, optional: bool) -> str:
+    try:
+        found = _parsed(value)
+    except ValueError:
+        return _quoted(value, literal=literal)
+    if isinstance(found, QuotedString) or (found is None and optional):
+        return value
+    if hasattr(found, "is_sweep_override"):
+        return value if sweep else _quoted(value, literal=literal)
+    if isinstance(found, str) and value.strip() == value and not (literal and (found != value or "${" in value)):
+        return value
+    return _quoted(value, literal=literal)
+
+
+def _list(value: str, *, sweep: bool, or_text: bool) -> str:
+    """A list of texts; a single one may be without brackets."""
+    try:
+        found = _parsed(value)
+    except ValueError:
+        found = value
+    if isinstance(found, list) or found is None:
+        return value
+    if hasattr(found, "is_sweep_override") and sweep:
+        return value
+    if not (value.startswith("[") and value.endswith("]")):
+        one = value if isinstance(found, QuotedString) else _quoted(value, literal=False)
+        return one if or_text else f"[{one}]"
+    elements = [element.strip() for element in _ELEMENT.findall(value[1:-1] + ",")]
+    return f"[{','.join(e if _is_quoted(e) else _quoted(e, literal=False) for e in elements)}]"
+
+
+def _is_quoted(element: str) -> bool:
+    try:
+        return isinstance(_parsed(element), QuotedString)
+    except ValueError:
+        return False

@@ -1,0 +1,104 @@
+"""Folders of presets that may be somebody else's (`--config-dir`, `hydra.searchpath`): presets of our own groups are
+taken from them, and nothing that runs a program or reads what the run's settings should not tell."""
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+RESOLVERS = ("now", "oc.select")
+"""Resolvers that a file of such a folder may use, beside ENVIRONMENT and interpolations of other settings."""
+ENVIRONMENT = ("HOME", "PROJECT", "SCRATCH", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "TMPDIR", "USER", "WORK")
+"""Variables that a file of such a folder may read by `${oc.env:NAME}`."""
+_RESOLVER = re.compile(r"\$\{\s*([^\s:${}]+)\s*:(?=\s*([^,}]*))")
+
+
+def check_folders(options: argparse.Namespace, overrides: Iterable[Override], groups: set[str]) -> None:
+    """Looks at every folder that the command line names.
+
+    Args:
+        options: as Hydra parses them.
+        groups: our groups of presets.
+
+    Raises:
+        ValueError: a file there holds more than presets of these groups, or something else than a folder is named.
+    """
+    for name in ("config_path", "config_name", "experimental_rerun"):
+        if value := getattr(options, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option}={value} is not taken here. Presets of your own are files FOLDER/GROUP/NAME.yaml, with GROUP "
+                f"one of {', '.join(sorted(groups))}, asked for by --config-dir=FOLDER GROUP=NAME"
+            )
+    folders = [options.config_dir] if options.config_dir else []
+    for override in overrides:
+        if override.key_or_group == "hydra.searchpath":
+            value = override.value()
+            folders += value if isinstance(value, list) else [value]
+    for folder in folders:
+        _check_folder(Path(str(folder).removeprefix("file://")), str(folder), groups)
+
+
+def _check_folder(path: Path, name: str, groups: set[str]) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{name} is not a folder of presets; name an existing directory")
+    if (path / "hydra").exists():
+        raise ValueError(f"{path / 'hydra'} would configure Hydra itself, which can run programs; remove it")
+    for group in sorted(groups):
+        for file in sorted((path / group).glob("*.y*ml")):
+            _check_file(file)
+
+
+def _check_file(file: Path) -> None:
+    try:
+        text = file.read_text()
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError):
+        return  # Hydra says what is wrong when it is asked for
+    if re.search(r"^\s*#\s*@package", text, re.MULTILINE):
+        raise ValueError(f"{file}: @package is not taken here: a preset sets its own group alone")
+    for key, value in _walk(content):
+        if key in ("_target_", "hydra") or key.startswith(("hydra/", "/hydra", "override hydra", "override /hydra")):
+            raise ValueError(f"{file}: {key} is not taken from a preset: it can run programs")
+        if key == "defaults":
+            _check_defaults(file, value)
+        if isinstance(value, str):
+            _check_interpolations(file, key, value)
+
+
+def _check_defaults(file: Path, defaults: Any) -> None:
+    """The presets that a preset builds on are of our groups too."""
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        for word in [*entry, *entry.values()] if isinstance(entry, dict) else [entry]:
+            if isinstance(word, str) and re.search(r"hydra|[@$]", word):
+                raise ValueError(f"{file}: defaults: {word} is not taken from a preset; name presets alone")
+
+
+def _check_interpolations(file: Path, key: str, text: str) -> None:
+    for resolver, argument in _RESOLVER.findall(text):
+        if resolver == "oc.env" and argument.strip() in ENVIRONMENT:
+            continue
+        if resolver not in RESOLVERS:
+            allowed = ", ".join([*(f"${{{name}:...}}" for name in RESOLVERS), "${oc.env:NAME}"])
+            raise ValueError(
+                f"{file}: {key}: ${{{resolver}:{argument}}} is not taken from a preset. There are {allowed} with NAME "
+                f"one of {', '.join(ENVIRONMENT)}; anything else can be given on the command line"
+            )
+
+
+def _walk(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of nested dictionaries and lists; the elements of a list have its key."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield str(name), value
+            yield from _walk(value, str(name))
+    elif isinstance(content, list):
+        for value in content:
+            yield key, value
+            yield from _walk(value, key)

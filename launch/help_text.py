@@ -1,0 +1,139 @@
+"""`--help`, `--version` and the shell completion of every command, from the schema's own docstrings."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from conf.case import shown
+from conf.limits import CHOICES
+from launch.overrides import CONF, preset_groups
+
+OPTIONS = """\
+  --help, -h            this text
+  --version             the version of Switchyard
+  --cfg job             the configuration that the overrides give, as YAML
+  --multirun, -m        a run for each combination of values: key=a,b
+  --config-dir FOLDER   presets of your own: FOLDER/GROUP/NAME.yaml is GROUP=NAME
+  -sc install=bash      shell completion: eval "$(python -m {module} -sc install=bash)"
+"""
+COMPLETION = r"""_switchyard_complete() {
+    COMPREPLY=()
+    local line=$COMP_LINE word=${COMP_WORDS[COMP_CWORD]} module
+    if [[ $line =~ -m\ +(launch\.[a-z_]+) ]]; then module=${BASH_REMATCH[1]}
+    elif [[ $line == *launch/train.sh* ]]; then module=launch.train
+    else return; fi
+    mapfile -t COMPREPLY < <(compgen -W "$(@PYTHON@ -m "$module" -sc query=bash 2>/dev/null)" -- "$word")
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o bashdefault -o default -F _switchyard_complete python python3 .venv/bin/python bash"""
+
+
+def answered(arguments: list[str], schema: type, config_name: str, run: Callable[..., Any]) -> bool:
+    """Prints what the arguments ask for instead of a run; whether they did.
+
+    Raises:
+        ValueError: completion for a shell that there is none for.
+    """
+    if "--version" in arguments:
+        print(f"switchyard {tomllib.loads((CONF.parent / 'pyproject.toml').read_text())['project']['version']}")
+    elif "--help" in arguments or "-h" in arguments:
+        print(help_text(schema, config_name, run))
+    elif "-sc" in arguments or "--shell-completion" in arguments:
+        wanted = [word for word in arguments if "=" in word]
+        if wanted == ["install=bash"]:
+            print(COMPLETION.replace("@PYTHON@", sys.executable))
+        elif wanted == ["uninstall=bash"]:
+            print("complete -r python python3 .venv/bin/python bash; unset -f _switchyard_complete")
+        elif wanted == ["query=bash"]:
+            print("\n".join(_completions(schema, config_name)))
+        else:
+            raise ValueError("-sc takes install=bash or uninstall=bash")
+    else:
+        return False
+    return True
+
+
+def help_text(schema: type, config_name: str, run: Callable[..., Any]) -> str:
+    """What a command does, and a line for each setting: its name, its default and what it means."""
+    main = inspect.unwrap(run.func if isinstance(run, functools.partial) else run)
+    module = sys.modules[main.__module__]
+    name = module.__spec__.name if module.__spec__ else Path(module.__file__ or "").stem
+    parts = [inspect.getdoc(module) or "", f"Usage: python -m {name} [options] [key=value ...]", OPTIONS.rstrip()]
+    if presets := [f"  {group}={'|'.join(_presets(group))}" for group in _groups(config_name)]:
+        parts.append("\n".join(["Presets, which set several settings at once:", *presets]))
+    lines = ["Settings, with their defaults before presets:"]
+    for key, default, meaning in settings(schema):
+        lines.append(f"  {key + '=' + default:<42} {meaning}".rstrip())
+    return "\n\n".join([*parts, "\n".join(lines)]).replace("{module}", name)
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, first sentence of its docstring) of every setting, in the schema's order."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from settings(hint, f"{key}.")
+            continue
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        meaning = next((d[field.name] for c in schema.__mro__ if field.name in (d := _docstrings(c))), "")
+        yield key, "VALUE" if default == "???" else shown(default), _first_sentence(meaning)
+
+
+@functools.cache
+def _docstrings(schema: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    if schema is object:
+        return {}
+    (definition,) = [
+        node
+        for node in _tree(inspect.getsourcefile(schema) or "").body
+        if isinstance(node, ast.ClassDef) and node.name == schema.__name__
+    ]
+    found = {}
+    for node, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
+            found[node.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return found
+
+
+@functools.cache
+def _tree(path: str) -> ast.Module:
+    return ast.parse(Path(path).read_text())
+
+
+def _first_sentence(text: str) -> str:
+    """On one line of at most 150 columns; what stands in brackets may hold full stops."""
+    line, depth = " ".join(text.split()), 0
+    for i, letter in enumerate(line):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0 and line.startswith(". ", i):
+            line = line[: i + 1]
+            break
+    return textwrap.shorten(line, 150, placeholder=" ...")
+
+
+def _groups(config_name: str) -> list[str]:
+    """The groups of presets that a command takes."""
+    return sorted(preset_groups()) if config_name == "config" else []
+
+
+def _presets(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _completions(schema: type, config_name: str) -> list[str]:
+    """`key=` of every setting, with its values where there are few."""
+    found = [f"{group}={name}" for group in _groups(config_name) for name in _presets(group)]
+    for key, default, _ in settings(schema):
+        values = CHOICES.get(key, ("true", "false") if default in ("true", "false") else ("",))
+        found += [f"{key}={value}" for value in values]
+    return found

@@ -1,0 +1,42 @@
+"""The settings of a command by their dotted paths, and which of them a mistyped one was probably meant to be."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_type_hints
+
+
+def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The dotted path of every setting and section of a dataclass, with its type."""
+    found = {}
+    for name, hint in get_type_hints(schema).items():
+        found[prefix + name] = hint
+        if dataclasses.is_dataclass(hint):
+            found |= setting_types(hint, f"{prefix}{name}.")
+    return found
+
+
+def nearest_settings(key: str, known: Iterable[str]) -> str:
+    """Says what was probably meant: `lr` -> optim.lr, `model.moe.topk` -> model.moe.top_k."""
+    known = list(dict.fromkeys(known))
+    section, _, name = key.rpartition(".")
+
+    def similarity(one: str, other: str) -> float:
+        part = len(one) > 2 and one in other.split("_")  # heads -> num_attention_heads
+        return max(difflib.SequenceMatcher(None, one, other).ratio(), 0.85 * part)
+
+    def near(candidate: str) -> float:
+        """How alike the last parts are; less where the sections before them have nothing in common."""
+        other_section, _, other = candidate.rpartition(".")
+        alike = not section or section == other_section or similarity(section, other_section) >= 0.6
+        return similarity(name, other) if alike else 0.8 * similarity(name, other)
+
+    # The last part says what is meant; the path before it decides between equals.
+    ranked = sorted(known, key=lambda k: (near(k), similarity(key, k)), reverse=True)
+    same_name = [candidate for candidate in ranked if candidate.rpartition(".")[2] == name]
+    if same_name:
+        return f"did you mean {' or '.join(same_name)}?"
+    if near(ranked[0]) >= 0.7:
+        return f"the nearest is {ranked[0]}"
+    beside = [candidate for candidate in known if candidate.rpartition(".")[0] == section]
+    return f"there are {', '.join(beside)}" if beside else "--help lists all"
