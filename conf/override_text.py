@@ -27,7 +27,18 @@ def override(key: str, value: Any) -> str:
 def command(words: Sequence[str], overrides: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """A line for copying into a shell. `overrides`: as `override` makes them, or as they were typed."""
     set_first = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
-    return " ".join([*set_first, shlex.join([*words, *overrides])])
+    return " ".join([*set_first, *(shell_word(word) for word in [*words, *overrides])])
+
+
+def setting(key: str, value: Any) -> str:
+    """`override`, quoted for a shell: for a message that says what to type."""
+    return shell_word(override(key, value))
+
+
+def shell_word(word: str) -> str:
+    """Quoted for a shell where it must be; in double quotes where these do, since Hydra's own are single ones."""
+    plain = shlex.quote(word)
+    return plain if plain == word or set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def _element(value: Any) -> str:

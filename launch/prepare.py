@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.commands import PrepareConfig
+from conf.override_text import command, override
 from corpus.documents import expand
 from corpus.ingredients import Ingredient
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus
-from launch.cli import command
+from launch import cli
 from training.console import Console
 
 _OUTPUTS = {"train.bin": ".bin", "train.idx": ".idx", "tokenizer.json": ".tokenizer.json"}
@@ -41,7 +42,8 @@ def main(config: PrepareConfig) -> int:
     print(f"{prefix}.bin: {counts['num_tokens']:,} tokens, documents: {counts['num_documents']:,}")
     for note in manifest["notes"]:
         print(note)
-    print(f"train on it: data=megatron data.files=[{prefix}] data.tokenizer={prefix}.tokenizer.json")
+    words = [override("data.files", [str(prefix)]), override("data.tokenizer", f"{prefix}.tokenizer.json")]
+    print(f"train on it: {command(['data=megatron'], words)}")
     return 0
 
 
@@ -94,4 +96,4 @@ def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) ->
 
 
 if __name__ == "__main__":
-    command(PrepareConfig, "prepare", main)
+    cli.command(PrepareConfig, "prepare", main)

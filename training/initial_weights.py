@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from training.compatibility import model_differences, restored, told
 from training.run_dir import TOKENIZER, RunDir, expected_path, read_settings, steps_kept
@@ -106,7 +107,8 @@ def check_tokenizer(data: DataConfig, source: Source) -> None:
     if given.is_file() and given.read_bytes() != kept.read_bytes():
         raise ValueError(
             f"data.tokenizer={data.tokenizer} is not the one of checkpoint.load: its token ids mean other text. "
-            f"Leave it out, or set data.tokenizer={kept}; deliberately: checkpoint.load_except=[data.tokenizer]"
+            f"Leave it out, or set {setting('data.tokenizer', str(kept))}; deliberately: "
+            "checkpoint.load_except=[data.tokenizer]"
         )
 
 

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.override_text import setting
+
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 """Exit codes: the run has reached its last step (or stop_after); it cannot go on; the settings are wrong; it stopped
 early with a checkpoint, please requeue (EX_TEMPFAIL)."""
@@ -112,7 +114,11 @@ def end_life(run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mappi
     if life.end == "failed":
         return Verdict(False, code, f"failed {told}")
     if max_requeues is None:
-        return Verdict(False, code, f"{life.end} {told}; the same command with run.dir={run_dir} goes on")
+        return Verdict(
+            False,
+            code,
+            f"{life.end} {told}; the same command with {setting('run.dir', str(run_dir))} goes on",
+        )
     if stuck(earlier, life):
         return Verdict(
             False,

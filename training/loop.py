@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from conf.case import shown
+from conf.override_text import command, override
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
 from corpus.tokenizer import Tokenizer
@@ -303,6 +304,7 @@ class Trainer:
         self._log_evaluation(log, held_out)
         sample = self._sample()
         path = self.run_dir.path
+        text = [override("checkpoint", str(path)), override("prompt", "def ")]
         self.console.summary(
             held_out.row(self.progress.step),
             gzip_bits_per_byte=self.prepared.gzip_bits_per_byte(),
@@ -311,8 +313,8 @@ class Trainer:
             paths=[
                 ("run directory", str(path)),
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
-                ("charts", f".venv/bin/tensorboard --logdir {path}"),
-                ("write text", f".venv/bin/python -m launch.generate checkpoint={path} prompt='def '"),
+                ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
+                ("write text", command([".venv/bin/python", "-m", "launch.generate"], text)),
                 ("continue", self.run_dir.command(2 * self.config.train.steps)),
             ],
         )

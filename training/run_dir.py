@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import os
 import re
-import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
+from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
 from training.compatibility import differences, model_differences, restored, told
@@ -44,10 +44,11 @@ class RunDir:
 
     def command(self, steps: int) -> str:
         """The command that takes this run on to another number of steps."""
-        kept = [o for o in self.overrides if o.split("=")[0] not in ("run.dir", "train.steps", "train.stop_after")]
-        words = [*kept, f"run.dir={self.path}", f"train.steps={steps}"]
-        ranks = f"NPROC={os.environ['NPROC']} " if "NPROC" in os.environ else ""
-        return f"{ranks}bash launch/train.sh {shlex.join(words)}"
+        replaced = ("run.dir", "train.steps", "train.stop_after")
+        kept = [o for o in self.overrides if o.split("=")[0].lstrip("+") not in replaced]
+        words = [*kept, override("run.dir", str(self.path)), override("train.steps", steps)]
+        ranks = {"NPROC": os.environ["NPROC"]} if "NPROC" in os.environ else {}
+        return command(["bash", "launch/train.sh"], words, ranks)
 
     def adopt(self, config: Config, tokenizer: str | None) -> None:
         """Keeps the configuration and the tokenizer of a new run, so that checkpoints can be evaluated and write text
@@ -112,7 +113,7 @@ class RunDir:
         if tokenizer and kept.exists() and kept.read_bytes() != Path(tokenizer).read_bytes():
             raise ValueError(
                 f"the data's tokenizer {tokenizer} is not the one that this run was trained with ({kept}). "
-                f"Set data.tokenizer={kept}, or choose another run.dir"
+                f"Set {setting('data.tokenizer', str(kept))}, or choose another run.dir"
             )
 
     @contextlib.contextmanager

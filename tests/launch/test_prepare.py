@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def test_the_output_is_trained_on_as_megatron_data(files, tmp_path, capsys):
     assert main(PrepareConfig(input=files, output=prefix, vocab_size=300, text_key="body")) == 0
     printed = capsys.readouterr().out
     assert f"1 invalid UTF-8 sequence replaced in {tmp_path}/two.txt" in printed
-    assert f"data.files=[{prefix}] data.tokenizer={prefix}.tokenizer.json" in printed
+    words = shlex.split(printed[printed.index("train on it: ") :].splitlines()[0])[3:]
+    assert words == ["data=megatron", f"data.files=[{prefix}]", f"data.tokenizer={prefix}.tokenizer.json"]
     assert sorted(path.name for path in Path(prefix).parent.iterdir()) == [
         "corpus.bin",
         "corpus.idx",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from conf.schema import Config, RunConfig
 from corpus.prepare import Prepared
@@ -57,6 +59,11 @@ def test_a_run_is_continued_with_what_it_was_started_with(monkeypatch: pytest.Mo
     assert words[2:] == ["data=text", "data.files=[a b.txt]", "run.dir=runs/x", "train.steps=10"]
     monkeypatch.setenv("NPROC", "4")
     assert run.command(10).startswith("NPROC=4 bash ")
+    awkward = Path("runs/a b=1,(2) it's ${x}")
+    run = RunDir(awkward, created=False, continued=True, changed=[], overrides=["++train.steps=5"])
+    words = shlex.split(run.command(10).removeprefix("NPROC=4 "))[2:]
+    directory, steps = OverridesParser.create().parse_overrides(words)
+    assert OmegaConf.create({"dir": directory.value()}).dir == str(awkward) and steps.value() == 10
 
 
 def open_at_once(barrier: Any, found: Any) -> None:
