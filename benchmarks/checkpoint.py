@@ -39,7 +39,7 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
     saver, at_once, stalls, wholes = Checkpointer(folder, engine, keep=1), [], [], []
     try:
         for repetition in range(2 * repetitions + 2):
-            state = {"step": repetition, "updates": 1, "world_size": 1}
+            state = {"step": repetition, "samples": 1, "tokens": SEQUENCE, "updates": 1, "world_size": 1}
             begun = time.perf_counter()
             if repetition % 2:
                 saver.save(state)

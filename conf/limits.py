@@ -34,6 +34,7 @@ CHOICES = {
     "model.moe.softmax_order": SOFTMAX_ORDERS,
     "data.kind": DATA_KINDS,
     "optim.schedule": SCHEDULES,
+    "checkpoint.resume": (True, False, "fresh"),
 }
 MEANT = {
     ("precision", "fp16"): ("bf16", "is not available"),

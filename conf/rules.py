@@ -73,9 +73,10 @@ def _choices(case: Case) -> Iterator[Violation]:
         value = case[key]
         if value in options:
             continue
-        alike = difflib.get_close_matches(value, options, n=1, cutoff=0.0)
-        nearest, words = MEANT.get((key, value), (alike[0], "is not available"))
-        yield Violation(f"{key} is one of {', '.join(options)}", f"{value} {words}", {key: [nearest]})
+        spelt = {shown(option): option for option in options}
+        alike = difflib.get_close_matches(value, spelt, n=1, cutoff=0.0)
+        nearest, words = MEANT.get((key, value), (spelt[alike[0]], "is not available"))
+        yield Violation(f"{key} is one of {', '.join(spelt)}", f"{value} {words}", {key: [nearest]})
 
 
 def _bounds(case: Case) -> Iterator[Violation]:

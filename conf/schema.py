@@ -318,8 +318,9 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write checkpoints while training goes on: it waits only until their tensors are copied. The last one of a run is
     waited for."""
-    resume: bool = True
-    """Continue from the newest whole checkpoint of run.dir. false: refuse a run.dir that has one."""
+    resume: bool | str = True
+    """Continue from the newest whole checkpoint of run.dir. false: refuse a run.dir that has one. fresh: as true, but
+    where every checkpoint is damaged set them aside and begin again at step 0."""
     load: str | None = None
     """A run directory or one step's directory whose weights (not optimizer, not step) the run starts from. Its model
     must be this one, as conf/schema.py says which settings may differ, and its tokenizer is taken."""

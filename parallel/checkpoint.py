@@ -1,19 +1,16 @@
 """Distributed checkpoints that open under every layout and are never half there.
 
 A checkpoint holds, for every logical parameter, its fp32 weights and Adam's two moments in the parameter's own shape;
-each element is written once, by the data-parallel rank that assembled it. Megatron-Core writes and reads the files and
-proves that the boxes of all ranks tile every tensor. Its optimizer's own checkpoint formats are not used: without
-TransformerEngine and Apex they fail or resume wrongly (one step counter shared by all parameters; docs/log.md).
+each element is written once, by the data-parallel rank that assembled it, into that rank's safetensors file. Nothing in
+a checkpoint is pickled: reading one runs no code. Megatron-Core's formats are not used: its files hold pickled objects,
+and without TransformerEngine and Apex its optimizer's fail or resume wrongly (docs/log.md).
 
 A directory appears under its final name only when it is complete: written aside (parallel/checkpoint_writer.py), also
-while training goes on, checked against the model, hashed into a manifest, renamed.
+while training goes on, checked against the model, hashed into a manifest (parallel/checkpoint_manifest.py), renamed.
 """
 
 import contextlib
-import json
-import math
 import os
-import re
 import shutil
 import time
 import uuid
@@ -26,98 +23,45 @@ import torch
 import torch.distributed as dist
 
 from parallel import optimizer_state
-from parallel.checkpoint_writer import Writing, digest
+from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_tensors
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    UPDATES,
+    OtherVersion,
+    examine,
+    find_damage,
+    incomplete,
+    read_manifest,
+    resolve,
+    run_through,
+    set_aside,
+    step_directories,
+    write_manifest,
+)
+from parallel.checkpoint_writer import Writing
 from parallel.engine import Engine
 from parallel.placement import logical_name
-from parallel.runtime import Runtime
+from parallel.random_state import dtype_of, random_state, restore_random_state
+from parallel.rounds import Rounds
 from parallel.weight_matching import Mismatch, match_weights
 
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d{8})$")
+__all__ = [
+    "MANIFEST",
+    "Checkpointer",
+    "NotFinite",
+    "find_damage",
+    "load_weights",
+    "read_manifest",
+    "resolve",
+    "step_directories",
+    "stored_shapes",
+]
 _ABANDONED_AFTER = 3600.0
 """Seconds after which a half-written directory belongs to a process that is gone."""
-_INDEX_BYTES = 2**20
-"""Room that a checkpoint needs besides its tensors, generously."""
 
 
-def step_directories(root: Path) -> list[Path]:
-    """Checkpoints under a run's checkpoints directory, newest first; whole or not is not looked at."""
-    found = [p for p in root.glob("step_*") if _STEP.match(p.name)] if root.is_dir() else []
-    return sorted(found, key=lambda p: p.name, reverse=True)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: {"state": the loop's counters, "files": {name: [bytes, digest]}}.
-
-    Raises:
-        ValueError: missing or unreadable.
-    """
-    try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} is not a whole checkpoint: {MANIFEST}: {error}") from None
-
-
-def _damage(directory: Path, names: list[str], files: dict[str, list[Any]]) -> str | None:
-    """The first of the named files that is not what the manifest says."""
-    for name in names:
-        path, (size, wanted) = directory / name, files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if digest(path) != wanted:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def find_damage(directory: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing. With several ranks each reads a share; the caller
-    brings the answers together."""
-    try:
-        files = read_manifest(directory)["files"]
-    except ValueError as error:
-        return str(error)
-    return _damage(directory, sorted(files)[rank::ranks], files)
-
-
-def newest_whole(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are all intact, every rank reading a share. Damaged ones are reported."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    candidates: list[Any] = [step_directories(root) if rank == 0 else None]
-    dist.broadcast_object_list(candidates)
-    for directory in candidates[0]:
-        answers: list[Any] = [None] * ranks
-        dist.all_gather_object(answers, find_damage(directory, rank, ranks))
-        damage = next(filter(None, answers), None)
-        if damage is None:
-            return directory
-        warn(f"checkpoint {directory.name} is damaged ({damage}); trying the one before")
-    return None
-
-
-def resolve(path: str) -> Path:
-    """A step's directory from a `checkpoint=` setting: that directory, or the newest whole one of a run directory.
-    For commands of one rank.
-
-    Raises:
-        ValueError: there is none.
-    """
-    given = Path(path).expanduser()
-    if _STEP.match(given.name):
-        damage = find_damage(given)
-        if damage:
-            raise ValueError(f"checkpoint={path}: {damage}")
-        return given
-    root = given if given.name == "checkpoints" else given / "checkpoints"
-    damaged = []
-    for directory in step_directories(root):
-        damage = find_damage(directory)
-        if damage is None:
-            return directory
-        damaged.append(f"{directory.name}: {damage}")
-    what = f"no whole one ({'; '.join(damaged)})" if damaged else "none"
-    raise ValueError(f"checkpoint={path}: looked for {root}/step_NNNNNNNN and found {what}")
+class NotFinite(RuntimeError):
+    """Weights or moments hold a NaN or an infinity: there is nothing worth keeping."""
 
 
 class Checkpointer:
@@ -128,7 +72,68 @@ class Checkpointer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._under_way: tuple[Writing, Path, dict[str, Any]] | None = None
         self.stages = 0
-        """Parts of saves that were begun; while it grows, a save gets on."""
+        """Parts of saves and loads that were begun; while it grows, they get on."""
+        self.rounds = Rounds(engine.runtime.device, self._progress)
+        self.last_good: Path | None = None
+        """The newest whole checkpoint of this run that is known: restored, or written since."""
+
+    def _progress(self) -> None:
+        self.stages += 1
+
+    def resume(self, warn: Callable[[str], None], *, fresh: bool = False) -> tuple[Path, dict[str, Any]] | None:
+        """Restores the newest whole checkpoint. Damaged ones that are newer are reported and set aside under another
+        name: they are never counted or looked at again.
+
+        Args:
+            fresh: where there are checkpoints and none is whole, set them aside and return None.
+
+        Returns:
+            (its directory, the saved state), or None where there is none.
+
+        Raises:
+            ValueError: none is whole, or the newest is of another model or another version.
+        """
+        damaged: list[tuple[Path, ValueError]] = []
+        for directory in self.listing(self.root):
+            wrong = self._examine(directory)
+            if isinstance(wrong, OtherVersion):
+                raise wrong
+            if wrong is None:
+                try:
+                    state = self.load(directory)
+                    self._set_aside(damaged, warn)
+                    self.last_good = directory
+                    return directory, state
+                except CheckpointDamaged as error:  # since it was hashed
+                    wrong = error
+            damaged.append((directory, wrong))
+            warn(f"checkpoint {directory.name} is damaged ({wrong}); trying the one before")
+        if damaged and not fresh:
+            told = "; ".join(f"{directory.name}: {wrong}" for directory, wrong in damaged)
+            raise ValueError(
+                f"every checkpoint in {self.root} is damaged ({told}). Put a whole one back from a copy, choose "
+                "another run.dir, or begin again at step 0 with checkpoint.resume=fresh, which sets these aside"
+            )
+        self._set_aside(damaged, warn)
+        return None
+
+    def resolve(self, path: str) -> Path:
+        """A step's directory from a setting, as `checkpoint_manifest.resolve`; the ranks share the reading."""
+        return resolve(path, lambda directory: (wrong := self._examine(directory)) and str(wrong), self.listing)
+
+    def listing(self, root: Path) -> list[Path]:
+        """Checkpoints in a directory as rank 0 sees it, newest first."""
+        return self._together(lambda: step_directories(root) if self.rank == 0 else None)[0]
+
+    def _examine(self, directory: Path) -> ValueError | None:
+        """What is wrong with a checkpoint, the same on all ranks; each hashes a share of the files."""
+        found = self.rounds.run(examine(directory, self.rank, self.ranks))
+        return next((wrong for wrong in found if wrong is not None), None)
+
+    def _set_aside(self, damaged: list[tuple[Path, ValueError]], warn: Callable[[str], None]) -> None:
+        for directory, _ in damaged:
+            aside = self._together(lambda it=directory: set_aside(it).name if self.rank == 0 else None)[0]
+            warn(f"{directory.name} is set aside as {aside}")
 
     def save(self, state: dict[str, Any]) -> Path:
         """Writes a checkpoint; on return it is whole and the newest.
@@ -138,6 +143,7 @@ class Checkpointer:
 
         Raises:
             ValueError: it could not be written (disk full, no permission). Earlier checkpoints are intact.
+            NotFinite: weights or moments are not finite. Nothing is written.
         """
         self.begin(state)
         path = self.settle(wait=True)
@@ -149,12 +155,17 @@ class Checkpointer:
         for `save`. One that was begun before has to be settled first."""
         assert self._under_way is None
         final = self.root / f"step_{state['step']:08d}"
+        if bad := optimizer_state.first_nonfinite(self.engine):
+            raise NotFinite(
+                f"{final.name} is not written: {bad} is not finite. "
+                f"The last good checkpoint is {self.last_good or 'none'}"
+            )
         aside: list[Any] = [self.root / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(aside)
         with self._explained(final, aside[0]):
-            self._together(lambda: self._make_aside(aside[0]) if self.rank == 0 else None)
-            tensors = {**optimizer_state.to_save(self.engine), **_random_state(self.engine.runtime)}
-            writing = self._together(lambda: Writing(tensors, aside[0]), keep=True)
+            self._together(lambda: aside[0].mkdir(parents=True) if self.rank == 0 else None)
+            tensors = {**optimizer_state.to_save(self.engine), **self._random_to_save(), **self._updates_to_save(state)}
+            writing = Writing(tensors, aside[0], self.rank)
             writing.start()
         self._under_way = writing, final, state
 
@@ -175,14 +186,17 @@ class Checkpointer:
                 return None
         self._under_way = None
         with self._explained(final, writing.aside):
-            self._together(writing.finish_files)
-            self._together(writing.complete)
+            self.rounds.run(writing.wait())
+            self._together(writing.finish_file)
             shapes = self._together(lambda: optimizer_state.expected_shapes(self.engine))
             hashed = self._together(lambda: writing.hashed)
-            publish = partial(self._publish, writing.aside, final, state, shapes, hashed)
+            taken = self._together(final.is_dir)[0]
+            wrong = self._examine(final) if taken else None
+            publish = partial(self._publish, writing, final, state, shapes, hashed, replace=wrong is not None)
             self._together(publish if self.rank == 0 else lambda: None)
+        self.last_good = final
         if self.rank == 0:
-            self._prune()
+            self._prune(final)
         return final
 
     @contextlib.contextmanager
@@ -198,172 +212,173 @@ class Checkpointer:
                 f"could not write checkpoint {final}: {error}{room}. Earlier checkpoints are intact"
             ) from None
 
-    def _together(self, action: Callable[[], Any], *, keep: bool = False) -> Any:
-        """Every rank's result of an action, or with `keep` this rank's alone; when storage fails one rank, all fail
-        with that rank's message."""
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of an action; when storage fails one rank, all fail with that rank's message."""
         result, error = None, None
         self.stages += 1
         try:
             result = action()
-        except BaseException as raised:  # torch's CheckpointException is no Exception
-            if not _is_storage_error(raised):
-                raise
+        except (OSError, ValueError) as raised:
             error = str(raised).strip().splitlines()[-1]
         answers: list[Any] = [None] * self.ranks
-        dist.all_gather_object(answers, (None if keep else result, error))
+        dist.all_gather_object(answers, (result, error))
         if any(failed for _, failed in answers):
             raise ValueError(next(failed for _, failed in answers if failed))
-        return result if keep else [answer for answer, _ in answers]
+        return [answer for answer, _ in answers]
 
-    def _make_aside(self, aside: Path) -> None:
-        aside.mkdir(parents=True)
-        # Megatron-Core's index files are written by rank 0 alone, and the others would wait for it in vain: a disk
-        # that is full has to show here.
-        with (aside / ".trial").open("wb") as file:
-            file.write(bytes(_INDEX_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        (aside / ".trial").unlink()
+    def _updates_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer counted, which the manifest is compared with when it is read."""
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        updates = max(self._together(lambda: optimizer_state.counted_updates(self.engine)))
+        assert updates == state["updates"], (updates, state)
+        return {UPDATES: ShardedTensor.from_rank_offsets(UPDATES, torch.tensor([updates]))} if self.rank == 0 else {}
+
+    def _random_to_save(self) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        states = {f"{self._random}{name}": tensor for name, tensor in random_state().items()}
+        return {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in states.items()}
+
+    @property
+    def _random(self) -> str:
+        """Before the name of one of this rank's generators."""
+        return f"random.{self.rank}."
 
     def _publish(
         self,
-        aside: Path,
+        writing: Writing,
         final: Path,
         state: dict[str, Any],
         shapes: list[dict[str, tuple[int, ...]]],
         hashed: list[dict[str, list[Any]]],
+        *,
+        replace: bool,
     ) -> None:
-        """Checks that every logical element of the model is there, adds the manifest and gives the final name."""
-        expected = {name: shape for part in shapes for name, shape in part.items()}
-        written = stored_shapes(aside)
-        for key, shape in expected.items():
-            assert written.get(key) == shape, f"{key}: {written.get(key)}"
-        files = {name: entry for part in hashed for name, entry in part.items()}
-        with (aside / MANIFEST).open("w") as file:
-            json.dump({"state": state, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.is_dir():
-            # The same step was saved before; if that one is damaged, make way for the new one.
-            if find_damage(final) is None:
-                shutil.rmtree(aside)
-                return
-            shutil.rmtree(final)
+        """Checks that every logical element of the model is there, adds the manifest and gives the final name.
+
+        Args:
+            replace: the step was saved before and is damaged.
+        """
+        aside = writing.aside
+        lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writing.stored)
+        assert lacking is None, lacking
+        write_manifest(aside, state, {name: entry for part in hashed for name, entry in part.items()}, writing.stored)
+        if replace:
+            set_aside(final)
         try:
             os.rename(aside, final)
-        except OSError:  # a process that should be gone has published the same step in between
+        except OSError:  # the step was saved before, or a process that should be gone has published it in between
             if not final.is_dir() or find_damage(final) is not None:
                 raise
             shutil.rmtree(aside)
 
-    def _prune(self) -> None:
-        for directory in step_directories(self.root)[self.keep :]:
+    def _prune(self, newest: Path) -> None:
+        """Deletes all but the newest checkpoints. Those of later steps are not of this line of the run; what is kept
+        was restored whole or written since."""
+        ours = [path for path in step_directories(self.root) if path.name <= newest.name]
+        for directory in ours[self.keep :]:
             shutil.rmtree(directory, ignore_errors=True)
         for leftover in self.root.glob(".writing-*"):
             if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Restores weights, moments and, in a world of the same size, the generators. Returns the saved state."""
-        from megatron.core import dist_checkpointing
+        """Restores weights, moments and, in a world of the same size, the generators. Returns the saved state.
 
-        state = read_manifest(directory)["state"]
-        load_weights(self.engine, directory)
-        wanted: dict[str, Any] = optimizer_state.to_load(self.engine)
-        same_world = state["world_size"] == self.ranks
-        if same_world:
-            wanted |= _random_state(self.engine.runtime)
-        # Not every rank asks for every box, so the ranks' requests need not tile the tensors.
-        loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+        Raises:
+            CheckpointDamaged: it cannot be read. Nothing was changed.
+            ValueError: the checkpoint is of another model.
+        """
+        manifest = read_manifest(directory)
+        state, stored = manifest["state"], manifest["tensors"]
+        _, weights = _matching_weights(self.engine, directory, stored, partial=False)
+        moments = optimizer_state.to_load(self.engine)
+        self._together(lambda: _check_moments(moments, directory, stored))
+        tensors = {key: (box.data, tuple(box.global_offset)) for key, box in {**weights, **moments}.items()}
+        random: dict[str, torch.Tensor] = {}
+        if state["world_size"] == self.ranks:
+            held = {key.removeprefix(self._random): t for key, t in stored.items() if key.startswith(self._random)}
+            random = {name: torch.empty(t.shape, dtype=dtype_of(name)) for name, t in held.items()}
+            tensors |= {f"{self._random}{name}": (t, (0,) * t.dim()) for name, t in random.items()}
+        _read(directory, stored, tensors, self.rounds)
+        loaded = {key: tensor for key, (tensor, _) in tensors.items()}
+        _copy_weights(self.engine, loaded)
         optimizer_state.restore(self.engine, loaded, updates=state["updates"])
-        if same_world:
-            _restore_random(loaded["random"])
+        if random:
+            restore_random_state(random)
         return state
+
+
+def _read(
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
+    rounds: Rounds | None,
+) -> None:
+    """Fills tensors from a checkpoint; with `rounds`, all ranks together, and what one cannot read fails all."""
+
+    def read() -> Iterator[int]:
+        try:
+            yield from read_tensors(directory, stored, tensors)
+        except CheckpointDamaged as error:
+            return error
+        return None
+
+    found = rounds.run(read()) if rounds else [run_through(read())]
+    if wrong := next((error for error in found if error is not None), None):
+        raise wrong
+
+
+def _check_moments(wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
+    for key, box in wanted.items():
+        if key not in stored or stored[key].shape != tuple(box.global_shape):
+            raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(box.global_shape)}")
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """The logical shape of every tensor in a checkpoint whose elements are all there."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
-    index = FileSystemReader(directory).read_metadata()
-    found = {}
-    for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            boxes = [c.sizes for c in entry.chunks if MetadataIndex(key, c.offsets) in index.storage_data]
-            if sum(map(math.prod, boxes)) == math.prod(entry.size):
-                found[key] = tuple(entry.size)
-    return found
+    return {name: tensor.shape for name, tensor in read_manifest(directory)["tensors"].items() if tensor.is_complete()}
 
 
-def load_weights(engine: Engine, directory: Path, *, partial: bool = False) -> Mismatch:
+def _matching_weights(
+    engine: Engine, directory: Path, stored: dict[str, StoredTensor], *, partial: bool
+) -> tuple[Mismatch, dict[str, Any]]:
+    """(what does not match, boxes to read)."""
+    shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.is_complete()}
+    mismatch, matching = match_weights(engine, shapes)
+    if mismatch and not partial:
+        raise ValueError(f"{directory} is of another model: {mismatch}")
+    if not matching:
+        raise ValueError(f"{directory} has no weight in common with this model: {mismatch}")
+    return mismatch, {key: box for key, box in optimizer_state.weights_to_load(engine).items() if key in matching}
+
+
+def load_weights(engine: Engine, directory: Path, *, partial: bool = False, rounds: Rounds | None = None) -> Mismatch:
     """Reads the weights alone into the model (and the optimizer's master copies, if there is one), and accounts for
     every one of either side. State that follows a rule starts naturally where the checkpoint has none.
 
     Args:
         partial: what only one side has, or has in another shape, is left as it is.
+        rounds: keeps the ranks of a training run together while they read.
 
     Raises:
-        ValueError: the checkpoint is of another model, or has nothing in common with this one.
+        ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
     """
-    from megatron.core import dist_checkpointing
+    stored = read_manifest(directory)["tensors"]
+    mismatch, wanted = _matching_weights(engine, directory, stored, partial=partial)
+    _read(directory, stored, {key: (box.data, tuple(box.global_offset)) for key, box in wanted.items()}, rounds)
+    _copy_weights(engine, {key: box.data for key, box in wanted.items()})
+    return mismatch
 
-    mismatch, matching = match_weights(engine, stored_shapes(directory))
-    if mismatch and not partial:
-        raise ValueError(f"{directory} is of another model: {mismatch}")
-    if not matching:
-        raise ValueError(f"{directory} has no weight in common with this model: {mismatch}")
-    wanted = {key: box for key, box in optimizer_state.weights_to_load(engine).items() if key in matching}
-    # Not every rank asks for every box, so the ranks' requests need not tile the tensors.
-    loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+
+def _copy_weights(engine: Engine, loaded: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for module in engine.modules:
             for name, parameter in module.named_parameters():
                 if (key := f"weights.{logical_name(name, parameter)}") in loaded:
                     parameter.copy_(loaded[key])
     optimizer_state.restore_master(engine, loaded)
-    return mismatch
-
-
-def _random_state(runtime: Runtime) -> dict[str, Any]:
-    """Every generator of this rank. The model draws nothing from them; a library that a user adds may."""
-    import random
-
-    import numpy as np
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    rank, ranks = runtime.world.rank, runtime.world.size
-    return {"random": ShardedObject("random", states, (ranks,), (rank,))}
-
-
-def _restore_random(states: dict[str, Any]) -> None:
-    import random
-
-    import numpy as np
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-def _is_storage_error(error: BaseException) -> bool:
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    # A writer that fails is a process of its own: its OSError comes back as text, inside a CheckpointException that
-    # all ranks raise. What went wrong, only rank 0 is told.
-    return isinstance(error, OSError | CheckpointException)
 
 
 def _free_space(root: Path) -> str:

@@ -74,6 +74,15 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     }
 
 
+def counted_updates(engine: Engine) -> int:
+    """The updates that this rank's part of the optimizer has counted; 0 where it holds nothing."""
+    counts = [0]
+    for piece in _pieces(engine).values():
+        group = next((g for g in piece.inner.param_groups if "step" in g), {})  # Apex's and TransformerEngine's
+        counts.append(int(piece.inner.state.get(piece.master, {}).get("step", group.get("step", 0))))
+    return max(counts)
+
+
 def first_nonfinite(engine: Engine) -> str | None:
     """The first tensor of weights or moments that holds a NaN or an infinity, as "exp_avg of layers.0...."; None where
     all are finite. Every rank looks at its own shards, all call this together, and all get the same answer."""

@@ -17,13 +17,13 @@ from moe.load import COLUMNS, ExpertLoad
 from moe.model import sparse_layers
 from moe.statistics import collect
 from parallel import checkpoint
-from parallel.checkpoint import Checkpointer
+from parallel.checkpoint import Checkpointer, NotFinite
 from parallel.clock import StepClock
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.expert_load import explain_drops
 from training.generate import encode_prompt, generate
-from training.guard import FAIL, GO_ON, LEAVE, SkipCounter, StopRequest, TakenOver
+from training.guard import FAIL, GO_ON, LEAVE, RunFailed, SkipCounter, StopRequest, TakenOver
 from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
@@ -85,18 +85,20 @@ class Trainer:
 
     def restore(self) -> None:
         """Continues from the newest whole checkpoint, or starts from given weights."""
-        newest = checkpoint.newest_whole(self.run_dir.checkpoints, self.console.warning)
-        if newest is not None:
-            state = self.checkpointer.load(newest)
+        settings = self.config.checkpoint
+        resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
+        if resumed is not None:
+            newest, state = resumed
             self.progress = Progress(**{**state, "world_size": self.progress.world_size})
             self.saved_step = self.progress.step
             self.console.note(f"continuing from {newest}")
             if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
                 self.console.warning(f"the data are not those of the earlier steps: {changed}")
-        elif self.config.checkpoint.load:
-            settings = self.config.checkpoint
-            source = checkpoint.resolve(settings.load)
-            mismatch = checkpoint.load_weights(self.session.engine, source, partial=bool(settings.load_except))
+        elif settings.load:
+            source = self.checkpointer.resolve(settings.load)
+            mismatch = checkpoint.load_weights(
+                self.session.engine, source, partial=bool(settings.load_except), rounds=self.checkpointer.rounds
+            )
             self.console.note(f"weights from {source}")
             if mismatch:
                 self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
@@ -277,13 +279,20 @@ class Trainer:
         return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to."""
+        """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to.
+
+        Raises:
+            RunFailed: weights or moments are not finite.
+        """
         if self.saved_step == self.progress.step:
             return
         self._settle(wait=True)
         started = time.perf_counter()
-        with self.storage.explained():
-            self.checkpointer.begin(dataclasses.asdict(self.progress))
+        try:
+            with self.storage.explained():
+                self.checkpointer.begin(dataclasses.asdict(self.progress))
+        except NotFinite as failure:
+            raise RunFailed(f"{failure}. Lower optim.lr, or look for what the data of this step hold") from None
         self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
         if not self.config.checkpoint.asynchronous:
             self._settle(wait=True)

@@ -63,6 +63,7 @@ FP8 = {"precision": "fp8"}
 # settings, world size, what the message must hold: the rule's numbers and, after that, the advice
 BROKEN = [
     ({"precision": "fp16"}, 1, "precision is one of auto, fp32, bf16, fp8, but fp16", "precision=bf16"),
+    ({"checkpoint.resume": "frsh"}, 1, "checkpoint.resume is one of true, false, fresh", "checkpoint.resume=fresh"),
     ({**FP8, "fp8.recipe": "rowise"}, 1, "blockwise, rowwise, tensorwise", "fp8.recipe=rowwise"),
     ({**FP8, "fp8.last_layers_high": 4}, 1, "< model.num_layers (else no layer", "fp8.last_layers_high=3"),
     ({**FP8, "model.hidden_size": 192}, 1, "192 % 128 = 64", "model.hidden_size=128"),

@@ -56,8 +56,13 @@ def train(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float]]:
 
 
 def state(step: int, world_size: int = 1, updates: int | None = None) -> dict[str, Any]:
-    """What the loop saves of itself, as far as a checkpoint looks at it."""
-    return {"step": step, "updates": step if updates is None else updates, "world_size": world_size}
+    """What the loop saves of itself.
+
+    Args:
+        updates: what the optimizer has counted; None: as many as steps.
+    """
+    updates = step if updates is None else updates
+    return {"step": step, "samples": 8 * step, "tokens": 64 * step, "updates": updates, "world_size": world_size}
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:

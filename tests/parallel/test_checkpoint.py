@@ -2,12 +2,12 @@
 
 import copy
 import os
-import pickle
 import resource
 import shutil
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch
 from conf.schema import ParallelConfig
 from parallel import checkpoint, optimizer_state
 from parallel.checkpoint import Checkpointer
+from parallel.checkpoint_manifest import write_manifest
 from parallel.checkpoint_writer import Writing
 from parallel.simulate import RankFailed, RankPool
 from parallel.world import World
-from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, state, train
+from tests.parallel import helpers
+from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, train
 
+state = partial(helpers.state, updates=1)
 VARIANT = Variant({"num_layers": 2}, {"bias_update_rate": 0.01})
 
 
@@ -45,76 +48,11 @@ def saved(engine, root) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    return checkpoint.newest_whole(root, pytest.fail)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    return next((path for path in checkpoint.step_directories(root) if checkpoint.find_damage(path) is None), None)
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGES = {"missing": Path.unlink, "bytes instead of": truncate, "changed": flip_a_bit}
-
-
-@pytest.mark.parametrize("why", DAMAGES)
-@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "common.pt"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, root, pattern, why):
-    DAMAGES[why](next(saved[1].glob(pattern)))
-    warnings: list[str] = []
-    assert checkpoint.newest_whole(root, warnings.append) == saved[0]
-    assert len(warnings) == 1 and saved[1].name in warnings[0] and why in warnings[0]
-    assert checkpoint.resolve(str(root.parent)) == checkpoint.resolve(str(root)) == saved[0]
-    with pytest.raises(ValueError, match=f"{saved[1].name}.*{why}"):
-        checkpoint.resolve(str(saved[1]))
-
-
-def test_when_all_are_damaged_there_is_none(saved, root):
-    for directory, harm in zip(saved, (truncate, Path.unlink), strict=True):
-        harm(directory / checkpoint.MANIFEST)
-    warnings: list[str] = []
-    assert checkpoint.newest_whole(root, warnings.append) is None
-    assert len(warnings) == 2
-    with pytest.raises(ValueError, match=r"no whole one \(step_00000002: .*; step_00000001: "):
-        checkpoint.resolve(str(root.parent))
-
-
-def test_where_nothing_was_saved_there_is_none(runtime, root):
-    assert newest(root) is None
-    with pytest.raises(ValueError, match="found none"):
-        checkpoint.resolve(str(root.parent))
-
-
-def judge_damaged(world: World, root: Path) -> list[tuple[str, list[str]]]:
-    """(newest whole, warnings) after each file of the newest was damaged in turn, as this rank sees it."""
-    directory, judged = root / "step_00000002", []
-    with started(world, ParallelConfig()) as runtime:
-        meet = runtime.groups.world.barrier
-        for path in sorted(directory.iterdir()):
-            meet().wait()
-            content = path.read_bytes()
-            meet().wait()
-            if world.rank == 0:
-                truncate(path)
-            meet().wait()
-            warnings: list[str] = []
-            judged.append((checkpoint.newest_whole(root, warnings.append).name, warnings))
-            meet().wait()
-            if world.rank == 0:
-                path.write_bytes(content)
-    return judged
-
-
-def test_ranks_look_for_damage_together(ranks, saved, root):
-    first, second = ranks.run(2, judge_damaged, root, timeout=60)
-    assert first == second and len(first) >= 4  # the tensors, two files of Megatron-Core about them, the manifest
-    for name, warnings in first:
-        assert name == saved[0].name
-        assert len(warnings) == 1 and saved[1].name in warnings[0]
 
 
 def test_only_the_newest_are_kept(engine, root):
@@ -128,7 +66,7 @@ def test_only_the_newest_are_kept(engine, root):
 def test_a_writer_that_dies_leaves_nothing_that_counts(engine, saved, root, monkeypatch):
     saver = Checkpointer(root, engine, keep=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpointer, "_publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Checkpointer, "_publish", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         saver.save(state(3))
     (leftover,) = root.glob(".writing-*")
     assert newest(root) == saved[1]
@@ -143,14 +81,15 @@ def test_a_writer_that_dies_leaves_nothing_that_counts(engine, saved, root, monk
 def test_saving_a_step_again_leaves_it_alone(engine, saved, root):
     before = {p: p.stat().st_mtime_ns for p in saved[1].iterdir()}
     train(engine, range(1, 2))
-    assert Checkpointer(root, engine, keep=2).save(state(2)) == saved[1]
+    assert Checkpointer(root, engine, keep=2).save(state(2, updates=2)) == saved[1]
     assert {p: p.stat().st_mtime_ns for p in saved[1].iterdir()} == before
     assert len(list(root.iterdir())) == 2
 
 
 def test_saving_a_damaged_step_again_mends_it(engine, saved, root):
-    truncate(next(saved[1].glob("*.distcp")))
+    truncate(next(saved[1].glob("*.safetensors")))
     assert Checkpointer(root, engine, keep=2).save(state(2)) == newest(root) == saved[1]
+    assert (root / "damaged-step_00000002").is_dir()
 
 
 def test_two_writers_do_no_harm(engine, root, monkeypatch):
@@ -158,12 +97,12 @@ def test_two_writers_do_no_harm(engine, root, monkeypatch):
     between the first's writing and its publishing."""
     publish = Checkpointer._publish
 
-    def slow(self: Checkpointer, *args: Any) -> None:
+    def slow(self: Checkpointer, *args: Any, **kwargs: Any) -> None:
         monkeypatch.setattr(Checkpointer, "_publish", publish)
         other = Checkpointer(root, engine, keep=1)
         other.save(state(1))
         other.save(state(2))
-        publish(self, *args)
+        publish(self, *args, **kwargs)
 
     monkeypatch.setattr(Checkpointer, "_publish", slow)
     Checkpointer(root, engine, keep=2).save(state(1))
@@ -196,10 +135,8 @@ def fill_the_disk(world: World, root: Path) -> list[tuple[str, str, str]]:
         saver = Checkpointer(root, engine, keep=9)
         saver.save(state(1))
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # Full at the start; full only when rank 0, then rank 1, writes its tensors.
-        cases = [(0, 10, checkpoint._INDEX_BYTES), (0, 8192, 0), (1, 8192, 0)]
-        for step, (full, room, needed) in enumerate(cases, start=1):
-            checkpoint._INDEX_BYTES = needed
+        # Full at the start; full only when rank 0, then rank 1, has written a part of its tensors.
+        for step, (full, room) in enumerate([(0, 10), (0, 8192), (1, 8192)], start=1):
             if world.rank == full:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, unlimited[1]))
             try:
@@ -352,10 +289,10 @@ def settle_when_all_are_done(world: World, root: Path) -> tuple[bool, bool]:
             saver.begin(state(1, world.size))
             if world.rank == 0:
                 Held.go.set()
-                saver._under_way[0].finish_files()
+                saver._under_way[0].finish_file()
             early = saver.settle(wait=False)
             Held.go.set()
-            saver._under_way[0].finish_files()
+            saver._under_way[0].finish_file()
             return early is not None, saver.settle(wait=False) is not None
     finally:
         checkpoint.Writing = Writing
@@ -389,12 +326,9 @@ def test_no_part_may_be_written_twice(root):
 
 
 def test_a_tensor_with_a_hole_does_not_count(saved):
-    import torch.distributed.checkpoint as dcp
-
-    path = saved[1] / ".metadata"
-    index = dcp.FileSystemReader(saved[1]).read_metadata()
     key = "exp_avg.layers.1.ffn.experts.w_in"
     assert key in checkpoint.stored_shapes(saved[1])
-    index.storage_data = {k: v for k, v in index.storage_data.items() if k.fqn != key}
-    path.write_bytes(pickle.dumps(index))
+    manifest = checkpoint.read_manifest(saved[1])
+    manifest["tensors"][key].boxes.clear()
+    write_manifest(saved[1], **manifest)
     assert key not in checkpoint.stored_shapes(saved[1])

@@ -52,7 +52,7 @@ def second_lives(world: World, parallel: ParallelConfig, roots: list[Path], vari
     with started(world, parallel) as runtime:
         for root in roots:
             engine = build_engine(runtime, variant)
-            Checkpointer(root, engine, keep=2).load(checkpoint.newest_whole(root, pytest.fail))
+            Checkpointer(root, engine, keep=2).resume(pytest.fail)
             drawn, kept = draws(), optimizer_tensors(engine)
             told = train(engine, range(3, 5))
             lives.append({"drawn": drawn, "kept": kept, "told": told, "end": optimizer_tensors(engine)})

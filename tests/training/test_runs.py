@@ -108,7 +108,7 @@ def test_rows_past_the_checkpoint_are_taken_again(
     config.checkpoint = CheckpointConfig(every=5, keep=3)
     ranks.run(1, train, config, timeout=LIMIT)
     newest = run_dir / "checkpoints" / "step_00000014"
-    shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    shard = max(newest.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert ranks.run(1, train, tiny_config(corpus, run_dir), timeout=LIMIT) == [0]
     assert trajectory(run_dir) == trajectory(undisturbed)

@@ -1,0 +1,209 @@
+"""Files that hold tensors and nothing else, in the safetensors format: the header's length, a JSON header, raw bytes.
+
+Reading one runs no code, and `safetensors.torch.load_file` opens it too. That library maps files into memory, where a
+failing disk ends the process with SIGBUS; plain reads raise an OSError that names the file.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 2**24
+"""Bytes that are read, written or hashed between two signs of progress."""
+_HEADER_LIMIT = 10**8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointDamaged(ValueError):
+    """A checkpoint does not hold what it should, or cannot be read; the message says which part."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a logical tensor, and the file that holds it under the tensor's name."""
+
+    file: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+@dataclass
+class StoredTensor:
+    """A logical tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    boxes: list[Box]
+
+    def is_complete(self) -> bool:
+        """Whether every element is there."""
+        return sum(math.prod(size) for size in {b.offset: b.size for b in self.boxes}.values()) == math.prod(self.shape)
+
+
+def new_digest() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def digest(path: Path) -> Iterator[int]:
+    """Hashes a file. Yields the bytes of each piece, returns the hexadecimal digest."""
+    found, piece = new_digest(), memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            found.update(piece[:count])
+            yield count
+    return found.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> list[Any]:
+    """Writes CPU tensors and waits until the disk has them. Returns [bytes, digest] of the file.
+
+    Args:
+        advance: called with the bytes of each piece.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header, end = {}, 0
+    for name in ordered:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    found, total = new_digest(), 0
+    with path.open("wb", buffering=0) as file:
+        for content in (struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in ordered)):
+            view = memoryview(content)
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = view[start : start + PIECE_BYTES]
+                found.update(piece)
+                written = 0
+                while written < len(piece):
+                    written += file.write(piece[written:])
+                total += len(piece)
+                advance(len(piece))
+        os.fsync(file.fileno())
+    return [total, found.hexdigest()]
+
+
+class TensorFile:
+    """A file of tensors, open for reading.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointDamaged: it is not such a file.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("rb", buffering=0)
+        (length,) = struct.unpack("<Q", self._read(0, 8))
+        if length > _HEADER_LIMIT:
+            raise CheckpointDamaged(f"{path.name} is no safetensors file")
+        try:
+            self._header = json.loads(self._read(8, length))
+            self._start = 8 + length
+            assert isinstance(self._header, dict)
+        except (ValueError, RecursionError, AssertionError) as error:
+            raise CheckpointDamaged(f"{path.name} is no safetensors file: {error}") from None
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read(self, start: int, count: int) -> bytes:
+        content = bytearray(count)
+        self._fill(start, memoryview(content))
+        return bytes(content)
+
+    def _fill(self, start: int, view: memoryview) -> None:
+        self._file.seek(start)
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise CheckpointDamaged(f"{self._path.name} ends early")
+            view = view[count:]
+
+    def copy(self, name: str, box: Box, target: Tensor, offset: tuple[int, ...]) -> Iterator[int]:
+        """Copies the elements that a stored box and a target share, converting to the target's type. Yields the bytes
+        of each piece, returns the number of elements copied.
+
+        Args:
+            offset: where the target lies in the logical tensor.
+        """
+        try:
+            entry = self._header[name]
+            dtype, stored, begin = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
+            if stored != box.size or not isinstance(begin, int) or begin < 0:
+                raise ValueError(f"shape {stored}")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointDamaged(f"{self._path.name} does not hold {name} {box.size}: {error!r}") from None
+        first = [max(a, b) for a, b in zip(box.offset, offset, strict=True)]
+        last = [min(a + n, b + m) for a, n, b, m in zip(box.offset, box.size, offset, target.shape, strict=True)]
+        if any(a >= b for a, b in zip(first, last, strict=True)):
+            return 0
+        if not target.dim():  # a scalar is a row of its own
+            target, first, last, offset, box = target.view(1), [0], [1], (0,), Box(box.file, (0,), (1,))
+        row = math.prod(box.size[1:])
+        rows = max(1, PIECE_BYTES // max(1, row * dtype.itemsize))
+        inner = [slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], box.offset[1:], strict=True)]
+        there = [slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], offset[1:], strict=True)]
+        for begun in range(first[0], last[0], rows):
+            count = min(rows, last[0] - begun)
+            piece = torch.empty((count, *box.size[1:]), dtype=dtype)
+            self._fill(self._start + begin + (begun - box.offset[0]) * row * dtype.itemsize, _bytes_of(piece))
+            target[(slice(begun - offset[0], begun - offset[0] + count), *there)].copy_(piece[(slice(None), *inner)])
+            yield piece.nbytes
+        return math.prod(b - a for a, b in zip(first, last, strict=True))
+
+
+def read_tensors(
+    directory: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+) -> Iterator[int]:
+    """Fills tensors with their parts of a checkpoint's logical tensors. Yields the bytes of each piece.
+
+    Args:
+        stored: what the checkpoint holds.
+        wanted: {name: (CPU tensor, its offset in the logical tensor)}.
+
+    Raises:
+        CheckpointDamaged: a part is missing or cannot be read.
+    """
+    missing = {name: tensor.numel() for name, (tensor, _) in wanted.items()}
+    by_file: dict[str, list[tuple[str, Box]]] = {}
+    for name in wanted:
+        for box in stored[name].boxes if name in stored else ():
+            by_file.setdefault(box.file, []).append((name, box))
+    for file, boxes in sorted(by_file.items()):
+        try:
+            with TensorFile(directory / file) as opened:
+                for name, box in boxes:
+                    missing[name] -= yield from opened.copy(name, box, *wanted[name])
+        except OSError as error:
+            raise CheckpointDamaged(f"{file} cannot be read: {error}") from None
+    if incomplete := [name for name, count in missing.items() if count]:
+        raise CheckpointDamaged(f"{incomplete[0]} is not all there")

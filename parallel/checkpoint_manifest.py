@@ -1,0 +1,256 @@
+"""What a checkpoint says of itself, whether it is true, and which checkpoints a run directory holds."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.checkpoint_format import Box, CheckpointDamaged, StoredTensor, digest, new_digest, read_tensors
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""Version of the layout. 1 were torch.distributed.checkpoint's files, which hold pickled objects."""
+COUNTERS = ("step", "samples", "tokens", "updates", "world_size")
+"""What a checkpoint keeps of the training loop."""
+UPDATES = "optimizer.updates"
+"""A tensor of one element: the updates that the optimizer itself has counted."""
+_STEP = re.compile(r"step_(\d{8})$")
+
+
+class OtherVersion(ValueError):
+    """Another version of this program wrote the checkpoint, in a format that this one does not read."""
+
+
+def step_of(directory: Path) -> int | None:
+    """The step that a directory's name says; None: it is not a checkpoint's."""
+    match = _STEP.match(directory.name)
+    return int(match[1]) if match else None
+
+
+def step_directories(root: Path) -> list[Path]:
+    """Checkpoints under a run's checkpoints directory, newest first; whole or not is not looked at.
+
+    Raises:
+        ValueError: the directory cannot be read.
+    """
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ValueError(f"the checkpoints in {root} cannot be read: {error}") from None
+    return sorted((root / name for name in names if _STEP.match(name)), key=lambda p: p.name, reverse=True)
+
+
+def set_aside(directory: Path) -> Path:
+    """Gives a damaged checkpoint a name under which it is neither loaded nor counted, and returns the new path."""
+    candidates = (f"damaged-{directory.name}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
+    aside = next(path for name in candidates if not (path := directory.with_name(name)).exists())
+    os.rename(directory, aside)
+    return aside
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """The hash of all that a manifest says. Every format has it, so that damage is told from another version."""
+    found = new_digest()
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    found.update(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    return found.hexdigest()
+
+
+def write_manifest(
+    directory: Path, state: dict[str, int], files: dict[str, list[Any]], tensors: dict[str, StoredTensor]
+) -> None:
+    """Args:
+    state: the loop's COUNTERS.
+    files: {name: [bytes, digest]}.
+    """
+    boxes = {
+        name: {"shape": [*t.shape], "boxes": [[b.file, [*b.offset], [*b.size]] for b in t.boxes]}
+        for name, t in sorted(tensors.items())
+    }
+    said = {"format": FORMAT, "state": state, "files": files, "tensors": boxes}
+    with (directory / MANIFEST).open("w") as file:
+        json.dump({**said, "digest": _digest_of(said)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """{"state": the loop's counters, "files": {name: [bytes, digest]}, "tensors": {name: StoredTensor}}.
+
+    Raises:
+        CheckpointDamaged: missing, unreadable or not what was written.
+        OtherVersion: written in a format that this version does not read.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST}: {error}") from None
+    try:
+        return _understood(manifest)
+    except CheckpointDamaged as error:
+        raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST} {error}") from None
+    except OtherVersion as error:
+        raise OtherVersion(f"{directory} {error}") from None
+
+
+def _understood(manifest: Any) -> dict[str, Any]:
+    if not isinstance(manifest, dict):
+        raise CheckpointDamaged("holds no JSON object")
+    version = manifest.get("format")
+    if "digest" in manifest and manifest["digest"] != _digest_of(manifest):
+        raise CheckpointDamaged("has changed since it was written")
+    if isinstance(version, int) and version > FORMAT:
+        raise OtherVersion(
+            f"was written by a newer version of Switchyard (format {version}; this one reads {FORMAT}). "
+            "Continue with that version, or choose another run.dir"
+        )
+    if version is None and all(isinstance(manifest.get(key), dict) for key in ("state", "files")):
+        raise OtherVersion(
+            "was written by an earlier version of Switchyard (format 1), whose files hold pickled Python objects; "
+            f"this version reads format {FORMAT} alone. Continue with that version, or choose another run.dir"
+        )
+    if version != FORMAT or "digest" not in manifest:
+        raise CheckpointDamaged("has no format version and no hash")
+    try:
+        state, files = manifest["state"], manifest["files"]
+        tensors = {
+            name: StoredTensor(
+                tuple(entry["shape"]),
+                [Box(file, tuple(offset), tuple(size)) for file, offset, size in entry["boxes"]],
+            )
+            for name, entry in manifest["tensors"].items()
+        }
+        wrong = _wrong(state, files, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"is not laid out as format {FORMAT}: {error!r}"
+    if wrong:
+        raise CheckpointDamaged(wrong)
+    return {"state": state, "files": files, "tensors": tensors}
+
+
+def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
+    """What a manifest of the right layout says that cannot be."""
+    for counter in [*state, *COUNTERS]:
+        if counter not in state or counter not in COUNTERS:
+            return f"has {'no' if counter in COUNTERS else 'an unknown'} counter {counter}"
+        if type(state[counter]) is not int or state[counter] < 0:
+            return f"counts {state[counter]!r} for {counter}"
+    for name, (size, _) in files.items():
+        if Path(name).name != name or name == MANIFEST or type(size) is not int:
+            return f"lists the file {name!r}"
+    for name, tensor in tensors.items():
+        for box in tensor.boxes:
+            sides = zip(box.offset, box.size, tensor.shape, strict=True)
+            if box.file not in files or any(a < 0 or n < 0 or a + n > m for a, n, m in sides):
+                return f"has no place for a part of {name}"
+    return None
+
+
+def examine(directory: Path, rank: int = 0, ranks: int = 1) -> Iterator[int]:
+    """Compares a checkpoint with what it says of itself. With several ranks each hashes a share of the files, and the
+    caller brings the answers together. Yields the bytes of each piece that was read; returns None, or what is wrong as
+    a CheckpointDamaged or OtherVersion."""
+    try:
+        manifest = read_manifest(directory)
+        files = manifest["files"]
+        if rank == 0:
+            _check_list(directory, files)
+        for name in sorted(files)[rank::ranks]:
+            yield from _check_file(directory / name, *files[name])
+        if rank == 0:
+            yield from _check_counters(directory, manifest)
+    except (CheckpointDamaged, OtherVersion) as error:
+        return error
+    return None
+
+
+def _check_file(path: Path, size: int, wanted: str) -> Iterator[int]:
+    try:
+        if not path.is_file():
+            raise CheckpointDamaged(f"{path.name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointDamaged(f"{path.name} has {path.stat().st_size} bytes instead of {size}")
+        if (yield from digest(path)) != wanted:
+            raise CheckpointDamaged(f"{path.name} has changed since it was written")
+    except OSError as error:
+        raise CheckpointDamaged(f"{path.name} cannot be read: {error}") from None
+
+
+def _check_list(directory: Path, files: dict[str, Any]) -> None:
+    try:
+        # Hidden files are the file system's own, such as .nfs0001; nothing reads them.
+        extra = sorted(n for n in os.listdir(directory) if n not in files and n != MANIFEST and not n.startswith("."))
+    except OSError as error:
+        raise CheckpointDamaged(f"cannot be read: {error}") from None
+    if extra:
+        raise CheckpointDamaged(f"{extra[0]} is not listed in {MANIFEST}")
+
+
+def _check_counters(directory: Path, manifest: dict[str, Any]) -> Iterator[int]:
+    """Against the directory's name and what the optimizer counted."""
+    state, updates = manifest["state"], torch.zeros(1, dtype=torch.int64)
+    if state["step"] != step_of(directory):
+        raise CheckpointDamaged(f"{MANIFEST} is of step {state['step']}")
+    yield from read_tensors(directory, manifest["tensors"], {UPDATES: (updates, (0,))})
+    if updates.item() != state["updates"]:
+        raise CheckpointDamaged(f"{MANIFEST} counts {state['updates']} updates, the optimizer {updates.item()}")
+
+
+def run_through(work: Iterator[int]) -> Any:
+    """What a generator of pieces returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def find_damage(directory: Path) -> str | None:
+    """What keeps one process from reading a checkpoint; None: it is whole."""
+    wrong = run_through(examine(directory))
+    return None if wrong is None else str(wrong)
+
+
+def resolve(
+    path: str,
+    find_damage: Callable[[Path], str | None] = find_damage,
+    step_directories: Callable[[Path], list[Path]] = step_directories,
+) -> Path:
+    """A step's directory from a `checkpoint=` setting: that directory, or the newest whole one of a run directory.
+
+    Args:
+        find_damage, step_directories: how to look; by default for a command of one rank.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = Path(path).expanduser()
+    if step_of(given) is not None:
+        damage = find_damage(given)
+        if damage:
+            raise ValueError(f"checkpoint={path}: {damage}")
+        return given
+    root = given if given.name == "checkpoints" else given / "checkpoints"
+    damaged = []
+    for directory in step_directories(root):
+        damage = find_damage(directory)
+        if damage is None:
+            return directory
+        damaged.append(f"{directory.name}: {damage}")
+    what = f"no whole one ({'; '.join(damaged)})" if damaged else "none"
+    raise ValueError(f"checkpoint={path}: looked for {root}/step_NNNNNNNN and found {what}")
+
+
+def incomplete(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]) -> str | None:
+    """The first tensor of a model that a checkpoint does not hold in full."""
+    for name, shape in expected.items():
+        found = stored.get(name)
+        if found is None or found.shape != shape or not found.is_complete():
+            return f"{name}: {found} instead of {shape}"
+    return None
