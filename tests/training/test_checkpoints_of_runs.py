@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import CheckpointConfig
+from conf.schema import CheckpointConfig, Config
 from parallel.checkpoint_manifest import _digest_of
 from parallel.simulate import RankFailed, RankPool
 from parallel.world import World
@@ -148,3 +148,32 @@ def test_no_file_of_a_checkpoint_runs_code(corpus: Path, ranks: RankPool, traine
         (tmp_path / "kept").rename(whole)
     pickle.loads(attacks(marker)["pickle"])
     assert marker.exists()  # the attack is one
+
+
+def train_into_nan(world: World, config: Config) -> int:
+    """A run in which Adam's moments stop being finite before the second step is saved."""
+    from parallel.checkpoint import Checkpointer
+
+    begin = Checkpointer.begin
+
+    def spoil(self: Checkpointer, state: dict[str, int]) -> None:
+        if state["step"] == 2:
+            optimizer = self.engine.optimizer.chained_optimizers[0].optimizer
+            next(iter(optimizer.state.values()))["exp_avg"][0] = float("nan")
+        begin(self, state)
+
+    Checkpointer.begin = spoil
+    try:
+        return train(world, config)
+    finally:
+        Checkpointer.begin = begin
+
+
+def test_what_is_not_finite_ends_the_run_and_is_not_kept(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", steps=4)
+    config.checkpoint = CheckpointConfig(every=1, keep=1)
+    assert ranks.run(1, train_into_nan, config, timeout=LIMIT) == [1]
+    assert checkpoints(tmp_path / "run") == ["step_00000001"]
+    log = (tmp_path / "run/train.log").read_text()
+    assert "step_00000002 is not written: exp_avg of " in log and "The last good checkpoint is " in log
+    assert "step_00000001. Lower optim.lr" in log
