@@ -1,0 +1,1 @@
+"""The stages of tests/gpu/day.py, each run as a module in a process of its own."""

@@ -1,0 +1,152 @@
+"""Full training steps of a model as wide as Mixtral (2 layers) and one as wide as Qwen3-30B-A3B (4 layers), in bf16 and
+FP8, beside Megatron-Core's and Transformers': tokens a second, MFU, launches, waits of the host, idle share, the
+kernels that take most, and peak memory beside the estimate. Each contender is a process of its own."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from typing import Any
+
+from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, emit, synchronize
+
+MODELS = {
+    "Mixtral, 2 layers": {"layers": 2, "hidden": 4096, "heads": 32, "width": 14336, "experts": 8, "top_k": 2},
+    "Qwen3, 4 layers": {"layers": 4, "hidden": 2048, "heads": 16, "width": 768, "experts": 128, "top_k": 8},
+}
+BATCH = {"vocabulary": 32000, "sequence": 4096, "batch": 2}
+if REHEARSE:
+    MODELS = {"tiny": {"layers": 2, "hidden": 128, "heads": 2, "width": 128, "experts": 4, "top_k": 2}}
+    BATCH = {"vocabulary": 256, "sequence": 32, "batch": 2}
+CONTENDERS = ("ours bf16", "ours fp8", "megatron", "transformers")
+STEPS = 2 if REHEARSE else 8
+
+
+def configuration(shape: dict[str, int], precision: str) -> Any:
+    from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
+
+    model = ModelConfig(
+        num_layers=shape["layers"],
+        hidden_size=shape["hidden"],
+        num_attention_heads=shape["heads"],
+        ffn_hidden_size=shape["width"],
+        vocab_size=BATCH["vocabulary"],
+        activation="swiglu",
+        moe=MoeConfig(num_experts=shape["experts"], top_k=shape["top_k"], capacity_factor=None),
+    )
+    train = TrainConfig(
+        micro_batch_size=BATCH["batch"], global_batch_size=BATCH["batch"], sequence_length=BATCH["sequence"], steps=1
+    )
+    return Config(model=model, train=train, optim=OptimConfig(lr=1e-4), precision=precision)
+
+
+def contender(name: str, shape: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """(a step, what else is known)."""
+    import torch
+
+    from benchmarks import train_step
+    from parallel import runtime
+    from parallel.layout import Layout
+    from parallel.world import World
+
+    text = torch.randint(0, BATCH["vocabulary"], (BATCH["batch"], BATCH["sequence"] + 1))
+    batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    if name.startswith("ours"):
+        from training import session
+        from training.preview import memory_per_rank
+
+        config = configuration(shape, name.split()[1])
+        started = session.start(config, World(), train=True)
+        estimate = memory_per_rank(config, Layout(1), bf16=True)
+        known = {
+            "flops_per_token": started.cost.flops_per_token,
+            "estimated_gb": estimate.total / 1e9,
+            "table": [list(row) for row in started.table],
+        }
+        return train_step.contender(started.engine, *batch).step, known
+    config = configuration(shape, "bf16")
+    if name == "megatron":
+        return train_step.megatron(config, runtime.start(World(), Layout(1), seed=1, timeout=60), *batch).step, {}
+    return train_step.transformers(config, DEVICE, "grouped_mm", *batch).step, {}
+
+
+def measure(name: str, shape: dict[str, int]) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.contest import quietly
+
+    with quietly():
+        step, known = contender(name, shape)
+    times = []
+    for _ in range(2 + STEPS):
+        synchronize()
+        begin = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    tokens, middle = BATCH["batch"] * BATCH["sequence"], sorted(times[2:])[STEPS // 2]
+    found: dict[str, Any] = {"seconds": middle, "tokens_per_second": tokens / middle, **known}
+    if "flops_per_token" in found:
+        found["tflops"] = found.pop("flops_per_token") * tokens / middle / 1e12
+        if DEVICE.type == "cuda":
+            from training.metrics import peak_flops
+
+            peak = peak_flops(torch.cuda.get_device_name(), "bf16")
+            found["mfu_of_bf16_peak"] = peak and found["tflops"] * 1e12 / peak
+    if DEVICE.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            step()
+        torch.cuda.set_sync_debug_mode("default")
+        found["host_waits"] = sum("synchroniz" in str(w.message) for w in waits)
+    return found | profiled(step, middle)
+
+
+def profiled(step: Any, middle: float) -> dict[str, Any]:
+    import torch
+
+    with torch.profiler.profile() as profile:
+        step()
+        synchronize()
+    events = profile.key_averages()
+    kernels = [
+        e for e in events if getattr(e, "self_device_time_total", 0) > 0 and "cuda" in str(e.device_type).lower()
+    ]
+    busy = sum(e.self_device_time_total for e in kernels) / 1e6
+    top = sorted(kernels, key=lambda e: e.self_device_time_total, reverse=True)[:15]
+    return {
+        "launches": sum(e.count for e in kernels),
+        "idle_share": max(0.0, 1 - busy / middle),
+        "top_kernels": [[e.key[:100], e.count, e.self_device_time_total / 1e3] for e in top],
+    }
+
+
+def apart(name: str, model: str) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "tests.gpu.stages.steps", name, model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300 if REHEARSE else 60)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    for model in MODELS:
+        for name in CONTENDERS:
+            attempt(f"{model}, {name}", lambda name=name, model=model: apart(name, model))
+    emit("batch", **BATCH)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("name")
+        parser.add_argument("model")
+        args = parser.parse_args()
+        print(json.dumps(measure(args.name, MODELS[args.model])))
+    else:
+        main()

@@ -1,0 +1,105 @@
+"""`launch.train` as users start it: 60 steps; stopped and continued, bit for bit; twice the same; how long training
+stands still for a checkpoint; FP8 beside bf16."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.stages.common import REHEARSE, attempt
+
+STEPS = 6 if REHEARSE else 60
+SIZE = ["model.num_layers=4", "model.hidden_size=512", "model.num_attention_heads=8", "model.ffn_hidden_size=1024"]
+if REHEARSE:
+    SIZE = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.ffn_hidden_size=48"]
+    SIZE += [
+        "model.vocab_size=320",
+        "train.sequence_length=32",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=4",
+    ]
+QUIET = ["eval.every=0", "eval.final_batches=1", "eval.sample_tokens=0", "optim.lr=5e-4", f"train.steps={STEPS}"]
+
+
+def run(folder: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
+    """The logged steps of a run."""
+    directory = folder / name
+    text = f"data.files=[{folder}/text/*.txt]"
+    command = [sys.executable, "-m", "launch.train", "data=text", text, *SIZE, *QUIET, f"run.dir={directory}"]
+    command += [f"data.cache_dir={folder}/cache", *overrides]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    if done.returncode not in (0, 75):
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stdout[-300:]}")
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "loss" in row]
+
+
+def write_text(folder: Path) -> None:
+    """This repository's own sources, so that nothing is downloaded."""
+    (folder / "text").mkdir()
+    for index, path in enumerate(sorted(Path().glob("*/**/*.py"))):
+        if ".venv" not in path.parts and path.stat().st_size:
+            (folder / "text" / f"{index}.txt").write_text(path.read_text())
+
+
+def plain(folder: Path) -> dict[str, Any]:
+    begin = time.perf_counter()
+    rows = run(folder, "plain")
+    later = rows[len(rows) // 2 :]
+    return {
+        "seconds": time.perf_counter() - begin,
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "step_seconds": sorted(row["step_seconds"] for row in later)[len(later) // 2],
+        "mfu": rows[-1].get("mfu"),
+    }
+
+
+def continued(folder: Path) -> dict[str, Any]:
+    """Deterministic: once through, again, and with a stop in the middle."""
+    exact = "train.deterministic=true"
+    once, again = (run(folder, name, exact) for name in ("once", "again"))
+    run(folder, "stopped", exact, f"train.stop_after={STEPS // 2}")
+    stopped = run(folder, "stopped", exact)
+
+    def losses(rows: list[dict[str, Any]]) -> list[float]:
+        return [row["loss"] for row in rows]
+
+    return {"repeats": losses(once) == losses(again), "continues": losses(once) == losses(stopped), "steps": len(once)}
+
+
+def asynchronous(folder: Path) -> dict[str, Any]:
+    """Seconds that training waits for a checkpoint."""
+    found = {}
+    for name, value in (("at once", "false"), ("asynchronous", "true")):
+        directory = f"async-{value}"
+        run(folder, directory, f"checkpoint.asynchronous={value}", f"checkpoint.every={STEPS // 3}")
+        log = (folder / directory / "train.log").read_text()
+        found[name] = [line[-120:] for line in log.splitlines() if "checkpoint" in line and "waited" in line]
+    return found
+
+
+def fp8(folder: Path) -> dict[str, Any]:
+    last = STEPS // 4
+    means = {}
+    for precision in ("bf16", "fp8"):
+        rows = run(folder, precision, f"precision={precision}")
+        means[precision] = sum(row["loss"] for row in rows[-last:]) / last
+    return {**means, "difference": means["fp8"] / means["bf16"] - 1, "steps": STEPS}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder)
+        attempt("60 steps", lambda: plain(folder))
+        attempt("stop and continue, twice the same", lambda: continued(folder))
+        attempt("checkpoint", lambda: asynchronous(folder))
+        attempt("FP8 beside bf16", lambda: fp8(folder))
+
+
+if __name__ == "__main__":
+    main()
