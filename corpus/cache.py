@@ -1,18 +1,18 @@
 """The cache on disk: entries, which are folders that exist whole or not at all, and facts about files."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from corpus import integrity
+from parallel import file_lock
 from parallel.cache_dir import ROOT, distrust, make_private
 
 _CLOCK_TICK_NS = 20_000_000
@@ -27,17 +27,26 @@ class Cache:
     """Safe to share: several processes, also on several nodes and of several users, may use one folder at once. Who
     may not write there can read what others have put in."""
 
-    def __init__(self, cache_dir: str, note: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        cache_dir: str,
+        note: Callable[[str], None] = lambda text: None,
+        *,
+        timeout: float = 600.0,
+        waiting: Callable[[str], None] = lambda what: None,
+    ) -> None:
         """Creates the folder when it is absent.
 
         Args:
             note: called with what the user should know, such as that a damaged entry was made again.
+            timeout, waiting: of another process that builds an entry, as in parallel.file_lock.
 
         Raises:
             ValueError: it cannot be created or read.
         """
         self._folder = Path(cache_dir).expanduser().absolute()
         self._note = note
+        self._timeout, self._waiting = timeout, waiting
         try:
             make_private(self._folder)
             os.listdir(self._folder)
@@ -67,6 +76,7 @@ class Cache:
         Raises:
             ReadOnlyCache: the entry is not there, or is damaged, and the cache cannot be written to.
             ValueError: the file system has no locks, or no space is left.
+            LockTimeout: the process that builds the entry gives no sign of life.
         """
         place = self._folder / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         with suppress(OSError, ValueError):
@@ -81,7 +91,7 @@ class Cache:
             return place
         try:
             _make_shared(place.parent)
-            with _locked(place.with_suffix(".lock")):
+            with self._locked(place.with_suffix(".lock")):
                 if damage := _damage(place, record=True):
                     if place.exists() and damage != _UNFINISHED:
                         self._note(f"{place} {damage}; it has been made again")
@@ -95,6 +105,28 @@ class Cache:
                 f"{f' ({error.filename})' if error.filename else ''}; set data.cache_dir to a folder that can"
             ) from error
         return place
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            lock = os.open(path, os.O_RDONLY)  # made by another user before the folder was shared
+        with ExitStack() as stack:
+            stack.callback(os.close, lock)  # which releases it
+            shared = path.parent.stat().st_mode & 0o22
+            if os.fstat(lock).st_uid == os.geteuid() and shared:
+                os.fchmod(lock, 0o644 | shared)
+            try:
+                stack.enter_context(file_lock.held(lock, path, timeout=self._timeout, waiting=self._waiting))
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise ValueError(
+                    f"{path} cannot be locked ({error.strerror}); "
+                    "set data.cache_dir to a folder of yours on a file system that has file locks"
+                ) from None
+            yield
 
     def fact(self, path: str, name: str, compute: Callable[[str], Any]) -> Any:
         """What `compute(path)` says about a file's content, JSON-serialisable; remembered under the file's path, inode,
@@ -177,25 +209,3 @@ def _make_shared(folder: Path) -> None:
         shared = folder.parent.stat().st_mode & 0o1022  # and the bit that keeps users from each other's files
         if shared & ~folder.stat().st_mode:
             folder.chmod(folder.stat().st_mode & 0o7777 | shared)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        lock = os.open(path, os.O_RDONLY)  # made by another user before the folder was shared
-    try:
-        shared = path.parent.stat().st_mode & 0o22
-        if os.fstat(lock).st_uid == os.geteuid() and shared:
-            os.fchmod(lock, 0o644 | shared)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be locked ({error.strerror}); "
-                "set data.cache_dir to a folder of yours on a file system that has file locks"
-            ) from None
-        yield
-    finally:
-        os.close(lock)  # which releases it

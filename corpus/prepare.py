@@ -7,7 +7,8 @@ PyTorch nor Megatron-Core is imported, and no data is read.
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from corpus.ingredients import Ingredient, ingredients
 from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 
+_POLL_SECONDS = 0.5
 _FORMAT = 2  # of the cache; to be raised when the same settings come to mean other token files
 
 
@@ -102,6 +104,7 @@ def prepare(
     sequence_length: int,
     progress: Progress | None = None,
     held_out_only: bool = False,
+    timeout: float = 600.0,
 ) -> Prepared:
     """Checks the data, tokenises what is not in the cache yet, and describes the result.
 
@@ -110,16 +113,19 @@ def prepare(
     Args:
         vocab_size: rows of the model's embedding; also the size of a tokenizer trained here.
         sequence_length: tokens per sample.
-        progress: called with what is being done and the share of it that is done.
+        progress: called with what is being done and the share of it that is done, between any two pieces of work. What
+            it raises ends the preparation.
         held_out_only: all of the data is held-out text, and may be shorter than a sequence: evaluation of own text.
+        timeout: seconds without a sign of life of a process that does the work.
 
     Raises:
+        LockTimeout: that time is up.
         ValueError: the settings or the files are wrong; one message that names the place and what would work.
     """
     progress = progress or (lambda what, done: None)
     found = ingredients(data, held_out_only)
     notes: list[str] = []
-    cache = Cache(data.cache_dir, notes.append)
+    cache = Cache(data.cache_dir, notes.append, timeout=timeout, waiting=lambda what: progress(what, 0.0))
     try:
         corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.kind != "megatron"}
         _hash_files([path for ingredient in corpora for path in ingredient.files], cache, progress)
@@ -148,9 +154,16 @@ def prepare(
 
 
 def _hash_files(paths: list[str], cache: Cache, progress: Progress) -> None:
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        for done, _ in enumerate(pool.map(cache.sha256, paths), start=1):
-            progress("hashing files", done / len(paths))
+    pool = ThreadPoolExecutor()  # hashing releases the interpreter lock
+    try:
+        hashing = [pool.submit(cache.sha256, path) for path in paths]
+        for number, future in enumerate(hashing):
+            while not wait([future], _POLL_SECONDS).done:
+                progress("hashing files", number / len(paths))  # raises when an end is asked for
+            future.result()
+            progress("hashing files", (number + 1) / len(paths))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _vocabulary(
@@ -198,9 +211,12 @@ def _train_tokenizer(
     def build(folder: Path) -> None:
         from corpus.tokenizer import Tokenizer
 
-        progress("training the tokenizer", 0.0)
-        sample = tokenizer_sample(training, data.tokenizer_sample_mib * 2**20)
-        tokenizer = Tokenizer.train(sample, vocab_size=vocab_size, eod_token=data.eod_token)
+        def sample() -> Iterator[str]:
+            for text in tokenizer_sample(training, data.tokenizer_sample_mib * 2**20):
+                progress("training the tokenizer", 0.0)
+                yield text
+
+        tokenizer = Tokenizer.train(sample(), vocab_size=vocab_size, eod_token=data.eod_token)
         tokenizer.save(str(folder / "tokenizer.json"))
         progress("training the tokenizer", 1.0)
 

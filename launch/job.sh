@@ -55,6 +55,9 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST-}" 2>/dev/null) && [ -n "$hosts" ]; then
     export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
 fi
+# Names in the ranks' store begin with it: only who can read this job's environment can read or change what is there.
+SWITCHYARD_STORE_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export SWITCHYARD_STORE_SECRET
 
 say "job ${name:-$SLURM_JOB_ID}, restart $restarts, on ${SLURM_JOB_NODELIST-?}: $tasks task(s), $gpus GPU(s) a node," \
     "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task, srun ${srun_options[*]}"

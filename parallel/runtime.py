@@ -3,13 +3,14 @@
 import datetime
 import os
 import random
+import socket
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel import allocator, cpu, staging
+from parallel import allocator, cpu, rendezvous, staging
 from parallel.layout import Layout
 from parallel.threads import threads_per_rank
 from parallel.world import World
@@ -85,6 +86,7 @@ def start(
     timeout: float,
     threads: int | None = None,
     backend: str | None = None,
+    store: dist.Store | None = None,
 ) -> Runtime:
     """Joins the process group, builds every Megatron-Core group of the layout and sends one message through each, so
     that a broken link shows here and not in the first optimizer step.
@@ -93,6 +95,10 @@ def start(
         timeout: seconds that a rank waits for the others.
         threads: CPU threads of this rank; None: what threads_per_rank says.
         backend: None: what pick_device says.
+        store: of the ranks; None: they meet here.
+
+    Raises:
+        Unreachable: they did not meet within the time limit.
     """
     device, picked = pick_device(world)
     backend = backend or picked
@@ -105,17 +111,20 @@ def start(
         memory = allocator.keep_freed_memory()
     wait = datetime.timedelta(seconds=timeout)
     # One rank alone needs no port.
-    store = dist.HashStore() if world.size == 1 else None
-    init = None if store else f"tcp://{world.address}:{world.port}"
+    store = store or (dist.HashStore() if world.size == 1 else rendezvous.join(world, timeout))
     if backend == staging.BACKEND:
         staging.register()
-    dist.init_process_group(
-        backend, init_method=init, store=store, rank=world.rank, world_size=world.size, timeout=wait
-    )
+    if world.simulated and (loopback := _loopback()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # not on a network that others can reach
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=wait)
     groups = _build_groups(layout, wait)
     _warm_up(groups, device)
     seed_all(seed)
     return Runtime(world, layout, groups, device, backend, memory)
+
+
+def _loopback() -> str | None:
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
 def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:

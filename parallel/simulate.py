@@ -6,13 +6,15 @@ import contextlib
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import threading
 import time
 import traceback
 import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +78,15 @@ class RankPool:
 
     Args:
         preload: modules that the fork server imports before the first fork.
+        held_signals: blocked in the ranks from their birth on, so that one which comes early is not lost and kills
+            nobody; the function that runs there unblocks them.
     """
 
-    def __init__(self, size: int, preload: Sequence[str] = ("parallel.preload",)):
+    def __init__(
+        self, size: int, preload: Sequence[str] = ("parallel.preload",), held_signals: Collection[int] = ()
+    ) -> None:
         self.size = size
+        self._held_signals, self._sent = held_signals, set[int]()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
         self._ranks: list[tuple[Any, Connection]] = []
@@ -91,6 +98,15 @@ class RankPool:
         self.close()
 
     def _grow(self, n: int) -> None:
+        # The mask is inherited by the fork server and from it by the ranks. The resource tracker goes first, since
+        # starting it unblocks signals.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._held_signals)
+        try:
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._held_signals)
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while len(self._ranks) < n:
             here, there = self._context.Pipe()
             # Not daemons: a checkpoint writer is a child of its rank.
@@ -98,6 +114,8 @@ class RankPool:
             process.start()
             there.close()
             self._ranks.append((process, here))
+            for number in list(self._sent):
+                os.kill(process.pid, number)
 
     def run(self, n: int, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """Calls function(world, *args) on n ranks and returns their results in rank order.
@@ -111,10 +129,10 @@ class RankPool:
         """
         assert n <= self.size, (n, self.size)
         self._grow(n)
-        port = free_port()
+        port, secret = free_port(), secrets.token_hex(16)
         ranks = self._ranks[:n]
         for rank, (_, connection) in enumerate(ranks):
-            connection.send((function, World(rank, n, rank, n, "127.0.0.1", port, simulated=True), args))
+            connection.send((function, World(rank, n, rank, n, "127.0.0.1", port, True, secret), args))
         try:
             return self._collect(ranks, timeout)
         except BaseException:
@@ -154,13 +172,24 @@ class RankPool:
                 if verdict == "verdict":
                     raise RankFailed(f"{death + '; ' if death else ''}{value}")
                 results[rank] = value
+        if death:
+            raise RankFailed(death)
         return [results[rank] for rank in range(len(ranks))]
 
     def signal(self, number: int) -> None:
-        """Sends a signal to every rank."""
+        """Sends a signal to every rank, also to those that are still to be started. May be called by a signal handler,
+        at any moment."""
+        self._sent.add(number)
         for process, _ in self._ranks:
-            if process.is_alive():
+            if not wait([process.sentinel], 0):
                 os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """Ends every rank and what it started, and waits for nothing. May be called by another thread."""
+        for process, _ in self._ranks:
+            for end, target in ((os.killpg, process.pid), (os.kill, process.pid)):
+                with contextlib.suppress(OSError):  # gone, or too young to have a group
+                    end(target, signal.SIGKILL)
 
     def close(self, *, at_once: bool = False) -> None:
         """Ends every rank and whatever it started."""
@@ -179,6 +208,7 @@ class RankPool:
             process.join()
             connection.close()
         self._ranks.clear()
+        self._sent.clear()
 
 
 def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:

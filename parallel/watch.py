@@ -24,8 +24,9 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from parallel import simulate
-from parallel.world import World
+from parallel import rendezvous, simulate
+from parallel.rendezvous import LimitedStore, Silent
+from parallel.world import World, speaks
 
 FAILED = 1
 """Exit code of a rank that is ended here."""
@@ -115,7 +116,7 @@ def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
     failed = {rank: place for rank, place in told.items() if place.error}
     stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
     waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
-    parts = [f"{_listed(gone)} gone, without a word"] if gone else []
+    parts = [f"{_listed(gone)} gone or frozen, without a word"] if gone else []
     parts += [f"rank {rank} failed in {place}: {place.error}" for rank, place in [*failed.items()][:3]]
     if not gone and not failed:
         parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
@@ -134,11 +135,23 @@ class Watch:
 
     Args:
         timeout: seconds without progress on any rank after which the job has ended.
-        progress: (step under way, anything that changes while the training goes on).
+        progress: (step under way, anything that changes while the training goes on); None: the ranks are still being
+            built, each at its own pace, which collectives limit, until `follow` is called.
+        store: of the ranks; None: the default process group's.
+        expected: exceptions that every rank raises alike while it is built: nobody has to be told.
     """
 
-    def __init__(self, world: World, timeout: float, progress: Callable[[], tuple[int, Any]]):
-        self.world, self.progress = world, progress
+    def __init__(
+        self,
+        world: World,
+        timeout: float,
+        progress: Callable[[], tuple[int, Any]] | None = None,
+        *,
+        store: dist.Store | None = None,
+        expected: tuple[type[Exception], ...] = (ValueError,),
+    ) -> None:
+        self.world, self._given, self._expected = world, store, expected
+        self._followed = progress
         self._period = min(1.0, timeout / 20)
         self._grace = min(5.0, timeout / 5)
         self._patience = timeout - 2 * self._grace - self._period
@@ -150,18 +163,28 @@ class Watch:
     def __enter__(self) -> Self:
         if self.world.size > 1:
             # Its own connection: a thread that waits must not keep the main thread from the store.
-            store = dist.distributed_c10d._get_default_store().clone()
-            self._store = dist.PrefixStore("watch", store)
+            given = self._given or dist.distributed_c10d._get_default_store()
+            self._store = LimitedStore(lambda: dist.PrefixStore("watch", given.clone()))
+            with contextlib.suppress(Silent):  # connects now, while the store is sure to be there
+                self._ask(lambda store: None)
             simulate.tell_parent("watched", None)
-            faulthandler.enable()
+            faulthandler.enable(file=1)  # in a run, train.log
             self._thread.start()
         return self
+
+    def follow(self, progress: Callable[[], tuple[int, Any]]) -> None:
+        """From now on a rank without progress is in trouble."""
+        self._followed = progress
+
+    def progress(self) -> tuple[int, Any]:
+        return self._followed() if self._followed else (0, None)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.world.size == 1:
             return
         self._leaving.set()
-        if error is not None:
+        alike = self._followed is None and isinstance(error, self._expected)
+        if error is not None and not alike:
             place = whereabouts(self.progress()[0], _frames_of_error(trace), error)
             told = self._tell(place)
             if told:
@@ -173,17 +196,22 @@ class Watch:
 
     def _run(self) -> None:
         seen, since = self.progress(), time.monotonic()
+        answered = since
         while not self._leaving.wait(self._period):
             # Where even this thread is held up, by native code that keeps Python's lock, one without Python ends it.
             faulthandler.dump_traceback_later(self._backstop, exit=True, file=1)
             try:
-                troubled = self._store.check(["trouble"])
+                troubled = self._store.ask(lambda store: store.check(["trouble"]), self._period)
+                answered = time.monotonic()
+            except Silent:  # it may be busy; what it takes to be in trouble is decided below
+                troubled = False
             except Exception:  # the store is gone; _tell will say so
                 troubled = True
             now = self.progress()
             if now != seen:
                 seen, since = now, time.monotonic()
-            if troubled or time.monotonic() - since > self._patience:
+            waited = time.monotonic() - (since if self._followed else answered)
+            if troubled or waited > self._patience:
                 place = whereabouts(now[0], _frames_of_thread(sys._current_frames().get(self._main)))
                 return self._end(self._tell(place))
 
@@ -198,29 +226,38 @@ class Watch:
         me = f"rank {self.world.rank} was"
         _LOG.error("trouble in %s: %s\n%s", place, place.error or "no progress, or another rank's", "\n".join(stacks))
         try:
-            self._store.set(f"rank {self.world.rank}", json.dumps(asdict(place)))
-            self._store.set("trouble", "")
-            if self._store.add("witnesses", 1) == 1:
-                self._store.set("verdict", self._collect())
+            self._ask(lambda store: store.set(f"rank {self.world.rank}", json.dumps(asdict(place))))
+            self._ask(lambda store: store.set("trouble", ""))
+            if self._ask(lambda store: store.add("witnesses", 1)) == 1:
+                told = self._collect()
+                self._ask(lambda store: store.set("verdict", told))
             end = time.monotonic() + 2 * self._grace
-            while not self._store.check(["verdict"]) and time.monotonic() < end:
+            while not (known := self._ask(lambda store: store.check(["verdict"]))) and time.monotonic() < end:
                 time.sleep(self._period / 4)
-            known = self._store.check(["verdict"])
-            told = self._store.get("verdict").decode() if known else f"the job ends; {me} in {place}"
+            told = self._ask(lambda store: store.get("verdict")).decode() if known else f"the job ends; {me} in {place}"
+        except Silent:
+            keeper = rendezvous.keeper(self.world)
+            told = f"the job ends: {keeper} does not answer (dead, frozen or out of reach); {me} in {place}"
         except Exception:
             told = f"the job ends: rank 0 is gone, and with it the store of the ranks; {me} in {place}"
         if told:
             _LOG.error(told)
         return told
 
+    def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
+        return self._store.ask(question, self._grace)
+
     def _collect(self) -> str:
         """The verdict, once all ranks have told where they are or had the time to."""
-        keys, end = {rank: f"rank {rank}" for rank in range(self.world.size)}, time.monotonic() + self._grace
-        missing = dict(keys)
-        while missing and time.monotonic() < end:
-            missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
+        told: dict[int, Whereabouts] = {}
+        end = time.monotonic() + self._grace
+        while len(told) < self.world.size and time.monotonic() < end:
+            for rank in {*range(self.world.size)} - told.keys():
+                key = f"rank {rank}"
+                if self._ask(lambda store, key=key: store.check([key])):
+                    told[rank] = Whereabouts(**json.loads(self._ask(lambda store, key=key: store.get(key))))
             time.sleep(self._period / 4)
-        told = {r: Whereabouts(**json.loads(self._store.get(k))) for r, k in keys.items() if r not in missing}
+        told = dict(sorted(told.items()))
         if len(told) == self.world.size and all(place.error for place in told.values()):
             return ""
         return verdict(told, self.world.size)
@@ -229,8 +266,7 @@ class Watch:
         """Ends this process, unless its main thread is about to end by itself."""
         if self._leaving.wait(self._period):
             return
-        # Under a launcher every rank has a stderr; one is enough, unless it is the one that is gone.
-        if not simulate.tell_parent("verdict", told) and (self.world.rank == 0 or "rank 0 is gone" in told):
+        if not simulate.tell_parent("verdict", told) and speaks(self.world, told):
             print(f"switchyard: error: {told}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(FAILED)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class World:
     port: int = 0
     simulated: bool = False
     """Whether the ranks are simulated on one machine, and may share its GPU."""
+    secret: str = field(default="", compare=False, repr=False)
+    """What the keys of the ranks' store begin with, known to the ranks alone; empty where the launcher gives none."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":
@@ -46,7 +48,10 @@ class World:
             address = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
             port = int(env.get("MASTER_PORT") or _port(env))
             local_size = per_node[int(env.get("SLURM_NODEID", 0))]
-            return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, address, port)
+            secret = env.get("SWITCHYARD_STORE_SECRET", "")
+            return cls(
+                int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, address, port, secret=secret
+            )
         return cls()
 
 
@@ -77,3 +82,10 @@ def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"NPROC={given}: the number of ranks to start on this machine, from 1")
     return int(given)
+
+
+def speaks(world: World, message: str) -> bool:
+    """Whether this rank prints a message that all ranks have. Under a launcher each has a stderr; one is enough, unless
+    it is the one that is gone: then one a node."""
+    without_0 = any(words in message for words in ("rank 0 is gone", "rank 0 did not come", "does not answer"))
+    return world.rank == 0 or (without_0 and (world.rank == 1 or world.local_rank == 0))

@@ -19,17 +19,19 @@ from moe.statistics import collect
 from parallel import checkpoint
 from parallel.checkpoint import Checkpointer, NotFinite
 from parallel.clock import StepClock
+from parallel.optimizer_state import first_nonfinite
 from training.console import Console
 from training.evaluate import HeldOut, evaluate
 from training.expert_load import explain_drops
 from training.generate import encode_prompt, generate
-from training.guard import FAIL, GO_ON, LEAVE, RunFailed, SkipCounter, StopRequest, TakenOver
+from training.guard import RunFailed, SkipCounter, TakenOver
 from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
 from training.schedule import learning_rate
 from training.session import Session
+from training.signals import FAIL, GO_ON, LEAVE, StopRequest
 from training.storage import StorageFailure
 from training.stragglers import Stragglers
 
@@ -218,10 +220,25 @@ class Trainer:
             dist.all_gather_object(named, engine.non_finite())
             culprits = sorted({f"gradient of {name}" for part in named for name in part})[:3]
             self.console.warning(self.skips.skipped(step, culprits))
+            self._check_state(step)
         self.progress.step = step
         self.progress.samples += train.global_batch_size
         self.progress.tokens += train.global_batch_size * train.sequence_length
         return loss, norm, lr
+
+    def _check_state(self, step: int) -> None:
+        """After an update that was skipped: whether a later one could be applied.
+
+        Raises:
+            RunFailed: weights or moments are not finite.
+        """
+        broken = first_nonfinite(self.session.engine)
+        if broken:
+            good = f"is step {self.saved_step}" if self.saved_step else "is none"
+            raise RunFailed(
+                f"step {step}: {broken} is not finite, so that every later update would be skipped. The last good "
+                f"checkpoint {good}: the same command goes on from there; lower optim.lr if it happens again"
+            )
 
     def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
         """A line for the step just taken; the routers' figures and the seconds a step are those since the line

@@ -16,6 +16,7 @@ class NoiseRedirection:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._attached = False
         self._undo = contextlib.ExitStack()
         self._held_records = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
         self._held_output = self._undo.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed by undo)
@@ -51,12 +52,15 @@ class NoiseRedirection:
         os.dup2(self._held_output.fileno(), 1)
 
     def attach(self, log_path: Path) -> None:
-        """Appends what was held, and from now on everything, to `log_path`. Call it once, when the run directory is
-        known and the engine imported: torch gives loggers handlers of their own, which are replaced here.
+        """Appends what was held, and from now on everything, to `log_path`. Call it when the run directory is known and
+        the engine imported: torch gives loggers handlers of their own, which are replaced here. A second call does
+        nothing.
 
         Raises:
             OSError: `log_path` cannot be written.
         """
+        if self._attached:
+            return
         file = _LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         self._undo.callback(file.close)
         file.setFormatter(logging.Formatter(f"%(asctime)s rank {self._rank} %(levelname)s %(name)s: %(message)s"))
@@ -70,6 +74,7 @@ class NoiseRedirection:
                 self._undo.callback(logger.addHandler, handler)
                 logger.removeHandler(handler)
                 logger.propagate = True
+        self._attached = True
         os.dup2(file.stream.fileno(), 1)
         self._held_output.seek(0)
         try:

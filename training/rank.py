@@ -1,26 +1,29 @@
 """The life of one rank of a training run."""
 
+import contextlib
 import logging
 import os
-import signal
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from conf.schema import Config
 from corpus.prepare import Prepared
+from parallel import simulate
 from parallel.simulate import RankPool
 from parallel.world import World
 from training import environment, lookahead
 from training.console import Console
-from training.guard import STOP_SIGNALS, RunFailed, StopRequest, TakenOver
-from training.lives import BAD_CONFIGURATION, DONE, FAILED, life_name, write_stop
+from training.guard import RankError, RunFailed, TakenOver
+from training.lives import BAD_CONFIGURATION, DONE, FAILED, STOPPED, life_name, write_stop
 from training.noise import NoiseRedirection, redirect_noise
 from training.run_dir import RunDir, expected_path, open_run_dir
+from training.signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from training.loop import Trainer
     from training.session import Session
+
+_LOG = logging.getLogger("switchyard")
 
 PRELOAD = ("parallel.preload", "training.rank", "training.loop", "launch.cli")
 """What the fork server of simulated ranks imports before the first fork."""
@@ -32,62 +35,103 @@ def train_rank(
     run_dir: RunDir | None,
     prepared: Prepared,
     noise: NoiseRedirection | None = None,
-    early: StopRequest | None = None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Trains as one rank and returns the exit code.
 
     Args:
         run_dir: adopted; None when several processes were started by a launcher: rank 0 then opens it for all.
         noise: what already keeps the engine's output off the screen; None: this call takes care of it.
-        early: what remembers signals while the engine is being imported.
+        stop: what remembers signals already; None: this call sees to it.
 
     Raises:
+        EndedEarly: a signal came before the first step of a rank that nobody waits for.
+        RankError: anything that nobody foresaw; its traceback is in train.log.
         ValueError: what the user can mend (a run directory of another model).
-        OSError: a file that cannot be read or written.
+        OSError: a file that cannot be read or written, of a rank that is alone.
     """
-    own_noise = redirect_noise(world.rank) if noise is None else None
-    noise = noise or own_noise
-    assert noise is not None
-    try:
-        # Here, after the redirection: importing the engine prints warnings.
-        from parallel import cpu
-
-        cpu.megatron()
-        from parallel.watch import Watch
-        from training import expert_backend
-        from training import session as sessions
-        from training.loop import Trainer
-
-        session = sessions.start(config, world, train=True, run_dir=run_dir.path if run_dir else expected_path(config))
+    with contextlib.ExitStack() as own:
+        if noise is None:
+            noise = redirect_noise(world.rank)
+            own.callback(noise.undo)
+        stop = stop or own.enter_context(StopRequest(urgent=False))
         try:
-            run_dir = run_dir or _agree_on_run_dir(world, config, prepared)
-            log = run_dir.path / "train.log"
-            noise.attach(log)
-            with Console(rank=world.rank, log_path=log) as console:
-                if world.rank == 0:
-                    _announce(console, session, run_dir, prepared)
-                trainer = Trainer(session, run_dir, prepared, console)
-                if world.rank == 0:
-                    with trainer.storage.noted():
-                        expert_backend.remember(config, run_dir.path, session.backend)
-                        environment.record(run_dir.path)
-                request = StopRequest(received=early.received if early else None)
-                with Watch(world, config.runtime.timeout, trainer.signs_of_life), request as stop:
-                    trainer.restore()
-                    return _train(trainer, stop)
-        finally:
-            sessions.stop()
-    except RunFailed as failure:  # before training
-        if world.rank == 0:
-            print(f"switchyard: error: {failure}", file=sys.stderr)
-            tell_batch_script(config, FAILED, str(failure))
-        return FAILED
-    except OSError:
-        logging.getLogger("switchyard").exception("this rank ends")
-        raise
-    finally:
-        if own_noise:
-            own_noise.undo()
+            return _train_rank(world, config, run_dir, prepared, noise, stop)
+        except RunFailed as failure:  # before training
+            if world.rank == 0:
+                print(f"switchyard: error: {failure}", file=sys.stderr)
+                tell_batch_script(config, FAILED, str(failure))
+            return FAILED
+        except ValueError:
+            raise
+        except Exception as error:
+            if world.size == 1 and isinstance(error, OSError):
+                _LOG.exception("this rank ends")
+                raise  # a file that cannot be read or written: the command says which
+            raise RankError(_summary(world, config, run_dir, noise, error)) from error
+
+
+def _summary(world: World, config: Config, run_dir: RunDir | None, noise: NoiseRedirection, error: Exception) -> str:
+    """What the screen gets of an error that nobody foresaw; train.log gets the traceback."""
+    from parallel.rendezvous import Unreachable
+
+    if isinstance(error, Unreachable):
+        return str(error)
+    log = (run_dir.path if run_dir else expected_path(config)) / "train.log"
+    with contextlib.suppress(OSError):
+        noise.attach(log)
+    _LOG.error("rank %d failed", world.rank, exc_info=error)
+    verdict = getattr(error, "__notes__", None)  # by parallel.watch
+    if verdict:
+        what = verdict[0]
+    elif isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+    return what if not log.is_file() else f"{what}; the traceback is in {log}"
+
+
+def _train_rank(
+    world: World,
+    config: Config,
+    run_dir: RunDir | None,
+    prepared: Prepared,
+    noise: NoiseRedirection,
+    stop: StopRequest,
+) -> int:
+    # A rank that others wait for agrees with them on an end, before the first step too.
+    alone = stop.preparing(lambda: tell_batch_script(config, STOPPED, stop.reason))
+    with contextlib.ExitStack() as started:
+        with alone if world.size == 1 else contextlib.nullcontext():
+            # Here, after the redirection: importing the engine prints warnings.
+            from parallel import cpu
+
+            cpu.megatron()
+            from parallel import rendezvous
+            from parallel.watch import Watch
+            from training import expert_backend
+            from training import session as sessions
+            from training.loop import Trainer
+
+            limit, kept_in = config.runtime.timeout, run_dir.path if run_dir else expected_path(config)
+            store = rendezvous.join(world, limit) if world.size > 1 else None
+            started.callback(sessions.stop)
+            watch = started.enter_context(Watch(world, limit, store=store, expected=(ValueError, RunFailed)))
+            session = sessions.start(config, world, train=True, run_dir=kept_in, store=store)
+        run_dir = run_dir or _agree_on_run_dir(world, config, prepared)
+        log = run_dir.path / "train.log"
+        noise.attach(log)
+        with Console(rank=world.rank, log_path=log) as console:
+            if world.rank == 0:
+                _announce(console, session, run_dir, prepared)
+            trainer = Trainer(session, run_dir, prepared, console)
+            if world.rank == 0:
+                with trainer.storage.noted():
+                    expert_backend.remember(config, run_dir.path, session.backend)
+                    environment.record(run_dir.path)
+            watch.follow(trainer.signs_of_life)
+            trainer.restore()
+            return _train(trainer, stop)
 
 
 def _train(trainer: "Trainer", stop: StopRequest) -> int:
@@ -161,39 +205,27 @@ def _announce(console: Console, session: "Session", run_dir: RunDir, prepared: P
         console.warning(f"settings differ from the earlier life of this run: {'; '.join(run_dir.changed)}")
 
 
-def _outcome(
-    world: World, config: Config, run_dir: RunDir, prepared: Prepared, received: str | None
-) -> tuple[int, str]:
+def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) -> tuple[int, str]:
     """train_rank for a simulated rank: (exit code, message)."""
     try:
-        return train_rank(world, config, run_dir, prepared, early=StopRequest(received=received)), ""
+        return train_rank(world, config, run_dir, prepared), ""
     except ValueError as error:
         return BAD_CONFIGURATION, str(error)
+    except RankError as error:
+        simulate.tell_parent("verdict", str(error))
+        return FAILED, ""
 
 
-def train_simulated(
-    ranks: int, config: Config, run_dir: RunDir, prepared: Prepared, received: str | None = None
-) -> int:
-    """Trains as N ranks on this machine and returns the exit code. Signals that ask for an end go to every rank.
-
-    Args:
-        received: a signal that asked for an end before this call.
+def train_simulated(ranks: int, config: Config, run_dir: RunDir, prepared: Prepared, stop: StopRequest) -> int:
+    """Trains as N ranks on this machine and returns the exit code. A signal that asks for an end, also one that came
+    before this call, goes to every rank.
 
     Raises:
         ValueError: as train_rank.
-        RankFailed: a rank raised anything else, or died.
+        RankFailed: a rank died, or failed as nobody foresaw.
     """
-    with RankPool(ranks, preload=PRELOAD) as pool:
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            pool.signal(number)
-
-        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-        try:
-            outcomes = pool.run(ranks, _outcome, config, run_dir, prepared, received)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    with RankPool(ranks, PRELOAD, held_signals=STOP_SIGNALS) as pool, stop.forwarded(pool.signal, pool.kill):
+        outcomes = pool.run(ranks, _outcome, config, run_dir, prepared)
     code, message = next((o for o in outcomes if o[0]), (0, ""))
     if message:
         raise ValueError(message)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from conf.schema import PRECISIONS, Config
 from moe.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
@@ -84,12 +85,15 @@ def set_deterministic(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
-def start(config: Config, world: World, *, train: bool, run_dir: Path | None = None) -> Session:
+def start(
+    config: Config, world: World, *, train: bool, run_dir: Path | None = None, store: dist.Store | None = None
+) -> Session:
     """Joins the other ranks and builds this rank's part of the model with its initial weights.
 
     Args:
         train: with gradient buckets and optimizer.
         run_dir: where a training run is or will be kept; None: nothing is measured and kept.
+        store: of ranks that have met already.
 
     Raises:
         ValueError: a setting that this device cannot serve.
@@ -97,7 +101,12 @@ def start(config: Config, world: World, *, train: bool, run_dir: Path | None = N
     set_deterministic(config.train.deterministic)
     layout = Layout.of(config.parallel, world.size)
     run = runtime.start(
-        world, layout, seed=config.train.seed, timeout=config.runtime.timeout, threads=config.runtime.threads
+        world,
+        layout,
+        seed=config.train.seed,
+        timeout=config.runtime.timeout,
+        threads=config.runtime.threads,
+        store=store,
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

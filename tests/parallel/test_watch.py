@@ -98,7 +98,7 @@ def test_verdict_by_hand():
     assert verdict({0: waits, 1: stalls}, 2) == (
         f"the job ends: rank 1 stalled in step 7, at b.py:2 (g), in no collective; {waiting}"
     )
-    assert verdict({0: waits}, 3) == f"the job ends: ranks 1, 2 are gone, without a word; {waiting}"
+    assert verdict({0: waits}, 3) == f"the job ends: ranks 1, 2 are gone or frozen, without a word; {waiting}"
     failed = "rank 1 failed in step 6, at c.py:3 (h): KeyError: 'x'"
     assert verdict({0: waits, 1: fails, 2: stalls}, 3) == f"the job ends: {failed}; {waiting}"
 

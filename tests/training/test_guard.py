@@ -1,31 +1,8 @@
-"""Signals that ask for an end, and updates that are left out."""
-
-import os
-import signal
+"""Updates that are left out."""
 
 import pytest
-import torch
 
-from training.guard import GO_ON, LEAVE, STOP, RunFailed, SkipCounter, StopRequest
-
-
-def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts(runtime: object) -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    with StopRequest() as stop:
-        assert not stop.agreed(torch.device("cpu"))
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed(torch.device("cpu")) and stop.received == "SIGUSR1"
-        os.kill(os.getpid(), signal.SIGTERM)  # asked already: nothing more
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 0.1)
-    assert signal.getsignal(signal.SIGUSR1) is before
-
-
-def test_to_leave_goes_before_to_stop(runtime: object) -> None:
-    stop = StopRequest((), received="SIGUSR1")
-    assert stop.agreed(torch.device("cpu")) == STOP and stop.agreed(torch.device("cpu"), leave=True) == LEAVE
-    assert StopRequest(()).agreed(torch.device("cpu")) == GO_ON
+from training.guard import RunFailed, SkipCounter
 
 
 def test_skipped_updates_are_counted_in_a_row() -> None:

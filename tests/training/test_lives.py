@@ -13,9 +13,9 @@ from parallel.simulate import RankPool
 from parallel.world import World
 from tests.training.helpers import ROOT, tiny_config, train, write_corpus
 from training import environment, lives
-from training.guard import StopRequest
 from training.lives import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Ownership, end_life, read_lives, write_stop
 from training.rank import train_rank
+from training.signals import StopRequest
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def test_a_run_says_how_it_ended(ranks: RankPool, tmp_path: Path) -> None:
 def train_after_a_signal(world: World, config: Config) -> int:
     """Rank 1 alone was told (rank function for the pool)."""
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
-    early = StopRequest((), received="SIGUSR1" if world.rank == 1 else None)
-    return train_rank(world, config, None, prepared, early=early)
+    stop = StopRequest((), received="SIGUSR1" if world.rank == 1 else None)
+    return train_rank(world, config, None, prepared, stop=stop)
 
 
 def test_only_what_is_known_to_be_harmless_is_kept_of_the_environment() -> None:

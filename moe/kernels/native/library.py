@@ -2,9 +2,9 @@
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel import cache_dir
+from parallel import cache_dir, file_lock
 from parallel.selection import Candidate, Unavailable
 
 FOLDER = Path(__file__).parent
@@ -29,6 +29,11 @@ INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"
 """As torch names what a processor has."""
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma"]
 FLAGS += [f"-m{name.replace('_', '')}" for name in INSTRUCTIONS]
+
+
+_PATIENCE = 60.0
+"""Seconds without a sign of life of the process that compiles."""
+_LOG = logging.getLogger("switchyard")
 
 
 def missing_instructions() -> list[str]:
@@ -99,8 +104,12 @@ def library() -> ctypes.CDLL:
     cache_dir.check_private(folder, root)
     if (found := _load(folder, key)) is not None:
         return found
-    with open(folder / f"native-{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a node one compiles
+    path = folder / f"native-{key}.lock"
+    with open(path, "w") as lock, contextlib.ExitStack() as locked:
+        try:  # of the ranks of a node one compiles
+            locked.enter_context(file_lock.held(lock.fileno(), path, timeout=_PATIENCE))
+        except file_lock.LockTimeout as error:  # the lock saves work and nothing else
+            _LOG.warning("the kernels are compiled by this process too: %s", error)
         if (found := _load(folder, key)) is not None:
             return found
         return ctypes.CDLL(str(_make(folder, key, openmp)))

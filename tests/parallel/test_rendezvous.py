@@ -1,0 +1,122 @@
+"""Ranks that meet, and those that wait in vain: nothing is waited for past the time limit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from parallel.simulate import RankFailed, RankPool, free_port
+from parallel.world import World
+
+JOIN = """
+import sys
+from parallel import rendezvous
+from parallel.world import World
+rank, port, timeout, secret = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+try:
+    store = rendezvous.join(World(rank, 2, rank, 2, "127.0.0.1", port, secret=secret), timeout)
+except rendezvous.Unreachable as error:
+    print(error, flush=True)
+else:
+    store.set(f"from {rank}", "")
+    print("met", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def joining() -> Iterator:
+    processes = []
+
+    def begin(rank: int, port: int, timeout: float, secret: str = "s") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", JOIN, str(rank), str(port), str(timeout), secret]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_they_meet_on_their_address_alone(joining) -> None:
+    port = free_port()
+    first, second = joining(0, port, 60), joining(1, port, 60)
+    assert first.stdout.readline() == second.stdout.readline() == "met\n"
+    listening = [c.laddr.ip for c in psutil.Process(first.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
+
+
+def test_who_does_not_know_the_secret_meets_nobody(joining) -> None:
+    port = free_port()
+    joining(0, port, 120)
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    told = joining(1, port, 2, "guessed").stdout.readline()
+    assert told.startswith(f"rank 0 did not come to 127.0.0.1:{port}, where the ranks meet, within 2 s (runtime.time")
+
+
+def test_rank_1_is_missing(joining) -> None:
+    assert joining(0, free_port(), 2).stdout.readline().startswith("rank 1 did not come to 127.0.0.1:")
+
+
+def test_rank_0_is_missing(joining) -> None:
+    port = free_port()
+    assert joining(1, port, 2).stdout.readline().startswith(f"rank 0 did not come to 127.0.0.1:{port}, where")
+
+
+def test_a_port_that_is_taken(joining) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        first, second = joining(0, port, 3), joining(1, port, 3)
+        told = first.stdout.readline()
+        assert told.startswith(f"127.0.0.1:{port}, where the ranks are to meet, cannot be listened on: Address already")
+        told = second.stdout.readline()
+        assert "takes connections and does not answer within 3 s" in told and "another process has the port" in told
+
+
+def freeze(world: World, how: str, mark: Path) -> None:
+    """One rank is frozen while the groups are built; the others end (rank function for the pool)."""
+    import torch.distributed as dist
+
+    from parallel import rendezvous, runtime
+    from parallel.layout import Layout
+    from parallel.watch import Watch
+
+    frozen = 0 if how == "rank 0" else 1
+    store = rendezvous.join(world, 60)
+    with Watch(world, 5.0, store=store):
+        build = runtime._build_groups
+
+        def stop_here(*args):
+            if world.rank == frozen:
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return build(*args)
+
+        runtime._build_groups = stop_here
+        runtime.start(world, Layout(world.size), seed=1, timeout=5.0, threads=1, store=store)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("rank 0", "rank 0 does not answer"), ("rank 1", "rank 1 is gone or frozen")]
+)
+def test_a_rank_that_is_frozen_while_groups_are_built(how: str, told: str, tmp_path: Path) -> None:
+
+    mark = tmp_path / "mark"
+    with RankPool(2) as pool, pytest.raises(RankFailed, match=told):
+        pool.run(2, freeze, how, mark, timeout=90)
+    assert time.time() - mark.stat().st_mtime < 30  # 5 s where the machine is idle
