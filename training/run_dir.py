@@ -208,7 +208,8 @@ def steps_kept(path: Path) -> list[Path]:
 def _check_access(path: Path, steps: list[Path]) -> None:
     """Raises ValueError where something that a start reads or changes cannot be: before anything is changed."""
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
-    needed = {path / CONFIG: read, path / "metrics.jsonl": read | write, path / "train.log": write}
+    needed = {path / CONFIG: read, path / "train.log": write}
+    needed |= dict.fromkeys((path / "metrics.jsonl", path / "expert_load.jsonl"), read | write)
     needed |= {path / "checkpoints": read | write | enter} | dict.fromkeys(steps, read | enter)
     for name, mode in needed.items():
         if name.exists() and not os.access(name, mode):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from parallel.simulate import RankPool
-from tests.training.helpers import rows, tiny_config, train, write_corpus
+from tests.training.helpers import command_line, rows, start, tiny_config, train, write_corpus
 
 LIMIT = 120.0
 
@@ -43,3 +43,15 @@ def test_a_finished_run_started_again_adds_nothing(ranks: RankPool, tmp_path: Pa
         assert ranks.run(1, train, config, timeout=LIMIT) == [0]
         kept.append((tmp_path / "run" / "metrics.jsonl").read_text())
     assert kept[0] == kept[1] and kept[0].count("val_loss") == 2 and len(rows(tmp_path / "run")) == 2
+
+
+def test_a_path_in_any_script_works_in_the_c_locale(tmp_path: Path) -> None:
+    """Unquoted; started, and started again."""
+    run_dir = tmp_path / "é ラン"
+    command = command_line(write_corpus(tmp_path), run_dir, "train.steps=1")
+    for words in ("new", "continued"):
+        process = start(command, LC_ALL="C")
+        output, errors = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, errors
+        assert words in output and f"run directory   {run_dir}\n" in output
+    assert [row["step"] for row in rows(run_dir)] == [1]
