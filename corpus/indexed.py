@@ -78,8 +78,10 @@ def read_index(prefix: str) -> Index:
     raw = np.memmap(idx_path, mode="r", offset=0)
     lengths = np.frombuffer(raw, np.int32, num_sequences, _HEADER.size)
     documents = np.frombuffer(raw, np.int64, num_boundaries, _HEADER.size + num_sequences * (4 + 8))
+    pointers = np.frombuffer(raw, np.int64, num_sequences, _HEADER.size + num_sequences * 4)
     index = Index(_DTYPES[code], lengths, documents)
     _check_index(index, prefix)
+    _check_pointers(index, pointers, prefix)
     return index
 
 
@@ -121,6 +123,17 @@ class OpenTokens:
                 "to it must stop. Make the file again (one in data.cache_dir is made again by itself), then continue "
                 "the run with the same run.dir"
             )
+
+
+def _check_pointers(index: Index, pointers: np.ndarray, prefix: str) -> None:
+    """Megatron-Core reads where the pointers (bytes, int64 [N]) say: each sequence begins where the one before ends."""
+    expected, itemsize = 0, np.dtype(index.dtype).itemsize
+    for start in range(0, len(pointers), _SCAN_TOKENS):
+        chunk = slice(start, start + _SCAN_TOKENS)
+        ends = expected + np.cumsum(index.lengths[chunk], dtype=np.int64) * itemsize
+        if pointers[start] != expected or (pointers[chunk][1:] != ends[:-1]).any():
+            raise ValueError(f"{prefix}.idx is damaged: its sequences do not follow each other; make it again")
+        expected = int(ends[-1])
 
 
 def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndarray:

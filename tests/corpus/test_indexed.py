@@ -62,7 +62,9 @@ def test_ranges_and_extremes(tmp_path_factory, documents, chunk, data):
     count = data.draw(st.integers(0, len(documents) - first))
     expected = [i for document in documents[first : first + count] for i in document]
     assert token_range(prefix, first, count).tolist() == expected
-    assert read_index(prefix).num_tokens(first, count) == len(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexed, "_SCAN_TOKENS", chunk)
+        assert read_index(prefix).num_tokens(first, count) == len(expected)
     everything = [i for document in documents for i in document]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "_SCAN_TOKENS", chunk)
@@ -94,6 +96,9 @@ def test_pairs_that_cannot_be_used(tmp_path):
     short = pair("short")
     (tmp_path / "short.idx").write_bytes(index[:-8])
     refuse(short, r"short\.idx is truncated or damaged: 94 bytes instead of 102 for 3 sequences")
+    for offset in (34 + 12, 34 + 12 + 2 * 8):  # where the first and the last sequence begin
+        (tmp_path / "short.idx").write_bytes(index[:offset] + b"\x02" + index[offset + 1 :])
+        refuse(short, r"short\.idx is damaged: its sequences do not follow each other")
     (tmp_path / "short.idx").write_bytes(index + bytes(3))
     refuse(short, r"short\.idx is a multimodal index, with a mode for each of its 3 sequences")
     (tmp_path / "short.idx").write_bytes(b"PK\x03\x04 something else altogether, but long enough")
