@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema import Config
+from conf.schema import Config, ParallelConfig
 
 
 @dataclass
@@ -38,16 +38,49 @@ class PrepareConfig:
 
 
 @dataclass
+class HereMoe:
+    backend: str | None = None
+    """How the experts' matrix products run here, as in training. null: as recorded in the run."""
+
+
+@dataclass
+class HereModel:
+    moe: HereMoe = field(default_factory=HereMoe)
+
+
+@dataclass
+class HereRuntime:
+    timeout: float | None = None
+    """Seconds that a rank waits for the others. null: as recorded in the run."""
+    threads: int | None = None
+    """CPU threads per rank. null: as recorded in the run."""
+
+
+@dataclass
+class Here:
+    """How a trained model is computed here, whatever the layout it was trained under. Ranks are started as for
+    training: NPROC=N, torchrun or srun."""
+
+    model: HereModel = field(default_factory=HereModel)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: HereRuntime = field(default_factory=HereRuntime)
+    precision: str = "auto"
+    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""
+
+
+@dataclass
 class OwnText:
     files: list[str] = field(default_factory=list)
     """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on, all of each. Empty: the run's held-out
     text."""
     text_key: str = "text"
     """The field of .jsonl and .parquet rows that holds the text."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept. null: as recorded in the run."""
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(kw_only=True)
+class EvaluateConfig(Here):
     """python -m launch.evaluate: loss, perplexity and bits per byte of a checkpoint on held-out text."""
 
     checkpoint: str = "???"
@@ -55,12 +88,10 @@ class EvaluateConfig:
     data: OwnText = field(default_factory=OwnText)
     batches: int | None = None
     """Global batches of the run's size; null: all of the text."""
-    precision: str = "auto"
-    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""
 
 
-@dataclass
-class GenerateConfig:
+@dataclass(kw_only=True)
+class GenerateConfig(Here):
     """python -m launch.generate: text from a checkpoint."""
 
     checkpoint: str = "???"
@@ -77,5 +108,3 @@ class GenerateConfig:
     """Sample among the likeliest tokens that together hold this probability."""
     seed: int = 1234
     """Of the sampling."""
-    precision: str = "auto"
-    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""

@@ -16,17 +16,34 @@ from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
 from conf.nearest import nearest_layouts
 from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
+Judge = Callable[[Case], list[Violation]]
 _FURTHER = ", each with further changes"
 
 
 def check(config: Config, world_size: int) -> None:
     """Raises ValueError when a run of world_size ranks cannot be what config says: one line for each violated rule."""
-    case = Case(config, world_size)
-    found = violations(case)
-    lines = [f"{violation.rule}, but {violation.numbers}{_advice(violation, case, found)}" for violation in found]
+    _check(Case(config, world_size), violations)
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raises ValueError when world_size ranks cannot hold a trained model as config says. What concerns training alone,
+    such as the batch, is not looked at."""
+    _check(Case(config, world_size), _layout_violations)
+
+
+def _layout_violations(case: Case) -> list[Violation]:
+    idle = [v for v in _idle(case) if v.rule.startswith(("parallel.", "model.moe.backend "))]
+    return [*_choices(case), *_bounds(case), *layout_rules(case), *fp8_rules(case), *idle]
+
+
+def _check(case: Case, judge: Judge) -> None:
+    world_size, found = case.world_size, judge(case)
+    lines = [
+        f"{violation.rule}, but {violation.numbers}{_advice(violation, case, found, judge)}" for violation in found
+    ]
     of_layout = any(key.startswith("parallel.") for violation in found for key in violation.repairs)
     mended_by_one = len(found) == 1 and "; nearest: " in lines[0] and not lines[0].endswith(_FURTHER)
-    if of_layout and not mended_by_one and (layouts := nearest_layouts(case, lambda other: not violations(other))):
+    if of_layout and not mended_by_one and (layouts := nearest_layouts(case, lambda other: not judge(other))):
         lines[-1] += f"\n  nearest layouts of {world_size} ranks: {', or '.join(layouts)}"
     if len(found) == 1:
         raise ValueError(lines[0])
@@ -45,7 +62,7 @@ def violations(case: Case) -> list[Violation]:
     return found + [violation for section in sections for violation in section(case)]
 
 
-def _advice(violation: Violation, case: Case, found: list[Violation]) -> str:
+def _advice(violation: Violation, case: Case, found: list[Violation], judge: Judge) -> str:
     """The nearest value of each setting that mends everything; else one that mends this rule and violates no other
     anew; else one that mends this rule."""
     rest = {other.rule for other in found} - {violation.rule}
@@ -57,7 +74,7 @@ def _advice(violation: Violation, case: Case, found: list[Violation]) -> str:
     for granted, remark in wishes:
         advice = []
         for key, values in violation.repairs.items():
-            left = ((value, {other.rule for other in violations(case.replaced(key, value))}) for value in values)
+            left = ((value, {other.rule for other in judge(case.replaced(key, value))}) for value in values)
             nearest = (value for value, rules in left if granted(rules))
             if key == WORLD_SIZE:
                 advice += [f"{ranks} ranks (on one machine NPROC={ranks})" for ranks in islice(nearest, 2)]

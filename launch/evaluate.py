@@ -6,19 +6,25 @@ from conf.commands import EvaluateConfig
 from conf.schema import DataConfig
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
+from parallel.world import World
 from training import lookahead
 from training.console import Console
 from training.run_dir import TOKENIZER
-from training.trained import Trained, open_trained
+from training.trained import Trained, on_every_rank, open_trained
 
 
 def main(config: EvaluateConfig) -> int:
     """Prints the figures for the run's held-out text, or for the given files. Returns the exit code 0.
 
     Raises:
-        ValueError: no such checkpoint, or text that cannot be read.
+        ValueError: no such checkpoint, text that cannot be read, or a layout that cannot work.
     """
-    with open_trained(config.checkpoint, config.precision) as trained, Console() as console:
+    return on_every_rank(evaluate_rank, config)
+
+
+def evaluate_rank(world: World, config: EvaluateConfig) -> int:
+    """As `main`, by one of the ranks; the first one prints."""
+    with open_trained(config.checkpoint, config, world) as trained, Console(rank=world.rank) as console:
         from corpus.stream import ValidWindows
         from training.evaluate import evaluate
 
@@ -41,7 +47,12 @@ def main(config: EvaluateConfig) -> int:
 
 def _data(config: EvaluateConfig, trained: Trained) -> DataConfig:
     kept = trained.run_dir / TOKENIZER
-    data = replace(trained.session.config.data, tokenizer=str(kept) if kept.exists() else None)
+    recorded = trained.session.config.data
+    data = replace(
+        recorded,
+        tokenizer=str(kept) if kept.exists() else None,
+        cache_dir=config.data.cache_dir or recorded.cache_dir,
+    )
     if not config.data.files:
         return data
     if trained.tokenizer is None:

@@ -1,11 +1,14 @@
 """`python -m launch.generate checkpoint=DIR prompt=TEXT`: text from a checkpoint."""
 
+import functools
+
 from conf.commands import GenerateConfig
 from conf.printable import visible
 from launch.cli import command
+from parallel.world import World
 from training.lookahead import check_can_write
 from training.sampling import check_sampling
-from training.trained import open_trained
+from training.trained import on_every_rank, open_trained
 
 
 def main(config: GenerateConfig) -> int:
@@ -17,7 +20,13 @@ def main(config: GenerateConfig) -> int:
     check_sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if config.max_tokens < 1:
         raise ValueError(f"max_tokens={config.max_tokens} must be >= 1")
-    with open_trained(config.checkpoint, config.precision) as trained:
+    return on_every_rank(generate_rank, config)
+
+
+def generate_rank(world: World, config: GenerateConfig) -> int:
+    """As `main`, by one of the ranks, which all make the same text; the first one prints."""
+    write = functools.partial(print, end="", flush=True) if world.rank == 0 else lambda text: None
+    with open_trained(config.checkpoint, config, world) as trained:
         check_can_write(trained.session.config.model)
         from training.generate import encode_prompt, generate
 
@@ -34,16 +43,16 @@ def main(config: GenerateConfig) -> int:
             seed=config.seed,
             eod_id=tokenizer.eod_id,
         )
-        print(config.prompt, end="", flush=True)
+        write(visible(config.prompt))
         ids: list[int] = []
         shown = 0
         for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the token ends within a character
-                print(visible(text[shown:]), end="", flush=True)
+                write(visible(text[shown:]))
                 shown = len(text)
-        print()
+        write("\n")
     return 0
 
 

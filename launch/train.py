@@ -17,7 +17,7 @@ from conf.schema import Config
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from parallel.simulate import RankFailed
-from parallel.world import World, simulated_ranks, speaks
+from parallel.world import World, speaks, started_ranks
 from training.console import Console
 from training.guard import RankError
 from training.initial_weights import data_settings
@@ -35,9 +35,7 @@ def main(config: Config, stop: StopRequest) -> int:
     Raises:
         ValueError: a configuration or data that cannot work; no rank has started then.
     """
-    world, simulated = World.from_environment(), simulated_ranks()
-    if simulated > 1 and world.size > 1:
-        raise ValueError(f"NPROC={simulated} simulates ranks inside one task, but there are {world.size}; unset NPROC")
+    world, simulated = started_ranks()
     rules.check(config, max(world.size, simulated))
     # srun kills a step in which a task ends with anything but 0, and says little then: stop.json says how it ended.
     in_step = world.size > 1 and "SLURM_STEP_ID" in os.environ

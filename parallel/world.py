@@ -89,3 +89,15 @@ def speaks(world: World, message: str) -> bool:
     it is the one that is gone: then one a node."""
     without_0 = any(words in message for words in ("rank 0 is gone", "rank 0 did not come", "does not answer"))
     return world.rank == 0 or (without_0 and (world.rank == 1 or world.local_rank == 0))
+
+
+def started_ranks(env: Mapping[str, str] = os.environ) -> tuple[World, int]:
+    """(this process among those that a launcher started, how many ranks it is to simulate itself); one of both is 1.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    world, simulated = World.from_environment(env), simulated_ranks(env)
+    if simulated > 1 and world.size > 1:
+        raise ValueError(f"NPROC={simulated} simulates ranks inside one task, but there are {world.size}; unset NPROC")
+    return world, simulated

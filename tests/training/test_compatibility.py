@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from conf.commands import Here
 from conf.schema import Config
 from parallel.simulate import RankFailed, RankPool
 from parallel.world import World
@@ -78,7 +79,7 @@ def test_flatten() -> None:
 
 def biases(world: World, run_dir: str) -> list[list[float]]:
     """Of the newest checkpoint (rank function for the pool)."""
-    with open_trained(run_dir, "fp32") as trained:
+    with open_trained(run_dir, Here(precision="fp32")) as trained:
         (module,) = trained.session.engine.modules
         return [p.tolist() for name, p in module.named_parameters() if name.endswith("router.bias")]
 

@@ -264,7 +264,7 @@ def printed(world: World, command: str, settings: Any) -> str:
 
 def test_evaluate_repeats_the_run_and_takes_own_text(ranks: RankPool, undisturbed: Path, tmp_path: Path) -> None:
     def text(checkpoint: Path, *files: Path) -> str:
-        settings = EvaluateConfig(str(checkpoint), OwnText([str(f) for f in files]), precision="fp32")
+        settings = EvaluateConfig(checkpoint=str(checkpoint), data=OwnText([str(f) for f in files]), precision="fp32")
         return ranks.run(1, printed, "evaluate", settings, timeout=LIMIT)[0]
 
     lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
@@ -282,7 +282,7 @@ def test_evaluate_repeats_the_run_and_takes_own_text(ranks: RankPool, undisturbe
 
 def test_generate(ranks: RankPool, undisturbed: Path) -> None:
     def text(**settings: Any) -> str:
-        config = GenerateConfig(str(undisturbed), precision="fp32", **settings)
+        config = GenerateConfig(checkpoint=str(undisturbed), precision="fp32", **settings)
         return ranks.run(1, printed, "generate", config, timeout=LIMIT)[0]
 
     greedy = text(prompt="The ", max_tokens=12, temperature=0.0)
