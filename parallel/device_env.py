@@ -8,6 +8,9 @@ CONNECTIONS, ALLOCATOR = "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF"
 ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """What torch reads, the first that is set; the others are its older names."""
 EXPANDABLE = "expandable_segments:True"
+RECORDER_NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+"""Collectives that torch's flight recorder remembers; the second is its older name."""
+REMEMBERED = "2000"
 
 
 def set_device_variables(env: MutableMapping[str, str] = os.environ) -> None:
@@ -20,6 +23,8 @@ def set_device_variables(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault(CONNECTIONS, "1")
     if not any(name in env for name in ALLOCATOR_NAMES):
         env[ALLOCATOR] = EXPANDABLE
+    if not any(name in env for name in RECORDER_NAMES):
+        env[RECORDER_NAMES[0]] = REMEMBERED  # parallel/watch.py reads it when a run hangs
 
 
 def device_variables(env: Mapping[str, str] = os.environ) -> str:

@@ -3,7 +3,8 @@ rank, its step and the collective that the others wait in, and with every rank's
 
 A thread per rank looks at the training's progress and into the rendezvous store. Whoever sees trouble first, be it an
 exception or a lack of progress, says so there; all ranks then write down where they are and end. What a rank waits in
-is read off its stack, so that watching costs a collective nothing.
+is read off its stack, so that watching costs a collective nothing; under NCCL, whose calls return at once, it comes
+from torch's flight recorder (parallel/flight_recorder.py).
 """
 
 import contextlib
@@ -17,14 +18,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
 
-from parallel import rendezvous, simulate
+from parallel import flight_recorder, rendezvous, simulate
+from parallel.flight_recorder import Pending, Trace, listed, missing_from
 from parallel.rendezvous import LimitedStore, Silent
 from parallel.world import World, speaks
 
@@ -50,19 +52,35 @@ class Whereabouts:
     """What it waits in, with the ranks that take part; None: nothing that torch or Megatron-Core knows of."""
     error: str | None = None
     """The exception that it failed with."""
+    pending: Pending | None = None
+    """What it waits in by torch's record; None: nothing, or there is no record."""
+    launched: dict[str, int] = field(default_factory=dict)
+    """Collectives that it has launched in each process group, where there is a record."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Whereabouts":
+        values = json.loads(text)
+        values["pending"] = values["pending"] and Pending(**values["pending"])
+        return cls(**values)
 
     def __str__(self) -> str:
         inside = f" in {self.collective}" if self.collective else ""
         return f"step {self.step}{inside}, at {self.at}"
 
 
-def whereabouts(step: int, frames: list[FrameType], error: BaseException | None = None) -> Whereabouts:
-    """frames: a thread's stack, innermost first."""
-    collective = _collective(frames)
+def whereabouts(
+    step: int, frames: list[FrameType], error: BaseException | None = None, trace: Trace | None = None
+) -> Whereabouts:
+    """Args:
+    frames: a thread's stack, innermost first.
+    trace: torch's record; None: the stack says what is waited in.
+    """
+    pending, launched = (trace.pending, trace.launched) if trace else (None, {})
+    collective = (pending and str(pending)) if trace else _collective(frames)
     ours = next((f for f in frames if _is_ours(f)), frames[0])
     at = f"{_short(ours.f_code.co_filename)}:{ours.f_lineno} ({ours.f_code.co_name})"
     told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return Whereabouts(step, at, collective, told if error else None)
+    return Whereabouts(step, at, collective, told if error else None, pending, launched)
 
 
 def _collective(frames: list[FrameType]) -> str | None:
@@ -116,17 +134,27 @@ def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
     failed = {rank: place for rank, place in told.items() if place.error}
     stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
     waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
-    parts = [f"{_listed(gone)} gone or frozen, without a word"] if gone else []
+    parts = [f"{listed(gone)} {'is' if len(gone) == 1 else 'are'} gone or frozen, without a word"] if gone else []
     parts += [f"rank {rank} failed in {place}: {place.error}" for rank, place in [*failed.items()][:3]]
     if not gone and not failed:
         parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
-    parts += [f"rank {rank} waits in {place}" for rank, place in [*waiting.items()][:3]]
+    launched = {rank: place.launched for rank, place in told.items() if place.launched}
+    parts += [f"rank {rank} waits in {place}{_not_joined(place, launched)}" for rank, place in [*waiting.items()][:3]]
     return "the job ends: " + "; ".join(parts)
 
 
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")
-    return f"rank {shown} is" if len(ranks) == 1 else f"ranks {shown} are"
+def _not_joined(place: Whereabouts, launched: dict[int, dict[str, int]]) -> str:
+    """Who keeps a collective from ending, where torch has a record of it."""
+    missing = missing_from(place.pending, launched) if place.pending else []
+    return f", which {listed(missing)} {'has' if len(missing) == 1 else 'have'} not joined" if missing else ""
+
+
+def _trace() -> Trace | None:
+    """torch's record under NCCL; None under gloo, whose stacks say more: its calls wait where they are made."""
+    with contextlib.suppress(Exception):  # a record that cannot be read must not hide the trouble itself
+        if dist.get_backend() == "nccl":
+            return flight_recorder.trace()
+    return None
 
 
 class Watch:
@@ -185,7 +213,7 @@ class Watch:
         self._leaving.set()
         alike = self._followed is None and isinstance(error, self._expected)
         if error is not None and not alike:
-            place = whereabouts(self.progress()[0], _frames_of_error(trace), error)
+            place = whereabouts(self.progress()[0], _frames_of_error(trace), error, _trace())
             told = self._tell(place)
             if told:
                 error.add_note(told)
@@ -212,7 +240,8 @@ class Watch:
                 seen, since = now, time.monotonic()
             waited = time.monotonic() - (since if self._followed else answered)
             if troubled or waited > self._patience:
-                place = whereabouts(now[0], _frames_of_thread(sys._current_frames().get(self._main)))
+                frames = _frames_of_thread(sys._current_frames().get(self._main))
+                place = whereabouts(now[0], frames, trace=_trace())
                 return self._end(self._tell(place))
 
     def _tell(self, place: Whereabouts) -> str:
@@ -255,7 +284,7 @@ class Watch:
             for rank in {*range(self.world.size)} - told.keys():
                 key = f"rank {rank}"
                 if self._ask(lambda store, key=key: store.check([key])):
-                    told[rank] = Whereabouts(**json.loads(self._ask(lambda store, key=key: store.get(key))))
+                    told[rank] = Whereabouts.from_json(self._ask(lambda store, key=key: store.get(key)))
             time.sleep(self._period / 4)
         told = dict(sorted(told.items()))
         if len(told) == self.world.size and all(place.error for place in told.values()):

@@ -22,8 +22,15 @@ from tests.training.helpers import ROOT
 def test_what_the_user_set_stays(env: dict[str, str], wanted: dict[str, str]) -> None:
     mine = dict(env)
     set_device_variables(mine)
+    assert mine.pop("TORCH_FR_BUFFER_SIZE") == "2000"
     assert mine == env | wanted
     assert device_variables(mine) == ", ".join(f"{k}={v}" for k, v in sorted(mine.items()))
+
+
+def test_who_sizes_the_flight_recorder_is_heeded() -> None:
+    mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "10"}
+    set_device_variables(mine)
+    assert "TORCH_FR_BUFFER_SIZE" not in mine
 
 
 SHOW = """
