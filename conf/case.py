@@ -23,6 +23,8 @@ class Violation:
     """What the equation says of this configuration."""
     repairs: dict[str, Iterable[Any]] = field(default_factory=dict)
     """Values that may mend it, per setting, nearest first."""
+    idle: bool = False
+    """Whether all that is wrong is that the one setting of `repairs` would have no effect."""
 
 
 @dataclass(frozen=True)

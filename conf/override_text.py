@@ -43,7 +43,7 @@ def shell_word(word: str) -> str:
 
 def _element(value: Any) -> str:
     if not isinstance(value, str):
-        return {None: "null", True: "true", False: "false"}.get(value, str(value))
+        return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
     if _PLAIN.fullmatch(value) and value.lower() not in _OTHER_THAN_TEXT:
         return value
     return _quoted(value, literal=True)

@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
 from conf.fp8_rules import fp8_rules
@@ -29,6 +30,17 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError when world_size ranks cannot hold a trained model as config says. What concerns training alone,
     such as the batch, is not looked at."""
     _check(Case(config, world_size), _layout_violations)
+
+
+def without_idle(config: Config, world_size: int) -> tuple[Config, dict[str, tuple[Any, str]]]:
+    """The configuration in which every setting that would be ignored has its default (of a list: the rest of it), and
+    per such setting its new value and why: what one run of a sweep leaves to the others."""
+    case, reset = Case(config, world_size), {}
+    while idle := next((violation for violation in (*_recompute(case), *_idle(case)) if violation.idle), None):
+        ((key, (value,)),) = idle.repairs.items()
+        reset[key] = (value, f"{idle.rule}, but {idle.numbers}")
+        case = case.replaced(key, value)
+    return case.config, reset
 
 
 def _layout_violations(case: Case) -> list[Violation]:
@@ -129,7 +141,9 @@ def _recompute(case: Case) -> Iterator[Violation]:
         yield Violation(f"{key}=[full] goes alone", f"it is {shown(wanted)}", {key: [["full"]]})
     elif "moe" in wanted and not case["model.moe.num_experts"]:
         without = [part for part in wanted if part != "moe"]
-        yield Violation(f"moe in {key} needs model.moe.num_experts > 0", "the model is dense", {key: [without]})
+        yield Violation(
+            f"moe in {key} needs model.moe.num_experts > 0", "the model is dense", {key: [without]}, idle=True
+        )
 
 
 def _experts(case: Case) -> Iterator[Violation]:
@@ -285,4 +299,4 @@ def _idle(case: Case) -> Iterator[Violation]:
         for key in keys.split():
             if case[key] != DEFAULTS[key]:
                 numbers = f"it is {shown(case[key])} and would be ignored"
-                yield Violation(f"{key} needs {condition}", numbers, {key: [DEFAULTS[key]]})
+                yield Violation(f"{key} needs {condition}", numbers, {key: [DEFAULTS[key]]}, idle=True)

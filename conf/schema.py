@@ -364,7 +364,8 @@ class GuardConfig:
 @dataclass
 class RunConfig:
     dir: str | None = None
-    """Where the run is kept. An existing one is continued. null: runs/NAME-<job id, else timestamp>."""
+    """Where the run is kept. An existing one is continued. null: runs/NAME-<job id, else timestamp>, in a sweep
+    runs/NAME-<swept settings>-<...>."""
     name: str | None = None
     """null: the model's name."""
 

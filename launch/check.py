@@ -28,6 +28,7 @@ from training.noise import redirect_noise
 from training.preview import preview
 from training.run_dir import expected_path, open_run_dir, steps_kept
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
+from training.sweep import without_idle
 
 
 def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None) -> int:
@@ -40,6 +41,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     run = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     job = allocation()
     ranks = config.ranks or (job.tasks if job else max(simulated_ranks(), fewest_ranks(run)))
+    run, ignored = without_idle(run, ranks)
     rules.check(run, ranks)
     layout = Layout.of(run.parallel, ranks)
     shape = Shape.of(run.cluster, ranks) if slurm is not None else None
@@ -63,7 +65,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
             console.note(describe(layout, _ranks_per_node(run, ranks, job)) + "\n")
         for note in prepared.notes:
             console.note(note)
-        for warning in [*warnings, *(job.notes(ranks) if in_job and job else [])]:
+        for warning in [*ignored, *warnings, *(job.notes(ranks) if in_job and job else [])]:
             console.warning(warning)
     if run_dir:
         forget_stop(run_dir.path)

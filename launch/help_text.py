@@ -19,7 +19,7 @@ OPTIONS = """\
   --help, -h            this text
   --version             the version of Switchyard
   --cfg job             the configuration that the overrides give, as YAML
-  --multirun, -m        a run for each combination of values: key=a,b
+  --multirun, -m        a run for each combination of values: key=a,b; settings that some ignore are warned of
   --config-dir FOLDER   presets of your own: FOLDER/GROUP/NAME.yaml is GROUP=NAME
   -sc install=bash      shell completion: eval "$(python -m {module} -sc install=bash)"
 """

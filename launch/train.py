@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import functools
 import sys
+from collections.abc import Sequence
 
 from conf import rules
 from conf.schema import Config
@@ -25,6 +26,7 @@ from training.lives import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.noise import redirect_noise
 from training.rank import tell_batch_script, train_rank, train_simulated
 from training.run_dir import RunDir, open_run_dir
+from training.sweep import without_idle
 
 
 def main(config: Config, stop: StopRequest) -> int:
@@ -36,11 +38,12 @@ def main(config: Config, stop: StopRequest) -> int:
         ValueError: a configuration or data that cannot work; no rank has started then.
     """
     world, simulated = started_ranks()
+    config, warnings = without_idle(config, max(world.size, simulated))
     rules.check(config, max(world.size, simulated))
     # srun kills a step in which a task ends with anything but 0, and says little then: stop.json says how it ended.
     in_step = world.size > 1 and "SLURM_STEP_ID" in os.environ
     try:
-        code = _train(world, simulated, config, stop)
+        code = _train(world, simulated, config, stop, warnings)
     except EndedEarly:
         tell_batch_script(config, STOPPED, stop.reason)
         stop.end_early(DONE if in_step else None)
@@ -56,11 +59,13 @@ def main(config: Config, stop: StopRequest) -> int:
     return DONE if code == STOPPED and in_step else code
 
 
-def _train(world: World, simulated: int, config: Config, stop: StopRequest) -> int:
+def _train(world: World, simulated: int, config: Config, stop: StopRequest, warnings: Sequence[str]) -> int:
     run_dir, noise = None, redirect_noise(world.rank)
     try:
         preparing = stop.preparing(lambda: tell_batch_script(config, STOPPED, stop.reason))
         with Console(rank=world.rank, may_lose_output=True) as console, preparing:
+            for warning in warnings:
+                console.warning(warning)
             run_dir = open_run_dir(config) if world.size == 1 else None
             prepared = prepare_run(config, run_dir, console, stop)
         if simulated == 1:

@@ -22,6 +22,7 @@ from conf.schema import Config
 from corpus.prepare import Prepared
 from training.compatibility import differences, model_differences, restored, told
 from training.lives import Ownership
+from training.sweep import name_in_sweep
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -129,8 +130,8 @@ class RunDir:
 
 
 def default_name(config: Config, env: Mapping[str, str] = os.environ) -> str:
-    """NAME-<array job and task, or job, or timestamp>."""
-    name = config.run.name or config.model.name
+    """NAME-<array job and task, or job, or timestamp>; in a sweep NAME-SWEPT-...: lr=0.001,top_k=2."""
+    name = "-".join(filter(None, (config.run.name or config.model.name, name_in_sweep())))
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{name}-{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return f"{name}-{env.get('SLURM_JOB_ID') or time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,71 @@
+"""A run as one of several that `--multirun` makes: what tells it from the others, and settings that only they read."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import read_write
+
+from conf import rules
+from conf.case import shown
+from conf.override_text import override
+from conf.schema import Config
+
+_LONGEST = 100  # characters of a directory's name, which may have 255 bytes
+
+
+def sweeping() -> bool:
+    """Whether this process runs the combinations of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def without_idle(config: Config, world_size: int) -> tuple[Config, list[str]]:
+    """In a sweep, the configuration without settings that other runs of the sweep read and this one does not, and a
+    warning for each: `model.moe.num_experts=0,2 model.moe.top_k=2`. They have their defaults then, and the overrides
+    that Hydra keeps say so. Outside of a sweep everything is left for `rules.check` to judge.
+    """
+    if not sweeping():
+        return config, []
+    fitting, reset = rules.without_idle(config, world_size)
+    task = HydraConfig.instance().cfg.hydra.overrides
+    with read_write(task):
+        kept = [word for word in task.task if word.partition("=")[0].lstrip("+") not in reset]
+        task.task = [*kept, *(override(key, value) for key, (value, _) in reset.items())]
+    return fitting, [f"{why}; this run of the sweep has {key}={shown(value)}" for key, (value, why) in reset.items()]
+
+
+def name_in_sweep() -> str | None:
+    """What tells this run from the others of its sweep, for the name of a directory. None: nothing does, or there is no
+    sweep."""
+    if not sweeping():
+        return None
+    options, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    return arm_name(options.overrides, HydraConfig.get().overrides.task, HydraConfig.get().sweeper.params or ())
+
+
+def arm_name(typed: Sequence[str], arm: Sequence[str], parameters: Iterable[str] = ()) -> str | None:
+    """`lr=0.001,top_k=2`: the swept settings, with the last part of their names where that is enough.
+
+    Args:
+        typed: the overrides of the whole sweep.
+        arm: those of one run of it.
+        parameters: settings that are swept without being typed (hydra.sweeper.params).
+    """
+    parse = OverridesParser.create().parse_overrides
+    keys = {found.key_or_group for found in parse(list(typed)) if found.is_sweep_override()} | set(parameters)
+    last = [key.rpartition(".")[2] for key in keys]
+    parts = []
+    for word, found in zip(arm, parse(list(arm)), strict=True):
+        if (key := found.key_or_group) in keys:
+            short = key.rpartition(".")[2]
+            parts.append(f"{short if last.count(short) == 1 else key}={word.partition('=')[2]}")
+    text = ",".join(parts)
+    safe = re.sub(r"[^A-Za-z0-9._+=,-]", "_", text)
+    if safe != text or len(safe) > _LONGEST:  # shortened, two could be the same
+        safe = f"{safe[: _LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return safe or None
