@@ -15,6 +15,7 @@ from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
 from conf.nearest import nearest_layouts
+from conf.printable import one_line
 from conf.schema import DATA_KINDS, RECOMPUTE, Config
 
 Judge = Callable[[Case], list[Violation]]
@@ -70,7 +71,7 @@ def violations(case: Case) -> list[Violation]:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
     sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
-    sections += (_schedule, _load, _data, _blend, _idle)
+    sections += (_schedule, _names, _load, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 
@@ -245,6 +246,18 @@ def _schedule(case: Case) -> Iterator[Violation]:
             f"it is {shown(profile)}",
             {"train.profile": [clamped]},
         )
+
+
+def _names(case: Case) -> Iterator[Violation]:
+    """What names a run is a part of the path of its directory and is printed."""
+    for key in ("run.name", "model.name"):
+        name = case[key] or ""
+        safe = "".join(letter if letter.isprintable() and letter != "/" else "_" for letter in name)
+        if name in (".", ".."):
+            yield Violation(f"{key} is a name, not a path", f"it is {name}", {key: [DEFAULTS[key]]})
+        elif safe != name:
+            rule = f"{key} is a name: no / and no control characters (run.dir takes a path)"
+            yield Violation(rule, f"it is {one_line(name)}", {key: [safe]})
 
 
 def _load(case: Case) -> Iterator[Violation]:

@@ -367,7 +367,7 @@ class RunConfig:
     """Where the run is kept. An existing one is continued. null: runs/NAME-<job id, else timestamp>, in a sweep
     runs/NAME-<swept settings>-<...>."""
     name: str | None = None
-    """null: the model's name."""
+    """Begins the name of the default run.dir: no / and no control characters. null: the model's name."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from conf import rules
 from conf.commands import CheckConfig
+from conf.printable import visible
 from conf.schema import Config
 from launch.cli import command
 from launch.train import prepare_run
@@ -107,7 +108,7 @@ def _ask(shape: Shape, options: str) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"switchyard: {message}", file=sys.stderr)
+    print(f"switchyard: {visible(message)}", file=sys.stderr)
 
 
 def _flags(arguments: list[str]) -> tuple[dict[str, object], list[str]]:

@@ -7,8 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from conf.printable import visible
 from training.compare import as_json, comparison, summarise
-from training.console import visible
 from training.noise import discard_output
 from training.run_dir import CONFIG
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         if not runs:
             raise ValueError("no run is given: python -m launch.compare RUN...")
     except ValueError as error:
-        print(f"switchyard: error: {error}", file=sys.stderr)
+        print(f"switchyard: error: {visible(str(error))}", file=sys.stderr)
         return 2
     # Into a file or a pipe a row is one line, however long.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from conf import rules
+from conf.printable import visible
 from conf.schema import Config
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
@@ -50,7 +51,7 @@ def main(config: Config, stop: StopRequest) -> int:
     except (RankError, RankFailed) as error:
         message = str(error)
         if speaks(world, message):
-            print(f"switchyard: error: {message}", file=sys.stderr)
+            print(f"switchyard: error: {visible(message)}", file=sys.stderr)
         return FAILED
     except ValueError as error:
         # A wrong setting that only the rank itself could see, such as a GPU without bf16.

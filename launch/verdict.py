@@ -9,6 +9,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from conf.printable import visible
 from conf.schema import SlurmConfig
 from training.lives import end_life
 from training.run_dir import read_settings
@@ -21,7 +22,7 @@ def _max_requeues(run_dir: Path) -> int:
         section = read_settings(run_dir).get("slurm")
     except ValueError as error:
         with contextlib.suppress(OSError):  # the job's output may be full
-            print(f"switchyard: warning: {error}", file=sys.stderr)
+            print(f"switchyard: warning: {visible(str(error))}", file=sys.stderr)
         section = None
     limit = section.get("max_requeues") if isinstance(section, dict) else None
     return limit if type(limit) is int else SlurmConfig().max_requeues
@@ -36,7 +37,7 @@ def main() -> None:
     limit = None if given.interactive else _max_requeues(given.run_dir)
     verdict = end_life(given.run_dir, asked=given.asked, max_requeues=limit)
     print("requeue" if verdict.requeue else verdict.code, flush=True)
-    print(f"switchyard: {verdict.message}", file=sys.stderr)  # after the answer: the job's output may be full
+    print(f"switchyard: {visible(verdict.message)}", file=sys.stderr)  # after the answer: the job's output may be full
 
 
 if __name__ == "__main__":

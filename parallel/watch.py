@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from conf.printable import visible
 from parallel import flight_recorder, rendezvous, simulate
 from parallel.flight_recorder import Pending, Trace, listed, missing_from
 from parallel.rendezvous import LimitedStore, Silent
@@ -296,6 +297,6 @@ class Watch:
         if self._leaving.wait(self._period):
             return
         if not simulate.tell_parent("verdict", told) and speaks(self.world, told):
-            print(f"switchyard: error: {told}", file=sys.stderr, flush=True)
+            print(f"switchyard: error: {visible(told)}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(FAILED)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from conf.printable import one_line
 from training.compatibility import flatten
 from training.plan import Cost, model_cost
 from training.run_dir import load_config, read_settings
@@ -119,6 +120,7 @@ def comparison(runs: Sequence[Summary], width: int | None = None) -> str:
         None: one block, however wide.
     """
     names = _shortest({run.path.parts: run.path.name or str(run.path) for run in runs}, os.sep)
+    names = {parts: one_line(name) for parts, name in names.items()}
     keys = differing(runs)
     titles = _shortest({tuple(key.split(".")): key.split(".")[-1] for key in keys}, ".")
     first = [("run", [names[run.path.parts] for run in runs], False)]
@@ -200,7 +202,7 @@ _FIGURES: tuple[tuple[str, Callable[[Summary], Any], Callable[[Any], str]], ...]
 
 def _setting(value: Any) -> str:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return _shortened(shown, _WIDEST_SETTING)
+    return _shortened(one_line(shown), _WIDEST_SETTING)
 
 
 def _shortened(text: str, size: int) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from conf.printable import visible
 from conf.schema import Config
 from corpus.prepare import Prepared
 from parallel import simulate
@@ -59,7 +60,7 @@ def train_rank(
             return _train_rank(world, config, run_dir, prepared, noise, stop)
         except RunFailed as failure:  # before training
             if world.rank == 0:
-                print(f"switchyard: error: {failure}", file=sys.stderr)
+                print(f"switchyard: error: {visible(str(failure))}", file=sys.stderr)
                 tell_batch_script(config, FAILED, str(failure))
             return FAILED
         except ValueError:

@@ -96,6 +96,14 @@ def test_settings_that_end_alike_are_told_apart(tmp_path: Path, capsys: pytest.C
     assert table(capsys, one, other)[0][1:3] == ["moe.every", "eval.every"]
 
 
+def test_names_cannot_reach_the_terminals_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "a\x1b[2J\nb", [3.0], model__name="x\x1b]0;y\x07\nz")
+    shown = table(capsys, one, write_run(tmp_path / "other", [3.0]))
+    assert len(shown) == 3 and shown[1][0] == r"a\x1b[2J\nb" and r"x\x1b]0;y\x07\nz" in shown[1]
+    assert compare.main([str(tmp_path / "no\x1b[2J")]) == 2
+    assert r"no\x1b[2J" in capsys.readouterr().err
+
+
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_run(tmp_path / "one", [3.0, 2.0], val=2.5, optim__lr=1e-3)
     other = write_run(tmp_path / "other", [], optim__lr=2e-3)
