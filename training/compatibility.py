@@ -1,5 +1,5 @@
 """Which settings of a model give trained weights another meaning: compared when a run is continued and when it starts
-from another run's weights. Beside each setting in conf/schema.py stands which of its changes do not (`resumable`)."""
+from another run's weights. conf/model_schema.py says beside each setting which of its changes do not (`resumable`)."""
 
 import dataclasses
 from collections.abc import Mapping
