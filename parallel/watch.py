@@ -136,12 +136,19 @@ def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
     stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
     waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
     parts = [f"{listed(gone)} {'is' if len(gone) == 1 else 'are'} gone or frozen, without a word"] if gone else []
-    parts += [f"rank {rank} failed in {place}: {place.error}" for rank, place in [*failed.items()][:3]]
+    parts += [f"rank {rank} {_failure(place)}" for rank, place in [*failed.items()][:3]]
     if not gone and not failed:
         parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
     launched = {rank: place.launched for rank, place in told.items() if place.launched}
     parts += [f"rank {rank} waits in {place}{_not_joined(place, launched)}" for rank, place in [*waiting.items()][:3]]
     return "the job ends: " + "; ".join(parts)
+
+
+def _failure(place: Whereabouts) -> str:
+    """A closed connection is what the end of another rank looks like; gloo's words for it say nothing else."""
+    if place.error and "gloo/transport" in place.error:
+        return f"lost its connection in {place}"
+    return f"failed in {place}: {place.error}"
 
 
 def _not_joined(place: Whereabouts, launched: dict[int, dict[str, int]]) -> str:

@@ -1,12 +1,13 @@
 """Ranks that meet, and those that wait in vain: nothing is waited for past the time limit."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -15,43 +16,61 @@ import pytest
 from parallel.simulate import RankFailed, RankPool, free_port
 from parallel.world import World
 
-JOIN = """
-import sys
-from parallel import rendezvous
-from parallel.world import World
-rank, port, timeout, secret = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-try:
-    store = rendezvous.join(World(rank, 2, rank, 2, "127.0.0.1", port, secret=secret), timeout)
-except rendezvous.Unreachable as error:
-    print(error, flush=True)
-else:
-    store.set(f"from {rank}", "")
-    print("met", flush=True)
-    sys.stdin.readline()
-"""
+
+class Joining:
+    """A process that joins the others, or says why not."""
+
+    def __init__(self, rank: int, port: int, timeout: float, secret: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["parallel.preload"])  # as RankPool: importing torch takes seconds
+        self._answers, there = context.Pipe()
+        self.process = context.Process(target=join, args=(there, rank, port, timeout, secret))
+        self.process.start()
+        there.close()
+
+    def answer(self) -> str:
+        assert self._answers.poll(120)
+        return self._answers.recv()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def join(parent: Connection, rank: int, port: int, timeout: float, secret: str) -> None:
+    """Tells the parent whether this rank met the other one, and stays until the parent ends (the process' function)."""
+    from parallel import rendezvous
+
+    try:
+        store = rendezvous.join(World(rank, 2, rank, 2, "127.0.0.1", port, secret=secret), timeout)
+    except rendezvous.Unreachable as error:
+        parent.send(str(error))
+    else:
+        store.set(f"from {rank}", "")
+        parent.send("met")
+    with contextlib.suppress(EOFError):
+        parent.recv()
 
 
 @pytest.fixture
-def joining() -> Iterator:
+def joining() -> Iterator[Callable[..., Joining]]:
     processes = []
 
-    def begin(rank: int, port: int, timeout: float, secret: str = "s") -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", JOIN, str(rank), str(port), str(timeout), secret]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        return process
+    def begin(rank: int, port: int, timeout: float, secret: str = "s") -> Joining:
+        processes.append(Joining(rank, port, timeout, secret))
+        return processes[-1]
 
     yield begin
     for process in processes:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
 def test_they_meet_on_their_address_alone(joining) -> None:
     port = free_port()
     first, second = joining(0, port, 60), joining(1, port, 60)
-    assert first.stdout.readline() == second.stdout.readline() == "met\n"
-    listening = [c.laddr.ip for c in psutil.Process(first.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert first.answer() == second.answer() == "met"
+    connections = psutil.Process(first.process.pid).net_connections()
+    listening = [one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN]
     assert listening == ["127.0.0.1"]
 
 
@@ -64,26 +83,26 @@ def test_who_does_not_know_the_secret_meets_nobody(joining) -> None:
             break
         except ConnectionRefusedError:
             time.sleep(0.05)
-    told = joining(1, port, 2, "guessed").stdout.readline()
+    told = joining(1, port, 2, "guessed").answer()
     assert told.startswith(f"rank 0 did not come to 127.0.0.1:{port}, where the ranks meet, within 2 s (runtime.time")
 
 
 def test_rank_1_is_missing(joining) -> None:
-    assert joining(0, free_port(), 2).stdout.readline().startswith("rank 1 did not come to 127.0.0.1:")
+    assert joining(0, free_port(), 2).answer().startswith("rank 1 did not come to 127.0.0.1:")
 
 
 def test_rank_0_is_missing(joining) -> None:
     port = free_port()
-    assert joining(1, port, 2).stdout.readline().startswith(f"rank 0 did not come to 127.0.0.1:{port}, where")
+    assert joining(1, port, 2).answer().startswith(f"rank 0 did not come to 127.0.0.1:{port}, where")
 
 
 def test_a_port_that_is_taken(joining) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         first, second = joining(0, port, 3), joining(1, port, 3)
-        told = first.stdout.readline()
+        told = first.answer()
         assert told.startswith(f"127.0.0.1:{port}, where the ranks are to meet, cannot be listened on: Address already")
-        told = second.stdout.readline()
+        told = second.answer()
         assert "takes connections and does not answer within 3 s" in told and "another process has the port" in told
 
 

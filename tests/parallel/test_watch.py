@@ -99,6 +99,12 @@ def test_verdict_by_hand():
         f"the job ends: rank 1 stalled in step 7, at b.py:2 (g), in no collective; {waiting}"
     )
     assert verdict({0: waits}, 3) == f"the job ends: ranks 1, 2 are gone or frozen, without a word; {waiting}"
+    closed = "RuntimeError: [/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45775: Connection reset"
+    lost = Whereabouts(7, "a.py:1 (f)", "all_gather over ranks 0, 1", closed)
+    assert verdict({0: lost}, 2) == (
+        "the job ends: rank 1 is gone or frozen, without a word; "
+        "rank 0 lost its connection in step 7 in all_gather over ranks 0, 1, at a.py:1 (f)"
+    )
     failed = "rank 1 failed in step 6, at c.py:3 (h): KeyError: 'x'"
     assert verdict({0: waits, 1: fails, 2: stalls}, 3) == f"the job ends: {failed}; {waiting}"
 

@@ -95,9 +95,9 @@ import sys, time
 from pathlib import Path
 from corpus import text
 documents, mark, poll = text.read_documents, Path(sys.argv.pop(1)), sys.argv.pop(1) == "between"
-def endless(*args):
+def endless(*args, **settings):
     while True:
-        for document in documents(*args):
+        for document in documents(*args, **settings):
             mark.touch()
             time.sleep(0.01 if poll else 600)
             yield document
