@@ -62,9 +62,14 @@ def main(config: Config, stop: StopRequest) -> int:
 
 def _train(world: World, simulated: int, config: Config, stop: StopRequest, warnings: Sequence[str]) -> int:
     run_dir, noise = None, redirect_noise(world.rank)
+
+    def last_act() -> None:
+        if run_dir:
+            run_dir.discard()
+        tell_batch_script(config, STOPPED, stop.reason)
+
     try:
-        preparing = stop.preparing(lambda: tell_batch_script(config, STOPPED, stop.reason))
-        with Console(rank=world.rank, may_lose_output=True) as console, preparing:
+        with Console(rank=world.rank, may_lose_output=True) as console, stop.preparing(last_act):
             for warning in warnings:
                 console.warning(warning)
             run_dir = open_run_dir(config) if world.size == 1 else None

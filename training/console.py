@@ -67,7 +67,8 @@ class Console:
         self._stage: tuple[str, float] | None = None  # name and start of what `progress` shows
         self._first: tuple[int, float] | None = None  # step and time of the first row
         self._last_step: tuple[Text, bool] | None = None  # its line, and whether the plain files have it
-        if rank == 0:
+        self._is_main = rank == 0
+        if self._is_main:
             self._open(stream or sys.stdout, log_path)
 
     def _open(self, stream: TextIO, log_path: Path | None) -> None:
@@ -110,9 +111,13 @@ class Console:
         self._print(_text(("warning: ", "bold yellow"), (text, "yellow")))
 
     def failure(self, text: str) -> None:
-        """The last line of a run that cannot go on."""
+        """The last line of a run that cannot go on: on standard error, as every error, whatever standard output is."""
         self._end_steps()
-        self.warning(text)
+        self._hide_progress()
+        if self._is_main:
+            with contextlib.suppress(OSError, ValueError):  # it is full or closed as well
+                print(f"switchyard: error: {visible(text)}", file=sys.stderr, flush=True)
+        self._print(_text(("error: ", ""), (text, "")), in_stream=False)
 
     def start_table(self, rows: Sequence[tuple[str, str, str]], shown: Collection[str] | None = None) -> None:
         """What was chosen, and why: (what, choice, why) per row. `shown`: what standard output gets of it, None: all;

@@ -225,4 +225,4 @@ def test_a_layout_that_does_not_fit_the_allocation_is_told_at_once(
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "2:0")
     log = cluster.log(job)
     assert "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 3 % 2 = 1" in log
-    assert "Traceback" not in log and "srun" not in log and not (tmp_path / "run").exists()
+    assert "Traceback" not in log and "srun: " not in log and not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """The scripts of slurm/ and the commands around a job, on a real Slurm."""
 
+import json
 import os
 import shutil
 import signal
@@ -29,15 +30,16 @@ def test_a_sweep_is_a_run_per_element_and_survives_a_new_controller(cluster: Clu
         cluster.call("bash", str(LOCAL_CLUSTER), "start")
         cluster.settle()
         assert [len(rows(run)) for run in runs] == [6] * 4
-        table = cluster.call(sys.executable, "-m", "launch.compare", *map(str, runs)).stdout
-        head, *lines = table.splitlines()
-        assert head.split()[:4] == ["run", "model.moe.top_k", "optim.lr", "optim.warmup_steps"]
-        told = [line.split()[1:5] for line in lines]
-        assert told == [
-            ["1", "0.001", "4", "6/6"],
-            ["1", "0.002", "4", "6/6"],
-            ["1", "0.003", "2", "6/6"],
-            ["2", "0.002", "4", "6/6"],
+        answer = cluster.call(sys.executable, "-m", "launch.compare", "format=json", *map(str, runs)).stdout
+        compared = json.loads(answer)
+        assert {run["steps"] for run in compared} == {"6/6"}
+        keys = ("model.moe.top_k", "optim.lr", "optim.warmup_steps")
+        assert {*compared[0]["settings"]} == {*keys}
+        assert [[run["settings"][key] for key in keys] for run in compared] == [
+            [1, 0.001, 4],
+            [1, 0.002, 4],
+            [1, 0.003, 2],
+            [2, 0.002, 4],
         ]
     finally:
         for run in runs:

@@ -357,3 +357,13 @@ def test_noise_goes_to_the_log_and_output_to_the_screen(tmp_path: Path) -> None:
         assert " rank 3 WARNING " in line
     assert "early C output\n" in log and "late C output\n" in log and "note\n" in log
     assert "chatter" not in log and "early output" not in log
+
+
+def test_a_failure_is_told_on_standard_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Once, and also where standard output is full."""
+    with open("/dev/full", "w") as full:
+        for rank in (0, 1):
+            with Console(rank=rank, log_path=tmp_path / "log", stream=full) as console:
+                console.failure("metrics.jsonl: \x1b[2J No space left")
+    assert capsys.readouterr() == ("", "switchyard: error: metrics.jsonl: \\x1b[2J No space left\n")
+    assert (tmp_path / "log").read_text() == "error: metrics.jsonl: \\x1b[2J No space left\n"

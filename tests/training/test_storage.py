@@ -57,7 +57,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_failure_in_mid_run(
 ) -> None:
     run_dir = tmp_path / "run"
     assert ranks.run(2, train_on_a_full_disk, tiny_config(corpus, run_dir, steps=2), timeout=LIMIT) == [1, 1]
-    assert "warning: could not write checkpoint" in (run_dir / "train.log").read_text()
+    assert "error: could not write checkpoint" in (run_dir / "train.log").read_text()
     assert '"code": 1' in (run_dir / "stop.json").read_text()
 
 
