@@ -90,7 +90,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # being written, or torn by a kill
+        except (ValueError, RecursionError):  # being written, or torn by a kill
             continue
         if isinstance(row, dict):
             yield row

@@ -88,7 +88,7 @@ def _decide(
         backend = json.loads((run_dir / FILE).read_text())["backend"]
         if backend in names:
             return backend, "as before in this run"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # torn, or another version's
         pass
     shapes, fresh = shapes_of(config, run, dtype), False
 

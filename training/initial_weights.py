@@ -62,7 +62,7 @@ def find_source(load: str) -> Source:
     for directory in found:
         try:
             json.loads((directory / "manifest.json").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         return Source(directory.absolute().parent.parent, directory)
     what = f"no whole one among {', '.join(p.name for p in found)}" if found else "no checkpoint"

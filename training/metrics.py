@@ -231,7 +231,7 @@ def trim_rows(path: Path, last_step: int) -> None:
         nonlocal torn
         try:
             return json.loads(line)["step"] <= last_step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             torn += 1
             return False
 

@@ -85,7 +85,7 @@ class RunDir:
         another content. None: nothing, or it is not known."""
         try:
             before = Prepared.from_json((self.path / DATA).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, KeyError):  # a run of another version
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn, or another version's
             return None
         if before.key == prepared.key:
             return None
@@ -268,6 +268,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a run directory: {CONFIG}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a run directory: {CONFIG} is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path / CONFIG} is not UTF-8 text: {error}") from None
     if not isinstance(settings, dict):

@@ -18,6 +18,7 @@ from launch.train import prepare_run
 from tests.training.helpers import tiny_config, write_corpus
 from training import run_dir as run_dirs
 from training.console import Console
+from training.metrics import trim_rows
 from training.run_dir import RunDir, default_name, load_config, open_run_dir
 
 
@@ -180,3 +181,22 @@ def test_settings_that_are_not_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"run: {name: caf\xe9}\n")
     with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml is not UTF-8"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "3", "[]", "{}", '{"train": 3, "valid": []}', "{"])
+def test_what_a_run_keeps_may_be_torn(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data.json").write_text(text)
+    data = Prepared([], [], None, 1, None, None, None, [])
+    assert RunDir(tmp_path, created=False, continued=True, changed=[], overrides=[]).changed_data(data) is None
+
+    (tmp_path / "config.yaml").write_text(text)
+    if text != "{}" and not text.startswith('{"train"'):
+        with pytest.raises(ValueError, match=f"{tmp_path} is not a run directory"):
+            load_config(tmp_path)
+
+
+def test_rows_that_are_no_rows_are_dropped(tmp_path: Path) -> None:
+    rows = tmp_path / "metrics.jsonl"
+    rows.write_text('{"step": 1}\n' + "[" * 100_000 + '\nnull\n{"step": 2}\n{"step"')
+    trim_rows(rows, last_step=2)
+    assert rows.read_text() == '{"step": 1}\n{"step": 2}\n'
