@@ -6,7 +6,9 @@ from typing import Any
 
 from conf.schema import (
     ACTIVATIONS,
+    AUX_LOSS_COUNTS,
     BACKENDS,
+    CAPACITY_PER,
     DATA_KINDS,
     DISPATCHERS,
     DROP_POLICIES,
@@ -32,6 +34,8 @@ CHOICES = {
     "model.moe.load_balancing": LOAD_BALANCING,
     "model.moe.score_function": SCORE_FUNCTIONS,
     "model.moe.softmax_order": SOFTMAX_ORDERS,
+    "model.moe.aux_loss_counts": AUX_LOSS_COUNTS,
+    "model.moe.capacity_per": CAPACITY_PER,
     "data.kind": DATA_KINDS,
     "optim.schedule": SCHEDULES,
     "checkpoint.resume": (True, False, "fresh"),
@@ -153,6 +157,22 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.softmax_order model.moe.renormalize model.moe.drop_policy model.moe.eval_capacity_factor",
     ),
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
+    (
+        "model.moe.load_balancing=aux_loss or seq_aux_loss, with a bias_update_rate or num_expert_groups > 1",
+        lambda c: (
+            c["model.moe.load_balancing"] in ("aux_loss", "seq_aux_loss")
+            and (c["model.moe.bias_update_rate"] is not None or c["model.moe.num_expert_groups"] > 1)
+        ),
+        "model.moe.aux_loss_counts",
+    ),
+    (
+        "a model.moe.load_balancing other than expert_choice, and a capacity factor",
+        lambda c: (
+            c["model.moe.load_balancing"] != "expert_choice"
+            and not (c["model.moe.capacity_factor"] is None and c["model.moe.eval_capacity_factor"] is None)
+        ),
+        "model.moe.capacity_per",
+    ),
     (
         "precision=fp8",
         lambda c: c["precision"] == "fp8",

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
+AUX_LOSS_COUNTS = ("scores", "assignments")
 BACKENDS = ("auto", "loop", "fused", "native", "grouped_mm", "triton", "te")
+CAPACITY_PER = ("micro_batch", "sequence")
 DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
@@ -69,6 +71,10 @@ class MoeConfig:
     load_balancing=expert_choice every expert takes just so many, in evaluation too."""
     eval_capacity_factor: float | None = resumable(2.0)
     """The same for evaluation. Text generation is always dropless."""
+    capacity_per: str = resumable("micro_batch")
+    """Whose tokens the two capacities count. micro_batch: an expert's room is shared by all sequences of a micro-batch
+    (Switch, eq. 3). sequence: each sequence has its own, so that its drops do not depend on the other sequences (Mesh
+    TensorFlow, and the Switch of Transformers)."""
     drop_policy: str = resumable("position")
     """Which choices a full expert takes. position: first choices before second ones, earlier tokens before later ones
     (Switch, section 2.2). probability: those with the largest gates, among equals by position; a token's fate then
@@ -86,7 +92,14 @@ class MoeConfig:
     arXiv:2202.09368). An expert that chooses looks at later tokens, which a causal model must not: held-out losses come
     out too low, and no text can be generated."""
     aux_loss_coeff: float = resumable(1e-2)
-    """Weight of the load-balancing loss; 0 only measures it."""
+    """Weight of the load-balancing loss; 0 only measures it. The loss of a layer is the mean over its assignments, 1
+    when they are uniform whatever top_k, and layers are added up. Megatron-Core does the same: take its coefficient
+    over. Transformers counts a token top_k times and pools the L sparse layers: multiply its coefficient by top_k / L.
+    flaxformer counts a token top_k times, in each sequence: seq_aux_loss with its coefficient times top_k."""
+    aux_loss_counts: str = resumable("scores")
+    """What aux_loss and seq_aux_loss take for an expert's load where bias_update_rate or num_expert_groups moves the
+    choice. scores: how often it is among the top_k of the scores without bias and groups (DeepSeek-V3, eq. 18, and
+    Megatron-Core). assignments: how often it is chosen."""
     bias_update_rate: float | None = resumable(None, lambda old, new: new is not None or not old)
     """Balancing without a loss: a bias of each expert, added to its score for the choice alone, grows by this much
     after a step in which the expert got fewer choices than the mean and shrinks by it after more (DeepSeek-V3, eq. 16

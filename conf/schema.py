@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from conf.model_schema import (  # noqa: F401 - everything of the settings is imported from here
     ACTIVATIONS,
+    AUX_LOSS_COUNTS,
     BACKENDS,
+    CAPACITY_PER,
     DISPATCHERS,
     DROP_POLICIES,
     LOAD_BALANCING,

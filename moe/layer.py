@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from moe.assign import tie_ranks
 from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, within_capacity
 from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
 from moe.draws import key, uniform
@@ -89,7 +90,7 @@ class MoELayer(nn.Module):
         padding_T = self._padding(about)
         rows = x_SBD.shape[1] if self.moe.load_balancing == "seq_aux_loss" else 1
         routing = self.router(self._jittered(x_SBD.flatten(0, 1), about), padding_T, about.mode, rows)
-        keep_TK, loss, report = self._balance(routing, padding_T, about)
+        keep_TK, loss, report = self._balance(routing, padding_T, about, x_SBD.shape[1])
         out_SBD = self._experts(x_SBD, routing, keep_TK, about)
         return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
@@ -116,13 +117,15 @@ class MoELayer(nn.Module):
         seed, layer = self.draws
         return key(seed, purpose, about.step, about.micro_batch, layer)
 
-    def _balance(self, routing: Routing, padding_T: Tensor | None, about: ForwardPass) -> tuple[Tensor, Tensor, Report]:
+    def _balance(
+        self, routing: Routing, padding_T: Tensor | None, about: ForwardPass, sequences: int
+    ) -> tuple[Tensor, Tensor, Report]:
         """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
         the whole micro-batch, so all its ranks gather the choices and decide alike."""
         moe, group = self.moe, self.micro_batch_group
         experts_MK = all_gather(routing.experts_TK, group)
         padding_M = None if padding_T is None else all_gather(padding_T, group)
-        keep_MK = self._fit(routing, experts_MK, padding_M, about)
+        keep_MK = self._fit(routing, experts_MK, padding_M, about, sequences)
         keep_TK = decision(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
@@ -132,32 +135,45 @@ class MoELayer(nn.Module):
         coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
 
-    def _fit(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None, about: ForwardPass) -> Tensor:
+    def _fit(
+        self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None, about: ForwardPass, sequences: int
+    ) -> Tensor:
         """bool [M, K]: the choices that are there and find room."""
         moe, factor = self.moe, self._capacity_factor(about)
+        alone = sequences if moe.capacity_per == "sequence" else 1
         if factor is None or self.router.experts_choose:
             return experts_MK < moe.num_experts
-        tokens = len(experts_MK) if padding_M is None else int((~padding_M).sum())
         urgency_MK = None
         if moe.drop_policy == "probability":
-            urgency_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group)
+            gates_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group)
+            sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % alone
+            bins_MK = experts_MK + (moe.num_experts + 1) * sequence_M[:, None]
+            urgency_MK = -tie_ranks(gates_MK.view(1, -1), bins_MK.view(1, -1)).view_as(experts_MK)
         elif moe.drop_policy == "random":
             rows_M = torch.arange(len(experts_MK), device=experts_MK.device)
             urgency_MK = uniform(self._key("drop", about), rows_M, moe.top_k)
-        limit = capacity(tokens, moe.top_k, moe.num_experts, factor)
-        return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK)
+        if padding_M is None:
+            tokens = [len(experts_MK) // alone] * alone
+        else:
+            tokens = (~padding_M).unflatten(0, (len(padding_M) // alone, alone)).sum(0).tolist()
+        limits = [capacity(n, moe.top_k, moe.num_experts, factor) for n in tokens]
+        limit = limits[0] if alone == 1 else torch.tensor(limits, device=experts_MK.device)
+        return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK, alone)
 
     def _balancing_loss(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None) -> Tensor:
         """This rank's part, without its coefficient."""
         load_BE = routing.tallies.load_BE
         rows = len(load_BE)
+        if routing.counted_TK is not None:
+            experts_MK = all_gather(routing.counted_TK, self.micro_batch_group)
+            load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
         if padding_M is None:
             tokens_B = torch.full((rows,), len(experts_MK) // rows, device=experts_MK.device)
         else:
             tokens_B = (~padding_M).unflatten(0, (len(padding_M) // rows, rows)).sum(0)
         if self.router.last_load is not None:
             load_BE = self.router.last_load[None]
-        elif self.micro_batch_group.size() > 1:
+        elif routing.counted_TK is None and self.micro_batch_group.size() > 1:
             load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
         return load_balancing_loss(routing.tallies.probs_BE, load_BE, tokens_B)
 
@@ -168,13 +184,15 @@ class MoELayer(nn.Module):
             return moe.capacity_factor
         return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[about.mode]
 
-    def _slots(self, routing: Routing, about: ForwardPass) -> int | None:
+    def _slots(self, routing: Routing, about: ForwardPass, sequences: int) -> int | None:
         """Rows that every expert gets from this rank where they are padded to the capacity, else None."""
         factor = self._capacity_factor(about)
         if factor is None or not self.moe.pad_to_capacity:
             return None
         tokens = routing.experts_TK.shape[0]
-        limit = capacity(tokens * self.micro_batch_group.size(), self.moe.top_k, self.moe.num_experts, factor)
+        alone = sequences if self.moe.capacity_per == "sequence" else 1
+        whole = tokens * self.micro_batch_group.size() // alone
+        limit = alone * capacity(whole, self.moe.top_k, self.moe.num_experts, factor)
         return min(limit, tokens // self.tp.size() if self.share_tokens else tokens)
 
     def _names(self, routing: Routing, about: ForwardPass) -> Tensor | None:
@@ -202,7 +220,7 @@ class MoELayer(nn.Module):
             experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
         choices = Choices(experts_TK, gates_TK, keep_TK, names_TK)
-        started = self.dispatcher.start(mine_SBD.flatten(0, 1), choices, self._slots(routing, about))
+        started = self.dispatcher.start(mine_SBD.flatten(0, 1), choices, self._slots(routing, about, x_SBD.shape[1]))
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
         y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, about))

@@ -5,14 +5,15 @@ token, G groups of experts, B sequences of the micro-batch, or 1 where it is bal
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.assign import expert_choice, sinkhorn_potentials
+from moe.assign import expert_choice, plan_ranks, sinkhorn_potentials
 from moe.balance import Tallies, capacity
 from moe.kernels.native import library as native
 from moe.recompute import decision
@@ -23,7 +24,7 @@ from parallel.runtime import Groups
 from parallel.selection import Candidate, Choice, select
 
 TINY = 1e-20
-"""Added to sums of sigmoids, which can all underflow to zero."""
+"""Added to sums of chosen probabilities, which can all underflow to zero where a plan or groups limit the choice."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Routing:
     the places that expert choice leaves over."""
     tallies: Tallies
     """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
+    counted_TK: Tensor | None = None
+    """int64, whose loads the balancing loss takes where these are not experts_TK: the best of the scores without bias
+    and groups, E for padding."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ class Router(nn.Module):
         self.moe, self.fused, self.logits = model.moe, fused, logits
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
         self.experts_choose = self.moe.load_balancing == "expert_choice"
+        moved = self.moe.bias_update_rate is not None or self.moe.num_expert_groups > 1
+        by_loss = self.moe.load_balancing in ("aux_loss", "seq_aux_loss")
+        self.counts_scores = bool(moved and by_loss and self.moe.aux_loss_counts == "scores")
         # The number of experts that took a token says something itself, so its gates are left as they are.
         several = self.moe.top_k > 1 and not self.experts_choose
         self.rule = Rule(
@@ -143,12 +150,14 @@ class Router(nn.Module):
 
     def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
         """forward, of the logits."""
+        counted_TK = self._counted(logits_TE.detach(), padding_T)
         if self.fused is not None:
-            return self.fused(logits_TE, self.bias, padding_T, self.rule, sequences)
+            routing = self.fused(logits_TE, self.bias, padding_T, self.rule, sequences)
+            return replace(routing, counted_TK=counted_TK)
         rule = self.rule
         if rule.sigmoid:
-            scores_TE = logits_TE.sigmoid()
-            probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
+            scores_TE, logs_TE = logits_TE.sigmoid(), F.logsigmoid(logits_TE)
+            probs_TE = logs_TE.softmax(-1)  # scores over their sum, however small all of them are
         else:
             scores_TE = probs_TE = logits_TE.softmax(-1)
         experts_TK = decision(self._choose(logits_TE.detach(), scores_TE.detach(), padding_T, mode))
@@ -157,10 +166,21 @@ class Router(nn.Module):
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
         else:
             gates_TK = scores_TE.gather(1, some_TK)
-            if rule.renormalize:
+            if rule.renormalize and rule.sigmoid:
+                gates_TK = logs_TE.gather(1, some_TK).softmax(-1)
+            elif rule.renormalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
         tallies = Tallies.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
-        return Routing(gates_TK * rule.scale, experts_TK, tallies)
+        return Routing(gates_TK * rule.scale, experts_TK, tallies, counted_TK)
+
+    def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
+        """Routing.counted_TK. In the order of the logits, which is that of the scores."""
+        if not self.counts_scores:
+            return None
+        counted_TK = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
+        if padding_T is not None:
+            counted_TK = counted_TK.masked_fill(padding_T[:, None], self.moe.num_experts)
+        return decision(counted_TK)
 
     @torch.no_grad()
     def end_step(self, load_E: Tensor) -> None:
@@ -179,7 +199,8 @@ class Router(nn.Module):
         """The experts of each token [T, K], as Routing has them."""
         if self.experts_choose:
             return self._let_experts_choose(scores_TE, padding_T)
-        if self.moe.load_balancing == "sinkhorn" and mode == TRAIN:
+        planned = self.moe.load_balancing == "sinkhorn" and mode == TRAIN
+        if planned:
             padding_M = None if padding_T is None else all_gather(padding_T, self.micro_batch_group)
             ranked_TE = logits_TE + sinkhorn_potentials(all_gather(logits_TE, self.micro_batch_group), padding_M)
         elif self.rule.after or self.moe.load_balancing == "sinkhorn":
@@ -188,6 +209,8 @@ class Router(nn.Module):
             ranked_TE = scores_TE if self.bias is None else scores_TE + self.bias
         if self.moe.num_expert_groups > 1:
             ranked_TE = ranked_TE.masked_fill(~self._in_best_groups(ranked_TE), -torch.inf)
+        if planned:
+            ranked_TE = -plan_ranks(ranked_TE)
         # A stable sort, because topk breaks ties differently from device to device.
         experts_TK = ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
         return experts_TK if padding_T is None else experts_TK.masked_fill(padding_T[:, None], self.moe.num_experts)

@@ -230,8 +230,9 @@ class Engine:
                 found.append(logits_BSV[0, position].float())
             return torch.zeros((), device=self.runtime.device), torch.zeros((), device=self.runtime.device)
 
-        positions = torch.arange(length)[None]
-        batch = {"tokens": tokens, "positions": positions, "padding": positions > last}
+        at = torch.arange(length)[None]
+        # Padding may reach past the longest sequence, and with it past the table of rotary positions.
+        batch = {"tokens": tokens, "positions": at.clamp(max=last), "padding": at > last}
         layout = self.runtime.layout
         # The interleaved schedule does not run with fewer micro-batches than stages.
         self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, ForwardPass(GENERATE))

@@ -38,18 +38,24 @@ def evaluate(
     """
     train, groups = session.config.train, session.runtime.groups
     dp = groups.dp.size()
-    micro = min(train.micro_batch_size, -(-len(windows) // dp))
-    per_batch = max(1, train.global_batch_size // (micro * dp)) * micro * dp
+    # A micro-batch always holds the same windows: its capacity must not depend on the number of ranks. The last one is
+    # filled up with padding, which counts in no capacity and no load.
+    micro, layout = train.micro_batch_size, session.runtime.layout
+    most = max(1, train.global_batch_size // (micro * dp))
+    per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
     nats, tokens = 0.0, 0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=session.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
+        wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
+        if layout.vpp > 1:  # the interleaved schedule takes multiples of the number of stages
+            wanted = -(-wanted // layout.pp) * layout.pp
         batch = list(
             micro_batches(
                 windows,
                 first_sample=i * per_batch,
                 micro_batch_size=micro,
-                num_micro_batches=per_batch // (micro * dp),
+                num_micro_batches=min(most, wanted),
                 dp_rank=groups.dp.rank(),
                 dp_size=dp,
             )

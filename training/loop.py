@@ -1,6 +1,8 @@
 """The training loop: from a configuration to a finished, stopped or failed run."""
 
+import contextlib
 import dataclasses
+import json
 import resource
 import time
 from typing import Any
@@ -29,7 +31,7 @@ from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
-from training.schedule import learning_rate
+from training.schedule import learning_rate, schedule_jump
 from training.session import Session
 from training.signals import FAIL, GO_ON, LEAVE, StopRequest
 from training.storage import StorageFailure
@@ -96,6 +98,8 @@ class Trainer:
             self.console.note(f"continuing from {newest}")
             if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
                 self.console.warning(f"the data are not those of the earlier steps: {changed}")
+            if self.is_main and (jump := schedule_jump(self._last_rate(), self.progress.step, self.config)):
+                self.console.warning(jump)
         elif settings.load:
             source = self.checkpointer.resolve(settings.load)
             mismatch = checkpoint.load_weights(
@@ -106,6 +110,19 @@ class Trainer:
                 self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
         if self.owner:
             self.run_dir.keep_settings(self.owner, self.config, self.prepared)
+
+    def _last_rate(self) -> float | None:
+        """The learning rate of the restored step, where it was logged."""
+        try:
+            lines = (self.run_dir.path / "metrics.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or of an evaluation
+                row = json.loads(line)
+                if row["step"] == self.progress.step:
+                    return float(row["lr"])
+        return None
 
     def signs_of_life(self) -> tuple[int, tuple[int, int]]:
         """(step under way, counters that grow while this rank gets on)."""
@@ -133,14 +150,16 @@ class Trainer:
             step = self.progress.step
             if step % train.log_every == 0 or step == last:
                 self._log(log, loss=loss, norm=norm, lr=lr, seconds=self.clock.read())
+            interrupted = self._agree(stop)
+            # Before an evaluation, which may fail. Not while updates are being skipped: what led there must not push
+            # the good checkpoints out.
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
+                self.save()
             if config.eval.every and step % config.eval.every == 0 and step < last:
                 evaluation = self._evaluate(config.eval.batches)
                 self.console.evaluation(evaluation.row(step))
                 self._log_evaluation(log, evaluation)
-            interrupted = self._agree(stop)
-            # Not while updates are being skipped: what led there must not push the good checkpoints out.
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
-                self.save()
+                interrupted = self._agree(stop) or interrupted
             self._settle(wait=False)
         self.save()
         self._settle(wait=True)

@@ -15,9 +15,18 @@ class Cost:
     total: int
     """All parameters."""
     active: int
-    """Parameters that one token meets: all but the experts that it does not visit."""
+    """Parameters that a token meets on average: all but the experts that do not compute it."""
     flops_per_token: float
     """Forward and backward, at the given sequence length."""
+
+
+def experts_per_token(model: ModelConfig) -> float:
+    """Experts that compute a token while training: top_k at most, since capacity_factor * top_k are what all experts
+    together have room for, or where experts choose just so many."""
+    moe = model.moe
+    if moe.load_balancing == "expert_choice" and moe.capacity_factor is not None:
+        return min(moe.num_experts, moe.top_k * moe.capacity_factor)
+    return moe.top_k * min(1.0, 1.0 if moe.capacity_factor is None else moe.capacity_factor)
 
 
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
@@ -39,7 +48,8 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     table = model.vocab_size * d
     tables = table if model.tie_embeddings else 2 * table
     total = outside + sparse * moe.num_experts * (ffn + biases) + tables
-    active = outside + sparse * moe.top_k * (ffn + biases) + tables
+    visited = experts_per_token(model)
+    active = outside + round(sparse * visited * (ffn + biases)) + tables
     # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
-    multiplied = active - tables + table - sparse * moe.top_k * biases
+    multiplied = outside + sparse * visited * ffn + table
     return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * d * sequence_length)

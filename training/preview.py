@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from conf.fp8_rules import FP8_BLOCK
 from conf.schema import ClusterConfig, Config, ModelConfig
 from parallel.layout import Layout
-from training.plan import model_cost
+from training.plan import experts_per_token, model_cost
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     attention = outside + (4 * d + 1.5 * _keys_and_values(model)) / layout.tp
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
-    rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0) * layout.etp / layout.tp
+    rows = experts_per_token(model) * layout.etp / layout.tp
     # Experts in FP8 read their rows where the tokens are, and of the hidden width keep the product alone.
     each = 2 * d + _gates(model) * f / layout.etp if config.precision == "fp8" else 3 * d + hidden * f / layout.etp
     routed = rows * each + moe.num_shared_experts * hidden * f / layout.tp

@@ -2,7 +2,7 @@
 
 import math
 
-from conf.schema import SCHEDULES, OptimConfig
+from conf.schema import SCHEDULES, Config, OptimConfig
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
@@ -37,3 +37,21 @@ def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
     left = (1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done
     low = optim.lr / 10 if optim.min_lr is None else optim.min_lr
     return low + (optim.lr - low) * left
+
+
+def schedule_jump(last: float | None, step: int, config: Config) -> str | None:
+    """What to warn of where a continued run's schedule does not go through the rate that step `step` had, as when
+    `train.steps` of a finished cosine, linear or wsd run is raised. None: it does, or there are no more steps.
+
+    Args:
+        last: the learning rate of step `step`; None: not known.
+    """
+    optim, steps = config.optim, config.train.steps
+    if last is None or step >= steps or math.isclose(learning_rate(step, optim, steps), last, rel_tol=1e-3):
+        return None
+    following = learning_rate(step + 1, optim, steps)
+    return (
+        f"the learning rate jumps from {last:.3g} at step {step} to {following:.3g} at step {step + 1}: "
+        f"optim.schedule={optim.schedule} over train.steps={steps} is not the schedule of the earlier steps. To go on "
+        f"at the last rate: optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0"
+    )

@@ -46,6 +46,11 @@ def sigmoid_of(x, here):
 
 
 @triton.jit
+def log_sigmoid_of(x):
+    return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
 def best(rank, score, columns, places, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """Scores [T, BK] of the K experts of the highest rank, among equals the lower one first, those experts, and rank
     [T, E] with NONE in their places."""
@@ -87,15 +92,17 @@ def route_forward(
         score = probs
         if SIGMOID:
             score = sigmoid_of(x, real)
-            probs = score / (tl.sum(score, axis=1) + LITTLE)[:, None]
+            probs, _ = softmax_of(log_sigmoid_of(x), real)
         if AFTER:
             score = x
         ranked = score
         if BIASED:
             ranked = score + tl.load(bias_ptr + columns, mask=columns < E, other=0.0)[None, :]
+        if SIGMOID and RENORMALIZE and not AFTER:
+            score = log_sigmoid_of(x)
         gates, experts, rank = best(tl.where(real, in_order(ranked), NONE), score, columns, places, K, BT, BK)
         chosen = (places < K)[None, :]
-        if AFTER:
+        if AFTER or (SIGMOID and RENORMALIZE):
             gates, _ = softmax_of(gates, chosen)
         elif RENORMALIZE:
             gates = gates / (tl.sum(gates, axis=1) + LITTLE)[:, None]
@@ -138,16 +145,16 @@ def route_backward(
     x = tl.load(logits_ptr + token[:, None] * E + columns[None, :], mask=live[:, None] & real, other=0.0)
     softmax, log_sum = softmax_of(x, real)
 
-    # By the scores of the chosen, or with AFTER by their logits.
+    # By the scores of the chosen, with AFTER by their logits, or where sigmoids are renormalised by their logarithms.
     x_chosen = tl.load(logits_ptr + token[:, None] * E + experts, mask=chosen, other=0.0)
     dgates = tl.load(dgates_ptr + source, mask=chosen, other=0.0) * scale
     by_chosen = dgates
-    if AFTER:
-        gates, _ = softmax_of(tl.where(live[:, None], x_chosen, 0.0), chosen | ~live[:, None])
+    if AFTER or (SIGMOID and RENORMALIZE):
+        weighed = x_chosen if AFTER else log_sigmoid_of(x_chosen)
+        gates, _ = softmax_of(tl.where(live[:, None], weighed, 0.0), chosen | ~live[:, None])
         by_chosen = gates * (dgates - tl.sum(gates * dgates, axis=1)[:, None])
     elif RENORMALIZE:
-        score = sigmoid_of(x_chosen, chosen) if SIGMOID else tl.exp(x_chosen - log_sum[:, None])
-        score = tl.where(chosen, score, 0.0)
+        score = tl.where(chosen, tl.exp(x_chosen - log_sum[:, None]), 0.0)
         total = (tl.sum(score, axis=1) + LITTLE)[:, None]
         by_chosen = (dgates - (tl.sum(score * dgates, axis=1)[:, None] / total)) / total
     spread = tl.zeros((BT, BE), dtype=tl.float32)
@@ -159,11 +166,13 @@ def route_backward(
 
     dprobs = tl.load(dprobs_ptr + sequence * E + columns, mask=columns < E, other=0.0)[None, :]
     if SIGMOID:
-        score = sigmoid_of(x, real)
-        total = (tl.sum(score, axis=1) + LITTLE)[:, None]
-        dscore = (dprobs - tl.sum(dprobs * score, axis=1)[:, None] / total) / total
-        slope = score * (1 - score)
-        dx = dscore * slope + (spread if AFTER else spread * slope)
+        probs, _ = softmax_of(log_sigmoid_of(x), real)
+        slope = sigmoid_of(-x, real)  # of a sigmoid's logarithm
+        dx = probs * (dprobs - tl.sum(probs * dprobs, axis=1)[:, None]) * slope
+        if AFTER:
+            dx += spread
+        else:
+            dx += spread * slope * (1.0 if RENORMALIZE else sigmoid_of(x, real))
     elif AFTER:
         dx = softmax * (dprobs - tl.sum(softmax * dprobs, axis=1)[:, None]) + spread
     else:

@@ -234,12 +234,15 @@ def sparse_layer(
                 biases = None if b_in_EGF is None else (list(b_in_EGF[e]), b_out_ED[e])
                 out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases, keep(t, k))
         rows.append(out_D)
+    counted = experts
+    if (moe.bias_update_rate is not None or moe.num_expert_groups > 1) and moe.aux_loss_counts == "scores":
+        counted = [choose(p_E, moe.top_k) for p_E in probs_TE]  # DeepSeek-V3, eq. 18: without bias and groups
     if moe.load_balancing == "seq_aux_loss":
-        aux = sequence_balancing_loss(probs_TE, experts, sequence or [0] * len(x_TD))
+        aux = sequence_balancing_loss(probs_TE, counted, sequence or [0] * len(x_TD))
     elif moe.load_balancing == "global_aux_loss":
         aux = sum(load * probs_TE[:, e].mean() for e, load in enumerate(weights["router.last_load"].tolist()))
     else:
-        aux = balancing_loss(probs_TE, experts)
+        aux = balancing_loss(probs_TE, counted)
     return Sparse(torch.stack(rows), aux, z_loss(logits_TE), probs_TE, experts, kept)
 
 

@@ -115,15 +115,14 @@ MEGATRON = {
         {"top_k": 2, "num_shared_experts": 2, "shared_expert_gate": True},
         {"moe_shared_expert_intermediate_size": 2 * FFN, "moe_shared_expert_gate": True},
     ),
-    # It adds up top_k / top_k_groups = 2 scores of a group, as we and DeepSeek-V3 always do. It balances a choice
-    # without groups, we the choice that was made: so no balancing loss here.
+    # It adds up top_k / top_k_groups = 2 scores of a group, as we and DeepSeek-V3 always do. Both balance the top_k of
+    # the scores without groups.
     "groups": (
-        {"top_k": 4, "score_function": "sigmoid", "aux_loss_coeff": 0.0, **GROUPS},
+        {"top_k": 4, "score_function": "sigmoid", **GROUPS},
         {
             "moe_router_score_function": "sigmoid",
             "moe_router_num_groups": 3,
             "moe_router_group_topk": 2,
-            "moe_aux_loss_coeff": 0.0,
         },
     ),
 }
@@ -328,3 +327,6 @@ def test_balancing_loss_is_that_of_transformers_but_for_its_factor_k(runtime: Ru
     logits_TE = router_logits(x_SBD.flatten(0, 1), layer.router.weight)
     theirs = load_balancing_loss_func((logits_TE,), EXPERTS, 3)
     assert logged(layer, "aux_loss") == pytest.approx(theirs.item() / 3, rel=1e-5)
+    # It pools layers, where we add them up: so a coefficient is multiplied by K / L.
+    pooled = load_balancing_loss_func((logits_TE,) * 5, EXPERTS, 3)
+    assert 5 * logged(layer, "aux_loss") * 3 / 5 == pytest.approx(pooled.item(), rel=1e-5)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.assign import expert_choice, sinkhorn_potentials
+from moe.assign import TIE, WIDEST_TIE, expert_choice, plan_ranks, sinkhorn_potentials, tie_ranks
 from tests.moe import reference
 from tests.moe.helpers import random
 
@@ -69,3 +69,30 @@ def test_padding_and_extreme_logits_leave_the_plan_finite() -> None:
     assert with_padding.isfinite().all()
     torch.testing.assert_close(with_padding, sinkhorn_potentials(logits_ME[~padding_M]))
     assert sinkhorn_potentials(torch.zeros(0, 3)).isfinite().all()
+
+
+def test_scores_equal_but_for_rounding_share_a_rank_wherever_they_lie() -> None:
+    """Pairs at 4,000 places: a grid would have an edge between some of them."""
+    base_N = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.01
+    nudged_N3 = base_N[:, None] * (1 + 2.0**-22 * torch.tensor([0.0, 1.0, -1.0]))
+    scores_NX = torch.cat([nudged_N3, (1.1 * base_N)[:, None], (0.9 * base_N)[:, None]], dim=1)
+    assert tie_ranks(scores_NX).tolist() == [[1, 1, 1, 0, 2]] * 4000
+    assert tie_ranks(torch.tensor([[0.5, -torch.inf, 0.0, -torch.inf, 0.0]])).tolist() == [[0, 2, 1, 2, 1]]
+
+
+def test_ranks_keep_groups_apart_and_divide_long_chains() -> None:
+    ranks = tie_ranks(torch.tensor([[0.5, 0.5, 0.7, 0.5, 0.9]]), torch.tensor([[1, 0, 0, 1, 1]]))
+    assert ranks.tolist() == [[3, 1, 0, 3, 2]]
+    chain = 1 - TIE / 2 * torch.arange(1000, dtype=torch.float64)
+    rank = tie_ranks(chain[None])[0]
+    assert rank.tolist() == ((1 - chain) / WIDEST_TIE).long().tolist() and 0 < rank[-1] < 10
+
+
+def test_experts_and_plans_choose_among_equals_by_position_whatever_the_rounding() -> None:
+    noise = 1 + 2.0**-22 * random(64, 3, seed=3).clamp(-1, 1)
+    scores_ME = torch.full((64, 3), 0.3) * noise
+    assert expert_choice(scores_ME, 5).tolist() == [[0, 1, 2]] * 5 + [[3, 3, 3]] * 59
+    logits_TE = scores_ME.log().double()
+    assert plan_ranks(logits_TE).unique().tolist() == [0]
+    masked = plan_ranks(logits_TE.masked_fill(torch.tensor([True, False, False]), -torch.inf))
+    assert masked.tolist() == [[1, 0, 0]] * 64

@@ -65,6 +65,15 @@ def test_loss_per_sequence_equals_the_reference_and_adds_up_over_ranks(batch: in
     assert sum(parts).item() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_loss_per_sequence_is_flaxformers_but_for_its_factor_k() -> None:
+    """flaxformer/architectures/moe/routing.py:_load_balancing_loss, with a sequence for its group."""
+    probs_TE = (random(24, 4).double() * 3).softmax(-1)
+    experts_TK = probs_TE.topk(2).indices
+    mask_SBE = torch.zeros_like(probs_TE).scatter(1, experts_TK, 1.0).view(8, 3, 4)
+    theirs = (mask_SBE.mean(0) * probs_TE.view(8, 3, 4).mean(0)).mean() * 4**2
+    assert 2 * balancing_loss(probs_TE, experts_TK, 3).item() == pytest.approx(theirs.item(), rel=1e-12)
+
+
 def test_z_loss_survives_large_logits() -> None:
     assert z_sum(torch.tensor([[200.0, 0.0]])).item() == pytest.approx(40000.0)
 
@@ -125,6 +134,17 @@ def test_kept_gates_equal_the_reference(tokens: int, top_k: int, experts: int, l
     experts_MK, gates_MK = scores.argsort(1)[:, :top_k], scores[:, :top_k].round()
     kept = within_capacity(experts_MK, experts, limit, gates_MK)
     assert kept.tolist() == reference.keep_largest(experts_MK.tolist(), gates_MK.tolist(), experts, limit)
+
+
+@pytest.mark.parametrize("by_gate", [False, True])
+def test_each_sequence_has_a_capacity_of_its_own(by_gate: bool) -> None:
+    """As every sequence by itself, with a limit of each."""
+    experts_MK = torch.tensor([reference.choose(p, 2) for p in random(12, 4)])
+    gates_MK, limits = random(12, 2, seed=2) if by_gate else None, torch.tensor([1, 2, 3])
+    kept_MK = within_capacity(experts_MK, 4, limits, gates_MK, sequences=3)
+    for b in range(3):
+        alone = within_capacity(experts_MK[b::3], 4, b + 1, None if gates_MK is None else gates_MK[b::3])
+        assert torch.equal(kept_MK[b::3], alone)
 
 
 def test_attached_loss_feeds_its_scale_into_the_loss_and_passes_the_rest() -> None:

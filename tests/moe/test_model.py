@@ -1,5 +1,7 @@
 """The whole decoder against the float64 reference, its causality, and what it costs."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,3 +174,20 @@ def test_flops_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> N
     norms = (2 * model.num_layers + 1) * model.hidden_size
     planned = model_cost(model, sequence).flops_per_token - 6 * norms
     assert counted == planned * batch * sequence
+
+
+def test_a_cost_counts_what_is_computed() -> None:
+    """Experts that choose take top_k * capacity_factor tokens on average; a full expert computes no more than fits."""
+
+    def active(**moe: Any) -> int:
+        return model_cost(tiny(MoeConfig(num_experts=4, **moe)), 16).active
+
+    one, two = (active(top_k=k, capacity_factor=None) for k in (1, 2))
+    assert active(top_k=2, capacity_factor=0.5) == active(top_k=1, capacity_factor=2.0) == one
+    assert active(top_k=2, capacity_factor=0.5, load_balancing="expert_choice") == one
+    assert active(top_k=1, capacity_factor=2.0, load_balancing="expert_choice") == two
+    # With router and tables the same, what an expert costs is 6 times its weights.
+    cost = {k: model_cost(tiny(MoeConfig(num_experts=4, top_k=k, capacity_factor=None)), 16) for k in (1, 2)}
+    low = model_cost(tiny(MoeConfig(num_experts=4, top_k=2, capacity_factor=0.75)), 16)
+    half_way = (cost[1].flops_per_token + cost[2].flops_per_token) / 2
+    assert low.flops_per_token == pytest.approx(half_way, rel=1e-9)

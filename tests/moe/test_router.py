@@ -216,3 +216,27 @@ def test_uniform_router_takes_the_first_experts(runtime: Runtime) -> None:
     router = router_of(tiny(MoeConfig(num_experts=64, top_k=3)), runtime)
     torch.nn.init.zeros_(router.weight)
     assert router(random(50, 8).to(runtime.device)).experts_TK.tolist() == [[0, 1, 2]] * 50
+
+
+def test_tiny_sigmoids_are_balanced_like_any_others(runtime: Runtime) -> None:
+    """Their sum is far below 1e-20; shares and gates must still add up to 1."""
+    moe = MoeConfig(num_experts=6, top_k=2, score_function="sigmoid", bias_update_rate=0.0)
+    router = Router(ModelConfig(hidden_size=8, moe=moe), sequence_parallel=False, groups=runtime.groups)
+    router.bias.data.zero_()
+    logits_TE = random(9, 6) - 80.0
+    routing = router.route(logits_TE, None, "train", 1)
+    assert routing.tallies.probs_BE.sum().item() == pytest.approx(9.0)
+    torch.testing.assert_close(routing.gates_TK.sum(1), torch.ones(9))
+
+
+def test_the_loss_counts_scores_or_assignments(runtime: Runtime) -> None:
+    """A bias that sends all tokens to the two worst experts: scores say the two best, assignments what was chosen."""
+    logits_TE = torch.tensor([[4.0, 3.0, 1.0, 0.0]]).repeat(5, 1)
+    padding_T = torch.tensor([False, False, False, False, True])
+    for counts, wanted in (("scores", [[0, 1]] * 4 + [[4, 4]]), ("assignments", None)):
+        moe = MoeConfig(num_experts=4, top_k=2, bias_update_rate=0.1, aux_loss_counts=counts)
+        router = Router(ModelConfig(hidden_size=8, moe=moe), sequence_parallel=False, groups=runtime.groups)
+        router.bias.data.copy_(torch.tensor([-9.0, -9.0, 9.0, 9.0]))
+        routing = router.route(logits_TE, padding_T, "train", 1)
+        assert routing.experts_TK[:4].sort(1).values.tolist() == [[2, 3]] * 4
+        assert (None if routing.counted_TK is None else routing.counted_TK.tolist()) == wanted

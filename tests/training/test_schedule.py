@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import SCHEDULES, OptimConfig
-from training.schedule import learning_rate
+from conf.schema import SCHEDULES, Config, OptimConfig, TrainConfig
+from training.schedule import learning_rate, schedule_jump
 
 OPTIM = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, decay_fraction=0.5)
 
@@ -64,3 +64,21 @@ def test_shape(schedule: str, steps: int, warmup: int, low: float, decay: float)
 def test_unknown_schedule_is_the_users_error() -> None:
     with pytest.raises(ValueError, match=r"optim\.schedule=cosin .* cosine, linear"):
         learning_rate(1, dataclasses.replace(OPTIM, schedule="cosin"), 10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_finished_schedule_that_is_extended_is_warned_of(schedule: str) -> None:
+    optim = dataclasses.replace(OPTIM, schedule=schedule)
+    last = learning_rate(12, optim, 12)
+    longer = Config(optim=optim, train=TrainConfig(steps=24))
+    told = schedule_jump(last, 12, longer)
+    if schedule == "constant":
+        assert told is None
+        return
+    assert told is not None and "from 0.2 at step 12 to " in told
+    assert f"{learning_rate(13, optim, 24):.3g} at step 13" in told and "optim.schedule=constant optim.lr=0.2" in told
+    # What it proposes goes on at the last rate; a run that goes on as it began is not warned of.
+    flat = OptimConfig(lr=0.2, schedule="constant", warmup_steps=0)
+    assert schedule_jump(last, 12, dataclasses.replace(longer, optim=flat)) is None
+    assert schedule_jump(learning_rate(12, optim, 24), 12, longer) is None
+    assert schedule_jump(None, 12, longer) is None and schedule_jump(0.9, 24, longer) is None
