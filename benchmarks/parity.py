@@ -8,6 +8,7 @@ vocabulary.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SECONDS = 300.0
 # What is decided over the whole micro-batch, or could depend on the order of its tokens, other than in Switch.
 DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
 DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
+ALIKE = {"document_mask": True, "begin_alike": True}
 
 VARIANTS = {
     "drops": Variant(),
@@ -40,6 +42,9 @@ VARIANTS = {
     "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
     "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
     "global": Variant(moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}),
+    "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
+    "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
+    "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
@@ -67,8 +72,18 @@ MATRIX = [
         "tp2 +sequence",
         2,
         SEQUENCE_PARALLEL,
-        ["switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global"],
-        "deepseek expert_choice sinkhorn",
+        [
+            "switch",
+            "dropless",
+            "deepseek",
+            "expert_choice",
+            "sinkhorn",
+            "global",
+            "ties",
+            "ties_choice",
+            "per_sequence",
+        ],
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence",
     ),
     Layouts("pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense"], "dropless"),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
@@ -77,7 +92,7 @@ MATRIX = [
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense"], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
     Layouts("cp2", 2, {"cp": 2}, ["drops", "switch_documents", "deepseek", "sinkhorn"], "drops sinkhorn"),
-    Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless"]),
+    Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless", "ties", "ties_choice", "per_sequence"]),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
@@ -134,9 +149,10 @@ def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant]
 
 def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -> Outcome:
     engine = build_engine(runtime, variant, overlap=overlap)
+    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
     told, loads, first = [], [], None
     for step in range(steps):
-        loss = engine.forward_backward(my_batches(runtime, step), step=step).item()
+        loss = engine.forward_backward(batches(step), step=step).item()
         if step == 0:
             first = gradients(engine)
         told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
@@ -149,7 +165,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
-        engine.evaluate([batch | {"padding": PADDING_BS} for batch in my_batches(runtime, 99)]),
+        engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
         # 11 tokens: a number that neither context nor tensor parallelism divides.
         engine.next_logits([*range(11)]).numpy(),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,

@@ -38,6 +38,8 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
     document_mask: bool = False
+    begin_alike: bool = False
+    """All documents begin with the same token, so that under document_mask the first tokens have equal gates."""
     dtype: torch.dtype = torch.float32
     seed: int = 1
     tools: Any = None
@@ -93,10 +95,13 @@ def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     }
 
 
-def my_batches(runtime: Runtime, step: int) -> list[Batch]:
+def my_batches(runtime: Runtime, step: int, *, begin_alike: bool = False) -> list[Batch]:
     """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
     mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
-    return [micro_batch(100 * step + i) for i in mine]
+    batches = [micro_batch(100 * step + i) for i in mine]
+    if begin_alike:
+        batches = [b | {"tokens": b["tokens"].masked_fill(b["positions"] == 0, 7)} for b in batches]
+    return batches
 
 
 def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dict[str, Tensor]:
