@@ -153,11 +153,11 @@ def test_logits_tell_experts_apart_whose_probabilities_underflow(runtime: Runtim
         assert router(x_TD).experts_TK.tolist() == [chosen]
 
 
-def test_sigmoids_that_all_underflow_are_zero_and_not_nan(runtime: Runtime) -> None:
+def test_sigmoids_that_all_underflow_are_shared_out_all_the_same(runtime: Runtime) -> None:
     router = router_of(tiny(MoeConfig(num_experts=4, top_k=2, score_function="sigmoid")), runtime)
     router.weight.data = torch.full((4, 8), -100.0, device=runtime.device)
     routing = router(torch.ones(1, 8, device=runtime.device))
-    assert routing.gates_TK.tolist() == [[0, 0]] and routing.tallies.probs_BE.tolist() == [[0, 0, 0, 0]]
+    assert routing.gates_TK.tolist() == [[0.5, 0.5]] and routing.tallies.probs_BE.tolist() == [[0.25] * 4]
 
 
 def test_a_bias_changes_the_choice_and_not_the_gates(runtime: Runtime) -> None:
