@@ -23,7 +23,7 @@ def run(ranks: RankPool, corpus: Path, run_dir: Path, world: int, **degrees: int
     few.write_text(" ".join(f"word{i % 7} {i}" for i in range(60)))
     config = tiny_config(corpus, run_dir, steps=2, micro_batch_size=4, global_batch_size=16, sequence_length=63)
     config.model.num_layers, config.model.moe.every, config.model.moe.eval_capacity_factor = 4, 1, 0.75
-    config.data.valid_files = [str(few)]
+    config.data.valid_files, config.data.valid_fraction = [str(few)], 0.02
     config.eval.every, config.checkpoint.every, config.eval.sample_tokens = 1, 1, 60
     config = with_layout(config, **degrees)
     assert ranks.run(world, train, config, timeout=120.0) == [0] * world
