@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from conf.schema import MoeConfig
 from parallel.simulate import RankPool
 from parallel.world import World
 from tests.training.helpers import tiny_config, train, with_layout, write_corpus
@@ -17,12 +18,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def run(ranks: RankPool, corpus: Path, run_dir: Path, world: int, **degrees: int) -> dict[str, Any]:
+def run(ranks: RankPool, corpus: Path, run_dir: Path, world: int, dense: bool, **degrees: int) -> dict[str, Any]:
     """The last evaluation of a run whose held-out text is three windows, fewer than a micro-batch."""
     few = corpus.parent / "few.txt"
     few.write_text(" ".join(f"word{i % 7} {i}" for i in range(60)))
     config = tiny_config(corpus, run_dir, steps=2, micro_batch_size=4, global_batch_size=16, sequence_length=63)
-    config.model.num_layers, config.model.moe.every, config.model.moe.eval_capacity_factor = 4, 1, 0.75
+    config.model.num_layers = 4
+    config.model.moe = MoeConfig(num_experts=0) if dense else MoeConfig(num_experts=4, eval_capacity_factor=0.75)
     config.data.valid_files, config.data.valid_fraction = [str(few)], 0.02
     config.eval.every, config.checkpoint.every, config.eval.sample_tokens = 1, 1, 60
     config = with_layout(config, **degrees)
@@ -31,12 +33,17 @@ def run(ranks: RankPool, corpus: Path, run_dir: Path, world: int, **degrees: int
     return [line for line in lines if "val_loss" in line][-1]
 
 
-@pytest.mark.parametrize(("world", "degrees"), [(2, {}), (4, {}), (2, {"pp": 2, "vpp": 2}), (2, {"tp": 2})])
+@pytest.mark.parametrize(
+    ("world", "degrees", "dense"),
+    [(2, {}, False), (4, {}, False), (2, {"pp": 2, "vpp": 2}, False), (2, {"tp": 2}, True)],
+    ids=str,
+)
 def test_few_windows_are_evaluated_alike(
-    world: int, degrees: dict[str, int], corpus: Path, ranks: RankPool, tmp_path: Path
+    world: int, degrees: dict[str, int], dense: bool, corpus: Path, ranks: RankPool, tmp_path: Path
 ) -> None:
     """And a sample longer than 63 tokens, which tp=2 does not divide, is written at the end."""
-    wanted, got = run(ranks, corpus, tmp_path / "one", 1), run(ranks, corpus, tmp_path / "run", world, **degrees)
+    wanted = run(ranks, corpus, tmp_path / "one", 1, dense)
+    got = run(ranks, corpus, tmp_path / "run", world, dense, **degrees)
     assert got["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-5)
     samples = [
         (tmp_path / name / "train.log").read_text().split("held-out loss")[-1].split("run directory")[0]
