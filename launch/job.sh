@@ -99,6 +99,15 @@ trap 'on_signal INT' INT
 # Slurm tells the tasks itself, and more may be at work than a stop: a job that is cancelled is not to be requeued.
 trap 'say "got TERM"' TERM
 
+for word in "$@"; do
+    case $word in
+        -m | --multirun)
+            say "error: a job trains one run, and $word asks for several: sbatch --array=... slurm/array.sh, a run per element"
+            exit 2
+            ;;
+    esac
+done
+
 # The overrides come before the number of ranks, and first of all the run directory is made: a wrong setting ends here.
 run_dir=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
 

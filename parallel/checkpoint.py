@@ -278,6 +278,8 @@ class Checkpointer:
         was restored whole or written since."""
         ours = [path for path in step_directories(self.root) if path.name <= newest.name]
         for directory in ours[self.keep :]:
+            if directory.is_symlink():  # what it points to is somebody else's
+                directory.unlink(missing_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
         for leftover in self.root.glob(".writing-*"):
             if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:

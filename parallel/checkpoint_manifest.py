@@ -88,6 +88,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         OtherVersion: written in a format that this version does not read.
     """
     try:
+        if not (directory / MANIFEST).is_file():  # reading a pipe would wait for a writer
+            raise FileNotFoundError("there is no such file")
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST}: {error}") from None

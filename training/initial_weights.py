@@ -49,7 +49,8 @@ def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
 
 
 def find_source(load: str) -> Source:
-    """The checkpoint that `checkpoint.load` means. Whether its files are intact is not looked at.
+    """The checkpoint that `checkpoint.load` means, with all its files in their full sizes. Whether their bytes are
+    intact is not looked at: that takes the ranks together.
 
     Raises:
         ValueError: there is none.
@@ -60,13 +61,23 @@ def find_source(load: str) -> Source:
     else:
         found = steps_kept(given.parent if given.name == "checkpoints" else given)[::-1]
     for directory in found:
-        try:
-            json.loads((directory / "manifest.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        return Source(directory.absolute().parent.parent, directory)
+        if _is_complete(directory):
+            return Source(directory.absolute().parent.parent, directory)
     what = f"no whole one among {', '.join(p.name for p in found)}" if found else "no checkpoint"
     raise ValueError(f"checkpoint.load={load}: found {what}; a run directory or one of its step_NNNNNNNN is needed")
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether every file of the manifest is there in its full size."""
+    path = directory / "manifest.json"
+    try:
+        if not path.is_file():
+            return False
+        manifest = json.loads(path.read_bytes())
+        files = manifest.get("files", {}) if isinstance(manifest, dict) else {}
+        return all((directory / name).stat().st_size == size for name, (size, *_) in files.items())
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        return False
 
 
 def check_model(config: Config, source: Source) -> None:

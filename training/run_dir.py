@@ -211,7 +211,8 @@ def _check_access(path: Path, steps: list[Path]) -> None:
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
     needed = {path / CONFIG: read, path / "train.log": write}
     needed |= dict.fromkeys((path / "metrics.jsonl", path / "expert_load.jsonl"), read | write)
-    needed |= {path / "checkpoints": read | write | enter} | dict.fromkeys(steps, read | enter)
+    needed |= {path / "checkpoints": read | write | enter}
+    needed |= {step: read | enter for step in steps if step.is_dir()}  # what is not one is damage, found later
     for name, mode in needed.items():
         if name.exists() and not os.access(name, mode):
             raise ValueError(f"run.dir={path}: permission denied: {name}")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -86,6 +87,21 @@ def test_pruning_counts_whole_checkpoints_of_this_run_alone(engine, saver):
     aside = [f"damaged-step_0000000{step}" for step in (3, 4, 5)]
     assert names(saver.root) == [*aside, "step_00000002", "step_00000003"]
     assert again.last_good.name == "step_00000003"
+
+
+def test_what_is_no_checkpoint_directory_is_damage_or_left_alone(engine, saver, tmp_path):
+    """A file, a pipe as manifest, and a link to a checkpoint elsewhere, of which only the link is pruned."""
+    (saver.root / "step_00000009").write_text("not a directory")
+    (saver.root / "step_00000008").mkdir()
+    os.mkfifo(saver.root / "step_00000008" / MANIFEST)
+    again = Checkpointer(saver.root, engine, keep=2)
+    assert again.resume(lambda _: None) == (saver.root / "step_00000002", state(2))
+    first, elsewhere = saver.root / "step_00000001", tmp_path / "elsewhere"
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    again.save(state(3))
+    assert names(saver.root) == [f"damaged-step_0000000{n}" for n in (8, 9)] + ["step_00000002", "step_00000003"]
+    assert (elsewhere / MANIFEST).is_file()
 
 
 def test_later_checkpoints_are_no_reason_to_delete_the_one_just_written(engine, saver):

@@ -65,3 +65,12 @@ def test_a_second_ctrl_c_does_not_wait(here: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert (here / "got").read_text().split()[-1] == "TERM" and not (here / "verdict").exists()
+
+
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_a_sweep_in_one_job_is_refused(here: Path, option: str) -> None:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    slurm = {"PATH": f"{here}:{kept['PATH']}", "SWITCHYARD_PYTHON": f"'{here}/python'", "SLURM_JOB_ID": "7"}
+    command = ["bash", "launch/train.sh", option, "optim.lr=1e-3,3e-3"]
+    done = subprocess.run(command, cwd=ROOT, env={**kept, **slurm}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "slurm/array.sh" in done.stderr and not (here / "started").exists()

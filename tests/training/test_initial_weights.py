@@ -82,6 +82,19 @@ def test_another_model_is_refused(config: Config, key: str, value: object, told:
     refused(config, "is of another model", told)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_source_without_all_its_bytes_is_refused(config: Config, source: Path, tmp_path: Path, damage: str) -> None:
+    copied = shutil.copytree(source, tmp_path / "copy")
+    [step] = (copied / "checkpoints").glob("step_*")
+    shard = next(step.glob("*.safetensors"))
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    config.checkpoint.load = str(copied)
+    refused(config, f"found no whole one among {step.name}")
+
+
 def test_what_means_the_same_is_taken(config: Config, ranks: RankPool, source: Path) -> None:
     """Spelt out instead of null; computed and trained otherwise; under another layout."""
     config.model.num_query_groups, config.model.recompute = 4, ["moe"]

@@ -162,6 +162,7 @@ def test_what_cannot_be_read_is_named_before_anything_changes(
         (tmp_path / file).write_text('{"step": 5}\n')
     config = Config(run=RunConfig(dir=str(tmp_path)))
     run_dirs._write_whole(tmp_path / "config.yaml", b"model: {}\n")
+    (tmp_path / "checkpoints" / "step_00000004").write_text("not a directory, and found to be damage later")
     assert open_run_dir(config).continued
     access, listdir, closed = os.access, os.listdir, tmp_path / name
 
