@@ -44,33 +44,32 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     keys = setting_types(schema)
     exit_codes: list[int] = []
 
-    def fail(error: Exception, code: int = BAD_CONFIGURATION) -> None:
-        exit_codes.append(code)
+    def fail(error: Exception) -> None:
+        # First: Hydra's error about a preset that does not exist is an OSError too.
+        exit_codes.append(BAD_CONFIGURATION if isinstance(error, CONFIGURATION_ERRORS) else FAILED)
         if not isinstance(error, BrokenPipeError):  # the reader of standard output has seen enough
             with contextlib.suppress(OSError):  # nobody reads standard error either
                 print(f"switchyard: error: {visible(explain(error, keys))}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard_output(sys.stdout)
 
     @functools.wraps(run)  # Hydra takes the command's name, shown by --help, from the wrapped function's module
     def task(config: DictConfig) -> None:
         # Caught here and not outside of Hydra, so that the other runs of --multirun go on.
         try:
             exit_codes.append(run(OmegaConf.to_object(config)))
-        except CONFIGURATION_ERRORS as error:
+        except (*CONFIGURATION_ERRORS, OSError) as error:
             fail(error)
-        except OSError as error:
-            fail(error, FAILED)
-            try:
-                sys.stdout.flush()
-            except OSError:
-                discard_output(sys.stdout)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing its own message and exiting with 1
     try:
         process.prepare()
-        if help_text.answered(sys.argv[1:], schema, config_name, run):
-            sys.exit(0)
-        sys.argv[1:] = checked_arguments(sys.argv[1:], keys)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
-    except CONFIGURATION_ERRORS as error:
+        if not help_text.answered(sys.argv[1:], schema, config_name, run):
+            sys.argv[1:] = checked_arguments(sys.argv[1:], keys)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+        sys.stdout.flush()  # what is left for the interpreter's exit fails there
+    except (*CONFIGURATION_ERRORS, OSError) as error:
         fail(error)
     sys.exit(next((code for code in exit_codes if code != 0), 0))

@@ -46,3 +46,12 @@ def test_a_command_whose_output_is_lost_fails_in_one_line(output: str, code: int
     )
     assert done.returncode == code
     assert done.stderr == (f"switchyard: error: {said}\n" if said else "")
+
+
+@pytest.mark.parametrize("options", ["--help", "--version", "--cfg job"])
+def test_an_answer_that_cannot_be_printed_is_no_traceback(options: str) -> None:
+    command = f"{sys.executable} -m launch.evaluate checkpoint=x {options}"
+    done = shell(f"{command} > /dev/full")
+    assert (done.returncode, done.stderr) == (1, "switchyard: error: No space left on device\n")
+    done = shell(f"set -o pipefail; {command} | exec 0<&-")
+    assert (done.returncode, done.stderr) == (1, "")
