@@ -41,6 +41,8 @@ def check_folders(options: argparse.Namespace, overrides: Iterable[Override], gr
         if override.key_or_group == "hydra.searchpath":
             value = override.value()
             folders += value if isinstance(value, list) else [value]
+        elif override.key_or_group in groups and "/" in override.input_line.partition("=")[2]:
+            raise ValueError(f"{override.input_line}: a preset is a name, without a path: FOLDER/GROUP/NAME.yaml")
     for folder in folders:
         _check_folder(Path(str(folder).removeprefix("file://")), str(folder), groups)
 
@@ -52,10 +54,10 @@ def _check_folder(path: Path, name: str, groups: set[str]) -> None:
         raise ValueError(f"{path / 'hydra'} would configure Hydra itself, which can run programs; remove it")
     for group in sorted(groups):
         for file in sorted((path / group).glob("*.y*ml")):
-            _check_file(file)
+            _check_file(file, groups)
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, groups: set[str]) -> None:
     try:
         text = file.read_text()
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -67,17 +69,21 @@ def _check_file(file: Path) -> None:
         if key in ("_target_", "hydra") or key.startswith(("hydra/", "/hydra", "override hydra", "override /hydra")):
             raise ValueError(f"{file}: {key} is not taken from a preset: it can run programs")
         if key == "defaults":
-            _check_defaults(file, value)
+            _check_defaults(file, value, groups)
         if isinstance(value, str):
             _check_interpolations(file, key, value)
 
 
-def _check_defaults(file: Path, defaults: Any) -> None:
-    """The presets that a preset builds on are of our groups too."""
+def _check_defaults(file: Path, defaults: Any, groups: set[str]) -> None:
+    """The presets that a preset builds on are of our groups too, so they are looked at as well: a name is of the same
+    group, /GROUP: NAME of another one. A path could lead anywhere."""
     for entry in defaults if isinstance(defaults, list) else [defaults]:
-        for word in [*entry, *entry.values()] if isinstance(entry, dict) else [entry]:
-            if isinstance(word, str) and re.search(r"hydra|[@$]", word):
-                raise ValueError(f"{file}: defaults: {word} is not taken from a preset; name presets alone")
+        for group, names in entry.items() if isinstance(entry, dict) else [(None, entry)]:
+            path = str(group).removeprefix("override ").removeprefix("optional ")
+            wrong = [group] if group is not None and (path[:1] != "/" or path[1:] not in groups) else []
+            wrong += [name for name in (names if isinstance(names, list) else [names]) if set("/@$") & set(str(name))]
+            if wrong:
+                raise ValueError(f"{file}: defaults: {wrong[0]} is not taken from a preset; name presets alone")
 
 
 def _check_interpolations(file: Path, key: str, text: str) -> None:

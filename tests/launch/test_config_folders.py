@@ -25,6 +25,10 @@ def check(*arguments: str) -> None:
         ("data/x.yml", "blend:\n- {weight: 1, _target_: os.system}\n", "_target_"),
         ("model/x.yaml", "defaults:\n- override /hydra/launcher: joblib\n", "override /hydra/launcher"),
         ("model/x.yaml", "defaults:\n- /data@hydra.callbacks: y\n", "/data@hydra.callbacks"),
+        ("model/x.yaml", "defaults:\n- ../elsewhere/y\n", "../elsewhere/y"),
+        ("model/x.yaml", "defaults:\n- /elsewhere/y\n", "/elsewhere/y"),
+        ("model/x.yaml", "defaults:\n- inner: y\n", "inner"),
+        ("model/x.yaml", "defaults:\n- /data: [y, inner/y]\n", "inner/y"),
         ("model/x.yaml", "hydra:\n  callbacks: {}\n", "hydra is not taken"),
         ("model/x.yaml", "name: ${oc.env:WANDB_API_KEY}\n", "${oc.env:WANDB_API_KEY}"),
         ("model/x.yaml", "name: ${oc.decode:${oc.env:TOKEN,1}}\n", "${oc.decode:"),
@@ -46,7 +50,7 @@ def test_what_runs_programs_or_reads_secrets_is_refused(tmp_path: Path, file: st
 def test_presets_are_taken(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/x.yaml").write_text(
-        "defaults:\n- tiny_switch\n- _self_\nname: ${oc.env:USER}-${now:%H}-${.top}\n"
+        "defaults:\n- tiny_switch\n- override /data: stdlib\n- _self_\nname: ${oc.env:USER}-${now:%H}-${.top}\n"
     )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/x.yaml").write_text("_target_: os.system\n")  # no group of ours: never read
@@ -59,3 +63,9 @@ def test_presets_are_taken(tmp_path: Path) -> None:
 def test_other_ways_in_are_closed(argument: str) -> None:
     with pytest.raises(ValueError, match=r"is not taken here|is not a folder of presets"):
         check(argument)
+
+
+@pytest.mark.parametrize("preset", ["inner/x", "../elsewhere/x", "tiny_switch,inner/x", "/elsewhere/x"])
+def test_a_preset_is_no_path(preset: str) -> None:
+    with pytest.raises(ValueError, match="without a path"):
+        check(f"model={preset}")
