@@ -6,6 +6,7 @@ head, T packed tokens.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -194,18 +195,17 @@ def _backward(
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     groups, keys, values = k.shape[1], _all_heads(k, q), _all_heads(v, q)
-    grad, lse = grad.contiguous(), lse.contiguous()
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     if q.dtype == torch.float32:
-        lse = F.pad(lse, (0, -lse.shape[2] % 32))
+        lse = F.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)  # as the forward kernel pads it
         seed, offset = seed[:1].long(), seed[1:].long()
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, keys, values, None, out.contiguous(), lse, seed, offset, 0.0, [True, True, True, False], causal
+            grad, q, keys, values, None, out, lse, seed, offset, 0.0, [True, True, True, False], causal
         )
     else:
         lengths = None, None, q.shape[2], keys.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, keys, values, out.contiguous(), lse, *lengths, 0.0, causal, seed, seed
+            grad, q, keys, values, out, lse.contiguous(), *lengths, 0.0, causal, seed, seed
         )
     return dq, *(d.unflatten(1, (groups, -1)).sum(2) for d in (dk, dv))
 
