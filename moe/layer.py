@@ -157,7 +157,7 @@ class MoELayer(nn.Module):
         else:
             tokens = (~padding_M).unflatten(0, (len(padding_M) // alone, alone)).sum(0).tolist()
         limits = [capacity(n, moe.top_k, moe.num_experts, factor) for n in tokens]
-        limit = limits[0] if alone == 1 else torch.tensor(limits, device=experts_MK.device)
+        limit = limits[0] if alone == 1 else torch.tensor(limits).to(experts_MK.device, non_blocking=True)
         return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK, alone)
 
     def _balancing_loss(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None) -> Tensor:
