@@ -36,10 +36,14 @@ def attempt(what: str, measure: Callable[[], Mapping[str, Any]]) -> bool:
     try:
         emit(what, **measure())
     except Exception as error:
-        message = str(error).strip().splitlines()
-        emit(what, error=f"{type(error).__name__}: {message[0][:300] if message else ''}")
+        emit(what, error=in_a_line(error))
         return False
     return True
+
+
+def in_a_line(error: Exception) -> str:
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0][:300] if message else ''}"
 
 
 def synchronize() -> None:

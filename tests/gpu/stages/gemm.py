@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import kernels
 from tests.gpu.stages.cases import SHAPES
-from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, bf16, seconds
+from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, bf16, in_a_line, seconds
 
 ROWS = 64 if REHEARSE else 16384
 """Of all experts of a rank."""
@@ -25,7 +25,7 @@ def timed(contest: kernels.Contest, flops: float) -> dict[str, object]:
             step()
             able[name] = step
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            failed[name] = in_a_line(error)
     took = seconds(able, repetitions=10)
     dense = next(iter(took.values()))
     return {

@@ -71,15 +71,15 @@ def continued(folder: Path) -> dict[str, Any]:
     return {"repeats": losses(once) == losses(again), "continues": losses(once) == losses(stopped), "steps": len(once)}
 
 
-def asynchronous(folder: Path) -> dict[str, Any]:
-    """Seconds that training waits for a checkpoint."""
-    found = {}
-    for name, value in (("at once", "false"), ("asynchronous", "true")):
-        directory = f"async-{value}"
-        run(folder, directory, f"checkpoint.asynchronous={value}", f"checkpoint.every={STEPS // 3}")
-        log = (folder / directory / "train.log").read_text()
-        found[name] = [line[-120:] for line in log.splitlines() if "checkpoint" in line and "waited" in line]
-    return found
+def checkpoints() -> dict[str, float]:
+    """Seconds that training stands still for a checkpoint, written at once and in the background."""
+    from benchmarks.checkpoint import measure
+    from benchmarks.contest import quietly
+
+    hidden, layers, repetitions = (16, 1, 1) if REHEARSE else (512, 4, 5)
+    with quietly():
+        mib, at_once, in_background, whole = measure(hidden, layers, repetitions)
+    return {"mib": mib, "at_once": at_once, "in_background": in_background, "whole_after": whole}
 
 
 def fp8(folder: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def main() -> None:
         write_text(folder)
         attempt("60 steps", lambda: plain(folder))
         attempt("stop and continue, twice the same", lambda: continued(folder))
-        attempt("checkpoint", lambda: asynchronous(folder))
+        attempt("checkpoint", checkpoints)
         attempt("FP8 beside bf16", lambda: fp8(folder))
 
 

@@ -17,7 +17,8 @@ def compile_one(name: str) -> tuple[str, float, str]:
     command = [sys.executable, "-m", "tests.gpu.stages.warmup", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        failed = done.stderr.strip().splitlines()[-1][:300] if done.returncode else ""
+        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        failed = said[-1][:300] if done.returncode else ""
     except subprocess.TimeoutExpired:
         failed = f"not compiled within {SECONDS:.0f} s"
     return name, time.monotonic() - begin, failed
