@@ -3,7 +3,7 @@ heavy."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from conf.printable import one_line
 from training.compatibility import flatten
 from training.plan import Cost, model_cost
 from training.run_dir import load_config, read_settings
+from training.run_files import METRICS, json_lines
 
 # Where a run is kept and on how many steps it was told to stop say nothing of what it is.
 _NOT_COMPARED = ("run.", "train.stop_after", "slurm.", "runtime.", "cluster.")
@@ -49,14 +50,14 @@ def summarise(path: Path) -> Summary:
     settings = flatten(read_settings(path))
     steps: list[dict[str, Any]] = []
     evaluation: dict[str, Any] = {}
-    for row in _rows(path / "metrics.jsonl"):
+    for row in json_lines(path / METRICS):
         if "loss" in row:
             steps.append(row)
         elif "val_loss" in row:
             evaluation = row
     last = steps[-1] if steps else {}
     cost = _cost(path)
-    rates = [row["tokens_per_second"] for row in steps if row["tokens_per_second"]]
+    rates = [rate for row in steps if (rate := row.get("tokens_per_second"))]
     return Summary(
         path,
         settings,
@@ -80,20 +81,6 @@ def _cost(path: Path) -> Cost | None:
     except ValueError:
         return None
     return model_cost(config.model, config.train.sequence_length)
-
-
-def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:  # a run that has not taken a step
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # being written, or torn by a kill
-            continue
-        if isinstance(row, dict):
-            yield row
 
 
 def differing(runs: Sequence[Summary]) -> list[str]:

@@ -13,6 +13,7 @@ from corpus.cache import Cache, ReadOnlyCache
 from moe.experts import available_backends, choose_backend, native_left_out
 from moe.measure import Shapes, TooSlow, measure
 from parallel.runtime import Runtime
+from training.run_files import json_lines, write_whole
 
 FILE = "expert_backend.json"
 WORTH = 0.95
@@ -59,7 +60,7 @@ def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch
 def remember(config: Config, run_dir: Path, backend: str | None) -> None:
     """For the run's next life. None: this one had no use for a backend."""
     if backend and config.model.moe.backend == "auto":
-        (run_dir / FILE).write_text(json.dumps({"backend": backend}))
+        write_whole(run_dir / FILE, json.dumps({"backend": backend}).encode())
 
 
 def shapes_of(config: Config, run: Runtime, dtype: torch.dtype) -> Shapes:
@@ -84,12 +85,9 @@ def _decide(
         return ruled, why
     if config.train.deterministic:
         return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says"
-    try:
-        backend = json.loads((run_dir / FILE).read_text())["backend"]
-        if backend in names:
+    for kept in json_lines(run_dir / FILE):
+        if (backend := kept.get("backend")) in names:
             return backend, "as before in this run"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # torn, or another version's
-        pass
     shapes, fresh = shapes_of(config, run, dtype), False
 
     def build(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """`checkpoint.load`: the weights that a run starts from, looked at before anything is prepared or written."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from training.compatibility import model_differences, restored, told
 from training.run_dir import TOKENIZER, RunDir, expected_path, read_settings, steps_kept
+from training.run_files import json_object
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def _is_complete(directory: Path) -> bool:
     """Whether every file of the manifest is there in its full size."""
     path = directory / "manifest.json"
     try:
-        if not path.is_file():
+        manifest = json_object(path.read_bytes()) if path.is_file() else None  # reading a pipe would wait for a writer
+        if manifest is None:
             return False
-        manifest = json.loads(path.read_bytes())
-        files = manifest.get("files", {}) if isinstance(manifest, dict) else {}
-        return all((directory / name).stat().st_size == size for name, (size, *_) in files.items())
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        files = manifest.get("files", {}).items()
+        return all((directory / name).stat().st_size == size for name, (size, *_) in files)
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.override_text import setting
+from training.run_files import METRICS, json_lines, write_whole
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 """Exit codes: the run has reached its last step (or stop_after); it cannot go on; the settings are wrong; it stopped
@@ -46,9 +47,7 @@ class Ownership:
         """Takes the directory over."""
         self._path = run_dir / _OWNER
         self._token = f"{life_name()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
-        aside = run_dir / f".{_OWNER}-{uuid.uuid4().hex[:8]}"
-        aside.write_text(self._token)
-        aside.rename(self._path)
+        write_whole(self._path, self._token.encode())
         (run_dir / _STOP).unlink(missing_ok=True)
 
     def holds(self) -> bool:
@@ -62,9 +61,8 @@ class Ownership:
 def write_stop(run_dir: Path, *, code: int, reason: str) -> None:
     """Says how this life ended. Rank 0 calls this once every rank has come as far; a rank that cannot even begin, and
     that the others will wait for in vain, calls it by itself."""
-    aside = run_dir / f".{_STOP}-{uuid.uuid4().hex[:8]}"
-    aside.write_text(json.dumps({"life": life_name(), "code": code, "reason": reason}) + "\n")
-    aside.rename(run_dir / _STOP)
+    ended = {"life": life_name(), "code": code, "reason": reason}
+    write_whole(run_dir / _STOP, (json.dumps(ended) + "\n").encode())
 
 
 def forget_stop(run_dir: Path) -> None:
@@ -159,31 +157,20 @@ def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Life,
 
 def _read_stop(run_dir: Path) -> dict[str, Any]:
     """stop.json; empty where it is absent, torn, or says it in a way that this version does not know."""
-    try:
-        text = (run_dir / _STOP).read_bytes()
-    except OSError:
-        return {}
-    return _fields(text, {"life": str, "code": int, "reason": str}) or {}
+    kinds = {"life": str, "code": int, "reason": str}
+    return next((_fields(entry, kinds) for entry in json_lines(run_dir / _STOP)), None) or {}
 
 
 def read_lives(run_dir: Path) -> list[Life]:
     """The lives that have ended, oldest first. Lines that are torn or of another form are passed over, and so is what
     a later version adds to a line."""
     kinds = {"life": str, "end": str, "step": int, "checkpoint": int, "reason": str}
-    try:
-        lines = (run_dir / _LIVES).read_bytes().splitlines()
-    except OSError:
-        return []
-    return [Life(**found) for found in (_fields(line, kinds) for line in lines) if found]
+    return [Life(**found) for entry in json_lines(run_dir / _LIVES) if (found := _fields(entry, kinds))]
 
 
-def _fields(text: bytes, kinds: dict[str, type]) -> dict[str, Any] | None:
-    """These fields of a JSON object; None where it is none, or lacks one."""
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
+def _fields(entry: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any] | None:
+    """These fields of an entry; None where it lacks one."""
+    if any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
         return None
     return {name: entry[name] for name in kinds}
 
@@ -205,15 +192,5 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 def last_step(run_dir: Path) -> int:
     """The last step in metrics.jsonl, 0 for none."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as rows:
-            rows.seek(max(0, os.fstat(rows.fileno()).st_size - _TAIL_BYTES))
-            lines = rows.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
-            continue
-    return 0
+    steps = (row.get("step") for row in reversed(json_lines(run_dir / METRICS, _TAIL_BYTES)))
+    return next((step for step in steps if type(step) is int), 0)

@@ -1,8 +1,6 @@
 """The training loop: from a configuration to a finished, stopped or failed run."""
 
-import contextlib
 import dataclasses
-import json
 import resource
 import time
 from typing import Any
@@ -31,6 +29,7 @@ from training.lives import DONE, STOPPED
 from training.metrics import RunLog, mfu, peak_flops
 from training.profile import Profiler
 from training.run_dir import RunDir
+from training.run_files import METRICS, json_lines
 from training.schedule import learning_rate, schedule_jump
 from training.session import Session
 from training.signals import FAIL, GO_ON, LEAVE, StopRequest
@@ -113,16 +112,8 @@ class Trainer:
 
     def _last_rate(self) -> float | None:
         """The learning rate of the restored step, where it was logged."""
-        try:
-            lines = (self.run_dir.path / "metrics.jsonl").read_bytes().splitlines()
-        except FileNotFoundError:
-            return None
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or of an evaluation
-                row = json.loads(line)
-                if row["step"] == self.progress.step:
-                    return float(row["lr"])
-        return None
+        rows = [row for row in json_lines(self.run_dir.path / METRICS) if row.get("step") == self.progress.step]
+        return next((row["lr"] for row in reversed(rows) if isinstance(row.get("lr"), float)), None)
 
     def signs_of_life(self) -> tuple[int, tuple[int, int]]:
         """(step under way, counters that grow while this rank gets on)."""

@@ -22,11 +22,10 @@ from training.expert_load import (
     load_series,
     recorded_every,
 )
+from training.run_files import EXPERT_LOAD, METRICS, json_lines, json_object
 
 Row = Mapping[str, Any]
 _LOG = logging.getLogger(__name__)
-
-METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 STEP_KEYS = (
     "step",
@@ -130,11 +129,12 @@ class RunLog:
         one takes the place of the one before."""
         assert row.keys() == set(EVALUATION_KEYS), sorted(row)
         kept = {key: row[key] for key in EVALUATION_KEYS}
-        if not self._logged and (before := self._evaluations(row["step"])):
-            if before == [json_line(kept)]:
+        earlier = [] if self._logged else json_lines(self._path)
+        if before := [one for one in earlier if one.get("step") == row["step"] and "val_loss" in one]:
+            if before == [json_object(json_line(kept))]:
                 return
             self._rows.close()
-            rewrite_rows(self._path, lambda line: line.decode() not in before)
+            rewrite_rows(self._path, lambda line: json_object(line) not in before)
             self._rows = self._path.open("a", encoding="utf-8")
         values = {f"eval/{key.removeprefix('val_')}": row[key] for key in EVALUATION_KEYS[1:] if row[key] is not None}
         with self._board_errors():
@@ -152,14 +152,6 @@ class RunLog:
         for file in (self._rows, self._loads):
             with contextlib.suppress(OSError):  # of a row that could not be written before
                 file.close()
-
-    def _evaluations(self, step: int) -> list[str]:
-        """The lines of a step's evaluations, kept by an earlier process."""
-        if not self._path.is_file():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = ((line, json.loads(line)) for line in lines)
-        return [line for line, row in rows if row["step"] == step and "val_loss" in row]
 
     def _write(self, file: TextIO, *rows: dict[str, Any]) -> None:
         try:
@@ -229,11 +221,11 @@ def trim_rows(path: Path, last_step: int) -> None:
 
     def keep(line: bytes) -> bool:
         nonlocal torn
-        try:
-            return json.loads(line)["step"] <= last_step
-        except (ValueError, KeyError, TypeError, RecursionError):
+        row = json_object(line)
+        if row is None or type(row.get("step")) is not int:
             torn += 1
             return False
+        return row["step"] <= last_step
 
     rewrite_rows(path, keep)
     if torn:

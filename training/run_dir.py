@@ -8,7 +8,6 @@ import itertools
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from conf.schema import Config
 from corpus.prepare import Prepared
 from training.compatibility import differences, model_differences, restored, told
 from training.lives import Ownership
+from training.run_files import EXPERT_LOAD, METRICS, write_whole
 from training.sweep import name_in_sweep
 
 CONFIG = "config.yaml"
@@ -78,7 +78,7 @@ class RunDir:
         with self._explained(), _locked(self.path / ".lock"):
             if owner.holds():
                 self._keep(config, prepared.tokenizer)
-                _write_whole(self.path / DATA, (prepared.to_json() + "\n").encode())
+                write_whole(self.path / DATA, (prepared.to_json() + "\n").encode())
 
     def changed_data(self, prepared: Prepared) -> str | None:
         """What differs between the data and those that the run has been trained on: files at the same place may have
@@ -106,8 +106,8 @@ class RunDir:
 
     def _keep(self, config: Config, tokenizer: str | None) -> None:
         if tokenizer:
-            _write_whole(self.path / TOKENIZER, Path(tokenizer).read_bytes())
-        _write_whole(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
+            write_whole(self.path / TOKENIZER, Path(tokenizer).read_bytes())
+        write_whole(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
     def _check_tokenizer(self, tokenizer: str | None) -> None:
         kept = self.path / TOKENIZER
@@ -210,22 +210,12 @@ def _check_access(path: Path, steps: list[Path]) -> None:
     """Raises ValueError where something that a start reads or changes cannot be: before anything is changed."""
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
     needed = {path / CONFIG: read, path / "train.log": write}
-    needed |= dict.fromkeys((path / "metrics.jsonl", path / "expert_load.jsonl"), read | write)
+    needed |= dict.fromkeys((path / METRICS, path / EXPERT_LOAD), read | write)
     needed |= {path / "checkpoints": read | write | enter}
     needed |= {step: read | enter for step in steps if step.is_dir()}  # what is not one is damage, found later
     for name, mode in needed.items():
         if name.exists() and not os.access(name, mode):
             raise ValueError(f"run.dir={path}: permission denied: {name}")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Written aside and renamed: a reader never sees half of it, nor a mixture of two writers."""
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(content)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 _LOCK_PATIENCE = 30.0
