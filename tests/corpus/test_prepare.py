@@ -204,7 +204,7 @@ def test_a_damaged_cache_is_made_again(text_data):
 def test_a_warm_cache_is_read_without_write_access(text_data, monkeypatch):
     prepared = run(text_data)
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr("corpus.cache._locked", lambda path: pytest.fail("a lock is written to"))
+    monkeypatch.setattr("corpus.cache.Cache._locked", lambda self, path: pytest.fail("a lock is written to"))
     monkeypatch.setattr("corpus.integrity.write_sealed", lambda path, content: pytest.fail("it is written to"))
     assert run(text_data) == prepared
     (Path(text_data.cache_dir) / "facts.json").unlink()

@@ -93,7 +93,7 @@ def test_epochs_in_a_cache_that_cannot_be_written_to(single, tmp_path, monkeypat
     expected = [writer.sample(i)["labels"] for i in range(5)]
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr("corpus.cache._locked", lambda path: pytest.fail("a lock is written to"))
+    monkeypatch.setattr("corpus.cache.Cache._locked", lambda self, path: pytest.fail("a lock is written to"))
     for folder in ("cache", "empty"):  # warm, and by an index in memory
         reader = new_stream(single, tmp_path / folder)
         assert all(torch.equal(reader.sample(i)["labels"], expected[i]) for i in range(5))
