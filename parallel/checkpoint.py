@@ -282,8 +282,9 @@ class Checkpointer:
                 directory.unlink(missing_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
         for leftover in self.root.glob(".writing-*"):
-            if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Restores weights, moments and, in a world of the same size, the generators. Returns the saved state.

@@ -53,5 +53,5 @@ def schedule_jump(last: float | None, step: int, config: Config) -> str | None:
     return (
         f"the learning rate jumps from {last:.3g} at step {step} to {following:.3g} at step {step + 1}: "
         f"optim.schedule={optim.schedule} over train.steps={steps} is not the schedule of the earlier steps. To go on "
-        f"at the last rate: optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0"
+        f"at the last rate: optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0 optim.min_lr=null"
     )
