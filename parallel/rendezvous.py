@@ -32,7 +32,7 @@ class LimitedStore:
 
     def __init__(self, connect: Callable[[], dist.Store]) -> None:
         """connect: is called in that thread."""
-        self._tasks: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], list[Any], threading.Event]]
+        self._tasks: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], list[Any], threading.Event] | None]
         self._tasks, self._pending = queue.SimpleQueue(), None
         self._connect = connect
         threading.Thread(target=self._serve, name="store", daemon=True).start()
@@ -57,10 +57,14 @@ class LimitedStore:
             raise value
         return value
 
+    def close(self) -> None:
+        """Ends the thread, and with it the connection, once all questions are answered."""
+        self._tasks.put(None)
+
     def _serve(self) -> None:
         store = None
-        while True:
-            question, answer, done = self._tasks.get()
+        while task := self._tasks.get():
+            question, answer, done = task
             try:
                 store = store or self._connect()
                 answer += ["value", question(store)]
@@ -135,6 +139,7 @@ def join(world: World, timeout: float) -> dist.Store:
             f"{where}, where the ranks meet, takes connections and does not answer within {timeout:g} s "
             f"(runtime.timeout): {keeper(world)} is frozen, or another process has the port; MASTER_PORT sets another"
         ) from None
+    store.close()
     return shared(tcp)
 
 

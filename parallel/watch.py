@@ -226,6 +226,7 @@ class Watch:
             if told:
                 error.add_note(told)
         self._thread.join()
+        self._store.close()
         faulthandler.cancel_dump_traceback_later()
         if error is None:
             dist.barrier()  # nobody may take the store down while others still look into it

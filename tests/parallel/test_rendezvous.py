@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -139,3 +140,19 @@ def test_a_rank_that_is_frozen_while_groups_are_built(how: str, told: str, tmp_p
     with RankPool(2) as pool, pytest.raises(RankFailed, match=told):
         pool.run(2, freeze, how, mark, timeout=90)
     assert time.time() - mark.stat().st_mtime < 30  # 5 s where the machine is idle
+
+
+def test_a_rank_that_has_met_the_others_keeps_no_thread() -> None:
+    from parallel import rendezvous
+
+    def asking() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "store"]
+
+    before = asking()
+    store = rendezvous.join(World(0, 1, 0, 1, "127.0.0.1", free_port()), 30)
+    for thread in asking():
+        if thread not in before:
+            thread.join(30)
+    assert asking() == before
+    store.set("key", "value")
+    assert store.get("key") == b"value"
