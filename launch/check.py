@@ -41,7 +41,9 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     """
     run = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     job = allocation()
-    ranks = config.ranks or (job.tasks if job else max(simulated_ranks(), fewest_ranks(run)))
+    ranks = config.ranks
+    if ranks is None:
+        ranks = job.tasks if job else max(simulated_ranks(), fewest_ranks(run))
     run, ignored = without_idle(run, ranks)
     rules.check(run, ranks)
     layout = Layout.of(run.parallel, ranks)

@@ -162,7 +162,8 @@ def tell_batch_script(config: Config, code: int, reason: str) -> None:
     """Of what ends a rank of a Slurm job before it can train."""
     path = expected_path(config)
     if "SLURM_STEP_ID" in os.environ and path.is_dir():
-        write_stop(path, code=code, reason=reason)
+        with contextlib.suppress(OSError):  # a full disk must not take the place of the message
+            write_stop(path, code=code, reason=reason)
 
 
 def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDir:

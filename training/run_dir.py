@@ -45,7 +45,7 @@ class RunDir:
 
     def command(self, steps: int) -> str:
         """The command that takes this run on to another number of steps."""
-        replaced = ("run.dir", "train.steps", "train.stop_after")
+        replaced = ("run.dir", "train.steps", "train.stop_after", "checkpoint.resume")  # false would refuse run.dir
         kept = [o for o in self.overrides if o.split("=")[0].lstrip("+") not in replaced]
         words = [*kept, override("run.dir", str(self.path)), override("train.steps", steps)]
         ranks = {"NPROC": os.environ["NPROC"]} if "NPROC" in os.environ else {}

@@ -92,6 +92,7 @@ def test_fewest_ranks_hold_both_grids() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["ranks=0"], "world_size >= 1, but it is 0"),
         (["parallel.tp=2", "ranks=3"], "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 3 % 2 = 1"),
         (["data.files=[nowhere.txt]"], "nowhere.txt does not exist"),
         (["rank=3"], "the nearest is ranks"),

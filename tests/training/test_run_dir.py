@@ -53,7 +53,14 @@ def test_the_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_run_is_continued_with_what_it_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["data=text", "data.files=[a b.txt]", "run.dir=old", "train.steps=5", "train.stop_after=2"]
+    given = [
+        "data=text",
+        "data.files=[a b.txt]",
+        "checkpoint.resume=false",
+        "run.dir=old",
+        "train.steps=5",
+        "train.stop_after=2",
+    ]
     run = RunDir(Path("runs/x"), created=False, continued=True, changed=[], overrides=given)
     monkeypatch.delenv("NPROC", raising=False)
     words = shlex.split(run.command(10))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from conf.schema import Config, RunConfig
 from training import loop
+from training.rank import tell_batch_script
 from training.run_files import json_lines, json_object, write_whole
 
 TORN = b'{"step": 1, "lr": 0.5}\n' + b"[" * 100_000 + b'\nnull\n3\n\xff\n{"step": 2, "val_loss": 1.0}\n{"step"'
@@ -38,3 +40,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_end_that_cannot_be_written_down_hides_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stop.json" / "inner").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    tell_batch_script(Config(run=RunConfig(dir=str(tmp_path))), 2, "a wrong setting")
