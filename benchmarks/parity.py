@@ -41,7 +41,10 @@ VARIANTS = {
     "deepseek": Variant(moe=DEEPSEEK),
     "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
     "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
-    "global": Variant(moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}),
+    "global": Variant(
+        moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
+        | {"bias_update_rate": 0.01}
+    ),
     "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),

@@ -158,9 +158,9 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
     (
-        "model.moe.load_balancing=aux_loss or seq_aux_loss, with a bias_update_rate or num_expert_groups > 1",
+        "a model.moe.load_balancing by a loss, with a bias_update_rate or num_expert_groups > 1",
         lambda c: (
-            c["model.moe.load_balancing"] in ("aux_loss", "seq_aux_loss")
+            c["model.moe.load_balancing"] in ("aux_loss", "seq_aux_loss", "global_aux_loss")
             and (c["model.moe.bias_update_rate"] is not None or c["model.moe.num_expert_groups"] > 1)
         ),
         "model.moe.aux_loss_counts",

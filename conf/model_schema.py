@@ -97,7 +97,7 @@ class MoeConfig:
     over. Transformers counts a token top_k times and pools the L sparse layers: multiply its coefficient by top_k / L.
     flaxformer counts a token top_k times, in each sequence: seq_aux_loss with its coefficient times top_k."""
     aux_loss_counts: str = resumable("scores")
-    """What aux_loss and seq_aux_loss take for an expert's load where bias_update_rate or num_expert_groups moves the
+    """What the load-balancing losses take for an expert's load where bias_update_rate or num_expert_groups moves the
     choice. scores: how often it is among the top_k of the scores without bias and groups (DeepSeek-V3, eq. 18, and
     Megatron-Core). assignments: how often it is chosen."""
     bias_update_rate: float | None = resumable(None, lambda old, new: new is not None or not old)

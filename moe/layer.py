@@ -68,7 +68,9 @@ class MoELayer(nn.Module):
         self.experts = Experts(model, backend=backend, dtype=dtype, groups=groups)
         self.statistics = LoadStatistics(model.moe.num_experts)
         # float64: exact sums, so that every layout sees the same load.
-        self.register_buffer("step_load_E", torch.zeros(model.moe.num_experts, dtype=torch.float64), persistent=False)
+        step_load_2E = torch.zeros(2, model.moe.num_experts, dtype=torch.float64)
+        self.register_buffer("step_load_2E", step_load_2E, persistent=False)
+        """Of the optimizer step under way: choices of each expert, and what the balancing loss counts."""
 
     def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
         out_SBD, report = self.run(x_SBD, about)
@@ -84,7 +86,7 @@ class MoELayer(nn.Module):
         if about.mode == TRAIN:
             self.statistics.add(report)
             if self.router.follows_load:
-                self.step_load_E += report.load_E
+                self.step_load_2E += torch.stack([report.load_E, report.counted_E])
 
     def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
         padding_T = self._padding(about)
@@ -130,7 +132,7 @@ class MoELayer(nn.Module):
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
         z = routing.tallies.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
-        report = Report.of(routing.tallies, keep_TK, (aux, z), padding_T)
+        report = Report.of(routing.tallies, keep_TK, (aux, z), padding_T, routing.counted_TK)
         # A choice that is balanced by itself leaves such a loss nothing to do.
         coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
@@ -164,7 +166,7 @@ class MoELayer(nn.Module):
         """This rank's part, without its coefficient."""
         load_BE = routing.tallies.load_BE
         rows = len(load_BE)
-        if routing.counted_TK is not None:
+        if routing.counted_TK is not None and self.router.last_load is None:
             experts_MK = all_gather(routing.counted_TK, self.micro_batch_group)
             load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
         if padding_M is None:

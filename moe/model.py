@@ -266,12 +266,12 @@ class Stage(MegatronModule):
         layers = [layer for layer in self.sparse().values() if layer.router.follows_load]
         if not layers:
             return
-        load_LE = torch.stack([layer.step_load_E for layer in layers])
+        load_L2E = torch.stack([layer.step_load_2E for layer in layers])
         # The tensor-parallel ranks hold different tokens only under sequence parallelism.
         groups = (self.groups.dp_cp, self.groups.tp) if self.config.sequence_parallel else (self.groups.dp_cp,)
         for group in groups:
-            dist.all_reduce(load_LE, group=group)
-        for layer, load_E in zip(layers, load_LE, strict=True):
-            layer.step_load_E.zero_()
+            dist.all_reduce(load_L2E, group=group)
+        for layer, load_2E in zip(layers, load_L2E, strict=True):
+            layer.step_load_2E.zero_()
             if applied:
-                layer.router.end_step(load_E)
+                layer.router.end_step(*load_2E)

@@ -104,7 +104,7 @@ class Router(nn.Module):
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
         self.experts_choose = self.moe.load_balancing == "expert_choice"
         moved = self.moe.bias_update_rate is not None or self.moe.num_expert_groups > 1
-        by_loss = self.moe.load_balancing in ("aux_loss", "seq_aux_loss")
+        by_loss = self.moe.load_balancing in ("aux_loss", "seq_aux_loss", "global_aux_loss")
         self.counts_scores = bool(moved and by_loss and self.moe.aux_loss_counts == "scores")
         # The number of experts that took a token says something itself, so its gates are left as they are.
         several = self.moe.top_k > 1 and not self.experts_choose
@@ -183,17 +183,19 @@ class Router(nn.Module):
         return decision(counted_TK)
 
     @torch.no_grad()
-    def end_step(self, load_E: Tensor) -> None:
+    def end_step(self, load_E: Tensor, counted_E: Tensor | None = None) -> None:
         """Takes in the loads of an optimizer step. The bias follows DeepSeek-V3's rule (arXiv:2412.19437, section
         2.1.2; arXiv:2408.15664, algorithm 1).
 
         Args:
             load_E: choices of each expert over the global batch of the step, exact, fp64.
+            counted_E: the same of what the balancing loss counts (Routing.counted_TK); None: it counts the choices.
         """
         if self.bias is not None and self.moe.bias_update_rate:
             self.bias += self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype)
         if self.last_load is not None:
-            self.last_load.copy_(load_E / load_E.mean())
+            counted_E = load_E if counted_E is None else counted_E
+            self.last_load.copy_(counted_E / counted_E.mean())
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, padding_T: Tensor | None, mode: str) -> Tensor:
         """The experts of each token [T, K], as Routing has them."""

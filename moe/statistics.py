@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.balance import Tallies
+from moe.balance import Tallies, count_loads
 from moe.load import ExpertLoad
 from parallel.layout import Layout
 
@@ -27,11 +27,17 @@ class Report:
     """Choices of each expert."""
     sums: Tensor
     """As in SUMS, float64."""
+    counted_E: Tensor
+    """What the balancing loss counts for each expert: its choices, or the best of the scores (Routing.counted_TK)."""
 
     @staticmethod
     @torch.no_grad()
     def of(
-        tallies: Tallies, keep_TK: Tensor, losses: tuple[Tensor, Tensor], padding_T: Tensor | None = None
+        tallies: Tallies,
+        keep_TK: Tensor,
+        losses: tuple[Tensor, Tensor],
+        padding_T: Tensor | None = None,
+        counted_TK: Tensor | None = None,
     ) -> "Report":
         """losses: this rank's parts of the balancing loss and the z-loss, without their coefficients."""
         served_T = keep_TK.any(1)
@@ -39,7 +45,8 @@ class Report:
         load_E = tallies.load_BE.sum(0)
         counts = [tokens, load_E.sum() - keep_TK.sum(), tokens - served_T.sum()]
         values = [tallies.entropy, tallies.logit_square, *losses]
-        return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]))
+        counted_E = load_E if counted_TK is None else count_loads(counted_TK, len(load_E))[0]
+        return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]), counted_E)
 
 
 class LoadStatistics(nn.Module):

@@ -133,3 +133,17 @@ def test_global_balance_holds_probabilities_against_the_last_steps_loads(runtime
     cost([0, 1, 2, 3])
     stage.end_step(applied=True)
     assert layer.router.last_load.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("counts", "wanted"), [("scores", [4, 0, 0, 0]), ("assignments", [0, 0, 4, 0])])
+def test_global_balance_counts_what_it_is_told_to(counts: str, wanted: list[int], runtime: Runtime) -> None:
+    """A bias sends every token whose best expert is 0 to expert 2: the loss pushes against the router's own liking, the
+    bias goes by what is chosen."""
+    moe = replace(SWITCH, load_balancing="global_aux_loss", bias_update_rate=0.5, aux_loss_counts=counts)
+    stage = whole_model(tiny(moe, num_layers=1), runtime)
+    layer = stage.layers["0"].ffn
+    layer.router.bias.data[2] = 9.0
+    layer(force_experts(layer, random(4, 1, 8), [0, 0, 0, 0]).to(runtime.device))
+    stage.end_step(applied=True)
+    assert layer.router.last_load.tolist() == wanted
+    assert layer.router.bias.tolist() == [0.5, 0.5, 8.5, 0.5]
