@@ -56,6 +56,7 @@ class Console:
             OSError: train.log cannot be opened.
         """
         self.log_error: OSError | None = None
+        self._output_error: OSError | None = None  # of a progress line
         self._may_lose_output = may_lose_output or log_path is not None
         self._terminal: RichConsole | None = None
         self._stream: TextIO | None = None  # standard output; None: it is not rank 0's, or lost
@@ -141,7 +142,14 @@ class Console:
 
     def progress(self, stage: str, fraction: float) -> None:
         """How much of a stage of the preparation is done, from 0 to 1; at 1 a line tells the time it took, if it was
-        long enough to be noticed."""
+        long enough to be noticed. Whoever calls this is at work on files of its own, and would take an error of the
+        output for one of theirs: it is raised by the next line that is an answer."""
+        try:
+            self._progress(stage, fraction)
+        except OSError as error:
+            self._output_error = error
+
+    def _progress(self, stage: str, fraction: float) -> None:
         now = self._clock()
         if self._stage is None or self._stage[0] != stage:
             self._stage = (stage, now)
@@ -240,6 +248,8 @@ class Console:
         in_log: bool = True,
     ) -> None:
         """`whole`: no line break of ours inside a long line, so that a command can be copied from a terminal."""
+        if self._output_error is not None:
+            raise self._output_error
         if self._terminal and on_terminal and in_stream:
             with self._output():
                 self._terminal.print(what, soft_wrap=whole)

@@ -273,6 +273,16 @@ def test_output_that_is_all_there_is_may_not_be_lost() -> None:
     Console(stream=Lost(0, BrokenPipeError(32, "Broken pipe"), terminal=False), may_lose_output=True).note("tokenising")
 
 
+def test_progress_that_cannot_be_printed_is_no_error_of_the_one_at_work() -> None:
+    """Who builds a cache would take a full output for a full disk of his own: the next answer raises it."""
+    clock = iter(range(0, 1000, 50))
+    console = Console(stream=Lost(0, OSError(28, "No space left on device"), False), clock=lambda: next(clock))
+    for fraction in (0.1, 0.5, 1.0):
+        console.progress("tokenising", fraction)
+    with pytest.raises(OSError, match="No space left on device"):
+        console.note("the run fits")
+
+
 def test_a_log_that_cannot_be_written_is_reported_once() -> None:
     stream = io.StringIO()
     with Console(stream=stream, log_path=Path("/dev/full")) as console:
