@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def attempt(what: str, measure: Callable[[], Mapping[str, Any]]) -> bool:
     try:
         emit(what, **measure())
     except Exception as error:
+        traceback.print_exc()
         emit(what, error=in_a_line(error))
         return False
     return True

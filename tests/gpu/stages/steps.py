@@ -130,6 +130,7 @@ def apart(name: str, model: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.gpu.stages.steps", name, model]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300 if REHEARSE else 60)
     if done.returncode:
+        print(done.stderr[-6000:], flush=True)
         raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
 

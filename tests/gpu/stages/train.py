@@ -32,6 +32,7 @@ def run(folder: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     command += [f"data.cache_dir={folder}/cache", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
     if done.returncode not in (0, 75):
+        print(done.stdout[-6000:], flush=True)
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stdout[-300:]}")
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if "loss" in row]

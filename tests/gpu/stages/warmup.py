@@ -19,6 +19,8 @@ def compile_one(name: str) -> tuple[str, float, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
         failed = said[-1][:300] if done.returncode else ""
+        if failed:
+            print(name, done.stderr[-4000:], sep="\n", flush=True)
     except subprocess.TimeoutExpired:
         failed = f"not compiled within {SECONDS:.0f} s"
     return name, time.monotonic() - begin, failed
