@@ -4,19 +4,21 @@ kernels that take most, and peak memory beside the estimate. Each contender is a
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 import warnings
 from typing import Any
 
+from parallel.device_env import set_device_variables
 from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, emit, synchronize
 
 MODELS = {
     "Mixtral, 2 layers": {"layers": 2, "hidden": 4096, "heads": 32, "width": 14336, "experts": 8, "top_k": 2},
     "Qwen3, 4 layers": {"layers": 4, "hidden": 2048, "heads": 16, "width": 768, "experts": 128, "top_k": 8},
 }
-BATCH = {"vocabulary": 32000, "sequence": 4096, "batch": 2}
+BATCH = {"vocabulary": 32000, "sequence": 2048, "batch": 4}
 if REHEARSE:
     MODELS = {"tiny": {"layers": 2, "hidden": 128, "heads": 2, "width": 128, "experts": 4, "top_k": 2}}
     BATCH = {"vocabulary": 256, "sequence": 32, "batch": 2}
@@ -77,8 +79,10 @@ def measure(name: str, shape: dict[str, int]) -> dict[str, Any]:
 
     from benchmarks.contest import quietly
 
+    begin = time.perf_counter()
     with quietly():
         step, known = contender(name, shape)
+    known |= {"start_seconds": time.perf_counter() - begin}
     times = []
     for _ in range(2 + STEPS):
         synchronize()
@@ -128,10 +132,14 @@ def profiled(step: Any, middle: float) -> dict[str, Any]:
 def apart(name: str, model: str) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, "-m", "tests.gpu.stages.steps", name, model]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300 if REHEARSE else 60)
+    environment = dict(os.environ)
+    set_device_variables(environment)  # as every way of starting a run does
+    limit = 300 if REHEARSE else 60
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     if done.returncode:
         print(done.stderr[-6000:], flush=True)
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(next((line for line in reversed(said) if "Error" in line), "no word"))
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

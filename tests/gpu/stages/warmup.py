@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.gpu.stages import cases
-from tests.gpu.stages.common import REHEARSE, emit
+from tests.gpu.stages.common import REHEARSE, emit, synchronize
 
 PROCESSES = 2 if REHEARSE else 16
 SECONDS = 75.0
@@ -37,5 +37,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         cases.KERNELS_ONLY = True
         cases.cases()[sys.argv[1]][0]()
+        synchronize()  # a process that ends with work under way may be aborted
     else:
         main()
