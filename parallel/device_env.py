@@ -27,6 +27,23 @@ def set_device_variables(env: MutableMapping[str, str] = os.environ) -> None:
         env[RECORDER_NAMES[0]] = REMEMBERED  # parallel/watch.py reads it when a run hangs
 
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
+"""What the drivers of GPUs leave in the file system: NVIDIA's, twice, Windows' for its Linux, and AMD's."""
+
+
+def may_have_gpu(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torch may find a GPU. Asks no driver: one that was initialised, which a question can do, is unusable in
+    every process that is forked afterwards."""
+    if env.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not any(map(os.path.exists, GPU_DRIVERS)):
+        return False
+    from importlib import metadata
+
+    try:
+        return not metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:  # built from source
+        return True
+
+
 def device_variables(env: Mapping[str, str] = os.environ) -> str:
     """Both as this process has them, for the start table: `NAME=value, NAME=value`."""
     allocator = next((name for name in ALLOCATOR_NAMES if name in env), ALLOCATOR)

@@ -1,6 +1,6 @@
-"""N ranks on one machine: processes that really exchange data, forked from a server that has imported the engine once.
-Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool of ranks for the whole session. And one
-rank of a world of thousands, alone, for planning."""
+"""N ranks on one machine: processes that really exchange data, forked from a server that has imported the engine once,
+or, where there may be a GPU, started anew. Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool
+of ranks for the whole session. And one rank of a world of thousands, alone, for planning."""
 
 import contextlib
 import math
@@ -18,6 +18,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from parallel.device_env import may_have_gpu
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -76,8 +77,11 @@ def _serve(connection: Connection) -> None:
 class RankPool:
     """Up to `size` rank processes, started when first needed and used again. A context manager: leaving it ends them.
 
+    Where there may be a GPU, every rank is a new interpreter, which imports the engine for itself: some import may
+    have initialised the GPU's driver, and no process that is forked after that can use it.
+
     Args:
-        preload: modules that the fork server imports before the first fork.
+        preload: modules that the fork server, where there is one, imports before the first fork.
         held_signals: blocked in the ranks from their birth on, so that one which comes early is not lost and kills
             nobody; the function that runs there unblocks them.
     """
@@ -87,8 +91,10 @@ class RankPool:
     ) -> None:
         self.size = size
         self._held_signals, self._sent = held_signals, set[int]()
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+        self._forks = not may_have_gpu()
+        self._context = multiprocessing.get_context("forkserver" if self._forks else "spawn")
+        if self._forks:
+            self._context.set_forkserver_preload(list(preload))
         self._ranks: list[tuple[Any, Connection]] = []
 
     def __enter__(self) -> "RankPool":
@@ -98,15 +104,21 @@ class RankPool:
         self.close()
 
     def _grow(self, n: int) -> None:
-        # The mask is inherited by the fork server and from it by the ranks. The resource tracker goes first, since
-        # starting it unblocks signals.
+        # The mask is inherited by the fork server and from it by the ranks, or by the ranks at once. The resource
+        # tracker goes first, since starting it unblocks signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._held_signals)
         try:
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, self._held_signals)
-            forkserver.ensure_running()
+            if self._forks:
+                forkserver.ensure_running()
+            else:
+                self._start_up_to(n)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._start_up_to(n)
+
+    def _start_up_to(self, n: int) -> None:
         while len(self._ranks) < n:
             here, there = self._context.Pipe()
             # Not daemons: a checkpoint writer is a child of its rank.

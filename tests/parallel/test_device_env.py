@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
-from parallel.device_env import device_variables, set_device_variables
+from parallel import device_env
+from parallel.device_env import device_variables, may_have_gpu, set_device_variables
 from tests.training.helpers import ROOT
 
 
@@ -25,6 +28,17 @@ def test_what_the_user_set_stays(env: dict[str, str], wanted: dict[str, str]) ->
     assert mine.pop("TORCH_FR_BUFFER_SIZE") == "2000"
     assert mine == env | wanted
     assert device_variables(mine) == ", ".join(f"{k}={v}" for k, v in sorted(mine.items()))
+
+
+def test_where_there_may_be_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "2.11.0")
+    monkeypatch.setattr(device_env, "GPU_DRIVERS", (str(tmp_path / "none"), str(tmp_path / "driver")))
+    assert not may_have_gpu({})
+    (tmp_path / "driver").touch()
+    shown = ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"})
+    assert [may_have_gpu(env) for env in shown] == [True, True, False, False]
+    monkeypatch.setattr(metadata, "version", lambda name: "2.11.0+cpu")
+    assert not may_have_gpu({})
 
 
 def test_who_sizes_the_flight_recorder_is_heeded() -> None:

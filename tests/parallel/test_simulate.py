@@ -1,5 +1,6 @@
 """Rank processes: their answers, their failures, and that none of them stays."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from parallel import simulate
 from parallel.simulate import RankFailed, RankPool, run_ranks
 from parallel.world import World
 
@@ -169,3 +171,19 @@ def test_ranks_of_their_own(tmp_path):
     with pytest.raises(RankFailed, match=r"ranks \[1\] gave no answer within 3 s"):
         run_ranks(2, leave_a_child_and_sleep, tmp_path, timeout=3)
     assert wait_until(lambda: not left_alive(tmp_path))
+
+
+def how_started(world: World, number: int) -> tuple[str | None, bool, bool]:
+    """(start method, whether torch had been imported, whether a blocked signal came)."""
+    came = wait_until(lambda: number in signal.sigpending())
+    return multiprocessing.get_start_method(allow_none=True), "torch" in sys.modules, came
+
+
+def test_no_rank_is_forked_where_there_may_be_a_gpu(monkeypatch):
+    """Nothing that the parent or a fork server imported can have initialised the driver in them; and a signal that
+    comes before a rank has begun is not lost."""
+    monkeypatch.setattr(simulate, "may_have_gpu", lambda: True)
+    with RankPool(2, held_signals=(signal.SIGUSR1,)) as pool:
+        pool.signal(signal.SIGUSR1)  # as early as can be: no rank exists
+        assert pool.run(2, how_started, signal.SIGUSR1, timeout=60) == [("spawn", False, True)] * 2
+        assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
