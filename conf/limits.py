@@ -16,6 +16,7 @@ from conf.schema import (
     FP8_RECIPES,
     FP8_WEIGHT_GRADIENTS,
     LOAD_BALANCING,
+    OPTIM_DTYPES,
     PRECISIONS,
     SCHEDULES,
     SCORE_FUNCTIONS,
@@ -38,6 +39,8 @@ CHOICES = {
     "model.moe.capacity_per": CAPACITY_PER,
     "data.kind": DATA_KINDS,
     "optim.schedule": SCHEDULES,
+    "optim.grad_dtype": OPTIM_DTYPES,
+    "optim.state_dtype": OPTIM_DTYPES,
     "checkpoint.resume": (True, False, "fresh"),
 }
 MEANT = {
@@ -183,6 +186,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["precision"] != "fp8" or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] > 0,
         "model.moe.backend",
     ),
+    ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
     ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
     ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),
     ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),

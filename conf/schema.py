@@ -24,6 +24,7 @@ DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 FP8_KERNELS = ("auto", "reference", "triton")
 FP8_RECIPES = ("blockwise", "rowwise", "tensorwise")
 FP8_WEIGHT_GRADIENTS = ("bf16", "fp8")
+OPTIM_DTYPES = ("fp32", "bf16")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -148,6 +149,17 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    grad_dtype: str = "fp32"
+    """fp32, or bf16: gradients are added up over micro-batches and reduced over data-parallel ranks in bf16, 2 bytes
+    a parameter instead of 4. Of parameters in bf16: the router's gradients stay in fp32."""
+    state_dtype: str = "fp32"
+    """fp32, or bf16: Adam's two moments are kept in bf16, 4 bytes a parameter instead of 8, computed in fp32 and
+    rounded stochastically, by random numbers that belong to the step and the element under every layout. Master weights
+    stay in fp32. A checkpoint has the type of the run that wrote it; a run with the other one converts it."""
+    cpu_offload: bool = False
+    """Keep moments and fp32 master weights in page-locked host memory. They pass through the GPU a block at a time
+    during the update, so that the numbers are the same bits as without; the update then takes as long as the bus needs
+    for them. On a CPU nothing is moved."""
 
 
 @dataclass

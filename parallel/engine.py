@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
+from parallel import block_adamw
 from parallel.blocks import sum_of_squares
 from parallel.clock import DeviceClock
 from parallel.cpu import tensor_types_as_cuda
@@ -151,7 +152,7 @@ class Engine:
         if optim is not None:
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=optim.grad_dtype == "fp32",
                 overlap_grad_reduce=overlap.grad_reduce,
                 overlap_param_gather=overlap.param_gather,
             )
@@ -161,6 +162,8 @@ class Engine:
                 wait = [chunk.no_sync for chunk in self.chunks]
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
             self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap)
+            if block_adamw.is_needed(optim):
+                block_adamw.install(self.optimizer, optim, self.modules)
         self._schedule = get_forward_backward_func()
         self.own_time = DeviceClock(runtime.device)
         """Of the last forward_backward, without the wait for other data-parallel ranks."""
@@ -292,16 +295,23 @@ class Engine:
         applied): when the norm or the loss is not finite, weights and moments stay as they are."""
         optimizer, optim = self.optimizer, self.optim
         assert optimizer is not None and optim is not None
-        optimizer.prepare_grads()
+        in_blocks = block_adamw.is_needed(optim)  # reads the gradients where they are
+        if not in_blocks:
+            optimizer.prepare_grads()
         norm = self._grad_norm()
         applied = math.isfinite(norm + loss)
         for module in self.modules:
             module.end_step(applied=applied)
         if not applied:
             return norm, False
-        if 0 < optim.clip_grad < norm:
+        scale = optim.clip_grad / (norm + 1e-6) if 0 < optim.clip_grad < norm else 1.0
+        if in_blocks:
+            for part in optimizer.chained_optimizers:
+                if not part.is_stub_optimizer:
+                    part.optimizer.grad_scale = scale
+        elif scale != 1.0:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, optim.clip_grad / (norm + 1e-6))
+            torch._foreach_mul_(grads, scale)
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases
@@ -311,7 +321,11 @@ class Engine:
     def _grad_norm(self) -> float:
         """The norm over all ranks' gradients, every element counted once. Computed here rather than by Megatron-Core,
         whose own picks up a TransformerEngine or Apex kernel unchecked."""
-        grads = [g for o in self.optimizer.chained_optimizers for g in o.get_main_grads_for_grad_norm()]
+        parts = self.optimizer.chained_optimizers
+        if self.optim is not None and block_adamw.is_needed(self.optim):
+            grads = [g for part in parts for g in block_adamw.gradients_for_norm(part)]
+        else:
+            grads = [g for part in parts for g in part.get_main_grads_for_grad_norm()]
         square = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if grads:
             square += sum_of_squares(grads)

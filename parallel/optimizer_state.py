@@ -7,45 +7,20 @@ To load, every rank reads the parameters that its pieces come from.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.block_adamw import MOMENTS, BlockAdamW, Piece, pieces_of
 from parallel.engine import Engine
 from parallel.placement import logical_name
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This rank's part of one parameter in the optimizer."""
-
-    start: int
-    end: int
-    """Range in the flattened parameter."""
-    master: nn.Parameter
-    """fp32 weights [end - start]; the key of the optimizer's state."""
-    inner: torch.optim.Optimizer
-
 
 def _pieces(engine: Engine) -> dict[nn.Parameter, Piece]:
-    found = {}
     assert engine.optimizer is not None
-    for optimizer in engine.optimizer.chained_optimizers:
-        if optimizer.is_stub_optimizer:
-            continue
-        # Not optimizer.model_param_group_index_map: it is wrong for a group that mixes bf16 and fp32 parameters.
-        models = [*optimizer.model_float16_groups, *optimizer.model_fp32_groups]
-        masters = [*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups]
-        for parameter, master in zip(chain(*models), chain(*masters), strict=True):
-            piece = optimizer._get_model_param_range_map(parameter)["param"]
-            found[parameter] = Piece(piece.start, piece.end, master, optimizer.optimizer)
-    return found
+    return {p: piece for part in engine.optimizer.chained_optimizers for p, piece in pieces_of(part).items()}
 
 
 def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
@@ -78,7 +53,7 @@ def counted_updates(engine: Engine) -> int:
     """The updates that this rank's part of the optimizer has counted; 0 where it holds nothing."""
     counts = [0]
     for piece in _pieces(engine).values():
-        group = next((g for g in piece.inner.param_groups if "step" in g), {})  # Apex's and TransformerEngine's
+        group = next((g for g in piece.inner.param_groups if "step" in g), {})  # ours, Apex's, TransformerEngine's
         counts.append(int(piece.inner.state.get(piece.master, {}).get("step", group.get("step", 0))))
     return max(counts)
 
@@ -108,11 +83,14 @@ def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
     return ShardedTensor.from_rank_offsets(key, local, *offsets)
 
 
-def _assemble(engine: Engine, parameter: nn.Parameter, part: Tensor | None, piece: Piece | None, owner: int) -> Tensor:
-    """The whole of a parameter's fp32 tensor on the owner of its group; elsewhere the result means nothing."""
+def _assemble(
+    engine: Engine, parameter: nn.Parameter, part: Tensor | None, piece: Piece | None, owner: int, dtype: torch.dtype
+) -> Tensor:
+    """The whole of a parameter's master weights or moment on the owner of its group; elsewhere the result means
+    nothing."""
     groups = engine.runtime.groups
     group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    whole = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     if part is not None and piece is not None:
         whole[piece.start : piece.end] = part
     if group.size() > 1:
@@ -125,6 +103,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
     """What this rank writes: the parameters that it owns, assembled, on the CPU."""
     pieces, tensors = _pieces(engine), {}
     groups = engine.runtime.groups
+    moment_dtype = torch.bfloat16 if engine.optim is not None and engine.optim.state_dtype == "bf16" else torch.float32
     for index, (name, parameter) in enumerate(_named(engine)):
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
         if not parameter.requires_grad:  # whole on every rank, and in no optimizer
@@ -136,7 +115,8 @@ def to_save(engine: Engine) -> dict[str, Any]:
         state = piece.inner.state.get(piece.master, {}) if piece else {}
         parts = {"weights": piece.master if piece else None, **{m: state.get(m) for m in MOMENTS}}
         for kind, part in parts.items():
-            whole = _assemble(engine, parameter, part, piece, index)
+            dtype = torch.float32 if kind == "weights" else moment_dtype
+            whole = _assemble(engine, parameter, part, piece, index, dtype)
             if group.rank() == index % group.size() and parameter.placement.is_first_copy():
                 tensors[f"{kind}.{name}"] = _sharded(f"{kind}.{name}", whole.detach().cpu(), parameter)
     return tensors
@@ -183,12 +163,16 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     for name, parameter in _named(engine):
         if not (piece := pieces.get(parameter)):
             continue
-        state = {m: loaded[f"{m}.{name}"].flatten()[piece.start : piece.end].to(parameter.device) for m in MOMENTS}
+        state = {m: loaded[f"{m}.{name}"].flatten()[piece.start : piece.end] for m in MOMENTS}
+        if isinstance(piece.inner, BlockAdamW):
+            piece.inner.set_moments(piece.master, state)
+            continue
+        state = {m: moment.to(parameter.device) for m, moment in state.items()}
         if isinstance(piece.inner, torch.optim.AdamW):
             # A tensor of its own for every parameter: AdamW advances it in place.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
         piece.inner.state[piece.master] = {k: v.clone() for k, v in state.items()}
     for inner in {piece.inner for piece in pieces.values()}:
-        if not isinstance(inner, torch.optim.AdamW):  # Apex's and TransformerEngine's count per group
+        if not isinstance(inner, torch.optim.AdamW):  # ours, Apex's and TransformerEngine's count per group
             for group in inner.param_groups:
                 group["step"] = updates

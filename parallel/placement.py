@@ -1,6 +1,7 @@
 """How a parameter of the model lies over the ranks. One description serves initialisation (draw the whole, keep this
 rank's part), checkpoints (which box of the whole this rank writes or reads) and parameter counts."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,17 @@ class Placement:
 
     def logical_shape(self, local: torch.Size) -> tuple[int, ...]:
         return tuple(n * self.offset_and_size(axis)[1] for axis, n in enumerate(local))
+
+    def logical_index(self, local: torch.Size, start: int, end: int, device: torch.device) -> torch.Tensor:
+        """int64 [end - start]: where elements of this rank's flattened tensor lie in the flattened logical one."""
+        index, sizes = torch.arange(start, end, device=device), [*local]
+        for axis, group in sorted(self.cuts, key=lambda cut: -cut[0]):
+            part, parts, inner = group.rank(), group.size(), math.prod(sizes[axis:])
+            if math.prod(sizes[:axis]) > 1:
+                index += index // inner * (inner * (parts - 1))
+            index += part * inner
+            sizes[axis] *= parts
+        return index
 
     def is_first_copy(self) -> bool:
         """Among ranks that hold the same part (data parallelism aside), is this the one that speaks for it?"""

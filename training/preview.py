@@ -19,29 +19,40 @@ class Memory:
     activations: float
     fp8_weights: float = 0.0
     """The weights of the FP8 layers once more, rounded for products in both directions."""
+    host: float = 0.0
+    """The optimizer's states in the memory of the host, on a GPU with optim.cpu_offload; not in the total."""
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.fp8_weights
 
 
-def memory_per_rank(config: Config, layout: Layout, *, bf16: bool) -> Memory:
-    """Of the pipeline stage that needs most. A parameter has its weight, an fp32 gradient and, cut over the
-    data-parallel ranks, Adam's two moments; with bf16 an fp32 master copy as well."""
-    return max((_stage_memory(config, layout, stage, bf16=bf16) for stage in range(layout.pp)), key=lambda m: m.total)
+def memory_per_rank(config: Config, layout: Layout, *, bf16: bool, on_gpu: bool | None = None) -> Memory:
+    """Of the pipeline stage that needs most. A parameter has its weight, a gradient and, sharded over the data-parallel
+    ranks, Adam's two moments; with bf16 an fp32 master copy as well.
+
+    Args:
+        on_gpu: None: as the cluster has it.
+    """
+    on_gpu = config.cluster.gpus if on_gpu is None else on_gpu
+    stages = (_stage_memory(config, layout, stage, bf16=bf16, on_gpu=on_gpu) for stage in range(layout.pp))
+    return max(stages, key=lambda m: m.total)
 
 
 Matrix = tuple[float, float, float]
 """(how many, inner dimension of the forward product, outer dimension)."""
 
 
-def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> Memory:
+def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_gpu: bool) -> Memory:
     model, train = config.model, config.train
     value = 2 if bf16 else 4
     sparse, dense = _layers_of(model, layout, stage)
     is_last = stage == layout.pp - 1
     spread, experts = _parameters(model, layout, sparse, dense, is_first=stage == 0, is_last=is_last)
-    moments = 12 if bf16 else 8
+    gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
+    states = (4 if bf16 else 0) + (4 if config.optim.state_dtype == "bf16" else 8)
+    optimizer = states * (spread / (layout.dp * layout.cp) + experts / layout.edp)
+    offload = on_gpu and config.optim.cpu_offload
     tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
     # 1F1B (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): a stage begins as many as there are stages after it;
@@ -53,10 +64,11 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool) -> 
     head = value * (2 * model.hidden_size + model.vocab_size / layout.tp)
     return Memory(
         weights=value * (spread + experts),
-        gradients=4.0 * (spread + experts),
-        optimizer=moments * (spread / (layout.dp * layout.cp) + experts / layout.edp),
+        gradients=float(gradient * (spread + experts)),
+        optimizer=0.0 if offload else optimizer,
         activations=tokens * (in_flight * value * _kept_per_token(config, layout, sparse, dense) + is_last * head),
         fp8_weights=_fp8_weights(config, layout, stage) if config.precision == "fp8" else 0.0,
+        host=optimizer if offload else 0.0,
     )
 
 
@@ -182,19 +194,28 @@ def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tupl
         rows.append(
             ("gradients", f"{reduced / 1e9:.3g} GB a rank and step to reduce", _reduce_time(reduced, layout, cluster))
         )
-    return rows, _memory_verdict(memory, cluster)
+    return rows, _memory_verdict(memory, cluster, _savings(config, bf16=bf16))
 
 
 def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:
     """The estimate as a row of the start table."""
-    parts = {name.replace("_", " "): size / 1e9 for name, size in asdict(memory).items() if size}
+    parts = {name.replace("_", " "): size / 1e9 for name, size in asdict(memory).items() if size and name != "host"}
     have = f" of {cluster.memory_gb:g} GB" if cluster.memory_gb else ""
     have += f" ({cluster.name})" if cluster.name else ""
     split = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
+    split += f"; and {memory.host / 1e9:.3g} GB of the host's for the optimizer" if memory.host else ""
     return "memory", f"about {memory.total / 1e9:.3g} GB a rank{have}", f"an estimate: {split}"
 
 
-def _memory_verdict(memory: Memory, cluster: ClusterConfig) -> list[str]:
+def _savings(config: Config, *, bf16: bool) -> str:
+    """Settings of the optimizer that would take less memory."""
+    optim = config.optim
+    unused = {"grad_dtype=bf16": bf16 and optim.grad_dtype == "fp32", "state_dtype=bf16": optim.state_dtype == "fp32"}
+    unused["cpu_offload=true"] = config.cluster.gpus and not optim.cpu_offload
+    return ", ".join(f"optim.{setting}" for setting, possible in unused.items() if possible)
+
+
+def _memory_verdict(memory: Memory, cluster: ClusterConfig, savings: str) -> list[str]:
     if not cluster.memory_gb:
         return []
     certain, have = (memory.total - memory.activations) / 1e9, cluster.memory_gb
@@ -202,11 +223,12 @@ def _memory_verdict(memory: Memory, cluster: ClusterConfig) -> list[str]:
         raise ValueError(
             f"weights, gradients and optimizer take {certain:.3g} GB a rank, more than the {have:g} GB of "
             f"cluster={cluster.name}; raise parallel.tp, parallel.pp or parallel.ep, or take more ranks"
+            + (f"; these take less: {savings}" if savings else "")
         )
     if memory.total / 1e9 > 0.9 * have:
         return [
             f"memory is likely to run out: about {memory.total / 1e9:.3g} of {have:g} GB a rank. Lower "
-            "train.micro_batch_size or spread the model further"
+            f"train.micro_batch_size{f', set {savings}' if savings else ''} or spread the model further"
         ]
     return []
 

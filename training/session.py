@@ -20,7 +20,7 @@ from moe.norm import our_norms
 from moe.router import choose_router, choose_router_logits, router_logits
 from moe.rows import PLAIN_ROWS, choose_rows
 from moe.varlen_attention import masked_attention
-from parallel import cpu, runtime, selection
+from parallel import block_adamw, cpu, runtime, selection
 from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
@@ -29,7 +29,7 @@ from parallel.threads import waiting
 from training import expert_backend
 from training.guard import RunFailed
 from training.plan import Cost, model_cost
-from training.preview import memory_per_rank, memory_row
+from training.preview import Memory, memory_per_rank, memory_row
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,15 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return wanted, "asked for" if has or wanted == "fp32" else f"asked for; {why}: slower than fp32"
 
 
+def _refuse_bf16_gradients(config: Config, why_fp32: str) -> None:
+    """Of parameters in fp32, which precision=auto may have come to. Raises ValueError."""
+    if config.optim.grad_dtype == "bf16":
+        raise ValueError(
+            f"optim.grad_dtype=bf16 needs parameters in bf16, but precision={config.precision} is fp32 here "
+            f"({why_fp32}); nearest: optim.grad_dtype=fp32 or precision=bf16"
+        )
+
+
 def set_deterministic(on: bool) -> None:
     """Only algorithms that give the same bits every time. Called before the device is used."""
     if on:
@@ -110,16 +119,19 @@ def start(
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if train and dtype == torch.float32:
+        _refuse_bf16_gradients(config, why_precision)
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     if train and config.runtime.preflight:
-        rows += [preflight(config, run, bf16=dtype == torch.bfloat16)]
+        rows += [preflight(config, run, dtype)]
     chosen, told, refused = _choose_implementations(config, run, precision, dtype, run_dir)
     rows += told
     if train:
         rows += _recompute_row(config.model.recompute, chosen["backend"])
         adam = selection.select_adam(run.device)
-        rows += [(adam.part, adam.name, adam.why)]
-        refused |= {adam.part} if adam.refused else set()
+        own = block_adamw.is_needed(config.optim)
+        rows += [(adam.part, *(block_adamw.describe(config.optim) if own else (adam.name, adam.why)))]
+        refused |= {adam.part} if adam.refused and not own else set()
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
     parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
@@ -139,7 +151,7 @@ def start(
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:
-        rows += [memory_row(memory_per_rank(config, layout, bf16=dtype == torch.bfloat16), config.cluster)]
+        rows += [memory_row(_memory(config, run, dtype), config.cluster)]
     return Session(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))
 
 
@@ -186,7 +198,11 @@ def _choose_implementations(
     return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows, refused
 
 
-def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, str]:
+def _memory(config: Config, run: Runtime, dtype: torch.dtype) -> Memory:
+    return memory_per_rank(config, run.layout, bf16=dtype == torch.bfloat16, on_gpu=run.device.type == "cuda")
+
+
+def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, str, str]:
     """A row of the start table.
 
     Raises:
@@ -194,9 +210,10 @@ def preflight(config: Config, run: Runtime, *, bf16: bool) -> tuple[str, str, st
     """
     from parallel.preflight import complaints, inspect, medians
 
-    memory = memory_per_rank(config, run.layout, bf16=bf16).total
-    # A checkpoint: fp32 weights and two moments.
-    disk = 12.0 * model_cost(config.model, config.train.sequence_length).total
+    memory = _memory(config, run, dtype).total
+    # A checkpoint: fp32 weights and two moments in fp32 or bf16.
+    bytes_each = 8.0 if config.optim.state_dtype == "bf16" else 12.0
+    disk = bytes_each * model_cost(config.model, config.train.sequence_length).total
     reports = inspect(run, Path(config.run.dir or "runs").expanduser())
     bad = complaints(reports, memory=memory, disk=disk)
     if bad:

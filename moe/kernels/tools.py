@@ -63,10 +63,11 @@ class Tools(Protocol):
 
 
 def main_gradient(w: Tensor) -> Tensor | None:
-    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned. Whoever gets one adds to it:
-    Megatron-Core's hook then leaves the returned gradient alone, which only has to exist."""
+    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned, also where gradients are
+    added up in bf16 (optim.grad_dtype). Whoever gets one adds to it: Megatron-Core's hook then leaves the returned
+    gradient alone, which only has to exist."""
     main = getattr(w, "main_grad", None)
-    if main is None or not hasattr(w, "grad_added_to_main_grad"):
+    if main is None or main.dtype != torch.float32 or not hasattr(w, "grad_added_to_main_grad"):
         return None
     w.grad_added_to_main_grad = True
     return main

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import fp8_training, kernels
+from benchmarks import fp8_training, kernels, optimizer_states
 from benchmarks.apart import apart, take_turns, timed
 from benchmarks.contest import Result, kept_bytes, peak_bytes
 from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
@@ -185,3 +185,18 @@ def test_fp8_training_averages_over_seeds() -> None:
     assert told["difference_fp8"] == 0.002 and told["within_bar"]
     assert told["standard_error_fp8"] == 0.028
     assert told["difference_fp32"] == 0.01 and told["standard_error_fp32"] == 0.0
+
+
+def test_optimizer_states_compares_every_seed_with_its_own() -> None:
+    """Differences of 3 % and -2.6 %, as above; nothing beside itself."""
+    told = optimizer_states.summary({"fp32": [2.0, 5.0], "moments bf16": [2.06, 4.87]})
+    assert told["fp32"]["difference"] == 0 and told["fp32"]["within_bar"]
+    assert told["moments bf16"]["difference"] == pytest.approx(0.002) and told["moments bf16"]["within_bar"]
+    assert told["moments bf16"]["standard_error"] == pytest.approx(0.028)
+
+
+def test_optimizer_states_asks_for_what_it_says() -> None:
+    changes = optimizer_states.VARIANTS["both bf16"]
+    assert optimizer_states.command(changes, "bf16")[1:] == ["-m", "launch.train", *changes]
+    emulated = optimizer_states.command(changes, "fp32")
+    assert "with_bf16_buckets" in emulated[2] and emulated[3:] == ["optim.state_dtype=bf16"]

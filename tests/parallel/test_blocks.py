@@ -14,3 +14,9 @@ def test_a_sum_of_squares_is_that_of_fp64(runtime) -> None:
     large = torch.full((10,), 1e20, device=runtime.device)  # its squares are beyond fp32
     assert abs(sum_of_squares([large]).cpu() / 1e41 - 1).item() < 1e-6
     assert sum_of_squares([torch.tensor([1.0, float("nan")], device=runtime.device)]).isnan()
+
+
+def test_a_sum_of_squares_of_bf16_is_not_rounded_to_bf16(runtime) -> None:
+    tensor = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = tensor.double().square().sum()
+    assert abs(sum_of_squares([tensor.to(runtime.device)]).cpu() / wanted - 1).item() < 1e-6

@@ -37,6 +37,9 @@ def test_the_parts_of_all_ranks_tile_the_whole(parts, local):
         mine = placement.cut(whole)
         assert list(mine.shape) == sizes
         assert placement.logical_shape(mine.shape) == tuple(whole.shape)
+        first, last = mine.numel() // 3, mine.numel()
+        index = placement.logical_index(mine.shape, first, last, mine.device)
+        assert torch.equal(whole.flatten()[index], mine.flatten()[first:last])
         # The box by index and size, as checkpoints describe it.
         box = rebuilt
         for axis in range(whole.dim()):

@@ -8,7 +8,16 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
+from conf.schema import (
+    ClusterConfig,
+    Config,
+    Fp8Config,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from parallel.layout import Layout
 from parallel.simulate import RankPool
 from parallel.world import World
@@ -127,6 +136,31 @@ def test_one_rank_holds_what_is_estimated(
     assert 0.75 < estimate.activations / found.activations < 1.33
 
 
+SMALL = OptimConfig(grad_dtype="bf16", state_dtype="bf16")
+
+
+def test_states_in_bf16_are_held_as_estimated(ranks: RankPool) -> None:
+    """2 bytes of weight, 2 of gradient, 4 of master copy and 4 of moments a parameter, instead of 18."""
+    settings = replace(config("bf16", {"every": 1}), optim=SMALL)
+    found = ranks.run(1, held, settings, timeout=60)[0]
+    estimate = memory_per_rank(settings, Layout(1), bf16=True)
+    for part in KEPT:
+        assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
+    assert (estimate.weights, estimate.optimizer) == (estimate.gradients, 4 * estimate.weights)
+
+
+def test_offloaded_states_are_the_hosts() -> None:
+    settings = replace(config("bf16"), cluster=H100)
+    plain = memory_per_rank(settings, Layout(2), bf16=True)
+    settings.optim = OptimConfig(cpu_offload=True)
+    memory = memory_per_rank(settings, Layout(2), bf16=True)
+    assert (memory.optimizer, memory.host) == (0, plain.optimizer) and plain.host == 0
+    assert memory.total == plain.total - plain.optimizer
+    assert memory_per_rank(settings, Layout(2), bf16=True, on_gpu=False) == plain  # a CPU's memory is the host's
+    (row,) = [row for row in preview(settings, Layout(2), 10**9)[0] if row[0] == "memory"]
+    assert row[2].endswith(f"; and {plain.optimizer / 1e9:.3g} GB of the host's for the optimizer")
+
+
 @pytest.mark.parametrize(("recipe", "linear_layers"), [("blockwise", True), ("rowwise", True), ("blockwise", False)])
 def test_weights_are_held_in_fp8_as_well(recipe: str, linear_layers: bool, ranks: RankPool) -> None:
     """Of three layers in four: the second pipeline stage has one of them, the first two."""
@@ -158,6 +192,9 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_told() -> None:
     model = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=14336)
     settings = replace(config("bf16"), model=model, cluster=H100)
     with pytest.raises(ValueError, match=r"weights, gradients and optimizer take \d+ GB a rank, more than the 80 GB"):
+        preview(settings, Layout(1), 10**9)
+    settings.optim = replace(SMALL)
+    with pytest.raises(ValueError, match=r"more ranks; these take less: optim.cpu_offload=true$"):
         preview(settings, Layout(1), 10**9)
     settings = replace(settings, parallel=ParallelConfig(tp=8))
     settings.train.micro_batch_size = settings.train.global_batch_size = 64

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from conf.schema import Config, OptimConfig
 from parallel.simulate import RankPool
 from tests.training.helpers import command_line, rows, start, tiny_config, train, write_corpus
 
@@ -43,6 +46,31 @@ def test_a_finished_run_started_again_adds_nothing(ranks: RankPool, tmp_path: Pa
         assert ranks.run(1, train, config, timeout=LIMIT) == [0]
         kept.append((tmp_path / "run" / "metrics.jsonl").read_text())
     assert kept[0] == kept[1] and kept[0].count("val_loss") == 2 and len(rows(tmp_path / "run")) == 2
+
+
+def test_a_run_goes_on_with_moments_of_another_type_and_says_so(ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(write_corpus(tmp_path), tmp_path / "run", steps=2)
+    config.precision = "bf16"
+    config.optim.grad_dtype = config.optim.state_dtype = "bf16"
+    config.optim.cpu_offload = True
+    assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "AdamW in blocks" in log and "gradients in bf16, moments in bf16, states in host memory" in log
+    config.train.steps, config.optim.state_dtype = 3, "fp32"
+    assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "settings differ" in log and "optim.state_dtype: bf16 -> fp32" in log
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_bf16_gradients_need_bf16_parameters() -> None:
+    """precision=auto knows on the device alone what it is."""
+    from training.session import _refuse_bf16_gradients
+
+    why = "the processor has no bf16 arithmetic"
+    _refuse_bf16_gradients(Config(), why)
+    with pytest.raises(ValueError, match=f"precision=auto is fp32 here \\({why}\\); nearest: optim.grad_dtype=fp32"):
+        _refuse_bf16_gradients(Config(optim=OptimConfig(grad_dtype="bf16")), why)
 
 
 def test_a_path_in_any_script_works_in_the_c_locale(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_weight_gradients_add_to_the_main_gradient(kind: str, device: torch.devi
     assert (w.main_grad[1] == 0.125).all()
 
 
+@pytest.mark.parametrize("kind", ["bf16", "blockwise"])
+def test_a_bf16_main_gradient_is_left_to_megatron_core(kind: str, device: torch.device) -> None:
+    """optim.grad_dtype=bf16: the gradient is returned, and the hook of the gradient buckets adds it."""
+    mine, _ = tools_of(kind)
+    x_RK, dy_RN = (random(sum(COUNTS), n, seed=n).bfloat16().to(device) for n in (64, 144))
+    w = torch.nn.Parameter(torch.zeros(4, 64, 144, dtype=torch.bfloat16, device=device))
+    groups = mine.groups(COUNTS, device)
+    operands = mine.columns(x_RK, groups), mine.columns(dy_RN, groups)
+    wanted = mine.weight_gradient(*operands, groups, w)
+    w.main_grad, w.grad_added_to_main_grad = torch.full_like(w, 0.125), False
+    assert torch.equal(mine.weight_gradient(*operands, groups, w), wanted)
+    assert not w.grad_added_to_main_grad and (w.main_grad == 0.125).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_experts_of_a_weight_are_their_weight(kind: str, device: torch.device) -> None:
     mine, _ = tools_of(kind)

@@ -1,0 +1,232 @@
+"""AdamW for states that take less of the GPU's memory: moments in bf16, gradients in bf16, states in host memory. The
+arithmetic is that of torch's fused AdamW, in fp32, on a block of a shard at a time."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import OptimConfig
+from parallel.blocks import rows_at_once
+from parallel.placement import Placement, logical_name
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+GPU_BLOCK = 2**22
+"""Elements of a block on a GPU: its copies take long beside the launches, its temporary tensors 0.2 GB."""
+
+
+def is_needed(optim: OptimConfig) -> bool:
+    """Whether a setting asks for what torch's fused AdamW does not do."""
+    return optim.grad_dtype != "fp32" or optim.state_dtype != "fp32" or optim.cpu_offload
+
+
+def describe(optim: OptimConfig) -> tuple[str, str]:
+    """(name, why) for the start table."""
+    parts = [f"{what} in bf16" for what in ("grad", "state") if getattr(optim, f"{what}_dtype") == "bf16"]
+    words = [part.replace("grad", "gradients").replace("state", "moments") for part in parts]
+    words += ["states in host memory"] if optim.cpu_offload else []
+    return "AdamW in blocks", "asked for: " + ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one parameter in the distributed optimizer."""
+
+    start: int
+    end: int
+    """Range in the flattened parameter."""
+    master: nn.Parameter
+    """fp32 weights [end - start]; the key of the optimizer's state. Of an fp32 parameter, a view of it."""
+    inner: torch.optim.Optimizer
+
+
+def pieces_of(optimizer: Any) -> dict[nn.Parameter, Piece]:
+    """Those of one of Megatron-Core's distributed optimizers, by parameter of the model."""
+    if optimizer.is_stub_optimizer:
+        return {}
+    # Not optimizer.model_param_group_index_map: it is wrong for a group that mixes bf16 and fp32 parameters.
+    models = [*optimizer.model_float16_groups, *optimizer.model_fp32_groups]
+    masters = [*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups]
+    found = {}
+    for parameter, master in zip(chain(*models), chain(*masters), strict=True):
+        part = optimizer._get_model_param_range_map(parameter)["param"]
+        found[parameter] = Piece(part.start, part.end, master, optimizer.optimizer)
+    return found
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What belongs to a master shard."""
+
+    gradient: Tensor
+    """[n]; a view of the gradient bucket."""
+    weight: Tensor | None
+    """bf16 [n], a view of the model's parameter; None where the master weights are that view."""
+    name: str
+    placement: Placement
+    shape: torch.Size
+    start: int
+    """Of the parameter on this rank: its shape, and where in it, flattened, the shard begins."""
+
+
+class BlockAdamW(torch.optim.Optimizer):
+    """Reads gradients from Megatron-Core's buckets and writes the model's weights as well as the masters. A group
+    counts its updates in `step`."""
+
+    grad_scale = 1.0
+    """The gradients are multiplied with it, in fp32."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], targets: dict[Tensor, _Target], optim: OptimConfig, streams: "_Streams"
+    ):
+        super().__init__([{"params": []}], {})
+        self.param_groups = groups  # torch refuses fp32 masters, which are views of parameters
+        self._targets, self._streams = targets, streams
+        self._dtype = torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32
+        self._offload = optim.cpu_offload
+        if self._offload:
+            for master, target in targets.items():
+                if target.weight is not None:
+                    master.data = self._stored(master.data, target)
+
+    def gradients(self, masters: list[Tensor]) -> list[Tensor]:
+        """Of master shards, fp32 or bf16: views of the gradient buckets."""
+        return [self._targets[master].gradient for master in masters]
+
+    def set_moments(self, master: Tensor, moments: dict[str, Tensor]) -> None:
+        """Takes over moments [n] of any type; fp32 is rounded to nearest where moments are kept in bf16."""
+        target = self._targets[master]
+        self.state[master] = {name: self._stored(moments[name].to(self._dtype), target) for name in MOMENTS}
+
+    def _stored(self, tensor: Tensor, target: _Target) -> Tensor:
+        """A copy where states are kept."""
+        here = target.gradient.device
+        device, pinned = (torch.device("cpu"), here.type == "cuda") if self._offload else (here, False)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned).copy_(tensor)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        self._streams.begin()
+        for group in self.param_groups:
+            for master in group["params"]:
+                target = self._targets[master]
+                device = target.gradient.device
+                if not self.state[master]:
+                    self.set_moments(master, dict.fromkeys(MOMENTS, torch.zeros(()).expand(master.shape)))
+                size = GPU_BLOCK if device.type != "cpu" else rows_at_once(1, device)
+                for start in range(0, len(master), size):
+                    with self._streams.next():
+                        self._update(group, master, target, slice(start, min(start + size, len(master))))
+        self._streams.join()
+
+    def _update(self, group: dict[str, Any], master: Tensor, target: _Target, at: slice) -> None:
+        device = target.gradient.device
+        kept = [master.data, *(self.state[master][name] for name in MOMENTS)]
+        # A tensor that lies here in fp32 is updated in place.
+        here = (t[at].to(device, non_blocking=True, copy=self._offload) for t in kept)
+        weight, *moments = (t.float() for t in here)
+        gradient = target.gradient[at].float()
+        if self.grad_scale != 1.0:
+            gradient = gradient * self.grad_scale
+        beta1, beta2 = group["betas"]
+        count = torch.full((), group["step"], dtype=torch.float32, device=device)
+        torch._fused_adamw_(
+            [weight], [gradient], [moments[0]], [moments[1]], [], [count],
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if self._dtype == torch.bfloat16:
+            bits = random_bits(target, group["step"], at)
+            moments = [round_to_bf16(moments[0], bits), round_to_bf16(moments[1], bits >> 16)]
+        for tensor, new in zip(kept, (weight, *moments), strict=True):
+            if tensor[at].data_ptr() != new.data_ptr():
+                tensor[at].copy_(new, non_blocking=True)
+        if target.weight is not None:
+            target.weight[at].copy_(weight)
+
+
+class _Streams:
+    """Two streams in turn, so that a block comes from the host while the one before goes back; the current one alone
+    where nothing is moved. Made once: the allocator keeps the memory of every stream apart."""
+
+    def __init__(self, on: bool):
+        self._streams = [torch.cuda.Stream(), torch.cuda.Stream()] if on else []
+        self._begun = 0
+
+    def begin(self) -> None:
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream())
+
+    def next(self) -> AbstractContextManager[Any]:
+        self._begun += 1
+        return torch.cuda.stream(self._streams[self._begun % 2]) if self._streams else nullcontext()
+
+    def join(self) -> None:
+        """What was copied to the host is there."""
+        for stream in self._streams:
+            torch.cuda.current_stream().wait_stream(stream)
+            stream.synchronize()
+
+
+def random_bits(target: _Target, step: int, at: slice) -> Tensor:
+    """int32 [n]: 32 random bits for each element of a block, which belong to (parameter, step, element of the logical
+    parameter): copies of a parameter get the same ones, and so does every layout."""
+    key = hashlib.blake2b(repr((target.name, step)).encode(), digest_size=4).digest()
+    first = target.start + at.start
+    index = target.placement.logical_index(target.shape, first, first + at.stop - at.start, target.gradient.device)
+    # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's shift repeats the sign.
+    bits = index.to(torch.int32)  # the lower 32 bits
+    bits ^= int.from_bytes(key, "little", signed=True)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
+        bits *= factor
+    bits ^= (bits >> 16) & 0xFFFF
+    return bits
+
+
+def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
+    """Stochastic rounding: fp32 to one of the two nearest bf16 values, such that its mean is x; bf16 values stay.
+
+    Args:
+        bits: int32, of which the lower 16 are random.
+    """
+    # A bf16 value is the upper half of an fp32 one.
+    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> None:
+    """Puts BlockAdamW into the place of the AdamW that Megatron-Core's distributed optimizers have built."""
+    names = {p: logical_name(name, p) for module in modules for name, p in module.named_parameters()}
+    streams = _Streams(optim.cpu_offload)
+    for part in optimizer.chained_optimizers:
+        targets: dict[Tensor, _Target] = {}
+        for parameter, piece in pieces_of(part).items():
+            at = slice(piece.start, piece.end)
+            weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
+            gradient = parameter.main_grad.view(-1)[at]
+            place = names[parameter], parameter.placement, parameter.shape, piece.start
+            targets[piece.master] = _Target(gradient, weight, *place)
+        if targets:
+            part.optimizer = BlockAdamW(part.optimizer.param_groups, targets, optim, streams)
+            part._copy_main_params_to_model_params = lambda: None  # done block by block
+
+
+def gradients_for_norm(part: Any) -> list[Tensor]:
+    """Those of one of the distributed optimizers that count in the norm, as its get_main_grads_for_grad_norm has it."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    group = getattr(part, "tp_group", None)
+    counted = [
+        master
+        for master in part.get_parameters()
+        if param_is_not_shared(master) and param_is_not_tensor_parallel_duplicate(master, group)
+    ]
+    return part.optimizer.gradients(counted) if counted else []

@@ -1,0 +1,41 @@
+"""Optimizer states in host memory and in bf16 on the GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel import optimizer_state
+from tests.parallel.helpers import OPTIM, Variant, build_engine, optimizer_tensors, train
+from tests.parallel.test_optimizer_state import assert_same_bits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+BF16 = Variant(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"state_dtype": "bf16", "grad_dtype": "bf16"}], ids=["fp32", "bf16"])
+def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkeypatch, changes):
+    monkeypatch.setattr("parallel.block_adamw.GPU_BLOCK", 512)  # many blocks on both streams
+    found = []
+    for offload in (False, True):
+        engine = build_engine(runtime, BF16, replace(OPTIM, clip_grad=0.5, cpu_offload=offload, **changes))
+        told = train(engine, range(4))
+        found.append((told, optimizer_tensors(engine)))
+    assert found[0][0] == found[1][0]
+    assert_same_bits(found[1][1], found[0][1])
+    for parameter, piece in optimizer_state._pieces(engine).items():
+        states = piece.inner.state[piece.master]
+        kept = [states[name] for name in optimizer_state.MOMENTS]
+        kept += [piece.master.data] if parameter.dtype == torch.bfloat16 else []
+        assert all(t.device.type == "cpu" and t.is_pinned() for t in kept)
+
+
+def test_random_numbers_are_the_cpus():
+    from parallel.block_adamw import _Target, random_bits
+    from parallel.placement import Placement
+
+    both = []
+    for device in ("cpu", "cuda"):
+        aim = _Target(torch.zeros(4000, device=device), None, "w", Placement(), torch.Size([50, 100]), 321)
+        both.append(random_bits(aim, 7, slice(5, 3905)).cpu())
+    assert torch.equal(*both)
