@@ -12,11 +12,12 @@ from torch import Tensor
 
 from moe.kernels import activations, products, rounding
 from moe.kernels.numerics import BLOCK, E4M3, RECIPES, Block, Quantised, Recipe, quantise
+from moe.kernels.tiling import ROWS, can_describe, describe, gradient_tile, product_tile, programs
 from moe.kernels.tools import Weight, main_gradient
 
-ROWS, SCALE_ROWS = 128, 16
-"""Rows of a tile, and of an FP8 weight gradient a multiple; rows that the scales of 1 x BLOCK have room for a multiple
-of. Triton compiles a kernel anew for a stride that is no multiple of 16."""
+SCALE_ROWS = 16
+"""Rows that the scales of 1 x BLOCK have room for a multiple of. Triton compiles a kernel anew for a stride that is no
+multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,6 @@ class Operand:
         return Operand(self.values[experts], None if self.scale is None else self.scale[experts], self.blocks)
 
 
-def programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one for each multiprocessor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # the interpreter runs one after the other
-
-
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -106,11 +100,17 @@ class TritonTools:
                 s.stride(axis) * (s.shape[axis] > 1 or (s is x_RK.scale and axis == 0 and w_LKN.blocks))
                 for s, axis in axes
             ]
+        kind = "none" if not narrow else "blocks" if w_LKN.blocks else "rows"
+        tile = product_tile(x.device, narrow, descriptors=True)
+        # The copy engine of Hopper cannot gather.
+        described = row_R is None and can_describe(x, w, tile["BK"])
+        tile = tile if described else product_tile(x.device, narrow, descriptors=False)
         products.grouped_product[(programs(x.device),)](
-            x, w, y_RN, *scales, groups.tiles if row_R is None else row_R, groups.tiles, len(groups.tiles),
+            *(describe(x, w, tile) if described else (x, w)), y_RN, *scales,
+            groups.tiles if row_R is None else row_R, groups.tiles, len(groups.tiles),
             outer, inner, x.stride(0), *w.stride(), y_RN.stride(0), *strides,
-            SCALES="none" if not narrow else "blocks" if w_LKN.blocks else "rows", GATHER=row_R is not None,
-            BM=ROWS, BN=BLOCK, BK=BLOCK if narrow else 64, GROUP=8, num_warps=8, num_stages=3 if narrow else 4,
+            SCALES=kind, GATHER=row_R is not None, DESCRIPTORS=described, COLUMNS_FIRST=w.stride(1) == 1,
+            GROUP=8, num_warps=8, **tile,
         )  # fmt: skip
         return y_RN
 
@@ -156,19 +156,17 @@ class TritonTools:
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Groups, w: Tensor) -> Tensor:
         narrow = x_RK[0].dtype == E4M3
-        row_R = x_RK[1] if len(x_RK) > 1 and not narrow else None
-        # FP8 operands come transposed: rows are the inner dimension, and FP8 products read that one contiguously.
-        (x, dy) = (x_RK[0].t(), dy_RN[0].t()) if narrow else (x_RK[0], dy_RN[0])
+        if narrow:  # operands come transposed: rows are the inner dimension, which FP8 products read contiguously
+            x, dy = x_RK[0].t(), dy_RN[0].t()
+        else:  # a copy of gathered rows costs far less than looking them up in each tile (docs/kernels.md)
+            x, dy = x_RK[0].index_select(0, x_RK[1]) if len(x_RK) > 1 else x_RK[0], dy_RN[0]
         main = main_gradient(w)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        inner, outer = x.shape[1], dy.shape[1]
-        experts = len(groups.counts)
         products.grouped_weight_gradient[(programs(x.device),)](
-            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1], groups.starts if row_R is None else row_R,
-            groups.padded_starts if narrow else groups.starts, experts, inner, outer, *x.stride(), *dy.stride(),
-            FP8=narrow, GATHER=row_R is not None, ADD=main is not None,
-            # Of gathered rows the numbers have to be there before the rows: five stages are then three of rows.
-            BM=128, BN=128, BR=ROWS if narrow else 64, num_warps=8, num_stages=3 if row_R is None else 5,
+            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1],
+            groups.padded_starts if narrow else groups.starts, len(groups.counts), x.shape[1], dy.shape[1],
+            *x.stride(), *dy.stride(), FP8=narrow, ADD=main is not None, GROUP=8, num_warps=8,
+            **gradient_tile(x.device, narrow),
         )  # fmt: skip
         return dw
 

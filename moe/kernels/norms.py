@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.kernels.fused import programs
+from moe.kernels.tiling import programs
 
 
 @triton.jit

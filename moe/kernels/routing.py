@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.balance import Tallies
-from moe.kernels.fused import programs
-from moe.recompute import DECISIONS
+from moe.kernels.tiling import programs
+from moe.recompute import DECISIONS, LIBRARY
 from moe.router import TINY, Routing, Rule
 
 TILE, LARGEST = 1024, 4096
@@ -190,8 +190,7 @@ def launch(experts: int, top_k: int) -> dict[str, int]:
     return {"BT": tokens, "BE": width, "BK": triton.next_power_of_2(top_k), "num_warps": warps}
 
 
-@torch.library.custom_op("switchyard::route", mutates_args=())
-def choose_and_weigh(
+def _choose_and_weigh(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     padding_T: Tensor | None,
@@ -221,7 +220,13 @@ def choose_and_weigh(
     return gates_TK, experts_TK, sums_PBC.sum(0, dtype=torch.float64)
 
 
-DECISIONS.add(torch.ops.switchyard.route.default)
+LIBRARY.define(
+    "route(Tensor logits, Tensor? bias, Tensor? padding, int sequences, int top_k, bool sigmoid, bool after, "
+    "bool renormalize, float scale) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("route", _choose_and_weigh, "CompositeExplicitAutograd")
+choose_and_weigh = torch.ops.switchyard.route.default
+DECISIONS.add(choose_and_weigh)
 
 
 class _Route(torch.autograd.Function):

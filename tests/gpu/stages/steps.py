@@ -2,13 +2,18 @@
 FP8, beside Megatron-Core's and Transformers': tokens a second, MFU, launches, waits of the host, idle share, the
 kernels that take most, and peak memory beside the estimate. Each contender is a process of its own."""
 
-import argparse
+import contextlib
+import fcntl
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from parallel.device_env import set_device_variables
@@ -129,12 +134,28 @@ def profiled(step: Any, middle: float) -> dict[str, Any]:
     }
 
 
+def prepare() -> None:
+    """What a contender can do while another one has the card."""
+    import training.session  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import transformers  # noqa: F401
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One contender at a time, by a lock in the stage's folder."""
+    with (Path(os.environ["DAY_OUT"]) / "card.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def apart(name: str, model: str) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "tests.gpu.stages.steps", name, model]
+    command = [sys.executable, "-m", "tests.gpu.stages.steps", "measure", name, model]
     environment = dict(os.environ)
     set_device_variables(environment)  # as every way of starting a run does
-    limit = 300 if REHEARSE else 60
+    limit = 300 if REHEARSE else 100  # also while another one has the card
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     if done.returncode:
         print(done.stderr[-6000:], flush=True)
@@ -144,18 +165,19 @@ def apart(name: str, model: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    for model in MODELS:
-        for name in CONTENDERS:
-            attempt(f"{model}, {name}", lambda name=name, model=model: apart(name, model))
     emit("batch", **BATCH)
+    with ThreadPoolExecutor(2) as pool:  # one has the card, the next one imports
+        for model in MODELS:
+            for name in CONTENDERS:
+                what = f"{model}, {name}"
+                if not sys.argv[1:] or what in sys.argv[1:]:
+                    pool.submit(attempt, what, functools.partial(apart, name, model))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("name")
-        parser.add_argument("model")
-        args = parser.parse_args()
-        print(json.dumps(measure(args.name, MODELS[args.model])))
+    if sys.argv[1:2] == ["measure"]:
+        prepare()
+        with alone():
+            print(json.dumps(measure(sys.argv[2], MODELS[sys.argv[3]])))
     else:
         main()

@@ -10,29 +10,39 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe.kernels import activations, losses, norms, products, rounding, routing, rows
+from moe.kernels import activations, losses, norms, products, rounding, routing, rows, tiling
 
 BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
-TILE = {"BM": 128, "BN": 128, "num_warps": 8}
+HERE = torch.device("cpu")
+"""Tiles are those of Hopper where no GPU says otherwise."""
 
 
-def product(operand: str, **options: int | bool) -> tuple:
-    pointers = {"x_ptr": operand, "w_ptr": operand, "y_ptr": BF16, "tiles_ptr": INT}
-    scales = dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), FP32)
-    defaults = {**TILE, "GROUP": 8, "GATHER": False}
-    return products.grouped_product, pointers | {"row_ptr": "*i64"} | scales, {**defaults, **options}
+def product(
+    operand: str, *, described: bool, columns_first: bool, scales: str = "none", **options: int | bool
+) -> tuple:
+    tile = tiling.product_tile(HERE, operand == FP8, described)
+    kinds = {"x_ptr": operand, "w_ptr": operand}
+    if described:
+        blocks = (tile["BM"], tile["BK"]), (tile["BN"], tile["BK"]) if columns_first else (tile["BK"], tile["BN"])
+        kinds = {name: f"tensordesc<{operand[1:]}[{a}, {b}]>" for name, (a, b) in zip(kinds, blocks, strict=True)}
+    pointers = {**kinds, "y_ptr": BF16, "tiles_ptr": INT, "row_ptr": "*i64", "x_scale_ptr": FP32, "w_scale_ptr": FP32}
+    defaults = {"GROUP": 8, "GATHER": False, "SCALES": scales, "num_warps": 8, **tile}
+    defaults |= {"DESCRIPTORS": described, "COLUMNS_FIRST": columns_first}
+    return products.grouped_product, pointers, {**defaults, "stride_wk" if columns_first else "stride_wn": 1, **options}
 
 
 def gradient(operand: str, target: str, **options: int | bool) -> tuple:
     pointers = {"x_ptr": operand, "dy_ptr": operand, "dw_ptr": target, "starts_ptr": INT}
     scales = dict.fromkeys(("x_scale_ptr", "dy_scale_ptr"), FP32)
-    defaults = {**TILE, "num_stages": 3, "GATHER": False}
-    return products.grouped_weight_gradient, pointers | {"row_ptr": "*i64"} | scales, {**defaults, **options}
+    narrow = operand == FP8
+    defaults = {"num_warps": 8, "GROUP": 8, "ADD": True, "FP8": narrow, **tiling.gradient_tile(HERE, narrow)}
+    return products.grouped_weight_gradient, pointers | scales, {**defaults, **options}
 
 
 def router(kernel, experts: int, top_k: int, **options: bool) -> tuple:
@@ -48,17 +58,16 @@ SWIGLU = {"KIND": "silu", "G": 2, "DROP": True, "ROUND": True, "num_warps": 8, *
 ACTIVATED = {"h_ptr": BF16, "keep_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}
 # As moe/kernels/fused.py launches them. Strides of 1 are constants, which is how Triton's launcher treats them.
 KERNELS = {
-    "product bf16": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wn=1),
-    "product bf16 back": product(BF16, SCALES="none", BK=64, num_stages=4, stride_wk=1),
-    "product bf16 of gathered rows": product(BF16, SCALES="none", GATHER=True, BK=64, num_stages=4, stride_wn=1),
-    "product fp8": product(FP8, SCALES="blocks", BK=128, num_stages=3, stride_wk=1, stride_x_scale_r=1),
-    "product fp8 of gathered rows": product(FP8, SCALES="blocks", GATHER=True, BK=128, num_stages=3, stride_wk=1),
-    "product fp8 rowwise": product(FP8, SCALES="rows", BK=128, num_stages=3, stride_wk=1),
-    "gradient bf16": gradient(BF16, FP32, FP8=False, ADD=True, BR=64, stride_xk=1, stride_dyn=1),
-    "gradient bf16 of gathered rows": gradient(
-        BF16, FP32, FP8=False, GATHER=True, ADD=True, BR=64, stride_xk=1, stride_dyn=1, num_stages=5
-    ),
-    "gradient fp8": gradient(FP8, FP32, FP8=True, ADD=True, BR=128, stride_xr=1, stride_dyr=1),
+    "product bf16": product(BF16, described=True, columns_first=False),
+    "product bf16 back": product(BF16, described=True, columns_first=True),
+    "product bf16 without descriptors": product(BF16, described=False, columns_first=False),
+    "product bf16 of gathered rows": product(BF16, described=False, columns_first=False, GATHER=True),
+    "product fp8": product(FP8, described=True, columns_first=True, scales="blocks", stride_x_scale_r=1),
+    "product fp8 of gathered rows": product(FP8, described=False, columns_first=True, scales="blocks", GATHER=True),
+    "product fp8 rowwise": product(FP8, described=True, columns_first=True, scales="rows"),
+    "gradient bf16": gradient(BF16, FP32, stride_xk=1, stride_dyn=1),
+    "gradient bf16 returned": gradient(BF16, BF16, ADD=False, stride_xk=1, stride_dyn=1),
+    "gradient fp8": gradient(FP8, FP32, stride_xr=1, stride_dyr=1),
     "round rows": (rounding.round_rows, {"x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32}, ROUND),
     "round columns": (
         rounding.round_columns,
@@ -119,7 +128,11 @@ def compiled(kernel, pointers: dict[str, str], options: dict, capability: int) -
     constants = {key: value for key, value in options.items() if key not in launch}
     kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     # Pointers, widths and strides of real models are multiples of 16.
-    even = [name for name, kind in kinds.items() if kind not in ("constexpr", "fp32") and "num_" not in name]
+    even = [
+        name
+        for name, kind in kinds.items()
+        if kind not in ("constexpr", "fp32") and "num_" not in name and "[" not in kind
+    ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
