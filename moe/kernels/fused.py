@@ -7,6 +7,7 @@ activations, else 1.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,20 +35,22 @@ class Groups:
 
     @classmethod
     def of(cls, counts: list[int], device: torch.device) -> "Groups":
-        starts, padded, tiles = [0], [0], []
-        for expert, count in enumerate(counts):
-            end = starts[-1] + count
-            tiles += [(expert, row, end) for row in range(starts[-1], end, ROWS)]
-            starts.append(end)
-            padded.append(ROWS * len(tiles))
+        rows_L = np.asarray(counts, dtype=np.int32)
+        tiles_L = -(-rows_L // ROWS)
+        starts, tiles_before = (np.concatenate(([0], np.cumsum(n))).astype(np.int32) for n in (rows_L, tiles_L))
+        expert_t = np.repeat(np.arange(len(counts), dtype=np.int32), tiles_L)
+        first_t = starts[expert_t] + ROWS * (np.arange(len(expert_t), dtype=np.int32) - tiles_before[expert_t])
+        tiles = np.stack((expert_t, first_t, starts[expert_t + 1]), axis=1).reshape(-1)
         # One copy to the device instead of three. Each part begins at a multiple of 16 bytes: Triton compiles a kernel
         # anew for a pointer that does not.
-        parts = starts, padded, [number for tile in tiles for number in tile]
-        flat = [number for part in parts for number in (*part, *[0] * (-len(part) % 4))]
-        whole = torch.tensor(flat, dtype=torch.int32).to(device, non_blocking=True)
+        parts = starts, ROWS * tiles_before, tiles
         sizes = [len(part) + -len(part) % 4 for part in parts]
-        of_starts, of_padded, of_tiles = (t[: len(p)] for t, p in zip(whole.split(sizes), parts, strict=True))
-        return cls(counts, of_tiles.view(-1, 3), of_starts, of_padded)
+        flat = np.zeros(sum(sizes), dtype=np.int32)
+        for begin, part in zip((0, sizes[0], 2 * sizes[0]), parts, strict=True):
+            flat[begin : begin + len(part)] = part
+        of_starts, of_padded, of_tiles = torch.from_numpy(flat).to(device, non_blocking=True).split(sizes)
+        edges = len(counts) + 1
+        return cls(counts, of_tiles[: len(tiles)].view(-1, 3), of_starts[:edges], of_padded[:edges])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Legend: R rows, K inner and N outer dimension of a product, L experts.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,6 +20,7 @@ SHARED = 227 * 2**10
 Tile = dict[str, int]
 
 
+@functools.cache
 def programs(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each multiprocessor."""
     if device.type == "cuda":
@@ -25,6 +28,7 @@ def programs(device: torch.device) -> int:
     return 4  # the interpreter runs one after the other
 
 
+@functools.cache
 def product_tile(device: torch.device, narrow: bool, descriptors: bool) -> Tile:
     """BN, BK and the stages that run ahead, as measured on an H100. Scales of FP8 operands (`narrow`) bind BN and BK,
     and beside the sums in fp32 that they need no more columns would fit the registers."""
@@ -33,6 +37,7 @@ def product_tile(device: torch.device, narrow: bool, descriptors: bool) -> Tile:
     return _fitting(device, 2 * BLOCK, 64, 2, 3 if descriptors else 4, "BK")
 
 
+@functools.cache
 def gradient_tile(device: torch.device, narrow: bool) -> Tile:
     """BN, BR and stages of a weight gradient, of FP8 operands where `narrow`."""
     if narrow:
