@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
 from benchmarks.contest import Contender, Result, kept_bytes, peak_bytes, table, version
-from benchmarks.peers import megatron_config, name_missing_gemm
+from benchmarks.peers import megatron_config
 from conf.schema import ModelConfig, MoeConfig
+from parallel.megatron_compat import name_missing_gemm
 
 OURS, DENSE, BOUNDED = "switchyard", "dense", "expert_chunk_rows"
 MEGATRON = ("megatron",)

@@ -36,13 +36,15 @@ def with_bf16_buckets() -> None:
     """`python -m launch.train` with the process's arguments, gradients of fp32 parameters being kept in bf16."""
     import torch
 
-    from parallel import cpu
+    from parallel import megatron_compat
 
-    cpu.megatron()
+    megatron_compat.load()
     from megatron.core.distributed import distributed_data_parallel as ddp
 
     buffer = ddp._ParamAndGradBuffer
-    ddp._ParamAndGradBuffer = lambda config, dtype, _, *rest: buffer(config, dtype, torch.bfloat16, *rest)
+    ddp._ParamAndGradBuffer = lambda config, dtype, _, *rest, **named: buffer(
+        config, dtype, torch.bfloat16, *rest, **named
+    )
     runpy.run_module("launch.train", run_name="__main__")
 
 

@@ -7,15 +7,6 @@ import torch
 from conf.schema import ModelConfig
 
 
-def name_missing_gemm() -> None:
-    """Lets Megatron-Core's router run without TransformerEngine: 0.16.1 compares this name with None, but defines it
-    only where TransformerEngine is installed."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def megatron_config(model: ModelConfig) -> Any:
     """Megatron-Core's configuration of our model in bf16, with what it can do without CUDA and other packages."""
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -69,7 +69,11 @@ def started(world: World, parallel: ParallelConfig, backend: str | None = None) 
 
 
 def build_engine(
-    runtime: Runtime, variant: Variant, optim: OptimConfig | None = OPTIM, overlap: Overlap = NO_OVERLAP
+    runtime: Runtime,
+    variant: Variant,
+    optim: OptimConfig | None = OPTIM,
+    overlap: Overlap = NO_OVERLAP,
+    adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Engine:
     from moe.kernels.float8 import Float8
     from moe.model import Parts, Stage
@@ -80,7 +84,7 @@ def build_engine(
     float8 = Float8(variant.tools, variant.tools, range(model.num_layers)) if variant.tools else None
     parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
     stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
-    return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap)
+    return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap, adam)
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
 from benchmarks.contest import Contender, Result, kept_bytes, table, version
-from benchmarks.peers import megatron_config, name_missing_gemm
+from benchmarks.peers import megatron_config
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
+from parallel.megatron_compat import name_missing_gemm
 
 OURS, MEGATRON = "switchyard", "megatron"
 TRANSFORMERS = ("transformers eager", "transformers grouped_mm")

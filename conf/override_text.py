@@ -10,6 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from conf.hydra_private import unconverted_value
+
 FREE_TEXT = ("prompt", "eval.sample_prompt")
 """Settings whose text is never an interpolation: what looks like `${...}` is part of it."""
 _PLAIN = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][A-Za-z0-9_./-]*")
@@ -89,7 +91,7 @@ def _parsed(value: str) -> Any:
         (found,) = OverridesParser.create().parse_overrides([f"key={value}"])
     except (HydraException, ValueError):
         raise ValueError(value) from None
-    return found._value if not found.is_sweep_override() else found
+    return unconverted_value(found) if not found.is_sweep_override() else found
 
 
 def _text(value: str, *, literal: bool, sweep: bool, optional: bool) -> str:

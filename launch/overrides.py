@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from conf.hydra_private import parse_options
 from conf.override_text import as_typed
 from launch.config_folders import check_folders
 from launch.settings import nearest_settings
@@ -27,7 +27,7 @@ def checked_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
         ValueError: what Hydra would accept (`+unknown=1`) or reject without naming what works, and what it would take
             from another's folder.
     """
-    options, unknown = get_args_parser().parse_known_args(arguments)
+    options, unknown = parse_options(arguments)
     if options.shell_completion:
         return arguments
     if unknown:

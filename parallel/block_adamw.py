@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig
 from parallel.blocks import rows_at_once
+from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
 from parallel.placement import Placement, logical_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,8 +54,7 @@ def pieces_of(optimizer: Any) -> dict[nn.Parameter, Piece]:
     masters = [*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups]
     found = {}
     for parameter, master in zip(chain(*models), chain(*masters), strict=True):
-        part = optimizer._get_model_param_range_map(parameter)["param"]
-        found[parameter] = Piece(part.start, part.end, master, optimizer.optimizer)
+        found[parameter] = Piece(*optimizer_range(optimizer, parameter), master, optimizer.optimizer)
     return found
 
 
@@ -154,10 +154,10 @@ class BlockAdamW(torch.optim.Optimizer):
 
 class _Streams:
     """Two streams in turn, so that a block comes from the host while the one before goes back; the current one alone
-    where nothing is moved. Made once: the allocator keeps the memory of every stream apart."""
+    where nothing is moved and on a CPU. Made once: the allocator keeps the memory of every stream apart."""
 
     def __init__(self, on: bool):
-        self._streams = [torch.cuda.Stream(), torch.cuda.Stream()] if on else []
+        self._streams = [torch.cuda.Stream(), torch.cuda.Stream()] if on and torch.cuda.is_available() else []
         self._begun = 0
 
     def begin(self) -> None:
@@ -214,19 +214,10 @@ def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> Non
             place = names[parameter], parameter.placement, parameter.shape, piece.start
             targets[piece.master] = _Target(gradient, weight, *place)
         if targets:
-            part.optimizer = BlockAdamW(part.optimizer.param_groups, targets, optim, streams)
-            part._copy_main_params_to_model_params = lambda: None  # done block by block
+            replace_inner_optimizer(part, BlockAdamW(part.optimizer.param_groups, targets, optim, streams))
 
 
 def gradients_for_norm(part: Any) -> list[Tensor]:
-    """Those of one of the distributed optimizers that count in the norm, as its get_main_grads_for_grad_norm has it."""
-    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-    from megatron.core.transformer.module import param_is_not_shared
-
-    group = getattr(part, "tp_group", None)
-    counted = [
-        master
-        for master in part.get_parameters()
-        if param_is_not_shared(master) and param_is_not_tensor_parallel_duplicate(master, group)
-    ]
+    """Those of one of the distributed optimizers that count in the norm."""
+    counted = parameters_in_norm(part)
     return part.optimizer.gradients(counted) if counted else []

@@ -18,8 +18,8 @@ from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import block_adamw
 from parallel.blocks import sum_of_squares
 from parallel.clock import DeviceClock
-from parallel.cpu import tensor_types_as_cuda
 from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.megatron_compat import building_optimizer, parameters_in_norm
 from parallel.runtime import Runtime
 
 Batch = dict[str, Tensor]
@@ -94,7 +94,9 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
     )
 
 
-def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], overlap: Overlap) -> Any:
+def _build_optimizer(
+    optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], overlap: Overlap, adam: type[torch.optim.Optimizer]
+) -> Any:
     from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamPredicate
 
@@ -114,7 +116,7 @@ def _build_optimizer(optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], 
         use_distributed_optimizer=True,
         overlap_param_gather=overlap.param_gather,
     )
-    with tensor_types_as_cuda():
+    with building_optimizer(adam):
         optimizer = get_megatron_optimizer(config, chunks, no_decay, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         if "foreach" in group:  # torch's AdamW; Apex's and TransformerEngine's are fused by nature
@@ -133,11 +135,13 @@ class Engine:
         vocab_size: int,
         build_chunk: Callable[[int], torch.nn.Module],
         overlap: Overlap = NO_OVERLAP,
+        adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
     ):
         """Args:
         config: from core_config.
         optim: None builds no gradient buckets and no optimizer (evaluation, generation).
         build_chunk: makes this rank's i-th pipeline chunk.
+        adam: the class of the optimizer (parallel.selection.select_adam).
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -161,7 +165,7 @@ class Engine:
                 # The schedules hold the reduction back until the last micro-batch.
                 wait = [chunk.no_sync for chunk in self.chunks]
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
-            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap)
+            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam)
             if block_adamw.is_needed(optim):
                 block_adamw.install(self.optimizer, optim, self.modules)
         self._schedule = get_forward_backward_func()
@@ -325,7 +329,7 @@ class Engine:
         if self.optim is not None and block_adamw.is_needed(self.optim):
             grads = [g for part in parts for g in block_adamw.gradients_for_norm(part)]
         else:
-            grads = [g for part in parts for g in part.get_main_grads_for_grad_norm()]
+            grads = [p.grad for part in parts for p in parameters_in_norm(part) if p.grad is not None]
         square = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if grads:
             square += sum_of_squares(grads)

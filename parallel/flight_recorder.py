@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel.torch_private import flight_recorder_dump, ranks_of_groups
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -70,25 +72,8 @@ def read_trace(dump: Mapping[str, Any], group_ranks: Mapping[str, list[int]]) ->
 
 def trace() -> Trace | None:
     """Of this rank, now; None where torch has no record."""
-    import torch.distributed as dist
-
-    calls = torch_dumps()
-    if calls is None:
-        return None
-    world = dist.distributed_c10d._world
-    ranks = {name: sorted(world.pg_group_ranks.get(group, {})) for group, name in world.pg_names.items()}
-    return read_trace(json.loads(calls), ranks)
-
-
-def torch_dumps() -> str | bytes | None:
-    """torch's dump as JSON, without stacks."""
-    import torch
-
-    calls = torch._C._distributed_c10d
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        if hasattr(calls, name):
-            return getattr(calls, name)(True, False)
-    return None
+    calls = flight_recorder_dump()
+    return None if calls is None else read_trace(json.loads(calls), ranks_of_groups())
 
 
 def missing_from(pending: Pending, launched: Mapping[int, Mapping[str, int]]) -> list[int]:

@@ -9,7 +9,7 @@ import warnings
 logging.disable(logging.WARNING)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from parallel import cpu
+    from parallel import megatron_compat
 
-    cpu.import_megatron()
+    megatron_compat.import_core()
 logging.disable(logging.NOTSET)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel import allocator, cpu, rendezvous, staging
+from parallel import allocator, megatron_compat, rendezvous, staging
 from parallel.layout import Layout
 from parallel.threads import threads_per_rank
 from parallel.world import World
@@ -102,7 +102,7 @@ def start(
     """
     device, picked = pick_device(world)
     backend = backend or picked
-    cpu.megatron()
+    megatron_compat.load()
     torch.set_num_threads(threads or threads_per_rank(world.local_size))
     memory = None
     if device.type == "cuda":

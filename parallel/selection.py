@@ -142,21 +142,20 @@ def select_norm(
     return select("norm", candidates, ("torch rms_norm", torch_rms_norm), run, tolerance)
 
 
-def _te_adam() -> Callable[..., torch.optim.Optimizer]:
+def _te_adam() -> type[torch.optim.Optimizer]:
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     return FusedAdam
 
 
-def _apex_adam() -> Callable[..., torch.optim.Optimizer]:
+def _apex_adam() -> type[torch.optim.Optimizer]:
     from apex.optimizers import FusedAdam
 
     return FusedAdam
 
 
-def select_adam(device: torch.device) -> Choice:
-    """Settles which AdamW Megatron-Core builds. Left alone it takes whatever FusedAdam it could import; here that one
-    has to reproduce torch's AdamW over five steps first."""
+def select_adam(device: torch.device) -> tuple[type[torch.optim.Optimizer], Choice]:
+    """AdamW: TransformerEngine's or Apex's FusedAdam where it reproduces torch's over five steps."""
 
     def run(optimizer: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -170,10 +169,4 @@ def select_adam(device: torch.device) -> Choice:
 
     candidates = [Candidate("TransformerEngine FusedAdam", _te_adam), Candidate("Apex FusedAdam", _apex_adam)]
     reference = ("torch AdamW, fused", torch.optim.AdamW)
-    chosen, choice = select("optimizer", candidates, reference, run, tolerance=1e-5)
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = chosen, chosen is torch.optim.AdamW
-    distrib_optimizer.Adam = chosen  # it refuses any other, and took whichever package imported first
-    return choice
+    return select("optimizer", candidates, reference, run, tolerance=1e-5)

@@ -29,6 +29,7 @@ from conf.printable import visible
 from parallel import flight_recorder, rendezvous, simulate
 from parallel.flight_recorder import Pending, Trace, listed, missing_from
 from parallel.rendezvous import LimitedStore, Silent
+from parallel.torch_private import default_store
 from parallel.world import World, speaks
 
 FAILED = 1
@@ -199,7 +200,7 @@ class Watch:
     def __enter__(self) -> Self:
         if self.world.size > 1:
             # Its own connection: a thread that waits must not keep the main thread from the store.
-            given = self._given or dist.distributed_c10d._get_default_store()
+            given = self._given or default_store()
             self._store = LimitedStore(lambda: dist.PrefixStore("watch", given.clone()))
             with contextlib.suppress(Silent):  # connects now, while the store is sure to be there
                 self._ask(lambda store: None)

@@ -29,12 +29,12 @@ def runtime() -> Iterator["parallel.runtime.Runtime"]:  # noqa: F821 (importing 
     """This process as the only rank of a world."""
     noise = redirect_noise(0)
     try:
-        from parallel import cpu, runtime
+        from parallel import megatron_compat, runtime
         from parallel.layout import Layout
         from parallel.world import World
 
         yield runtime.start(World(), Layout(1), seed=1, timeout=60, threads=1)
         runtime.stop()
-        cpu.undo()
+        megatron_compat.undo()
     finally:
         noise.undo()

@@ -105,9 +105,9 @@ def _train_rank(
     with contextlib.ExitStack() as started:
         with alone if world.size == 1 else contextlib.nullcontext():
             # Here, after the redirection: importing the engine prints warnings.
-            from parallel import cpu
+            from parallel import megatron_compat
 
-            cpu.megatron()
+            megatron_compat.load()
             from parallel import rendezvous
             from parallel.watch import Watch
             from training import expert_backend

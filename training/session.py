@@ -20,7 +20,7 @@ from moe.norm import our_norms
 from moe.router import choose_router, choose_router_logits, router_logits
 from moe.rows import PLAIN_ROWS, choose_rows
 from moe.varlen_attention import masked_attention
-from parallel import block_adamw, cpu, runtime, selection
+from parallel import block_adamw, megatron_compat, runtime, selection
 from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap, core_config
 from parallel.layout import Layout, crossings
@@ -124,14 +124,15 @@ def start(
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     if train and config.runtime.preflight:
         rows += [preflight(config, run, dtype)]
+    adam = torch.optim.AdamW
     chosen, told, refused = _choose_implementations(config, run, precision, dtype, run_dir)
     rows += told
     if train:
         rows += _recompute_row(config.model.recompute, chosen["backend"])
-        adam = selection.select_adam(run.device)
+        adam, choice = selection.select_adam(run.device)
         own = block_adamw.is_needed(config.optim)
-        rows += [(adam.part, *(block_adamw.describe(config.optim) if own else (adam.name, adam.why)))]
-        refused |= {adam.part} if adam.refused and not own else set()
+        rows += [(choice.part, *(block_adamw.describe(config.optim) if own else (choice.name, choice.why)))]
+        refused |= {choice.part} if choice.refused and not own else set()
 
     core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
     parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
@@ -147,7 +148,8 @@ def start(
     overlap = Overlap.of(config.parallel, run.backend)
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
-    engine = Engine(core, run, config.optim if train else None, config.model.vocab_size, build_chunk, overlap)
+    optim = config.optim if train else None
+    engine = Engine(core, run, optim, config.model.vocab_size, build_chunk, overlap, adam)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:
@@ -280,4 +282,4 @@ def _model_words(config: Config, cost: Cost) -> tuple[str, str]:
 def stop() -> None:
     """Leaves the process groups and takes the CPU patches back."""
     runtime.stop()
-    cpu.undo()
+    megatron_compat.undo()

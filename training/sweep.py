@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -13,6 +12,7 @@ from omegaconf import read_write
 
 from conf import rules
 from conf.case import shown
+from conf.hydra_private import parse_options
 from conf.override_text import override
 from conf.schema import Config
 
@@ -44,7 +44,7 @@ def name_in_sweep() -> str | None:
     sweep."""
     if not sweeping():
         return None
-    options, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    options, _ = parse_options(sys.argv[1:])
     return arm_name(options.overrides, HydraConfig.get().overrides.task, HydraConfig.get().sweeper.params or ())
 
 

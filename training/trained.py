@@ -91,10 +91,10 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
     world = world or World()
     noise = redirect_noise(world.rank)
     try:
-        from parallel import checkpoint, cpu
+        from parallel import checkpoint, megatron_compat
 
         directory = checkpoint.resolve(path)
-        cpu.megatron()
+        megatron_compat.load()
         from training import session as sessions
 
         run_dir = directory.parent.parent

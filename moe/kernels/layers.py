@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.tools import Tools, Weight
 from moe.rows import Origin
 from parallel.collectives import all_gather, reduce_scatter
+from parallel.megatron_compat import replace_linear_product
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,4 @@ def linear_with(tools: Tools) -> Callable[[Tensor, Tensor], Tensor]:
 
 def use_tools(module: nn.Module, tools: Tools) -> None:
     """Gives the products of every tensor-parallel linear layer inside `module` to the tools."""
-    for layer in module.modules():
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            layer._forward_impl = functools.partial(_linear, tools)
-
-
-def _linear(tools: Tools, input: Tensor, weight: Tensor, bias: None, **options: Any) -> Tensor:
-    """What Megatron-Core 0.16 calls for the product of a tensor-parallel layer, with the options that we use."""
-    assert bias is None
-    gather, reduce = options["sequence_parallel"], options["allreduce_dgrad"]
-    return LinearFunction.apply(input, weight, tools, gather, reduce, options["tp_group"])
+    replace_linear_product(module, lambda x, w, *how: LinearFunction.apply(x, w, tools, *how))

@@ -110,5 +110,5 @@ def test_a_recorded_hang_is_laid_at_the_right_ranks_door() -> None:
 
 def test_a_record_that_cannot_be_read_hides_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch.dist, "get_backend", lambda *_: "nccl")
-    monkeypatch.setattr(flight_recorder, "torch_dumps", lambda: b"not JSON")
+    monkeypatch.setattr(flight_recorder, "flight_recorder_dump", lambda: b"not JSON")
     assert watch._trace() is None

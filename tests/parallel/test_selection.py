@@ -28,7 +28,16 @@ class FusedAdam(torch.optim.Optimizer):
 
     wrong_by = 0.0
 
-    def __init__(self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool = True):
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: Any,
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         assert adam_w_mode
 
@@ -72,14 +81,13 @@ def install(monkeypatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def adam(runtime, monkeypatch) -> Callable[[], type]:
-    """What Megatron-Core builds after the choice; afterwards its choice is as before."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+def built(runtime) -> Callable[[type], type]:
+    """What Megatron-Core builds when it is given a class of optimizer."""
 
-    for module, name in ((optimizer, "Adam"), (optimizer, "USING_PYTORCH_OPTIMIZER"), (distrib_optimizer, "Adam")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    return lambda: type(build_engine(runtime, Variant()).optimizer.chained_optimizers[0].optimizer)
+    def built(adam: type) -> type:
+        return type(build_engine(runtime, Variant(), adam=adam).optimizer.chained_optimizers[0].optimizer)
+
+    return built
 
 
 def without(package: str) -> None:
@@ -87,63 +95,66 @@ def without(package: str) -> None:
         pytest.skip(f"{package} is installed here")
 
 
-def test_nothing_installed(adam):
+def test_nothing_installed(built):
     without("transformer_engine"), without("apex")
-    choice = selection.select_adam(CPU)
+    adam, choice = selection.select_adam(CPU)
     assert (choice.part, choice.name) == ("optimizer", "torch AdamW, fused")
     assert choice.why == "not installed: TransformerEngine FusedAdam, Apex FusedAdam" and not choice.refused
-    assert adam() is torch.optim.AdamW
+    assert built(adam) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize("module, name", [(TE, "TransformerEngine FusedAdam"), (APEX, "Apex FusedAdam")])
-def test_an_adam_that_computes_the_same_is_used(adam, install, module, name):
+def test_an_adam_that_computes_the_same_is_used(built, install, module, name):
     install(module, FusedAdam=FusedAdam)
-    choice = selection.select_adam(CPU)
+    adam, choice = selection.select_adam(CPU)
     assert choice.name == name and choice.why.startswith("equals torch's within") and not choice.refused
-    assert adam() is FusedAdam
+    assert built(adam) is FusedAdam
 
 
-def test_an_adam_that_is_one_percent_off_is_left_out(adam, install):
+def test_an_adam_that_is_one_percent_off_is_left_out(built, install):
     install(APEX, FusedAdam=WrongAdam)
-    choice = selection.select_adam(CPU)
+    adam, choice = selection.select_adam(CPU)
     assert choice.name == "torch AdamW, fused"
     assert "Apex FusedAdam differs from torch's by" in choice.why and "left out" in choice.why and choice.refused
-    assert adam() is torch.optim.AdamW
+    assert built(adam) is torch.optim.AdamW
 
 
-def test_a_wrong_one_does_not_hide_a_right_one(adam, install):
+def test_a_wrong_one_does_not_hide_a_right_one(built, install):
     install(TE, FusedAdam=WrongAdam)
     install(APEX, FusedAdam=FusedAdam)
-    assert selection.select_adam(CPU).name == "Apex FusedAdam"
-    assert adam() is FusedAdam
+    adam, choice = selection.select_adam(CPU)
+    assert choice.name == "Apex FusedAdam"
+    assert built(adam) is FusedAdam
 
 
-def test_an_adam_that_fails_its_trial_is_left_out(adam, install):
+def test_an_adam_that_fails_its_trial_is_left_out(built, install):
     install(TE, FusedAdam=BrokenAdam)
-    assert "TransformerEngine FusedAdam failed its trial (RuntimeError)" in selection.select_adam(CPU).why
-    assert adam() is torch.optim.AdamW
+    adam, choice = selection.select_adam(CPU)
+    assert "TransformerEngine FusedAdam failed its trial (RuntimeError)" in choice.why
+    assert built(adam) is torch.optim.AdamW
 
 
-def test_a_package_that_breaks_on_import_is_named(adam, tmp_path, monkeypatch):
+def test_a_package_that_breaks_on_import_is_named(built, tmp_path, monkeypatch):
     """A transformer-engine wheel without its torch extension raises RuntimeError, not ImportError."""
     without("transformer_engine")
     package = tmp_path / "transformer_engine"
     package.mkdir()
     Path(package / "__init__.py").write_text('raise RuntimeError("found no extension")\n')
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert selection.select_adam(CPU).why == "TransformerEngine FusedAdam does not import (RuntimeError)"
-    assert adam() is torch.optim.AdamW
+    adam, choice = selection.select_adam(CPU)
+    assert choice.why == "TransformerEngine FusedAdam does not import (RuntimeError)"
+    assert built(adam) is torch.optim.AdamW
 
 
-def test_training_and_resuming_with_a_fused_adam(runtime, adam, install, tmp_path):
+def test_training_and_resuming_with_a_fused_adam(runtime, install, tmp_path):
     torchs = build_engine(runtime, Variant())
     wanted = train(torchs, range(4))
     install(APEX, FusedAdam=FusedAdam)
-    selection.select_adam(CPU)
-    engine = build_engine(runtime, Variant())
+    adam, _ = selection.select_adam(CPU)
+    engine = build_engine(runtime, Variant(), adam=adam)
     told = train(engine, range(2))
     saved = Checkpointer(tmp_path, engine, keep=1).save(state(2))
-    engine = build_engine(runtime, Variant())
+    engine = build_engine(runtime, Variant(), adam=adam)
     Checkpointer(tmp_path, engine, keep=1).load(saved)
     told += train(engine, range(2, 4))
     for got, reference in zip(told, wanted, strict=True):
