@@ -3,6 +3,7 @@ or, where there may be a GPU, started anew. Used by `NPROC=N bash launch/train.s
 of ranks for the whole session. And one rank of a world of thousands, alone, for planning."""
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -47,6 +48,17 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+_THREADS = 32
+"""Threads that finished tasks may leave in a rank. Gloo has some for every process group, which wake 100 times a
+second until the group is freed; an engine holds its groups in reference cycles, which the garbage collector may not
+look for in minutes, and looking for them takes a quarter of a second."""
+
+
+def _threads() -> int:
+    """Threads of this process, those of libraries included."""
+    return len(os.listdir("/proc/self/task"))
+
+
 _parent: Connection | None = None
 """Of a simulated rank, to the process that asked for it."""
 
@@ -65,6 +77,7 @@ def _serve(connection: Connection) -> None:
     _parent = connection
     os.setpgrp()  # a Ctrl-C at the terminal goes to the parent alone, which decides what the ranks are told
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    kept = _threads()
     while (task := connection.recv()) is not None:
         function, world, args = task
         try:
@@ -72,6 +85,9 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = ("error", traceback.format_exc())
         connection.send(answer)
+        if _threads() > kept + _THREADS:
+            gc.collect()
+            kept = _threads()
 
 
 class RankPool:

@@ -1,5 +1,6 @@
 """Rank processes: their answers, their failures, and that none of them stays."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -187,3 +188,29 @@ def test_no_rank_is_forked_where_there_may_be_a_gpu(monkeypatch):
         pool.signal(signal.SIGUSR1)  # as early as can be: no rank exists
         assert pool.run(2, how_started, signal.SIGUSR1, timeout=60) == [("spawn", False, True)] * 2
         assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class Threads:
+    """Twenty threads that end when this is freed, which a reference cycle puts off: as an engine's process groups."""
+
+    def __init__(self) -> None:
+        self.itself, self.over = self, threading.Event()
+        self.threads = [threading.Thread(target=self.over.wait, daemon=True) for _ in range(20)]
+        for thread in self.threads:
+            thread.start()
+
+    def __del__(self) -> None:
+        self.over.set()
+        for thread in self.threads:  # as gloo's destructors
+            thread.join()
+
+
+def leave_threads(world: World) -> int:
+    gc.disable()  # however seldom it would come by itself
+    Threads()
+    return psutil.Process().num_threads()
+
+
+def test_threads_that_tasks_leave_are_bounded(pool):
+    most = max(pool.run(1, leave_threads)[0] for _ in range(15))
+    assert most <= 20 + simulate._THREADS + 2 * 20
