@@ -18,12 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {
-    "ceilings": 40,
-    "warmup": 90,
-    "correctness": 110,
-    "gemm": 110,
-    "steps": 140,
-    "train": 150,
+    "ceilings": 30,
+    "warmup": 65,
+    "correctness": 60,
+    "gemm": 45,
+    "steps": 180,
+    "train": 120,
     "ranks": 90,
     "sanitizer": 60,
 }

@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from parallel.device_env import set_device_variables
 from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, emit, synchronize
@@ -142,12 +141,14 @@ def prepare() -> None:
         import transformers  # noqa: F401
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """One contender at a time, by a lock in the stage's folder."""
-    with (Path(os.environ["DAY_OUT"]) / "card.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def wait_for_the_card() -> None:
+    """One contender at a time, by a lock in the stage's folder. It goes with the process, as its memory does: a card
+    does not hold two of them."""
+    _held.append((Path(os.environ["DAY_OUT"]) / "card.lock").open("w"))
+    fcntl.flock(_held[0], fcntl.LOCK_EX)
+
+
+_held: list[IO[str]] = []
 
 
 def apart(name: str, model: str) -> dict[str, Any]:
@@ -169,15 +170,13 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:  # one has the card, the next one imports
         for model in MODELS:
             for name in CONTENDERS:
-                what = f"{model}, {name}"
-                if not sys.argv[1:] or what in sys.argv[1:]:
-                    pool.submit(attempt, what, functools.partial(apart, name, model))
+                pool.submit(attempt, f"{model}, {name}", functools.partial(apart, name, model))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         prepare()
-        with alone():
-            print(json.dumps(measure(sys.argv[2], MODELS[sys.argv[3]])))
+        wait_for_the_card()
+        print(json.dumps(measure(sys.argv[2], MODELS[sys.argv[3]])))
     else:
         main()

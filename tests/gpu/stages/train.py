@@ -107,15 +107,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder)
-        parts = {
-            "60 steps": lambda: plain(folder),
-            "stop and continue, twice the same": lambda: continued(folder),
-            "checkpoint": checkpoints,
-            "FP8 beside bf16": lambda: fp8(folder),
-        }
-        for what, measure in parts.items():
-            if not sys.argv[1:] or what in sys.argv[1:]:
-                attempt(what, measure)
+        with ThreadPoolExecutor(2) as pool:  # these are not timed
+            pool.submit(attempt, "stop and continue, twice the same", lambda: continued(folder))
+            pool.submit(attempt, "FP8 beside bf16", lambda: fp8(folder))
+        attempt("60 steps", lambda: plain(folder))
+        attempt("checkpoint", checkpoints)
 
 
 if __name__ == "__main__":
