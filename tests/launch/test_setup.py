@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIREMENTS = [Requirement(r) for r in PROJECT["project"]["dependencies"]]
+REQUIREMENTS = [r for r in REQUIREMENTS if not r.marker or r.marker.evaluate()]  # Megatron-Core's depends on Python
 DEV_REQUIREMENTS = [Requirement(r) for r in PROJECT["project"]["optional-dependencies"]["dev"]]
 
 FAKE_PYTHON = r"""#!/usr/bin/env bash
@@ -225,9 +226,53 @@ def test_shell_scripts_are_clean():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (it is in the dev extra)")
-    scripts = [ROOT / ".ci/run", *ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/**/*.sh")]
+    scripts = [*ROOT.glob(".ci/*"), *ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/**/*.sh")]
     result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+FAKE_PYTHON312 = r"""#!/usr/bin/env bash
+# Plays a Python 3.12, its virtual environment and pip.
+printf '%s\n' "$*" >>"$CALLS"
+case "$*" in
+-c*"import torch") exit "${NO_TORCH:-0}" ;;
+"-m venv "*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+"-m pip "*) cat "${@: -1}" "${@: -3:1}" >>"$CALLS" ;;
+-) exec "$REAL" - ;;
+esac
+"""
+
+
+def ci_with_python312(tmp_path: Path, **env: str) -> tuple[str, str]:
+    """(what .ci/python312.sh prints, the calls of the interpreter in pyenv's folder)."""
+    python = tmp_path / ".pyenv/versions/3.12.9/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON312)
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+    env |= {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CALLS": str(calls), "REAL": sys.executable}
+    done = subprocess.run(["bash", ROOT / ".ci/python312.sh"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, calls.read_text()
+
+
+def test_no_pytorch_is_fetched_for_the_newer_core(tmp_path):
+    printed, calls = ci_with_python312(tmp_path, NO_TORCH="1")
+    assert "SKIPPED" in printed and f"no PyTorch in {tmp_path}/.pyenv/versions/3.12.9/bin/python" in printed
+    assert "pip" not in calls and "pytest" not in calls
+
+
+def test_the_newer_core_is_tested_where_there_is_a_pytorch(tmp_path):
+    printed, calls = ci_with_python312(tmp_path)
+    assert f"{tmp_path}/.pyenv/versions/3.12.9/bin/python" in printed and "SKIPPED" not in printed
+    lines = calls.splitlines()
+    assert any(line.startswith("megatron-core>=0.19.2") for line in lines)
+    assert any(line.startswith("megatron-core==0.19.2") for line in lines)
+    assert not any(re.match("torch[>=]", line) for line in lines)
+    (tested,) = (line for line in lines if line.startswith("-m pytest "))
+    files = tested.split()[2:]
+    assert {"tests/parallel/test_engine.py", "tests/parallel/test_parity.py"} < set(files)
+    assert all((ROOT / file).is_file() for file in files)
 
 
 def test_folder_names_are_nobody_elses():
@@ -246,7 +291,9 @@ def test_installed_version_is_in_the_range(requirement):
 
 def test_constraints_cover_every_dependency_within_its_range():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    pins = [pin for line in lines if not (pin := Requirement(line)).marker or pin.marker.evaluate()]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert all(str(pin.specifier).startswith("==") for pin in pins) and len(pinned) == len(pins)
     waiting, seen = [*REQUIREMENTS, *DEV_REQUIREMENTS], set()
     while waiting:
         requirement = waiting.pop()

@@ -241,6 +241,7 @@ def test_the_optimizer_takes_no_class(runtime: Runtime) -> None:
     known = {"config", "model_chunks", "config_overrides", "use_gloo_process_groups", "pg_collection"}
     known |= {"dump_param_to_param_group_map"}
     assert set(inspect.signature(get_megatron_optimizer).parameters) == known
+    assert hasattr(DistributedOptimizer, "_copy_main_params_to_model_params")  # what replace_inner_optimizer turns off
     # Nor has it a public name for what optimizer_range gives.
     assert not any("range" in name for name in vars(DistributedOptimizer) if not name.startswith("_"))
 
