@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 import traceback
-import unittest.mock
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -259,15 +258,16 @@ def planned_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
     built while this is entered has shapes but no memory. For counting what a rank of a layout would hold."""
     import torch
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from parallel.megatron_compat import layers_made_on
     from parallel.runtime import Groups, Runtime
+    from parallel.torch_private import fake_store
 
     def group(*axes: str) -> dist.ProcessGroup:
         # Megatron-Core's own function would make every group of the world, not this rank's alone.
         return dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=layout.world)
     try:
         groups = Groups(
             **{name: group(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
@@ -277,8 +277,7 @@ def planned_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
             world=dist.group.WORLD,
         )
         meta = torch.device("meta")
-        # Megatron-Core's layers name the device that they are made on.
-        with meta, unittest.mock.patch("torch.cuda.current_device", lambda: meta):
+        with meta, layers_made_on(meta):
             yield Runtime(World(rank, layout.world), layout, groups, meta, "fake")
     finally:
         dist.destroy_process_group()

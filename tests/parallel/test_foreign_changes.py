@@ -13,8 +13,6 @@ OWN = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.s
 # that are there for it.
 PLACES = ("parallel/megatron_compat.py", "parallel/torch_private.py", "conf/hydra_private.py")
 ALLOWED = {
-    ("parallel/simulate.py", "torch.cuda.current_device"): "layers of a planned rank have no memory",
-    ("parallel/simulate.py", "torch.testing._internal.distributed.fake_pg.FakeStore"): "a planned rank has no peers",
     ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting",
     ("parallel/engine.py", "torch._foreach_mul_"): "documented, in spite of its name",
     ("parallel/blocks.py", "torch._foreach_norm"): "documented, in spite of its name",
