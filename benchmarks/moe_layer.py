@@ -19,7 +19,7 @@ from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
 from benchmarks.contest import Contender, Result, kept_bytes, peak_bytes, table, version
 from benchmarks.peers import megatron_config
 from conf.schema import ModelConfig, MoeConfig
-from parallel.megatron_compat import name_missing_gemm
+from parallel.megatron_compat import moe_layer
 
 OURS, DENSE, BOUNDED = "switchyard", "dense", "expert_chunk_rows"
 MEGATRON = ("megatron",)
@@ -70,14 +70,7 @@ def build_ours(model: ModelConfig, runtime, dtype: torch.dtype) -> nn.Module:
 
 
 def build_megatron(model: ModelConfig) -> nn.Module:
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    name_missing_gemm()
-    config = megatron_config(model)
-    spec = get_moe_module_spec(use_te=False, num_experts=model.moe.num_experts, moe_grouped_gemm=False)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return spec.module(config, submodules=spec.submodules, layer_number=1, pg_collection=groups)
+    return moe_layer(megatron_config(model))
 
 
 def build_transformers(model: ModelConfig, dtype: torch.dtype, implementation: str) -> nn.Module:

@@ -241,6 +241,18 @@ def name_missing_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def moe_layer(config: Any) -> nn.Module:
+    """Megatron-Core's own sparse layer, to compare ours with. Its specification is a ModuleSpec in 0.16 and a function
+    in 0.19."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    name_missing_gemm()
+    spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    build = spec if is_since(0, 19) else functools.partial(spec.module, submodules=spec.submodules)
+    return build(config, layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+
+
 def replace_linear_product(module: nn.Module, product: Callable[..., Tensor]) -> None:
     """Every tensor-parallel linear layer inside `module` computes with `product`, for which its class has no argument.
 
