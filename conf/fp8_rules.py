@@ -29,10 +29,10 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
         )
     # Blocks of 128 x 128 must not straddle ranks: their scales would depend on the layout.
     hidden, width = case["model.hidden_size"], case["model.ffn_hidden_size"]
-    heads, groups = case["model.num_attention_heads"], case["model.num_query_groups"]
-    keys = 2 * hidden // heads * (groups or heads)
     cuts = [("model.hidden_size", hidden, "parallel.tp"), ("model.ffn_hidden_size", width, "parallel.tp")]
-    cuts += [("the width of keys and values", keys, "parallel.tp")]
+    if case["model.head_dim"] is not None:
+        cuts += [("the width of queries", case["model.query_width"], "parallel.tp")]
+    cuts += [("the width of keys and values", 2 * case["model.key_width"], "parallel.tp")]
     for name, size, degree in [*(cuts if linear else []), ("model.ffn_hidden_size", width, "parallel.etp")]:
         product = FP8_BLOCK * case[degree]
         if size % product:

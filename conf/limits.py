@@ -66,8 +66,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         lambda x: x >= 1,
         1,
         "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.ffn_hidden_size "
-        "model.vocab_size model.moe.every model.moe.top_k model.moe.num_expert_groups model.moe.top_k_groups "
-        "model.moe.expert_chunk_rows "
+        "model.head_dim model.vocab_size model.moe.every model.moe.top_k model.moe.num_expert_groups "
+        "model.moe.top_k_groups model.moe.expert_chunk_rows "
         "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp data.tokenizer_sample_mib train.steps "
         "train.micro_batch_size train.global_batch_size train.sequence_length train.stop_after train.log_every "
         "eval.batches eval.final_batches checkpoint.keep runtime.threads cluster.ranks_per_node cluster.cpus_per_rank "

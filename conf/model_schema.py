@@ -153,7 +153,10 @@ class ModelConfig:
     hidden_size: int = 256
     """Width of the residual stream."""
     num_attention_heads: int = 4
-    """Query heads; must divide hidden_size."""
+    """Query heads."""
+    head_dim: int | None = None
+    """Width of a head, an even number (Qwen3-MoE, arXiv:2505.09388: 32 heads of 128 at hidden_size 2048). null:
+    hidden_size / num_attention_heads, which must then divide."""
     num_query_groups: int | None = None
     """Key/value heads; null: as many as attention heads."""
     ffn_hidden_size: int = 512
@@ -176,3 +179,23 @@ class ModelConfig:
     activation (between the two products of feed-forward layers and experts), moe (the whole sparse layer), full (the
     whole block; goes alone). A router's choice is always kept, never taken again."""
     moe: MoeConfig = field(default_factory=MoeConfig)
+
+    @property
+    def head_width(self) -> int:
+        """head_dim with null written out."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def query_groups(self) -> int:
+        """num_query_groups with null written out."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """Of all query heads together."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads together, and of all value heads."""
+        return self.query_groups * self.head_width

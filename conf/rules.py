@@ -119,11 +119,18 @@ def _bounds(case: Case) -> Iterator[Violation]:
 
 
 def _model(case: Case) -> Iterator[Violation]:
-    hidden, heads = "model.hidden_size", "model.num_attention_heads"
-    yield from divisible(case, hidden, heads)
-    if case[hidden] % case[heads] == 0 and case[hidden] // case[heads] % 2:
+    hidden, heads, head_dim = "model.hidden_size", "model.num_attention_heads", "model.head_dim"
+    even = "is even (rotary positions turn pairs)"
+    if case[head_dim] is not None:
+        if case[head_dim] % 2:
+            yield Violation(f"{head_dim} {even}", f"it is {case[head_dim]}", {head_dim: [case[head_dim] + 1]})
+    elif case[hidden] % case[heads]:
+        for violation in divisible(case, hidden, heads):
+            repairs = {**violation.repairs, head_dim: multiples(case[hidden] // case[heads], 2)}
+            yield dataclasses.replace(violation, repairs=repairs)
+    elif case[hidden] // case[heads] % 2:
         yield Violation(
-            f"{hidden} / {heads} is even (rotary positions turn pairs)",
+            f"{hidden} / {heads} {even}",
             f"{case[hidden]} / {case[heads]} = {case[hidden] // case[heads]}",
             {heads: divisors(case[heads], case[hidden]), hidden: multiples(case[hidden], 2 * case[heads])},
         )

@@ -115,27 +115,25 @@ class Attention(nn.Module):
         super().__init__()
         self.cp, self.causal, self.turn, self.varlen = groups.cp, causal, turn, varlen
         ranks = groups.tp.size()
-        query_groups = model.num_query_groups or model.num_attention_heads
-        self.width = model.hidden_size // model.num_attention_heads
-        self.heads, self.groups = model.num_attention_heads // ranks, query_groups // ranks
+        self.width = model.head_width
+        self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
         linear = {"config": config, "bias": False, "init_method": None, "tp_group": groups.tp}
         # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
             model.hidden_size,
-            self.width * (model.num_attention_heads + 2 * query_groups),
+            model.query_width + 2 * model.key_width,
             gather_output=False,
             **linear,
         )
         self.out = tp.RowParallelLinear(
-            self.width * model.num_attention_heads,
+            model.query_width,
             model.hidden_size,
             input_is_parallel=True,
             skip_bias_add=True,
             **linear,
         )
-        std = (model.init_scale / model.hidden_size) ** 0.5
-        place(self.qkv.weight, (0, groups.tp), std=std)
-        place(self.out.weight, (1, groups.tp), std=std)
+        place(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
+        place(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
         """pieces: from attention_pieces."""
@@ -180,7 +178,7 @@ def choose_attention(
     part, name, why = "attention", "torch scaled_dot_product_attention", "picks the fastest kernel of the device itself"
     if not native.made_for(device, dtype) or native.slower_than_onednn():
         return torch_attention, Choice(part, name, why)
-    key_heads = sequences * (model.num_query_groups or model.num_attention_heads) // groups.tp.size()
+    key_heads = sequences * model.query_groups // groups.tp.size()
     if key_heads < torch.get_num_threads():  # a backward pass has a thread for each
         why = f"native would leave threads idle: {key_heads} key/value heads for {torch.get_num_threads()}"
         return torch_attention, Choice(part, name, why)
@@ -202,9 +200,8 @@ def choose_varlen_attention(
 ) -> tuple[VarlenAttention, Choice]:
     """For documents and context parallelism: torch's varlen kernels on a GPU in bf16, else the fused kernels joined by
     their log-sum-exps, where they equal attention under a mask."""
-    width = model.hidden_size // model.num_attention_heads
     heads = model.num_attention_heads // groups.tp.size()
-    key_heads = (model.num_query_groups or model.num_attention_heads) // groups.tp.size()
+    key_heads = model.query_groups // groups.tp.size()
     # Two sequences: documents that end within a piece, reach over both, and begin before the first query.
     rows = [[Segment(40, 30, 150), Segment(30, 150, 180)], [Segment(70, 0, 180)]]
     late = [[Segment(1, 170, 181), Segment(57, 181, 238)], [Segment(58, 100, 238)]]
@@ -213,7 +210,7 @@ def choose_varlen_attention(
     def run(attend: VarlenAttention) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         q, k, v, above = (
-            torch.randn(2, h, tokens, width, generator=generator).to(device, dtype).requires_grad_()
+            torch.randn(2, h, tokens, model.head_width, generator=generator).to(device, dtype).requires_grad_()
             for h, tokens in ((heads, 128), (key_heads, 256), (key_heads, 256), (heads, 128))
         )
         out = attend(q, k, v, pieces)

@@ -168,7 +168,7 @@ class Stage(MegatronModule):
         self.token_losses = parts.token_losses
 
         self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
-        self.rotary = Rotary(model.hidden_size // model.num_attention_heads, model.rope_theta, sequence_length)
+        self.rotary = Rotary(model.head_width, model.rope_theta, sequence_length)
         std = (model.init_scale / model.hidden_size) ** 0.5
         if self.pre_process:
             self.embedding = tp.VocabParallelEmbedding(

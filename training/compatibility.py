@@ -30,10 +30,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
     """The differences with which weights of the old settings would mean something else under the new ones."""
     changes = differences(_without_null(old), _without_null(new))
+    raw = differences(old, new)  # widths that are null on both sides follow from settings that are told themselves
     return {
         key: change
         for key, change in changes.items()
-        if key.startswith("model.") and not _RESUMABLE.get(key, lambda *_: False)(*change)
+        if key.startswith("model.")
+        and (key in raw or key not in _WIDTHS)
+        and not _RESUMABLE.get(key, lambda *_: False)(*change)
     }
 
 
@@ -65,6 +68,8 @@ def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(settings)
     if flat.get("model.num_query_groups", 0) is None:
         flat["model.num_query_groups"] = flat.get("model.num_attention_heads")
+    if flat.get("model.head_dim", 0) is None:
+        flat["model.head_dim"] = flat.get("model.hidden_size", 0) // flat.get("model.num_attention_heads", 1)
     if flat.get("model.moe.renormalize", 0) is None:
         flat["model.moe.renormalize"] = flat.get("model.moe.top_k", 1) > 1
     if not flat.get("model.moe.num_experts", 1):
@@ -73,3 +78,4 @@ def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _RESUMABLE = _resumable()
+_WIDTHS = ("model.head_dim",)

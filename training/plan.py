@@ -1,6 +1,7 @@
 """What a model costs, from its configuration alone.
 
-Legend: L layers, D hidden, V vocabulary, E experts, K choices per token, S sequence.
+Legend: L layers, D hidden, V vocabulary, E experts, K choices per token, S sequence, H heads, N width of a
+head.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,9 @@ def experts_per_token(model: ModelConfig) -> float:
 
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     """Counts parameters layer by layer. Arithmetic is 6 per active parameter that takes part in a matrix product, plus
-    12 L D S for the attention scores (PaLM, arXiv:2204.02311, appendix B); activation recompute is not counted."""
+    12 L H N S for the attention scores (PaLM, arXiv:2204.02311, appendix B); activation recompute is not counted."""
     d, moe = model.hidden_size, model.moe
-    head_width = d // model.num_attention_heads
-    groups = model.num_query_groups or model.num_attention_heads
-    attention = d * (d + 2 * groups * head_width) + d * d
+    attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
     gates = 2 if model.activation in ("swiglu", "geglu") else 1
     ffn = d * model.ffn_hidden_size * (gates + 1)
     biases = gates * model.ffn_hidden_size + d if moe.expert_bias else 0
@@ -52,4 +51,4 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     active = outside + round(sparse * visited * (ffn + biases)) + tables
     # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
     multiplied = outside + sparse * visited * ffn + table
-    return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * d * sequence_length)
+    return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * model.query_width * sequence_length)

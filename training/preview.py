@@ -121,7 +121,8 @@ def _parameters(
 def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
     """One rank's weights of the linear layers in attention and feed-forward layers, and of experts."""
     d, f, moe, gates, layers = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model), sparse + dense
-    linear = [(layers, d, (d + _keys_and_values(model)) / layout.tp), (layers, d / layout.tp, d)]
+    q, k = model.query_width / layout.tp, model.key_width / layout.tp
+    linear = [(layers, d, q + 2 * k), (layers, q, d)]
     for count, width in ((dense, f / layout.tp), (sparse, moe.num_shared_experts * f / layout.tp)):
         linear += [(gates * count, d, width), (count, width, d)]
     count, width = sparse * moe.num_experts / layout.ep, f / layout.etp
@@ -138,7 +139,7 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     block = outside * (2 if "norm" in again else 4)  # inputs and outputs of two norms
     # Queries and keys after their rotation, the projection, of which the values are a part, and the result (twice where
     # torch attends).
-    attention = outside + (4 * d + 1.5 * _keys_and_values(model)) / layout.tp
+    attention = outside + (4 * model.query_width + 3 * model.key_width) / layout.tp
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = experts_per_token(model) * layout.etp / layout.tp
@@ -152,11 +153,6 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
 def _gates(model: ModelConfig) -> int:
     """Input projections of a feed-forward layer."""
     return 2 if model.activation in ("swiglu", "geglu") else 1
-
-
-def _keys_and_values(model: ModelConfig) -> int:
-    heads = model.num_attention_heads
-    return 2 * (model.hidden_size // heads) * (model.num_query_groups or heads)
 
 
 def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tuple[str, str, str]], list[str]]:

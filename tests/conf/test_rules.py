@@ -233,6 +233,10 @@ BROKEN = [
     ({"model.moe.every": 5, **SPARSE}, 1, "model.moe.every <= model.num_layers, but 5 > 4", "model.moe.every=4"),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.num_attention_heads=5 or model.hidden_size=248"),
     ({"model.hidden_size": 252, "model.num_attention_heads": 84}, 1, "252 / 84 = 3", "num_attention_heads=63"),
+    ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
+    ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary positions turn pairs), but it is 63", "head_dim=64"),
+    ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
+    ({**FP8, "model.head_dim": 48}, 1, "the width of queries % (128 * parallel.tp) == 0, but 192", "bf16"),
     ({"model.num_query_groups": 3}, 1, "4 % 3 = 1", "model.num_query_groups=2"),
     (
         {"parallel.tp": 3},
@@ -362,6 +366,7 @@ def test_good_blend_passes():
         EXPERT_CHOICE,
         {"model.moe.every": 2},  # the dense twin of a sparse preset
         {"model.moe.capacity_factor": None, "model.moe.top_k": 2, "model.moe.renormalize": True, **SPARSE},
+        {"model.hidden_size": 250, "model.head_dim": 64},
         {"train.profile": [200, 200], "train.stop_after": 200},
         {"data.kind": "text", "data.files": ["a.txt"], "data.valid_files": ["b.txt"]},
         {"model.num_layers": 5, "parallel.pp": 2, "parallel.pp_layers": [2, 3]},

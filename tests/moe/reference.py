@@ -279,7 +279,7 @@ def attention(
     x_SD: Tensor, weights: Weights, model: ModelConfig, positions_S: list[int], document_mask: bool
 ) -> Tensor:
     """One sequence. The rows of qkv are, for each key/value group, its queries, its key and its value."""
-    width = model.hidden_size // model.num_attention_heads
+    width = model.head_dim or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads // groups
     projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]

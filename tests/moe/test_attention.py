@@ -45,9 +45,12 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize(("heads", "groups"), [(4, None), (4, 2), (4, 1), (1, None)])
-def test_equals_the_reference(heads: int, groups: int | None, document_mask: bool, runtime: Runtime) -> None:
-    model = tiny(hidden_size=16, num_attention_heads=heads, num_query_groups=groups, rope_theta=100.0)
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(4, None, None), (4, 2, 6), (4, 1, None), (1, None, 2)])
+def test_equals_the_reference(
+    heads: int, groups: int | None, head_dim: int | None, document_mask: bool, runtime: Runtime
+) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": heads, "num_query_groups": groups, "head_dim": head_dim}
+    model = tiny(**sizes, rope_theta=100.0)
     layer = attention_of(model, runtime)
     x_SBD = random(8, 2, 16, seed=heads)
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)

@@ -35,14 +35,14 @@ def changed(before: dict[str, Any] | None = None, **after: Any) -> list[str]:
         {"moe__aux_loss_coeff": 0.0, "moe__z_loss_coeff": 0.0, "moe__jitter": 0.1, "moe__expert_dropout": 0.1},
         {"moe__dispatcher": "all_gather", "moe__pad_to_capacity": True, "moe__backend": "loop"},
         {"moe__expert_chunk_rows": 7, "moe__bias_update_rate": 0.1, "moe__load_balancing": "sinkhorn"},
-        {"moe__bias_update_rate": 0.0, "num_query_groups": 4, "moe__renormalize": False},
+        {"moe__bias_update_rate": 0.0, "num_query_groups": 4, "head_dim": 64, "moe__renormalize": False},
     ],
 )
 def test_how_it_is_computed_and_trained_may_change(after: dict[str, Any]) -> None:
     assert changed(**after) == []
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_query_groups", "rope_theta", "norm_eps", "activation"])
+@pytest.mark.parametrize("key", ["hidden_size", "head_dim", "num_query_groups", "rope_theta", "norm_eps", "activation"])
 def test_what_the_weights_mean_may_not(key: str) -> None:
     assert changed(**{key: "swiglu" if key == "activation" else 2}) == [f"model.{key}"]
 
