@@ -31,6 +31,7 @@ SECONDS = 300.0
 # What is decided over the whole micro-batch, or could depend on the order of its tokens, other than in Switch.
 DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
 DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
+GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
 ALIKE = {"document_mask": True, "begin_alike": True}
 
 VARIANTS = {
@@ -41,10 +42,8 @@ VARIANTS = {
     "deepseek": Variant(moe=DEEPSEEK),
     "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
     "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
-    "global": Variant(
-        moe={"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
-        | {"bias_update_rate": 0.01}
-    ),
+    "global": Variant(moe=GLOBAL),
+    "global_bias": Variant(moe=GLOBAL | {"bias_update_rate": 0.01}),
     "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
@@ -70,7 +69,9 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
 
 MATRIX = [
-    Layouts("tp2", 2, {"tp": 2}, ["drops", "switch_documents", "dense", "global"], "drops global"),
+    Layouts(
+        "tp2", 2, {"tp": 2}, ["drops", "switch_documents", "dense", "global", "global_bias"], "drops global global_bias"
+    ),
     Layouts(
         "tp2 +sequence",
         2,
@@ -82,6 +83,7 @@ MATRIX = [
             "expert_choice",
             "sinkhorn",
             "global",
+            "global_bias",
             "ties",
             "ties_choice",
             "per_sequence",
@@ -100,7 +102,7 @@ MATRIX = [
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
     Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch"], "dropless"),
-    Layouts("dp2", 2, {}, ["switch", "drops", "global"], "switch global"),
+    Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias"], "switch global global_bias"),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek"], "dense"),
@@ -122,7 +124,9 @@ MATRIX = [
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
     Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
-    Layouts("cp2 tp2 pp2 +sequence", 8, {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL}, ["expert_choice", "global"]),
+    Layouts(
+        "cp2 tp2 pp2 +sequence", 8, {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL}, ["expert_choice", "global", "global_bias"]
+    ),
 ]
 
 

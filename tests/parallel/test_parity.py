@@ -60,6 +60,7 @@ def test_the_variants_do_what_their_names_say(one_rank):
         "expert_choice": (False, 4, 1.5),
         "sinkhorn": (True, 4, 2),
         "global": (True, 2, 2),
+        "global_bias": (True, 2, 2),
         "six_layers": (True, 6, 2),
     }.items():
         outcome = one_rank[name]
