@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from conf.schema import MoeConfig
+from corpus.prepare import prepare
+from corpus.stream import ValidWindows
 from parallel.simulate import RankPool
 from parallel.world import World
 from tests.training.helpers import tiny_config, train, with_layout, write_corpus
@@ -21,12 +23,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(ranks: RankPool, corpus: Path, run_dir: Path, world: int, dense: bool, **degrees: int) -> dict[str, Any]:
     """The last evaluation of a run whose held-out text is three windows, fewer than a micro-batch."""
     few = corpus.parent / "few.txt"
-    few.write_text(" ".join(f"word{i % 7} {i}" for i in range(60)))
+    few.write_text(" ".join(f"word{i % 7} {i}" for i in range(20)))
     config = tiny_config(corpus, run_dir, steps=2, micro_batch_size=4, global_batch_size=16, sequence_length=63)
     config.model.num_layers = 4
     config.model.moe = MoeConfig(num_experts=0) if dense else MoeConfig(num_experts=4, eval_capacity_factor=0.75)
     config.data.valid_files, config.data.valid_fraction = [str(few)], 0.02
     config.eval.every, config.checkpoint.every, config.eval.sample_tokens = 1, 1, 60
+    prepared = prepare(config.data, vocab_size=config.model.vocab_size, sequence_length=63)
+    assert len(ValidWindows(prepared, sequence_length=63, document_mask=config.data.document_mask)) == 3
     config = with_layout(config, **degrees)
     assert ranks.run(world, train, config, timeout=120.0) == [0] * world
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
