@@ -32,6 +32,7 @@ from parallel.checkpoint_manifest import (
     find_damage,
     incomplete,
     read_manifest,
+    read_manifest_together,
     resolve,
     run_through,
     set_aside,
@@ -293,7 +294,7 @@ class Checkpointer:
             CheckpointDamaged: it cannot be read. Nothing was changed.
             ValueError: the checkpoint is of another model.
         """
-        manifest = read_manifest(directory)
+        manifest = read_manifest_together(directory)
         state, stored = manifest["state"], manifest["tensors"]
         _, weights = _matching_weights(self.engine, directory, stored, partial=False)
         moments = optimizer_state.to_load(self.engine)
@@ -319,7 +320,8 @@ def _read(
     tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
     rounds: Rounds | None,
 ) -> None:
-    """Fills tensors from a checkpoint; with `rounds`, all ranks together, and what one cannot read fails all."""
+    """Fills tensors from a checkpoint, all ranks together: what one cannot read fails all. `rounds` keeps a slow one
+    from looking like a stall."""
 
     def read() -> Iterator[int]:
         try:
@@ -328,7 +330,11 @@ def _read(
             return error
         return None
 
-    found = rounds.run(read()) if rounds else [run_through(read())]
+    found: list[CheckpointDamaged | None] = [None] * dist.get_world_size()
+    if rounds:
+        found = rounds.run(read())
+    else:
+        dist.all_gather_object(found, run_through(read()))
     if wrong := next((error for error in found if error is not None), None):
         raise wrong
 
@@ -368,7 +374,7 @@ def load_weights(engine: Engine, directory: Path, *, partial: bool = False, roun
     Raises:
         ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
     """
-    stored = read_manifest(directory)["tensors"]
+    stored = read_manifest_together(directory)["tensors"]
     mismatch, wanted = _matching_weights(engine, directory, stored, partial=partial)
     _read(directory, stored, {key: (box.data, tuple(box.global_offset)) for key, box in wanted.items()}, rounds)
     _copy_weights(engine, {key: box.data for key, box in wanted.items()})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from parallel.checkpoint_format import Box, CheckpointDamaged, StoredTensor, digest, new_digest, read_tensors
 
@@ -99,6 +100,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST} {error}") from None
     except OtherVersion as error:
         raise OtherVersion(f"{directory} {error}") from None
+
+
+def read_manifest_together(directory: Path) -> dict[str, Any]:
+    """As `read_manifest`: rank 0 reads for all ranks, and what it cannot read is raised on all. Every rank calls
+    this together."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = read_manifest(directory)
+        except (CheckpointDamaged, OtherVersion) as error:
+            answer[0] = error
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], ValueError):
+        raise answer[0]
+    return answer[0]
 
 
 def _understood(manifest: Any) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
     noise = redirect_noise(world.rank)
     try:
         from parallel import checkpoint, megatron_compat
+        from parallel.checkpoint_manifest import step_of
 
         directory = checkpoint.resolve(path)
         megatron_compat.load()
@@ -106,7 +107,8 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
         session = sessions.start(config, world, train=False)
         try:
             checkpoint.load_weights(session.engine, directory)
-            step = checkpoint.read_manifest(directory)["state"]["step"]
+            step = step_of(directory)
+            assert step is not None
             yield Trained(session, run_dir, directory, step, tokenizer)
         finally:
             sessions.stop()

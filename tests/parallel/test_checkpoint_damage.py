@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -292,6 +293,46 @@ def judge_damaged(world: World, root: Path) -> list[list[str]]:
             meet().wait()
         assert saver.resume(pytest.fail)[0] == directory
     return judged
+
+
+LOADS = {
+    "resume": lambda saver, directory: saver.load(directory),
+    "weights": lambda saver, directory: checkpoint.load_weights(saver.engine, directory),
+    "weights, watched": lambda saver, directory: checkpoint.load_weights(saver.engine, directory, rounds=saver.rounds),
+}
+
+
+def load_with_errors(world: World, directory: Path) -> dict[str, str]:
+    """Rank function: what loading raises where one rank cannot read the manifest (0) or the tensors (1)."""
+    read_bytes, found = Path.read_bytes, {}
+
+    def unreadable(path: Path) -> bytes:
+        if path.name == MANIFEST and world.rank == 0:
+            raise OSError(errno.EIO, "no manifest here")
+        return read_bytes(path)
+
+    def no_tensors(*_: Any) -> Any:
+        yield 0
+        if world.rank == 1:
+            raise checkpoint.CheckpointDamaged("no tensors here")
+
+    with started(world, ParallelConfig(tp=2)) as runtime:
+        saver = Checkpointer(directory.parent, build_engine(runtime, VARIANT), keep=2)
+        for name, load in LOADS.items():
+            for place, attribute, fault in ((Path, "read_bytes", unreadable), (checkpoint, "read_tensors", no_tensors)):
+                with mock.patch.object(place, attribute, fault):
+                    try:
+                        load(saver, directory)
+                    except checkpoint.CheckpointDamaged as error:
+                        found[f"{name}: {attribute}"] = str(error)
+            load(saver, directory)
+    return found
+
+
+def test_what_one_rank_cannot_read_is_raised_on_all(ranks, saver):
+    first, second = ranks.run(2, load_with_errors, saver.last_good, timeout=60)
+    assert first == second and len(first) == 2 * len(LOADS)
+    assert all("no manifest here" in told or "no tensors here" in told for told in first.values())
 
 
 def save_two(world: World, root: Path) -> None:
