@@ -126,8 +126,15 @@ class Trainer:
             RunFailed: too many updates in a row were not finite, another process took the run directory over, or the
                 run directory cannot be written any more.
         """
-        config, train = self.config, self.config.train
         log = self._open_log()
+        try:
+            return self._run(stop, log)
+        finally:
+            if log:
+                log.close()
+
+    def _run(self, stop: StopRequest, log: RunLog | None) -> int:
+        config, train = self.config, self.config.train
         profiler = Profiler(train.profile, self.run_dir.path / "profile", enabled=self.is_main)
         last = min(train.steps, train.stop_after or train.steps)
         self.logged = self.progress.step, self.skips.total
@@ -156,14 +163,10 @@ class Trainer:
         self._settle(wait=True)
         if interrupted and self.progress.step < train.steps:
             self.console.note(f"stopped by {stop.reason} after step {self.progress.step}")
-            code = STOPPED
-        else:
-            self._finish(log)
-            self._agree(stop)
-            code = DONE
-        if log:
-            log.close()
-        return code
+            return STOPPED
+        self._finish(log)
+        self._agree(stop)
+        return DONE
 
     def _open_log(self) -> RunLog | None:
         log = None

@@ -69,6 +69,35 @@ def test_tensorboard_alone_ends_no_run(corpus: Path, ranks: RankPool, tmp_path: 
     assert (run_dir / "train.log").read_text().count("TensorBoard's files cannot be written") == 1
 
 
+def close_after_a_failure(world: World, config: Config) -> list[bool]:
+    """Rank function: whether the files of figures are closed when the third step has failed."""
+    from training.loop import Trainer
+
+    logs, step, opened = [], Trainer._step, Trainer._open_log
+
+    def fail(self: Trainer) -> tuple[float, float, float]:
+        if self.progress.step == 2:
+            raise RuntimeError("no third step")
+        return step(self)
+
+    def keep(self: Trainer) -> object:
+        logs.append(opened(self))
+        return logs[-1]
+
+    with unittest.mock.patch.multiple(Trainer, _step=fail, _open_log=keep):
+        try:
+            train(world, config)
+        except RuntimeError as error:
+            assert "no third step" in str(error)
+    return [file.closed for file in (logs[0]._rows, logs[0]._loads)]
+
+
+def test_a_run_that_fails_closes_its_files_of_figures(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """The expert load of its last step is drawn too."""
+    config = tiny_config(corpus, tmp_path / "run", steps=4)
+    assert ranks.run(1, close_after_a_failure, config, timeout=LIMIT) == [[True, True]]
+
+
 def train_and_delete(world: World, config: Config) -> int:
     """Rank function: the run directory is gone after the second step."""
     from training.loop import Trainer
