@@ -168,8 +168,17 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
                 f"Restore these settings ({restored(fatal)}), or choose another run.dir"
             )
         changed = [told({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return RunDir(path, created, continued, changed, overrides)
+    return RunDir(path, created, continued, changed, _typed())
+
+
+def _typed() -> list[str]:
+    """What the command line said: the settings, and before them the folders of presets that they may name."""
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    searched = [word for word in hydra.overrides.hydra if word.partition("=")[0].lstrip("+") == "hydra.searchpath"]
+    return [*folders, *searched, *hydra.overrides.task]
 
 
 def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import re
 import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from omegaconf import OmegaConf
 
 from conf.schema import Config, RunConfig
 from corpus.prepare import Prepared
+from launch.overrides import CONF
 from launch.train import prepare_run
-from tests.training.helpers import tiny_config, write_corpus
+from tests.training.helpers import ROOT, tiny_config, write_corpus
 from training import run_dir as run_dirs
 from training.console import Console
 from training.metrics import trim_rows
@@ -73,6 +76,26 @@ def test_a_run_is_continued_with_what_it_was_started_with(monkeypatch: pytest.Mo
     words = shlex.split(run.command(10).removeprefix("NPROC=4 "))[2:]
     directory, steps = OverridesParser.create().parse_overrides(words)
     assert OmegaConf.create({"dir": directory.value()}).dir == str(awkward) and steps.value() == 10
+
+
+def test_folders_of_presets_belong_to_the_command_that_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composed as by launch/cli.py."""
+    folders = [tmp_path / "my presets", tmp_path / "others"]
+    for folder, name in zip(folders, ("mine", "theirs"), strict=True):
+        (folder / "experiment").mkdir(parents=True)
+        (folder / "experiment" / f"{name}.yaml").write_text("# @package _global_\ntrain:\n  steps: 7\n")
+    given = [f"--config-dir={folders[0]}", f"hydra.searchpath=[file://{folders[1]}]", "+train.seed=3"]
+    program = (
+        "import sys, hydra\nfrom conf.schema import Config\nfrom training import run_dir\n"
+        f"@hydra.main(version_base='1.3', config_path={str(CONF)!r}, config_name=None)\n"
+        "def task(_): print(run_dir.open_run_dir(Config()).command(9))\ntask()"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [sys.executable, "-c", program, *given, "hydra.output_subdir=null", "hydra.run.dir=."]
+    printed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(printed)[2:5] == given
 
 
 def open_at_once(barrier: Any, found: Any) -> None:
