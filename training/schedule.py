@@ -50,8 +50,10 @@ def schedule_jump(last: float | None, step: int, config: Config) -> str | None:
     if last is None or step >= steps or math.isclose(learning_rate(step, optim, steps), last, rel_tol=1e-3):
         return None
     following = learning_rate(step + 1, optim, steps)
+    # Settings that schedule=constant does not read have to be at their defaults.
+    unread = f" optim.decay_fraction={OptimConfig().decay_fraction}" if optim.schedule == "wsd" else ""
     return (
         f"the learning rate jumps from {last:.3g} at step {step} to {following:.3g} at step {step + 1}: "
         f"optim.schedule={optim.schedule} over train.steps={steps} is not the schedule of the earlier steps. To go on "
-        f"at the last rate: optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0 optim.min_lr=null"
+        f"at the last rate: optim.schedule=constant optim.lr={last:.6g} optim.warmup_steps=0 optim.min_lr=null{unread}"
     )

@@ -5,7 +5,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from conf import rules
 from conf.schema import SCHEDULES, Config, OptimConfig, TrainConfig
 from training.schedule import learning_rate, schedule_jump
 
@@ -68,7 +70,7 @@ def test_unknown_schedule_is_the_users_error() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_finished_schedule_that_is_extended_is_warned_of(schedule: str) -> None:
-    optim = dataclasses.replace(OPTIM, schedule=schedule)
+    optim = dataclasses.replace(OPTIM, schedule=schedule, decay_fraction=0.5 if schedule == "wsd" else 0.2)
     last = learning_rate(12, optim, 12)
     longer = Config(optim=optim, train=TrainConfig(steps=24))
     told = schedule_jump(last, 12, longer)
@@ -77,8 +79,10 @@ def test_a_finished_schedule_that_is_extended_is_warned_of(schedule: str) -> Non
         return
     assert told is not None and "from 0.2 at step 12 to " in told
     assert f"{learning_rate(13, optim, 24):.3g} at step 13" in told and "optim.schedule=constant optim.lr=0.2" in told
-    # What it proposes goes on at the last rate; a run that goes on as it began is not warned of.
-    flat = OptimConfig(lr=0.2, schedule="constant", warmup_steps=0)
-    assert schedule_jump(last, 12, dataclasses.replace(longer, optim=flat)) is None
+    # What it proposes is taken and goes on at the last rate; a run that goes on as it began is not warned of.
+    proposed = OmegaConf.from_dotlist(told.split("at the last rate: ")[1].split())
+    flat = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(longer), proposed))
+    assert not rules.without_idle(flat, 1)[1]
+    assert schedule_jump(last, 12, flat) is None
     assert schedule_jump(learning_rate(12, optim, 24), 12, longer) is None
     assert schedule_jump(None, 12, longer) is None and schedule_jump(0.9, 24, longer) is None
