@@ -108,3 +108,43 @@ class GenerateConfig(Here):
     """Sample among the likeliest tokens that together hold this probability."""
     seed: int = 1234
     """Of the sampling."""
+
+
+@dataclass(kw_only=True)
+class ImportConfig(Here):
+    """python -m launch.import_hf: a run directory from a Hugging Face model."""
+
+    source: str = "???"
+    """A directory with config.json and safetensors, as `hf download` and save_pretrained make it."""
+    output: str = "???"
+    """The run directory to make; it must not exist. Nothing is there until all of it is right."""
+    verify: bool = True
+    """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
+    precision: str = "fp32"
+    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (5e-2 of the largest logit, 2e-2 nats),
+    which needs half the memory."""
+    eod_token: str | None = None
+    """The token put after documents of text. null: the source's end of sequence."""
+    sequence_length: int = 2048
+    """Tokens of a sequence when the run is evaluated or writes text; fewer where the source's positions end before."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig(Here):
+    """python -m launch.export_hf: a Hugging Face model from a checkpoint."""
+
+    checkpoint: str = "???"
+    """A run directory (its newest whole checkpoint) or one step's directory."""
+    output: str = "???"
+    """The directory to make; it must not exist. Nothing is there until all of it is right."""
+    verify: bool = True
+    """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
+    precision: str = "fp32"
+    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (5e-2 of the largest logit, 2e-2 nats),
+    which needs half the memory."""
+    family: str | None = None
+    """The model_type to write. null: that of the model that the run was imported from, else the first that fits."""
+    dtype: str = "stored"
+    """Of the weights: fp32, bf16, or stored, in which an import comes back bit for bit and a trained model is fp32."""
+    shard_gib: float = 5.0
+    """Largest file of weights, in GiB."""

@@ -113,6 +113,10 @@ class Tokenizer:
         """Text of token ids; special tokens are spelled out."""
         return self._inner.decode(ids, skip_special_tokens=False)
 
+    def token(self, i: int) -> str | None:
+        """The token of an id, as the vocabulary spells it; None: there is none."""
+        return self._inner.id_to_token(i)
+
     def byte_lengths(self) -> "np.ndarray":
         """UTF-8 bytes that each token stands for, int32 [V]; 0 for special tokens and unused ids.
 

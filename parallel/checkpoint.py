@@ -340,6 +340,11 @@ def _read(
 
 
 def _check_moments(wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
+    if wanted and not any(key.startswith(f"{kind}.") for key in stored for kind in optimizer_state.MOMENTS):
+        raise ValueError(
+            f"{directory} holds weights alone, as launch.import_hf writes them: start another run from it, with "
+            f"checkpoint.load={directory.parent.parent}"
+        )
     for key, box in wanted.items():
         if key not in stored or stored[key].shape != tuple(box.global_shape):
             raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(box.global_shape)}")

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[
     Raises:
         OSError: the disk does not take it.
     """
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header, end = {}, 0
+    kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)}
+    return write_stream(path, kinds, lambda name: [tensors[name]], advance)
+
+
+def write_stream(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    parts: Callable[[str], Iterable[Tensor]],
+    advance: Callable[[int], None] = lambda count: None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """As `write_tensors`, of tensors that need never be in memory together.
+
+    Args:
+        kinds: name -> type and shape of each tensor; those of one size of element are written in this order.
+        parts: name -> a tensor in pieces along its first axis, asked for in the order of writing.
+        metadata: of the file, as safetensors has it.
+    """
+    ordered = sorted(kinds, key=lambda name: -kinds[name][0].itemsize)  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in ordered:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        dtype, shape = kinds[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": [*shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     found, total = new_digest(), 0
+    contents = (_bytes_of(part.to(kinds[name][0])) for name in ordered for part in parts(name))
     with path.open("wb", buffering=0) as file:
-        for content in (struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in ordered)):
+        for content in chain((struct.pack("<Q", len(text)), text), contents):
             view = memoryview(content)
             for start in range(0, len(view), PIECE_BYTES):
                 piece = view[start : start + PIECE_BYTES]
@@ -106,6 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[
                 total += len(piece)
                 advance(len(piece))
         os.fsync(file.fileno())
+    assert total == 8 + len(text) + end, (path, total, end)
     return [total, found.hexdigest()]
 
 
@@ -134,6 +156,28 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """name -> (type as safetensors writes it, shape) of every tensor, whose bytes are all in the file.
+
+        Raises:
+            CheckpointDamaged: the header says what cannot be, or the file ends early.
+        """
+        found, size, end = {}, os.fstat(self._file.fileno()).st_size - self._start, 0
+        for name, entry in self._header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                width = DTYPES[dtype].itemsize if dtype in DTYPES else None
+                if begin < 0 or (width and end - begin != math.prod(shape) * width):
+                    raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointDamaged(f"{self._path.name} does not say what {name} is: {error!r}") from None
+            if end > size:
+                raise CheckpointDamaged(f"{self._path.name} ends early: {name} lies behind its end")
+            found[name] = dtype, shape
+        return found
 
     def _read(self, start: int, count: int) -> bytes:
         content = bytearray(count)

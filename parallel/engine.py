@@ -219,9 +219,14 @@ class Engine:
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, round(tokens)
 
-    @torch.no_grad()
     def next_logits(self, ids: list[int]) -> Tensor:
         """fp32 logits [V] on the CPU for the token after `ids`, the same on every rank; all ranks give the same ids."""
+        return self.logits(ids, first=len(ids) - 1)[0]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], first: int = 0) -> Tensor:
+        """fp32 logits [len(ids) - first, V] on the CPU for the tokens after each of `ids` from the index `first` on,
+        nothing dropped; the same on every rank, and all ranks give the same ids."""
         groups = self.runtime.groups
         for chunk in self.chunks:
             chunk.eval()
@@ -230,12 +235,13 @@ class Engine:
         pieces = math.lcm(cp * groups.tp.size(), 2 * cp if cp > 1 else 1)
         last, length = len(ids) - 1, -(-len(ids) // pieces) * pieces
         tokens = torch.tensor([ids + [0] * (length - len(ids))])
+        begin = groups.cp.rank() * (length // cp)  # of this rank's slice
+        mine = range(max(first, begin), min(len(ids), begin + length // cp))
         found: list[Tensor] = []
 
         def keep(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            rank, position = divmod(last, length // groups.cp.size())
-            if rank == groups.cp.rank() and groups.dp.rank() == 0:
-                found.append(logits_BSV[0, position].float())
+            if mine and groups.dp.rank() == 0:
+                found.append(logits_BSV[0, mine.start - begin : mine.stop - begin].float())
             return torch.zeros((), device=self.runtime.device), torch.zeros((), device=self.runtime.device)
 
         at = torch.arange(length)[None]
@@ -244,12 +250,13 @@ class Engine:
         layout = self.runtime.layout
         # The interleaved schedule does not run with fewer micro-batches than stages.
         self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, ForwardPass(GENERATE))
-        # Each holder fills its slice of the vocabulary; everyone else adds zeros.
-        logits_V = torch.zeros(self.vocab_size, device=self.runtime.device)
+        # Each holder fills its slice of the sequence and of the vocabulary; everyone else adds zeros.
+        logits_SV = torch.zeros(len(ids) - first, self.vocab_size, device=self.runtime.device)
         if found:
-            logits_V.chunk(groups.tp.size())[groups.tp.rank()].copy_(found[0])
-        dist.all_reduce(logits_V)
-        return logits_V.cpu()
+            rows_SV = logits_SV[mine.start - first : mine.stop - first]
+            rows_SV.chunk(groups.tp.size(), dim=1)[groups.tp.rank()].copy_(found[0])
+        dist.all_reduce(logits_SV)
+        return logits_SV.cpu()
 
     def _run(self, batches: list[Batch], loss: Callable[[Tensor, Batch], Any], about: ForwardPass) -> list[Tensor]:
         """What `loss` returned second for each micro-batch, on the last pipeline stage; elsewhere nothing."""

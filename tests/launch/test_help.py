@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.commands import CheckConfig, EvaluateConfig, GenerateConfig, PrepareConfig
+from conf.commands import CheckConfig, EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, PrepareConfig
 from conf.schema import Config
 from launch.help_text import COMPLETION, help_text, settings
 from launch.settings import setting_types
@@ -15,7 +15,9 @@ from launch.settings import setting_types
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("schema", [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig])
+@pytest.mark.parametrize(
+    "schema", [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig, ImportConfig, ExportConfig]
+)
 def test_every_setting_is_explained_in_a_line(schema: type) -> None:
     found = list(settings(schema))
     for key, _, meaning in found:

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, both ways: a declarative file per family, and what reads and writes the files."""

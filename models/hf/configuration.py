@@ -1,0 +1,192 @@
+"""config.json <-> the settings of a model. What a file says and nobody understands is refused by name."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.case import shown
+from conf.schema import ModelConfig, MoeConfig
+from models.hf.families import FAMILIES, family_named
+from models.hf.family import Family, Field
+
+CONFIG = "config.json"
+INERT = (
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range"),
+    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
+)
+"""Keys of any config.json that change no number of the model. (Whether router logits are given out decides in
+Transformers whether the balancing loss is added; here the coefficient alone does.)"""
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is missing or holds no JSON object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfig]:
+    """The family of a config.json and our settings for its model.
+
+    Raises:
+        ValueError: an unknown family, or a feature that is turned on and that we do not have: all of them by name.
+    """
+    family = family_named(config.get("model_type"), f"{where}: model_type")
+    wrong = _unsupported(family, config)
+    full = {field.theirs: field.default for field in family.fields} | dict(config)
+    values: dict[str, Any] = {ours: meant[0] for ours, meant in family.settings.items()} | dict(family.training)
+    wrong += [told for field in family.fields if (told := _misfit(field, full[field.theirs]))]
+    if wrong:
+        raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
+    for field in family.fields:
+        value = full[field.theirs]
+        values[field.ours] = field.to_ours(value if field.values is None else field.values[value], full)
+    theta, rope_wrong = _rope(config, family)
+    wrong += rope_wrong
+    width = full["hidden_size"] // full["num_attention_heads"]
+    if config.get("head_dim") not in (None, width):
+        wrong.append(f"head_dim={config['head_dim']}: only hidden_size / num_attention_heads, which is {width}")
+    if wrong:
+        raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
+    return family, _settings(values | {"rope_theta": theta, "name": family.name})
+
+
+def _misfit(field: Field, value: Any) -> str | None:
+    """Why a value of config.json has no counterpart; None: it has."""
+    number, whole = isinstance(value, int | float) and not isinstance(value, bool), type(value) is int and value >= 1
+    told = f"{field.theirs}={json.dumps(value)}"
+    if field.values is not None:
+        known = isinstance(value, str) and value in field.values
+        return None if known else f"{told}: only {', '.join(field.values)}"
+    if field.default is None:
+        return None if value is None or whole else f"{told}: must be a whole number from 1, or null"
+    if type(field.default) is int:
+        # null stands for the default that depends on other keys, where there is one.
+        return None if whole or (value is None and field.nullable) else f"{told}: must be a whole number from 1"
+    if isinstance(field.default, bool):
+        return None if isinstance(value, bool) else f"{told}: must be true or false"
+    return None if number else f"{told}: must be a number"
+
+
+def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Keys that are turned on and that nobody here understands."""
+    known = {*INERT, *family.inert, *_ROPE, *(field.theirs for field in family.fields), "head_dim"}
+    wrong = []
+    if config.get("architectures") not in (None, [family.architecture]):
+        wrong.append(f"architectures={shown(config['architectures'])}: only {family.architecture}")
+    for key, value in config.items():
+        if key in family.off:
+            if value != family.off[key] and value is not None:
+                wrong.append(f"{key}={shown(value)}: only {shown(family.off[key])}")
+        elif key not in known and value not in (None, False, 0, "", [], {}):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            wrong.append(f"{key}={json.dumps(value)}: no such key is known of {family.name}{meant}")
+    return wrong
+
+
+def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, list[str]]:
+    """(base of the frequencies, what is not supported). Transformers 5 writes rope_parameters; before it, rope_theta
+    and rope_scaling."""
+    wrong = []
+    parameters = config.get("rope_parameters") or {}
+    for name, found in (("rope_parameters", parameters), ("rope_scaling", config.get("rope_scaling") or {})):
+        kind = found.get("rope_type", found.get("type", "default"))
+        others = {k: v for k, v in found.items() if k not in ("rope_theta", "rope_type", "type")}
+        if kind != "default" or others.get("partial_rotary_factor", 1.0) != 1.0:
+            wrong.append(f"{name}={json.dumps(found)}: only unscaled rotary positions over the whole head")
+    return float(parameters.get("rope_theta") or config.get("rope_theta") or family.rope_theta), wrong
+
+
+def _settings(values: Mapping[str, Any]) -> ModelConfig:
+    moe = {key.removeprefix("moe."): value for key, value in values.items() if key.startswith("moe.")}
+    return ModelConfig(**{k: v for k, v in values.items() if not k.startswith("moe.")}, moe=MoeConfig(**moe))
+
+
+def family_for(model: ModelConfig, wanted: str | None) -> Family:
+    """The family that a model of ours can be written as.
+
+    Args:
+        wanted: its name; None: the first that fits.
+
+    Raises:
+        ValueError: none does, or not the one that is wanted, and for which settings.
+    """
+    tried = [family_named(wanted, "family")] if wanted else list(FAMILIES.values())
+    reasons = []
+    for family in tried:
+        if not (wrong := differences(family, model)):
+            return family
+        reasons.append(f"{family.name}: {'; '.join(wrong)}")
+    raise ValueError("the model is of no family that can be written. " + " | ".join(reasons))
+
+
+def differences(family: Family, model: ModelConfig) -> list[str]:
+    """The settings of a model with which it is not of a family, with what they would have to be."""
+    mapped = {field.ours for field in family.fields}
+    wrong = []
+    for prefix, part in (("", model), ("moe.", model.moe)):
+        if prefix and not model.moe.num_experts and "moe.num_experts" not in mapped:
+            continue
+        for field in dataclasses.fields(part):
+            key, value = prefix + field.name, getattr(part, field.name)
+            if key in mapped or key in ("moe", "rope_theta") or "resumable" in field.metadata:
+                continue
+            meant = family.settings.get(key, (field.default,))
+            if value not in meant:
+                wrong.append(f"model.{key}={shown(value)}, there only {' or '.join(map(shown, meant))}")
+    for field in family.fields:
+        value = _get(model, field.ours)
+        if field.values is not None and value not in field.values.values():
+            wrong.append(f"model.{field.ours}={value}, there only {', '.join(dict.fromkeys(field.values.values()))}")
+    if "moe.num_experts" in mapped and not model.moe.num_experts:
+        wrong.append("model.moe.num_experts=0, and every layer there has experts")
+    if model.moe.num_experts and model.moe.load_balancing == "expert_choice":
+        wrong.append("model.moe.load_balancing=expert_choice, and there tokens choose")
+    if reason := None if wrong else family.refuse(model):
+        wrong.append(reason)
+    return wrong
+
+
+def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model of ours.
+
+    Args:
+        base: of the model that it comes from, whose other keys are kept; empty: there is none.
+    """
+    config = dict(base) or {"architectures": [family.architecture], "model_type": family.name}
+    for field in family.fields:
+        value = _get(model, field.ours)
+        if field.values is not None:
+            value = next(theirs for theirs, ours in field.values.items() if ours == value)
+        new = field.to_theirs(value, model)
+        if not (field.theirs in base and _same(base[field.theirs], new)):
+            config[field.theirs] = new
+    theta = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in theta:
+        config["rope_parameters"] = theta | {"rope_theta": model.rope_theta}
+    elif config.get("rope_theta", family.rope_theta) != model.rope_theta or not base:
+        config["rope_theta"] = model.rope_theta
+    return config
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Numbers may have been multiplied and divided again."""
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return old == new or (numbers and abs(old - new) <= 1e-9 * abs(new))
+
+
+def _get(model: ModelConfig, key: str) -> Any:
+    part: Any = model
+    for name in key.split("."):
+        part = getattr(part, name)
+    return part

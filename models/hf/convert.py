@@ -1,0 +1,173 @@
+"""Tensors of theirs to a checkpoint of ours and back: one piece in memory at a time, which is a tensor or the part of
+one expert."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import ModelConfig
+from models.hf.files import INDEX, SINGLE, Source
+from models.hf.mapping import HEAD, Parameter
+from parallel.checkpoint_format import DTYPES, Box, StoredTensor, TensorFile, read_tensors, write_stream
+from parallel.checkpoint_manifest import UPDATES, run_through, write_manifest
+
+WEIGHTS = "weights."
+"""Before a parameter's name in a checkpoint of ours."""
+_FILE = "rank_00000.safetensors"
+
+
+def write_checkpoint(directory: Path, source: Source, parameters: list[Parameter], model: ModelConfig) -> None:
+    """Writes the weights of `source` as a whole checkpoint of step 0 without optimizer states, each in the type that it
+    has there.
+
+    Args:
+        directory: its final place, step_00000000; it does not exist yet.
+
+    Raises:
+        OSError: the disk does not take it.
+        ValueError: the source cannot be read, or a tied head differs from its embedding.
+    """
+    by_name = {WEIGHTS + p.ours: p for p in parameters}
+    kinds = {name: (_common_type(p, source), p.shape) for name, p in by_name.items()}
+    kinds[UPDATES] = torch.int64, (1,)
+
+    def parts(name: str) -> Iterator[Tensor]:
+        if name == UPDATES:
+            yield torch.zeros(1, dtype=torch.int64)
+            return
+        for piece in by_name[name].pieces:
+            tensors = [source.read(theirs).to(kinds[name][0]) for theirs in piece]
+            yield by_name[name].join(tensors, model)
+
+    directory.mkdir(parents=True)
+    written = write_stream(directory / _FILE, kinds, parts)
+    stored = {name: StoredTensor(shape, [Box(_FILE, (0,) * len(shape), shape)]) for name, (_, shape) in kinds.items()}
+    counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
+    write_manifest(directory, counters, {_FILE: written}, stored)
+
+
+def check_tied_head(source: Source, embedding: str) -> None:
+    """Raises ValueError where a tied model's second copy of its embedding is another matrix."""
+    if not torch.equal(source.read(HEAD), source.read(embedding)):
+        raise ValueError(f"tie_word_embeddings=true, but {HEAD} differs from {embedding}: set it to false")
+
+
+def _common_type(parameter: Parameter, source: Source) -> torch.dtype:
+    """The type that holds all of the tensors exactly."""
+    return reduce(torch.promote_types, {source.dtype(name) for piece in parameter.pieces for name in piece})
+
+
+class Weights:
+    """The weights of a checkpoint of ours, read a piece at a time."""
+
+    def __init__(self, directory: Path, stored: Mapping[str, StoredTensor]):
+        self.directory, self.stored = directory, stored
+        self._types: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> its logical shape."""
+        return {k.removeprefix(WEIGHTS): t.shape for k, t in self.stored.items() if k.startswith(WEIGHTS)}
+
+    def dtype(self, ours: str) -> torch.dtype:
+        """The type that a parameter is stored in."""
+        file = self.stored[WEIGHTS + ours].boxes[0].file
+        if file not in self._types:
+            with TensorFile(self.directory / file) as opened:
+                self._types[file] = opened.entries()
+        return DTYPES[self._types[file][WEIGHTS + ours][0]]
+
+    def read(self, ours: str, first: int | None = None) -> Tensor:
+        """A parameter, or one slice along its first axis."""
+        shape = self.stored[WEIGHTS + ours].shape
+        wanted = shape if first is None else (1, *shape[1:])
+        target = torch.empty(wanted, dtype=self.dtype(ours))
+        offset = (first or 0, *(0,) * (len(shape) - 1))
+        run_through(read_tensors(self.directory, self.stored, {WEIGHTS + ours: (target, offset)}))
+        return target if first is None else target[0]
+
+
+def write_shards(
+    directory: Path,
+    weights: Weights,
+    parameters: list[Parameter],
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> dict[str, torch.dtype]:
+    """Writes the tensors of theirs as safetensors, sharded with an index where they do not fit one file.
+
+    Args:
+        dtype: of all tensors; None: each as it is stored.
+
+    Returns:
+        The type of each tensor.
+
+    Raises:
+        OSError: the disk does not take it.
+        CheckpointDamaged: the checkpoint cannot be read.
+    """
+    origin: dict[str, tuple[Parameter, int, int]] = {}
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for parameter in parameters:
+        kept, shapes = dtype or weights.dtype(parameter.ours), parameter.theirs(model)
+        for number, piece in enumerate(parameter.pieces):
+            for part, name in enumerate(piece):
+                origin[name], kinds[name] = (parameter, number, part), (kept, shapes[name])
+    made = _split_pieces(weights, origin, model)
+    shards = _deal(kinds, shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_stream(directory / file, {n: kinds[n] for n in shard}, made, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_bytes(*kind) for kind in kinds.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {name: kind for name, (kind, _) in kinds.items()}
+
+
+def _split_pieces(
+    weights: Weights, origin: Mapping[str, tuple[Parameter, int, int]], model: ModelConfig
+) -> Callable[[str], list[Tensor]]:
+    """name -> [the tensor]. The piece that was read last is kept: its tensors follow one another."""
+    last: tuple[tuple[str, int], list[Tensor]] | None = None
+
+    def make(name: str) -> list[Tensor]:
+        nonlocal last
+        parameter, number, part = origin[name]
+        if last is None or last[0] != (parameter.ours, number):
+            last = None  # frees it before the next is read
+            whole = weights.read(parameter.ours, number if parameter.per_expert else None)
+            last = (parameter.ours, number), parameter.layout.split(whole, model)
+        return [last[1][part]]
+
+    return make
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _deal(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    """The tensors in order, a new shard where one would grow past the limit."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, kind in kinds.items():
+        size = _bytes(*kind)
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _shard_name(number: int, of: int) -> str:
+    return f"model-{number:05d}-of-{of:05d}.safetensors"

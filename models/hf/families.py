@@ -1,0 +1,14 @@
+"""The families that are known. A new one is a file beside this one and a line here (docs/hugging_face.md)."""
+
+from models.hf.family import Family
+from models.hf.llama import LLAMA
+from models.hf.mixtral import MIXTRAL
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, LLAMA)}
+
+
+def family_named(name: object, where: str) -> Family:
+    """Raises ValueError where there is none of that name. `where`: what said the name."""
+    if name not in FAMILIES:
+        raise ValueError(f"{where} is {name!r}, which is not a family that is known: {', '.join(FAMILIES)}")
+    return FAMILIES[str(name)]

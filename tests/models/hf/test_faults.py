@@ -1,0 +1,179 @@
+"""What is wrong with a source or has no place in the other model is said by name, and nothing is written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conf.schema import ModelConfig, MoeConfig
+from models.hf.configuration import config_of, differences, family_for, model_of
+from models.hf.families import FAMILIES
+from parallel.simulate import RankPool
+from tests.models.hf.helpers import run_export, run_import
+from tests.training.helpers import ROOT, tiny_config, train
+
+SHARD = "model-00001-of-00002.safetensors"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def edited(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = next(f for f in sorted(folder.glob("*.safetensors")) if Q in load_file(f))
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        others = {k: v for k, v in index["weight_map"].items() if v != file.name}
+        index["weight_map"] = others | dict.fromkeys(tensors, file.name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return edit
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[:-7])
+
+
+def unlisted(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    save_file(tensors | {"another.weight": torch.zeros(2)}, folder / SHARD)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (edited(lambda t: t.pop(Q)), f"1 missing: {Q}"),
+        (edited(lambda t: t.update(odd=torch.zeros(2))), "1 not of this model: odd"),
+        (edited(lambda t: t.update({Q: torch.zeros(16, 15)})), f"1 of another shape: {Q} [16, 15] instead of [16, 16]"),
+        (edited(lambda t: t.update({Q: t[Q].to(torch.int32)})), f"{Q} is of type I32"),
+        (truncated, f"{SHARD} ends early"),
+        (unlisted, "holds another.weight, which model.safetensors.index.json does not list there"),
+        (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read: No such file"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+    ],
+    ids=["missing", "extra", "shape", "type", "truncated", "unlisted", "lost", "config"],
+)
+def test_a_damaged_source(damage: Callable, told: str, sources, ranks: RankPool, tmp_path: Path) -> None:
+    shutil.copytree(sources["hub"], tmp_path / "source")
+    damage(tmp_path / "source")
+    code, message = run_import(ranks, tmp_path / "source", tmp_path / "run")
+    assert code == 2 and told in message, message
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool, tmp_path: Path) -> None:
+    shutil.copytree(sources["hub"], tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    code, message = run_import(ranks, tmp_path / "source", tmp_path / "run")
+    assert code == 2 and "lm_head.weight differs from model.embed_tokens.weight" in message, message
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sliding_window": 4096}, "sliding_window=4096: only null"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters="),
+        ({"hidden_act": "relu"}, 'hidden_act="relu": only silu'),
+        ({"head_dim": 7}, "head_dim=7: only"),
+        ({"num_local_experts": "8"}, 'num_local_experts="8": must be a whole number from 1'),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0: must be a whole number from 1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1: no such key is known of mixtral"),
+        ({"architectures": ["MixtralForSequenceClassification"]}, "only MixtralForCausalLM"),
+        ({"model_type": "mamba"}, "model_type is 'mamba', which is not a family that is known: mixtral, llama"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    model_of(config, Path("config.json"))
+    with pytest.raises(ValueError, match=r"what is not supported|model_type") as caught:
+        model_of(config | changes, Path("config.json"))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_come_back_from_a_config_json(name: str) -> None:
+    """And the defaults are those of Transformers."""
+    transformers = pytest.importorskip("transformers")
+    family = FAMILIES[name]
+    theirs = transformers.AutoConfig.for_model(name)
+    _, model = model_of({"model_type": name}, Path("config.json"))
+    written = config_of(family, model, {})
+    for field in family.fields:
+        assert written[field.theirs] == getattr(theirs, field.theirs), field.theirs
+    assert written["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert model_of(written, Path("config.json"))[1] == model
+    assert family_for(model, None) is family
+
+
+@pytest.mark.parametrize(
+    ("settings", "moe", "told"),
+    [
+        ({"activation": "relu2"}, {"num_experts": 4, "top_k": 2}, "model.activation=relu2"),
+        ({}, {"num_experts": 4, "top_k": 2, "every": 2}, "model.moe.every=2, there only 1"),
+        ({}, {"num_experts": 4, "top_k": 2, "score_function": "sigmoid"}, "model.moe.score_function=sigmoid"),
+        ({}, {"num_experts": 4, "top_k": 1}, "model.moe.top_k=1: a Mixtral divides"),
+        ({}, {"num_experts": 4, "top_k": 2, "load_balancing": "expert_choice"}, "load_balancing=expert_choice"),
+    ],
+    ids=str,
+)
+def test_a_model_that_no_family_has(settings: dict, moe: dict, told: str) -> None:
+    model = ModelConfig(**{"activation": "swiglu"} | settings, moe=MoeConfig(**moe))
+    assert any(told in reason for reason in differences(FAMILIES["mixtral"], model))
+    with pytest.raises(ValueError, match="of no family that can be written") as caught:
+        family_for(model, None)
+    assert told in str(caught.value)
+
+
+def test_a_balancing_bias_has_no_place_unless_it_is_zero(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", steps=1)
+    config.model.activation = "swiglu"
+    config.model.moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, bias_update_rate=0.0)
+    assert ranks.run(1, train, config, timeout=120.0) == [0]
+    code, printed = run_export(ranks, tmp_path / "run", tmp_path / "zero")
+    assert code == 0 and "verified on" in printed, printed
+    config = tiny_config(corpus, tmp_path / "moved", steps=1)
+    config.model.activation = "swiglu"
+    config.model.moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, bias_update_rate=0.1)
+    assert ranks.run(1, train, config, timeout=120.0) == [0]
+    code, message = run_export(ranks, tmp_path / "moved", tmp_path / "out")
+    assert code == 2 and "layers.0.ffn.router.bias is a balancing bias that is not zero" in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_import_is_no_run_to_continue(corpus: Path, runs, ranks: RankPool, tmp_path: Path) -> None:
+    """It has no optimizer states."""
+    from training.run_dir import load_config
+
+    shutil.copytree(runs["mixtral"], tmp_path / "run")
+    config = tiny_config(corpus, tmp_path / "run", steps=1, sequence_length=64)
+    config.model = load_config(runs["mixtral"]).model
+    message = ranks.run(1, trained_message, config, timeout=120.0)[0]
+    assert "holds weights alone" in message and "checkpoint.load=" in message
+
+
+def trained_message(world, config) -> str:
+    try:
+        return f"exit code {train(world, config)}"
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_commands_exit_with_2_and_one_line(sources, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    command = [sys.executable, "-m", "launch.import_hf", f"source={sources['hub']}", f"output={tmp_path / 'taken'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("switchyard: error: output=") and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1

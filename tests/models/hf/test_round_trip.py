@@ -1,0 +1,151 @@
+"""Into a run and out again: the same numbers as Transformers, the same bits on the disk."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.commands import Here
+from conf.schema import ParallelConfig
+from parallel.simulate import RankPool
+from parallel.world import World
+from tests.models.hf.helpers import LENGTH, assert_same_bits, run_export, run_import, tensors_in
+from tests.training.helpers import tiny_config, train, trajectory
+from training.hf_verify import BOUNDS, Comparison, _compare_rank, write_reference
+from training.run_dir import load_config
+
+IDS = [(7 * i + i * i) % 320 for i in range(LENGTH)]
+
+
+def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits [S, V], the mean loss and its gradients, of an imported run."""
+    from training.trained import open_trained
+
+    with open_trained(run, Here(precision="fp32"), world) as trained:
+        (stage,) = trained.session.engine.modules
+        tokens = torch.tensor([IDS])
+        positions = torch.arange(LENGTH)[None]
+        loss = stage(tokens, positions, tokens.roll(-1, 1))[:, :-1].mean()
+        loss.backward()
+        gradients = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+        return stage(tokens, positions)[0].detach(), loss.detach(), gradients
+
+
+def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same of Transformers' model, its gradients under our names and in our layout."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokens = torch.tensor([IDS])
+    out = model(input_ids=tokens, labels=tokens, use_cache=False)
+    out.loss.backward()
+    grads = {
+        "embedding.weight": model.model.embed_tokens.weight.grad,
+        "final_norm.weight": model.model.norm.weight.grad,
+    }
+    if not model.config.tie_word_embeddings:
+        grads["head.weight"] = model.lm_head.weight.grad
+    for i, layer in enumerate(model.model.layers):
+        grads[f"layers.{i}.attention_norm.weight"] = layer.input_layernorm.weight.grad
+        grads[f"layers.{i}.ffn_norm.weight"] = layer.post_attention_layernorm.weight.grad
+        grads[f"layers.{i}.attention.out.weight"] = layer.self_attn.o_proj.weight.grad
+        q, k, v = (getattr(layer.self_attn, f"{part}_proj").weight.grad for part in "qkv")
+        # Two groups of two query heads, 8 wide: q0 q1 k0 v0 q2 q3 k1 v1.
+        rows = [q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]]
+        grads[f"layers.{i}.attention.qkv.weight"] = torch.cat(rows)
+        if hasattr(layer.mlp, "experts"):
+            both, down = layer.mlp.experts.gate_up_proj.grad, layer.mlp.experts.down_proj.grad
+            grads[f"layers.{i}.ffn.router.weight"] = layer.mlp.gate.weight.grad
+            grads[f"layers.{i}.ffn.experts.w_in"] = torch.stack([both[:, :48], both[:, 48:]], 1).permute(0, 3, 1, 2)
+            grads[f"layers.{i}.ffn.experts.w_out"] = down.transpose(1, 2)
+        else:
+            for part in ("gate", "up", "down"):
+                grads[f"layers.{i}.ffn.{part}.weight"] = getattr(layer.mlp, f"{part}_proj").weight.grad
+    return out.logits[0].detach(), out.loss.detach(), grads
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_logits_loss_and_gradients_are_those_of_transformers(name: str, sources, runs, ranks: RankPool) -> None:
+    got, wanted = ranks.run(1, ours, str(runs[name]), timeout=120.0)[0], theirs(sources[name])
+    assert (got[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
+    assert got[1].item() == pytest.approx(wanted[1].item(), rel=1e-5)
+    assert got[2].keys() == wanted[2].keys()
+    for key, grad in wanted[2].items():
+        assert (got[2][key] - grad).norm() <= 1e-5 * grad.norm(), key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama", "hub"])
+def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
+    code, printed = run_export(ranks, runs[name], tmp_path / "back", shard_gib=3e-5)
+    assert code == 0 and "verified on" in printed, printed
+    assert_same_bits(tmp_path / "back", sources[name])
+    before, after = (json.loads((d / "config.json").read_text()) for d in (sources[name], tmp_path / "back"))
+    assert {k: v for k, v in after.items() if k != "dtype"} == {
+        k: v for k, v in before.items() if k not in ("dtype", "torch_dtype")
+    }
+    assert after["dtype"] == before.get("dtype", before.get("torch_dtype"))
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors_in(sources[name]).keys()
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2, "sequence_parallel": True}, {"ep": 2}, {"pp": 2}, {"cp": 2}], ids=str)
+def test_two_ranks_compute_what_transformers_does(
+    degrees: dict[str, Any], sources, runs, ranks: RankPool, tmp_path: Path
+) -> None:
+    write_reference(sources["mixtral"], IDS, "fp32", tmp_path / "reference.safetensors")
+    here = Here(precision="fp32", parallel=ParallelConfig(**degrees))
+    task = Comparison(here, str(runs["mixtral"]), str(tmp_path / "reference.safetensors"), BOUNDS["fp32"], "ids")
+    assert ranks.run(2, _compare_rank, task, timeout=120.0) == [0, 0]
+
+
+def test_a_run_trains_on_alike_from_an_import_of_its_export(
+    corpus: Path, runs, ranks: RankPool, tmp_path: Path
+) -> None:
+    def trained(name: str, load: Path) -> list[tuple[Any, ...]]:
+        config = tiny_config(corpus, tmp_path / name, steps=3, sequence_length=LENGTH)
+        config.model, config.checkpoint.load = load_config(load).model, str(load)
+        assert ranks.run(1, train, config, timeout=120.0) == [0]
+        return trajectory(tmp_path / name)
+
+    code, printed = run_export(ranks, runs["mixtral"], tmp_path / "exported", verify=False)
+    assert code == 0 and "nothing was proven" in printed
+    code, printed = run_import(ranks, tmp_path / "exported", tmp_path / "again", verify=False)
+    assert code == 0 and "nothing was proven" in printed
+    first = trained("first", runs["mixtral"])
+    again = trained("second", tmp_path / "again")
+    assert first == again
+    # What was trained is written too, in fp32, with the files of the model that it comes from.
+    code, printed = run_export(ranks, tmp_path / "first", tmp_path / "trained")
+    assert code == 0 and "verified on" in printed, printed
+    assert (tmp_path / "trained" / "tokenizer.json").read_bytes() == (runs["mixtral"] / "tokenizer.json").read_bytes()
+    moved = (
+        tensors_in(tmp_path / "trained")["model.norm.weight"] - tensors_in(tmp_path / "exported")["model.norm.weight"]
+    )
+    assert moved.any()
+
+
+def test_a_wrong_layout_does_not_get_past_the_comparison(sources, ranks: RankPool, tmp_path: Path) -> None:
+    code, printed = ranks.run(1, import_swapped, str(sources["mixtral"]), str(tmp_path / "run"), timeout=120.0)[0]
+    assert code == 1 and "NOT THE SAME" in printed and "output of layer 1" in printed, printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def import_swapped(world: World, source: str, output: str) -> tuple[int, str]:
+    """With gate and up exchanged."""
+    from conf.commands import ImportConfig
+    from models.hf.families import FAMILIES
+    from models.hf.family import GATE_AND_UP, Layout
+    from tests.models.hf.helpers import _import, in_rank
+
+    swapped = Layout(lambda parts, model: GATE_AND_UP.join(parts[::-1], model), GATE_AND_UP.split)
+    right = FAMILIES["mixtral"]
+    rules = tuple(replace(r, layout=swapped) if r.layout is GATE_AND_UP else r for r in right.weights)
+    FAMILIES["mixtral"] = replace(right, weights=rules)
+    try:
+        return in_rank(world, _import, ImportConfig(source=source, output=output))
+    finally:
+        FAMILIES["mixtral"] = right

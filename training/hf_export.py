@@ -1,0 +1,143 @@
+"""A model of Hugging Face from a checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf import rules
+from conf.commands import ExportConfig
+from conf.schema import Config
+from corpus.tokenizer import Tokenizer
+from models.hf.configuration import CONFIG, config_of, family_for, read_json
+from models.hf.family import Family
+from parallel.world import started_ranks
+from training import hf_verify
+from training.hf_runs import origin_of, written_aside
+from training.noise import redirect_noise
+from training.run_dir import TOKENIZER, load_config
+from training.trained import configured_here
+
+if TYPE_CHECKING:  # importing them loads PyTorch, before a wrong setting is answered
+    from models.hf.convert import Weights
+    from models.hf.mapping import Parameter
+
+DTYPES = ("stored", "fp32", "bf16")
+_TRANSIENT, _BIAS = ".last_load", ".router.bias"
+
+
+def export_model(config: ExportConfig) -> int:
+    """Converts, compares and puts the directory in its place. Returns the exit code: 1 where the models differ.
+
+    Raises:
+        ValueError: no whole checkpoint, a model or a router's state that no family has room for, or `output` is taken.
+            Nothing is written then.
+    """
+    world, ranks = started_ranks()
+    if world.size > 1:
+        raise ValueError("one process converts: start it by itself, with NPROC=N to compare on N simulated ranks")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
+    if not config.shard_gib > 0:
+        raise ValueError(f"shard_gib={config.shard_gib} must be > 0")
+    if config.verify:
+        hf_verify.check_available(config.precision)
+    from parallel.checkpoint_manifest import resolve
+
+    directory = resolve(config.checkpoint)
+    run_dir = directory.parent.parent
+    run = load_config(run_dir)
+    rules.check_layout(configured_here(run, config), ranks)
+    origin = origin_of(run_dir.absolute())
+    base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
+    family = family_for(run.model, config.family or base.get("model_type"))
+    base = base if base.get("model_type") == family.name else {}
+    output = Path(config.output).expanduser()
+    tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
+    try:
+        with written_aside(output) as aside:
+            dtype = _write_weights(config, directory, aside, family, run)
+            _write_files(aside, run_dir, origin, tokenizer, config_of(family, run.model, base) | {"dtype": dtype}, run)
+            if config.verify:
+                # Weights that are rounded to bf16 are other weights, within what bf16 changes.
+                bounds = "bf16" if config.dtype == "bf16" else None
+                hf_verify.check_same(config, aside, directory, tokenizer, aside, bounds)
+            else:
+                print("verify=false: nothing was proven of these weights")
+    except hf_verify.Different as found:
+        print(f"{found}: {output} is not written")
+        return 1
+    print(f"exported {directory} as {family.name}, {dtype} -> {output}")
+    return 0
+
+
+def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: Family, run: Config) -> str:
+    """Returns the type that holds them all, as config.json has it."""
+    import torch
+
+    from models.hf.convert import Weights, write_shards
+    from parallel.checkpoint_manifest import read_manifest
+    from training.model_shapes import logical_shapes
+
+    noise = redirect_noise(0)
+    try:
+        shapes = logical_shapes(run.model)
+    finally:
+        noise.undo()
+    weights = Weights(directory, read_manifest(directory)["tensors"])
+    parameters = _parameters(family, run, shapes, weights)
+    dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    limit = int(config.shard_gib * 2**30)
+    types = set(write_shards(aside, weights, parameters, run.model, dtype=dtype, shard_bytes=limit).values())
+    widest: torch.dtype = types.pop()
+    for kind in types:
+        widest = torch.promote_types(widest, kind)
+    return str(widest).removeprefix("torch.")
+
+
+def _parameters(
+    family: Family, run: Config, shapes: dict[str, tuple[int, ...]], weights: "Weights"
+) -> "list[Parameter]":
+    """Every parameter of the checkpoint, unless it is one that means nothing to another step.
+
+    Raises:
+        ValueError: one that the family has no place for, or that is missing.
+    """
+    from models.hf.mapping import parameters_of
+
+    stored = {name: shape for name, shape in weights.shapes().items() if not name.endswith(_TRANSIENT)}
+    parameters, unknown = parameters_of(family, run.model, stored)
+    for name in unknown:
+        if name.endswith(_BIAS) and not weights.read(name).any():
+            continue
+        what = "a balancing bias that is not zero" if name.endswith(_BIAS) else "no zero state"
+        raise ValueError(f"{name} is {what}, and a {family.name} of Transformers has no place for it")
+    lost = sorted(n for n in shapes.keys() - stored.keys() if not n.endswith((_BIAS, _TRANSIENT)))
+    if lost or (lost := sorted(n for n in stored.keys() & shapes.keys() if stored[n] != shapes[n])):
+        raise ValueError(f"{weights.directory} is of another model than its run: {', '.join(lost[:5])}")
+    return parameters
+
+
+def _write_files(
+    aside: Path, run_dir: Path, origin: Path | None, tokenizer: Tokenizer | None, theirs: dict[str, Any], run: Config
+) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    from models.hf.files import files_beside
+
+    for path in files_beside(origin) if origin else ():
+        shutil.copyfile(path, aside / path.name)
+    theirs.pop("torch_dtype", None)
+    if tokenizer is not None:
+        shutil.copyfile(run_dir / TOKENIZER, aside / TOKENIZER)
+        if not (aside / "tokenizer_config.json").exists():
+            named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": run.data.eod_token}
+            _write_json(aside / "tokenizer_config.json", named)
+    if not origin:
+        ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod_id if tokenizer else None}
+        theirs |= ends | {"max_position_embeddings": run.train.sequence_length}
+        _write_json(aside / "generation_config.json", ends)
+    _write_json(aside / CONFIG, theirs)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,148 @@
+"""A run directory from a model of Hugging Face."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf import rules
+from conf.commands import ImportConfig
+from conf.override_text import command, override
+from conf.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from corpus.tokenizer import Tokenizer
+from models.hf.configuration import CONFIG as THEIR_CONFIG
+from models.hf.configuration import model_of, read_json
+from models.hf.family import Family
+from parallel.world import started_ranks
+from training import hf_verify
+from training.hf_runs import BESIDE, written_aside
+from training.noise import redirect_noise
+from training.run_dir import CONFIG, TOKENIZER
+
+STEP = "checkpoints/step_00000000"
+_PRESETS = Path(__file__).parents[1] / "conf" / "model"
+
+
+def import_model(config: ImportConfig) -> int:
+    """Converts, compares and puts the run in its place. Returns the exit code: 1 where the models differ.
+
+    Raises:
+        ValueError: something of the source is not understood, missing or too much, or `output` is taken. Nothing is
+            written then.
+    """
+    source, output = Path(config.source).expanduser(), Path(config.output).expanduser()
+    world, ranks = started_ranks()
+    if world.size > 1:
+        raise ValueError("one process converts: start it by itself, with NPROC=N to compare on N simulated ranks")
+    if config.verify:
+        hf_verify.check_available(config.precision)
+    if not (source / THEIR_CONFIG).is_file():
+        raise ValueError(f"source={config.source} is no directory with a {THEIR_CONFIG}, as `hf download` makes it")
+    theirs = read_json(source / THEIR_CONFIG)
+    family, model = model_of(theirs, source / THEIR_CONFIG)
+    tokenizer = _tokenizer(source, theirs, config.eod_token)
+    run = _run_config(config, theirs, _named(model, output), tokenizer)
+    rules.check(run, 1)
+    rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
+    try:
+        with written_aside(output) as aside:
+            summary = _convert(source, aside, family, run.model)
+            _keep_files(source, aside, run)
+            if config.verify:
+                hf_verify.check_same(config, source, aside / STEP, tokenizer, aside)
+            else:
+                print("verify=false: nothing was proven of these weights")
+    except hf_verify.Different as found:
+        print(f"{found}: {output} is not written")
+        return 1
+    print(f"imported {family.name} from {source}: {summary} -> {output}")
+    words = [override("checkpoint.load", str(output))]
+    if run.data.eod_token != DataConfig().eod_token:
+        words.append(override("data.eod_token", run.data.eod_token))
+    print(
+        "train on: " + command(["bash", "launch/train.sh", f"--config-dir={output}", f"model={run.model.name}"], words)
+    )
+    return 0
+
+
+def _named(model: ModelConfig, output: Path) -> ModelConfig:
+    """The model under the name of its run, which must not be that of one of our presets."""
+    name = re.sub(r"[^\w.-]", "_", output.absolute().name)
+    return dataclasses.replace(model, name=f"{name}_imported" if (_PRESETS / f"{name}.yaml").exists() else name)
+
+
+def _tokenizer(source: Path, theirs: dict[str, Any], eod_token: str | None) -> Tokenizer | None:
+    """The source's, with the token that ends documents: what was asked for, else its end of sequence.
+
+    Raises:
+        ValueError: it has no such token, or does not say which one it is.
+    """
+    path = source / TOKENIZER
+    if not path.is_file():
+        return None
+    if eod_token is None:
+        ids = theirs.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        inner = Tokenizer.load(str(path), None)
+        eod_token = next((token for i in ids if isinstance(i, int) and (token := inner.token(i)) is not None), None)
+        if eod_token is None:
+            raise ValueError(
+                f"{path} has no token {ids[0]} (eos_token_id): say with eod_token=TOKEN what ends a document"
+            )
+    return Tokenizer.load(str(path), eod_token)
+
+
+def _run_config(
+    config: ImportConfig, theirs: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer | None
+) -> Config:
+    length = theirs.get("max_position_embeddings")
+    length = min(config.sequence_length, length) if isinstance(length, int) and length > 0 else config.sequence_length
+    eod = tokenizer.token(tokenizer.eod_id) if tokenizer and tokenizer.eod_id is not None else None
+    return Config(
+        model=model,
+        data=DataConfig(eod_token=eod) if eod else DataConfig(),
+        train=TrainConfig(sequence_length=length),
+        run=RunConfig(name=model.name),
+    )
+
+
+def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> str:
+    """Writes the checkpoint. Returns what was converted, in words."""
+    from models.hf.convert import check_tied_head, write_checkpoint
+    from models.hf.files import Source
+    from models.hf.mapping import HEAD, account, parameters_of
+    from training.model_shapes import logical_shapes
+
+    noise = redirect_noise(0)
+    try:
+        shapes = logical_shapes(model)
+    finally:
+        noise.undo()
+    parameters, unknown = parameters_of(family, model, shapes)
+    assert not unknown, unknown
+    with Source(source) as opened:
+        idle = account(family, model, parameters, opened.entries)
+        if HEAD in idle:
+            check_tied_head(opened, next(p.pieces[0][0] for p in parameters if p.ours == "embedding.weight"))
+        write_checkpoint(aside / STEP, opened, parameters, model)
+        types = sorted({kind for name, (kind, _) in opened.entries.items() if name not in idle})
+        used = len(opened.entries) - len(idle)
+    words = f"{used} tensors in {', '.join(types)}"
+    return words + (f" ({len(idle)} without weights left: {', '.join(idle[:3])})" if idle else "")
+
+
+def _keep_files(source: Path, aside: Path, run: Config) -> None:
+    from models.hf.files import files_beside
+
+    (aside / BESIDE).mkdir()
+    for path in files_beside(source):
+        shutil.copyfile(path, aside / BESIDE / path.name)
+    if (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, aside / TOKENIZER)
+    (aside / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(run), sort_keys=False))
+    (aside / "model").mkdir()
+    preset = yaml.safe_dump(dataclasses.asdict(run.model), sort_keys=False)
+    (aside / "model" / f"{run.model.name}.yaml").write_text(f"# model={run.model.name} with --config-dir\n{preset}")

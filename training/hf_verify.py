@@ -1,0 +1,209 @@
+"""A model of ours and one of Transformers on the same tokens: how far their logits and losses are apart.
+
+Legend: S sequence, V vocabulary, D hidden, L layers.
+"""
+
+import contextlib
+import importlib.util
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conf.commands import Here
+from corpus.tokenizer import Tokenizer
+from parallel.world import World
+from training.noise import redirect_noise
+from training.run_dir import load_config
+from training.trained import Trained, on_every_rank, open_trained
+
+BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (5e-2, 2e-2)}
+"""Largest difference allowed of the logits, relative to the largest logit, and of the loss in nats per token. In bf16
+the two implementations round at different places, and a token near a tie may choose another expert."""
+TOKENS = 256
+LOGITS, LAYER, IDS = "logits", "layer.", "ids"
+
+
+class Different(Exception):
+    """The two models do not compute the same."""
+
+
+@dataclass
+class Comparison:
+    """What every rank is told of the other model."""
+
+    here: Here
+    checkpoint: str
+    """A step's directory of ours."""
+    reference: str
+    """The file that `write_reference` wrote."""
+    bounds: tuple[float, float]
+    """Of BOUNDS."""
+    text: str
+    """What the tokens are, in words."""
+
+
+def check_available(precision: str) -> None:
+    """Raises ValueError where nothing can be compared."""
+    if precision not in BOUNDS:
+        raise ValueError(f"precision={precision}: both models are compared in {' or '.join(BOUNDS)}; nearest: fp32")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            "verify=true compares with Transformers, which is not installed: `bash launch/setup.sh` installs it (the "
+            "extra dev of pyproject.toml), or verify=false converts without a proof"
+        )
+
+
+def tokens_for(tokenizer: Tokenizer | None, vocab_size: int, length: int) -> tuple[list[int], str]:
+    """(token ids, what they are): of a module of Python's standard library, or without a tokenizer random ones."""
+    import torch
+
+    length = min(length, TOKENS)
+    if tokenizer is not None:
+        ids = [i for i in tokenizer.encode(Path(textwrap.__file__).read_text()[: 16 * length]) if i < vocab_size]
+        if len(ids) >= min(length, 16):
+            return ids[:length], "Python's textwrap.py"
+    drawn = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    return drawn.tolist(), "random ids, for want of a tokenizer"
+
+
+def write_reference(directory: Path, ids: list[int], precision: str, path: Path) -> None:
+    """What Transformers' model in `directory` computes: logits and the output of each layer, as safetensors.
+
+    Raises:
+        ValueError: Transformers cannot load it, or finds other weights there than it has.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"Transformers cannot load {directory}: {error}") from None
+    if wrong := {what: names for what, names in loading.items() if names}:
+        raise ValueError(f"Transformers finds other weights in {directory} than its model has: {wrong}")
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
+        kept[name] = (output[0] if isinstance(output, tuple) else output)[0].float().contiguous()
+
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(partial(keep, name=f"{LAYER}{index}"))
+    with torch.no_grad():
+        kept[LOGITS] = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().contiguous()
+    save_file({**kept, IDS: torch.tensor(ids)}, path)
+
+
+def check_same(
+    config: Here, theirs: Path, ours: Path, tokenizer: Tokenizer | None, folder: Path, bounds: str | None = None
+) -> None:
+    """Compares the model in the directory `theirs` with the checkpoint `ours` and prints what is apart.
+
+    Args:
+        config: the precision and the layout to compute in.
+        folder: for a file that is removed again.
+        bounds: the key of BOUNDS; None: that of the precision.
+
+    Raises:
+        Different: more than the bounds is.
+        ValueError: one of them cannot be loaded.
+    """
+    run = load_config(ours.parent.parent)
+    ids, text = tokens_for(tokenizer, run.model.vocab_size, run.train.sequence_length)
+    reference = folder / "reference.safetensors"
+    noise = redirect_noise(0)
+    try:
+        write_reference(theirs, ids, config.precision, reference)
+    finally:
+        noise.undo()
+    bound = BOUNDS[bounds or config.precision]
+    code = compare(Comparison(config, str(ours), str(reference), bound, text))
+    reference.unlink()
+    if code:
+        raise Different("the models do not compute the same")
+
+
+def compare(comparison: Comparison) -> int:
+    """Runs our model on the ranks that the environment asks for and prints what is apart. Returns the exit code: 1
+    where more than the bounds is."""
+    return on_every_rank(_compare_rank, comparison)
+
+
+def _compare_rank(world: World, comparison: Comparison) -> int:
+    from safetensors.torch import load_file
+
+    with open_trained(comparison.checkpoint, comparison.here, world) as trained:
+        theirs = load_file(comparison.reference)
+        ids = theirs[IDS].tolist()
+        ours_SV, theirs_SV = trained.session.engine.logits(ids), theirs[LOGITS]
+        largest = theirs_SV.abs().max().item()
+        apart = (ours_SV - theirs_SV).abs().max().item() / largest
+        losses = [_loss(logits_SV, ids) for logits_SV in (ours_SV, theirs_SV)]
+        bounds = comparison.bounds
+        same = apart <= bounds[0] and abs(losses[0] - losses[1]) <= bounds[1]  # false for a NaN too
+        by_layer = None if same else _layers_apart(trained, ids, theirs)
+        if world.rank == 0:
+            print(
+                f"{'verified' if same else 'NOT THE SAME'} on {len(ids)} tokens ({comparison.text}), "
+                f"{trained.session.precision}: logits differ by {apart:.1e} of the largest, {largest:.3g} (bound "
+                f"{bounds[0]:.0e}); losses {losses[0]:.6f} and {losses[1]:.6f} nats (bound {bounds[1]:.0e})"
+            )
+            for line in [] if same else _table(by_layer):
+                print(line)
+    return 0 if same else 1
+
+
+def _loss(logits_SV: Any, ids: list[int]) -> float:
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits_SV[:-1].double(), torch.tensor(ids[1:])).item()
+
+
+@contextlib.contextmanager
+def _outputs_kept(trained: Trained) -> Iterator[dict[int, Any]]:
+    """The output of every layer of this rank, while this is entered."""
+    kept: dict[int, Any] = {}
+
+    def keep(_module: Any, _inputs: Any, output_SBD: Any, layer: int) -> None:
+        kept.setdefault(layer, output_SBD[:, 0].float().cpu())
+
+    blocks = [(int(i), block) for module in trained.session.engine.modules for i, block in module.layers.items()]
+    handles = [block.register_forward_hook(partial(keep, layer=i)) for i, block in blocks]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers_apart(trained: Trained, ids: list[int], theirs: dict[str, Any]) -> dict[int, float] | None:
+    """Layer -> largest difference of its output, relative to the largest value; None where the sequence is sharded."""
+    import torch.distributed as dist
+
+    layout = trained.session.runtime.layout
+    if layout.sequence_parallel or layout.cp > 1:
+        return None
+    with _outputs_kept(trained) as kept:
+        trained.session.engine.logits(ids)
+    mine = {}
+    for layer, output_SD in kept.items():
+        other_SD = theirs[f"{LAYER}{layer}"]
+        mine[layer] = ((output_SD[: len(ids)] - other_SD).abs().max() / other_SD.abs().max()).item()
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return {layer: apart for part in of_ranks for layer, apart in part.items()}
+
+
+def _table(by_layer: dict[int, float] | None) -> Iterator[str]:
+    if by_layer is None:
+        yield "  which layer differs first is found without sequence_parallel and cp"
+        return
+    for layer, apart in sorted(by_layer.items()):
+        yield f"  output of layer {layer}: differs by {apart:.1e} of the largest value"

@@ -1,0 +1,24 @@
+"""The parameters of a model by name and logical shape, without the memory for one."""
+
+from conf.schema import ModelConfig
+
+
+def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter that a gradient or a rule sets, under the name that a checkpoint has for it. To be called while
+    no ranks have met in this process, with what the engine prints redirected."""
+    import torch
+
+    from parallel import megatron_compat
+
+    megatron_compat.load()
+    from moe.model import Parts, Stage
+    from parallel.engine import core_config
+    from parallel.layout import Layout
+    from parallel.placement import logical_name
+    from parallel.simulate import planned_rank
+
+    with planned_rank(Layout(1), 0) as runtime:
+        core = core_config(model, runtime, torch.float32, deterministic=False)
+        parts = Parts(model, core, runtime, "loop" if model.moe.num_experts else None, seed=0)
+        stage = Stage(parts, chunk=0, sequence_length=8, document_mask=False)
+        return {logical_name(n, p): p.placement.logical_shape(p.shape) for n, p in stage.named_parameters()}
