@@ -110,8 +110,8 @@ def _parameters(
     for name in unknown:
         if name.endswith(_BIAS) and not weights.read(name).any():
             continue
-        what = "a balancing bias that is not zero" if name.endswith(_BIAS) else "no zero state"
-        raise ValueError(f"{name} is {what}, and a {family.name} of Transformers has no place for it")
+        what = " is a balancing bias that is not zero, and" if name.endswith(_BIAS) else ":"
+        raise ValueError(f"{name}{what} a {family.name} of Transformers has no place for it")
     lost = sorted(n for n in shapes.keys() - stored.keys() if not n.endswith((_BIAS, _TRANSIENT)))
     if lost or (lost := sorted(n for n in stored.keys() & shapes.keys() if stored[n] != shapes[n])):
         raise ValueError(f"{weights.directory} is of another model than its run: {', '.join(lost[:5])}")

@@ -52,9 +52,6 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
         values[field.ours] = field.to_ours(value if field.values is None else field.values[value], full)
     theta, rope_wrong = _rope(config, family)
     wrong += rope_wrong
-    width = full["hidden_size"] // full["num_attention_heads"]
-    if config.get("head_dim") not in (None, width):
-        wrong.append(f"head_dim={config['head_dim']}: only hidden_size / num_attention_heads, which is {width}")
     if wrong:
         raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
     return family, _settings(values | {"rope_theta": theta, "name": family.name})
@@ -79,7 +76,7 @@ def _misfit(field: Field, value: Any) -> str | None:
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Keys that are turned on and that nobody here understands."""
-    known = {*INERT, *family.inert, *_ROPE, *(field.theirs for field in family.fields), "head_dim"}
+    known = {*INERT, *family.inert, *_ROPE, *(field.theirs for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):
         wrong.append(f"architectures={shown(config['architectures'])}: only {family.architecture}")
@@ -169,7 +166,8 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
         if field.values is not None:
             value = next(theirs for theirs, ours in field.values.items() if ours == value)
         new = field.to_theirs(value, model)
-        if not (field.theirs in base and _same(base[field.theirs], new)):
+        # A key that the base leaves out stays out where what Transformers takes then is right.
+        if not _same(base.get(field.theirs, field.default), new) or (not base and new is not None):
             config[field.theirs] = new
     theta = dict(config.get("rope_parameters") or {})
     if "rope_theta" in theta:

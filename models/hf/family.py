@@ -27,16 +27,14 @@ TRANSPOSED = Layout(lambda parts, _: parts[0].t(), lambda whole, _: [whole.t()])
 
 
 def _join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    groups = model.num_query_groups or model.num_attention_heads
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    return torch.cat([part.unflatten(0, (model.query_groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def _split_qkv(whole: Tensor, model: ModelConfig) -> list[Tensor]:
-    groups = model.num_query_groups or model.num_attention_heads
-    by_group = whole.unflatten(0, (groups, -1))
-    queries = model.num_attention_heads // groups
-    width = by_group.shape[1] // (queries + 2)
-    return [part.flatten(0, 1) for part in by_group.split([queries * width, width, width], dim=1)]
+    by_group = whole.unflatten(0, (model.query_groups, -1))
+    queries = model.num_attention_heads // model.query_groups
+    widths = [queries * model.head_width, model.head_width, model.head_width]
+    return [part.flatten(0, 1) for part in by_group.split(widths, dim=1)]
 
 
 QKV = Layout(_join_qkv, _split_qkv)
