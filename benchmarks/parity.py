@@ -47,6 +47,8 @@ VARIANTS = {
     "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
+    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}),
+    "olmoe": Variant({"qk_norm": "full"}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
@@ -70,7 +72,11 @@ EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
 
 MATRIX = [
     Layouts(
-        "tp2", 2, {"tp": 2}, ["drops", "switch_documents", "dense", "global", "global_bias"], "drops global global_bias"
+        "tp2",
+        2,
+        {"tp": 2},
+        ["drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "olmoe"],
+        "drops global global_bias olmoe",
     ),
     Layouts(
         "tp2 +sequence",
@@ -87,16 +93,20 @@ MATRIX = [
             "ties",
             "ties_choice",
             "per_sequence",
+            "qwen3",
+            "olmoe",
         ],
-        "deepseek expert_choice sinkhorn ties ties_choice per_sequence",
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe",
     ),
-    Layouts("pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense"], "dropless"),
+    Layouts("pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense", "qwen3", "olmoe"], "dropless qwen3"),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense"], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
-    Layouts("cp2", 2, {"cp": 2}, ["drops", "switch_documents", "deepseek", "sinkhorn"], "drops sinkhorn"),
+    Layouts(
+        "cp2", 2, {"cp": 2}, ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe"], "drops sinkhorn"
+    ),
     Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless", "ties", "ties_choice", "per_sequence"]),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
@@ -115,7 +125,7 @@ MATRIX = [
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
     Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents"]),
-    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE_PARALLEL}, ["drops", "deepseek"]),
+    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE_PARALLEL}, ["drops", "deepseek", "qwen3", "olmoe"]),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),

@@ -12,6 +12,7 @@ CAPACITY_PER = ("micro_batch", "sequence")
 DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
+QK_NORMS = (None, "head", "full")
 RECOMPUTE = ("norm", "activation", "moe", "full")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 SOFTMAX_ORDERS = ("before", "after")
@@ -161,6 +162,11 @@ class ModelConfig:
     """Key/value heads; null: as many as attention heads."""
     ffn_hidden_size: int = 512
     """Hidden width of the dense feed-forward layers and of each expert."""
+    qk_norm: str | None = None
+    """RMSNorm of queries and keys before their rotation, with norm_eps. head: over each head, with one weight for all
+    query heads and one for all key heads (Qwen3, arXiv:2505.09388, section 2). full: over all query heads together and
+    over all key heads together (OLMoE, arXiv:2409.02060, section 2), which costs a small message a layer and
+    direction under parallel.tp. null: none."""
     activation: str = "geglu"
     """swiglu, geglu (gated: two input projections), gelu, relu or relu2 (squared ReLU; Primer, arXiv:2109.08668)."""
     vocab_size: int = 4096

@@ -12,6 +12,7 @@ from conf.model_schema import (  # noqa: F401 - everything of the settings is im
     DISPATCHERS,
     DROP_POLICIES,
     LOAD_BALANCING,
+    QK_NORMS,
     RECOMPUTE,
     SCORE_FUNCTIONS,
     SOFTMAX_ORDERS,

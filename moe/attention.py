@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
 from moe.kernels.native import library as native
+from moe.norm import RMSNorm
+from moe.qk_norm import norm_queries_and_keys, qk_layernorm
 from moe.varlen_attention import (
     Piece,
     Segment,
@@ -29,7 +31,7 @@ from parallel.collectives import GatherSequence
 from parallel.flight import exchanging, fly
 from parallel.placement import place
 from parallel.runtime import Groups
-from parallel.selection import Candidate, Choice, select
+from parallel.selection import Candidate, Choice, Norm, select, torch_rms_norm
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, H, S, N], k and v [B, G, S, N]) -> [B, H, S, N]; a query sees the keys up to its own."""
@@ -106,14 +108,16 @@ class Attention(nn.Module):
         causal: CausalAttention = torch_attention,
         turn: Turn = torch_turn,
         varlen: VarlenAttention = joined_attention,
+        norm: Norm = torch_rms_norm,
     ):
         """Args:
         causal: what attends where all tokens before a query are seen (choose_attention).
         turn: what rotates (choose_turn).
         varlen: what attends within documents, or to other ranks' keys (choose_varlen_attention).
+        norm: which RMSNorm runs, for model.qk_norm (parallel.selection.select_norm).
         """
         super().__init__()
-        self.cp, self.causal, self.turn, self.varlen = groups.cp, causal, turn, varlen
+        self.tp, self.cp, self.causal, self.turn, self.varlen = groups.tp, groups.cp, causal, turn, varlen
         ranks = groups.tp.size()
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
@@ -132,6 +136,12 @@ class Attention(nn.Module):
             skip_bias_add=True,
             **linear,
         )
+        self.full_norm = model.qk_norm == "full"
+        self.q_layernorm: RMSNorm | None = None
+        self.k_layernorm: RMSNorm | None = None
+        if model.qk_norm is not None:
+            how = model, config.params_dtype, groups, norm
+            self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
         place(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
         place(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
 
@@ -141,7 +151,10 @@ class Attention(nn.Module):
         s, b, _ = qkv.shape
         queries = self.heads // self.groups
         q, k, v = qkv.view(s, b, self.groups, -1).split([queries * self.width, self.width, self.width], -1)
-        q = Rotary.rotate(q.reshape(s, b, self.heads, self.width), cos, sin, self.turn)
+        q = q.reshape(s, b, self.heads, self.width)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
+        q = Rotary.rotate(q, cos, sin, self.turn)
         k = Rotary.rotate(k, cos, sin, self.turn)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)

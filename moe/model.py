@@ -110,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         groups = parts.runtime.groups
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
-        attends = parts.causal_attention, parts.turn, parts.varlen_attention
+        attends = parts.causal_attention, parts.turn, parts.varlen_attention, parts.norm_function
         self.attention = Attention(parts.model, parts.config, groups, *attends)
         self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
         float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None

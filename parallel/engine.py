@@ -63,6 +63,9 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.query_groups,
         kv_channels=model.head_width,
+        # Of a weight that all heads share, each tensor-parallel rank has the gradient of its own heads: to be added up,
+        # with or without sequence parallelism. One over the full width is cut as the heads are.
+        qk_layernorm=model.qk_norm == "head",
         ffn_hidden_size=model.ffn_hidden_size,
         num_moe_experts=model.moe.num_experts or None,
         moe_ffn_hidden_size=model.ffn_hidden_size if model.moe.num_experts else None,

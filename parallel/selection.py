@@ -124,18 +124,25 @@ def _apex_rms_norm() -> Norm:
 
 
 def select_norm(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, ours: Sequence[Candidate] = ()
+    device: torch.device, dtype: torch.dtype, widths: Sequence[int], ours: Sequence[Candidate] = ()
 ) -> tuple[Norm, Choice]:
-    """RMSNorm: Apex's fused one where it equals torch's, output and both gradients; before it what the caller has."""
+    """RMSNorm: Apex's fused one where it equals torch's, output and both gradients; before it what the caller has.
 
-    def run(norm: Norm) -> list[Tensor]:
+    Args:
+        widths: of the rows that it is for.
+    """
+
+    def trial(norm: Norm, width: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        x, weight, grad = (torch.randn(*s, generator=generator) for s in ((8, hidden_size), (hidden_size,), (1, 1)))
+        x, weight, grad = (torch.randn(*s, generator=generator) for s in ((8, width), (width,), (1, 1)))
         x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
         y = norm(x, weight, 1e-6)
         y.backward(grad.to(device, dtype) * y.detach())
         assert x.grad is not None and weight.grad is not None
         return [y, x.grad, weight.grad]
+
+    def run(norm: Norm) -> list[Tensor]:
+        return [result for width in widths for result in trial(norm, width)]
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     candidates = [*ours, Candidate("Apex", _apex_rms_norm)]

@@ -30,6 +30,12 @@ def experts_per_token(model: ModelConfig) -> float:
     return moe.top_k * min(1.0, 1.0 if moe.capacity_factor is None else moe.capacity_factor)
 
 
+def attention_vectors(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of an attention layer outside its matrices: (cut over the tensor-parallel ranks, on each of them)."""
+    cut = model.query_width + model.key_width if model.qk_norm == "full" else 0
+    return cut, 2 * model.head_width if model.qk_norm == "head" else 0
+
+
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     """Counts parameters layer by layer. Arithmetic is 6 per active parameter that takes part in a matrix product, plus
     12 L H N S for the attention scores (PaLM, arXiv:2204.02311, appendix B); activation recompute is not counted."""
@@ -45,10 +51,10 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     shared = moe.num_shared_experts * ffn + (d if moe.shared_expert_gate else 0)
     outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d
-    tables = table if model.tie_embeddings else 2 * table
-    total = outside + sparse * moe.num_experts * (ffn + biases) + tables
+    not_multiplied = (table if model.tie_embeddings else 2 * table) + model.num_layers * sum(attention_vectors(model))
+    total = outside + sparse * moe.num_experts * (ffn + biases) + not_multiplied
     visited = experts_per_token(model)
-    active = outside + round(sparse * visited * (ffn + biases)) + tables
+    active = outside + round(sparse * visited * (ffn + biases)) + not_multiplied
     # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
     multiplied = outside + sparse * visited * ffn + table
     return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * model.query_width * sequence_length)

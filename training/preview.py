@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from conf.fp8_rules import FP8_BLOCK
 from conf.schema import ClusterConfig, Config, ModelConfig
 from parallel.layout import Layout
-from training.plan import experts_per_token, model_cost
+from training.plan import attention_vectors, experts_per_token, model_cost
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def _parameters(
     d, moe = model.hidden_size, model.moe
     spread, experts = (sum(n * k * m for n, k, m in part) for part in _matrices(model, layout, sparse, dense))
     tables = 1 if model.tie_embeddings and layout.pp == 1 else is_first + is_last
-    copied = (sparse + dense) * 2 * d + sparse * d * moe.num_experts + is_last * d
+    cut_vectors, copied_vectors = attention_vectors(model)
+    spread += (sparse + dense) * cut_vectors / layout.tp
+    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + is_last * d
     biases = _gates(model) * model.ffn_hidden_size + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
@@ -140,6 +142,8 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     # Queries and keys after their rotation, the projection, of which the values are a part, and the result (twice where
     # torch attends).
     attention = outside + (4 * model.query_width + 3 * model.key_width) / layout.tp
+    if model.qk_norm is not None:  # what its norms were given
+        attention += (model.query_width + model.key_width) / layout.tp
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = experts_per_token(model) * layout.etp / layout.tp

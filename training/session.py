@@ -162,7 +162,8 @@ def _choose_implementations(
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]], set[str]]:
     """(what Parts is to be built from, what the start table says of it, the rows of it that tell of a refusal)."""
     model, device = config.model, run.device
-    norm = selection.select_norm(device, dtype, model.hidden_size, our_norms(device, dtype))
+    widths = {None: [], "head": [model.head_width], "full": [model.query_width, model.key_width]}[model.qk_norm]
+    norm = selection.select_norm(device, dtype, [model.hidden_size, *widths], our_norms(device, dtype))
     picked = {
         "turn": (choose_turn(device, dtype), torch_turn),
         "norm_function": (norm, selection.torch_rms_norm),

@@ -234,6 +234,7 @@ BROKEN = [
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.num_attention_heads=5 or model.hidden_size=248"),
     ({"model.hidden_size": 252, "model.num_attention_heads": 84}, 1, "252 / 84 = 3", "num_attention_heads=63"),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
+    ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
     ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary positions turn pairs), but it is 63", "head_dim=64"),
     ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
     ({**FP8, "model.head_dim": 48}, 1, "the width of queries % (128 * parallel.tp) == 0, but 192", "bf16"),

@@ -283,6 +283,8 @@ def attention(
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads // groups
     projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]
+    if model.qk_norm:
+        projected_SGHN = [norm_heads(heads_GHN, weights, model, queries) for heads_GHN in projected_SGHN]
     document_S = documents(positions_S, document_mask)
     rows = []
     for s, position in enumerate(positions_S):
@@ -297,6 +299,17 @@ def attention(
                 heads.append(sum(score / scores.sum() * value_N for score, value_N in zip(scores, values, strict=True)))
         rows.append(weights["out.weight"] @ torch.cat(heads))
     return torch.stack(rows)
+
+
+def norm_heads(heads_GHN: Tensor, weights: Weights, model: ModelConfig, queries: int) -> Tensor:
+    """The queries and keys of a token normalised, the values as they are."""
+    parts = {"q": heads_GHN[:, :queries], "k": heads_GHN[:, queries : queries + 1]}
+    normed = []
+    for name, part_GHN in parts.items():
+        weight, heads = weights[f"{name}_layernorm.weight"], part_GHN.reshape(-1, part_GHN.shape[-1])
+        rows = [heads.flatten()] if model.qk_norm == "full" else list(heads)
+        normed.append(torch.cat([rms_norm(row, weight, model.norm_eps) for row in rows]).view(part_GHN.shape))
+    return torch.cat([*normed, heads_GHN[:, queries + 1 :]], 1)
 
 
 def under(weights: Weights, prefix: str) -> Weights:

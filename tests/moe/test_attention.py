@@ -45,14 +45,23 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(4, None, None), (4, 2, 6), (4, 1, None), (1, None, 2)])
-def test_equals_the_reference(
-    heads: int, groups: int | None, head_dim: int | None, document_mask: bool, runtime: Runtime
-) -> None:
-    sizes = {"hidden_size": 16, "num_attention_heads": heads, "num_query_groups": groups, "head_dim": head_dim}
-    model = tiny(**sizes, rope_theta=100.0)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_attention_heads": 4},
+        {"num_attention_heads": 4, "num_query_groups": 2, "head_dim": 6},
+        {"num_attention_heads": 4, "num_query_groups": 1, "qk_norm": "head"},
+        {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "full"},
+        {"num_attention_heads": 1, "head_dim": 2},
+    ],
+    ids=str,
+)
+def test_equals_the_reference(sizes: dict[str, Any], document_mask: bool, runtime: Runtime) -> None:
+    model = tiny(hidden_size=16, rope_theta=100.0, **sizes)
     layer = attention_of(model, runtime)
-    x_SBD = random(8, 2, 16, seed=heads)
+    for norm in filter(None, (layer.q_layernorm, layer.k_layernorm)):
+        norm.weight.data.copy_(1 + 0.5 * random(*norm.weight.shape))
+    x_SBD = random(8, 2, 16, seed=4)
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
     sequences = [
         reference.attention(x64_SBD[:, b], weights, model, PACKED[b].tolist(), document_mask) for b in range(2)

@@ -136,6 +136,8 @@ COSTED = {
     "grouped queries": tiny(
         MoeConfig(num_experts=2, capacity_factor=None), hidden_size=16, num_attention_heads=4, num_query_groups=1
     ),
+    "norms of queries and keys": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, qk_norm="head"),
+    "norms over all heads": tiny(num_attention_heads=4, num_query_groups=2, qk_norm="full"),
     "wide heads": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6),
     "shared experts and biases": tiny(
         MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)

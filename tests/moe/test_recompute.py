@@ -116,8 +116,9 @@ def test_a_recomputed_output_is_the_consumers_only_copy(runtime: Runtime) -> Non
 def test_recompute_under_a_layout(ranks: RankPool) -> None:
     """The exchanges of the sparse layers run again in the backward pass, in the same order on all ranks."""
     parallel = ParallelConfig(tp=2, sequence_parallel=True, ep=2, pp=2)
-    plain = Variant(moe={"drop_policy": "probability"})
-    variants = {"plain": plain, **{c[-1]: replace(plain, model={"recompute": c}) for c in (["norm", "moe"], ["full"])}}
+    plain = Variant({"qk_norm": "full"}, {"drop_policy": "probability"})
+    again = {c[-1]: replace(plain, model=plain.model | {"recompute": c}) for c in (["norm", "moe"], ["full"])}
+    variants = {"plain": plain, **again}
     for outcomes in ranks.run(4, measure, parallel, variants, 2):
         for name in ("moe", "full"):
             assert outcomes[name].losses == outcomes["plain"].losses

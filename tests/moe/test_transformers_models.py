@@ -19,6 +19,8 @@ PARTS = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attention.out": "self_attn.o_proj",
+    "attention.q_layernorm": "self_attn.q_norm",
+    "attention.k_layernorm": "self_attn.k_norm",
     "ffn.gate": "mlp.gate_proj",
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
@@ -80,6 +82,12 @@ def sparse(moe: dict[str, Any], **settings: Any) -> ModelConfig:
 
 FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
     "llama, head_dim": ("Llama", dense(head_dim=6), {"head_dim": 6}),
+    "qwen3": ("Qwen3", dense(head_dim=6, qk_norm="head"), {"head_dim": 6}),
+    "olmoe": (
+        "Olmoe",
+        sparse({"renormalize": False}, qk_norm="full"),
+        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    ),
 }
 """family of Transformers, our model, its settings"""
 

@@ -178,7 +178,7 @@ NORM = "apex.normalization.fused_layer_norm"
 
 def test_a_norm_that_computes_the_same_is_used(install):
     install(NORM, fused_rms_norm_affine=apex_norm())
-    norm, choice = selection.select_norm(CPU, torch.float32, 32)
+    norm, choice = selection.select_norm(CPU, torch.float32, [32])
     assert choice.name == "Apex"
     x, weight = torch.randn(3, 32), torch.rand(32)
     torch.testing.assert_close(norm(x, weight, 1e-3), selection.torch_rms_norm(x, weight, 1e-3))
@@ -190,7 +190,7 @@ def test_a_norm_that_is_off_is_left_out(install, scales, dtype):
     if dtype == torch.bfloat16:
         scales = tuple(1 + 3 * (s - 1) for s in scales)  # bf16 itself rounds by up to 0.4 %
     install(NORM, fused_rms_norm_affine=apex_norm(*scales))
-    norm, choice = selection.select_norm(CPU, dtype, 32)
+    norm, choice = selection.select_norm(CPU, dtype, [32])
     assert norm is selection.torch_rms_norm and "Apex differs from torch's" in choice.why
 
 

@@ -117,7 +117,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     ("precision", "moe", "model"),
     [
         ("fp32", {}, {}),
-        ("bf16", {"num_experts": 0}, {"num_query_groups": 2, "activation": "relu", "head_dim": 96}),
+        ("bf16", {"num_experts": 0}, {"num_query_groups": 2, "activation": "relu", "head_dim": 96, "qk_norm": "head"}),
         ("bf16", {"every": 1, "top_k": 2, "num_shared_experts": 1}, {}),
         ("bf16", {}, {"recompute": ["norm", "activation"]}),
         ("fp32", {}, {"recompute": ["full"]}),

@@ -144,7 +144,7 @@ def test_a_layer_of_attention_on_both(groups: int, runtime: Runtime) -> None:
 
 def test_they_are_chosen_where_they_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen() -> list[object]:
-        norm = select_norm(CPU, torch.bfloat16, 64, our_norms(CPU, torch.bfloat16))
+        norm = select_norm(CPU, torch.bfloat16, [64], our_norms(CPU, torch.bfloat16))
         return [norm, choose_token_losses(CPU, torch.bfloat16), choose_turn(CPU, torch.bfloat16)]
 
     assert [one for one, _ in chosen()] == [rows.rms_norm, rows.token_losses, turn]
