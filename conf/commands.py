@@ -121,7 +121,7 @@ class ImportConfig(Here):
     verify: bool = True
     """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
     precision: str = "fp32"
-    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (5e-2 of the largest logit, 2e-2 nats),
+    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats),
     which needs half the memory."""
     eod_token: str | None = None
     """The token put after documents of text. null: the source's end of sequence."""
@@ -140,7 +140,7 @@ class ExportConfig(Here):
     verify: bool = True
     """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
     precision: str = "fp32"
-    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (5e-2 of the largest logit, 2e-2 nats),
+    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats),
     which needs half the memory."""
     family: str | None = None
     """The model_type to write. null: that of the model that the run was imported from, else the first that fits."""

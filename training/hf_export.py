@@ -59,9 +59,7 @@ def export_model(config: ExportConfig) -> int:
             dtype = _write_weights(config, directory, aside, family, run)
             _write_files(aside, run_dir, origin, tokenizer, config_of(family, run.model, base) | {"dtype": dtype}, run)
             if config.verify:
-                # Weights that are rounded to bf16 are other weights, within what bf16 changes.
-                bounds = "bf16" if config.dtype == "bf16" else None
-                hf_verify.check_same(config, aside, directory, tokenizer, aside, bounds)
+                hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=config.dtype == "bf16")
             else:
                 print("verify=false: nothing was proven of these weights")
     except hf_verify.Different as found:

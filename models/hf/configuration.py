@@ -20,6 +20,8 @@ INERT = (
 )
 """Keys of any config.json that change no number of the model. (Whether router logits are given out decides in
 Transformers whether the balancing loss is added; here the coefficient alone does.)"""
+FULL = "full_attention"
+"""The one of layer_types that we have."""
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -42,7 +44,7 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
     """
     family = family_named(config.get("model_type"), f"{where}: model_type")
     wrong = _unsupported(family, config)
-    full = {field.theirs: field.default for field in family.fields} | dict(config)
+    full = {field.theirs: config.get(_key_in(config, field), field.default) for field in family.fields}
     values: dict[str, Any] = {ours: meant[0] for ours, meant in family.settings.items()} | dict(family.training)
     wrong += [told for field in family.fields if (told := _misfit(field, full[field.theirs]))]
     if wrong:
@@ -55,6 +57,11 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
     if wrong:
         raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
     return family, _settings(values | {"rope_theta": theta, "name": family.name})
+
+
+def _key_in(config: Mapping[str, Any], field: Field) -> str:
+    """The name that a config.json has for a field."""
+    return next((name for name in (field.theirs, *field.aliases) if name in config), field.theirs)
 
 
 def _misfit(field: Field, value: Any) -> str | None:
@@ -76,7 +83,7 @@ def _misfit(field: Field, value: Any) -> str | None:
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Keys that are turned on and that nobody here understands."""
-    known = {*INERT, *family.inert, *_ROPE, *(field.theirs for field in family.fields)}
+    known = {*INERT, *family.inert, *_ROPE, *(_key_in(config, field) for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):
         wrong.append(f"architectures={shown(config['architectures'])}: only {family.architecture}")
@@ -84,6 +91,9 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
         if key in family.off:
             if value != family.off[key] and value is not None:
                 wrong.append(f"{key}={shown(value)}: only {shown(family.off[key])}")
+        elif key == "layer_types":
+            if others := sorted({str(kind) for kind in value or []} - {FULL}):
+                wrong.append(f"{key} has {', '.join(others)}: only {FULL}")
         elif key not in known and value not in (None, False, 0, "", [], {}):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             meant = f" (did you mean {near[0]}?)" if near else ""
@@ -166,9 +176,10 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
         if field.values is not None:
             value = next(theirs for theirs, ours in field.values.items() if ours == value)
         new = field.to_theirs(value, model)
+        key = _key_in(base, field)
         # A key that the base leaves out stays out where what Transformers takes then is right.
-        if not _same(base.get(field.theirs, field.default), new) or (not base and new is not None):
-            config[field.theirs] = new
+        if not _same(base.get(key, field.default), new) or (not base and new is not None):
+            config[key] = new
     theta = dict(config.get("rope_parameters") or {})
     if "rope_theta" in theta:
         config["rope_parameters"] = theta | {"rope_theta": model.rope_theta}

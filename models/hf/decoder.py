@@ -1,12 +1,21 @@
 """What the families share: Llama's decoder, whose names most of them kept (transformers/models/llama)."""
 
-from models.hf.family import QKV, Field, Weights
+from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, Weights
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 """hidden_act of gated feed-forward layers; the first of two names is written."""
 
 
-def decoder_fields(*, vocab_size: int, hidden_size: int, layers: int, heads: int, groups: int | None, eps: float):
+def decoder_fields(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    groups: int | None,
+    eps: float,
+    head_dim: int | None = None,
+) -> tuple[Field, ...]:
     """The fields of config.json with the defaults of the family's configuration class."""
     return (
         Field("vocab_size", "vocab_size", vocab_size),
@@ -21,12 +30,36 @@ def decoder_fields(*, vocab_size: int, hidden_size: int, layers: int, heads: int
             to_ours=lambda value, config: value or config["num_attention_heads"],
             to_theirs=lambda _, model: model.query_groups,
         ),
-        Field("head_dim", "head_dim"),
+        # Where Transformers has a number of its own for a key that is not there, the width is written out.
+        Field(
+            "head_dim", "head_dim", head_dim, to_theirs=lambda value, model: value or (head_dim and model.head_width)
+        ),
         Field("hidden_act", "activation", "silu", values=ACTIVATIONS),
         Field("rms_norm_eps", "norm_eps", eps),
         Field("tie_word_embeddings", "tie_embeddings", False),
     )
 
+
+def balancing_field(default: float) -> Field:
+    """The coefficient of the balancing loss. Theirs counts a token top_k times and pools the layers, over which ours is
+    added up."""
+    return Field(
+        "router_aux_loss_coef",
+        "moe.aux_loss_coeff",
+        default,
+        to_ours=lambda value, config: value * config["num_experts_per_tok"] / config["num_hidden_layers"],
+        to_theirs=lambda value, model: value * model.num_layers / model.moe.top_k,
+    )
+
+
+NORM_TOPK = Field(
+    "norm_topk_prob",
+    "moe.renormalize",
+    False,
+    to_theirs=lambda value, model: model.moe.top_k > 1 if value is None else value,
+)
+DROPLESS = {"moe.capacity_factor": None, "moe.eval_capacity_factor": None, "moe.z_loss_coeff": 0.0}
+"""What an import of a sparse model sets."""
 
 OUTSIDE = (
     Weights("embedding.weight", ("model.embed_tokens.weight",)),
@@ -49,3 +82,20 @@ NORMS = (
 DENSE_FFN = tuple(
     Weights(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",)) for part in ("gate", "up", "down")
 )
+QK_NORMS = tuple(
+    Weights(f"{LAYER}attention.{part}_layernorm.weight", (f"model.{LAYER}self_attn.{part}_norm.weight",))
+    for part in ("q", "k")
+)
+
+
+def sparse_ffn(block: str, gate: str, up: str, down: str) -> tuple[Weights, ...]:
+    """A router and experts, which a family calls by these names."""
+    expert = f"model.{LAYER}{block}.experts.{{expert}}."
+    return (
+        Weights(LAYER + "ffn.router.weight", (f"model.{LAYER}{block}.gate.weight",)),
+        Weights(LAYER + "ffn.experts.w_in", (f"{expert}{gate}.weight", f"{expert}{up}.weight"), GATE_AND_UP),
+        Weights(LAYER + "ffn.experts.w_out", (f"{expert}{down}.weight",), TRANSPOSED),
+    )
+
+
+SPARSE_FFN = sparse_ffn("mlp", "gate_proj", "up_proj", "down_proj")

@@ -67,6 +67,8 @@ class Field:
     """Below `model.`, with dots."""
     default: Any = None
     """What Transformers takes where config.json does not say."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the key, which some versions of Transformers write."""
     nullable: bool = False
     """Whether null may stand where the default is a number; the setting of ours then knows what it means."""
     values: Mapping[Any, Any] | None = None

@@ -20,6 +20,20 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {
         "mixtral": save_model("Mixtral", folder / "mixtral", corpus, **moe),
         "llama": save_model("Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_theta=300.0),
+        "qwen3": save_model("Qwen3", folder / "qwen3", corpus, head_dim=12),
+        "qwen3_moe": save_model(
+            "Qwen3Moe",
+            folder / "qwen3_moe",
+            corpus,
+            **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+            **{"norm_topk_prob": True, "router_aux_loss_coef": 0.0},
+        ),
+        "olmoe": save_model(
+            "Olmoe",
+            folder / "olmoe",
+            corpus,
+            **{"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0},
+        ),
         "hub": save_by_hand(folder / "hub"),
     }
 

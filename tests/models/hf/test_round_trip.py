@@ -54,9 +54,12 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         grads[f"layers.{i}.ffn_norm.weight"] = layer.post_attention_layernorm.weight.grad
         grads[f"layers.{i}.attention.out.weight"] = layer.self_attn.o_proj.weight.grad
         q, k, v = (getattr(layer.self_attn, f"{part}_proj").weight.grad for part in "qkv")
-        # Two groups of two query heads, 8 wide: q0 q1 k0 v0 q2 q3 k1 v1.
-        rows = [q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]]
-        grads[f"layers.{i}.attention.qkv.weight"] = torch.cat(rows)
+        # Two groups of two query heads: q0 q1 k0 v0 q2 q3 k1 v1.
+        (q0, q1), (k0, k1), (v0, v1) = q.chunk(2), k.chunk(2), v.chunk(2)
+        grads[f"layers.{i}.attention.qkv.weight"] = torch.cat([q0, k0, v0, q1, k1, v1])
+        for part in "qk" if hasattr(layer.self_attn, "q_norm") else "":
+            norm = getattr(layer.self_attn, f"{part}_norm").weight.grad
+            grads[f"layers.{i}.attention.{part}_layernorm.weight"] = norm
         if hasattr(layer.mlp, "experts"):
             both, down = layer.mlp.experts.gate_up_proj.grad, layer.mlp.experts.down_proj.grad
             grads[f"layers.{i}.ffn.router.weight"] = layer.mlp.gate.weight.grad
@@ -68,7 +71,10 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return out.logits[0].detach(), out.loss.detach(), grads
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama"])
+FAMILIES = ["mixtral", "llama", "qwen3", "qwen3_moe", "olmoe"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_loss_and_gradients_are_those_of_transformers(name: str, sources, runs, ranks: RankPool) -> None:
     got, wanted = ranks.run(1, ours, str(runs[name]), timeout=120.0)[0], theirs(sources[name])
     assert (got[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
@@ -78,7 +84,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name: str, sources,
         assert (got[2][key] - grad).norm() <= 1e-5 * grad.norm(), key
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama", "hub"])
+@pytest.mark.parametrize("name", [*FAMILIES, "hub"])
 def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
     code, printed = run_export(ranks, runs[name], tmp_path / "back", shard_gib=5e-6)
     assert code == 0 and "verified on" in printed, printed

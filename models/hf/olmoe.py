@@ -1,0 +1,32 @@
+"""OLMoE (transformers/models/olmoe/configuration_olmoe.py, modeling_olmoe.py)."""
+
+from models.hf.decoder import (
+    ATTENTION,
+    DROPLESS,
+    NORM_TOPK,
+    NORMS,
+    OUTSIDE,
+    QK_NORMS,
+    SPARSE_FFN,
+    balancing_field,
+    decoder_fields,
+)
+from models.hf.family import Family, Field
+
+OLMOE = Family(
+    name="olmoe",
+    architecture="OlmoeForCausalLM",
+    fields=(
+        *decoder_fields(vocab_size=50304, hidden_size=2048, layers=16, heads=16, groups=None, eps=1e-5),
+        Field("intermediate_size", "ffn_hidden_size", 2048),
+        Field("num_experts", "moe.num_experts", 64, aliases=("num_local_experts",)),
+        Field("num_experts_per_tok", "moe.top_k", 8),
+        NORM_TOPK,
+        balancing_field(0.01),
+    ),
+    weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *SPARSE_FFN),
+    rope_theta=10000.0,
+    off={"attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None},
+    settings={"qk_norm": ("full",)},
+    training=DROPLESS,
+)
