@@ -47,7 +47,7 @@ VARIANTS = {
     "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
-    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}),
+    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20}),
     "olmoe": Variant({"qk_norm": "full"}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from conf.case import Case, Violation, divisors, multiples
+from conf.layout_rules import cut_widths
 
 FP8_BLOCK = 128
 """Rows and columns of a weight that share a scale (moe.kernels.numerics.BLOCK)."""
@@ -28,12 +29,12 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
             {"fp8.linear_layers": [True], "precision": ["bf16"]},
         )
     # Blocks of 128 x 128 must not straddle ranks: their scales would depend on the layout.
-    hidden, width = case["model.hidden_size"], case["model.ffn_hidden_size"]
-    cuts = [("model.hidden_size", hidden, "parallel.tp"), ("model.ffn_hidden_size", width, "parallel.tp")]
+    hidden, widths = case["model.hidden_size"], [(key, case[key], degree) for key, degree in cut_widths(case)]
+    cuts = [("model.hidden_size", hidden, "parallel.tp"), *(w for w in widths if w[2] == "parallel.tp")]
     if case["model.head_dim"] is not None:
         cuts += [("the width of queries", case["model.query_width"], "parallel.tp")]
     cuts += [("the width of keys and values", 2 * case["model.key_width"], "parallel.tp")]
-    for name, size, degree in [*(cuts if linear else []), ("model.ffn_hidden_size", width, "parallel.etp")]:
+    for name, size, degree in [*(cuts if linear else []), *(w for w in widths if w[2] == "parallel.etp")]:
         product = FP8_BLOCK * case[degree]
         if size % product:
             repairs = {degree: divisors(case[degree], size // FP8_BLOCK or 1)} if case[degree] > 1 else {}

@@ -6,12 +6,27 @@ from dataclasses import replace
 from conf.case import WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
 
 
+def cut_widths(case: Case) -> list[tuple[str, str]]:
+    """(setting of a feed-forward width, degree that cuts it): of the dense layers and of the shared experts, which are
+    cut over the tensor-parallel ranks, and of the experts."""
+    dense, experts, shared = "model.ffn_hidden_size", "model.moe.ffn_hidden_size", "model.moe.shared_ffn_hidden_size"
+    cut = [(dense, "parallel.tp")]
+    if case["model.moe.num_experts"]:
+        experts = dense if case[experts] is None else experts
+        shared = experts if case[shared] is None else shared
+        cut += [(shared, "parallel.tp")] if case["model.moe.num_shared_experts"] else []
+        cut += [(experts, "parallel.etp")]
+    return list(dict.fromkeys(cut))
+
+
 def layout_rules(case: Case) -> Iterator[Violation]:
     tp, pp, cp, ep, etp = (f"parallel.{key}" for key in ("tp", "pp", "cp", "ep", "etp"))
     yield from divisible(case, WORLD_SIZE, tp, pp, cp)
-    for size in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+    for size in ("num_attention_heads", "num_query_groups", "vocab_size"):
         if case[f"model.{size}"] is not None:
             yield from divisible(case, f"model.{size}", tp)
+    for width, degree in cut_widths(case):
+        yield from divisible(case, width, degree)
     if case["parallel.pp_layers"] is None:
         yield from _even_stages(case)
     elif case[pp] > 1:
@@ -19,7 +34,6 @@ def layout_rules(case: Case) -> Iterator[Violation]:
     if case["model.moe.num_experts"]:
         yield from divisible(case, WORLD_SIZE, etp, ep, pp)
         yield from divisible(case, "model.moe.num_experts", ep)
-        yield from divisible(case, "model.ffn_hidden_size", etp)
         if case["model.moe.expert_bias"]:
             yield from divisible(case, "model.hidden_size", etp)
     if case["parallel.overlap_param_gather"] and not case["parallel.overlap_grad_reduce"]:

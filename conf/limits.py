@@ -70,6 +70,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.ffn_hidden_size "
         "model.head_dim model.vocab_size model.moe.every model.moe.top_k model.moe.num_expert_groups "
         "model.moe.top_k_groups model.moe.expert_chunk_rows "
+        "model.moe.ffn_hidden_size model.moe.shared_ffn_hidden_size "
         "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp data.tokenizer_sample_mib train.steps "
         "train.micro_batch_size train.global_batch_size train.sequence_length train.stop_after train.log_every "
         "eval.batches eval.final_batches checkpoint.keep runtime.threads cluster.ranks_per_node cluster.cpus_per_rank "
@@ -120,7 +121,8 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.jitter model.moe.backend model.moe.expert_bias "
-        "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows",
+        "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
+        "model.moe.ffn_hidden_size",
     ),
     (
         "model.moe.score_function=softmax",
@@ -148,7 +150,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "model.moe.num_shared_experts > 0",
         lambda c: c["model.moe.num_shared_experts"] > 0,
-        "model.moe.shared_expert_gate",
+        "model.moe.shared_expert_gate model.moe.shared_ffn_hidden_size",
     ),
     ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
     (

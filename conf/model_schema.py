@@ -42,6 +42,11 @@ class MoeConfig:
 
     num_experts: int = 0
     """Experts in a sparse layer; 0 makes every layer dense."""
+    ffn_hidden_size: int | None = None
+    """Hidden width of an expert (Qwen3-MoE, arXiv:2505.09388: 768, where a dense layer would have 6144). null:
+    model.ffn_hidden_size."""
+    shared_ffn_hidden_size: int | None = None
+    """Hidden width of a shared expert (Qwen2-MoE: 20480 beside experts of 2560). null: that of an expert."""
     every: int = 1
     """1: experts in every layer; 2: in every second one (layers 1, 3, 5, ..., counted from 0), and so on."""
     top_k: int = 1
@@ -123,7 +128,7 @@ class MoeConfig:
     each of them, up to n times in all. Needs a capacity factor; evaluation follows eval_capacity_factor."""
     num_shared_experts: int = 0
     """Experts that every token visits besides its top_k, computed while rows travel (DeepSeekMoE, arXiv:2401.06066,
-    section 3.2). They are one dense layer of num_shared_experts * ffn_hidden_size."""
+    section 3.2). They are one dense layer of num_shared_experts * shared_ffn_hidden_size."""
     shared_expert_gate: bool = False
     """Each token scales the shared experts' answer by sigmoid(x . g), g trained (Qwen2-MoE)."""
     expert_bias: bool = False
@@ -161,7 +166,7 @@ class ModelConfig:
     num_query_groups: int | None = None
     """Key/value heads; null: as many as attention heads."""
     ffn_hidden_size: int = 512
-    """Hidden width of the dense feed-forward layers and of each expert."""
+    """Hidden width of the dense feed-forward layers, and of the experts where model.moe gives none."""
     qk_norm: str | None = None
     """RMSNorm of queries and keys before their rotation, with norm_eps. head: over each head, with one weight for all
     query heads and one for all key heads (Qwen3, arXiv:2505.09388, section 2). full: over all query heads together and
@@ -190,6 +195,16 @@ class ModelConfig:
     def head_width(self) -> int:
         """head_dim with null written out."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def expert_width(self) -> int:
+        """moe.ffn_hidden_size with null written out."""
+        return self.moe.ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def shared_width(self) -> int:
+        """Of all shared experts together."""
+        return self.moe.num_shared_experts * (self.moe.shared_ffn_hidden_size or self.expert_width)
 
     @property
     def query_groups(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from conf.case import Case, shown
+from conf.layout_rules import cut_widths
 
 DEGREES = ("tp", "pp", "cp", "ep", "etp")
 _TRIED = 64
@@ -32,10 +33,13 @@ def nearest_layouts(case: Case, holds: Callable[[Case], bool], count: int = 2) -
 def _fitting(case: Case) -> Iterator[dict[str, int]]:
     """Degrees that divide what they cut and multiply to a divisor of the world, nearest first."""
     world, experts = case["world_size"], case["model.moe.num_experts"]
-    ffn, layers = case["model.ffn_hidden_size"], case["model.num_layers"]
+    layers, widths = case["model.num_layers"], cut_widths(case)
+    dense, routed = (
+        math.gcd(*(case[key] for key, degree in widths if degree == f"parallel.{name}")) for name in ("tp", "etp")
+    )
     heads = math.gcd(case["model.num_attention_heads"], case["model.num_query_groups"] or 0)
-    cut = {"tp": math.gcd(heads, ffn, case["model.vocab_size"]), "pp": layers, "cp": case["train.sequence_length"]}
-    cut |= {"ep": experts or 1, "etp": ffn if experts else 1}
+    cut = {"tp": math.gcd(heads, dense, case["model.vocab_size"]), "pp": layers, "cp": case["train.sequence_length"]}
+    cut |= {"ep": experts or 1, "etp": routed if experts else 1}
     options = [[d for d in range(1, min(world, cut[key]) + 1) if world % d == 0 == cut[key] % d] for key in DEGREES]
     fitting = []
     for chosen in itertools.product(*options):

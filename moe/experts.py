@@ -155,7 +155,7 @@ def _grouped_mm_fails(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _misaligned(model: ModelConfig, dtype: torch.dtype) -> str | None:
     row_bytes = torch.finfo(dtype).bits // 8
-    for size in (model.hidden_size, model.ffn_hidden_size):
+    for size in (model.hidden_size, model.expert_width):
         if size * row_bytes % 16:
             return f"needs rows of a multiple of 16 bytes; {size} values of {dtype} are not: sizes divisible by 8 are"
     return None
@@ -268,16 +268,16 @@ class Experts(nn.Module):
         self.activation = model.activation
         self.backend = BACKENDS[backend] if isinstance(backend, str) else experts_with(backend)
         self.gathers = backend in GATHER or not isinstance(backend, str)
-        self.etp, self.ffn_hidden_size = groups.etp, model.ffn_hidden_size
+        self.etp, self.ffn_hidden_size = groups.etp, model.expert_width
         self.chunk_rows = model.moe.expert_chunk_rows
         self.recompute = "activation" in model.recompute and backend in BACKENDS and backend not in KEEP_PRODUCTS_ONLY
         local, hidden = model.moe.num_experts // groups.ep.size(), model.hidden_size
-        width, gates = model.ffn_hidden_size // groups.etp.size(), 2 if model.activation in GATED else 1
+        width, gates = model.expert_width // groups.etp.size(), 2 if model.activation in GATED else 1
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(local, width, hidden, dtype=dtype))
         placed = [
             (self.w_in, 3, (model.init_scale / hidden) ** 0.5),
-            (self.w_out, 1, (model.init_scale / model.ffn_hidden_size) ** 0.5),
+            (self.w_out, 1, (model.init_scale / model.expert_width) ** 0.5),
         ]
         self.b_in: nn.Parameter | None = None
         self.b_out: nn.Parameter | None = None

@@ -17,8 +17,7 @@ class SharedExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
         super().__init__()
-        width = model.moe.num_shared_experts * model.ffn_hidden_size
-        self.ffn = DenseFFN(model, config, groups, width=width)
+        self.ffn = DenseFFN(model, config, groups, width=model.shared_width)
         self.gate: nn.Parameter | None = None
         if model.moe.shared_expert_gate:
             self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))

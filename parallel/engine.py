@@ -68,7 +68,7 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
         qk_layernorm=model.qk_norm == "head",
         ffn_hidden_size=model.ffn_hidden_size,
         num_moe_experts=model.moe.num_experts or None,
-        moe_ffn_hidden_size=model.ffn_hidden_size if model.moe.num_experts else None,
+        moe_ffn_hidden_size=model.expert_width if model.moe.num_experts else None,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,

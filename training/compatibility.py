@@ -70,6 +70,9 @@ def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
         flat["model.num_query_groups"] = flat.get("model.num_attention_heads")
     if flat.get("model.head_dim", 0) is None:
         flat["model.head_dim"] = flat.get("model.hidden_size", 0) // flat.get("model.num_attention_heads", 1)
+    for inner, outer in (("moe.", ""), ("moe.shared_", "moe.")):
+        if flat.get(f"model.{inner}ffn_hidden_size", 0) is None:
+            flat[f"model.{inner}ffn_hidden_size"] = flat.get(f"model.{outer}ffn_hidden_size")
     if flat.get("model.moe.renormalize", 0) is None:
         flat["model.moe.renormalize"] = flat.get("model.moe.top_k", 1) > 1
     if not flat.get("model.moe.num_experts", 1):
@@ -78,4 +81,4 @@ def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _RESUMABLE = _resumable()
-_WIDTHS = ("model.head_dim",)
+_WIDTHS = ("model.head_dim", "model.moe.ffn_hidden_size", "model.moe.shared_ffn_hidden_size")

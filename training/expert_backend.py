@@ -32,7 +32,8 @@ def choose(config: Config, run: Runtime, dtype: torch.dtype, run_dir: Path | Non
         ValueError: the one asked for cannot run here.
     """
     # As a rank sees it: what must be aligned is its slice of an expert.
-    model = replace(config.model, ffn_hidden_size=config.model.ffn_hidden_size // run.layout.etp)
+    moe = replace(config.model.moe, ffn_hidden_size=config.model.expert_width // run.layout.etp)
+    model = replace(config.model, moe=moe)
     if model.moe.backend != "auto":
         return choose_backend(model, run.device, dtype)
     names = _available_everywhere(model, run.device, dtype)
@@ -69,7 +70,7 @@ def shapes_of(config: Config, run: Runtime, dtype: torch.dtype) -> Shapes:
     return Shapes(
         rows=tokens * model.moe.top_k * layout.etp,
         hidden_size=model.hidden_size,
-        width=model.ffn_hidden_size // layout.etp,
+        width=model.expert_width // layout.etp,
         experts=model.moe.num_experts // layout.ep,
         activation=model.activation,
         bias=model.moe.expert_bias,

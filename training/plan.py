@@ -42,19 +42,21 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     d, moe = model.hidden_size, model.moe
     attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
     gates = 2 if model.activation in ("swiglu", "geglu") else 1
-    ffn = d * model.ffn_hidden_size * (gates + 1)
-    biases = gates * model.ffn_hidden_size + d if moe.expert_bias else 0
+    ffn, expert, shared = (
+        d * width * (gates + 1) for width in (model.ffn_hidden_size, model.expert_width, model.shared_width)
+    )
+    biases = gates * model.expert_width + d if moe.expert_bias else 0
     norms = 2 * d
     sparse = model.num_layers // moe.every if moe.num_experts else 0
     dense = model.num_layers - sparse
     router = d * moe.num_experts
-    shared = moe.num_shared_experts * ffn + (d if moe.shared_expert_gate else 0)
+    shared += d if moe.shared_expert_gate else 0
     outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d
     not_multiplied = (table if model.tie_embeddings else 2 * table) + model.num_layers * sum(attention_vectors(model))
-    total = outside + sparse * moe.num_experts * (ffn + biases) + not_multiplied
+    total = outside + sparse * moe.num_experts * (expert + biases) + not_multiplied
     visited = experts_per_token(model)
-    active = outside + round(sparse * visited * (ffn + biases)) + not_multiplied
+    active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
     # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
-    multiplied = outside + sparse * visited * ffn + table
+    multiplied = outside + sparse * visited * expert + table
     return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * model.query_width * sequence_length)

@@ -115,7 +115,7 @@ def _parameters(
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
     copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + is_last * d
-    biases = _gates(model) * model.ffn_hidden_size + d if moe.expert_bias else 0
+    biases = _gates(model) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
 
@@ -125,16 +125,16 @@ def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tu
     d, f, moe, gates, layers = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model), sparse + dense
     q, k = model.query_width / layout.tp, model.key_width / layout.tp
     linear = [(layers, d, q + 2 * k), (layers, q, d)]
-    for count, width in ((dense, f / layout.tp), (sparse, moe.num_shared_experts * f / layout.tp)):
+    for count, width in ((dense, f / layout.tp), (sparse, model.shared_width / layout.tp)):
         linear += [(gates * count, d, width), (count, width, d)]
-    count, width = sparse * moe.num_experts / layout.ep, f / layout.etp
+    count, width = sparse * moe.num_experts / layout.ep, model.expert_width / layout.etp
     return linear, [(count, d, gates * width), (count, width, d)]
 
 
 def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> float:
     """Values that are kept for the backward pass: what each norm and each matrix product was given."""
     model = config.model
-    d, f, moe, again = model.hidden_size, model.ffn_hidden_size, model.moe, model.recompute
+    d, f, again = model.hidden_size, model.ffn_hidden_size, model.recompute
     outside = d / layout.tp if layout.sequence_parallel else d
     if "full" in again:
         return (sparse + dense) * outside
@@ -148,8 +148,9 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = experts_per_token(model) * layout.etp / layout.tp
     # Experts in FP8 read their rows where the tokens are, and of the hidden width keep the product alone.
-    each = 2 * d + _gates(model) * f / layout.etp if config.precision == "fp8" else 3 * d + hidden * f / layout.etp
-    routed = rows * each + moe.num_shared_experts * hidden * f / layout.tp
+    expert = model.expert_width / layout.etp
+    each = 2 * d + _gates(model) * expert if config.precision == "fp8" else 3 * d + hidden * expert
+    routed = rows * each + hidden * model.shared_width / layout.tp
     per_sparse = 0 if "moe" in again else outside + routed
     return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
 

@@ -142,6 +142,14 @@ COSTED = {
     "shared experts and biases": tiny(
         MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)
     ),
+    "widths of their own": tiny(
+        MoeConfig(num_experts=4, every=2, capacity_factor=None, ffn_hidden_size=6, expert_bias=True)
+    ),
+    "shared width": tiny(
+        MoeConfig(
+            num_experts=4, capacity_factor=None, ffn_hidden_size=6, num_shared_experts=2, shared_ffn_hidden_size=10
+        )
+    ),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 

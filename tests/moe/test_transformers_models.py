@@ -25,6 +25,9 @@ PARTS = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
     "ffn.router": "mlp.gate",
+    "ffn.shared.ffn.gate": "mlp.shared_expert.gate_proj",
+    "ffn.shared.ffn.up": "mlp.shared_expert.up_proj",
+    "ffn.shared.ffn.down": "mlp.shared_expert.down_proj",
 }
 """Of a layer, our names and theirs."""
 
@@ -48,6 +51,8 @@ def as_transformers(ours: dict[str, Tensor], model: ModelConfig) -> dict[str, Te
         elif part == "ffn.experts":
             fused = t.permute(0, 2, 3, 1).flatten(1, 2) if kind == "w_in" else t.transpose(1, 2)
             theirs[layer + "mlp.experts." + {"w_in": "gate_up_proj", "w_out": "down_proj"}[kind]] = fused
+        elif part == "ffn.shared":
+            theirs[layer + "mlp.shared_expert_gate.weight"] = t
         else:
             theirs[f"{layer}{PARTS[part]}.{kind}"] = t
     return theirs
@@ -83,6 +88,21 @@ def sparse(moe: dict[str, Any], **settings: Any) -> ModelConfig:
 FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
     "llama, head_dim": ("Llama", dense(head_dim=6), {"head_dim": 6}),
     "qwen3": ("Qwen3", dense(head_dim=6, qk_norm="head"), {"head_dim": 6}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        sparse(
+            {"ffn_hidden_size": 8, "shared_ffn_hidden_size": 10, "num_shared_experts": 1, "shared_expert_gate": True}
+            | {"every": 2}
+        ),
+        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 8}
+        | {"shared_expert_intermediate_size": 10, "decoder_sparse_step": 2, "qkv_bias": False},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        sparse({"ffn_hidden_size": 8}, head_dim=6, qk_norm="head"),
+        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 8}
+        | {"head_dim": 6},
+    ),
     "olmoe": (
         "Olmoe",
         sparse({"renormalize": False}, qk_norm="full"),

@@ -35,6 +35,7 @@ def changed(before: dict[str, Any] | None = None, **after: Any) -> list[str]:
         {"moe__aux_loss_coeff": 0.0, "moe__z_loss_coeff": 0.0, "moe__jitter": 0.1, "moe__expert_dropout": 0.1},
         {"moe__dispatcher": "all_gather", "moe__pad_to_capacity": True, "moe__backend": "loop"},
         {"moe__expert_chunk_rows": 7, "moe__bias_update_rate": 0.1, "moe__load_balancing": "sinkhorn"},
+        {"moe__ffn_hidden_size": 512, "moe__shared_ffn_hidden_size": 512},
         {"moe__bias_update_rate": 0.0, "num_query_groups": 4, "head_dim": 64, "moe__renormalize": False},
     ],
 )
@@ -47,6 +48,11 @@ def test_how_it_is_computed_and_trained_may_change(after: dict[str, Any]) -> Non
 )
 def test_what_the_weights_mean_may_not(key: str) -> None:
     assert changed(**{key: "swiglu" if key == "activation" else 2}) == [f"model.{key}"]
+
+
+def test_a_width_that_another_setting_gives() -> None:
+    assert changed(ffn_hidden_size=64) == ["model.ffn_hidden_size"]
+    assert changed(moe__ffn_hidden_size=64) == ["model.moe.ffn_hidden_size"]
 
 
 def test_some_changes_of_a_setting_only() -> None:

@@ -119,11 +119,12 @@ def _bytes(tensor: torch.Tensor) -> int:
         ("fp32", {}, {}),
         ("bf16", {"num_experts": 0}, {"num_query_groups": 2, "activation": "relu", "head_dim": 96, "qk_norm": "head"}),
         ("bf16", {"every": 1, "top_k": 2, "num_shared_experts": 1}, {}),
+        ("bf16", {"num_shared_experts": 1, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 320}, {}),
         ("bf16", {}, {"recompute": ["norm", "activation"]}),
         ("fp32", {}, {"recompute": ["full"]}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
     ],
-    ids=["switch", "dense", "shared", "recompute", "recompute full", "fp8"],
+    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "fp8"],
 )
 def test_one_rank_holds_what_is_estimated(
     precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool
