@@ -47,7 +47,7 @@ VARIANTS = {
     "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
-    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20}),
+    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20, "first_dense_layers": 1}),
     "olmoe": Variant({"qk_norm": "full"}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
@@ -190,12 +190,11 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
 
 
 def _expert_load(engine: Engine, model: ModelConfig) -> Any:
-    from moe.model import sparse_layers
     from moe.statistics import collect
 
     mine = {layer: moe.statistics for module in engine.modules for layer, moe in module.sparse().items()}
     layout, device = engine.runtime.layout, engine.runtime.device
-    return collect(mine, sparse_layers(model), model.moe.num_experts, layout, MICRO_BATCHES, device)
+    return collect(mine, model.sparse_layers, model.moe.num_experts, layout, MICRO_BATCHES, device)
 
 
 def relative(got: object, wanted: object) -> float:

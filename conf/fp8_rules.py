@@ -20,9 +20,9 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
             f"{case[first]} + {case[last]} >= {case[layers]}",
             {key: range(case[key] - 1, -1, -1) for key in (first, last) if case[key]} | {"precision": ["bf16"]},
         )
-    linear, every = case["fp8.linear_layers"], case["model.moe.every"]
+    linear = case["fp8.linear_layers"]
     inside = range(case[first], case[layers] - case[last])
-    if not linear and not (case["model.moe.num_experts"] and any(layer % every == every - 1 for layer in inside)):
+    if not linear and not any(layer in inside for layer in case["model.sparse_layers"]):
         yield Violation(
             "fp8.linear_layers=true where no layer in FP8 has experts (else no layer would be in FP8)",
             "fp8.linear_layers=false",

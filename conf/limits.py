@@ -80,7 +80,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         ">= 0",
         lambda x: 0 <= x < math.inf,
         0,
-        "model.moe.num_experts model.moe.num_shared_experts model.moe.aux_loss_coeff model.moe.bias_update_rate "
+        "model.moe.num_experts model.moe.first_dense_layers model.moe.num_shared_experts "
+        "model.moe.aux_loss_coeff model.moe.bias_update_rate "
         "model.moe.z_loss_coeff train.seed fp8.first_layers_high fp8.last_layers_high "
         "optim.min_lr optim.warmup_steps optim.weight_decay optim.clip_grad eval.every eval.sample_tokens "
         "checkpoint.every guard.max_skipped slurm.max_requeues",
@@ -122,7 +123,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.jitter model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
-        "model.moe.ffn_hidden_size",
+        "model.moe.ffn_hidden_size model.moe.first_dense_layers",
     ),
     (
         "model.moe.score_function=softmax",

@@ -49,6 +49,8 @@ class MoeConfig:
     """Hidden width of a shared expert (Qwen2-MoE: 20480 beside experts of 2560). null: that of an expert."""
     every: int = 1
     """1: experts in every layer; 2: in every second one (layers 1, 3, 5, ..., counted from 0), and so on."""
+    first_dense_layers: int = 0
+    """So many first layers are dense, whatever `every` says (DeepSeek-V3, arXiv:2412.19437, section 4.2: 3)."""
     top_k: int = 1
     """Experts that a token visits."""
     score_function: str = "softmax"
@@ -190,6 +192,15 @@ class ModelConfig:
     activation (between the two products of feed-forward layers and experts), moe (the whole sparse layer), full (the
     whole block; goes alone). A router's choice is always kept, never taken again."""
     moe: MoeConfig = field(default_factory=MoeConfig)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        moe = self.moe
+        return moe.num_experts > 0 and layer >= moe.first_dense_layers and layer % moe.every == moe.every - 1
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.is_sparse(layer)]
 
     @property
     def head_width(self) -> int:

@@ -183,6 +183,13 @@ def _experts(case: Case) -> Iterator[Violation]:
             f"{case[every]} > {case['model.num_layers']}, so no layer would have experts",
             {every: [case["model.num_layers"]], "model.num_layers": [case[every]]},
         )
+    elif not case["model.sparse_layers"]:
+        last, dense = case["model.num_layers"] // case[every] * case[every] - 1, "model.moe.first_dense_layers"
+        yield Violation(
+            f"{dense} <= the last layer that {every} gives experts (layers count from 0)",
+            f"{case[dense]} > {last}, so no layer would have experts",
+            {dense: [last], "model.num_layers": [(case[dense] // case[every] + 1) * case[every]]},
+        )
 
 
 def _expert_groups(case: Case) -> Iterator[Violation]:

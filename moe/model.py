@@ -44,15 +44,6 @@ from parallel.runtime import Runtime
 from parallel.selection import Norm, torch_rms_norm
 
 
-def is_sparse(layer: int, model: ModelConfig) -> bool:
-    """Whether a layer, counted from 0, has experts."""
-    return model.moe.num_experts > 0 and layer % model.moe.every == model.moe.every - 1
-
-
-def sparse_layers(model: ModelConfig) -> list[int]:
-    return [layer for layer in range(model.num_layers) if is_sparse(layer, model)]
-
-
 @dataclass(frozen=True)
 class Parts:
     """What every block is built from."""
@@ -112,7 +103,7 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
         attends = parts.causal_attention, parts.turn, parts.varlen_attention, parts.norm_function
         self.attention = Attention(parts.model, parts.config, groups, *attends)
-        self.sparse, self.recompute = is_sparse(layer, parts.model), parts.model.recompute
+        self.sparse, self.recompute = parts.model.is_sparse(layer), parts.model.recompute
         float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(

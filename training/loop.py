@@ -14,7 +14,6 @@ from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
 from corpus.tokenizer import Tokenizer
 from moe.load import COLUMNS, ExpertLoad
-from moe.model import sparse_layers
 from moe.statistics import collect
 from parallel import checkpoint
 from parallel.checkpoint import Checkpointer, NotFinite
@@ -75,7 +74,7 @@ class Trainer:
         self.progress = Progress(world_size=session.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
-        self.layers = sparse_layers(self.config.model)
+        self.layers = self.config.model.sparse_layers
         self.stragglers = Stragglers(session.runtime.device)
         self.clock = StepClock(session.runtime.device)
         self.load: ExpertLoad | None = None

@@ -47,7 +47,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     )
     biases = gates * model.expert_width + d if moe.expert_bias else 0
     norms = 2 * d
-    sparse = model.num_layers // moe.every if moe.num_experts else 0
+    sparse = len(model.sparse_layers)
     dense = model.num_layers - sparse
     router = d * moe.num_experts
     shared += d if moe.shared_expert_gate else 0

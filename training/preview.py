@@ -100,8 +100,7 @@ def _layers_of(model: ModelConfig, layout: Layout, stage: int, within: range | N
     chunks = range(stage, layout.pp * layout.vpp, layout.pp)
     layers = [layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)]
     layers = layers if within is None else [layer for layer in layers if layer in within]
-    every = model.moe.every if model.moe.num_experts else 0
-    sparse = sum(1 for layer in layers if every and layer % every == every - 1)
+    sparse = sum(map(model.is_sparse, layers))
     return sparse, len(layers) - sparse
 
 

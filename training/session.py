@@ -15,7 +15,7 @@ from moe.deep_ep import select_dispatcher
 from moe.experts import KEEP_PRODUCTS_ONLY
 from moe.kernels.float8 import choose_float8
 from moe.loss import choose_token_losses, token_losses
-from moe.model import Parts, Stage, sparse_layers
+from moe.model import Parts, Stage
 from moe.norm import our_norms
 from moe.router import choose_router, choose_router_logits, router_logits
 from moe.rows import PLAIN_ROWS, choose_rows
@@ -186,7 +186,7 @@ def _choose_implementations(
         float8, *words = choose_float8(config.fp8, model, device)
         rows += [("FP8 products", *words)]
     # What no layer uses need not be measured.
-    bf16_experts = any(float8 is None or layer not in float8.layers for layer in sparse_layers(model))
+    bf16_experts = any(float8 is None or layer not in float8.layers for layer in model.sparse_layers)
     backend = None
     if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
         backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
@@ -272,6 +272,7 @@ def _model_words(config: Config, cost: Cost) -> tuple[str, str]:
     if not moe.num_experts:
         return shape, "dense"
     where = "every layer" if moe.every == 1 else f"one layer in {moe.every}"
+    where += f" after the first {moe.first_dense_layers}" if moe.first_dense_layers else ""
     choice = f"top-{moe.top_k}"
     if moe.load_balancing == "sinkhorn":
         choice += " of a balanced plan"

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.model import Stage, sparse_layers
+from moe.model import Stage
 from parallel.forward_pass import EVALUATE, GENERATE, ForwardPass
 from parallel.runtime import Runtime
 from tests.moe import reference
@@ -96,12 +96,23 @@ def test_a_document_never_sees_another(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "layers", "wanted"), [(1, 3, [0, 1, 2]), (2, 4, [1, 3]), (2, 5, [1, 3]), (3, 6, [2, 5])]
+    ("every", "first_dense", "layers", "wanted"),
+    [
+        (1, 0, 3, [0, 1, 2]),
+        (2, 0, 4, [1, 3]),
+        (2, 0, 5, [1, 3]),
+        (3, 0, 6, [2, 5]),
+        (1, 2, 4, [2, 3]),
+        (2, 1, 4, [1, 3]),
+        (2, 2, 4, [3]),
+    ],
 )
-def test_every_nth_layer_has_experts(every: int, layers: int, wanted: list[int], runtime: Runtime) -> None:
-    model = tiny(MoeConfig(num_experts=2, every=every), num_layers=layers)
-    assert sparse_layers(model) == wanted == list(whole_model(model, runtime).sparse())
-    assert sparse_layers(tiny(num_layers=layers)) == []
+def test_every_nth_layer_has_experts(
+    every: int, first_dense: int, layers: int, wanted: list[int], runtime: Runtime
+) -> None:
+    model = tiny(MoeConfig(num_experts=2, every=every, first_dense_layers=first_dense), num_layers=layers)
+    assert model.sparse_layers == wanted == list(whole_model(model, runtime).sparse())
+    assert tiny(num_layers=layers).sparse_layers == []
 
 
 def test_mode_reaches_every_sparse_layer(runtime: Runtime) -> None:
@@ -142,6 +153,7 @@ COSTED = {
     "shared experts and biases": tiny(
         MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)
     ),
+    "first ones dense": tiny(MoeConfig(num_experts=4, capacity_factor=None, first_dense_layers=2), num_layers=5),
     "widths of their own": tiny(
         MoeConfig(num_experts=4, every=2, capacity_factor=None, ffn_hidden_size=6, expert_bias=True)
     ),

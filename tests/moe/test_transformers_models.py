@@ -99,9 +99,9 @@ FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
     ),
     "qwen3_moe": (
         "Qwen3Moe",
-        sparse({"ffn_hidden_size": 8}, head_dim=6, qk_norm="head"),
+        sparse({"ffn_hidden_size": 8, "first_dense_layers": 1}, num_layers=3, head_dim=6, qk_norm="head"),
         {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 8}
-        | {"head_dim": 6},
+        | {"head_dim": 6, "mlp_only_layers": [0]},
     ),
     "olmoe": (
         "Olmoe",

@@ -55,6 +55,10 @@ def test_a_width_that_another_setting_gives() -> None:
     assert changed(moe__ffn_hidden_size=64) == ["model.moe.ffn_hidden_size"]
 
 
+def test_which_layers_have_experts() -> None:
+    assert changed(moe__first_dense_layers=1) == ["model.moe.first_dense_layers"]
+
+
 def test_some_changes_of_a_setting_only() -> None:
     rate, balancing = "moe__bias_update_rate", "moe__load_balancing"
     assert changed({rate: 0.01}, **{rate: 0.001}) == changed({rate: 0.01}, **{rate: 0.0}) == []
@@ -65,7 +69,12 @@ def test_some_changes_of_a_setting_only() -> None:
 
 
 def test_what_experts_do_is_nothing_where_there_are_none() -> None:
-    assert changed({"moe__num_experts": 0, "moe__every": 2}, moe__num_experts=0, moe__top_k=2) == []
+    assert (
+        changed(
+            {"moe__num_experts": 0, "moe__every": 2, "moe__first_dense_layers": 1}, moe__num_experts=0, moe__top_k=2
+        )
+        == []
+    )
     assert changed({"moe__num_experts": 0}) != []
 
 

@@ -24,6 +24,7 @@ from parallel.world import World
 from tests.moe.helpers import fp8_weight_bytes
 from training.preview import Memory, _fp8_weights, memory_per_rank, preview
 
+LATE = {"every": 1, "first_dense_layers": 1}
 KEPT = ("weights", "gradients", "optimizer", "fp8_weights")
 
 
@@ -119,7 +120,7 @@ def _bytes(tensor: torch.Tensor) -> int:
         ("fp32", {}, {}),
         ("bf16", {"num_experts": 0}, {"num_query_groups": 2, "activation": "relu", "head_dim": 96, "qk_norm": "head"}),
         ("bf16", {"every": 1, "top_k": 2, "num_shared_experts": 1}, {}),
-        ("bf16", {"num_shared_experts": 1, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 320}, {}),
+        ("bf16", {"num_shared_experts": 1, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 320, **LATE}, {}),
         ("bf16", {}, {"recompute": ["norm", "activation"]}),
         ("fp32", {}, {"recompute": ["full"]}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
