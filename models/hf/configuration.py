@@ -51,7 +51,10 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
         raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
     for field in family.fields:
         value = full[field.theirs]
-        values[field.ours] = field.to_ours(value if field.values is None else field.values[value], full)
+        try:
+            values[field.ours] = field.to_ours(value if field.values is None else field.values[value], full)
+        except ValueError as error:
+            wrong.append(f"{field.theirs}={json.dumps(value)}: {error}")
     theta, rope_wrong = _rope(config, family)
     wrong += rope_wrong
     if wrong:
@@ -71,6 +74,8 @@ def _misfit(field: Field, value: Any) -> str | None:
     if field.values is not None:
         known = isinstance(value, str) and value in field.values
         return None if known else f"{told}: only {', '.join(field.values)}"
+    if isinstance(field.default, list):
+        return None if value is None or isinstance(value, list) else f"{told}: must be a list"
     if field.default is None:
         return None if value is None or whole else f"{told}: must be a whole number from 1, or null"
     if type(field.default) is int:

@@ -1,5 +1,8 @@
 """What the families share: Llama's decoder, whose names most of them kept (transformers/models/llama)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, Weights
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
@@ -40,15 +43,20 @@ def decoder_fields(
     )
 
 
+def _count_sparse(config: Mapping[str, Any]) -> int:
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    return sum((i + 1) % step == 0 and i not in dense for i in range(config["num_hidden_layers"]))
+
+
 def balancing_field(default: float) -> Field:
-    """The coefficient of the balancing loss. Theirs counts a token top_k times and pools the layers, over which ours is
-    added up."""
+    """The coefficient of the balancing loss. Theirs counts a token top_k times and pools the sparse layers, over which
+    ours is added up."""
     return Field(
         "router_aux_loss_coef",
         "moe.aux_loss_coeff",
         default,
-        to_ours=lambda value, config: value * config["num_experts_per_tok"] / config["num_hidden_layers"],
-        to_theirs=lambda value, model: value * model.num_layers / model.moe.top_k,
+        to_ours=lambda value, config: value * config["num_experts_per_tok"] / max(1, _count_sparse(config)),
+        to_theirs=lambda value, model: value * len(model.sparse_layers) / model.moe.top_k,
     )
 
 

@@ -74,7 +74,7 @@ class Field:
     values: Mapping[Any, Any] | None = None
     """Their value -> ours; others are refused. None: the same values."""
     to_ours: Callable[[Any, Mapping[str, Any]], Any] = lambda value, _: value
-    """(their value, config.json) -> ours."""
+    """(their value, config.json with defaults) -> ours. A ValueError says what else than the value would do."""
     to_theirs: Callable[[Any, ModelConfig], Any] = lambda value, _: value
 
 

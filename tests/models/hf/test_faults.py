@@ -107,8 +107,8 @@ def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
     [
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=true: only false"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0]: only []"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 2]}, "mlp_only_layers=[0, 2]: only the first layers"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1: must be a list"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: only null"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true: only false"),
     ],

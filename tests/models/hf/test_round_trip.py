@@ -63,7 +63,7 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if hasattr(layer.mlp, "experts"):
             both, down = layer.mlp.experts.gate_up_proj.grad, layer.mlp.experts.down_proj.grad
             grads[f"layers.{i}.ffn.router.weight"] = layer.mlp.gate.weight.grad
-            grads[f"layers.{i}.ffn.experts.w_in"] = torch.stack([both[:, :48], both[:, 48:]], 1).permute(0, 3, 1, 2)
+            grads[f"layers.{i}.ffn.experts.w_in"] = torch.stack(both.chunk(2, 1), 1).permute(0, 3, 1, 2)
             grads[f"layers.{i}.ffn.experts.w_out"] = down.transpose(1, 2)
         else:
             for part in ("gate", "up", "down"):
