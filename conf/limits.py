@@ -91,7 +91,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
         lambda x: 0 < x < math.inf,
         None,
         "model.rope_theta model.norm_eps model.init_scale model.moe.capacity_factor model.moe.eval_capacity_factor "
-        "model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout cluster.memory_gb "
+        "model.clip_qkv model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout cluster.memory_gb "
         "cluster.link_gb_per_s cluster.network_gb_per_s",
     ),
     (

@@ -174,6 +174,12 @@ class ModelConfig:
     query heads and one for all key heads (Qwen3, arXiv:2505.09388, section 2). full: over all query heads together and
     over all key heads together (OLMoE, arXiv:2409.02060, section 2), which costs a small message a layer and
     direction under parallel.tp. null: none."""
+    attention_bias: bool = False
+    """The projections to queries, keys and values have biases, zero at first and without weight decay (Qwen2,
+    arXiv:2407.10671, section 2.2.1). The output projection has none."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are kept within [-clip_qkv, clip_qkv], after qk_norm and before the rotation (MPT and
+    DBRX, 8 in the latter; OLMo, arXiv:2402.00838). null: no bound."""
     activation: str = "geglu"
     """swiglu, geglu (gated: two input projections), gelu, relu or relu2 (squared ReLU; Primer, arXiv:2109.08668)."""
     vocab_size: int = 4096

@@ -121,19 +121,21 @@ class Attention(nn.Module):
         ranks = groups.tp.size()
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
-        linear = {"config": config, "bias": False, "init_method": None, "tp_group": groups.tp}
+        self.clip = model.clip_qkv
+        linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
         # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
             model.hidden_size,
             model.query_width + 2 * model.key_width,
             gather_output=False,
+            bias=model.attention_bias,
             **linear,
         )
         self.out = tp.RowParallelLinear(
             model.query_width,
             model.hidden_size,
             input_is_parallel=True,
-            skip_bias_add=True,
+            bias=False,
             **linear,
         )
         self.full_norm = model.qk_norm == "full"
@@ -143,17 +145,22 @@ class Attention(nn.Module):
             how = model, config.params_dtype, groups, norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
         place(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
+        if model.attention_bias:
+            place(self.qkv.bias, (0, groups.tp), std=0.0)
         place(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
         """pieces: from attention_pieces."""
-        qkv = self.qkv(x_SBD)[0]
+        qkv, bias = self.qkv(x_SBD)
+        qkv = qkv if bias is None else qkv + bias
         s, b, _ = qkv.shape
         queries = self.heads // self.groups
         q, k, v = qkv.view(s, b, self.groups, -1).split([queries * self.width, self.width, self.width], -1)
         q = q.reshape(s, b, self.heads, self.width)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q = Rotary.rotate(q, cos, sin, self.turn)
         k = Rotary.rotate(k, cos, sin, self.turn)
         if self.cp.size() > 1:

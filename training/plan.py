@@ -33,6 +33,7 @@ def experts_per_token(model: ModelConfig) -> float:
 def attention_vectors(model: ModelConfig) -> tuple[int, int]:
     """Parameters of an attention layer outside its matrices: (cut over the tensor-parallel ranks, on each of them)."""
     cut = model.query_width + model.key_width if model.qk_norm == "full" else 0
+    cut += model.query_width + 2 * model.key_width if model.attention_bias else 0
     return cut, 2 * model.head_width if model.qk_norm == "head" else 0
 
 

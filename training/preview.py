@@ -143,6 +143,8 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
     attention = outside + (4 * model.query_width + 3 * model.key_width) / layout.tp
     if model.qk_norm is not None:  # what its norms were given
         attention += (model.query_width + model.key_width) / layout.tp
+    if model.clip_qkv is not None:  # what was clipped, and the values that came of it
+        attention += (model.query_width + (2 if model.qk_norm else 1) * model.key_width) / layout.tp
     hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = experts_per_token(model) * layout.etp / layout.tp

@@ -283,8 +283,12 @@ def attention(
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads // groups
     projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]
+    if model.attention_bias:
+        projected_SGHN = [heads + weights["qkv.bias"].view(heads.shape) for heads in projected_SGHN]
     if model.qk_norm:
         projected_SGHN = [norm_heads(heads_GHN, weights, model, queries) for heads_GHN in projected_SGHN]
+    if model.clip_qkv:
+        projected_SGHN = [heads.clamp(-model.clip_qkv, model.clip_qkv) for heads in projected_SGHN]
     document_S = documents(positions_S, document_mask)
     rows = []
     for s, position in enumerate(positions_S):

@@ -52,6 +52,8 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
         {"num_attention_heads": 4, "num_query_groups": 2, "head_dim": 6},
         {"num_attention_heads": 4, "num_query_groups": 1, "qk_norm": "head"},
         {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "full"},
+        {"num_attention_heads": 4, "num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.5},
+        {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "head", "attention_bias": True, "clip_qkv": 0.9},
         {"num_attention_heads": 1, "head_dim": 2},
     ],
     ids=str,
@@ -59,8 +61,8 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
 def test_equals_the_reference(sizes: dict[str, Any], document_mask: bool, runtime: Runtime) -> None:
     model = tiny(hidden_size=16, rope_theta=100.0, **sizes)
     layer = attention_of(model, runtime)
-    for norm in filter(None, (layer.q_layernorm, layer.k_layernorm)):
-        norm.weight.data.copy_(1 + 0.5 * random(*norm.weight.shape))
+    for vector in (parameter for parameter in layer.parameters() if parameter.dim() == 1):
+        vector.data.copy_(1 + 0.5 * random(*vector.shape))
     x_SBD = random(8, 2, 16, seed=4)
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
     sequences = [

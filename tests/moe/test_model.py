@@ -148,6 +148,7 @@ COSTED = {
         MoeConfig(num_experts=2, capacity_factor=None), hidden_size=16, num_attention_heads=4, num_query_groups=1
     ),
     "norms of queries and keys": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, qk_norm="head"),
+    "biases of attention": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, attention_bias=True),
     "norms over all heads": tiny(num_attention_heads=4, num_query_groups=2, qk_norm="full"),
     "wide heads": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6),
     "shared experts and biases": tiny(

@@ -87,15 +87,17 @@ def sparse(moe: dict[str, Any], **settings: Any) -> ModelConfig:
 
 FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
     "llama, head_dim": ("Llama", dense(head_dim=6), {"head_dim": 6}),
+    "qwen2": ("Qwen2", dense(attention_bias=True), {}),
     "qwen3": ("Qwen3", dense(head_dim=6, qk_norm="head"), {"head_dim": 6}),
     "qwen2_moe": (
         "Qwen2Moe",
         sparse(
             {"ffn_hidden_size": 8, "shared_ffn_hidden_size": 10, "num_shared_experts": 1, "shared_expert_gate": True}
-            | {"every": 2}
+            | {"every": 2},
+            attention_bias=True,
         ),
         {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 8}
-        | {"shared_expert_intermediate_size": 10, "decoder_sparse_step": 2, "qkv_bias": False},
+        | {"shared_expert_intermediate_size": 10, "decoder_sparse_step": 2},
     ),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -105,8 +107,8 @@ FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
     ),
     "olmoe": (
         "Olmoe",
-        sparse({"renormalize": False}, qk_norm="full"),
-        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False},
+        sparse({"renormalize": False}, qk_norm="full", clip_qkv=1.0),
+        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False, "clip_qkv": 1.0},
     ),
 }
 """family of Transformers, our model, its settings"""

@@ -44,7 +44,18 @@ def test_how_it_is_computed_and_trained_may_change(after: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "key", ["hidden_size", "head_dim", "num_query_groups", "qk_norm", "rope_theta", "norm_eps", "activation"]
+    "key",
+    [
+        "hidden_size",
+        "head_dim",
+        "num_query_groups",
+        "qk_norm",
+        "attention_bias",
+        "clip_qkv",
+        "rope_theta",
+        "norm_eps",
+        "activation",
+    ],
 )
 def test_what_the_weights_mean_may_not(key: str) -> None:
     assert changed(**{key: "swiglu" if key == "activation" else 2}) == [f"model.{key}"]

@@ -123,9 +123,10 @@ def _bytes(tensor: torch.Tensor) -> int:
         ("bf16", {"num_shared_experts": 1, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 320, **LATE}, {}),
         ("bf16", {}, {"recompute": ["norm", "activation"]}),
         ("fp32", {}, {"recompute": ["full"]}),
+        ("bf16", {}, {"num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.0, "qk_norm": "full"}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
     ],
-    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "fp8"],
+    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8"],
 )
 def test_one_rank_holds_what_is_estimated(
     precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool
