@@ -29,16 +29,19 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
             {"fp8.linear_layers": [True], "precision": ["bf16"]},
         )
     # Blocks of 128 x 128 must not straddle ranks: their scales would depend on the layout.
-    hidden, widths = case["model.hidden_size"], [(key, case[key], degree) for key, degree in cut_widths(case)]
-    cuts = [("model.hidden_size", hidden, "parallel.tp"), *(w for w in widths if w[2] == "parallel.tp")]
-    if case["model.head_dim"] is not None:
-        cuts += [("the width of queries", case["model.query_width"], "parallel.tp")]
+    widths = [(key, case[key], degree) for key, degree in cut_widths(case)]
+    cuts = [w for w in widths if w[2] == "parallel.tp"]
+    if case["model.head_dim"] is None:  # the queries are as wide as the hidden size
+        cuts.insert(0, ("model.hidden_size", case["model.hidden_size"], "parallel.tp"))
+    else:
+        uncut = ("model.hidden_size", case["model.hidden_size"], None)
+        cuts = [uncut, *cuts, ("the width of queries", case["model.query_width"], "parallel.tp")]
     cuts += [("the width of keys and values", 2 * case["model.key_width"], "parallel.tp")]
     for name, size, degree in [*(cuts if linear else []), *(w for w in widths if w[2] == "parallel.etp")]:
-        product = FP8_BLOCK * case[degree]
+        product = FP8_BLOCK * (case[degree] if degree else 1)
         if size % product:
-            repairs = {degree: divisors(case[degree], size // FP8_BLOCK or 1)} if case[degree] > 1 else {}
+            repairs = {degree: divisors(case[degree], size // FP8_BLOCK or 1)} if product > FP8_BLOCK else {}
             repairs |= {name: multiples(size, product)} if name.startswith("model.") else {}
             numbers = f"{size} % {product} = {size % product}"
-            rule = f"with precision=fp8, {name} % ({FP8_BLOCK} * {degree}) == 0"
+            rule = f"with precision=fp8, {name} % {f'({FP8_BLOCK} * {degree})' if degree else FP8_BLOCK} == 0"
             yield Violation(rule, numbers, repairs | {"precision": ["bf16"]})

@@ -278,6 +278,13 @@ BROKEN = [
     ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
     ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary positions turn pairs), but it is 63", "head_dim=64"),
     ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
+    ({**FP8, "model.hidden_size": 192, "model.head_dim": 64}, 1, "model.hidden_size % 128 == 0", "hidden_size=128"),
+    (
+        {**FP8, "model.hidden_size": 128, "model.head_dim": 48, "parallel.tp": 2},
+        2,
+        "the width of queries % (128 * parallel.tp) == 0, but 192 % 256",
+        "precision=bf16",
+    ),
     ({**FP8, "model.head_dim": 48}, 1, "the width of queries % (128 * parallel.tp) == 0, but 192", "bf16"),
     ({"model.num_query_groups": 3}, 1, "4 % 3 = 1", "model.num_query_groups=2"),
     (
