@@ -53,7 +53,7 @@ def unlisted(folder: Path) -> None:
         (edited(lambda t: t.update(odd=torch.zeros(2))), "1 not of this model: odd"),
         (edited(lambda t: t.update({Q: torch.zeros(16, 15)})), f"1 of another shape: {Q} [16, 15] instead of [16, 16]"),
         (edited(lambda t: t.update({Q: t[Q].to(torch.int32)})), f"{Q} is of type I32"),
-        (truncated, f"{SHARD} ends early"),
+        (truncated, f"{SHARD} ends early: "),
         (unlisted, "holds another.weight, which model.safetensors.index.json does not list there"),
         (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read: No such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
