@@ -76,6 +76,8 @@ def _misfit(field: Field, value: Any) -> str | None:
         return None if known else f"{told}: only {', '.join(field.values)}"
     if isinstance(field.default, list):
         return None if value is None or isinstance(value, list) else f"{told}: must be a list"
+    if field.fractional:
+        return None if value is None or number else f"{told}: must be a number, or null"
     if field.default is None:
         return None if value is None or whole else f"{told}: must be a whole number from 1, or null"
     if type(field.default) is int:

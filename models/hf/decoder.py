@@ -60,6 +60,24 @@ def balancing_field(default: float) -> Field:
     )
 
 
+def _first_layers(value: list[int] | None, config: Mapping[str, Any]) -> int:
+    """mlp_only_layers as a number of dense layers at the beginning."""
+    count = len(value or [])
+    if (value or []) != list(range(count)):
+        raise ValueError("only the first layers, [0, 1, ...]")
+    return count
+
+
+WHICH_LAYERS = (
+    Field("decoder_sparse_step", "moe.every", 1),
+    Field(
+        "mlp_only_layers",
+        "moe.first_dense_layers",
+        [],
+        to_ours=_first_layers,
+        to_theirs=lambda value, _: list(range(value)),
+    ),
+)
 NORM_TOPK = Field(
     "norm_topk_prob",
     "moe.renormalize",
@@ -82,6 +100,9 @@ ATTENTION = (
         QKV,
     ),
     Weights(LAYER + "attention.out.weight", (f"model.{LAYER}self_attn.o_proj.weight",)),
+)
+QKV_BIAS = Weights(
+    LAYER + "attention.qkv.bias", tuple(f"model.{LAYER}self_attn.{part}_proj.bias" for part in ("q", "k", "v")), QKV
 )
 NORMS = (
     Weights(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),

@@ -4,9 +4,12 @@ from models.hf.family import Family
 from models.hf.llama import LLAMA
 from models.hf.mixtral import MIXTRAL
 from models.hf.olmoe import OLMOE
+from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE, LLAMA, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, LLAMA, QWEN3, QWEN2)
+}
 
 
 def family_named(name: object, where: str) -> Family:

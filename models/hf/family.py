@@ -71,6 +71,8 @@ class Field:
     """Other names of the key, which some versions of Transformers write."""
     nullable: bool = False
     """Whether null may stand where the default is a number; the setting of ours then knows what it means."""
+    fractional: bool = False
+    """Whether it is any number where the default is null; else a whole one from 1."""
     values: Mapping[Any, Any] | None = None
     """Their value -> ours; others are refused. None: the same values."""
     to_ours: Callable[[Any, Mapping[str, Any]], Any] = lambda value, _: value

@@ -1,8 +1,5 @@
 """Qwen3, dense and sparse (transformers/models/qwen3 and qwen3_moe: configuration_*.py, modeling_*.py)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from models.hf.decoder import (
     ATTENTION,
     DENSE_FFN,
@@ -12,24 +9,15 @@ from models.hf.decoder import (
     OUTSIDE,
     QK_NORMS,
     SPARSE_FFN,
+    WHICH_LAYERS,
     balancing_field,
     decoder_fields,
 )
 from models.hf.family import Family, Field
 
-OFF = {"attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
+OFF = {"attention_dropout": 0.0, "use_sliding_window": False}
 WINDOW = ("sliding_window", "max_window_layers")
 """Without use_sliding_window they say nothing."""
-
-
-def first_layers(value: list[int] | None, config: Mapping[str, Any]) -> int:
-    """mlp_only_layers as a number of dense layers at the beginning."""
-    count = len(value or [])
-    if (value or []) != list(range(count)):
-        raise ValueError("only the first layers, [0, 1, ...]")
-    return count
-
-
 NORMED_HEADS = {"qk_norm": ("head",)}
 
 QWEN3 = Family(
@@ -41,7 +29,7 @@ QWEN3 = Family(
     ),
     weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN),
     rope_theta=10000.0,
-    off=OFF,
+    off={**OFF, "attention_bias": False},
     settings=NORMED_HEADS,
     training={},
     inert=WINDOW,
@@ -54,14 +42,7 @@ QWEN3_MOE = Family(
         *decoder_fields(vocab_size=151936, hidden_size=2048, layers=24, heads=32, groups=4, eps=1e-6),
         Field("intermediate_size", "ffn_hidden_size", 6144),
         Field("moe_intermediate_size", "moe.ffn_hidden_size", 768, to_theirs=lambda _, model: model.expert_width),
-        Field("decoder_sparse_step", "moe.every", 1),
-        Field(
-            "mlp_only_layers",
-            "moe.first_dense_layers",
-            [],
-            to_ours=first_layers,
-            to_theirs=lambda value, _: list(range(value)),
-        ),
+        *WHICH_LAYERS,
         Field("num_experts", "moe.num_experts", 128, aliases=("num_local_experts",)),
         Field("num_experts_per_tok", "moe.top_k", 8),
         NORM_TOPK,
@@ -69,7 +50,7 @@ QWEN3_MOE = Family(
     ),
     weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN, *SPARSE_FFN),
     rope_theta=10000.0,
-    off=OFF,
+    off={**OFF, "attention_bias": False},
     settings=NORMED_HEADS,
     training=DROPLESS,
     inert=WINDOW,

@@ -57,6 +57,15 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # Two groups of two query heads: q0 q1 k0 v0 q2 q3 k1 v1.
         (q0, q1), (k0, k1), (v0, v1) = q.chunk(2), k.chunk(2), v.chunk(2)
         grads[f"layers.{i}.attention.qkv.weight"] = torch.cat([q0, k0, v0, q1, k1, v1])
+        if layer.self_attn.q_proj.bias is not None:
+            q, k, v = (getattr(layer.self_attn, f"{part}_proj").bias.grad.chunk(2) for part in "qkv")
+            bias = torch.cat([q[0], k[0], v[0], q[1], k[1], v[1]])
+            grads[f"layers.{i}.attention.qkv.bias"] = bias
+        if hasattr(layer.mlp, "shared_expert"):
+            for part in ("gate", "up", "down"):
+                shared = getattr(layer.mlp.shared_expert, f"{part}_proj").weight.grad
+                grads[f"layers.{i}.ffn.shared.ffn.{part}.weight"] = shared
+            grads[f"layers.{i}.ffn.shared.gate"] = layer.mlp.shared_expert_gate.weight.grad
         for part in "qk" if hasattr(layer.self_attn, "q_norm") else "":
             norm = getattr(layer.self_attn, f"{part}_norm").weight.grad
             grads[f"layers.{i}.attention.{part}_layernorm.weight"] = norm
@@ -71,7 +80,7 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return out.logits[0].detach(), out.loss.detach(), grads
 
 
-FAMILIES = ["mixtral", "llama", "qwen3", "qwen3_moe", "olmoe"]
+FAMILIES = ["mixtral", "llama", "qwen3", "qwen3_moe", "olmoe", "qwen2", "qwen2_moe"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
