@@ -194,6 +194,15 @@ def test_a_norm_that_is_off_is_left_out(install, scales, dtype):
     assert norm is selection.torch_rms_norm and "Apex differs from torch's" in choice.why
 
 
+def test_a_norm_is_tried_at_every_width_that_it_is_for(install):
+    """Of the hidden size and, with qk_norm, of a head."""
+    right, off = apex_norm(), apex_norm(1.01)
+    install(NORM, fused_rms_norm_affine=lambda x, *how: (off if x.shape[-1] == 6 else right)(x, *how))
+    assert selection.select_norm(CPU, torch.float32, [32])[1].name == "Apex"
+    norm, choice = selection.select_norm(CPU, torch.float32, [32, 6])
+    assert norm is selection.torch_rms_norm and "Apex differs from torch's" in choice.why
+
+
 def test_torchs_norm_is_the_formula():
     x, weight = torch.randn(3, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     for row, got in zip(x, selection.torch_rms_norm(x, weight, 0.1), strict=True):
