@@ -15,9 +15,10 @@ from parallel.checkpoint import Checkpointer
 from parallel.world import World
 from tests.parallel.helpers import Variant, build_engine, my_batches, optimizer_tensors, started, state, train, weights
 
-# Tied embeddings are one logical parameter on two pipeline stages; dense and sparse layers take turns.
-TIED = Variant({"tie_embeddings": True}, {"top_k": 1, "every": 2})
-BF16 = Variant(dtype=torch.bfloat16)
+# Tied embeddings are one logical parameter on two pipeline stages; dense and sparse layers take turns; vectors are cut.
+QKV = {"head_dim": 12, "qk_norm": "full", "attention_bias": True}
+TIED = Variant({"tie_embeddings": True, **QKV}, {"top_k": 1, "every": 2, "ffn_hidden_size": 20})
+BF16 = Variant({"qk_norm": "head"}, dtype=torch.bfloat16)
 
 LAYOUTS = {
     "one": (1, {}),
