@@ -116,7 +116,7 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, list[str]]:
     for name, found in (("rope_parameters", parameters), ("rope_scaling", config.get("rope_scaling") or {})):
         kind = found.get("rope_type", found.get("type", "default"))
         others = {k: v for k, v in found.items() if k not in ("rope_theta", "rope_type", "type")}
-        if kind != "default" or others.get("partial_rotary_factor", 1.0) != 1.0:
+        if kind != "default" or (others and others != {"partial_rotary_factor": 1.0}):
             wrong.append(f"{name}={json.dumps(found)}: only unscaled rotary positions over the whole head")
     return float(parameters.get("rope_theta") or config.get("rope_theta") or family.rope_theta), wrong
 

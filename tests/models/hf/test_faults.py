@@ -17,6 +17,7 @@ from models.hf.families import FAMILIES
 from parallel.simulate import RankPool
 from tests.models.hf.helpers import run_export, run_import
 from tests.training.helpers import ROOT, tiny_config, train
+from training import hf_verify
 
 SHARD = "model-00001-of-00002.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -83,6 +84,7 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters="),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "only unscaled rotary positions"),
         ({"hidden_act": "relu"}, 'hidden_act="relu": only silu'),
         ({"head_dim": -7}, "head_dim=-7: must be"),
         ({"num_local_experts": "8"}, 'num_local_experts="8": must be a whole number from 1'),
@@ -192,6 +194,12 @@ def trained_message(world, config) -> str:
         return f"exit code {train(world, config)}"
     except ValueError as error:
         return str(error)
+
+
+def test_without_transformers_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_verify.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bash launch/setup.sh.*verify=false converts without a proof"):
+        hf_verify.check_available("fp32")
 
 
 def test_the_commands_exit_with_2_and_one_line(sources, tmp_path: Path) -> None:
