@@ -37,6 +37,6 @@ PYTHON
 versions='from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core"), "torch", v("torch"))'
 echo "ci: $found, $("$venv/bin/python" -c "$versions")"
 "$venv/bin/python" -m pytest tests/parallel/test_megatron_compat.py tests/parallel/test_engine.py \
-    tests/parallel/test_selection.py tests/parallel/test_parity.py tests/parallel/test_expert_layouts.py \
+    tests/ops/test_registry.py tests/parallel/test_parity.py tests/parallel/test_expert_layouts.py \
     tests/parallel/test_block_adamw.py tests/parallel/test_checkpoint.py tests/parallel/test_checkpoint_format.py \
     tests/parallel/test_optimizer_state.py

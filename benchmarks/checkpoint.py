@@ -28,10 +28,10 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
     """(MiB of a checkpoint, median seconds that training stands still: written at once, in the background, and until
     the latter is whole)."""
     from parallel.checkpoint import Checkpointer
-    from parallel.world import World
-    from training import session
+    from parallel.env import World
+    from training import builder
 
-    started = session.start(configuration(hidden, layers), World(), train=True)
+    started = builder.start(configuration(hidden, layers), World(), train=True)
     engine, folder = started.engine, Path(tempfile.mkdtemp())
     tokens_BS = torch.randint(0, 8192, (1, SEQUENCE))
     batch = {"tokens": tokens_BS, "labels": tokens_BS, "positions": torch.arange(SEQUENCE)[None]}
@@ -56,7 +56,7 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
         size = sum(path.stat().st_size for path in next(folder.glob("step_*")).iterdir()) / 2**20
     finally:
         shutil.rmtree(folder)
-        session.stop()
+        builder.stop()
     return size, *(statistics.median(seconds[1:]) for seconds in (at_once, stalls, wholes))
 
 

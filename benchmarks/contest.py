@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from training.noise import redirect_noise
+from training.output_redirect import redirect_noise
 
 
 @dataclass(frozen=True)

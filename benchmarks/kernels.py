@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels.numerics import RECIPES
-from moe.kernels.tools import Tools
+from ops.fp8_numerics import RECIPES
+from ops.gemm_backend import Tools
 
 SHAPES = ((8, 2048, 4096, 4096), (64, 256, 2048, 2048))
 """(experts, rows of each, K, N)."""
@@ -112,7 +112,7 @@ def _two_ways(
 
 
 def _bf16_and_fp8() -> dict[str, Tools]:
-    from moe.kernels.fused import Float8Tools, TritonTools
+    from ops.triton.gemm_backend import Float8Tools, TritonTools
 
     return {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
 
@@ -130,8 +130,8 @@ def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
 
 def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Contest:
     """The three products of a blockwise FP8 linear layer, on our kernels and on torch's."""
-    from moe.kernels.fused import Float8Tools
-    from moe.kernels.scaled import ScaledTools
+    from ops.triton.gemm_backend import Float8Tools
+    from ops.triton.scaled_mm import ScaledTools
 
     x_RK, dy_RN = (torch.randn(rows, n, device=device).bfloat16() for n in (inner, outer))
     w_LKN = torch.randn(1, inner, outer, device=device).bfloat16() * inner**-0.5
@@ -144,7 +144,7 @@ def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Co
 
 def rounding(total: int, inner: int, device: torch.device) -> Contest:
     """Rounding reads two bytes and writes one per element; so does the copy."""
-    from moe.kernels.fused import Float8Tools
+    from ops.triton.gemm_backend import Float8Tools
 
     tools, x_RK = Float8Tools(RECIPES["blockwise"]), torch.randn(total, inner, device=device).bfloat16()
     source, target = (torch.empty(total * inner * 3 // 2, dtype=torch.uint8, device=device) for _ in range(2))
@@ -154,8 +154,8 @@ def rounding(total: int, inner: int, device: torch.device) -> Contest:
 def experts_contest(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
     """Whole SwiGLU experts, forward and backward, with rounding but that of the weights, which is done once a step."""
     from moe.experts import grouped_experts
-    from moe.kernels.fused import Float8Tools, TritonTools
-    from moe.kernels.layers import experts_with
+    from ops.grouped_mlp import experts_with
+    from ops.triton.gemm_backend import Float8Tools, TritonTools
 
     shapes = ((experts * rows, inner), (experts, inner, 2, outer), (experts, outer, inner))
     tensors = [torch.randn(s, device=device).bfloat16().mul_(0.02).requires_grad_() for s in shapes]

@@ -50,11 +50,11 @@ def model_config(args: argparse.Namespace, experts: int) -> ModelConfig:
 
 
 def build_ours(model: ModelConfig, runtime, dtype: torch.dtype) -> nn.Module:
+    from models.init import initialise
     from moe.experts import choose_backend
-    from moe.init import initialise
     from moe.layer import MoELayer
     from moe.router import choose_router, choose_router_logits
-    from moe.rows import choose_rows
+    from ops.permute import choose_rows
 
     device, groups = runtime.device, runtime.groups
     chosen = {
@@ -129,11 +129,11 @@ class Peak:
 
 def build(name: str, args: argparse.Namespace) -> Questions:
     """One contender with each number of experts, in the process that calls this."""
-    from parallel import runtime
+    from parallel import process_groups
+    from parallel.env import World
     from parallel.layout import Layout
-    from parallel.world import World
 
-    run = runtime.start(World(), Layout(1), seed=1, timeout=60)
+    run = process_groups.start(World(), Layout(1), seed=1, timeout=60)
     generator = torch.Generator().manual_seed(0)
     grad_SBD, *inputs = (
         torch.randn(args.tokens, 1, args.hidden, generator=generator).to(run.device, torch.bfloat16)

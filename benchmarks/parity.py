@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks.tiny import MICRO_BATCHES, OPTIM, PADDING_BS, Variant, build_engine, gradients, my_batches, started
 from conf.schema import ModelConfig, ParallelConfig
 from parallel.engine import Engine, Overlap
-from parallel.runtime import Runtime
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
+from parallel.process_groups import Runtime
 
 LIMIT = 1e-5
 """Largest relative deviation that the order of fp32 sums explains; loads and drops have to be equal."""
@@ -192,7 +192,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
 
 
 def _expert_load(engine: Engine, model: ModelConfig) -> Any:
-    from moe.statistics import collect
+    from moe.metrics import collect
 
     mine = {layer: moe.statistics for module in engine.modules for layer, moe in module.sparse().items()}
     layout, device = engine.runtime.layout, engine.runtime.device

@@ -26,10 +26,10 @@ from torch import Tensor
 from conf import rules
 from conf.schema import Config, DataConfig, EvalConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig, TrainConfig
 from corpus.prepare import prepare
-from parallel.selection import Choice
-from parallel.world import World
-from training.rank import train_rank
+from ops.registry import Choice
+from parallel.env import World
 from training.run_dir import open_run_dir
+from training.worker import train_rank
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _router(low_precision: bool) -> Iterator[None]:
         yield
         return
     chosen = in_bf16, Choice("router logits", "torch", "in bf16")
-    with mock.patch("training.session.choose_router_logits", lambda *_: chosen):
+    with mock.patch("training.builder.choose_router_logits", lambda *_: chosen):
         yield
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig
 from parallel import optimizer_state
 from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
+from parallel.env import World
 from parallel.layout import Layout
 from parallel.optimizer_state import Piece
-from parallel.placement import logical_name
-from parallel.runtime import Runtime
-from parallel.world import World
+from parallel.process_groups import Runtime
+from parallel.sharding import logical_name
 
 SEQUENCE, VOCABULARY, MICRO_BATCH, MICRO_BATCHES = 16, 64, 2, 4
 
@@ -43,7 +43,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     seed: int = 1
     tools: Any = None
-    """moe.kernels.tools.Tools for the products of every layer."""
+    """ops.gemm_backend.Tools for the products of every layer."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -55,16 +55,16 @@ class Variant:
 @contextmanager
 def started(world: World, parallel: ParallelConfig, backend: str | None = None) -> Iterator[Runtime]:
     """This rank joined to the others, without Megatron-Core's warnings on the screen."""
-    from parallel import runtime
+    from parallel import process_groups
 
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             layout = Layout.of(parallel, world.size)
-            yield runtime.start(world, layout, seed=1, timeout=60, threads=1, backend=backend)
+            yield process_groups.start(world, layout, seed=1, timeout=60, threads=1, backend=backend)
         finally:
-            runtime.stop()
+            process_groups.stop()
             logging.disable(logging.NOTSET)
 
 
@@ -75,8 +75,8 @@ def build_engine(
     overlap: Overlap = NO_OVERLAP,
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Engine:
-    from moe.kernels.float8 import Float8
-    from moe.model import Parts, Stage
+    from models.decoder import Parts, Stage
+    from ops.fp8 import Float8
     from parallel.engine import core_config
 
     model = variant.config()

@@ -43,11 +43,11 @@ def configuration(args: argparse.Namespace) -> Config:
 
 
 def ours(config: Config, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
-    """The very calls of training.loop."""
-    from parallel.world import World
-    from training import session
+    """The very calls of training.trainer."""
+    from parallel.env import World
+    from training import builder
 
-    return contender(session.start(config, World(), train=True).engine, tokens_BS, labels_BS)
+    return contender(builder.start(config, World(), train=True).engine, tokens_BS, labels_BS)
 
 
 def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
@@ -134,9 +134,9 @@ def transformers(
 
 def build(name: str, args: argparse.Namespace) -> Questions:
     """One contender, in the process that calls this."""
-    from parallel import runtime
+    from parallel import process_groups
+    from parallel.env import World
     from parallel.layout import Layout
-    from parallel.world import World
 
     config = configuration(args)
     generator = torch.Generator().manual_seed(0)
@@ -145,9 +145,9 @@ def build(name: str, args: argparse.Namespace) -> Questions:
     if name == OURS:
         case = ours(config, *batch)
     elif name == MEGATRON:
-        case = megatron(config, runtime.start(World(), Layout(1), seed=1, timeout=60), *batch)
+        case = megatron(config, process_groups.start(World(), Layout(1), seed=1, timeout=60), *batch)
     else:
-        case = transformers(config, runtime.pick_device(World())[0], name.split()[1], *batch)
+        case = transformers(config, process_groups.pick_device(World())[0], name.split()[1], *batch)
     return {"seconds": timed(case.step), "kept": lambda: kept_bytes(case.forward)}
 
 

@@ -6,7 +6,7 @@ from conf.case import Case, Violation, divisors, multiples
 from conf.layout_rules import cut_widths
 
 FP8_BLOCK = 128
-"""Rows and columns of a weight that share a scale (moe.kernels.numerics.BLOCK)."""
+"""Rows and columns of a weight that share a scale (ops.fp8_numerics.BLOCK)."""
 
 
 def fp8_rules(case: Case) -> Iterator[Violation]:

@@ -21,12 +21,12 @@ from conf.printable import visible
 from conf.schema import Config
 from launch.cli import command
 from launch.train import prepare_run
+from parallel.env import simulated_ranks
 from parallel.layout import Layout, describe
-from parallel.world import simulated_ranks
 from training.console import Console
-from training.lives import FAILED, forget_stop, restarts
-from training.noise import redirect_noise
-from training.preview import preview
+from training.memory_estimate import preview
+from training.output_redirect import redirect_noise
+from training.requeue import FAILED, forget_stop, restarts
 from training.run_dir import expected_path, open_run_dir, steps_kept
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
 from training.sweep import without_idle

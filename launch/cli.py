@@ -22,7 +22,7 @@ from launch.explain import explain
 from launch.overrides import CONF, checked_arguments
 from launch.settings import setting_types
 from parallel import device_env, threads
-from training.noise import discard_output
+from training.output_redirect import discard_output
 
 FAILED, BAD_CONFIGURATION = 1, 2
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conf.printable import visible
 from training.compare import as_json, comparison, summarise
-from training.noise import discard_output
+from training.output_redirect import discard_output
 from training.run_dir import CONFIG
 
 

@@ -6,11 +6,11 @@ from conf.commands import EvaluateConfig
 from conf.schema import DataConfig
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
-from parallel.world import World
-from training import lookahead
+from parallel.env import World
+from training import noncausal
 from training.console import Console
+from training.load_checkpoint import Trained, on_every_rank, open_trained
 from training.run_dir import TOKENIZER
-from training.trained import Trained, on_every_rank, open_trained
 
 
 def main(config: EvaluateConfig) -> int:
@@ -37,7 +37,7 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         lengths = trained.tokenizer.byte_lengths() if trained.tokenizer else None
         result = evaluate(trained.session, windows, lengths, batches=config.batches)
         console.note(f"{trained.directory}: {result.tokens:,} tokens of {_what(config)}")
-        if warning := lookahead.warning(run.model):
+        if warning := noncausal.warning(run.model):
             console.warning(warning)
         for note in prepared.notes:
             console.note(note)

@@ -5,10 +5,10 @@ import functools
 from conf.commands import GenerateConfig
 from conf.printable import visible
 from launch.cli import command
-from parallel.world import World
-from training.lookahead import check_can_write
+from parallel.env import World
+from training.load_checkpoint import on_every_rank, open_trained
+from training.noncausal import check_can_write
 from training.sampling import check_sampling
-from training.trained import on_every_rank, open_trained
 
 
 def main(config: GenerateConfig) -> int:

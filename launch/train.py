@@ -18,16 +18,16 @@ from conf.printable import visible
 from conf.schema import Config
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
-from parallel.simulate import RankFailed
-from parallel.world import World, speaks, started_ranks
+from parallel.env import World, speaks, started_ranks
+from parallel.local_launcher import RankFailed
 from training.console import Console
-from training.guard import RankError
 from training.initial_weights import data_settings
-from training.lives import BAD_CONFIGURATION, DONE, FAILED, STOPPED
-from training.noise import redirect_noise
-from training.rank import tell_batch_script, train_rank, train_simulated
+from training.nonfinite import RankError
+from training.output_redirect import redirect_noise
+from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.run_dir import RunDir, open_run_dir
 from training.sweep import without_idle
+from training.worker import tell_batch_script, train_rank, train_simulated
 
 
 def main(config: Config, stop: StopRequest) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conf.printable import visible
 from conf.schema import SlurmConfig
-from training.lives import end_life
+from training.requeue import end_life
 from training.run_dir import read_settings
 
 

@@ -1,1 +1,1 @@
-"""Models: what families of other projects are in this one's terms (models.hf)."""
+"""The transformer around the experts, and Hugging Face's families in its terms (models.hf)."""

@@ -1,1 +1,1 @@
-"""What a token meets: the router, balancing, dispatch, experts, attention, norm and the model they make."""
+"""The sparse layer: router, balancing, capacity, dispatcher, experts and what is measured of them."""

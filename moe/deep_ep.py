@@ -15,17 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import MoeConfig
-from moe.dispatch import (
-    AllToAllDispatcher,
-    Choices,
-    Dispatched,
-    Dispatcher,
-    by_expert,
-    choose_dispatcher,
-)
-from moe.rows import Origin, Routed, weighted_sum
-from parallel.runtime import Groups
-from parallel.selection import Candidate, select
+from moe.dispatcher import AllToAllDispatcher, Choices, Dispatched, Dispatcher, by_expert, choose_dispatcher
+from ops.permute import Origin, Routed, weighted_sum
+from ops.registry import Candidate, select
+from parallel.process_groups import Groups
 
 NAME = "deep_ep"
 TOLERANCE = 2e-2
@@ -108,7 +101,7 @@ class _Return(torch.autograd.Function):
 
 
 class DeepEPDispatcher:
-    """moe.dispatch.Dispatcher. The sending is not overlapped with other computing."""
+    """moe.dispatcher.Dispatcher. The sending is not overlapped with other computing."""
 
     def __init__(self, num_experts: int, groups: Groups, hidden_size: int):
         self.num_experts, self.local = num_experts, num_experts // groups.ep.size()

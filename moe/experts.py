@@ -16,20 +16,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.activations import GATED, activate
-from moe.chunks import InPieces
-from moe.dropout import Dropout
-from moe.fused_experts import FusedExperts
-from moe.kernels.float8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
-from moe.kernels.layers import experts_with
-from moe.kernels.native import library as native
-from moe.kernels.native.experts import NativeTools
-from moe.kernels.tools import Reference, Tools
-from moe.recompute import PRODUCTS, recomputed
-from moe.rows import Routed
-from moe.te_experts import te_grouped_product
-from parallel.placement import place
-from parallel.runtime import Groups
+from moe.chunked_experts import InPieces
+from moe.expert_dropout import Dropout
+from ops.activations import GATED, activate
+from ops.cpp import build as native
+from ops.cpp.experts import NativeTools
+from ops.fp8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
+from ops.fused_experts import FusedExperts
+from ops.gemm_backend import Reference, Tools
+from ops.grouped_mlp import experts_with
+from ops.permute import Routed
+from ops.te_grouped_gemm import te_grouped_product
+from parallel.activation_checkpoint import PRODUCTS, recomputed
+from parallel.process_groups import Groups
+from parallel.sharding import place
 
 
 def loop_experts(
@@ -117,7 +117,7 @@ def triton_experts(*arguments: Any) -> Tensor:
 
 @cache
 def _on_triton() -> Callable[..., Tensor]:
-    from moe.kernels.fused import TritonTools  # Triton is an optional package
+    from ops.triton.gemm_backend import TritonTools  # Triton is an optional package
 
     return experts_with(TritonTools())
 
@@ -191,7 +191,7 @@ def native_left_out(available: Sequence[str], device: torch.device, dtype: torch
 
 @cache
 def _triton_disagrees(device: torch.device) -> str | None:
-    from moe.kernels.fused import TritonTools
+    from ops.triton.gemm_backend import TritonTools
 
     return disagreement(experts_with(TritonTools()), experts_with(Reference()), device, run=routed_experts)
 

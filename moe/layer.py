@@ -9,21 +9,23 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.assign import tie_ranks
-from moe.balance import AttachLoss, capacity, count_loads, load_balancing_loss, within_capacity
-from moe.dispatch import Choices, choose_dispatcher, make_dispatcher
-from moe.draws import key, uniform
-from moe.dropout import Dropout, name_choices
+from moe.aux_loss import AttachLoss, load_balancing_loss
+from moe.balanced_routing import tie_ranks
+from moe.capacity import capacity, within_capacity
+from moe.counter_rng import key, uniform
+from moe.dispatcher import Choices, choose_dispatcher, make_dispatcher
+from moe.expert_dropout import Dropout, name_choices
 from moe.experts import Experts
-from moe.kernels.tools import Tools
-from moe.recompute import decision, recomputed
-from moe.router import FusedRoute, Router, RouterLogits, Routing, router_logits
-from moe.rows import PLAIN_ROWS, Rows
+from moe.metrics import LoadStatistics, Report
+from moe.router import Router, RouterLogits, router_logits
 from moe.shared_experts import SharedExperts
-from moe.statistics import LoadStatistics, Report
+from ops.gemm_backend import Tools
+from ops.permute import PLAIN_ROWS, Rows
+from ops.routing import FusedRoute, Routing, count_loads
+from parallel.activation_checkpoint import decision, recomputed
+from parallel.batch_context import EVALUATE, GENERATE, PLAIN, TRAIN, ForwardPass
 from parallel.collectives import all_gather
-from parallel.forward_pass import EVALUATE, GENERATE, PLAIN, TRAIN, ForwardPass
-from parallel.runtime import Groups
+from parallel.process_groups import Groups
 
 
 class MoELayer(nn.Module):
@@ -46,7 +48,7 @@ class MoELayer(nn.Module):
         logits: RouterLogits = router_logits,
     ):
         """Args:
-        draws: (seed of the run, layer), which name this layer's random numbers (moe.draws).
+        draws: (seed of the run, layer), which name this layer's random numbers (moe.counter_rng).
         dispatcher: how rows travel to their experts; None: what choose_dispatcher says.
         rows: how they are gathered and added on this rank.
         fused_route: how the router chooses and weighs; None: by torch's operations.
@@ -78,7 +80,7 @@ class MoELayer(nn.Module):
         return out_SBD
 
     def run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
-        """forward, but that what it counted is returned instead of recorded: this may run twice (moe.recompute)."""
+        """forward, but what it counted is returned instead of recorded: recomputation runs this twice."""
         return recomputed(self._run, x_SBD, about) if self.recompute else self._run(x_SBD, about)
 
     def record(self, report: Report, about: ForwardPass) -> None:
@@ -131,8 +133,8 @@ class MoELayer(nn.Module):
         keep_TK = decision(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
-        z = routing.tallies.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
-        report = Report.of(routing.tallies, keep_TK, (aux, z), padding_T, routing.counted_TK)
+        z = routing.router_stats.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
+        report = Report.of(routing.router_stats, keep_TK, (aux, z), padding_T, routing.counted_TK)
         # A choice that is balanced by itself leaves such a loss nothing to do.
         coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
@@ -164,7 +166,7 @@ class MoELayer(nn.Module):
 
     def _balancing_loss(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None) -> Tensor:
         """This rank's part, without its coefficient."""
-        load_BE = routing.tallies.load_BE
+        load_BE = routing.router_stats.load_BE
         rows = len(load_BE)
         if routing.counted_TK is not None and self.router.last_load is None:
             experts_MK = all_gather(routing.counted_TK, self.micro_batch_group)
@@ -177,7 +179,7 @@ class MoELayer(nn.Module):
             load_BE = self.router.last_load[None]
         elif routing.counted_TK is None and self.micro_batch_group.size() > 1:
             load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
-        return load_balancing_loss(routing.tallies.probs_BE, load_BE, tokens_B)
+        return load_balancing_loss(routing.router_stats.probs_BE, load_BE, tokens_B)
 
     def _capacity_factor(self, about: ForwardPass) -> float | None:
         """None: dropless."""

@@ -5,7 +5,7 @@ token, G groups of experts, B sequences of the micro-batch, or 1 where it is bal
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,50 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.assign import expert_choice, plan_ranks, sinkhorn_potentials
-from moe.balance import Tallies, capacity
-from moe.kernels.native import library as native
-from moe.recompute import decision
+from moe.balanced_routing import expert_choice, plan_ranks, sinkhorn_potentials
+from moe.capacity import capacity
+from ops.cpp import build as native
+from ops.registry import Candidate, Choice, select
+from ops.routing import TINY, FusedRoute, RouterStats, Routing, Rule
+from parallel.activation_checkpoint import decision
+from parallel.batch_context import TRAIN
 from parallel.collectives import all_gather
-from parallel.forward_pass import TRAIN
-from parallel.placement import place
-from parallel.runtime import Groups
-from parallel.selection import Candidate, Choice, select
-
-TINY = 1e-20
-"""Added to sums of chosen probabilities, which can all underflow to zero where a plan or groups limit the choice."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The decision for T tokens."""
-
-    gates_TK: Tensor
-    """fp32, the weight of each choice in the output."""
-    experts_TK: Tensor
-    """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
-    the places that expert choice leaves over."""
-    tallies: Tallies
-    """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
-    counted_TK: Tensor | None = None
-    """int64, whose loads the balancing loss takes where these are not experts_TK: the best of the scores without bias
-    and groups, E for padding."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a token chooses by itself. The options are those of MoeConfig."""
-
-    top_k: int
-    sigmoid: bool
-    after: bool
-    """softmax_order=after."""
-    renormalize: bool
-    scale: float
-
-
-FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing]
-"""(logits [T, E] fp32, bias [E] or none, padding [T] or none, rule, B) -> what Router.route says, in one go."""
+from parallel.process_groups import Groups
+from parallel.sharding import place
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -140,8 +106,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN, sequences: int = 1) -> Routing:
         """Args:
         padding_T: True where there is no token.
-        mode: of parallel.forward_pass; only training balances the choice by a plan.
-        sequences: B of the tallies, where tokens come in the order of (position, sequence).
+        mode: of parallel.batch_context; only training balances the choice by a plan.
+        sequences: B of the router_stats, where tokens come in the order of (position, sequence).
         """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -170,8 +136,8 @@ class Router(nn.Module):
                 gates_TK = logs_TE.gather(1, some_TK).softmax(-1)
             elif rule.renormalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
-        tallies = Tallies.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
-        return Routing(gates_TK * rule.scale, experts_TK, tallies, counted_TK)
+        router_stats = RouterStats.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
+        return Routing(gates_TK * rule.scale, experts_TK, router_stats, counted_TK)
 
     def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
         """Routing.counted_TK. In the order of the logits, which is that of the scores."""
@@ -245,7 +211,7 @@ def _why_not_fused(moe: MoeConfig) -> str | None:
 
 
 def _native_logits() -> RouterLogits:
-    from moe.kernels.native.router import router_logits
+    from ops.cpp.router import router_logits
 
     return router_logits
 
@@ -270,7 +236,7 @@ def choose_router_logits(moe: MoeConfig, device: torch.device, dtype: torch.dtyp
 
 
 def _triton_route() -> FusedRoute:
-    from moe.kernels.routing import route
+    from ops.triton.router import route
 
     return route
 
@@ -299,9 +265,10 @@ def trial(fused: FusedRoute | None, model: ModelConfig, groups: Groups, device: 
     if router.bias is not None:
         router.bias.data.copy_(0.1 * draw(experts))
     routing = router.route(logits_TE, padding_T, TRAIN, sequences=2)
-    tallies = routing.tallies
+    stats = routing.router_stats
     gates_TK = routing.gates_TK.masked_fill(padding_T[:, None], 0.0)  # no one looks at these
-    loss = (gates_TK * draw(*gates_TK.shape)).sum() + (tallies.probs_BE * draw(2, experts)).sum() + 0.1 * tallies.z
+    loss = (gates_TK * draw(*gates_TK.shape)).sum() + (stats.probs_BE * draw(2, experts)).sum() + 0.1 * stats.z
     (gradient,) = torch.autograd.grad(loss, logits_TE)
-    values = [gates_TK, tallies.probs_BE, tallies.z, tallies.entropy, tallies.logit_square, gradient]
-    return [routing.experts_TK, tallies.load_BE, *(value.detach() for value in values)]
+    sums = [stats.probs_BE, stats.z, stats.entropy, stats.logit_square]
+    values = [gates_TK, *sums, gradient]
+    return [routing.experts_TK, stats.load_BE, *(value.detach() for value in values)]

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.experts import DenseFFN
-from parallel.placement import place
-from parallel.runtime import Groups
+from parallel.process_groups import Groups
+from parallel.sharding import place
 
 
 class SharedExperts(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
-from parallel.blocks import rows_at_once
+from parallel.chunked_ops import rows_at_once
 from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
-from parallel.placement import Placement, logical_name
+from parallel.sharding import Placement, logical_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GPU_BLOCK = 2**22

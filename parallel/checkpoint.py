@@ -1,12 +1,10 @@
 """Distributed checkpoints that open under every layout and are never half there.
 
-A checkpoint holds, for every logical parameter, its fp32 weights and Adam's two moments in the parameter's own shape;
-each element is written once, by the data-parallel rank that assembled it, into that rank's safetensors file. Nothing in
-a checkpoint is pickled: reading one runs no code. Megatron-Core's formats are not used: its files hold pickled objects,
-and without TransformerEngine and Apex its optimizer's fail or resume wrongly (docs/log.md).
-
-A directory appears under its final name only when it is complete: written aside (parallel/checkpoint_writer.py), also
-while training goes on, checked against the model, hashed into a manifest (parallel/checkpoint_manifest.py), renamed.
+A checkpoint holds, for every logical parameter, its fp32 weights and Adam's two moments in the parameter's own shape.
+Each element is written once, by the data-parallel rank that assembled it, into that rank's safetensors file. Nothing is
+pickled, so reading a checkpoint runs no code. Why not Megatron-Core's formats: docs/log.md. A directory appears under
+its final name only when it is complete: written aside (parallel/checkpoint_writer.py), checked against the model,
+hashed into a manifest (parallel/checkpoint_manifest.py), renamed.
 """
 
 import contextlib
@@ -41,9 +39,9 @@ from parallel.checkpoint_manifest import (
 )
 from parallel.checkpoint_writer import Writing
 from parallel.engine import Engine
-from parallel.placement import logical_name
+from parallel.progress_sync import Rounds
 from parallel.random_state import dtype_of, random_state, restore_random_state
-from parallel.rounds import Rounds
+from parallel.sharding import logical_name
 from parallel.weight_matching import Mismatch, match_weights
 
 __all__ = [

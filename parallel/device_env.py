@@ -24,7 +24,7 @@ def set_device_variables(env: MutableMapping[str, str] = os.environ) -> None:
     if not any(name in env for name in ALLOCATOR_NAMES):
         env[ALLOCATOR] = EXPANDABLE
     if not any(name in env for name in RECORDER_NAMES):
-        env[RECORDER_NAMES[0]] = REMEMBERED  # parallel/watch.py reads it when a run hangs
+        env[RECORDER_NAMES[0]] = REMEMBERED  # parallel/watchdog.py reads it when a run hangs
 
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import block_adamw
-from parallel.blocks import sum_of_squares
-from parallel.clock import DeviceClock
-from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.chunked_ops import sum_of_squares
+from parallel.device_timer import DeviceClock
 from parallel.megatron_compat import building_optimizer, parameters_in_norm
-from parallel.runtime import Runtime
+from parallel.process_groups import Runtime
 
 Batch = dict[str, Tensor]
 """One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence; padding
@@ -80,7 +80,7 @@ def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, det
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         deterministic_mode=deterministic,
-        perform_initialization=False,  # weights are drawn by moe.init, independently of the layout
+        perform_initialization=False,  # weights are drawn by models.init, independently of the layout
         add_bias_linear=False,
         gradient_accumulation_fusion=False,  # an Apex extension
         # With interleaved stages a message travels while the next chunk computes. Without, batched point-to-point is
@@ -145,7 +145,7 @@ class Engine:
         config: from core_config.
         optim: None builds no gradient buckets and no optimizer (evaluation, generation).
         build_chunk: makes this rank's i-th pipeline chunk.
-        adam: the class of the optimizer (parallel.selection.select_adam).
+        adam: the class of the optimizer (ops.registry.select_adam).
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func

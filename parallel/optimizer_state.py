@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel.block_adamw import MOMENTS, BlockAdamW, Piece, pieces_of
 from parallel.engine import Engine
-from parallel.placement import logical_name
+from parallel.sharding import logical_name
 
 
 def _pieces(engine: Engine) -> dict[nn.Parameter, Piece]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.runtime import Runtime
+from parallel.process_groups import Runtime
 
 SLOW = 0.5
 """A rank with less than this share of the median rank's rate is bad."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.world import World
+from parallel.env import World
 
 _POLL = 0.05
 

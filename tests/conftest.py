@@ -13,8 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from parallel.simulate import RankPool
-from training.noise import redirect_noise
+from parallel.local_launcher import RankPool
+from training.output_redirect import redirect_noise
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +25,16 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def runtime() -> Iterator["parallel.runtime.Runtime"]:  # noqa: F821 (importing it costs seconds that not every test pays)
+def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (importing it costs seconds that not every test pays)
     """This process as the only rank of a world."""
     noise = redirect_noise(0)
     try:
-        from parallel import megatron_compat, runtime
+        from parallel import megatron_compat, process_groups
+        from parallel.env import World
         from parallel.layout import Layout
-        from parallel.world import World
 
-        yield runtime.start(World(), Layout(1), seed=1, timeout=60, threads=1)
-        runtime.stop()
+        yield process_groups.start(World(), Layout(1), seed=1, timeout=60, threads=1)
+        process_groups.stop()
         megatron_compat.undo()
     finally:
         noise.undo()

@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.printable import one_line
 from training.compatibility import flatten
-from training.plan import Cost, model_cost
+from training.flops import Cost, model_cost
 from training.run_dir import load_config, read_settings
 from training.run_files import METRICS, json_lines
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 
 from conf.printable import visible
-from moe.load import ExpertLoad
-from training.expert_load import load_lines
+from moe.expert_load import ExpertLoad
+from training.expert_load_log import load_lines
 from training.metrics import Row
-from training.noise import discard_output
+from training.output_redirect import discard_output
 
 if TYPE_CHECKING:  # rich is imported where it is used: a rank that prints nothing does not need it
     from rich.console import Console as RichConsole

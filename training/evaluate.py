@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from corpus.stream import ValidWindows, micro_batches
 from parallel.engine import Batch
-from training.session import Session
+from training.builder import Session
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from conf.schema import Config, ModelConfig
 from corpus.cache import Cache, ReadOnlyCache
-from moe.experts import available_backends, choose_backend, native_left_out
-from moe.measure import Shapes, TooSlow, measure
-from parallel.runtime import Runtime
+from moe.experts import BACKENDS, available_backends, choose_backend, native_left_out
+from ops.autotune import Shapes, TooSlow, measure
+from parallel.process_groups import Runtime
 from training.run_files import json_lines, write_whole
 
 FILE = "expert_backend.json"
@@ -94,7 +94,7 @@ def _decide(
     def build(folder: Path) -> None:
         nonlocal fresh
         fresh = True
-        (folder / FILE).write_text(json.dumps(measure(names, shapes, run.device)))
+        (folder / FILE).write_text(json.dumps(measure({name: BACKENDS[name] for name in names}, shapes, run.device)))
 
     machine = {"device": _device_name(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     key = machine | asdict(shapes) | {"names": names}
@@ -103,7 +103,7 @@ def _decide(
             entry = Cache(config.data.cache_dir).entry("expert_backends", key, build)
             seconds = json.loads((entry / FILE).read_text())
         except ReadOnlyCache:
-            fresh, seconds = True, measure(names, shapes, run.device)
+            fresh, seconds = True, measure({name: BACKENDS[name] for name in names}, shapes, run.device)
     except TooSlow as error:
         return ruled, f"by rule; not measured: {error}"
     best = min(seconds, key=seconds.__getitem__)

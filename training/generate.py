@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from corpus.tokenizer import Tokenizer
+from training.builder import Session
 from training.sampling import next_token
-from training.session import Session
 
 
 def generate(

@@ -11,12 +11,12 @@ from conf.schema import Config
 from corpus.tokenizer import Tokenizer
 from models.hf.configuration import CONFIG, config_of, family_for, read_json
 from models.hf.family import Family
-from parallel.world import started_ranks
+from parallel.env import started_ranks
 from training import hf_verify
 from training.hf_runs import origin_of, written_aside
-from training.noise import redirect_noise
+from training.load_checkpoint import configured_here
+from training.output_redirect import redirect_noise
 from training.run_dir import TOKENIZER, load_config
-from training.trained import configured_here
 
 if TYPE_CHECKING:  # importing them loads PyTorch, before a wrong setting is answered
     from models.hf.convert import Weights

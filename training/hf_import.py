@@ -16,10 +16,10 @@ from corpus.tokenizer import Tokenizer
 from models.hf.configuration import CONFIG as THEIR_CONFIG
 from models.hf.configuration import model_of, read_json
 from models.hf.family import Family
-from parallel.world import started_ranks
+from parallel.env import started_ranks
 from training import hf_verify
 from training.hf_runs import BESIDE, written_aside
-from training.noise import redirect_noise
+from training.output_redirect import redirect_noise
 from training.run_dir import CONFIG, TOKENIZER
 
 STEP = "checkpoints/step_00000000"

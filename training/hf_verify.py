@@ -14,10 +14,10 @@ from typing import Any
 
 from conf.commands import Here
 from corpus.tokenizer import Tokenizer
-from parallel.world import World
-from training.noise import redirect_noise
+from parallel.env import World
+from training.load_checkpoint import Trained, on_every_rank, open_trained
+from training.output_redirect import redirect_noise
 from training.run_dir import load_config
-from training.trained import Trained, on_every_rank, open_trained
 
 BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (1e-1, 2e-2)}
 """Largest difference allowed of the logits, relative to the largest logit, and of the loss in nats per token. In bf16

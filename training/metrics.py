@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from moe.load import ExpertLoad
+from moe.expert_load import ExpertLoad
 from training.event_file import EventFile
-from training.expert_load import (
+from training.expert_load_log import (
     has_heat_map,
     layer_name,
     load_charts,

@@ -11,11 +11,11 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     from parallel import megatron_compat
 
     megatron_compat.load()
-    from moe.model import Parts, Stage
+    from models.decoder import Parts, Stage
     from parallel.engine import core_config
     from parallel.layout import Layout
-    from parallel.placement import logical_name
-    from parallel.simulate import planned_rank
+    from parallel.local_launcher import planned_rank
+    from parallel.sharding import logical_name
 
     with planned_rank(Layout(1), 0) as runtime:
         core = core_config(model, runtime, torch.float32, deterministic=False)

@@ -20,7 +20,7 @@ from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
 from training.compatibility import differences, model_differences, restored, told
-from training.lives import Ownership
+from training.requeue import Ownership
 from training.run_files import EXPERT_LOAD, METRICS, write_whole
 from training.sweep import name_in_sweep
 

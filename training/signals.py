@@ -71,7 +71,7 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._remember)
-        # A rank is born with them blocked (parallel.simulate): those that came meanwhile are delivered here.
+        # A rank is born with them blocked (parallel.local_launcher): those that came meanwhile are delivered here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 

@@ -21,7 +21,7 @@ from benchmarks.train_step import summary as step_summary
 from conf.schema import MoeConfig
 from parallel.threads import SPINS
 from tests.moe.helpers import random, sparse_layer, tiny
-from tests.moe.kernels.scaled_mm import OnGPU
+from tests.ops.scaled_mm import OnGPU
 
 TOY = {
     "moe_layer": ["--tokens=16", "--hidden=16", "--width=8", "--chunk-rows=4", "--experts", "2", "4"],
@@ -155,7 +155,7 @@ def test_kernel_benchmark_needs_a_gpu_and_says_so(capsys: pytest.CaptureFixture[
 
 def test_kernel_benchmark_calls_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers and rounding at a toy size, in Triton's interpreter where there is no GPU, and with a stand-in for
-    torch's scaled_mm. The other parts are in tests/moe/kernels/test_benchmark.py."""
+    torch's scaled_mm. The other parts are in tests/ops/test_benchmark.py."""
     pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", OnGPU())

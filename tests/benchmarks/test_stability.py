@@ -7,8 +7,8 @@ from benchmarks.stability import REPEATED, STRESSED, _router, base, changed, fig
 from conf import rules
 from conf.schema import Config, DataConfig, ModelConfig, MoeConfig
 from moe.router import Router
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 
 
 def row(step: int, loss: float | None, norm: float, dropped: float = 0.0) -> dict[str, object]:
@@ -39,8 +39,8 @@ def test_every_variant_can_be_run(variant, tmp_path) -> None:
 
 def router_rounds(world: World, low_precision: bool) -> bool:
     """Whether the logits of a run's router are numbers of bf16 (rank function)."""
-    from training import session as sessions
-    from training.noise import redirect_noise
+    from training import builder as sessions
+    from training.output_redirect import redirect_noise
 
     noise = redirect_noise(world.rank)
     moe = MoeConfig(num_experts=4, every=1, backend="loop")

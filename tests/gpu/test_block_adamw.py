@@ -32,7 +32,7 @@ def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkey
 
 def test_random_numbers_are_the_cpus():
     from parallel.block_adamw import _Target, random_bits
-    from parallel.placement import Placement
+    from parallel.sharding import Placement
 
     both = []
     for device in ("cpu", "cuda"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conf.schema import Fp8Config, ModelConfig
-from moe.kernels.numerics import RECIPES
-from tests.moe.kernels.test_scaled import SHAPES, assert_equal_to_the_reference
+from ops.fp8_numerics import RECIPES
+from tests.ops.test_scaled_mm import SHAPES, assert_equal_to_the_reference
 
 HERE = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(HERE < (8, 9), reason="there is no CUDA device with FP8 products")]
@@ -24,8 +24,8 @@ def test_linear_layers_equal_the_reference(recipe: str, narrow: bool, size: tupl
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_choice_is_what_the_gpu_serves(recipe: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
-    from moe.kernels.float8 import choose_float8
-    from moe.kernels.scaled import ScaledTools
+    from ops.fp8 import choose_float8
+    from ops.triton.scaled_mm import ScaledTools
 
     chosen, _, why = choose_float8(Fp8Config(recipe=recipe), ModelConfig(num_layers=2), torch.device("cuda"))
     assert (type(chosen.linear) is ScaledTools) == (recipe in SERVED), why

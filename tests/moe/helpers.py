@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig, MoeConfig
+from models.decoder import Parts, Stage
+from models.init import initialise
 from moe.experts import BACKENDS, choose_backend
-from moe.init import initialise
-from moe.kernels.tools import Tools
 from moe.layer import MoELayer
-from moe.model import Parts, Stage
-from moe.rows import Origin, Routed
 from moe.shared_experts import SharedExperts
+from ops.gemm_backend import Tools
+from ops.permute import Origin, Routed
 from parallel.engine import core_config
-from parallel.runtime import Runtime
+from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 
 PACKAGES = {"triton": "triton", "te": "transformer_engine"}
 IN_FP32 = [name for name in BACKENDS if name != "native"]
-"""tests/moe/kernels/test_native.py has the other."""
+"""tests/ops/test_cpp.py has the other."""
 
 
 def _runs(backend: str) -> bool:

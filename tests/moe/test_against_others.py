@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
+from moe.metrics import SUMS
 from moe.router import router_logits
-from moe.statistics import SUMS
-from parallel.forward_pass import ForwardPass
+from parallel.batch_context import ForwardPass
 from parallel.megatron_compat import moe_layer
-from parallel.runtime import Runtime
+from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, sparse_layer, tiny
 
 HIDDEN, FFN, EXPERTS = 16, 24, 12

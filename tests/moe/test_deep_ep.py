@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import MoeConfig, ParallelConfig
-from parallel.world import World
+from parallel.env import World
 from tests.parallel.helpers import started
 
 MOE = MoeConfig(num_experts=4, top_k=2)
@@ -150,8 +150,8 @@ def test_what_does_not_is_left_out_on_every_rank(buffers: list[Any], reason: str
 
 def layer_passes(world: World) -> list[list[Tensor]]:
     """[output, gradients] of a layer in bf16 under DeepEP's interface and under all-to-all, some choices dropped."""
+    from models.init import initialise
     from moe import deep_ep
-    from moe.init import initialise
     from moe.layer import MoELayer
     from tests.moe.helpers import random, tiny
 

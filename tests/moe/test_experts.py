@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conf.schema import ACTIVATIONS
-from moe import experts, te_experts
-from moe.activations import activate
+from models.init import initialise
+from moe import experts
 from moe.experts import BACKENDS, DenseFFN, choose_backend, loop_experts
-from moe.fused_experts import FusedExperts, repeating_size, windows
-from moe.init import initialise
+from ops import te_grouped_gemm
+from ops.activations import activate
+from ops.fused_experts import FusedExperts, repeating_size, windows
 from parallel.engine import core_config
-from parallel.runtime import Runtime
+from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import IN_FP32, assert_close, assert_gradients_close, in_float64, random, tiny
 
@@ -69,12 +70,12 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Grouped
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
     yield GroupedLinear
-    for function in (experts._te_fails, te_experts._layer):
+    for function in (experts._te_fails, te_grouped_gemm._layer):
         function.cache_clear()
 
 
 @pytest.mark.usefixtures("transformer_engine")
-@pytest.mark.parametrize("backend", [name for name in IN_FP32 if name != "triton"])  # tests/moe/kernels
+@pytest.mark.parametrize("backend", [name for name in IN_FP32 if name != "triton"])  # tests/ops
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 0, 0, 6], [6, 0, 0, 0], [0, 0, 0, 0]])
 def test_rows_go_to_their_expert_whatever_the_counts(

@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import MoeConfig, ParallelConfig
-from moe.init import initialise
+from models.init import initialise
 from moe.layer import MoELayer
-from parallel.runtime import Runtime
-from parallel.world import World
+from parallel.env import World
+from parallel.process_groups import Runtime
 from tests.moe.helpers import random, tiny
 from tests.parallel.helpers import started
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conf.schema import ACTIVATIONS, DROP_POLICIES, LOAD_BALANCING, MoeConfig
-from moe.draws import key, uniform
+from moe.counter_rng import key, uniform
 from moe.layer import MoELayer
-from moe.statistics import SUMS
-from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
-from parallel.runtime import Runtime
+from moe.metrics import SUMS
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import (
     BACKENDS_THAT_RUN,
@@ -320,7 +320,7 @@ def test_router_stays_fp32_under_a_bf16_model(runtime: Runtime) -> None:
     with torch.autocast(runtime.device.type, dtype=torch.bfloat16):
         routing = layer.router(x_SBD.flatten(0, 1).to(runtime.device), sequences=12)
         out_SBD = layer(x_SBD.to(runtime.device))
-    probs_TE = routing.tallies.probs_BE  # each token is a sequence by itself
+    probs_TE = routing.router_stats.probs_BE  # each token is a sequence by itself
     assert probs_TE.dtype == routing.gates_TK.dtype == torch.float32
     assert_close(probs_TE, wanted.probs_TE)
     assert routing.experts_TK.tolist() == wanted.experts

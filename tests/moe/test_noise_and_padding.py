@@ -9,9 +9,9 @@ from torch import Tensor
 
 from conf.schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.layer import MoELayer
-from moe.statistics import SUMS
-from parallel.forward_pass import EVALUATE, GENERATE, TRAIN, ForwardPass
-from parallel.runtime import Runtime
+from moe.metrics import SUMS
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, force_experts, random, sparse_layer, tiny, whole_model
 
 SWITCH = MoeConfig(num_experts=4, capacity_factor=1.0, aux_loss_coeff=0.5, z_loss_coeff=0.2)

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from conf.schema import ModelConfig, MoeConfig
-from moe.init import initialise
+from models.init import initialise
 from moe.router import Router
-from parallel.forward_pass import EVALUATE, GENERATE, TRAIN
-from parallel.runtime import Runtime
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN
+from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, in_float64, random, tiny
 
@@ -69,8 +69,8 @@ def test_gates_are_probabilities_renormalised_when_several(
     probs_TE = logits_TE.exp() / logits_TE.exp().sum(1, keepdim=True)
     experts = [reference.choose(probs_E, top_k) for probs_E in probs_TE]
     gates = [reference.gates_of(p, e, renormalize) for p, e in zip(probs_TE, experts, strict=True)]
-    assert_close(routing.tallies.probs_BE, probs_TE)  # each token is a sequence by itself
-    assert_close(routing.tallies.z, (logits_TE.exp().sum(1).log() ** 2).sum())
+    assert_close(routing.router_stats.probs_BE, probs_TE)  # each token is a sequence by itself
+    assert_close(routing.router_stats.z, (logits_TE.exp().sum(1).log() ** 2).sum())
     assert routing.experts_TK.tolist() == experts
     assert_close(routing.gates_TK, torch.stack([torch.stack(row) for row in gates]))
     assert torch.allclose(routing.gates_TK.sum(1), torch.ones(7, device=runtime.device)) == sums_to_one
@@ -103,7 +103,7 @@ def test_other_routers_equal_the_reference(choice: dict[str, Any], runtime: Runt
     logits_TE = x_TD.double() @ in_float64(router)["weight"].detach().t()
     probs, experts, gates = zip(*(reference.route(logits_E, moe) for logits_E in logits_TE), strict=True)
     assert routing.experts_TK.tolist() == list(experts)
-    assert_close(routing.tallies.probs_BE, torch.stack(probs))
+    assert_close(routing.router_stats.probs_BE, torch.stack(probs))
     assert_close(routing.gates_TK, torch.stack([torch.stack(row) for row in gates]))
 
 
@@ -125,7 +125,7 @@ def test_each_setting_changes_the_routing(setting: str, value: Any, changed: tup
     found = []
     for moe in (plain, dataclasses.replace(plain, **{setting: value})):
         routing = router_of(tiny(moe), runtime)(x_TD)
-        found.append({"gates_TK": routing.gates_TK, "experts_TK": routing.experts_TK, **vars(routing.tallies)})
+        found.append({"gates_TK": routing.gates_TK, "experts_TK": routing.experts_TK, **vars(routing.router_stats)})
     before, after = found
     assert tuple(name for name in before if not torch.equal(before[name], after[name])) == changed
 
@@ -157,7 +157,7 @@ def test_sigmoids_that_all_underflow_are_shared_out_all_the_same(runtime: Runtim
     router = router_of(tiny(MoeConfig(num_experts=4, top_k=2, score_function="sigmoid")), runtime)
     router.weight.data = torch.full((4, 8), -100.0, device=runtime.device)
     routing = router(torch.ones(1, 8, device=runtime.device))
-    assert routing.gates_TK.tolist() == [[0.5, 0.5]] and routing.tallies.probs_BE.tolist() == [[0.25] * 4]
+    assert routing.gates_TK.tolist() == [[0.5, 0.5]] and routing.router_stats.probs_BE.tolist() == [[0.25] * 4]
 
 
 def test_a_bias_changes_the_choice_and_not_the_gates(runtime: Runtime) -> None:
@@ -225,7 +225,7 @@ def test_tiny_sigmoids_are_balanced_like_any_others(runtime: Runtime) -> None:
     router.bias.data.zero_()
     logits_TE = random(9, 6) - 80.0
     routing = router.route(logits_TE, None, "train", 1)
-    assert routing.tallies.probs_BE.sum().item() == pytest.approx(9.0)
+    assert routing.router_stats.probs_BE.sum().item() == pytest.approx(9.0)
     torch.testing.assert_close(routing.gates_TK.sum(1), torch.ones(9))
 
 

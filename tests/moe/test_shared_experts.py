@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from conf.schema import MoeConfig, ParallelConfig
-from parallel import flight
-from parallel.world import World
+from parallel import async_collectives
+from parallel.env import World
 from tests.parallel.helpers import started
 
 
@@ -35,9 +35,9 @@ def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
 
         return start
 
-    originals = {name: getattr(flight, name) for name in ("_start_exchange", "_start_gather", "_start_sum")}
+    originals = {name: getattr(async_collectives, name) for name in ("_start_exchange", "_start_gather", "_start_sum")}
     for name, plain in originals.items():
-        setattr(flight, name, telling(name.removeprefix("_start_"), plain))
+        setattr(async_collectives, name, telling(name.removeprefix("_start_"), plain))
     try:
         with started(world, ParallelConfig(ep=2)) as runtime:
             moe = MoeConfig(num_experts=4, top_k=2, num_shared_experts=1, dispatcher=dispatcher)
@@ -49,7 +49,7 @@ def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
             layer(x_SBD).square().sum().backward()
     finally:
         for name, plain in originals.items():
-            setattr(flight, name, plain)
+            setattr(async_collectives, name, plain)
     return events
 
 

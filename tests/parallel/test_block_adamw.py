@@ -15,8 +15,8 @@ from parallel.block_adamw import BlockAdamW, _Streams, _Target, random_bits, rou
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_format import TensorFile
 from parallel.engine import Overlap
-from parallel.placement import Placement
-from parallel.world import World
+from parallel.env import World
+from parallel.sharding import Placement
 from tests.parallel.helpers import (
     OPTIM,
     Variant,

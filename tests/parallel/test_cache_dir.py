@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.kernels.native import library as native
+from ops.cpp import build as native
 from parallel import cache_dir
 
 

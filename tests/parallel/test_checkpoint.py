@@ -19,8 +19,8 @@ from parallel import checkpoint, optimizer_state
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_manifest import write_manifest
 from parallel.checkpoint_writer import Writing
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.parallel import helpers
 from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, train
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from conf.schema import ParallelConfig
-from parallel import checkpoint, checkpoint_format, checkpoint_manifest, rounds
+from parallel import checkpoint, checkpoint_format, checkpoint_manifest, progress_sync
 from parallel.checkpoint import Checkpointer, NotFinite
 from parallel.checkpoint_manifest import MANIFEST, OtherVersion
-from parallel.watch import Watch
-from parallel.world import World
+from parallel.env import World
+from parallel.watchdog import Watch
 from tests.parallel import helpers
 from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, train
 
@@ -355,7 +355,7 @@ def resume_slowly(world: World, root: Path, timeout: float) -> tuple[float, set[
             yield 1
         return (yield from digest(path))
 
-    checkpoint_manifest.digest, rounds.SECONDS = slow, timeout / 20
+    checkpoint_manifest.digest, progress_sync.SECONDS = slow, timeout / 20
     try:
         with started(world, ParallelConfig()) as runtime:
             saver, begun = Checkpointer(root, build_engine(runtime, VARIANT), keep=2), time.monotonic()
@@ -363,7 +363,7 @@ def resume_slowly(world: World, root: Path, timeout: float) -> tuple[float, set[
                 assert saver.resume(pytest.fail)[0] == saver.resolve(str(root)) == root / "step_00000002"
             return time.monotonic() - begun, hashed
     finally:
-        checkpoint_manifest.digest, rounds.SECONDS = digest, 1.0
+        checkpoint_manifest.digest, progress_sync.SECONDS = digest, 1.0
 
 
 def test_ranks_look_for_damage_together(ranks, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from parallel import collectives, flight
-from parallel.world import World
+from parallel import async_collectives, collectives
+from parallel.env import World
 from tests.parallel.helpers import started
 
 
@@ -27,10 +27,14 @@ def run_all(world: World, cases: list[tuple[str, Any]]) -> list[tuple[Tensor, Te
             if name == "exchanging":
                 send, receive = rows[world.rank], [row[world.rank] for row in rows]
                 x = drawn("x", world.rank, sum(send)).requires_grad_()
-                y = flight.fly(x, flight.exchanging(send, receive, group))
+                y = async_collectives.fly(x, async_collectives.exchanging(send, receive, group))
             elif name in ("GatherSequence", "gathering", "summing"):
                 x = drawn("x", world.rank, rows * (world.size if name == "summing" else 1)).requires_grad_()
-                y = function.apply(x, group) if function else flight.fly(x, getattr(flight, name)(group))
+                y = (
+                    function.apply(x, group)
+                    if function
+                    else async_collectives.fly(x, getattr(async_collectives, name)(group))
+                )
             else:
                 mine = rows[world.rank] if name == "GatherRagged" else sum(rows)
                 x = drawn("x", world.rank, mine).requires_grad_()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import optimizer_state
 from parallel.engine import Engine, Overlap, core_config
-from parallel.world import World
+from parallel.env import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
     VOCABULARY,

@@ -91,20 +91,20 @@ def test_an_entry_of_the_cache_that_a_frozen_process_builds(tmp_path: Path) -> N
 
 def test_kernels_that_a_frozen_process_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are compiled here too: the lock only saves work."""
-    from moe.kernels.native import library
+    from ops.cpp import build
     from parallel import cache_dir
 
     monkeypatch.setattr(cache_dir, "ROOT", str(tmp_path))
-    monkeypatch.setattr(library, "_PATIENCE", 1.0)
+    monkeypatch.setattr(build, "_PATIENCE", 1.0)
 
     def make(folder: Path, key: str, openmp: list[str]) -> Path:
         raise OSError(f"made {key}")
 
-    monkeypatch.setattr(library, "_make", make)
+    monkeypatch.setattr(build, "_make", make)
     with pytest.raises(OSError, match="made") as failure:
-        library.library.__wrapped__()
+        build.library.__wrapped__()
     path = tmp_path / "kernels" / f"native-{str(failure.value).split()[1]}.lock"
     with holder(path) as process:
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(OSError, match="made"):
-            library.library.__wrapped__()
+            build.library.__wrapped__()

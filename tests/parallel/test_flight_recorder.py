@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import ParallelConfig
-from parallel import flight_recorder, watch
+from parallel import flight_recorder, watchdog
+from parallel.env import World
 from parallel.flight_recorder import Pending, Trace, missing_from, read_trace
-from parallel.simulate import RankFailed, RankPool
-from parallel.watch import Watch, Whereabouts, verdict
-from parallel.world import World
+from parallel.local_launcher import RankFailed, RankPool
+from parallel.watchdog import Watch, Whereabouts, verdict
 from tests.parallel.helpers import started
 
 
@@ -50,7 +50,7 @@ def test_a_dump_by_hand() -> None:
 def test_the_verdict_names_who_has_not_joined() -> None:
     """Rank 1 hangs in its data; the others' stacks show where the host reads a number, all alike."""
     pending = Pending("0", 57, "nccl:all_reduce", [0, 1, 2])
-    at = "training/loop.py:120 (_step)"
+    at = "training/trainer.py:120 (_step)"
     waits = Whereabouts(7, at, str(pending), None, pending, {"0": 57})
     told = {0: waits, 1: Whereabouts(7, "corpus/stream.py:9 (sample)", None, None, None, {"0": 56}), 2: waits}
     assert missing_from(pending, {rank: place.launched for rank, place in told.items()}) == [1]
@@ -79,7 +79,7 @@ def test_whereabouts_travel_as_json() -> None:
 def read_later(world: World) -> None:
     """As under NCCL: the collective returns at once, and the host waits where it reads the result."""
     with started(world, ParallelConfig()):
-        watch.dist.get_backend = lambda *_: "nccl"
+        watchdog.dist.get_backend = lambda *_: "nccl"
         with Watch(world, 5.0, lambda: (3, None)):
             for _ in range(2):
                 dist.all_reduce(torch.ones(1))
@@ -109,6 +109,6 @@ def test_a_recorded_hang_is_laid_at_the_right_ranks_door() -> None:
 
 
 def test_a_record_that_cannot_be_read_hides_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch.dist, "get_backend", lambda *_: "nccl")
+    monkeypatch.setattr(watchdog.dist, "get_backend", lambda *_: "nccl")
     monkeypatch.setattr(flight_recorder, "flight_recorder_dump", lambda: b"not JSON")
-    assert watch._trace() is None
+    assert watchdog._trace() is None

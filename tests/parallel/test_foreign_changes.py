@@ -13,10 +13,13 @@ OWN = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.s
 # that are there for it.
 PLACES = ("parallel/megatron_compat.py", "parallel/torch_private.py", "conf/hydra_private.py")
 ALLOWED = {
-    ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting",
+    ("training/builder.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting",
     ("parallel/engine.py", "torch._foreach_mul_"): "documented, in spite of its name",
-    ("parallel/blocks.py", "torch._foreach_norm"): "documented, in spite of its name",
-    ("moe/recompute.py", "torch.ops.aten._grouped_mm"): "an operator's own name, for selective recompute",
+    ("parallel/chunked_ops.py", "torch._foreach_norm"): "documented, in spite of its name",
+    (
+        "parallel/activation_checkpoint.py",
+        "torch.ops.aten._grouped_mm",
+    ): "an operator's own name, for selective recompute",
     (
         "parallel/block_adamw.py",
         "torch._fused_adamw_",

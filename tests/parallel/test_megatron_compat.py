@@ -16,9 +16,9 @@ from torch import Tensor
 
 from conf.schema import ParallelConfig
 from parallel import megatron_compat as compat
-from parallel.runtime import Runtime
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
+from parallel.process_groups import Runtime
 from tests.parallel.helpers import Variant, build_engine, started, train
 
 MISSING = object()
@@ -140,11 +140,11 @@ assert "megatron.core" in sys.modules
 print(called)
 assert torch.cuda.is_available() and called  # the stand-in works
 """
-    from parallel.simulate import RankPool
-    from training import rank
+    from parallel.local_launcher import RankPool
+    from training import worker
 
     default = inspect.signature(RankPool.__init__).parameters["preload"].default
-    command = [sys.executable, "-W", "ignore", "-c", script, *default, *rank.PRELOAD]
+    command = [sys.executable, "-W", "ignore", "-c", script, *default, *worker.PRELOAD]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -155,7 +155,7 @@ def steps_without(world: World) -> dict[str, Any]:
     """What two steps give without each of the CPU patches, by its attribute."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from parallel.runtime import seed_all
+    from parallel.process_groups import seed_all
 
     def outcome() -> Any:
         try:

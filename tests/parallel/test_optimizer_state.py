@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.schema import ParallelConfig
 from parallel import checkpoint, optimizer_state
 from parallel.checkpoint import Checkpointer
-from parallel.world import World
+from parallel.env import World
 from tests.parallel.helpers import Variant, build_engine, my_batches, optimizer_tensors, started, state, train, weights
 
 # Tied embeddings are one logical parameter on two pipeline stages; dense and sparse layers take turns; vectors are cut.

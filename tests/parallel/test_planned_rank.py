@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import ModelConfig, MoeConfig, ParallelConfig
+from parallel.env import World
 from parallel.layout import Layout
-from parallel.placement import logical_name
-from parallel.simulate import planned_rank
-from parallel.world import World
-from training.plan import model_cost
+from parallel.local_launcher import planned_rank
+from parallel.sharding import logical_name
+from training.flops import model_cost
 
 LARGE = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 64, "num_query_groups": 8}
 LARGE |= {"ffn_hidden_size": 2048, "vocab_size": 131072}
@@ -21,7 +21,7 @@ SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 
 def parts_of_rank(layout: Layout, rank: int, model: ModelConfig) -> dict[str, tuple]:
     """(offset and size along every axis, elements of the logical parameter) of everything that a rank holds."""
-    from moe.model import Parts, Stage
+    from models.decoder import Parts, Stage
     from parallel.engine import core_config
 
     held = {}

@@ -8,9 +8,9 @@ import torch
 
 from conf.schema import ParallelConfig
 from parallel import preflight
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from parallel.preflight import Report, complaints, inspect, neighbours
-from parallel.simulate import RankPool
-from parallel.world import World
 from tests.parallel.helpers import started
 
 WELL = [Report(rank, f"n{rank // 2}", 64e9, 1e12, None, 400e12, 40e9) for rank in range(8)]

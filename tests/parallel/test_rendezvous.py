@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel.simulate import RankFailed, RankPool, free_port
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool, free_port
 
 
 class Joining:
@@ -23,7 +23,7 @@ class Joining:
 
     def __init__(self, rank: int, port: int, timeout: float, secret: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parallel.preload"])  # as RankPool: importing torch takes seconds
+        context.set_forkserver_preload(["parallel.forkserver_preload"])  # as RankPool: importing torch takes seconds
         self._answers, there = context.Pipe()
         self.process = context.Process(target=join, args=(there, rank, port, timeout, secret))
         self.process.start()
@@ -111,14 +111,14 @@ def freeze(world: World, how: str, mark: Path) -> None:
     """One rank is frozen while the groups are built; the others end (rank function for the pool)."""
     import torch.distributed as dist
 
-    from parallel import rendezvous, runtime
+    from parallel import process_groups, rendezvous
     from parallel.layout import Layout
-    from parallel.watch import Watch
+    from parallel.watchdog import Watch
 
     frozen = 0 if how == "rank 0" else 1
     store = rendezvous.join(world, 60)
     with Watch(world, 5.0, store=store):
-        build = runtime._build_groups
+        build = process_groups._build_groups
 
         def stop_here(*args):
             if world.rank == frozen:
@@ -126,8 +126,8 @@ def freeze(world: World, how: str, mark: Path) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return build(*args)
 
-        runtime._build_groups = stop_here
-        runtime.start(world, Layout(world.size), seed=1, timeout=5.0, threads=1, store=store)
+        process_groups._build_groups = stop_here
+        process_groups.start(world, Layout(world.size), seed=1, timeout=5.0, threads=1, store=store)
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.slurm.cluster import Cluster, halt_rank_0, kill, overrides, wait_for_signal
 from tests.training.helpers import ROOT, rows
-from training.lives import read_lives
+from training.requeue import read_lives
 
 
 def test_elements_of_an_array_are_stopped_and_requeued_one_by_one(

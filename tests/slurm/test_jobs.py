@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from parallel.simulate import RankPool
+from parallel.local_launcher import RankPool
 from tests.slurm.cluster import (
     LIMIT,
     Cluster,
@@ -21,7 +21,7 @@ from tests.slurm.cluster import (
     wait_for_steps,
 )
 from tests.training.helpers import rows, tiny_config, train, trajectory
-from training.lives import read_lives
+from training.requeue import read_lives
 
 FOUR = ("--nodes=4", "--ntasks-per-node=1")
 LAYOUT = ("parallel.tp=2", "parallel.ep=2")

@@ -22,9 +22,9 @@ from conf.schema import (
     TrainConfig,
 )
 from corpus.prepare import prepare
-from parallel.world import World
-from training.rank import train_rank
+from parallel.env import World
 from training.run_dir import open_run_dir
+from training.worker import train_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {

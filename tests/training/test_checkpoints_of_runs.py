@@ -13,10 +13,10 @@ import torch
 from conf.commands import Here
 from conf.schema import CheckpointConfig, Config
 from parallel.checkpoint_manifest import _digest_of
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
-from training.trained import open_trained
+from training.load_checkpoint import open_trained
 
 LIMIT = 120.0
 

@@ -13,7 +13,7 @@ import yaml
 
 from conf.schema import Config
 from launch import compare
-from training.plan import model_cost
+from training.flops import model_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 

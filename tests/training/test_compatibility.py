@@ -8,11 +8,11 @@ import pytest
 
 from conf.commands import Here
 from conf.schema import Config
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
 from training.compatibility import flatten, model_differences, restored, told
-from training.trained import open_trained
+from training.load_checkpoint import open_trained
 
 LIMIT = 120.0
 

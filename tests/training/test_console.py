@@ -12,10 +12,10 @@ import pytest
 
 from conf.printable import visible
 from conf.schema import Config, RuntimeConfig
-from moe.load import ExpertLoad
-from training import rank
+from moe.expert_load import ExpertLoad
+from training import worker
 from training.console import Console
-from training.expert_load import load_lines
+from training.expert_load_log import load_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +110,7 @@ def test_a_refused_faster_path_is_always_shown(verbose: bool, refused: tuple[str
     run_dir = SimpleNamespace(path=Path("runs/a"), continued=False, changed=[])
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        rank._announce(console, session, run_dir, SimpleNamespace(train=[], valid=[], notes=[]))
+        worker._announce(console, session, run_dir, SimpleNamespace(train=[], valid=[], notes=[]))
     lines = stream.getvalue().rstrip().splitlines()
     assert len(lines) == shown and lines[0].startswith("device") and lines[-1].split() == ["run", "runs/a", "new"]
     assert ("native differs" in stream.getvalue()) == (verbose or bool(refused))
@@ -329,7 +329,7 @@ def test_noise_goes_to_the_log_and_output_to_the_screen(tmp_path: Path) -> None:
         from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
         from training.console import Console
-        from training.noise import redirect_noise
+        from training.output_redirect import redirect_noise
         log_path = Path({str(tmp_path / "train.log")!r})
 
         print("before")

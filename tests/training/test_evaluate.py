@@ -9,10 +9,10 @@ import pytest
 from conf.schema import MoeConfig
 from corpus.prepare import prepare
 from corpus.stream import ValidWindows
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.training.helpers import tiny_config, train, with_layout, write_corpus
-from training.loop import Trainer
+from training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

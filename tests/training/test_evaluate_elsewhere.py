@@ -16,8 +16,8 @@ import yaml
 
 from conf.commands import EvaluateConfig, GenerateConfig, HereModel, HereMoe
 from conf.schema import ParallelConfig
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import start, tiny_config, train, write_corpus
 from training.console import Console
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conf.schema import Config, DataConfig, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
-from parallel.runtime import Runtime
-from parallel.world import World
+from parallel.env import World
+from parallel.process_groups import Runtime
 from tests.moe.helpers import BACKENDS_THAT_RUN
 from tests.parallel.helpers import started
 
@@ -99,7 +99,7 @@ def test_nothing_is_measured_where_the_answer_is_known(runtime: Runtime, times: 
 def test_too_slow_to_measure_is_told_and_not_remembered(
     runtime: Runtime, times: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe import measure as room
+    from ops import autotune as room
 
     with monkeypatch.context() as patched:
         patched.setattr("training.expert_backend.measure", room.measure)
@@ -164,23 +164,24 @@ def test_a_rank_s_slice_of_an_expert_has_to_be_aligned(ranks) -> None:
         assert told.startswith("model.moe.backend=grouped_mm needs rows of a multiple of 16 bytes; 6 values of")
 
 
-def test_measuring_times_every_backend_and_leaves_out_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe import measure as room
+def test_measuring_times_every_backend_and_leaves_out_what_fails() -> None:
     from moe.experts import BACKENDS
+    from ops import autotune as room
 
     def broken(*_: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")
 
-    monkeypatch.setitem(BACKENDS, "broken", broken)
     shapes = room.Shapes(64, 16, 16, 4, "swiglu", True, "float32")
-    seconds = room.measure([*BACKENDS_THAT_RUN, "broken"], shapes, torch.device("cpu"))
+    seconds = room.measure(
+        {**{name: BACKENDS[name] for name in BACKENDS_THAT_RUN}, "broken": broken}, shapes, torch.device("cpu")
+    )
     assert list(seconds) == BACKENDS_THAT_RUN and all(s > 0 for s in seconds.values())
 
 
 def test_compilation_is_not_running_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that takes longer to compile than all rounds may last, on a GPU for every new row count."""
-    from moe import measure as room
     from moe.experts import BACKENDS
+    from ops import autotune as room
 
     compiled: set[tuple[int, ...]] = set()
 
@@ -196,19 +197,17 @@ def test_compilation_is_not_running_time(monkeypatch: pytest.MonkeyPatch) -> Non
             time.sleep(0.3)
         return BACKENDS["loop"](x, counts, *rest)
 
-    monkeypatch.setitem(BACKENDS, "compiled", once)
     shapes = room.Shapes(640, 16, 16, 4, "swiglu", True, "float32")
-    assert room.measure(["loop", "compiled"], shapes, torch.device("cpu"))["compiled"] < 0.2
-    monkeypatch.setitem(BACKENDS, "compiled", per_counts)
+    assert room.measure({"loop": BACKENDS["loop"], "compiled": once}, shapes, torch.device("cpu"))["compiled"] < 0.2
     monkeypatch.setattr(room, "_untimed", lambda device, real=room._untimed: real(torch.device("cuda")))
     slept = time.perf_counter()
-    assert room.measure(["compiled"], shapes, torch.device("cpu"))["compiled"] < 0.2
+    assert room.measure({"compiled": per_counts}, shapes, torch.device("cpu"))["compiled"] < 0.2
     assert time.perf_counter() - slept > 0.3 * room.REPETITIONS
 
 
 def test_no_two_rounds_have_the_same_rows() -> None:
     """A kernel that oneDNN builds for one row count must cost every round, as it costs every step."""
-    from moe import measure as room
+    from ops import autotune as room
 
     shapes = room.Shapes(8192, 16, 16, 8, "swiglu", False, "bfloat16")
     rounds = [room._counts(shapes, r) for r in [*room._untimed(torch.device("cpu")), *range(room.REPETITIONS)]]

@@ -10,8 +10,8 @@ import pytest
 
 from conf.schema import Config
 from corpus.stream import TrainStream
-from parallel.simulate import RankFailed, run_ranks
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, run_ranks
 from tests.training.helpers import command_line, start, tiny_config, train, write_corpus
 
 TIMEOUT = 12.0

@@ -9,12 +9,12 @@ import pytest
 from conf.schema import CheckpointConfig, Config
 from launch import check
 from launch.train import prepare_run
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import command_line, rows, start, tiny_config, with_layout, write_corpus
 from training.console import Console
-from training.rank import train_rank
 from training.run_dir import open_run_dir
+from training.worker import train_rank
 
 LIMIT = 120.0
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moe.load import ExpertLoad
+from moe.expert_load import ExpertLoad
 from training import metrics
-from training.expert_load import load_heat_map
+from training.expert_load_log import load_heat_map
 from training.metrics import EVALUATION_KEYS, STEP_KEYS, RunLog, json_line, mfu, peak_flops
 
 

@@ -12,8 +12,8 @@ import torch
 from conf.schema import CheckpointConfig, Config, GuardConfig
 from parallel import optimizer_state
 from parallel.engine import Engine
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
 
 

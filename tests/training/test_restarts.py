@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Config, OptimConfig
-from parallel.simulate import RankPool
+from parallel.local_launcher import RankPool
 from tests.training.helpers import command_line, rows, start, tiny_config, train, write_corpus
 
 LIMIT = 120.0
@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_moments_of_another_type_and_says_so(ranks: RankPool,
 
 def test_bf16_gradients_need_bf16_parameters() -> None:
     """precision=auto knows on the device alone what it is."""
-    from training.session import _refuse_bf16_gradients
+    from training.builder import _refuse_bf16_gradients
 
     why = "the processor has no bf16 arithmetic"
     _refuse_bf16_gradients(Config(), why)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Config, RunConfig
-from training import loop
-from training.rank import tell_batch_script
+from training import trainer
 from training.run_files import json_lines, json_object, write_whole
+from training.worker import tell_batch_script
 
 TORN = b'{"step": 1, "lr": 0.5}\n' + b"[" * 100_000 + b'\nnull\n3\n\xff\n{"step": 2, "val_loss": 1.0}\n{"step"'
 
@@ -25,10 +25,10 @@ def test_rows_among_torn_lines(tmp_path: Path) -> None:
 def test_the_last_learning_rate_among_torn_lines(tmp_path: Path, step: int, rate: float | None) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(TORN)
 
-    class Trainer(loop.Trainer):
+    class Trainer(trainer.Trainer):
         def __init__(self) -> None:
-            self.run_dir = loop.RunDir(tmp_path, created=False, continued=True, changed=[], overrides=[])
-            self.progress = loop.Progress(step=step)
+            self.run_dir = trainer.RunDir(tmp_path, created=False, continued=True, changed=[], overrides=[])
+            self.progress = trainer.Progress(step=step)
 
     assert Trainer()._last_rate() == rate
 

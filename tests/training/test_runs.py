@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conf.commands import EvaluateConfig, GenerateConfig, OwnText
 from conf.schema import CheckpointConfig, GuardConfig, OptimConfig
-from parallel.simulate import RankFailed, RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import command_line, rows, start, tiny_config, train, trajectory, with_layout, write_corpus
 from training.metrics import STEP_KEYS
 

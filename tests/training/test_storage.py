@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Config
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.training.helpers import rows, tiny_config, train, trajectory, write_corpus
 
 LIMIT = 120.0
@@ -71,7 +71,7 @@ def test_tensorboard_alone_ends_no_run(corpus: Path, ranks: RankPool, tmp_path: 
 
 def close_after_a_failure(world: World, config: Config) -> list[bool]:
     """Rank function: whether the files of figures are closed when the third step has failed."""
-    from training.loop import Trainer
+    from training.trainer import Trainer
 
     logs, step, opened = [], Trainer._step, Trainer._open_log
 
@@ -100,7 +100,7 @@ def test_a_run_that_fails_closes_its_files_of_figures(corpus: Path, ranks: RankP
 
 def train_and_delete(world: World, config: Config) -> int:
     """Rank function: the run directory is gone after the second step."""
-    from training.loop import Trainer
+    from training.trainer import Trainer
 
     original = Trainer._log
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conf.schema import ParallelConfig
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.parallel.helpers import started
 from training.stragglers import LINES, Stragglers, figures
 

@@ -33,8 +33,8 @@ def counts_of(experts: int, rows: int) -> list[int]:
 
 def experts_case(kind: str, model: str) -> Pairs:
     """Product, input gradient and weight gradient of one weight, of ragged rows."""
-    from moe.kernels.numerics import RECIPES
-    from moe.kernels.tools import Reference
+    from ops.fp8_numerics import RECIPES
+    from ops.gemm_backend import Reference
 
     experts, hidden, width = SHAPES[model]
     experts = min(experts, 16)  # the reference computes in fp64
@@ -43,7 +43,7 @@ def experts_case(kind: str, model: str) -> Pairs:
     w = bf16(experts, hidden, width, scale=hidden**-0.5, seed=3)
     if kind == "grouped_mm":
         return _grouped_mm(x, w, dy, counts)
-    from moe.kernels.fused import Float8Tools, TritonTools
+    from ops.triton.gemm_backend import Float8Tools, TritonTools
 
     recipe = None if kind == "bf16" else RECIPES[kind]
     narrow = recipe is not None
@@ -87,10 +87,10 @@ def _grouped_mm(x: Tensor, w: Tensor, dy: Tensor, counts: list[int]) -> Pairs:
 
 def linear_case(recipe: str) -> Pairs:
     """torch's scaled_mm behind our linear layer, beside the emulation."""
-    from moe.kernels.layers import linear_with
-    from moe.kernels.numerics import RECIPES
-    from moe.kernels.scaled import ScaledTools
-    from moe.kernels.tools import Reference
+    from ops.fp8_numerics import RECIPES
+    from ops.gemm_backend import Reference
+    from ops.grouped_mlp import linear_with
+    from ops.triton.scaled_mm import ScaledTools
 
     rows, inner, outer = (32, 128, 128) if REHEARSE else (4096, 2048, 5632)
     results = []
@@ -104,8 +104,8 @@ def linear_case(recipe: str) -> Pairs:
 
 def rows_case() -> Pairs:
     """Tokens to rows and back."""
-    from moe.kernels.rows import ROWS
-    from moe.rows import PLAIN_ROWS
+    from ops.permute import PLAIN_ROWS
+    from ops.triton.permute import ROWS
 
     tokens, hidden, top_k = (40, 64, 2) if REHEARSE else (8192, 2048, 8)
     choice = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))[: tokens * top_k * 3 // 4]
@@ -122,7 +122,7 @@ def rows_case() -> Pairs:
 
 
 def norm_case() -> Pairs:
-    from moe.kernels.norms import rms_norm
+    from ops.triton.rms_norm import rms_norm
 
     rows, hidden = (9, 96) if REHEARSE else (8192, 4096)
     x, weight, above = bf16(rows, hidden, seed=1), bf16(hidden, seed=2), bf16(rows, hidden, seed=3)
@@ -136,7 +136,7 @@ def norm_case() -> Pairs:
 
 def loss_case() -> Pairs:
     """Cross-entropy over a vocabulary whose gradient takes the logits' place."""
-    from moe.kernels.losses import _Triton
+    from ops.triton.cross_entropy import _Triton
 
     tokens, vocabulary = (17, 300) if REHEARSE else (2048, 151936)
     logits = bf16(tokens, vocabulary, scale=3.0, seed=1)
@@ -153,8 +153,8 @@ def loss_case() -> Pairs:
 
 def router_case(**options: Any) -> Pairs:
     """The fused router beside torch's operations, which test the same rule in fp32."""
-    from moe.kernels.routing import route
-    from moe.router import Rule
+    from ops.routing import Rule
+    from ops.triton.router import route
 
     tokens, experts, top_k = (40, 16, 2) if REHEARSE else (16384, 128, 8)
     rule = Rule(top_k, sigmoid=options.get("sigmoid", False), after=False, renormalize=True, scale=1.0)
@@ -176,7 +176,7 @@ def router_case(**options: Any) -> Pairs:
 
 def attention_case(kind: str) -> Pairs:
     """Documents, and a later shard of the queries, beside a mask in fp32."""
-    from moe.varlen_attention import attention_pieces, joined_attention, masked_attention, varlen_attention
+    from models.varlen_attention import attention_pieces, joined_attention, masked_attention, varlen_attention
 
     attend = {"joined": joined_attention, "varlen": varlen_attention}[kind]
     sequence, heads, groups = (64, 4, 2) if REHEARSE else (2048, 16, 4)

@@ -18,7 +18,7 @@ DEVICE = torch.device("cpu" if REHEARSE else "cuda")
 
 if REHEARSE and os.environ.get("TRITON_INTERPRET"):
     try:
-        from tests.moe.kernels import interpreter
+        from tests.ops import interpreter
     except ImportError:  # without Triton the stages say so themselves
         pass
     else:

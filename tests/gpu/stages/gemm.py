@@ -66,11 +66,11 @@ def linear(model: str) -> dict[str, object]:
 
 def memory_bound() -> dict[str, object]:
     """GB/s of what is read and written at least, beside those of a copy."""
-    from moe.activations import activate
-    from moe.kernels.fused import Float8Tools, TritonTools
-    from moe.kernels.norms import rms_norm
-    from moe.kernels.numerics import RECIPES
-    from moe.kernels.rows import ROWS as PERMUTE
+    from ops.activations import activate
+    from ops.fp8_numerics import RECIPES
+    from ops.triton.gemm_backend import Float8Tools, TritonTools
+    from ops.triton.permute import ROWS as PERMUTE
+    from ops.triton.rms_norm import rms_norm
 
     tokens, hidden, width = (32, 128, 128) if REHEARSE else (16384, 4096, 4096)
     x, h, weight = bf16(tokens, hidden), bf16(tokens, 2, width), bf16(hidden)

@@ -1,7 +1,7 @@
 """Four simulated ranks that share the card, through gloo and the host's memory: three cells of the parity matrix."""
 
 from benchmarks import parity
-from parallel.simulate import RankPool
+from parallel.local_launcher import RankPool
 from tests.gpu.stages.common import attempt
 
 CELLS = {"tp2 ep2": "drops", "cp2 tp2": "switch_documents", "pp2 dp2 +overlap": "switch"}

@@ -53,18 +53,18 @@ def contender(name: str, shape: dict[str, int]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from benchmarks import train_step
-    from parallel import runtime
+    from parallel import process_groups
+    from parallel.env import World
     from parallel.layout import Layout
-    from parallel.world import World
 
     text = torch.randint(0, BATCH["vocabulary"], (BATCH["batch"], BATCH["sequence"] + 1))
     batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     if name.startswith("ours"):
-        from training import session
-        from training.preview import memory_per_rank
+        from training import builder
+        from training.memory_estimate import memory_per_rank
 
         config = configuration(shape, name.split()[1])
-        started = session.start(config, World(), train=True)
+        started = builder.start(config, World(), train=True)
         estimate = memory_per_rank(config, Layout(1), bf16=True)
         known = {
             "flops_per_token": started.cost.flops_per_token,
@@ -74,7 +74,9 @@ def contender(name: str, shape: dict[str, int]) -> tuple[Any, dict[str, Any]]:
         return train_step.contender(started.engine, *batch).step, known
     config = configuration(shape, "bf16")
     if name == "megatron":
-        return train_step.megatron(config, runtime.start(World(), Layout(1), seed=1, timeout=60), *batch).step, {}
+        return train_step.megatron(
+            config, process_groups.start(World(), Layout(1), seed=1, timeout=60), *batch
+        ).step, {}
     return train_step.transformers(config, DEVICE, "grouped_mm", *batch).step, {}
 
 
@@ -135,7 +137,7 @@ def profiled(step: Any, middle: float) -> dict[str, Any]:
 
 def prepare() -> None:
     """What a contender can do while another one has the card."""
-    import training.session  # noqa: F401
+    import training.builder  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import transformers  # noqa: F401

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from conf.commands import ExportConfig, ImportConfig
 from corpus.tokenizer import Tokenizer
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from training import hf_verify
 
 VOCABULARY, LENGTH = 320, 64
@@ -129,7 +129,7 @@ def run_export(ranks: RankPool, checkpoint: Path, output: Path, **settings: Any)
 def in_rank(world: World, run: Callable[[Any], int], config: Any) -> Outcome:
     """As launch.cli.command maps errors to exit codes."""
     printed = io.StringIO()
-    # While the engine runs, standard output is another one (training.noise).
+    # While the engine runs, standard output is another one (training.output_redirect).
     verdict = mock.patch.object(hf_verify, "print", lambda line: print(line, file=printed), create=True)
     try:
         with contextlib.redirect_stdout(printed), verdict:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.configuration import config_of, differences, family_for, model_of
 from models.hf.families import FAMILIES
-from parallel.simulate import RankPool
+from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import run_export, run_import
 from tests.training.helpers import ROOT, tiny_config, train
 from training import hf_verify

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from conf.commands import Here
 from conf.schema import ParallelConfig
-from parallel.simulate import RankPool
-from parallel.world import World
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import LENGTH, assert_same_bits, run_export, run_import, tensors_in
 from tests.training.helpers import tiny_config, train, trajectory
 from training.hf_verify import BOUNDS, Comparison, _compare_rank, write_reference
@@ -23,7 +23,7 @@ IDS = [(7 * i + i * i) % 320 for i in range(LENGTH)]
 
 def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits [S, V], the mean loss and its gradients, of an imported run."""
-    from training.trained import open_trained
+    from training.load_checkpoint import open_trained
 
     with open_trained(run, Here(precision="fp32"), world) as trained:
         (stage,) = trained.session.engine.modules

@@ -1,0 +1,262 @@
+"""The decoder, built by pipeline chunk on Megatron-Core's tensor-parallel layers.
+
+Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this rank's slice).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel as tp
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from models.attention import Attention, CausalAttention, Rotary, Turn, torch_attention, torch_turn
+from models.init import initialise
+from models.loss import TokenLosses, token_losses
+from models.norm import RMSNorm
+from models.varlen_attention import Piece, VarlenAttention, attention_pieces, joined_attention
+from moe.experts import DenseFFN
+from moe.layer import MoELayer
+from moe.metrics import Report
+from moe.router import RouterLogits, router_logits
+from moe.shared_experts import SharedExperts
+from ops.fp8 import Float8
+from ops.grouped_mlp import forget_weights, use_tools
+from ops.permute import PLAIN_ROWS, Rows
+from ops.registry import Norm, torch_rms_norm
+from ops.routing import FusedRoute
+from parallel.activation_checkpoint import recomputed, with_output_recomputed
+from parallel.batch_context import PLAIN, ForwardPass
+from parallel.process_groups import Runtime
+from parallel.sharding import place
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every block is built from."""
+
+    model: ModelConfig
+    config: TransformerConfig
+    runtime: Runtime
+    backend: str | None
+    """How the experts' products run (moe.experts.choose_backend); None: no layer has such experts."""
+    seed: int
+    """Of the initial weights and of the layers' random numbers."""
+    norm_function: Norm = torch_rms_norm
+    """Which RMSNorm runs (ops.registry.select_norm)."""
+    dispatcher: str | None = None
+    """How rows travel to their experts; None: what moe.dispatcher.choose_dispatcher says."""
+    causal_attention: CausalAttention = torch_attention
+    """What attends where there is no mask (models.attention.choose_attention)."""
+    varlen_attention: VarlenAttention = joined_attention
+    """What attends within documents and to other ranks' keys (models.attention.choose_varlen_attention)."""
+    turn: Turn = torch_turn
+    """What turns queries and keys by their positions (models.attention.choose_turn)."""
+    token_losses: TokenLosses = token_losses
+    """Which cross-entropy runs (models.loss.choose_token_losses)."""
+    rows: Rows = PLAIN_ROWS
+    """How rows are gathered and added on a rank (ops.permute.choose_rows)."""
+    fused_route: FusedRoute | None = None
+    """What routers choose and weigh with (moe.router.choose_router); None: torch's operations."""
+    router_logits: RouterLogits = router_logits
+    """What multiplies tokens with a router's weight (moe.router.choose_router_logits)."""
+    float8: Float8 | None = None
+    """Which layers compute in FP8, and with what (ops.fp8.choose_float8)."""
+
+    def norm(self) -> RMSNorm:
+        return RMSNorm(
+            self.model.hidden_size,
+            self.model.norm_eps,
+            function=self.norm_function,
+            dtype=self.config.params_dtype,
+            sequence_parallel=self.config.sequence_parallel,
+            groups=self.runtime.groups,
+        )
+
+
+Attend = tuple[Tensor, Tensor, list[Piece] | None]
+"""Cosines and sines of the positions, and who attends to whom (models.varlen_attention.attention_pieces)."""
+
+Ran = tuple[Tensor, Report | None]
+"""The output of a block, and what a sparse one counted."""
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each after a norm and inside a residual."""
+
+    def __init__(self, parts: Parts, layer: int):
+        super().__init__()
+        groups = parts.runtime.groups
+        self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
+        attends = parts.causal_attention, parts.turn, parts.varlen_attention, parts.norm_function
+        self.attention = Attention(parts.model, parts.config, groups, *attends)
+        self.sparse, self.recompute = parts.model.is_sparse(layer), parts.model.recompute
+        float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
+        if self.sparse:
+            self.ffn = MoELayer(
+                parts.model,
+                backend=float8.experts if float8 else parts.backend,
+                dtype=parts.config.params_dtype,
+                sequence_parallel=parts.config.sequence_parallel,
+                groups=groups,
+                draws=(parts.seed, layer),
+                dispatcher=parts.dispatcher,
+                rows=parts.rows,
+                fused_route=parts.fused_route,
+                logits=parts.router_logits,
+                shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
+            )
+        else:
+            self.ffn = DenseFFN(parts.model, parts.config, groups)
+        if float8 is not None and float8.linear is not None:
+            use_tools(self, float8.linear)
+
+    def forward(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Tensor:
+        """attend: cosines and sines of the positions, and who attends to whom."""
+        run = partial(recomputed, self._run) if "full" in self.recompute else self._run
+        x_SBD, report = run(x_SBD, attend, about)
+        if report is not None:
+            self.ffn.record(report, about)
+        return x_SBD
+
+    def _run(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Ran:
+        x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
+        if not self.sparse:
+            return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
+        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn.run(normed, about))
+        return x_SBD + out_SBD, report
+
+    def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
+        return with_output_recomputed(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
+
+
+class Stage(MegatronModule):
+    """One pipeline chunk: a run of layers, with the embedding if it is the first and the head if it is the last.
+    Layers are named by their index in the whole model, so that a parameter has one name under every layout."""
+
+    def __init__(self, parts: Parts, *, chunk: int, sequence_length: int, document_mask: bool):
+        super().__init__(parts.config)
+        model, layout, groups = parts.model, parts.runtime.layout, parts.runtime.groups
+        chunks, index = layout.pp * layout.vpp, chunk * layout.pp + groups.pp.rank()
+        # What Megatron-Core's schedules ask of a model.
+        self.pre_process, self.post_process = index == 0, index == chunks - 1
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.input_tensor: Tensor | None = None
+        self.token_losses = parts.token_losses
+
+        self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
+        self.rotary = Rotary(model.head_width, model.rope_theta, sequence_length)
+        std = (model.init_scale / model.hidden_size) ** 0.5
+        if self.pre_process:
+            self.embedding = tp.VocabParallelEmbedding(
+                model.vocab_size,
+                model.hidden_size,
+                init_method=None,
+                config=parts.config,
+                reduce_scatter_embeddings=parts.config.sequence_parallel,
+                tp_group=groups.tp,
+            )
+            place(self.embedding.weight, (0, groups.tp), std=std)
+            # Gives it a bucket of its own, cut over data-parallel ranks as on the other stage that holds it.
+            self.embedding.weight.shared_embedding = model.tie_embeddings
+        self.layers = nn.ModuleDict({str(i): Block(parts, i) for i in layout.chunk_layers(index, model.num_layers)})
+        if self.post_process:
+            self.final_norm = parts.norm()
+            self._build_head(parts, std)
+        self.to(parts.runtime.device)
+        initialise(self, parts.seed)
+
+    def _build_head(self, parts: Parts, std: float) -> None:
+        model, groups = parts.model, parts.runtime.groups
+        tied_here = model.tie_embeddings and self.pre_process
+        self.head = tp.ColumnParallelLinear(
+            model.hidden_size,
+            model.vocab_size,
+            config=parts.config,
+            init_method=None,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=tied_here,
+            tp_group=groups.tp,
+        )
+        if not tied_here:
+            alias = "embedding.weight" if model.tie_embeddings else None
+            place(self.head.weight, (0, groups.tp), std=std, alias=alias)
+            # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
+            self.head.weight.shared = self.head.weight.shared_embedding = model.tie_embeddings
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        if self.pre_process:
+            return self.embedding.weight
+        return self.head.weight if self.post_process else None
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        forward_pass: ForwardPass = PLAIN,
+    ) -> Tensor:
+        """Args:
+            tokens_BS, labels_BS: this rank's slice of the sequence.
+            positions_BS: of the whole sequence; a 0 starts a document.
+
+        Returns:
+            Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
+            (fp32), or without labels the logits [B, S, V].
+        """
+        if self.pre_process:
+            x_SBD = self.embedding(tokens_BS)
+            if not self.config.sequence_parallel:  # else it comes scattered, sequence first
+                x_SBD = x_SBD.transpose(0, 1).contiguous()
+        else:
+            x_SBD = self.input_tensor
+        mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
+        cos, sin = self.rotary.angles(mine_BS.t())
+        pieces = None
+        if self.document_mask or self.cp.size() > 1:
+            on_host_BS = forward_pass.host_positions_BS
+            on_host_BS = positions_BS.cpu() if on_host_BS is None else on_host_BS
+            pieces = attention_pieces(on_host_BS, self.cp.rank(), self.cp.size(), self.document_mask)
+        for layer in self.layers.values():
+            x_SBD = layer(x_SBD, (cos, sin, pieces), forward_pass)
+        return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
+
+    def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
+        tied = self.embedding.weight if self.share_embeddings_and_output_weights and self.pre_process else None
+        logits_SBV = self.head(self.final_norm(x_SBD), weight=tied)[0]
+        if labels_BS is None:
+            return logits_SBV.transpose(0, 1)
+        return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
+
+    def sparse(self) -> dict[int, MoELayer]:
+        """The sparse layers of this chunk by their index in the model."""
+        return {int(i): block.ffn for i, block in self.layers.items() if isinstance(block.ffn, MoELayer)}
+
+    def end_step(self, *, applied: bool) -> None:
+        """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and
+        the weights in FP8. Called before the optimizer changes the weights."""
+        forget_weights(self)
+        layers = [layer for layer in self.sparse().values() if layer.router.follows_load]
+        if not layers:
+            return
+        load_L2E = torch.stack([layer.step_load_2E for layer in layers])
+        # The tensor-parallel ranks hold different tokens only under sequence parallelism.
+        groups = (self.groups.dp_cp, self.groups.tp) if self.config.sequence_parallel else (self.groups.dp_cp,)
+        for group in groups:
+            dist.all_reduce(load_L2E, group=group)
+        for layer, load_2E in zip(layers, load_L2E, strict=True):
+            layer.step_load_2E.zero_()
+            if applied:
+                layer.router.end_step(*load_2E)

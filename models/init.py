@@ -1,0 +1,65 @@
+"""Initial weights that do not depend on the layout: every logical parameter, and every expert, is drawn from a
+generator keyed by (seed, name, expert), and each rank keeps its part."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from parallel.sharding import Placement, logical_name
+
+
+def _generator(seed: int, *key: object) -> torch.Generator:
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+BOUND = 2.0
+"""Weights are cut off at so many standard deviations, as in Switch (arXiv:2101.03961, section 2.4)."""
+
+
+def _draw(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    """A truncated normal in fp32, by the inverse of its distribution function: one pass, the same in every version of
+    torch, and torch releases Python's lock meanwhile, so that experts can be drawn beside each other."""
+    share = math.erf(BOUND / math.sqrt(2))
+    x = torch.empty(shape).uniform_(-share, share, generator=generator)
+    return x.erfinv_().mul_(std * math.sqrt(2)).clamp_(-BOUND * std, BOUND * std)
+
+
+def _write(part: torch.Tensor, within: Placement, shape: tuple[int, ...], std: float, key: tuple[object, ...]) -> None:
+    with torch.no_grad():  # it is a thread's own setting
+        part.copy_(within.cut(_draw(shape, std, _generator(*key))))
+
+
+def _parts(name: str, parameter: nn.Parameter, placement: Placement, seed: int) -> Iterator[tuple]:
+    """The arguments of `_write` for every piece of a parameter that has a generator of its own."""
+    shape = placement.logical_shape(parameter.shape)
+    if not placement.per_expert:
+        yield parameter, placement, shape, placement.std, (seed, name)
+        return
+    first = placement.offset_and_size(0)[0] * len(parameter)
+    within = Placement(tuple((axis - 1, group) for axis, group in placement.cuts if axis > 0))
+    for index in range(len(parameter)):
+        yield parameter[index], within, shape[1:], placement.std, (seed, name, first + index)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Writes the initial value of every parameter of a pipeline chunk in place, drawn in fp32 on the CPU by as many
+    threads as torch uses."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        written = []
+        for name, parameter in module.named_parameters():
+            placement = parameter.placement
+            if parameter.is_meta:  # of a planned rank, which has shapes alone
+                continue
+            if not placement.std:
+                parameter.fill_(1.0 if placement.std is None else 0.0)
+                continue
+            for part in _parts(logical_name(name, parameter), parameter, placement, seed):
+                written.append(pool.submit(_write, *part))
+        for one in written:
+            one.result()

@@ -1,0 +1,280 @@
+"""Brings rows to the ranks that hold their experts and back.
+
+Three ways with one interface and one result: everything on this rank, all-to-all, all-gather. `start` sends, `finish`
+waits: what is computed between the two runs while the rows travel. `combine` brings the experts' answers back.
+
+With `slots`, the sizes are known beforehand: every expert gets exactly that many rows from every rank, zeros where it
+was chosen less often, and the host waits for no count from the device. A micro-batch's capacity C bounds what all its
+ranks together send to an expert, and a rank's T tokens what it alone can: the layer says slots = min(C, T).
+
+Sums on a GPU (index_add, and index_select's gradient) add in any order; train.deterministic=true fixes it, through
+torch.use_deterministic_algorithms.
+
+Legend: T tokens of this rank, D hidden, E experts, L experts of this rank, K choices per token, R routed rows,
+P ranks that rows come from, N = P * T tokens of these ranks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.schema import MoeConfig
+from ops.permute import PLAIN_ROWS, Origin, Routed, Rows
+from parallel.async_collectives import Flight, arrive, depart, exchanging, fly, gathering, summing
+from parallel.collectives import GatherRagged, GatherSequence, ReduceScatterRagged, all_gather
+from parallel.process_groups import Groups
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the router decided for T tokens, [T, K] each."""
+
+    experts_TK: Tensor
+    gates_TK: Tensor
+    keep_TK: Tensor
+    """False where the choice is dropped."""
+    names_TK: Tensor | None = None
+    """int64, a name for every choice that travels with its row. None: rows stay nameless."""
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows for this rank's experts."""
+
+    rows: Routed
+    """Grouped by expert."""
+    counts: list[int]
+    """Rows of each of this rank's experts."""
+    names_R: Tensor | None
+    """Of the rows; any number for a row of zeros."""
+    way_back: Any
+    """What the dispatcher needs to combine."""
+
+
+class Dispatcher(Protocol):
+    """How rows get to their experts. Between `start` and `finish` of a layer there is no other `start`."""
+
+    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Any:
+        """Sends the rows of the kept choices. slots: rows of each expert from each rank; None: as many as there are."""
+
+    def finish(self, started: Any) -> Dispatched:
+        """Waits for the rows that come to this rank."""
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """[T, D]: the sum over each token's kept choices of gate * expert output; zero where all were dropped.
+
+        Args:
+            y_RD: the experts' answers to the rows, partial sums where etp cuts the experts.
+        """
+
+
+def by_expert(expert_X: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(order that sorts by expert and then by place, choices of each expert [E]); expert E, which does not exist, comes
+    last and is not counted."""
+    sorted_X, order = expert_X.sort(stable=True)
+    ends_E = torch.searchsorted(sorted_X, torch.arange(num_experts, device=sorted_X.device), right=True)
+    return order, ends_E.diff(prepend=ends_E.new_zeros(1))
+
+
+def fill_slots(expert_X: Tensor, num_experts: int, slots: int) -> Tensor:
+    """[E * slots]: which choice each slot holds, an expert's in order from its first slot on; X, which does not exist,
+    where a slot is empty. Choices of expert E get no slot."""
+    order, counts_E = by_expert(expert_X, num_experts)
+    sorted_X = expert_X[order]
+    first = F.pad(counts_E.cumsum(0), (1, 0))  # of each expert, and of expert E
+    slot_X = sorted_X * slots + torch.arange(len(order), device=order.device) - first[sorted_X]
+    slot_X = torch.where(sorted_X < num_experts, slot_X, num_experts * slots)
+    choice = torch.full((num_experts * slots + 1,), len(order), device=order.device)
+    return choice.scatter(0, slot_X, order)[:-1]
+
+
+def take_names(names_TK: Tensor | None, choice_R: Tensor) -> Tensor | None:
+    return None if names_TK is None else F.pad(names_TK.flatten(), (0, 1))[choice_R]
+
+
+def masked_experts(choices: Choices, num_experts: int) -> Tensor:
+    """[T * K]: the chosen experts, and E where the choice was dropped."""
+    return torch.where(choices.keep_TK, choices.experts_TK, num_experts).flatten()
+
+
+class LocalDispatcher:
+    """Every expert is on this rank: rows are sorted, and nothing travels."""
+
+    def __init__(self, num_experts: int, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
+
+    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Dispatched:
+        expert = masked_experts(choices, self.num_experts)
+        if slots is None:
+            order, counts_E = by_expert(expert, self.num_experts)
+            counts = counts_E.tolist()
+            choice_R = order[: sum(counts)]
+        else:
+            counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)
+        rows = Routed(x_TD, Origin(choice_R, choices.experts_TK.shape[1], self.rows), slots is not None)
+        way_back = (choice_R, choices.gates_TK, slots is not None)
+        return Dispatched(rows, counts, take_names(choices.names_TK, choice_R), way_back)
+
+    def finish(self, started: Dispatched) -> Dispatched:
+        return started
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        return self.rows.weighted_sum(y_RD, *sent.way_back)
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """Rows on their way, and what is known of them beforehand."""
+
+    ticket: Tensor
+    flight: Flight
+    choice_R: Tensor
+    """Which of the T * K choices each row was that left this rank; of the N * K for an all-gather."""
+    choices: Choices
+    padded: bool
+    counts: list[int]
+    order_R: Tensor | None = None
+    """The order that groups the arrived rows by expert; None: they are."""
+    send: list[int] = field(default_factory=list)
+    receive: list[int] = field(default_factory=list)
+    """Rows to and from each expert-parallel rank."""
+    gathered: list[int] = field(default_factory=list)
+    """Rows of each expert-tensor-parallel rank."""
+
+
+class AllToAllDispatcher:
+    """Every row travels to the rank that holds its expert and its answer back. With expert-tensor parallelism the ranks
+    that each hold a slice of the same experts then gather their rows, and sum the answers."""
+
+    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
+        self.ep, self.etp = groups.ep, groups.etp
+
+    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
+        expert, local = masked_experts(choices, self.num_experts), self.num_experts // self.ep.size()
+        sources = self.ep.size() * self.etp.size()
+        if slots is None:
+            order, counts_E = by_expert(expert, self.num_experts)
+            send, receive, gathered, counts, arrived_PL = self._tell_counts(counts_E)
+            choice_R = order[: sum(send)]
+        else:
+            choice_R = fill_slots(expert, self.num_experts, slots)
+            send = receive = [local * slots] * self.ep.size()
+            gathered, counts = [sources // self.etp.size() * local * slots] * self.etp.size(), [sources * slots] * local
+            arrived_PL = torch.full((sources, local), slots, device=x_TD.device)
+        expert_R = torch.arange(local, device=x_TD.device).repeat(sources)
+        expert_R = expert_R.repeat_interleave(arrived_PL.flatten(), output_size=sum(counts))
+        flight = exchanging(send, receive, self.ep)
+        ticket = depart(self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), flight)
+        order_R = expert_R.argsort(stable=True)
+        return Travelling(
+            ticket, flight, choice_R, choices, slots is not None, counts, order_R, send, receive, gathered
+        )
+
+    def _tell_counts(self, counts_E: Tensor) -> tuple[list[int], list[int], list[int], list[int], Tensor]:
+        """What this rank sends each rank, receives from it, gathers from each rank of etp, has for each expert, and
+        rows by where they come from and expert [P, L]. The host waits for the device once."""
+        sent_PL = counts_E.view(self.ep.size(), -1)
+        received_PL = torch.empty_like(sent_PL)
+        dist.all_to_all_single(received_PL, sent_PL, group=self.ep)
+        arrived_PL = all_gather(received_PL, self.etp)
+        gathered = arrived_PL.view(self.etp.size(), -1).sum(1)
+        parts = (sent_PL.sum(1), received_PL.sum(1), gathered, arrived_PL.sum(0))
+        told = iter(torch.cat(parts).tolist())
+        send, receive, gathered, counts = ([next(told) for _ in part] for part in parts)
+        return send, receive, gathered, counts, arrived_PL
+
+    def finish(self, started: Travelling) -> Dispatched:
+        rows = self._over_etp(arrive(started.ticket, started.flight), started)
+        names_R = take_names(started.choices.names_TK, started.choice_R)
+        if names_R is not None:
+            names_R = fly(names_R, exchanging(started.send, started.receive, self.ep))
+            names_R = self._over_etp(names_R, started).index_select(0, started.order_R)
+        return Dispatched(Routed(rows, Origin(started.order_R, 1, self.rows)), started.counts, names_R, started)
+
+    def _over_etp(self, rows: Tensor, started: Travelling) -> Tensor:
+        return GatherRagged.apply(rows, started.gathered, self.etp) if self.etp.size() > 1 else rows
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        way: Travelling = sent.way_back
+        arrived = torch.empty_like(way.order_R)
+        arrived[way.order_R] = torch.arange(len(arrived), device=arrived.device)
+        y_RD = y_RD.index_select(0, arrived)
+        if self.etp.size() > 1:
+            y_RD = ReduceScatterRagged.apply(y_RD, way.gathered, self.etp)
+        y_RD = fly(y_RD, exchanging(way.receive, way.send, self.ep))
+        return self.rows.weighted_sum(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
+
+
+class AllGatherDispatcher:
+    """Every rank gets all tokens of the ranks that share the experts, computes what its experts were chosen for, and
+    the partial sums are added up on the tokens' ranks. Moves N tokens instead of T * K rows, and so less where top_k
+    exceeds the ranks, and needs no counts of other ranks."""
+
+    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
+        self.num_experts, self.rows = num_experts, rows
+        self.ep, self.etp = groups.ep, groups.etp
+
+    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
+        local, sources = self.num_experts // self.ep.size(), self.ep.size() * self.etp.size()
+        flight = gathering(self.ep)
+        ticket = depart(self._over_etp(x_TD), flight)
+        expert = self._all(masked_experts(choices, self.num_experts)) - local * self.ep.rank()
+        expert = torch.where((expert >= 0) & (expert < local), expert, local)
+        if slots is None:
+            order, counts_L = by_expert(expert, local)
+            counts = counts_L.tolist()
+            choice_R = order[: sum(counts)]
+        else:
+            # An expert's slots are dealt out by the rank that the rows come from.
+            source = torch.arange(sources, device=x_TD.device).repeat_interleave(len(expert) // sources)
+            apart = torch.where(expert < local, expert * sources + source, local * sources)
+            counts, choice_R = [sources * slots] * local, fill_slots(apart, local * sources, slots)
+        return Travelling(ticket, flight, choice_R, choices, slots is not None, counts)
+
+    def _over_etp(self, t: Tensor) -> Tensor:
+        return GatherSequence.apply(t, self.etp) if self.etp.size() > 1 else t
+
+    def _all(self, t: Tensor) -> Tensor:
+        return all_gather(all_gather(t, self.etp), self.ep)
+
+    def finish(self, started: Travelling) -> Dispatched:
+        x_ND, names_TK = arrive(started.ticket, started.flight), started.choices.names_TK
+        rows = Routed(x_ND, Origin(started.choice_R, started.choices.experts_TK.shape[1], self.rows), started.padded)
+        names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
+        return Dispatched(rows, started.counts, names_R, started)
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        way: Travelling = sent.way_back
+        gates_NK = fly(self._over_etp(way.choices.gates_TK), gathering(self.ep))
+        out = fly(self.rows.weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), summing(self.ep))
+        return fly(out, summing(self.etp)) if self.etp.size() > 1 else out
+
+
+def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
+    """(dispatcher, why) for model.moe.dispatcher, DeepEP aside (moe.deep_ep.select_dispatcher)."""
+    if ep == etp == 1:
+        return "local", "every expert is on every rank"
+    if moe.dispatcher in ("all_to_all", "all_gather"):
+        return moe.dispatcher, "asked for"
+    if moe.load_balancing == "expert_choice":
+        return "all_to_all", "how many experts take a token differs between ranks"
+    if moe.top_k > ep > 1:
+        return "all_gather", f"{ep} ranks share the experts and a token visits {moe.top_k}"
+    return "all_to_all", "rows travel to their experts alone"
+
+
+def make_dispatcher(
+    name: str, num_experts: int, hidden_size: int, groups: Groups, rows: Rows = PLAIN_ROWS
+) -> Dispatcher:
+    if name == "local":
+        return LocalDispatcher(num_experts, rows)
+    if name == "deep_ep":
+        from moe.deep_ep import DeepEPDispatcher
+
+        return DeepEPDispatcher(num_experts, groups, hidden_size)
+    return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups, rows)

@@ -1,0 +1,99 @@
+"""What a router decides for its tokens, and what is counted of its scores.
+
+Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share it), E experts, K choices per token,
+B sequences of the micro-batch, or 1 where it is balanced as a whole, X anything.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TINY = 1e-20
+"""Added to sums of chosen probabilities, which can all underflow to zero where a plan or groups limit the choice."""
+
+
+def count(index_X: Tensor, size: int) -> Tensor:
+    """int64 [size]: how often each index occurs. torch.bincount would make the host wait for the device."""
+    return index_X.new_zeros(size).scatter_add_(0, index_X, torch.ones_like(index_X))
+
+
+def count_loads(experts_MK: Tensor, num_experts: int, sequences: int = 1) -> Tensor:
+    """int64 [B, E]: choices of each expert, of each sequence by itself. Index E is no choice.
+
+    Args:
+        sequences: B, where tokens come in the order of (position, sequence).
+    """
+    sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % sequences
+    flat = (sequence_M[:, None] * (num_experts + 1) + experts_MK).flatten()
+    counts = count(flat, sequences * (num_experts + 1))
+    return counts.view(sequences, num_experts + 1)[:, :num_experts]
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What losses and log want of the router's scores: sums over this rank's tokens, in which padding has no part."""
+
+    load_BE: Tensor
+    """int64: choices of each expert, before any drop."""
+    probs_BE: Tensor
+    """Of the probabilities, with gradient."""
+    z: Tensor
+    """Of logsumexp(logits)^2, with gradient."""
+    entropy: Tensor
+    """Of the entropies of the tokens' distributions, in nats."""
+    logit_square: Tensor
+    """Of the mean squared logits."""
+
+    @staticmethod
+    def of(
+        logits_TE: Tensor, probs_TE: Tensor, experts_TK: Tensor, padding_T: Tensor | None = None, sequences: int = 1
+    ) -> "RouterStats":
+        """Args:
+        experts_TK: the choices; index E is none.
+        padding_T: True where there is no token.
+        sequences: B, where tokens come in the order of (position, sequence).
+        """
+
+        def counted(values_TX: Tensor) -> Tensor:
+            return values_TX if padding_T is None else values_TX.masked_fill(padding_T[:, None], 0.0)
+
+        probs_BE = counted(probs_TE).unflatten(0, (len(probs_TE) // sequences, sequences)).sum(0)
+        z = counted(logits_TE.logsumexp(-1, keepdim=True).square()).sum()
+        with torch.no_grad():
+            entropy = counted(-torch.special.xlogy(probs_TE, probs_TE).sum(1, keepdim=True)).sum()
+            square = counted(logits_TE.square().mean(1, keepdim=True)).sum()
+        return RouterStats(count_loads(experts_TK, probs_TE.shape[1], sequences), probs_BE, z, entropy, square)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision for T tokens."""
+
+    gates_TK: Tensor
+    """fp32, the weight of each choice in the output."""
+    experts_TK: Tensor
+    """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
+    the places that expert choice leaves over."""
+    router_stats: RouterStats
+    """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
+    counted_TK: Tensor | None = None
+    """int64, whose loads the balancing loss takes where these are not experts_TK: the best of the scores without bias
+    and groups, E for padding."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a token chooses by itself. The options are those of MoeConfig."""
+
+    top_k: int
+    sigmoid: bool
+    after: bool
+    """softmax_order=after."""
+    renormalize: bool
+    scale: float
+
+
+FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing]
+"""(logits [T, E] fp32, bias [E] or none, padding [T] or none, rule, B) -> what Router.route says, in one go."""

@@ -1,0 +1,244 @@
+"""Attention against the float64 reference, which rotates by complex multiplication and attends head by head."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conf.schema import ModelConfig
+from models.attention import Attention, Rotary, choose_varlen_attention
+from models.init import initialise
+from models.varlen_attention import (
+    Piece,
+    Segment,
+    VarlenAttention,
+    attention_pieces,
+    joined_attention,
+    masked_attention,
+    piece_mask,
+    query_pieces,
+    varlen_attention,
+)
+from parallel.engine import core_config
+from parallel.process_groups import Runtime
+from tests.moe import reference
+from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny
+
+
+def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
+    config = core_config(model, runtime, torch.float32, deterministic=False)
+    layer = Attention(model, config, runtime.groups).to(runtime.device)
+    initialise(layer, seed=1)
+    return layer
+
+
+def attend(layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask: bool, theta: float) -> Tensor:
+    device = layer.qkv.weight.device
+    cos, sin = Rotary(layer.width, theta, 64).to(device).angles(positions_BS.t().to(device))
+    return layer(x_SBD.to(device), cos, sin, attention_pieces(positions_BS, 0, 1, document_mask))
+
+
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
+"""Positions of two sequences of three and two documents."""
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_attention_heads": 4},
+        {"num_attention_heads": 4, "num_query_groups": 2, "head_dim": 6},
+        {"num_attention_heads": 4, "num_query_groups": 1, "qk_norm": "head"},
+        {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "full"},
+        {"num_attention_heads": 4, "num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.5},
+        {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "head", "attention_bias": True, "clip_qkv": 0.9},
+        {"num_attention_heads": 1, "head_dim": 2},
+    ],
+    ids=str,
+)
+def test_equals_the_reference(sizes: dict[str, Any], document_mask: bool, runtime: Runtime) -> None:
+    model = tiny(hidden_size=16, rope_theta=100.0, **sizes)
+    layer = attention_of(model, runtime)
+    for vector in (parameter for parameter in layer.parameters() if parameter.dim() == 1):
+        vector.data.copy_(1 + 0.5 * random(*vector.shape))
+    x_SBD = random(8, 2, 16, seed=4)
+    x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
+    sequences = [
+        reference.attention(x64_SBD[:, b], weights, model, PACKED[b].tolist(), document_mask) for b in range(2)
+    ]
+    wanted_SBD = torch.stack(sequences, dim=1)
+    above_SBD = random(8, 2, 16, seed=9)
+    (wanted_SBD * above_SBD).sum().backward()
+    x_SBD.requires_grad_()
+    out_SBD = attend(layer, x_SBD, PACKED, document_mask, model.rope_theta)
+    out_SBD.backward(above_SBD.to(out_SBD.device))
+    assert_close(out_SBD, wanted_SBD)
+    assert_close(x_SBD.grad, x64_SBD.grad)
+    assert_gradients_close(layer, weights)
+
+
+def test_document_mask_equals_each_document_alone(runtime: Runtime) -> None:
+    model = tiny(hidden_size=16, num_attention_heads=4, num_query_groups=2)
+    layer = attention_of(model, runtime)
+    x_SBD = random(8, 2, 16)
+    packed_SBD = attend(layer, x_SBD, PACKED, True, model.rope_theta)
+    for b, lengths in enumerate(([4, 3, 1], [2, 6])):
+        alone = [
+            attend(layer, x_SD.unsqueeze(1), torch.arange(len(x_SD))[None], False, model.rope_theta)
+            for x_SD in x_SBD[:, b].split(lengths)
+        ]
+        assert_close(packed_SBD[:, b : b + 1], torch.cat(alone).detach().cpu().double())
+
+
+def masks_of(positions_BS: Tensor, rank: int = 0, ranks: int = 1, document_mask: bool = True) -> list[Tensor]:
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+    assert pieces is not None
+    return [piece_mask(piece, torch.device("cpu")) for piece in pieces]
+
+
+def test_mask_by_hand() -> None:
+    """A row per query: itself and what came before it in its document."""
+    positions_BS = torch.tensor([[0, 1, 0, 1]])
+    [mask] = masks_of(positions_BS)
+    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
+    assert attention_pieces(positions_BS, 0, 1, document_mask=False) is None
+    # A sequence may begin within a document.
+    assert attention_pieces(torch.tensor([[7, 8, 0]]), 0, 1, document_mask=True) == [
+        Piece(slice(0, 3), [[Segment(2, 0, 2), Segment(1, 2, 3)]])
+    ]
+
+
+def test_context_masks_by_hand() -> None:
+    """Rank 0 of 2 attends from the first and the last quarter of the sequence; a letter per document: aaab bbbb."""
+    assert [[*piece] for piece in query_pieces(8, 0, 2)] == [[0, 1], [6, 7]]
+    assert [[*piece] for piece in query_pieces(8, 1, 2)] == [[4, 5], [2, 3]]
+    masks = masks_of(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), 0, 2)
+    assert [mask.int().tolist() for mask in masks] == [
+        [[[[1, 0], [1, 1]]]],
+        [[[[0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]]]],
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_context_ranks_share_queries_and_work_evenly(ranks: int) -> None:
+    sequence = 6 * ranks
+    work, positions = set(), []
+    for rank in range(ranks):
+        masks = masks_of(torch.arange(sequence)[None], rank, ranks, document_mask=False)
+        work.add((sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)))
+        positions += [position for piece in query_pieces(sequence, rank, ranks) for position in piece]
+    assert sorted(positions) == [*range(sequence)]
+    assert len(work) == 1  # computed and allowed pairs of query and key are as many on every rank
+    # A little more than half of all pairs are computed, not all of them as under one mask for the whole sequence.
+    assert work.pop()[0] * ranks == sequence**2 * (2 * ranks + 1) / (4 * ranks)
+
+
+def varlen_on_cpu(*arguments: object, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
+    """torch.nn.attention.varlen by its definition: the last query of a segment sees its last key."""
+    q, k, v, cu_q, cu_k, max_q, max_k = arguments
+    assert window_size == (-1, 0) and enable_gqa and q.dim() == k.dim() == 3 and cu_q.dtype == torch.int32
+    assert cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
+    out = []
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        queries, keys, values = q[q0:q1].transpose(0, 1), k[k0:k1].transpose(0, 1), v[k0:k1].transpose(0, 1)
+        mask = torch.ones(len(q[q0:q1]), len(k[k0:k1]), dtype=torch.bool).tril(int(k1 - k0) - int(q1 - q0))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, enable_gqa=True
+        )
+        out.append(attended.transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("attend", [joined_attention, varlen_attention])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_without_a_mask_equals_the_masked_reference(
+    attend: VarlenAttention, rank: int, ranks: int, document_mask: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.varlen_attention._varlen", lambda: varlen_with_options)
+    positions_BS = torch.cat([torch.arange(n) for n in (5, 1, 17, 13, 23, 1, 6, 6)] * 2).view(2, 72).roll(3, 1)
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+    if pieces is None:
+        pieces = [Piece(slice(0, 72), [[Segment(72, 0, 72)]])]
+    queries = 72 // ranks
+    q, above = (random(2, 4, queries, 8, seed=seed).double() for seed in (1, 2))
+    k, v = (random(2, groups, 72, 8, seed=seed).double() for seed in (3, 4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    wanted = masked_attention(*leaves, pieces)
+    got = attend(*leaves, pieces)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(got, leaves, above), torch.autograd.grad(wanted, leaves, above), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_what_differs_from_the_reference_is_left_out(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(hidden_size=16, num_attention_heads=4, num_query_groups=2)
+    here = (model, runtime.groups, torch.device("cpu"), torch.float32)
+    attend, choice = choose_varlen_attention(*here)
+    assert attend is joined_attention and choice.name == "joined by log-sum-exp"
+
+    def all_keys(q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece]) -> Tensor:
+        """Forgets where documents begin."""
+        whole = [Piece(p.queries, [[s._replace(first_key=0) for s in row] for row in p.rows]) for p in pieces]
+        return joined_attention(q, k, v, whole)
+
+    monkeypatch.setattr("models.attention.joined_attention", all_keys)
+    attend, choice = choose_varlen_attention(*here)
+    assert attend is masked_attention and "differs from torch's by" in choice.why
+
+
+def varlen_with_options(*arguments: object) -> Tensor:
+    return varlen_on_cpu(*arguments, window_size=(-1, 0), enable_gqa=True)
+
+
+@pytest.mark.parametrize(("ranks", "document_mask"), [(1, True), (4, False), (4, True)])
+def test_memory_grows_with_the_tokens(ranks: int, document_mask: bool) -> None:
+    """Largest tensor, and all that is kept for the backward pass, in values per token; a mask is 64 times as much."""
+
+    def sizes(sequence: int) -> tuple[float, float]:
+        documents = torch.arange(sequence) % 64
+        pieces = attention_pieces(documents[None], ranks - 1, ranks, document_mask)
+        q = random(1, 2, sequence // ranks, 8).requires_grad_()
+        k, v = (random(1, 1, sequence, 8).requires_grad_() for _ in range(2))
+        kept: list[int] = []
+        with (
+            Largest() as seen,
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+        ):
+            joined_attention(q, k, v, pieces).sum().backward()
+        return seen.values / sequence, sum(kept) / sequence
+
+    assert sizes(4096) == sizes(512) != (0, 0)
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of an operation."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)]
+        self.values = max([self.values, *(t.numel() for t in tensors)])
+        return result
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    """What rotary positions are for: query and key moved together give the same product."""
+    rotary = Rotary(8, 100.0, 64)
+
+    def score(query_position: int, key_position: int) -> float:
+        query, key = (
+            Rotary.rotate(random(1, 1, 1, 8, seed=seed), *rotary.angles(torch.tensor([[position]])))
+            for seed, position in ((1, query_position), (2, key_position))
+        )
+        return (query * key).sum().item()
+
+    assert score(40, 37) == pytest.approx(score(3, 0), rel=1e-5)
+    assert score(40, 36) != pytest.approx(score(3, 0), rel=1e-2)

@@ -1,0 +1,166 @@
+"""Losses, norms and rotary positions in C++: against plain torch in fp64, value by value, and when they are chosen.
+
+Legend: T tokens, V vocabulary, R rows, D hidden, S sequence, B batch, H heads, N width of a head.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.schema import ParallelConfig
+from models import attention
+from models.attention import Rotary, choose_turn, torch_turn
+from models.loss import _Alone, choose_token_losses, token_losses
+from models.norm import our_norms
+from ops.cpp import build as native
+from ops.cpp import rows
+from ops.cpp.attention import causal_attention, turn
+from ops.registry import select_norm
+from parallel.env import World
+from parallel.process_groups import Runtime
+from tests.models.test_attention import attend, attention_of
+from tests.moe import reference
+from tests.moe.helpers import in_float64, random, tiny
+from tests.parallel.helpers import started
+
+OBSTACLE = native.obstacle()
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}"),
+]
+CPU, HALF = torch.device("cpu"), 2.0**-8
+"""HALF: a unit of the last of bf16's 8 bits is twice this, and rounding is off by half of that."""
+
+
+def assert_rounded(got: Tensor, exact: Tensor, off: float = 1e-6) -> None:
+    """Value by value: rounded to bf16, of what fp32 has right to `off` of the largest value of its row."""
+    bar = HALF * exact.abs() + off * exact.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert got.dtype == torch.bfloat16 and ((got.double() - exact).abs() <= bar).all()
+
+
+def case(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are huge, far below zero, all alike, and but for two values minus infinity; labels at both ends."""
+    logits_TV = 3 * random(7, vocabulary)
+    logits_TV[1] += 1000
+    logits_TV[2] -= 1000
+    logits_TV[3] = 0
+    logits_TV[4, : vocabulary - 2] = -torch.inf
+    labels_T = torch.tensor([0, 1, vocabulary - 1, vocabulary // 2, vocabulary - 1, vocabulary // 3, 0])
+    return logits_TV.bfloat16(), labels_T, random(7, seed=1)
+
+
+def losses_in_float64(logits_TV: Tensor, labels_T: Tensor, grad_T: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = logits_TV.double().requires_grad_()
+    losses_T = F.cross_entropy(leaf, labels_T, reduction="none")
+    losses_T.backward(grad_T.double())
+    return losses_T.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("vocabulary", [3, 16, 1001])
+def test_losses_and_gradients(vocabulary: int) -> None:
+    logits_TV, labels_T, grad_T = case(vocabulary)
+    values, gradient = losses_in_float64(logits_TV, labels_T, grad_T)
+    leaf = logits_TV.clone().requires_grad_()
+    losses_T = rows.token_losses(leaf * 1, labels_T, _Alone())
+    losses_T.backward(grad_T)
+    assert losses_T.dtype == torch.float32
+    torch.testing.assert_close(losses_T.double(), values, rtol=1e-6, atol=1e-6)
+    assert_rounded(leaf.grad, gradient)
+
+
+def cut(world: World) -> tuple[Tensor, Tensor]:
+    """Losses and this rank's slice of the gradient (rank function)."""
+    with started(world, ParallelConfig(tp=world.size)) as runtime:
+        logits_TV, labels_T, grad_T = case(1000)
+        leaf = logits_TV.chunk(world.size, 1)[dist.get_rank()].clone().requires_grad_()
+        losses_T = rows.token_losses(leaf * 1, labels_T, runtime.groups.tp)
+        losses_T.backward(grad_T)
+        return losses_T.detach(), leaf.grad
+
+
+def test_a_vocabulary_cut_over_ranks(ranks) -> None:
+    """Of one token all logits of the first slice are minus infinity."""
+    every = ranks.run(2, cut, timeout=120)
+    values, gradient = losses_in_float64(*case(1000))
+    for losses_T, _ in every:
+        torch.testing.assert_close(losses_T.double(), values, rtol=1e-6, atol=1e-6)
+    assert_rounded(torch.cat([grad for _, grad in every], 1), gradient)
+
+
+@pytest.mark.parametrize(("count", "hidden"), [(1, 1), (5, 16), (150, 200)])
+def test_norms(count: int, hidden: int) -> None:
+    """More rows than a part, rows of very different size, one so small that eps decides, a strided gradient."""
+    x_RD, weight_D = random(count, hidden).bfloat16(), random(hidden, seed=1).bfloat16()
+    x_RD[0] *= 1e-4
+    x_RD[-1] *= 1e3
+    leaves = [x_RD.requires_grad_(), weight_D.requires_grad_()]
+    dy_RD = random(hidden, count, seed=2).t().bfloat16()
+    y_RD = rows.rms_norm(*leaves, 1e-6)
+    dx_RD, dweight_D = torch.autograd.grad(y_RD, leaves, dy_RD)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted_RD = F.rms_norm(exact[0], (hidden,), exact[1], 1e-6)
+    wanted = torch.autograd.grad(wanted_RD, exact, dy_RD.double())
+    assert_rounded(y_RD, wanted_RD.detach())
+    assert_rounded(dx_RD, wanted[0], off=1e-5)  # what is along x cancels
+    assert_rounded(dweight_D, wanted[1])
+
+
+@pytest.mark.parametrize("width", [2, 8, 40, 64])
+def test_turning_is_a_complex_multiplication(width: int) -> None:
+    """Forward and back, on heads that lie beside others, with the angles of two sequences of their own positions."""
+    positions_BS = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
+    cos, sin = Rotary(width, 100.0, 8).angles(positions_BS.t())
+    x_SBHN = random(5, 2, 3, width + 6).bfloat16()[..., 6:]
+    pair = torch.complex(*x_SBHN.double().chunk(2, -1))
+    angle = positions_BS.t()[..., None, None] * 100.0 ** -(torch.arange(0, width, 2) / width)
+    for back, way in ((False, 1), (True, -1)):
+        turned = pair * torch.polar(torch.ones_like(angle.double()), way * angle.double())
+        got = turn(x_SBHN, cos, sin, torch.empty(5, 3, 2, width, dtype=torch.bfloat16).transpose(1, 2), back=back)
+        assert_rounded(got, torch.cat([turned.real, turned.imag], -1))
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_layer_of_attention_on_both(groups: int, runtime: Runtime) -> None:
+    """As far from the float64 reference as bf16 is, output and gradients."""
+    model = tiny(hidden_size=64, num_attention_heads=4, num_query_groups=groups, rope_theta=100.0)
+    layer = attention_of(model, runtime).bfloat16()
+    layer.causal, layer.turn = causal_attention, turn
+    positions_BS = torch.arange(40).expand(2, -1)
+    x_SBD, above_SBD = random(40, 2, 64).bfloat16(), random(40, 2, 64, seed=9).bfloat16()
+    x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
+    whole = [reference.attention(x64_SBD[:, b], weights, model, [*range(40)], False) for b in range(2)]
+    wanted_SBD = torch.stack(whole, dim=1)
+    (wanted_SBD * above_SBD).sum().backward()
+    x_SBD.requires_grad_()
+    out_SBD = attend(layer, x_SBD, positions_BS, False, model.rope_theta)
+    out_SBD.backward(above_SBD)
+    pairs = [(out_SBD, wanted_SBD), (x_SBD.grad, x64_SBD.grad)]
+    pairs += [(p.grad, weights[name].grad) for name, p in layer.named_parameters()]
+    for got, wanted in pairs:
+        assert ((got.double() - wanted).norm() / wanted.norm()).item() < 0.01
+
+
+def test_they_are_chosen_where_they_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen() -> list[object]:
+        norm = select_norm(CPU, torch.bfloat16, [64], our_norms(CPU, torch.bfloat16))
+        return [norm, choose_token_losses(CPU, torch.bfloat16), choose_turn(CPU, torch.bfloat16)]
+
+    assert [one for one, _ in chosen()] == [rows.rms_norm, rows.token_losses, turn]
+    assert {choice.name for _, choice in chosen()} == {"native"}
+    assert choose_turn(CPU, torch.float32)[0] is torch_turn
+    monkeypatch.setattr("models.norm._native_rms_norm", lambda: lambda x, w, eps: rows.rms_norm(x, w, eps) * 1.05)
+    monkeypatch.setattr("models.loss._native_token_losses", lambda: lambda *a: rows.token_losses(*a) * 1.05)
+    monkeypatch.setattr(attention, "_native_turn", lambda: lambda *a, back: turn(*a))
+    assert [choice.name for _, choice in chosen()] == [
+        "blocks of rows in cache",
+        "torch, in blocks",
+        "torch, in blocks",
+    ]
+    assert chosen()[1][0] is token_losses and "differs from torch's" in chosen()[2][1].why
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    without = chosen()
+    assert {choice.name for _, choice in without} == {"blocks of rows in cache", "torch, in blocks"}
+    for _, choice in without:
+        assert "native is compiled when it is first used, and there is no C++ compiler" in choice.why

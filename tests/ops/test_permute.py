@@ -1,0 +1,80 @@
+"""Tokens to rows and back in Triton and in C++, against plain torch in fp64 and its gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops.cpp import build as native
+from ops.permute import PlainRows, Rows, choose_rows
+from tests.moe.helpers import assert_close, random
+from tests.ops.test_cpp_rows import assert_rounded
+
+TOKENS, HIDDEN, TOP_K = 6, 1100, 3
+# Of the 18 choices some are dropped; 18 is none: an empty slot. Token 4 has no row, token 0 has all three.
+CHOICES = {"some": [2, 0, 9, 1, 17, 5, 18, 18, 16], "all": [*range(17, -1, -1)], "none": []}
+CPU, OBSTACLE = torch.device("cpu"), native.obstacle()
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def there_and_back(
+    rows: Rows, device: torch.device, choices: list[int], values: torch.dtype, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Rows, their weighted sum, and the gradients of tokens, rows and gates, of numbers rounded to `values` in
+    arithmetic of `dtype`; operands are strided."""
+
+    def draw(*shape: int, seed: int) -> Tensor:
+        return random(*shape, seed=seed).to(values).to(device, dtype or values)
+
+    choice_R = torch.tensor(choices, dtype=torch.int64, device=device)
+    x_TD = draw(HIDDEN, TOKENS, seed=0).t().requires_grad_()
+    gates_TK = random(TOP_K, TOKENS, seed=1).t().to(device).requires_grad_()
+    taken_RD = rows.take(x_TD, choice_R, TOP_K, True)
+    y_RD = draw(HIDDEN, len(choices), seed=4).t().requires_grad_()
+    out_TD = rows.weighted_sum(y_RD, choice_R, gates_TK, True)
+    gradients = torch.autograd.grad(out_TD, (y_RD, gates_TK), draw(TOKENS, HIDDEN, seed=2))
+    (back_TD,) = torch.autograd.grad(taken_RD, x_TD, draw(*taken_RD.shape, seed=3))
+    return [taken_RD, out_TD, *gradients, back_TD]
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_plain_torch(choices: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    from ops.triton.permute import ROWS
+
+    got = there_and_back(ROWS, device, choices, dtype)
+    wanted = there_and_back(PlainRows(), device, choices, dtype, torch.float64)
+    for a, b in zip(got, wanted, strict=True):
+        if b.numel():
+            assert_close(a, b, 1e-6 if a.dtype == torch.float32 else 4e-3)
+    assert torch.equal(got[0].double(), wanted[0])
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_in_cpp_values_are_those_of_fp64(choices: list[int]) -> None:
+    from ops.cpp.permutation import ROWS
+
+    got = there_and_back(ROWS, CPU, choices, torch.bfloat16)
+    wanted = there_and_back(PlainRows(), CPU, choices, torch.bfloat16, torch.float64)
+    names = ("rows", "sums", "rows' gradient", "gates' gradient", "tokens' gradient")
+    for name, a, b in zip(names, got, wanted, strict=True):
+        if name == "gates' gradient":
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-4)  # of terms that add up to 900
+        elif b.numel():
+            assert_rounded(a, b.detach(), off=0.0 if name == "rows" else 1e-6)
+    assert torch.equal(got[0].double(), wanted[0])
+
+
+def test_plain_torch_on_a_cpu_in_fp32() -> None:
+    rows, choice = choose_rows(CPU, torch.float32)
+    assert isinstance(rows, PlainRows) and choice.part == "permutation"
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+def test_in_cpp_where_it_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ops.cpp.permutation import ROWS
+
+    assert choose_rows(CPU, torch.bfloat16)[0] is ROWS
+    monkeypatch.setattr(type(ROWS.kernels), "gate_gradient", lambda self, rows, slot, grad, gates: gates)
+    rows, choice = choose_rows(CPU, torch.bfloat16)
+    assert isinstance(rows, PlainRows) and "native differs from torch's by" in choice.why

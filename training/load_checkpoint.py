@@ -1,0 +1,116 @@
+"""A trained model, opened from a checkpoint by the ranks of a command that does not train."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf import rules
+from conf.commands import Here
+from conf.schema import Config
+from corpus.tokenizer import Tokenizer
+from parallel.env import World, started_ranks
+from parallel.local_launcher import RankPool
+from training.output_redirect import redirect_noise
+from training.run_dir import TOKENIZER, load_config
+
+if TYPE_CHECKING:  # importing it loads the engine, which warns: see redirect_noise
+    from training.builder import Session
+
+
+@dataclass(frozen=True)
+class Trained:
+    session: "Session"
+    run_dir: Path
+    directory: Path
+    """The step's directory."""
+    step: int
+    tokenizer: Tokenizer | None
+    """None for a run on token files without a tokenizer."""
+
+
+def on_every_rank(run: Callable[[World, Any], int], config: Any) -> int:
+    """Calls run(world, config) as a rank of a torchrun or Slurm job, as each of N simulated ranks (NPROC=N), or as the
+    only rank. Returns the exit code.
+
+    Args:
+        run: importable by name; the ranks call it together.
+
+    Raises:
+        ValueError: what run raises, and what is wrong with the ranks asked for.
+        RankFailed: a simulated rank raised anything else, or died.
+    """
+    world, simulated = started_ranks()
+    if simulated == 1:
+        return run(world, config)
+    with RankPool(simulated, preload=("parallel.forkserver_preload", "training.builder", "launch.cli")) as pool:
+        outcomes = pool.run(simulated, _outcome, run, config)
+    code, message = next((outcome for outcome in outcomes if outcome[0] or outcome[1]), (0, ""))
+    if message:
+        raise ValueError(message)
+    return code
+
+
+def _outcome(world: World, run: Callable[[World, Any], int], config: Any) -> tuple[int, str]:
+    """(exit code, message) of a simulated rank."""
+    try:
+        return run(world, config), ""
+    except ValueError as error:
+        return 0, str(error)
+
+
+def configured_here(recorded: Config, here: Here) -> Config:
+    """The configuration of a run with what a command says of this machine and its ranks in place of what the run was
+    trained with."""
+    backend, timeout, threads = here.model.moe.backend, here.runtime.timeout, here.runtime.threads
+    moe, runtime = recorded.model.moe, recorded.runtime
+    return replace(
+        recorded,
+        model=replace(recorded.model, moe=replace(moe, backend=moe.backend if backend is None else backend)),
+        parallel=here.parallel,
+        precision=here.precision,
+        runtime=replace(
+            runtime,
+            timeout=runtime.timeout if timeout is None else timeout,
+            threads=runtime.threads if threads is None else threads,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[Trained]:
+    """The model of a `checkpoint=` setting on this machine, whatever layout it was trained under.
+
+    Args:
+        world: every rank of it calls this together; None: this process alone.
+
+    Raises:
+        ValueError: no whole checkpoint there, or not of this version; a layout or backend that cannot work here.
+    """
+    world = world or World()
+    noise = redirect_noise(world.rank)
+    try:
+        from parallel import checkpoint, megatron_compat
+        from parallel.checkpoint_manifest import step_of
+
+        directory = checkpoint.resolve(path)
+        megatron_compat.load()
+        from training import builder as sessions
+
+        run_dir = directory.parent.parent
+        config = configured_here(load_config(run_dir), here)
+        rules.check_layout(config, world.size)
+        tokenizer = None
+        if (run_dir / TOKENIZER).exists():
+            tokenizer = Tokenizer.load(str(run_dir / TOKENIZER), config.data.eod_token)
+        session = sessions.start(config, world, train=False)
+        try:
+            checkpoint.load_weights(session.engine, directory)
+            step = step_of(directory)
+            assert step is not None
+            yield Trained(session, run_dir, directory, step, tokenizer)
+        finally:
+            sessions.stop()
+    finally:
+        noise.undo()

@@ -1,0 +1,382 @@
+"""The training loop: from a configuration to a finished, stopped or failed run."""
+
+import dataclasses
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.case import shown
+from conf.override_text import command, override
+from corpus.prepare import Prepared
+from corpus.stream import TrainStream, ValidWindows, micro_batches
+from corpus.tokenizer import Tokenizer
+from moe.expert_load import COLUMNS, ExpertLoad
+from moe.metrics import collect
+from parallel import checkpoint
+from parallel.checkpoint import Checkpointer, NotFinite
+from parallel.device_timer import StepClock
+from parallel.optimizer_state import first_nonfinite
+from training.builder import Session
+from training.console import Console
+from training.evaluate import HeldOut, evaluate
+from training.expert_load_log import explain_drops
+from training.generate import encode_prompt, generate
+from training.lr_schedule import learning_rate, schedule_jump
+from training.metrics import RunLog, mfu, peak_flops
+from training.nonfinite import RunFailed, SkipCounter, TakenOver
+from training.profiler import Profiler
+from training.requeue import DONE, STOPPED
+from training.run_dir import RunDir
+from training.run_files import METRICS, json_lines
+from training.signals import FAIL, GO_ON, LEAVE, StopRequest
+from training.storage import StorageFailure
+from training.stragglers import Stragglers
+
+
+@dataclasses.dataclass
+class Progress:
+    """The loop's counters: all that a checkpoint keeps besides tensors."""
+
+    step: int = 0
+    samples: int = 0
+    """Sequences consumed: the position in the training stream."""
+    tokens: int = 0
+    updates: int = 0
+    """Steps whose update was applied."""
+    world_size: int = 1
+
+
+class Trainer:
+    """One rank's view of a run. Every rank calls every method together."""
+
+    def __init__(self, session: Session, run_dir: RunDir, prepared: Prepared, console: Console):
+        self.session, self.config, self.run_dir, self.console = session, session.config, run_dir, console
+        train, data = self.config.train, self.config.data
+        self.is_main = session.runtime.world.rank == 0
+        self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
+        self.prepared = prepared
+        self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
+        # Bytes are known for text that was tokenised here; a .bin made elsewhere with a given tokenizer counts as well.
+        self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
+        self.stream = TrainStream(
+            prepared,
+            sequence_length=train.sequence_length,
+            seed=train.seed,
+            cache_dir=data.cache_dir,
+            document_mask=data.document_mask,
+            note=console.note,
+        )
+        self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
+        self.checkpointer = Checkpointer(run_dir.checkpoints, session.engine, self.config.checkpoint.keep)
+        self.progress = Progress(world_size=session.runtime.world.size)
+        self.storage = StorageFailure(run_dir.path)
+        self.skips = SkipCounter(self.config.guard.max_skipped)
+        self.layers = self.config.model.sparse_layers
+        self.stragglers = Stragglers(session.runtime.device)
+        self.clock = StepClock(session.runtime.device)
+        self.load: ExpertLoad | None = None
+        self.explained_drops: str | None = None
+        self.saved_step: int | None = None
+        self.waited = 0.0
+        """Seconds that the training stood still for the checkpoint under way."""
+        self.logged = 0, 0
+        """Step and skipped updates at the last logged line."""
+
+    def restore(self) -> None:
+        """Continues from the newest whole checkpoint, or starts from given weights."""
+        settings = self.config.checkpoint
+        resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
+        if resumed is not None:
+            newest, state = resumed
+            self.progress = Progress(**{**state, "world_size": self.progress.world_size})
+            self.saved_step = self.progress.step
+            self.console.note(f"continuing from {newest}")
+            if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
+                self.console.warning(f"the data are not those of the earlier steps: {changed}")
+            if self.is_main and (jump := schedule_jump(self._last_rate(), self.progress.step, self.config)):
+                self.console.warning(jump)
+        elif settings.load:
+            source = self.checkpointer.resolve(settings.load)
+            mismatch = checkpoint.load_weights(
+                self.session.engine, source, partial=bool(settings.load_except), rounds=self.checkpointer.rounds
+            )
+            self.console.note(f"weights from {source}")
+            if mismatch:
+                self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
+        if self.owner:
+            self.run_dir.keep_settings(self.owner, self.config, self.prepared)
+
+    def _last_rate(self) -> float | None:
+        """The learning rate of the restored step, where it was logged."""
+        rows = [row for row in json_lines(self.run_dir.path / METRICS) if row.get("step") == self.progress.step]
+        return next((row["lr"] for row in reversed(rows) if isinstance(row.get("lr"), float)), None)
+
+    def signs_of_life(self) -> tuple[int, tuple[int, int]]:
+        """(step under way, counters that grow while this rank gets on)."""
+        return self.progress.step + 1, (self.session.engine.passes, self.checkpointer.stages)
+
+    def run(self, stop: StopRequest) -> int:
+        """Trains to the last step. Returns DONE or STOPPED.
+
+        Raises:
+            RunFailed: too many updates in a row were not finite, another process took the run directory over, or the
+                run directory cannot be written any more.
+        """
+        log = self._open_log()
+        try:
+            return self._run(stop, log)
+        finally:
+            if log:
+                log.close()
+
+    def _run(self, stop: StopRequest, log: RunLog | None) -> int:
+        config, train = self.config, self.config.train
+        profiler = Profiler(train.profile, self.run_dir.path / "profile", enabled=self.is_main)
+        last = min(train.steps, train.stop_after or train.steps)
+        self.logged = self.progress.step, self.skips.total
+        interrupted = self._agree(stop)
+        while self.progress.step < last and not interrupted:
+            self.clock.start()
+            profiler.before(self.progress.step + 1)
+            loss, norm, lr = self._step()
+            self.clock.stop()
+            profiler.after(self.progress.step)
+            step = self.progress.step
+            if step % train.log_every == 0 or step == last:
+                self._log(log, loss=loss, norm=norm, lr=lr, seconds=self.clock.read())
+            interrupted = self._agree(stop)
+            # Before an evaluation, which may fail. Not while updates are being skipped: what led there must not push
+            # the good checkpoints out.
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
+                self.save()
+            if config.eval.every and step % config.eval.every == 0 and step < last:
+                evaluation = self._evaluate(config.eval.batches)
+                self.console.evaluation(evaluation.row(step))
+                self._log_evaluation(log, evaluation)
+                interrupted = self._agree(stop) or interrupted
+            self._settle(wait=False)
+        self.save()
+        self._settle(wait=True)
+        if interrupted and self.progress.step < train.steps:
+            self.console.note(f"stopped by {stop.reason} after step {self.progress.step}")
+            return STOPPED
+        self._finish(log)
+        self._agree(stop)
+        return DONE
+
+    def _open_log(self) -> RunLog | None:
+        log = None
+        if self.is_main:
+            with self.storage.noted():
+                log = RunLog(self.run_dir.path, restored_step=self.progress.step, warn=self.console.warning)
+        return log
+
+    def _agree(self, stop: StopRequest) -> bool:
+        """Whether the ranks stop here.
+
+        Raises:
+            RunFailed: another process took the run directory over, or it cannot be written any more; a checkpoint of
+                this step is then written first.
+        """
+        if self.is_main:
+            if self.console.log_error:
+                self.storage.add(self.console.log_error)
+            self.storage.look_for_directory(self._take_over)
+        lost = self.owner is not None and not self.owner.holds()
+        failed = self.storage.message is not None
+        agreed = stop.agreed(self.session.runtime.device, fail=failed, leave=lost)
+        if agreed == LEAVE:
+            raise TakenOver(f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more")
+        if agreed == FAIL:
+            if self.progress.step:
+                self.saved_step = None  # it may have been in a directory that was deleted
+                self.save()
+                self._settle(wait=True)
+            raise self.storage.failed(self.progress.step)
+        return agreed != GO_ON
+
+    def _take_over(self) -> None:
+        self.owner = self.run_dir.take_over(self.prepared.tokenizer)
+        self.run_dir.keep_settings(self.owner, self.config, self.prepared)
+
+    def _step(self) -> tuple[float, float, float]:
+        """One optimizer step: (loss, gradient norm, learning rate)."""
+        train, groups = self.config.train, self.session.runtime.groups
+        step = self.progress.step + 1
+        micro, dp = train.micro_batch_size, groups.dp.size()
+        began = time.perf_counter()
+        batches = list(
+            micro_batches(
+                self.stream,
+                first_sample=self.progress.samples,
+                micro_batch_size=micro,
+                num_micro_batches=train.global_batch_size // (micro * dp),
+                dp_rank=groups.dp.rank(),
+                dp_size=dp,
+            )
+        )
+        data = time.perf_counter() - began
+        engine = self.session.engine
+        loss = engine.forward_backward(batches, step=step).item()
+        self.stragglers.add(data=data, compute=engine.own_time.seconds())
+        lr = learning_rate(step, self.config.optim, train.steps)
+        norm, applied = engine.update(lr, loss=loss)
+        if applied:
+            self.skips.applied()
+            self.progress.updates += 1
+        else:
+            named: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(named, engine.non_finite())
+            culprits = sorted({f"gradient of {name}" for part in named for name in part})[:3]
+            self.console.warning(self.skips.skipped(step, culprits))
+            self._check_state(step)
+        self.progress.step = step
+        self.progress.samples += train.global_batch_size
+        self.progress.tokens += train.global_batch_size * train.sequence_length
+        return loss, norm, lr
+
+    def _check_state(self, step: int) -> None:
+        """After an update that was skipped: whether a later one could be applied.
+
+        Raises:
+            RunFailed: weights or moments are not finite.
+        """
+        broken = first_nonfinite(self.session.engine)
+        if broken:
+            good = f"is step {self.saved_step}" if self.saved_step else "is none"
+            raise RunFailed(
+                f"step {step}: {broken} is not finite, so that every later update would be skipped. The last good "
+                f"checkpoint {good}: the same command goes on from there; lower optim.lr if it happens again"
+            )
+
+    def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
+        """A line for the step just taken; the routers' figures and the seconds a step are those since the line
+        before."""
+        train, session = self.config.train, self.session
+        parts = {i: layer.statistics for m in session.engine.modules for i, layer in m.sparse().items()}
+        steps, skipped = self.progress.step - self.logged[0], self.skips.total - self.logged[1]
+        self.logged = self.progress.step, self.skips.total
+        self.load = collect(
+            parts,
+            self.layers,
+            self.config.model.moe.num_experts,
+            session.runtime.layout,
+            steps * train.global_batch_size // train.micro_batch_size,
+            session.runtime.device,
+        )
+        of_ranks = self.stragglers.compare(_peak_memory(session.runtime.device))
+        if not log:
+            return
+        rate = train.global_batch_size * train.sequence_length / seconds
+        device = session.runtime.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        world = session.runtime.world.size
+        row = {
+            "step": self.progress.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": mfu(session.cost.flops_per_token, rate, peak_flops(name, session.precision), world),
+            "world_size": world,
+            **(self.load.as_row() if self.load else dict.fromkeys(COLUMNS)),
+            **of_ranks,
+        }
+        if skipped:
+            row["skipped"] = skipped
+        with self.storage.noted():
+            log.step(row, self.load)
+        self.console.step(row, train.steps)
+        if self.load and not self.explained_drops:
+            self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])
+            if self.explained_drops:
+                self.console.note(f"step {self.progress.step}: {self.explained_drops}")
+        if told := self.stragglers.suspicion(of_ranks):
+            self.console.warning(told)
+
+    def _log_evaluation(self, log: RunLog | None, evaluation: HeldOut) -> None:
+        if log:
+            with self.storage.noted():
+                log.evaluation(evaluation.row(self.progress.step))
+
+    def _evaluate(self, batches: int | None) -> HeldOut:
+        return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to.
+
+        Raises:
+            RunFailed: weights or moments are not finite.
+        """
+        if self.saved_step == self.progress.step:
+            return
+        self._settle(wait=True)
+        started = time.perf_counter()
+        try:
+            with self.storage.explained():
+                self.checkpointer.begin(dataclasses.asdict(self.progress))
+        except NotFinite as failure:
+            raise RunFailed(f"{failure}. Lower optim.lr, or look for what the data of this step hold") from None
+        self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
+        if not self.config.checkpoint.asynchronous:
+            self._settle(wait=True)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Completes a checkpoint that was begun, if it is written or shall be waited for."""
+        started = time.perf_counter()
+        with self.storage.explained():
+            path = self.checkpointer.settle(wait=wait)
+        if path is not None:
+            waited = self.waited + time.perf_counter() - started
+            told = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
+            self.console.note(f"checkpoint {path}{told}")
+
+    def _finish(self, log: RunLog | None) -> None:
+        """The end of a run: held-out loss, expert load, a sample, the paths."""
+        held_out = self._evaluate(self.config.eval.final_batches)
+        self._log_evaluation(log, held_out)
+        sample = self._sample()
+        path = self.run_dir.path
+        text = [override("checkpoint", str(path)), override("prompt", "def ")]
+        self.console.summary(
+            held_out.row(self.progress.step),
+            gzip_bits_per_byte=self.prepared.gzip_bits_per_byte(),
+            load=self.load,
+            sample=sample,
+            paths=[
+                ("run directory", str(path)),
+                ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
+                ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
+                ("write text", command([".venv/bin/python", "-m", "launch.generate"], text)),
+                ("continue", self.run_dir.command(2 * self.config.train.steps)),
+            ],
+        )
+
+    def _sample(self) -> tuple[str, str] | None:
+        settings = self.config.eval
+        if not settings.sample_tokens or self.tokenizer is None:
+            return None
+        prompt = encode_prompt(self.tokenizer, settings.sample_prompt)
+        tokens = generate(
+            self.session,
+            prompt,
+            max_tokens=settings.sample_tokens,
+            temperature=0.8,
+            top_k=None,
+            top_p=0.95,
+            seed=self.config.train.seed,
+            eod_id=self.tokenizer.eod_id,
+        )
+        return settings.sample_prompt, self.tokenizer.decode(list(tokens))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of this process, at their highest."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
