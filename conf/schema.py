@@ -1,10 +1,12 @@
-"""Every setting of a run, with its unit and its default; those of the model are in conf/model_schema.py. Defaults live
-only in these two; the YAML groups beside them hold presets, that is, departures from these defaults. Imports nothing
-heavy, so that a login node without PyTorch can read and check a configuration."""
+"""The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py.
+
+Defaults are defined in these two files only; the YAML files in conf/GROUP/ are presets, which override some of them.
+Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
+"""
 
 from dataclasses import dataclass, field
 
-from conf.model_schema import (  # noqa: F401 - everything of the settings is imported from here
+from conf.model_schema import (  # noqa: F401 - all names of the schema are importable from this module
     ACTIVATIONS,
     AUX_LOSS_COUNTS,
     BACKENDS,
@@ -32,40 +34,41 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 @dataclass
 class ParallelConfig:
-    """Degrees of parallelism; data parallelism is what is left of the world size."""
+    """Degrees of parallelism. The data-parallel size is world_size / (tp * pp * cp)."""
 
     tp: int = 1
-    """Tensor parallelism: attention heads and dense feed-forward columns are cut."""
+    """Tensor-parallel size: attention heads, dense feed-forward layers and the vocabulary are sharded over tp ranks."""
     sequence_parallel: bool = False
-    """Between the tensor-parallel parts, each tensor-parallel rank keeps 1/tp of the sequence. Needs tp > 1."""
+    """Shard activations outside of the tensor-parallel layers along the sequence over the tp ranks. Needs tp > 1."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline-parallel size: the number of pipeline stages."""
     vpp: int | None = None
-    """Layer chunks per pipeline stage, interleaved (virtual pipeline). Needs pp > 1."""
+    """Virtual pipeline size: model chunks per stage in the interleaved schedule. Needs pp > 1. null: no
+    interleaving."""
     pp_layers: list[int] | None = None
-    """Layers of each pipeline stage, first to last, for example [3, 5]; with vpp those of all pp * vpp chunks in the
-    order of the model. null: as many in each. Needs pp > 1."""
+    """Number of layers of each pipeline stage, for example [3, 5]. With vpp, one number for each of the pp * vpp model
+    chunks, in model order. null: the same number in each. Needs pp > 1."""
     cp: int = 1
-    """Context parallelism: each rank holds a slice of every sequence."""
+    """Context-parallel size: each sequence is sharded over cp ranks."""
     ep: int = 1
-    """Expert parallelism: experts are spread over ep ranks, taken from the data, context and tensor ranks."""
+    """Expert-parallel size: the experts of a layer are distributed over ep ranks of the same pipeline stage."""
     etp: int = 1
-    """Expert-tensor parallelism: each expert's hidden width is cut over etp ranks."""
+    """Expert-tensor-parallel size: the hidden dimension of each expert is sharded over etp ranks."""
     overlap_grad_reduce: bool | None = None
-    """Sum gradients over the data-parallel ranks bucket by bucket while the backward pass goes on. null: on GPUs."""
+    """Reduce gradient buckets over the data-parallel ranks during the backward pass. null: on GPUs only."""
     overlap_param_gather: bool | None = None
-    """Gather updated weights bucket by bucket while the next forward pass goes on. Needs overlap_grad_reduce. null: as
+    """Gather updated parameters bucket by bucket during the next forward pass. Needs overlap_grad_reduce. null: as
     overlap_grad_reduce."""
 
 
 @dataclass
 class BlendPart:
-    """One ingredient of data=blend."""
+    """One data set of data=blend."""
 
     weight: float = 1.0
-    """Relative share of the training sequences."""
+    """Share of the training samples, relative to the other parts."""
     kind: str = "text"
-    """stdlib, text or megatron."""
+    """stdlib, text or megatron, as data.kind."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
 
@@ -73,35 +76,39 @@ class BlendPart:
 @dataclass
 class DataConfig:
     kind: str = "stdlib"
-    """stdlib: the source files of the running Python's standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst
-    .parquet files. megatron: prefixes of .bin/.idx pairs. blend: a weighted mixture of these."""
+    """Source of the data: stdlib, text, megatron or blend. stdlib: the source files of the running Python's standard
+    library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files (.bin/.idx pairs).
+    blend: a weighted mixture of these."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
     valid_files: list[str] = field(default_factory=list)
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
     valid_fraction: float = 0.02
-    """Share of the documents held out: chosen by a hash of the path (stdlib) or of the document (text), the last ones
-    (megatron). Where the hash holds out no document of a text, the one with the smallest hash is held out if it is
-    short, and the tail of it otherwise: this share of all characters, at least 4,096, at most a quarter of it."""
+    """Fraction of the documents that is held out. They are selected by a hash of the path (stdlib) or of the document
+    (text), or are the last ones (megatron). If the hash selects no document of a text corpus, the document with the
+    smallest hash is held out if it is short, otherwise only its end: this fraction of all characters, at least 4,096
+    and at most a quarter of the document."""
     text_key: str = "text"
-    """The field of .jsonl and .parquet rows that holds the text."""
+    """Name of the field that holds the text in .jsonl and .parquet rows."""
     strict: bool = False
-    """Stop at the first .jsonl or .parquet row that has no text (null, another type, no such field, not JSON). false:
-    leave such rows out and say how many there were and where; a file without any other stops all the same."""
+    """Stop at the first .jsonl or .parquet row without text (null, another type, no such field, invalid JSON). false:
+    skip such rows and report their number and positions; a file without any valid row is an error in both cases."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer.json. null: a byte-level BPE of model.vocab_size entries is trained on the training
-    documents and cached."""
+    """Path of a Hugging Face tokenizer.json. null: train a byte-level BPE of model.vocab_size tokens on the training
+    documents and cache it."""
     tokenizer_sample_mib: int = 64
-    """At most this much text is used to train the tokenizer, every file giving in proportion to its size."""
+    """Maximum size of the text that the tokenizer is trained on, in MiB. Every file contributes in proportion to its
+    size."""
     eod_token: str = "<|endoftext|>"
-    """The token put after every document."""
+    """End-of-document token, appended to every document."""
     document_mask: bool = False
-    """Keep attention and positions within documents."""
+    """Reset attention and positions at document boundaries."""
     blend: list[BlendPart] = field(default_factory=list)
     """The parts of data=blend: [{weight: 1, kind: text, files: [PATH]}, ...]."""
     cache_dir: str = "~/.cache/switchyard"
-    """Tokenizers and token files are kept here, under a key of their content, with hashes. Who cannot write here can
-    use what is there; users who share a folder trust each other, since who writes to it decides what is trained on."""
+    """Directory in which tokenizers and token files are cached. Entries are addressed by content and verified by hash.
+    Without write permission existing entries are still used. Users who share a cache must trust each other: whoever can
+    write to it can change the training data."""
 
 
 @dataclass
@@ -109,37 +116,38 @@ class TrainConfig:
     steps: int = 200
     """Optimizer steps of the whole schedule."""
     micro_batch_size: int = 4
-    """Sequences that one data-parallel rank puts through the model at a time."""
+    """Sequences per micro-batch and data-parallel rank."""
     global_batch_size: int = 32
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all data-parallel ranks and micro-batches."""
     sequence_length: int = 256
-    """Tokens."""
+    """Sequence length in tokens."""
     seed: int = 1234
-    """Of initial weights, sample order, dropout and router noise."""
+    """Seed of the initial weights, sample order, dropout and router noise."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time."""
+    """Use deterministic algorithms only: repeated runs give bitwise equal results."""
     stop_after: int | None = None
-    """Write a checkpoint and stop after this step, the schedule of `steps` unchanged."""
+    """Write a checkpoint and stop after this step; the learning-rate schedule still spans `steps`. null: never."""
     log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
+    """Optimizer steps between lines of metrics.jsonl."""
     profile: list[int] | None = None
-    """[a, b]: write a torch profiler trace of steps a to b, both included."""
+    """[first, last]: record a torch profiler trace of these steps, both included. null: no trace."""
 
 
 @dataclass
 class OptimConfig:
-    """AdamW (arXiv:1711.05101); no weight decay on norms and biases."""
+    """AdamW (arXiv:1711.05101). Norm weights and biases have no weight decay."""
 
     lr: float = 2e-3
     """Peak learning rate."""
     min_lr: float | None = None
-    """Learning rate at the end of the schedule. null: a tenth of the peak."""
+    """Learning rate at the end of the schedule. null: lr / 10."""
     warmup_steps: int = 30
-    """Linear warm-up from 0. May exceed train.steps."""
+    """Steps of linear warm-up from 0. May exceed train.steps."""
     schedule: str = "cosine"
-    """After the warm-up: cosine, linear, wsd (constant, then linear over the last decay_fraction) or constant."""
+    """Decay after the warm-up: cosine, linear, wsd (constant, then linear over the last decay_fraction of the steps) or
+    constant."""
     decay_fraction: float = 0.2
-    """wsd only: share of the steps spent decaying."""
+    """Fraction of the steps over which schedule=wsd decays."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     beta1: float = 0.9
@@ -147,141 +155,144 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the square root of the second moment."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm. 0: no clipping."""
     grad_dtype: str = "fp32"
-    """fp32, or bf16: gradients are added up over micro-batches and reduced over data-parallel ranks in bf16, 2 bytes
-    a parameter instead of 4. Of parameters in bf16: the router's gradients stay in fp32. Their effect on the loss, and
-    that of state_dtype, was within 0.25 % where it was measured (docs/stability.md)."""
+    """Type in which gradients are accumulated and reduced: fp32, or bf16 (2 instead of 4 bytes per parameter). Applies
+    to parameters in bf16; the router's gradients stay in fp32. The measured effect on the loss, of this and of
+    state_dtype, is below 0.25 % (docs/stability.md)."""
     state_dtype: str = "fp32"
-    """fp32, or bf16: Adam's two moments are kept in bf16, 4 bytes a parameter instead of 8, computed in fp32 and
-    rounded stochastically, by random numbers that belong to the step and the element under every layout. Master weights
-    stay in fp32. A checkpoint has the type of the run that wrote it; a run with the other one converts it."""
+    """Type of Adam's moments: fp32, or bf16 (4 instead of 8 bytes per parameter) with the update computed in fp32 and
+    rounded stochastically, equally under every layout. Master weights stay in fp32. Checkpoints hold the type of the
+    run that wrote them and are converted on load."""
     cpu_offload: bool = False
-    """Keep moments and fp32 master weights in page-locked host memory. They pass through the GPU a block at a time
-    during the update, so that the numbers are the same bits as without; the update then takes as long as the bus needs
-    for them. On a CPU nothing is moved."""
+    """Keep moments and fp32 master weights in pinned host memory. The update streams them through the GPU block by
+    block, with bitwise equal results, and takes as long as these transfers. No effect on CPUs."""
 
 
 @dataclass
 class EvalConfig:
     every: int = 50
-    """Steps between evaluations on the held-out text; 0: only at the end."""
+    """Optimizer steps between evaluations on the held-out text. 0: only at the end."""
     batches: int = 2
-    """Global batches of an evaluation during training."""
+    """Global batches per evaluation during training."""
     final_batches: int | None = None
-    """Global batches of the evaluation at the end. null: the whole held-out text."""
+    """Global batches of the final evaluation. null: all of the held-out text."""
     sample_tokens: int = 96
-    """Tokens of the text written at the end of a run; 0: none."""
+    """Tokens of the sample text generated at the end of the run. 0: none."""
     sample_prompt: str = "    def __init__(self"
-    """Beginning of that text."""
+    """Prompt of the sample text."""
 
 
 @dataclass
 class CheckpointConfig:
     every: int = 50
-    """Steps between checkpoints; 0: only at the end. A stopped run always writes one."""
+    """Optimizer steps between checkpoints. 0: only at the end. A run that is stopped always writes one."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of checkpoints to keep; older ones are deleted."""
     asynchronous: bool = False
-    """Write checkpoints while training goes on: it waits only until their tensors are copied. The last one of a run is
-    waited for."""
+    """Write checkpoints in the background: training waits only until the tensors are copied to host memory. The last
+    checkpoint of a run is always waited for."""
     resume: bool | str = True
-    """Continue from the newest whole checkpoint of run.dir. false: refuse a run.dir that has one. fresh: as true, but
-    where every checkpoint is damaged set them aside and begin again at step 0."""
+    """Whether to resume from the checkpoints in run.dir. true: from the newest intact one. false: refuse a run.dir that
+    has checkpoints. fresh: as true, but if all checkpoints are damaged, set them aside and start from step 0."""
     load: str | None = None
-    """A run directory or one step's directory whose weights (not optimizer, not step) the run starts from. Its model
-    must be this one, as conf/model_schema.py says which settings may differ, and its tokenizer is taken."""
+    """Run directory, or directory of one step, whose weights initialise the run; the optimizer state and the step are
+    not loaded. The model must be the same except for the settings that conf/model_schema.py marks as resumable. The
+    tokenizer is taken from there."""
     load_except: list[str] = field(default_factory=list)
-    """Settings that may nevertheless differ from those of checkpoint.load: of the model (model.num_layers), or
-    data.tokenizer. Weights that only the run has, or in another shape, then start anew; those that only the source has
-    are left there."""
+    """Settings that may differ from those of checkpoint.load: of the model (model.num_layers), or data.tokenizer.
+    Weights that are new or of another shape are then initialised; weights that no longer exist are ignored."""
 
 
 @dataclass
 class Fp8Config:
-    """What precision=fp8 does. The products of the experts and of the linear layers in attention and feed-forward
-    layers take E4M3 operands and add up in fp32. Router, norms, embedding, head and the attention itself stay high, as
-    do the optimizer's weights and gradients."""
+    """FP8 training (precision=fp8). The matrix products of the experts and of the linear layers of attention and
+    feed-forward layers take E4M3 operands and accumulate in fp32. Router, norms, embedding, output layer, scaled
+    dot-product attention, optimizer states and gradient buckets stay in higher precision."""
 
     recipe: str = "blockwise"
-    """Which elements share a scale. blockwise: 1 x 128 of activations and gradients, 128 x 128 of weights (DeepSeek-V3,
-    arXiv:2412.19437, section 3.3.2). rowwise: a row or column of an operand. tensorwise: all of it. Only blockwise
-    rounds the same under every layout: the others scale by what one rank holds."""
+    """Granularity of the scales: blockwise, rowwise or tensorwise. blockwise: 1 x 128 for activations and gradients,
+    128 x 128 for weights (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). rowwise: one per row or column of an operand.
+    tensorwise: one per operand. Only blockwise gives the same rounding under every layout, since the others scale by
+    the values that one rank holds."""
     weight_gradient: str = "bf16"
-    """bf16, or fp8: its operands then share scales over 128 rows, which depend on the rows that a rank gets."""
+    """Operand type of the weight gradients' products: bf16 or fp8. fp8 scales blocks of 128 rows, which depend on the
+    rows that a rank receives."""
     kernels: str = "auto"
-    """reference (plain torch: operands are rounded to FP8 and multiplied in bf16, which is exact and gains no time),
-    triton (FP8 tensor cores), or auto: reference on a CPU; on a GPU triton, and for linear layers torch's scaled_mm
-    where that serves the recipe and equals the reference."""
+    """Implementation of the FP8 matrix products: reference, triton or auto. reference: plain PyTorch; operands are
+    rounded to FP8 and multiplied in bf16, which is exact but not faster. triton: FP8 tensor cores. auto: reference on
+    CPUs; on GPUs triton, and PyTorch's scaled_mm for linear layers if it supports the recipe and matches the
+    reference."""
     linear_layers: bool = True
-    """false: only the experts are in FP8, which hold nearly all the arithmetic of a sparse model; the linear layers of
-    attention, dense and shared feed-forward layers stay in bf16."""
+    """Use FP8 for the linear layers of attention and of dense and shared feed-forward layers. false: only for the
+    experts, which account for most of a sparse model's FLOPs."""
     first_layers_high: int = 0
-    """So many layers at the beginning stay in bf16."""
+    """Number of layers at the beginning of the model that stay in bf16."""
     last_layers_high: int = 0
-    """So many layers at the end stay in bf16."""
+    """Number of layers at the end of the model that stay in bf16."""
 
 
 @dataclass
 class GuardConfig:
     max_skipped: int = 5
-    """Updates in a row that may be skipped because the loss or a gradient is not finite, before the run ends."""
+    """Maximum number of consecutive updates that are skipped because of a non-finite loss or gradient; more end the
+    run."""
 
 
 @dataclass
 class RunConfig:
     dir: str | None = None
-    """Where the run is kept. An existing one is continued. null: runs/NAME-<job id, else timestamp>, in a sweep
-    runs/NAME-<swept settings>-<...>."""
+    """Run directory. An existing run is resumed. null: runs/NAME-<job id or timestamp>, in a sweep runs/NAME-<swept
+    settings>-<job id or timestamp>."""
     name: str | None = None
-    """Begins the name of the default run.dir: no / and no control characters. null: the model's name."""
+    """First part of the default run.dir, without / and control characters. null: model.name."""
 
 
 @dataclass
 class RuntimeConfig:
     timeout: float = 600.0
-    """Seconds that a rank waits for the others before the job ends."""
+    """Seconds that a rank waits for the other ranks before the job is aborted."""
     threads: int | None = None
-    """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that Slurm gave the task, else the machine's cores
-    divided among its ranks."""
+    """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that Slurm gave the task, else the cores of the
+    machine divided by its ranks."""
     verbose: bool = False
-    """Print all of the start table. false: its rows on device, ranks, precision, model, data and run, and those that
-    say why something faster is not used; train.log has all in any case."""
+    """Print the whole start table. false: only device, ranks, precision, model, data, run, and why a faster
+    implementation is not used; train.log always has the whole table."""
     preflight: bool = False
-    """Before training, measure every rank's memory, disk, matrix products and links, and end the run naming the nodes
-    that fall short."""
+    """Before training, measure memory, disk, matrix products and links of every rank, and stop if a node falls short,
+    naming it."""
 
 
 @dataclass
 class ClusterConfig:
-    """The machine that a run is for: `cluster=h100` and the like. `python -m launch.check` makes the job's nodes and
-    tasks and the verdict on memory and links from it; a run says in its start table how much memory it should take."""
+    """The machine that a run is planned for, usually a preset: cluster=h100. `python -m launch.check` derives the
+    number of nodes and tasks, the memory estimate and the links from it; a training run prints its memory estimate."""
 
     name: str | None = None
-    """Shown in tables. null: no particular machine."""
+    """Name shown in tables. null: unspecified machine."""
     ranks_per_node: int = 1
-    """GPUs of a node; without GPUs, the ranks that a node is to carry."""
+    """GPUs per node; on nodes without GPUs, ranks per node."""
     gpus: bool = False
-    """Whether a rank has a GPU."""
+    """Whether each rank has a GPU."""
     memory_gb: float | None = None
-    """Memory of a rank in 1e9 bytes: of its GPU, or its share of the node. null: not known."""
+    """Memory per rank in GB (1e9 bytes): of its GPU, or its share of the node's. null: unknown."""
     cpus_per_rank: int | None = None
-    """CPUs to ask Slurm for. null: not said."""
+    """CPUs per task to request from Slurm. null: no request."""
     link_gb_per_s: float | None = None
-    """Between two ranks of a node, one way, in 1e9 bytes. null: not known."""
+    """Bandwidth between two ranks of a node, per direction, in GB/s (1e9 bytes). null: unknown."""
     network_gb_per_s: float | None = None
-    """Of a rank to another node, one way, in 1e9 bytes. null: not known."""
+    """Bandwidth between ranks of different nodes, per rank and direction, in GB/s (1e9 bytes). null: unknown."""
 
 
 @dataclass
 class SlurmConfig:
-    """A run as a Slurm job (slurm/README.md)."""
+    """Slurm jobs (slurm/README.md)."""
 
     max_requeues: int = 20
-    """How many times a job may start again, for whatever reason: its time limit, preemption, a failure. After that it
-    ends; submitted again with the same run.dir it goes on."""
+    """Maximum number of times a job is requeued, for any reason: time limit, preemption, failure. A job submitted with
+    the same run.dir continues the run."""
 
 
 @dataclass
@@ -302,5 +313,5 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     precision: str = "auto"
-    """fp32, bf16 (fp32 master weights and gradients), fp8 (bf16 with most products in FP8; see fp8; a CPU emulates it),
-    or auto: bf16 where the processor has bf16 arithmetic."""
+    """fp32, bf16 (with fp32 master weights and gradients), fp8 (bf16 with most matrix products in FP8, see fp8;
+    emulated on CPUs) or auto: bf16 if the device supports it, otherwise fp32."""

@@ -1,4 +1,4 @@
-"""`--help`, `--version` and the shell completion of every command, from the schema's own docstrings."""
+"""`--help`, `--version` and shell completion of every command, generated from the docstrings of the schema."""
 
 import ast
 import dataclasses
@@ -15,12 +15,13 @@ from conf.case import shown
 from conf.limits import CHOICES
 from launch.overrides import CONF, preset_groups
 
+_SUMMARY_COLUMNS = 150
 OPTIONS = """\
-  --help, -h            this text
-  --version             the version of Switchyard
-  --cfg job             the configuration that the overrides give, as YAML
-  --multirun, -m        a run for each combination of values: key=a,b; settings that some ignore are warned of
-  --config-dir FOLDER   presets of your own: FOLDER/GROUP/NAME.yaml is GROUP=NAME
+  --help, -h            print this help and exit
+  --version             print the version of Switchyard and exit
+  --cfg job             print the composed configuration as YAML and exit
+  --multirun, -m        one run per combination of values (key=a,b); warns about settings without effect in some of them
+  --config-dir FOLDER   a directory of your own presets: FOLDER/GROUP/NAME.yaml is selected by GROUP=NAME
   -sc install=bash      shell completion: eval "$(python -m {module} -sc install=bash)"
 """
 COMPLETION = r"""_switchyard_complete() {
@@ -36,10 +37,10 @@ complete -o nospace -o bashdefault -o default -F _switchyard_complete python pyt
 
 
 def answered(arguments: list[str], schema: type, config_name: str, run: Callable[..., Any]) -> bool:
-    """Prints what the arguments ask for instead of a run; whether they did.
+    """Handles --help, --version and shell completion. Returns whether the arguments ask for one of these.
 
     Raises:
-        ValueError: completion for a shell that there is none for.
+        ValueError: completion for a shell other than bash.
     """
     if "--version" in arguments:
         print(f"switchyard {tomllib.loads((CONF.parent / 'pyproject.toml').read_text())['project']['version']}")
@@ -61,21 +62,21 @@ def answered(arguments: list[str], schema: type, config_name: str, run: Callable
 
 
 def help_text(schema: type, config_name: str, run: Callable[..., Any]) -> str:
-    """What a command does, and a line for each setting: its name, its default and what it means."""
+    """The description of a command and a line for each setting: name, default and summary."""
     main = inspect.unwrap(run.func if isinstance(run, functools.partial) else run)
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else Path(module.__file__ or "").stem
     parts = [inspect.getdoc(module) or "", f"Usage: python -m {name} [options] [key=value ...]", OPTIONS.rstrip()]
     if presets := [f"  {group}={'|'.join(_presets(group))}" for group in _groups(config_name)]:
-        parts.append("\n".join(["Presets, which set several settings at once:", *presets]))
-    lines = ["Settings, with their defaults before presets:"]
-    for key, default, meaning in settings(schema):
-        lines.append(f"  {key + '=' + default:<42} {meaning}".rstrip())
+        parts.append("\n".join(["Presets (each sets several settings):", *presets]))
+    lines = ["Settings and their defaults (before presets):"]
+    for key, default, summary in settings(schema):
+        lines.append(f"  {key + '=' + default:<42} {summary}".rstrip())
     return "\n\n".join([*parts, "\n".join(lines)]).replace("{module}", name)
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, first sentence of its docstring) of every setting, in the schema's order."""
+    """(dotted key, default, summary of its docstring) of every setting, in the order of the schema."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         key, hint = prefix + field.name, hints[field.name]
@@ -83,14 +84,15 @@ def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             yield from settings(hint, f"{key}.")
             continue
         has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default
-        meaning = next((d[field.name] for c in schema.__mro__ if field.name in (d := _docstrings(c))), "")
-        yield key, "VALUE" if default == "???" else shown(default), _first_sentence(meaning)
+        value = field.default_factory() if has_factory else field.default
+        default = "VALUE" if value == "???" else shown(value)
+        docstring = next((d[field.name] for c in schema.__mro__ if field.name in (d := _docstrings(c))), "")
+        yield key, default, _summary(docstring, default)
 
 
 @functools.cache
 def _docstrings(schema: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
+    """The docstring below each field of a dataclass."""
     if schema is object:
         return {}
     (definition,) = [
@@ -110,19 +112,28 @@ def _tree(path: str) -> ast.Module:
     return ast.parse(Path(path).read_text())
 
 
-def _first_sentence(text: str) -> str:
-    """On one line of at most 150 columns; what stands in brackets may hold full stops."""
-    line, depth = " ".join(text.split()), 0
+def _summary(docstring: str, default: str) -> str:
+    """The first sentence of a setting's docstring, and what the default means (`null: no limit.`) where that fits, on
+    one line of at most 150 columns."""
+    first, *others = _sentences(docstring)
+    of_default = [sentence for sentence in others if sentence.startswith(f"{default}: ")]
+    both = " ".join([first, *of_default])
+    return both if len(both) <= _SUMMARY_COLUMNS else textwrap.shorten(first, _SUMMARY_COLUMNS, placeholder=" ...")
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text; full stops within brackets do not end one."""
+    line, depth, found, start = " ".join(text.split()), 0, [], 0
     for i, letter in enumerate(line):
         depth += (letter in "([") - (letter in ")]")
         if depth == 0 and line.startswith(". ", i):
-            line = line[: i + 1]
-            break
-    return textwrap.shorten(line, 150, placeholder=" ...")
+            found.append(line[start : i + 1])
+            start = i + 2
+    return [*found, line[start:]]
 
 
 def _groups(config_name: str) -> list[str]:
-    """The groups of presets that a command takes."""
+    """The preset groups of a command."""
     return sorted(preset_groups()) if config_name == "config" else []
 
 
@@ -131,7 +142,7 @@ def _presets(group: str) -> list[str]:
 
 
 def _completions(schema: type, config_name: str) -> list[str]:
-    """`key=` of every setting, with its values where there are few."""
+    """Completions: `GROUP=NAME` of presets, and `key=` of settings, with their values where these are enumerable."""
     found = [f"{group}={name}" for group in _groups(config_name) for name in _presets(group)]
     for key, default, _ in settings(schema):
         values = CHOICES.get(key, ("true", "false") if default in ("true", "false") else ("",))

@@ -1,4 +1,4 @@
-"""What every command says of itself."""
+"""--help, --version and shell completion."""
 
 import subprocess
 import sys
@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "schema", [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig, ImportConfig, ExportConfig]
 )
-def test_every_setting_is_explained_in_a_line(schema: type) -> None:
+def test_every_setting_has_a_summary_of_one_line(schema: type) -> None:
     found = list(settings(schema))
-    for key, _, meaning in found:
-        assert meaning and "\n" not in meaning and len(meaning) <= 150, key
+    for key, _, summary in found:
+        assert summary and "\n" not in summary and len(summary) <= 150, key
     sections = {key for key in setting_types(schema) if any(k.startswith(f"{key}.") for k in setting_types(schema))}
     assert [key for key, _, _ in found] == [key for key in setting_types(schema) if key not in sections]
 
 
-def test_help_says_the_commands_name_and_only_what_it_takes() -> None:
+def test_help_names_the_command_and_only_its_settings() -> None:
     import launch.generate
     import launch.train
 
@@ -36,6 +36,7 @@ def test_help_says_the_commands_name_and_only_what_it_takes() -> None:
     text = help_text(Config, "config", launch.train.main)
     assert "Usage: python -m launch.train " in text and "  model=switch_base_16|tiny_dense|tiny_switch\n" in text
     assert "  train.steps=200                            Optimizer steps of the whole schedule.\n" in text
+    assert " Number of key/value heads (grouped-query attention). null: num_attention_heads.\n" in text
 
 
 def run(*arguments: str) -> str:
