@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv at the repository root and installs what constraints.txt lists. Quick when there is nothing to do.
 #
-#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te)
+#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te, docs, lint)
 #   bash launch/setup.sh --check       installs nothing; exit code 0 when .venv is ready, 1 when it is not
 #
 #   PYTHON      the interpreter to build .venv with; default: the first suitable one in PATH
@@ -143,7 +143,8 @@ if ready; then
 fi
 
 for extra in $extras; do
-    grep -q "^$extra = \[" pyproject.toml || fail "there is no extra $extra; pyproject.toml has kernels, te and dev"
+    grep -q "^$extra = \[" pyproject.toml ||
+        fail "there is no extra $extra; pyproject.toml has kernels, te, docs, lint and dev"
 done
 # pip answers Ctrl-C with an ordinary failure; this keeps the stamp at "unfinished".
 trap 'exit 130' INT
