@@ -31,12 +31,12 @@ def has_heat_map(logged: int) -> bool:
 
 
 def load_lines(load: ExpertLoad, width: int) -> list[str]:
-    """The expert load as a table, a row per layer: each expert's share of the choices in percent where `width` columns
-    hold that, otherwise the smallest, median and largest share and the busiest experts. The first line explains it."""
+    """The expert load as a table, a row per layer: each expert's share of the layer's assignments in percent if that
+    fits `width` columns, otherwise minimum, median, maximum and the busiest experts. The first line is a heading."""
     percent_LE = 100 * load.share_LE
     experts = percent_LE.shape[1]
     every_expert = 16 + 6 * experts <= width
-    heading = f"share of the choices of {experts} experts in percent (balanced: {100 / experts:.3g})"
+    heading = f"expert load in percent ({experts} experts, balanced: {100 / experts:.3g})"
     if every_expert:
         title = "".join(f"{f'e{expert}':>6}" for expert in range(experts))
     else:
@@ -58,9 +58,9 @@ def explain_drops(moe: MoeConfig, dropped: float) -> str | None:
     if dropped <= HIGH_DROPS or moe.capacity_factor is None:
         return None
     return (
-        f"dropped {dropped:.0%}: so many assignments found their expert full, and those tokens passed the layer by the "
+        f"dropped {dropped:.0%}: the assignments beyond their expert's capacity, whose tokens are carried by the "
         "residual connection alone. It falls while the router learns to balance the load; "
-        f"model.moe.capacity_factor (now {moe.capacity_factor:g}) makes more room, null drops nothing"
+        f"model.moe.capacity_factor (now {moe.capacity_factor:g}) sets the capacity, null drops nothing"
     )
 
 

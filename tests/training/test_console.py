@@ -313,7 +313,7 @@ def test_load_of_few_experts() -> None:
 
 def test_load_of_many_experts_fits() -> None:
     heading, *lines = load_lines(expert_load(128), width=80)
-    assert heading == "share of the choices of 128 experts in percent (balanced: 0.781)"
+    assert heading == "expert load in percent (128 experts, balanced: 0.781)"
     # Layer 1: e/8128 for e from 0 to 127, median 63.5/8128.
     assert lines == [
         "layer    min  median    max  unused   busiest                           dropped",
