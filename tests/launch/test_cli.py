@@ -64,7 +64,7 @@ MISTAKES = [
     (["optim={lr: 1, betta1: 2}"], ["no setting optim.betta1;", "nearest is optim.beta1"]),
     (["data.blend=[{wieght: 1}]"], ["no setting wieght in a BlendPart", "nearest is weight"]),
     (["modle=tiny_switch"], ["no setting modle", "nearest is model"]),
-    (["model=tiny_swich"], ["nearest is model=tiny_switch", "switch_base_16, tiny_dense, tiny_switch"]),
+    (["model=tiny_swich"], ["nearest is model=tiny_switch", "switch_base_8, tiny_dense, tiny_switch"]),
     (["data=txt"], ["nearest is data=text", "blend, megatron, stdlib, text"]),
     (["train.steps=abc"], ["train.steps=abc", "a whole number"]),
     (["train.steps=1.5"], ["train.steps=1.5", "a whole number"]),

@@ -34,7 +34,7 @@ def test_help_names_the_command_and_only_its_settings() -> None:
     assert "Usage: python -m launch.generate " in text and "  prompt= " in text and "model=" not in text
     assert 'eval "$(python -m launch.generate -sc install=bash)"' in text
     text = help_text(Config, "config", launch.train.main)
-    assert "Usage: python -m launch.train " in text and "  model=switch_base_16|tiny_dense|tiny_switch\n" in text
+    assert "Usage: python -m launch.train " in text and "|switch_base_8|tiny_dense|tiny_switch\n" in text
     assert "  train.steps=200                            Optimizer steps of the whole schedule.\n" in text
     assert " Number of key/value heads (grouped-query attention). null: num_attention_heads.\n" in text
 

@@ -1,0 +1,109 @@
+"""The presets of published models: the settings and sizes that were published, and a model that can be built."""
+
+import dataclasses
+import math
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from conf.schema import ModelConfig
+from models.hf.configuration import model_of
+from tests.training.helpers import ROOT
+from training.flops import model_cost
+from training.model_shapes import logical_shapes
+
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+MIXTRAL = {"num_key_value_heads": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+QWEN3 = {"norm_topk_prob": True, "head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "mixtral_8x7b": ("46.7", "12.9", "Mixtral", MIXTRAL),
+    "mixtral_8x22b": (
+        "141",
+        "39",
+        "Mixtral",
+        MIXTRAL | {"hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48, "intermediate_size": 16384},
+    ),
+    "olmoe_1b_7b": ("6.9", "1.3", "Olmoe", {"intermediate_size": 1024}),
+    "qwen3_30b_a3b": ("30.5", "3.3", "Qwen3Moe", QWEN3 | {"num_hidden_layers": 48}),
+    "qwen3_235b_a22b": (
+        "235",
+        "22",
+        "Qwen3Moe",
+        QWEN3
+        | {
+            "num_hidden_layers": 94,
+            "hidden_size": 4096,
+            "num_attention_heads": 64,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+        },
+    ),
+}
+"""Billions of parameters, of active ones, both with the digits that were printed; and the published config.json, where
+it differs from the defaults of Transformers' configuration class."""
+
+
+def preset(name: str) -> ModelConfig:
+    given = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def what_weights_mean(settings: Any) -> dict[str, Any]:
+    """The settings that decide what a trained weight means: without how it is trained and computed with."""
+    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if "resumable" not in f.metadata}
+    return {k: what_weights_mean(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_the_published_model(name: str) -> None:
+    """By Transformers: the same settings as an import of the published config.json, and as many parameters."""
+    transformers = pytest.importorskip("transformers")
+    *_, kind, given = PUBLISHED[name]
+    config = getattr(transformers, f"{kind}Config")(**given)
+    ours = preset(name)
+    _, theirs = model_of(config.to_dict(), Path("config.json"))
+    # Widths that nothing of the model has, and defaults written out, are no difference.
+    spelt_out = [
+        dataclasses.replace(
+            model,
+            name="",
+            head_dim=model.head_width,
+            num_query_groups=model.query_groups,
+            ffn_hidden_size=model.ffn_hidden_size,
+            moe=dataclasses.replace(
+                model.moe,
+                ffn_hidden_size=model.expert_width,
+                renormalize=None if model.moe.softmax_order == "after" else model.moe.renormalize,
+            ),
+        )
+        for model in (ours, theirs)
+    ]
+    assert what_weights_mean(spelt_out[0]) == what_weights_mean(spelt_out[1])
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    assert model_cost(ours, 4096).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_its_sizes_are_the_published_ones(name: str) -> None:
+    cost = model_cost(preset(name), 4096)
+    for counted, printed in zip((cost.total, cost.active), PUBLISHED[name], strict=False):
+        # Some publications round, others cut: within one of the last printed digit.
+        last_digit = 10.0 ** int(Decimal(printed).as_tuple().exponent)
+        assert abs(counted / 1e9 - float(printed)) < last_digit, (counted, printed)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_built(name: str) -> None:
+    """On meta tensors; with as many parameters as the table of a run says."""
+    model = preset(name)
+    assert model.name == name
+    # The loads that a router remembers are no weights.
+    shapes = [shape for key, shape in logical_shapes(model).items() if not key.endswith(".last_load")]
+    assert sum(map(math.prod, shapes)) == model_cost(model, 4096).total
