@@ -24,7 +24,7 @@ class PrepareConfig:
     output: str = "???"
     """Prefix of the .bin and .idx files; the tokenizer goes beside them as PREFIX.tokenizer.json."""
     tokenizer: str | None = None
-    """A tokenizer.json. null: train one of vocab_size entries on the input."""
+    """A tokenizer.json, or a directory that holds one. null: train one of vocab_size entries on the input."""
     vocab_size: int = 4096
     """Entries of the tokenizer that is trained."""
     tokenizer_sample_mib: int = 64

@@ -94,8 +94,9 @@ class DataConfig:
     """Stop at the first .jsonl or .parquet row without text (null, another type, no such field, invalid JSON). false:
     skip such rows and report their number and positions; a file without any valid row is an error in both cases."""
     tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json. null: train a byte-level BPE of model.vocab_size tokens on the training
-    documents and cache it."""
+    """Path of a Hugging Face tokenizer.json, or of a directory that holds one, as `save_pretrained` writes it. The run
+    keeps the directory's settings and chat template too, and an export gives them back. null: train a byte-level BPE of
+    model.vocab_size tokens on the training documents and cache it."""
     tokenizer_sample_mib: int = 64
     """Maximum size of the text that the tokenizer is trained on, in MiB. Every file contributes in proportion to its
     size."""

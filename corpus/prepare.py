@@ -6,7 +6,6 @@ PyTorch nor Megatron-Core is imported, and no data is read.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
@@ -15,10 +14,10 @@ from typing import Any
 
 from conf.schema import DataConfig
 from corpus.cache import Cache
-from corpus.documents import nearest_existing
 from corpus.ingredients import Ingredient, ingredients
 from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
+from corpus.tokenizer_files import tokenizer_json
 
 _POLL_SECONDS = 0.5
 _FORMAT = 2  # of the cache; to be raised when the same settings come to mean other token files
@@ -176,9 +175,7 @@ def _vocabulary(
 ) -> _Vocabulary:
     """The tokenizer that was named, or one trained on the training text, or none when there is no text."""
     if data.tokenizer is not None:
-        path = os.path.abspath(os.path.expanduser(data.tokenizer))
-        if not os.path.isfile(path):
-            raise ValueError(f"data.tokenizer {path} does not exist{nearest_existing(path)}")
+        path = tokenizer_json(data.tokenizer, "data.tokenizer")
     elif not corpora:
         return _Vocabulary(None, 0, None)
     elif len(corpora) < len(found):

@@ -18,6 +18,7 @@ from conf.override_text import command, override
 from corpus.documents import expand
 from corpus.ingredients import Ingredient
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus
+from corpus.tokenizer_files import tokenizer_json
 from launch import cli
 from training.console import Console
 
@@ -87,7 +88,7 @@ def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) ->
     from corpus.tokenizer import Tokenizer
 
     if config.tokenizer is not None:
-        given = os.path.expanduser(config.tokenizer)
+        given = tokenizer_json(config.tokenizer, "tokenizer")
         Tokenizer.load(given, config.eod_token)  # a wrong one must not be found out after it was copied
         shutil.copyfile(given, path)
     else:

@@ -9,6 +9,7 @@ from conf import rules
 from conf.commands import ExportConfig
 from conf.schema import Config
 from corpus.tokenizer import Tokenizer
+from corpus.tokenizer_files import companions
 from models.hf.configuration import CONFIG, config_of, family_for, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
@@ -127,6 +128,8 @@ def _write_files(
     theirs.pop("torch_dtype", None)
     if tokenizer is not None:
         shutil.copyfile(run_dir / TOKENIZER, aside / TOKENIZER)
+        for path in companions(run_dir / TOKENIZER):
+            shutil.copyfile(path, aside / path.name)
         if not (aside / "tokenizer_config.json").exists():
             named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": run.data.eod_token}
             _write_json(aside / "tokenizer_config.json", named)

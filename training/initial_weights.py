@@ -6,6 +6,7 @@ from pathlib import Path
 
 from conf.override_text import setting
 from conf.schema import Config, DataConfig
+from corpus.tokenizer_files import tokenizer_json
 from training.compatibility import model_differences, restored, told
 from training.run_dir import TOKENIZER, RunDir, expected_path, read_settings, steps_kept
 from training.run_files import json_object
@@ -114,8 +115,8 @@ def check_tokenizer(data: DataConfig, source: Source) -> None:
         return
     if data.tokenizer is None:
         return
-    given = Path(data.tokenizer).expanduser()
-    if given.is_file() and given.read_bytes() != kept.read_bytes():
+    given = Path(tokenizer_json(data.tokenizer, "data.tokenizer"))
+    if given.read_bytes() != kept.read_bytes():
         raise ValueError(
             f"data.tokenizer={data.tokenizer} is not the one of checkpoint.load: its token ids mean other text. "
             f"Leave it out, or set {setting('data.tokenizer', str(kept))}; deliberately: "

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
+from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER, companions
 from training.compatibility import differences, model_differences, restored, told
 from training.requeue import Ownership
 from training.run_files import EXPERT_LOAD, METRICS, write_whole
@@ -26,7 +27,6 @@ from training.sweep import name_in_sweep
 
 CONFIG = "config.yaml"
 DATA = "data.json"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,9 @@ class RunDir:
     def _keep(self, config: Config, tokenizer: str | None) -> None:
         if tokenizer:
             write_whole(self.path / TOKENIZER, Path(tokenizer).read_bytes())
+            for file in companions(tokenizer):
+                (self.path / COMPANION_DIR).mkdir(exist_ok=True)
+                write_whole(self.path / COMPANION_DIR / file.name, file.read_bytes())
         write_whole(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
     def _check_tokenizer(self, tokenizer: str | None) -> None:

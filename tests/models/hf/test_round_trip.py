@@ -134,10 +134,13 @@ def test_a_run_trains_on_alike_from_an_import_of_its_export(
     first = trained("first", runs["mixtral"])
     again = trained("second", tmp_path / "again")
     assert first == again
-    # What was trained is written too, in fp32, with the files of the model that it comes from.
+    # What was trained is written too, in fp32, with the files of the model that it comes from and of its tokenizer.
+    (tmp_path / "first" / "tokenizer").mkdir()
+    (tmp_path / "first" / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     code, printed = run_export(ranks, tmp_path / "first", tmp_path / "trained")
     assert code == 0 and "verified on" in printed, printed
     assert (tmp_path / "trained" / "tokenizer.json").read_bytes() == (runs["mixtral"] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "trained" / "chat_template.jinja").read_text() == "{{ messages }}"
     moved = (
         tensors_in(tmp_path / "trained")["model.norm.weight"] - tensors_in(tmp_path / "exported")["model.norm.weight"]
     )
