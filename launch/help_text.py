@@ -75,19 +75,23 @@ def help_text(schema: type, config_name: str, run: Callable[..., Any]) -> str:
     return "\n\n".join([*parts, "\n".join(lines)]).replace("{module}", name)
 
 
-def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def settings(schema: type) -> Iterator[tuple[str, str, str]]:
     """(dotted key, default, summary of its docstring) of every setting, in the order of the schema."""
+    return ((key, default, _summary(text, default)) for key, default, text in documented_settings(schema))
+
+
+def documented_settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, docstring) of every setting, in the order of the schema."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         key, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from settings(hint, f"{key}.")
+            yield from documented_settings(hint, f"{key}.")
             continue
         has_factory = field.default_factory is not dataclasses.MISSING
         value = field.default_factory() if has_factory else field.default
-        default = "VALUE" if value == "???" else shown(value)
         docstring = next((d[field.name] for c in schema.__mro__ if field.name in (d := _docstrings(c))), "")
-        yield key, default, _summary(docstring, default)
+        yield key, "VALUE" if value == "???" else shown(value), docstring
 
 
 @functools.cache
