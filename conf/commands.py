@@ -148,3 +148,37 @@ class ExportConfig(Here):
     """Of the weights: fp32, bf16, or stored, in which an import comes back bit for bit and a trained model is fp32."""
     shard_gib: float = 5.0
     """Largest file of weights, in GiB."""
+
+
+@dataclass(kw_only=True)
+class UpcycleConfig(Here):
+    """python -m launch.upcycle: a sparse model whose experts are copies of a dense model's feed-forward layers (sparse
+    upcycling, arXiv:2212.05055; fine-grained experts as in arXiv:2410.07524)."""
+
+    checkpoint: str = "???"
+    """A run directory (its newest whole checkpoint) or one step's directory, of a dense model."""
+    output: str = "???"
+    """The run directory to make; it must not exist."""
+    num_experts: int = 8
+    """Experts of a sparse layer: num_experts / granularity copies of the dense layer."""
+    top_k: int = 2
+    """Experts that a token visits. A multiple of granularity."""
+    granularity: int = 1
+    """Divides each copy into this many experts of ffn_hidden_size / granularity. The experts of a copy begin with the
+    same router weights, so that a token visits whole copies at first (a virtual group, arXiv:2410.07524)."""
+    every: int = 1
+    """As model.moe.every: which layers become sparse."""
+    first_dense_layers: int = 0
+    """As model.moe.first_dense_layers: the first layers that stay dense."""
+    renormalize: bool | None = None
+    """As model.moe.renormalize. If the gates of a token add up to 1 (null with top_k > 1, or true), the sparse model
+    first computes what the dense one does."""
+    noise: float = 0.0
+    """Standard deviation of noise added to every expert's weights, relative to that of the weights: breaks the symmetry
+    between copies. 0: none."""
+    seed: int = 1234
+    """Of the router's initial weights and of the noise."""
+    verify: bool = True
+    """Compute logits and loss of both models, and fail where they should be equal and are not."""
+    precision: str = "fp32"
+    """What both are compared in: fp32 (differences up to 1e-5), or bf16 (1e-1 of the largest logit, 2e-2 nats)."""

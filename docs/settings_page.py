@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": commands.EvaluateConfig,
     "generate": commands.GenerateConfig,
     "import_hf": commands.ImportConfig,
+    "upcycle": commands.UpcycleConfig,
     "export_hf": commands.ExportConfig,
 }
 """The commands beside training, by module of `launch`, with their settings: None where there are none."""

@@ -1,12 +1,9 @@
 """A run directory from a model of Hugging Face."""
 
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from conf import rules
 from conf.commands import ImportConfig
@@ -18,12 +15,11 @@ from models.hf.configuration import model_of, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, written_aside
+from training.hf_runs import BESIDE, keep_settings, model_name, written_aside
 from training.output_redirect import redirect_noise
-from training.run_dir import CONFIG, TOKENIZER
+from training.run_dir import TOKENIZER
 
 STEP = "checkpoints/step_00000000"
-_PRESETS = Path(__file__).parents[1] / "conf" / "model"
 
 
 def import_model(config: ImportConfig) -> int:
@@ -44,7 +40,7 @@ def import_model(config: ImportConfig) -> int:
     theirs = read_json(source / THEIR_CONFIG)
     family, model = model_of(theirs, source / THEIR_CONFIG)
     tokenizer = _tokenizer(source, theirs, config.eod_token)
-    run = _run_config(config, theirs, _named(model, output), tokenizer)
+    run = _run_config(config, theirs, dataclasses.replace(model, name=model_name(output)), tokenizer)
     rules.check(run, 1)
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
@@ -66,12 +62,6 @@ def import_model(config: ImportConfig) -> int:
         "train on: " + command(["bash", "launch/train.sh", f"--config-dir={output}", f"model={run.model.name}"], words)
     )
     return 0
-
-
-def _named(model: ModelConfig, output: Path) -> ModelConfig:
-    """The model under the name of its run, which must not be that of one of our presets."""
-    name = re.sub(r"[^\w.-]", "_", output.absolute().name)
-    return dataclasses.replace(model, name=f"{name}_imported" if (_PRESETS / f"{name}.yaml").exists() else name)
 
 
 def _tokenizer(source: Path, theirs: dict[str, Any], eod_token: str | None) -> Tokenizer | None:
@@ -142,7 +132,4 @@ def _keep_files(source: Path, aside: Path, run: Config) -> None:
         shutil.copyfile(path, aside / BESIDE / path.name)
     if (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, aside / TOKENIZER)
-    (aside / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(run), sort_keys=False))
-    (aside / "model").mkdir()
-    preset = yaml.safe_dump(dataclasses.asdict(run.model), sort_keys=False)
-    (aside / "model" / f"{run.model.name}.yaml").write_text(f"# model={run.model.name} with --config-dir\n{preset}")
+    keep_settings(aside, run)

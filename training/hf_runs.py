@@ -1,15 +1,35 @@
 """Run directories that begin with weights of Hugging Face: what import and export share."""
 
 import contextlib
+import dataclasses
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.run_dir import read_settings
+import yaml
+
+from conf.schema import Config
+from training.run_dir import CONFIG, read_settings
 
 BESIDE = "hf"
 """Folder of a run directory with the files that came beside the weights (models.hf.files)."""
+_PRESETS = Path(__file__).parents[1] / "conf" / "model"
+
+
+def model_name(output: Path) -> str:
+    """The name of a model that is written to a run directory: the directory's, unless a preset has it."""
+    name = re.sub(r"[^\w.-]", "_", output.absolute().name)
+    return f"{name}_imported" if (_PRESETS / f"{name}.yaml").exists() else name
+
+
+def keep_settings(aside: Path, run: Config) -> None:
+    """Writes config.yaml, and the model as a preset for --config-dir."""
+    (aside / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(run), sort_keys=False))
+    (aside / "model").mkdir()
+    preset = yaml.safe_dump(dataclasses.asdict(run.model), sort_keys=False)
+    (aside / "model" / f"{run.model.name}.yaml").write_text(f"# model={run.model.name} with --config-dir\n{preset}")
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ def _loss(logits_SV: Any, ids: list[int]) -> float:
 
 
 @contextlib.contextmanager
-def _outputs_kept(trained: Trained) -> Iterator[dict[int, Any]]:
+def outputs_kept(trained: Trained) -> Iterator[dict[int, Any]]:
     """The output of every layer of this rank, while this is entered."""
     kept: dict[int, Any] = {}
 
@@ -202,7 +202,7 @@ def _layers_apart(trained: Trained, ids: list[int], theirs: dict[str, Any]) -> d
     layout = trained.session.runtime.layout
     if layout.sequence_parallel or layout.cp > 1:
         return None
-    with _outputs_kept(trained) as kept:
+    with outputs_kept(trained) as kept:
         trained.session.engine.logits(ids)
     mine = {}
     for layer, output_SD in kept.items():

@@ -32,20 +32,39 @@ def write_checkpoint(directory: Path, source: Source, parameters: list[Parameter
         OSError: the disk does not take it.
         ValueError: the source cannot be read, or a tied head differs from its embedding.
     """
-    by_name = {WEIGHTS + p.ours: p for p in parameters}
+    by_name = {p.ours: p for p in parameters}
     kinds = {name: (_common_type(p, source), p.shape) for name, p in by_name.items()}
-    kinds[UPDATES] = torch.int64, (1,)
 
     def parts(name: str) -> Iterator[Tensor]:
-        if name == UPDATES:
-            yield torch.zeros(1, dtype=torch.int64)
-            return
         for piece in by_name[name].pieces:
             tensors = [source.read(theirs).to(kinds[name][0]) for theirs in piece]
             yield by_name[name].join(tensors, model)
 
+    write_step(directory, kinds, parts)
+
+
+def write_step(
+    directory: Path,
+    weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    parts: Callable[[str], Iterator[Tensor]],
+) -> None:
+    """Writes a whole checkpoint of step 0 without optimizer states.
+
+    Args:
+        directory: its final place, step_00000000; it does not exist yet.
+        weights: the type and shape of each parameter, by name.
+        parts: name -> the parameter in pieces along its first axis.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    kinds = {WEIGHTS + name: kind for name, kind in weights.items()} | {UPDATES: (torch.int64, (1,))}
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        return iter([torch.zeros(1, dtype=torch.int64)]) if name == UPDATES else parts(name.removeprefix(WEIGHTS))
+
     directory.mkdir(parents=True)
-    written = write_stream(directory / _FILE, kinds, parts)
+    written = write_stream(directory / _FILE, kinds, pieces)
     stored = {name: StoredTensor(shape, [Box(_FILE, (0,) * len(shape), shape)]) for name, (_, shape) in kinds.items()}
     counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
     write_manifest(directory, counters, {_FILE: written}, stored)
