@@ -66,7 +66,7 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [S, B, 1, N/2], fp32, contiguous."""
         # What an index gives lies in memory as the index does, which may be a batch turned round.
         return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in (self.cos, self.sin))

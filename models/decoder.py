@@ -130,7 +130,7 @@ class Block(nn.Module):
         x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         if not self.sparse:
             return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
-        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn.run(normed, about))
+        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, about))
         return x_SBD + out_SBD, report
 
     def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
@@ -223,7 +223,7 @@ class Stage(MegatronModule):
         else:
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
-        cos, sin = self.rotary.angles(mine_BS.t())
+        cos, sin = self.rotary(mine_BS.t())
         pieces = None
         if self.document_mask or self.cp.size() > 1:
             on_host_BS = forward_pass.host_positions_BS

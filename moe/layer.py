@@ -74,19 +74,15 @@ class MoELayer(nn.Module):
         self.register_buffer("step_load_2E", step_load_2E, persistent=False)
         """Of the optimizer step under way: choices of each expert, and what the balancing loss counts."""
 
-    def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
-        out_SBD, report = self.run(x_SBD, about)
-        self.record(report, about)
-        return out_SBD
-
-    def run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
-        """forward, but what it counted is returned instead of recorded: recomputation runs this twice."""
+    def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> tuple[Tensor, Report]:
+        """The output [S, B, D], and what was counted. The caller passes the latter to `record` once: under activation
+        recompute this runs twice."""
         return recomputed(self._run, x_SBD, about) if self.recompute else self._run(x_SBD, about)
 
     def record(self, report: Report, about: ForwardPass) -> None:
         """Adds up what a training pass counted."""
         if about.mode == TRAIN:
-            self.statistics.add(report)
+            self.statistics(report)
             if self.router.follows_load:
                 self.step_load_2E += torch.stack([report.load_E, report.counted_E])
 

@@ -58,7 +58,8 @@ class LoadStatistics(nn.Module):
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
         self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64), persistent=False)
 
-    def add(self, report: Report) -> None:
+    def forward(self, report: Report) -> None:
+        """Adds a pass to the sums."""
         self.load_E += report.load_E
         self.sums += report.sums
 

@@ -36,7 +36,7 @@ def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
 
 def attend(layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask: bool, theta: float) -> Tensor:
     device = layer.qkv.weight.device
-    cos, sin = Rotary(layer.width, theta, 64).to(device).angles(positions_BS.t().to(device))
+    cos, sin = Rotary(layer.width, theta, 64).to(device)(positions_BS.t().to(device))
     return layer(x_SBD.to(device), cos, sin, attention_pieces(positions_BS, 0, 1, document_mask))
 
 
@@ -235,7 +235,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
     def score(query_position: int, key_position: int) -> float:
         query, key = (
-            Rotary.rotate(random(1, 1, 1, 8, seed=seed), *rotary.angles(torch.tensor([[position]])))
+            Rotary.rotate(random(1, 1, 1, 8, seed=seed), *rotary(torch.tensor([[position]])))
             for seed, position in ((1, query_position), (2, key_position))
         )
         return (query * key).sum().item()

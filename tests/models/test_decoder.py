@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -215,3 +216,19 @@ def test_a_cost_counts_what_is_computed() -> None:
     low = model_cost(tiny(MoeConfig(num_experts=4, top_k=2, capacity_factor=0.75)), 16)
     half_way = (cost[1].flops_per_token + cost[2].flops_per_token) / 2
     assert low.flops_per_token == pytest.approx(half_way, rel=1e-9)
+
+
+@pytest.mark.parametrize("recompute", [[], ["norm", "activation", "moe"], ["full"]], ids=",".join)
+def test_forward_hooks_fire_on_every_module(recompute: list[str], runtime: Runtime) -> None:
+    """Once each in the forward pass, activation recompute or not."""
+    moe = MoeConfig(num_experts=4, top_k=2, every=2, num_shared_experts=1, shared_expert_gate=True)
+    decoder = whole_model(tiny(moe, qk_norm="head", recompute=recompute), runtime)
+    with_forward = {n: m for n, m in decoder.named_modules() if type(m).forward is not nn.ModuleDict.forward}
+    assert {type(m) for m in decoder.modules()} - {type(m) for m in with_forward.values()} == {nn.ModuleDict}
+    fired: list[str] = []
+    for name, module in with_forward.items():
+        module.register_forward_hook(lambda *_, name=name: fired.append(name))
+    tokens_BS = tokens_of(2, 8).to(runtime.device)
+    loss_BS = decoder(tokens_BS, torch.arange(8, device=runtime.device).expand(2, 8), tokens_BS)
+    assert sorted(fired) == sorted(with_forward)
+    loss_BS.sum().backward()

@@ -14,6 +14,7 @@ from moe.layer import MoELayer
 from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import Origin, Routed
+from parallel.batch_context import PLAIN, ForwardPass
 from parallel.engine import core_config
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
@@ -60,6 +61,13 @@ def sparse_layer(
     )
     initialise(layer.to(runtime.device), seed)
     return layer
+
+
+def run_layer(layer: MoELayer, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
+    """What a block does with it: the output, after what was counted is recorded."""
+    out_SBD, report = layer(x_SBD, about)
+    layer.record(report, about)
+    return out_SBD
 
 
 def parts_of(model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32, seed: int = 1) -> Parts:

@@ -18,7 +18,7 @@ from moe.router import router_logits
 from parallel.batch_context import ForwardPass
 from parallel.megatron_compat import moe_layer
 from parallel.process_groups import Runtime
-from tests.moe.helpers import assert_close, random, sparse_layer, tiny
+from tests.moe.helpers import assert_close, random, run_layer, sparse_layer, tiny
 
 HIDDEN, FFN, EXPERTS = 16, 24, 12
 SEQUENCE, BATCH = 16, 2
@@ -77,7 +77,7 @@ def shared_weights(layer: MoELayer) -> list[nn.Parameter]:
 
 def pass_through(layer: MoELayer, runtime: Runtime) -> Passed:
     x_SBD, above_SBD = inputs(runtime)
-    out_SBD = layer(x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
+    out_SBD = run_layer(layer, x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
     out_SBD.backward(above_SBD)
     experts = as_linear(layer.experts.w_in.grad, layer.experts.w_out.grad)
     shared = flat([w.grad for w in shared_weights(layer)])
@@ -320,7 +320,7 @@ def test_balancing_loss_is_that_of_transformers_but_for_its_factor_k(runtime: Ru
 
     layer = sparse(MoeConfig(num_experts=EXPERTS, top_k=3), runtime)
     x_SBD, _ = inputs(runtime)
-    layer(x_SBD)
+    run_layer(layer, x_SBD)
     logits_TE = router_logits(x_SBD.flatten(0, 1), layer.router.weight)
     theirs = load_balancing_loss_func((logits_TE,), EXPERTS, 3)
     assert logged(layer, "aux_loss") == pytest.approx(theirs.item() / 3, rel=1e-5)

@@ -153,7 +153,7 @@ def layer_passes(world: World) -> list[list[Tensor]]:
     from models.init import initialise
     from moe import deep_ep
     from moe.layer import MoELayer
-    from tests.moe.helpers import random, tiny
+    from tests.moe.helpers import random, run_layer, tiny
 
     deep_ep._buffers.clear()
     sys.modules["deep_ep"] = types.SimpleNamespace(Buffer=Buffer)
@@ -173,7 +173,7 @@ def layer_passes(world: World) -> list[list[Tensor]]:
                 )
                 initialise(layer, 1)
                 x_SBD = random(6, 2, HIDDEN, seed=world.rank).bfloat16().requires_grad_()
-                out_SBD = layer(x_SBD)
+                out_SBD = run_layer(layer, x_SBD)
                 out_SBD.float().square().sum().backward()
                 results.append([out_SBD.detach(), x_SBD.grad, *(p.grad for p in layer.parameters())])
     finally:

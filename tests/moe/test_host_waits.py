@@ -14,7 +14,7 @@ from models.init import initialise
 from moe.layer import MoELayer
 from parallel.env import World
 from parallel.process_groups import Runtime
-from tests.moe.helpers import random, tiny
+from tests.moe.helpers import random, run_layer, tiny
 from tests.parallel.helpers import started
 
 SIZE_DEPENDS_ON_VALUES = (
@@ -85,7 +85,7 @@ def waits(runtime: Runtime, backend: str, dispatcher: str | None, **moe: Any) ->
         mode = CountWaits()
         x_SBD = random(8, 2, 16).requires_grad_()
         with mode, mode.functions:
-            layer(x_SBD).square().sum().backward()
+            run_layer(layer, x_SBD).square().sum().backward()
     return mode.found
 
 

@@ -25,6 +25,7 @@ from tests.moe.helpers import (
     in_float64,
     random,
     randomise_biases,
+    run_layer,
     sparse_layer,
     tiny,
 )
@@ -76,7 +77,7 @@ def compare(
     x_SBD = x_SBD.to(device).requires_grad_()
     padding_BS = None if padding_BS is None else padding_BS.to(device)
     about = ForwardPass(loss_scale=LOSS_SCALE, step=7, micro_batch=2, padding_BS=padding_BS)
-    out_SBD = layer(x_SBD, about)
+    out_SBD = run_layer(layer, x_SBD, about)
     out_SBD.backward(above_SBD.to(device))
 
     assert_close(out_SBD, out_TD.view(x_SBD.shape))
@@ -249,7 +250,7 @@ def test_top1_router_has_a_gradient(backend: str, runtime: Runtime) -> None:
 def test_empty_expert_does_not_crash_and_gets_zero_gradient(backend: str, runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MoeConfig(num_experts=4, capacity_factor=None)), runtime, backend=backend)
     x_SBD = force_experts(layer, random(6, 1, 8), [2, 0, 2, 0, 0, 2])
-    layer(x_SBD.to(runtime.device)).square().sum().backward()
+    run_layer(layer, x_SBD.to(runtime.device)).square().sum().backward()
     for weight in (layer.experts.w_in, layer.experts.w_out):
         assert weight.grad is not None
         used = [bool(grad.abs().max() > 0) for grad in weight.grad]
@@ -261,7 +262,7 @@ def test_dropped_token_comes_out_as_zero(runtime: Runtime) -> None:
     """Capacity ceil(1.0 * 8 / 4) = 2: expert 1 takes tokens 0 and 2, expert 3 takes 1 and 5."""
     layer = sparse_layer(tiny(MoeConfig(num_experts=4, capacity_factor=1.0)), runtime)
     x_SBD = force_experts(layer, random(8, 1, 8), [1, 3, 1, 1, 1, 3, 3, 0])
-    out_TD = layer(x_SBD.to(runtime.device)).flatten(0, 1)
+    out_TD = run_layer(layer, x_SBD.to(runtime.device)).flatten(0, 1)
     assert [bool((row == 0).all()) for row in out_TD] == [False, False, False, True, True, False, True, False]
 
 
@@ -272,7 +273,7 @@ def test_probability_keeps_the_surest_tokens(runtime: Runtime) -> None:
     layer = sparse_layer(tiny(moe), runtime)
     x_SBD = force_experts(layer, random(8, 1, 8), [1, 3, 1, 1, 1, 3, 0, 0])
     x_SBD[:, 0, :4] *= torch.tensor([1.0, 1, 2, 3, 1, 1, 1, 1])[:, None]
-    out_TD = layer(x_SBD.to(runtime.device)).flatten(0, 1)
+    out_TD = run_layer(layer, x_SBD.to(runtime.device)).flatten(0, 1)
     assert [bool(row.any()) for row in out_TD] == [False, True, True, True, False, True, True, True]
 
 
@@ -282,7 +283,7 @@ def test_sequences_that_are_collapsed_apart_are_balanced_together(runtime: Runti
         layer = sparse_layer(tiny(MoeConfig(num_experts=2, load_balancing=balancing)), runtime)
         x_SBD = force_experts(layer, random(4, 2, 8), [0, 1] * 4)
         layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
-        layer(x_SBD.to(runtime.device))
+        run_layer(layer, x_SBD.to(runtime.device))
         assert layer.statistics.sums[SUMS.index("aux_loss")] == cost
 
 
@@ -292,7 +293,7 @@ def test_capacity_follows_the_mode(mode: str, kept: int, runtime: Runtime) -> No
     moe = MoeConfig(num_experts=4, capacity_factor=1.1, eval_capacity_factor=2.0)
     layer = sparse_layer(tiny(moe), runtime)
     x_SBD = force_experts(layer, random(3, 3, 8), [2] * 9)
-    out_TD = layer(x_SBD.to(runtime.device), ForwardPass(mode)).flatten(0, 1)
+    out_TD = run_layer(layer, x_SBD.to(runtime.device), ForwardPass(mode)).flatten(0, 1)
     assert [bool(row.any()) for row in out_TD] == [True] * kept + [False] * (9 - kept)
 
 
@@ -303,10 +304,10 @@ def test_uniform_routing_costs_exactly_one_and_full_collapse_exactly_the_experts
     layer = sparse_layer(tiny(MoeConfig(num_experts=num_experts, top_k=1)), runtime)
     x_SBD = force_experts(layer, random(8, 1, 8), [*range(num_experts)] * (8 // num_experts))
     layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
-    layer(x_SBD.to(runtime.device))
+    run_layer(layer, x_SBD.to(runtime.device))
     assert layer.statistics.sums[SUMS.index("aux_loss")] == 1.0
     layer.statistics.reset()
-    layer(x_SBD[:1].expand(8, 1, 8).to(runtime.device))
+    run_layer(layer, x_SBD[:1].expand(8, 1, 8).to(runtime.device))
     assert layer.statistics.sums[SUMS.index("aux_loss")] == num_experts
 
 
@@ -319,7 +320,7 @@ def test_router_stays_fp32_under_a_bf16_model(runtime: Runtime) -> None:
     wanted = reference.sparse_layer(x_SBD.flatten(0, 1).double(), in_float64(layer), moe, "geglu", 1.0)
     with torch.autocast(runtime.device.type, dtype=torch.bfloat16):
         routing = layer.router(x_SBD.flatten(0, 1).to(runtime.device), sequences=12)
-        out_SBD = layer(x_SBD.to(runtime.device))
+        out_SBD = run_layer(layer, x_SBD.to(runtime.device))
     probs_TE = routing.router_stats.probs_BE  # each token is a sequence by itself
     assert probs_TE.dtype == routing.gates_TK.dtype == torch.float32
     assert_close(probs_TE, wanted.probs_TE)
@@ -332,9 +333,9 @@ def test_statistics_count_only_training_passes(runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MoeConfig(num_experts=4)), runtime)
     x_SBD = random(4, 2, 8).to(runtime.device)
     for mode in (EVALUATE, GENERATE):
-        layer(x_SBD, ForwardPass(mode))
+        run_layer(layer, x_SBD, ForwardPass(mode))
     assert not layer.statistics.load_E.any() and not layer.statistics.sums.any()
-    layer(x_SBD, ForwardPass(TRAIN))
+    run_layer(layer, x_SBD, ForwardPass(TRAIN))
     assert layer.statistics.load_E.sum() == layer.statistics.sums[SUMS.index("tokens")] == 8
 
 
@@ -344,10 +345,10 @@ def test_auxiliary_losses_leave_the_output_alone(runtime: Runtime) -> None:
     with_losses, without = (
         sparse_layer(tiny(MoeConfig(num_experts=4, aux_loss_coeff=c, z_loss_coeff=c)), runtime) for c in (1.0, 0.0)
     )
-    assert torch.equal(with_losses(x_SBD), without(x_SBD))
+    assert torch.equal(run_layer(with_losses, x_SBD), run_layer(without, x_SBD))
     with torch.no_grad():
-        silent = with_losses(x_SBD)
-    assert torch.equal(silent, without(x_SBD)) and not silent.requires_grad
+        silent = run_layer(with_losses, x_SBD)
+    assert torch.equal(silent, run_layer(without, x_SBD)) and not silent.requires_grad
 
 
 @pytest.mark.parametrize("drop_policy", ["position", "probability", "random"])
@@ -363,7 +364,7 @@ def test_padded_to_capacity_the_host_never_waits_for_the_device(
             x_SBD = torch.empty(6, 2, 8, device=runtime.device, requires_grad=True)
             if not padded:
                 with pytest.raises(DataDependentOutputException):
-                    layer(x_SBD)
+                    run_layer(layer, x_SBD)
                 continue
-            (gradient,) = torch.autograd.grad(layer(x_SBD).sum(), x_SBD)
+            (gradient,) = torch.autograd.grad(run_layer(layer, x_SBD).sum(), x_SBD)
             assert gradient.shape == x_SBD.shape

@@ -11,7 +11,7 @@ from moe.metrics import SUMS, LoadStatistics, Report, collect
 from ops.routing import RouterStats
 from parallel.process_groups import Runtime
 from tests.moe import reference
-from tests.moe.helpers import in_float64, random, sparse_layer, tiny
+from tests.moe.helpers import in_float64, random, run_layer, sparse_layer, tiny
 
 MOE = MoeConfig(num_experts=4, top_k=2, capacity_factor=0.5)
 
@@ -22,7 +22,7 @@ def test_collect_is_right_and_starts_a_new_interval(runtime: Runtime) -> None:
     batches = [random(5, 2, 8, seed=seed) for seed in (10, 11, 12)]
     for layer in layers.values():
         for x_SBD in batches:
-            layer(x_SBD.to(runtime.device))
+            run_layer(layer, x_SBD.to(runtime.device))
     statistics = {index: layer.statistics for index, layer in layers.items()}
     load = collect(statistics, [1, 3], 4, runtime.layout, len(batches), runtime.device)
     assert load is not None and load.layer_ids == [1, 3]
@@ -57,7 +57,7 @@ def test_probabilities_of_zero_have_no_entropy(runtime: Runtime) -> None:
     zero = torch.zeros((), device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
     router_stats = RouterStats.of(0 * one_hot_TE, one_hot_TE, first)
-    statistics.add(Report.of(router_stats, one_hot_TE[:, :1].bool(), (zero, zero)))
+    statistics(Report.of(router_stats, one_hot_TE[:, :1].bool(), (zero, zero)))
     assert dict(zip(SUMS, statistics.sums.tolist(), strict=True)) == dict.fromkeys(SUMS, 0) | {"tokens": 1}
 
 
@@ -66,7 +66,7 @@ def test_counts_stay_exact_past_what_fp32_holds(runtime: Runtime) -> None:
     statistics.load_E += 2.0**24
     one = torch.ones(1, 1, device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
-    statistics.add(Report.of(RouterStats.of(one, one, first), one.bool(), (one.sum(), one.sum())))
+    statistics(Report.of(RouterStats.of(one, one, first), one.bool(), (one.sum(), one.sum())))
     assert statistics.load_E.item() == 2**24 + 1
 
 

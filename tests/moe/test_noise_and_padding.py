@@ -12,7 +12,7 @@ from moe.layer import MoELayer
 from moe.metrics import SUMS
 from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.process_groups import Runtime
-from tests.moe.helpers import assert_close, force_experts, random, sparse_layer, tiny, whole_model
+from tests.moe.helpers import assert_close, force_experts, random, run_layer, sparse_layer, tiny, whole_model
 
 SWITCH = MoeConfig(num_experts=4, capacity_factor=1.0, aux_loss_coeff=0.5, z_loss_coeff=0.2)
 
@@ -22,7 +22,7 @@ def passed(layer: MoELayer, x_SBD: Tensor, above_SBD: Tensor, **about: Any) -> d
     x_SBD = x_SBD.clone().requires_grad_()
     layer.zero_grad()
     layer.statistics.reset()
-    out_SBD = layer(x_SBD, ForwardPass(**about))
+    out_SBD = run_layer(layer, x_SBD, ForwardPass(**about))
     out_SBD.backward(above_SBD)
     return {
         "out": out_SBD.detach(),
@@ -63,7 +63,7 @@ def test_padding_takes_no_place_outside_of_training(mode: str, runtime: Runtime)
     layer = sparse_layer(tiny(replace(SWITCH, eval_capacity_factor=4.0)), runtime)
     x_SBD = force_experts(layer, random(6, 1, 8), [1] * 6).to(runtime.device)
     padding_BS = torch.tensor([[True, True, False, True, False, True]], device=runtime.device)
-    out_SBD = layer(x_SBD, ForwardPass(mode, padding_BS=padding_BS))
+    out_SBD = run_layer(layer, x_SBD, ForwardPass(mode, padding_BS=padding_BS))
     assert [bool(row.any()) for row in out_SBD[:, 0]] == [False, False, True, False, True, False]
 
 
@@ -79,7 +79,7 @@ def test_jitter_is_for_training_and_named_by_the_pass(runtime: Runtime) -> None:
     for other in ({"step": 4, "micro_batch": 1}, {"step": 3, "micro_batch": 0}):
         assert not torch.equal(passed(layer, x_SBD, above_SBD, **other)["out"], first["out"])
     for mode in (EVALUATE, GENERATE):
-        assert torch.equal(layer(x_SBD, ForwardPass(mode)), plain(x_SBD, ForwardPass(mode)))
+        assert torch.equal(run_layer(layer, x_SBD, ForwardPass(mode)), run_layer(plain, x_SBD, ForwardPass(mode)))
 
 
 def test_jitter_keeps_its_bounds(runtime: Runtime) -> None:
@@ -97,7 +97,7 @@ def test_random_drops_fall_on_all_places_alike(runtime: Runtime) -> None:
     served_T = torch.zeros(8)
     with torch.no_grad():
         for step in range(400):
-            kept_T = layer(x_SBD, ForwardPass(step=step)).any(-1).flatten().cpu()
+            kept_T = run_layer(layer, x_SBD, ForwardPass(step=step)).any(-1).flatten().cpu()
             assert kept_T.sum() == 2
             served_T += kept_T
     assert (served_T - 100).abs().max() < 44
@@ -121,7 +121,7 @@ def test_global_balance_holds_probabilities_against_the_last_steps_loads(runtime
         layer.statistics.reset()
         x_SBD = force_experts(layer, random(4, 1, 8), experts).to(runtime.device)
         layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
-        layer(x_SBD)
+        run_layer(layer, x_SBD)
         return layer.statistics.sums[SUMS.index("aux_loss")].item()
 
     assert [cost([0, 0, 0, 1]), cost([0, 0, 0, 1])] == [1, 1]
@@ -143,7 +143,7 @@ def test_global_balance_counts_what_it_is_told_to(counts: str, wanted: list[int]
     stage = whole_model(tiny(moe, num_layers=1), runtime)
     layer = stage.layers["0"].ffn
     layer.router.bias.data[2] = 9.0
-    layer(force_experts(layer, random(4, 1, 8), [0, 0, 0, 0]).to(runtime.device))
+    run_layer(layer, force_experts(layer, random(4, 1, 8), [0, 0, 0, 0]).to(runtime.device))
     stage.end_step(applied=True)
     assert layer.router.last_load.tolist() == wanted
     assert layer.router.bias.tolist() == [0.5, 0.5, 8.5, 0.5]

@@ -23,7 +23,7 @@ class Told:
 
 def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
     """What happened in which order in a forward and backward pass of a layer over two ranks."""
-    from tests.moe.helpers import random, sparse_layer, tiny
+    from tests.moe.helpers import random, run_layer, sparse_layer, tiny
 
     events: list[str] = []
 
@@ -46,7 +46,7 @@ def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
             layer.shared.register_full_backward_hook(lambda *_: events.append("shared experts' gradient"))
             layer.experts.register_forward_hook(lambda *_: events.append("experts"))
             x_SBD = random(4, 2, 8, seed=world.rank).requires_grad_()
-            layer(x_SBD).square().sum().backward()
+            run_layer(layer, x_SBD).square().sum().backward()
     finally:
         for name, plain in originals.items():
             setattr(async_collectives, name, plain)

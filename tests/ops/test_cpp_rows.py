@@ -111,7 +111,7 @@ def test_norms(count: int, hidden: int) -> None:
 def test_turning_is_a_complex_multiplication(width: int) -> None:
     """Forward and back, on heads that lie beside others, with the angles of two sequences of their own positions."""
     positions_BS = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
-    cos, sin = Rotary(width, 100.0, 8).angles(positions_BS.t())
+    cos, sin = Rotary(width, 100.0, 8)(positions_BS.t())
     x_SBHN = random(5, 2, 3, width + 6).bfloat16()[..., 6:]
     pair = torch.complex(*x_SBHN.double().chunk(2, -1))
     angle = positions_BS.t()[..., None, None] * 100.0 ** -(torch.arange(0, width, 2) / width)
