@@ -177,13 +177,13 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
         loads.append(_expert_load(engine, variant.config()))
     losses, norms = (list(column) for column in zip(*told, strict=True))
-    sparse = [load for load in loads if load is not None]
+    sparse, averaged = [load for load in loads if load is not None], ("router_entropy", "aux_loss", "z_loss")
     return Outcome(
         losses,
         norms,
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
-        [float(x) for load in sparse for x in (*load.entropy_L, *load.aux_loss_L, *load.z_loss_L)],
+        [float(x) for load in sparse for name in averaged for x in load.metric(name)],
         engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
         # 11 tokens: a number that neither context nor tensor parallelism divides.
         engine.next_logits([*range(11)]).numpy(),

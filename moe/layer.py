@@ -18,6 +18,7 @@ from moe.expert_dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.metrics import LoadStatistics, Report
 from moe.router import Router, RouterLogits, router_logits
+from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import PLAIN_ROWS, Rows
@@ -130,7 +131,7 @@ class MoELayer(nn.Module):
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
         z = routing.router_stats.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
-        report = Report.of(routing.router_stats, keep_TK, (aux, z), padding_T, routing.counted_TK)
+        report = Report.of(RouterPass(routing, keep_TK, aux, z, padding_T))
         # A choice that is balanced by itself leaves such a loss nothing to do.
         coeff = 0.0 if moe.load_balancing in ("sinkhorn", "expert_choice") else moe.aux_loss_coeff
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report

@@ -1,6 +1,6 @@
-"""What the routers did, summed on the device and read once per logged step.
+"""The router's metrics (moe/router_metrics.py) on their way: reduced on the device, read once per logged step.
 
-Legend: T tokens of this rank, E experts, K choices per token, L sparse layers.
+Legend: T tokens of this rank, E experts, K assignments per token, L sparse layers, N metrics.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.expert_load import ExpertLoad
-from ops.routing import RouterStats, count_loads
+from moe.router_metrics import ROUTER_METRICS, RouterMetric, RouterPass
+from ops.routing import count_loads
 from parallel.layout import Layout
 
-SUMS = ("tokens", "dropped", "unserved", "entropy", "logit_square", "aux_loss", "z_loss")
-"""Tokens; choices that were dropped; tokens that no expert computes; sums over tokens of the distribution's entropy and
-of the mean squared logit; this rank's parts of the losses, without their coefficients."""
+
+def _computed(*, by_max: bool) -> list[RouterMetric]:
+    """The metrics that layers compute: those of which the largest value is taken, or those that are added up."""
+    return [m for m in ROUTER_METRICS.values() if m.compute is not None and (m.reduction == "max") == by_max]
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,39 @@ class Report:
     caller, so that a pass which is computed twice is counted once."""
 
     load_E: Tensor
-    """Choices of each expert."""
+    """Assignments of each expert."""
     sums: Tensor
-    """As in SUMS, float64."""
+    """float64: the tokens, then the sum of each metric that is added up."""
+    maxima: Tensor
+    """float64, of the metrics that are reduced by max."""
     counted_E: Tensor
-    """What the balancing loss counts for each expert: its choices, or the best of the scores (Routing.counted_TK)."""
+    """What the balancing loss counts for each expert: its assignments, or the best of the scores
+    (Routing.counted_TK)."""
 
     @staticmethod
     @torch.no_grad()
-    def of(
-        router_stats: RouterStats,
-        keep_TK: Tensor,
-        losses: tuple[Tensor, Tensor],
-        padding_T: Tensor | None = None,
-        counted_TK: Tensor | None = None,
-    ) -> "Report":
-        """losses: this rank's parts of the balancing loss and the z-loss, without their coefficients."""
-        served_T = keep_TK.any(1)
+    def of(layer: RouterPass) -> "Report":
+        keep_TK, padding_T, counted_TK = layer.keep_TK, layer.padding_T, layer.routing.counted_TK
         tokens = torch.full((), len(keep_TK), device=keep_TK.device) if padding_T is None else (~padding_T).sum()
-        load_E = router_stats.load_BE.sum(0)
-        counts = [tokens, load_E.sum() - keep_TK.sum(), tokens - served_T.sum()]
-        values = [router_stats.entropy, router_stats.logit_square, *losses]
+        sums = [tokens.double(), *(_over_tokens(m, layer) for m in _computed(by_max=False))]
+        maxima = [_over_tokens(m, layer) for m in _computed(by_max=True)]
+        load_E = layer.stats.load_BE.sum(0)
         counted_E = load_E if counted_TK is None else count_loads(counted_TK, len(load_E))[0]
-        return Report(load_E, torch.stack([value.double() for value in (*counts, *values)]), counted_E)
+        return Report(load_E, torch.stack(sums), torch.stack(maxima) if maxima else sums[0].new_empty(0), counted_E)
+
+
+def _over_tokens(metric: RouterMetric, layer: RouterPass) -> Tensor:
+    """A scalar in float64."""
+    assert metric.compute is not None
+    value, by_max = metric.compute(layer).double(), metric.reduction == "max"
+    if not value.dim():
+        return value
+    if value.shape != layer.keep_TK.shape[:1]:
+        raise ValueError(f"router metric {metric.name} is {list(value.shape)}; give a value of each token, or a scalar")
+    nothing = float("-inf") if by_max else 0.0
+    if layer.padding_T is not None:
+        value = value.masked_fill(layer.padding_T, nothing)
+    return value.sum() if not by_max else value.max() if len(value) else value.new_full((), nothing)
 
 
 class LoadStatistics(nn.Module):
@@ -55,17 +67,26 @@ class LoadStatistics(nn.Module):
     def __init__(self, num_experts: int):
         super().__init__()
         # float64: counts stay exact and sums of many steps keep their digits.
-        self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
-        self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64), persistent=False)
+        empty_E, sums = torch.zeros(num_experts, dtype=torch.float64), 1 + len(_computed(by_max=False))
+        self.register_buffer("load_E", empty_E, persistent=False)
+        self.register_buffer("sums", empty_E.new_zeros(sums), persistent=False)
+        self.register_buffer("maxima", empty_E.new_zeros(len(_computed(by_max=True))), persistent=False)
+        self.reset()
 
     def forward(self, report: Report) -> None:
         """Adds a pass to the sums."""
         self.load_E += report.load_E
         self.sums += report.sums
+        torch.maximum(self.maxima, report.maxima, out=self.maxima)
 
     def reset(self) -> None:
         self.load_E.zero_()
         self.sums.zero_()
+        self.maxima.fill_(float("-inf"))
+
+    def sum_of(self, name: str) -> float:
+        """Of "tokens", or of a metric that is added up: over this rank's passes since the last reset."""
+        return self.sums[["tokens", *(m.name for m in _computed(by_max=False))].index(name)].item()
 
 
 def collect(
@@ -76,7 +97,7 @@ def collect(
     micro_batches: int,
     device: torch.device,
 ) -> ExpertLoad | None:
-    """Adds up the statistics of all ranks and starts a new interval. Every rank calls this together.
+    """Reduces the statistics over all ranks and starts a new interval. Every rank calls this together.
     None for a dense model.
 
     Args:
@@ -86,23 +107,25 @@ def collect(
     """
     if not layers:
         return None
-    table = torch.zeros(len(layers), num_experts + len(SUMS), dtype=torch.float64, device=device)
+    summed, by_max = _computed(by_max=False), _computed(by_max=True)
+    table = torch.zeros(len(layers), num_experts + 1 + len(summed), dtype=torch.float64, device=device)
+    largest = torch.full((len(layers), len(by_max)), float("-inf"), dtype=torch.float64, device=device)
     for index, layer in enumerate(layers):
         if layer in parts:
             table[index] = torch.cat([parts[layer].load_E, parts[layer].sums])
+            largest[index] = parts[layer].maxima
             parts[layer].reset()
     dist.all_reduce(table)
+    if by_max:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     # Without sequence parallelism all tensor-parallel ranks route the same tokens.
     whole = table.cpu().numpy() / (1 if layout.sequence_parallel else layout.tp)
-    load_LE, sums = whole[:, :num_experts], dict(zip(SUMS, whole[:, num_experts:].T, strict=True))
-    tokens = sums["tokens"].clip(min=1)
-    return ExpertLoad(
-        layers,
-        load_LE,
-        dropped_L=sums["dropped"] / load_LE.sum(1).clip(min=1),
-        unserved_L=sums["unserved"] / tokens,
-        entropy_L=sums["entropy"] / tokens,
-        logit_rms_L=(sums["logit_square"] / tokens) ** 0.5,
-        aux_loss_L=sums["aux_loss"] / micro_batches,
-        z_loss_L=sums["z_loss"] / micro_batches,
-    )
+    load_LE, (token_L, *sum_NL) = whole[:, :num_experts], whole[:, num_experts:].T
+    over = {"tokens": token_L.clip(min=1), "assignments": load_LE.sum(1).clip(min=1), "micro_batches": micro_batches}
+    reduced = dict(zip((metric.name for metric in by_max), largest.cpu().numpy().T, strict=True))
+    for metric, sum_L in zip(summed, sum_NL, strict=True):
+        reduced[metric.name] = sum_L / over[metric.mean_over] if metric.reduction == "mean" else sum_L
+    for metric in (*summed, *by_max):
+        if metric.transform is not None:
+            reduced[metric.name] = metric.transform(reduced[metric.name])
+    return ExpertLoad(layers, load_LE, reduced)

@@ -137,7 +137,7 @@ class Router(nn.Module):
             elif rule.renormalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
         router_stats = RouterStats.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
-        return Routing(gates_TK * rule.scale, experts_TK, router_stats, counted_TK)
+        return Routing(gates_TK * rule.scale, experts_TK, router_stats, logits_TE, counted_TK)
 
     def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
         """Routing.counted_TK. In the order of the logits, which is that of the scores."""

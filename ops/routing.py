@@ -78,6 +78,8 @@ class Routing:
     the places that expert choice leaves over."""
     router_stats: RouterStats
     """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
+    logits_TE: Tensor
+    """fp32, what the scores are made of."""
     counted_TK: Tensor | None = None
     """int64, whose loads the balancing loss takes where these are not experts_TK: the best of the scores without bias
     and groups, E for padding."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moe.expert_load import ExpertLoad
+from moe.router_metrics import ROUTER_METRICS
 from training.event_file import EventFile
 from training.expert_load_log import (
     has_heat_map,
@@ -27,7 +28,7 @@ from training.run_files import EXPERT_LOAD, METRICS, json_lines, json_object
 Row = Mapping[str, Any]
 _LOG = logging.getLogger(__name__)
 
-STEP_KEYS = (
+_KEYS_BEFORE_ROUTERS = (
     "step",
     "loss",  # language-model cross-entropy, nats per token
     "lr",
@@ -37,15 +38,8 @@ STEP_KEYS = (
     "step_seconds",  # mean since the line before, optimizer and wait for data included
     "mfu",  # model FLOPs utilisation, a fraction; None where the peak is unknown
     "world_size",
-    "aux_loss",  # mean over layers, without its coefficient
-    "z_loss",  # mean over layers, without its coefficient
-    "dropped_fraction",  # of the choices, mean over layers
-    "unserved_fraction",  # of the tokens: no expert computed them; mean over layers
-    "load_max_over_mean",  # the worst layer's
-    "load_cv",  # coefficient of variation, the worst layer's
-    "router_entropy",  # nats, mean over layers
-    "router_logit_rms",  # the worst layer's
-    "dead_experts",  # the worst layer's
+)
+_KEYS_AFTER_ROUTERS = (
     "rank_seconds",  # a rank's own time in a step, without the wait for other data-parallel ranks: the median rank's
     "slowest_seconds",  # the slowest rank's
     "slowest_rank",
@@ -71,6 +65,11 @@ _SPARSE_BF16_FLOPS = {
     "H200 NVL": 1671e12,
     "B200": 4500e12,
 }
+
+
+def step_keys() -> tuple[str, ...]:
+    """Keys of a logged step in metrics.jsonl, in their order."""
+    return (*_KEYS_BEFORE_ROUTERS, *ROUTER_METRICS, *_KEYS_AFTER_ROUTERS)
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
@@ -110,8 +109,9 @@ class RunLog:
             self._board = EventFile(run_dir / "tensorboard", purge_step=restored_step + 1)
 
     def step(self, row: Row, load: ExpertLoad | None = None) -> None:
-        """Writes a logged step: all of STEP_KEYS, some of OPTIONAL_STEP_KEYS; `load` is None for a dense model."""
-        assert set(STEP_KEYS) <= row.keys() <= {*STEP_KEYS, *OPTIONAL_STEP_KEYS}, sorted(row)
+        """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS; `load` is None for a dense model."""
+        keys = step_keys()
+        assert set(keys) <= row.keys() <= {*keys, *OPTIONAL_STEP_KEYS}, sorted(row)
         step, logged = row["step"], self._logged
         self._logged += 1
         every_expert = load is not None and logged % recorded_every(load) == 0
@@ -120,7 +120,7 @@ class RunLog:
             if load is not None and has_heat_map(logged):
                 self._draw(step, load)
         self._last_load = (step, load) if load is not None and not has_heat_map(logged) else None
-        self._write(self._rows, {key: row[key] for key in (*STEP_KEYS, *OPTIONAL_STEP_KEYS) if key in row})
+        self._write(self._rows, {key: row[key] for key in (*keys, *OPTIONAL_STEP_KEYS) if key in row})
         if load is not None and every_expert:
             self._write(self._loads, *load_rows(step, load))
 
@@ -179,18 +179,10 @@ class RunLog:
             return
         values = {f"train/{key}": value for key, value in row.items() if key != "step" and value is not None}
         if load is not None:
-            figures = {
-                "load_max_over_mean": load.max_over_mean_L,
-                "load_cv": load.cv_L,
-                "dropped_fraction": load.dropped_L,
-                "unserved_fraction": load.unserved_L,
-                "dead_experts": (load.load_LE == 0).sum(axis=1),
-                "entropy": load.entropy_L,
-                "logit_rms": load.logit_rms_L,
-            }
-            for name, value_L in figures.items():
-                for layer, value in zip(load.layer_ids, value_L.tolist(), strict=True):
-                    values[f"moe/{layer_name(layer)}/{name}"] = value
+            for metric in ROUTER_METRICS.values():
+                if metric.layer_series is not None:
+                    for layer, value in zip(load.layer_ids, load.metric(metric.name).tolist(), strict=True):
+                        values[f"moe/{layer_name(layer)}/{metric.layer_series}"] = value
             if every_expert:
                 values |= load_series(load)
             if first:

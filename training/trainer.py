@@ -13,8 +13,9 @@ from conf.override_text import command, override
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
 from corpus.tokenizer import Tokenizer
-from moe.expert_load import COLUMNS, ExpertLoad
+from moe.expert_load import ExpertLoad
 from moe.metrics import collect
+from moe.router_metrics import ROUTER_METRICS
 from parallel import checkpoint
 from parallel.checkpoint import Checkpointer, NotFinite
 from parallel.device_timer import StepClock
@@ -284,7 +285,7 @@ class Trainer:
             "step_seconds": seconds,
             "mfu": mfu(session.cost.flops_per_token, rate, peak_flops(name, session.precision), world),
             "world_size": world,
-            **(self.load.as_row() if self.load else dict.fromkeys(COLUMNS)),
+            **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
             **of_ranks,
         }
         if skipped:

@@ -268,4 +268,4 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, padding_T: Tensor | None, ru
     if logits_TE.shape[1] > LARGEST:
         raise ValueError(f"{logits_TE.shape[1]} experts are too many for one program")
     gates_TK, experts_TK, *router_stats = _Route.apply(logits_TE, bias_E, padding_T, rule, sequences)
-    return Routing(gates_TK, experts_TK, RouterStats(*router_stats))
+    return Routing(gates_TK, experts_TK, RouterStats(*router_stats), logits_TE)

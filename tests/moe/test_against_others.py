@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
-from moe.metrics import SUMS
 from moe.router import router_logits
 from parallel.batch_context import ForwardPass
 from parallel.megatron_compat import moe_layer
@@ -85,7 +84,7 @@ def pass_through(layer: MoELayer, runtime: Runtime) -> Passed:
 
 
 def logged(layer: MoELayer, name: str) -> float:
-    return layer.statistics.sums[SUMS.index(name)].item()
+    return layer.statistics.sum_of(name)
 
 
 # Megatron-Core: our settings, its settings
@@ -214,7 +213,7 @@ def test_equals_megatron_core(name: str, runtime: Runtime, monkeypatch: pytest.M
     for balancing in losses.values():
         assert logged(layer, "aux_loss") == pytest.approx(balancing, rel=1e-5)
     assert len(losses) == (0 if "moe_aux_loss_coeff" in their_settings else 1)
-    assert (logged(layer, "dropped") > 0) == (name == "drops")
+    assert (logged(layer, "dropped_fraction") > 0) == (name == "drops")
 
 
 # Hugging Face Transformers: the model's package and class prefix, our settings, its settings

@@ -3,19 +3,22 @@
 import numpy as np
 import pytest
 
-from moe.expert_load import COLUMNS, ExpertLoad
+from moe.expert_load import ExpertLoad
+from moe.router_metrics import ROUTER_METRICS
 
 
 def load_of(load_LE: list[list[float]]) -> ExpertLoad:
     return ExpertLoad(
         [1, 3],
         np.array(load_LE),
-        dropped_L=np.array([0.1, 0.3]),
-        unserved_L=np.array([0.05, 0.25]),
-        entropy_L=np.array([1.2, 0.8]),
-        logit_rms_L=np.array([3.0, 2.0]),
-        aux_loss_L=np.array([1.0, 2.5]),
-        z_loss_L=np.array([4.0, 6]),
+        {
+            "dropped_fraction": np.array([0.1, 0.3]),
+            "unserved_fraction": np.array([0.05, 0.25]),
+            "router_entropy": np.array([1.2, 0.8]),
+            "router_logit_rms": np.array([3.0, 2.0]),
+            "aux_loss": np.array([1.0, 2.5]),
+            "z_loss": np.array([4.0, 6]),
+        },
     )
 
 
@@ -34,11 +37,14 @@ def test_row_gives_means_and_the_worst_layer() -> None:
             "dead_experts": 2,  # the other layer has one
         }
     )
-    assert tuple(row) == COLUMNS
+    assert tuple(row) == tuple(ROUTER_METRICS)
 
 
 def test_shares_of_a_layer_without_choices_are_zero() -> None:
     load = load_of([[0, 0, 0, 0], [1, 3, 0, 0]])
     assert load.share_LE.tolist() == [[0, 0, 0, 0], [0.25, 0.75, 0, 0]]
-    assert load.max_over_mean_L.tolist() == [0, 3]
-    assert load.cv_L.tolist() == [0, pytest.approx(1.5**0.5)]  # 1, 3, 0, 0 around 1: sqrt((0 + 4 + 1 + 1) / 4)
+    assert load.metric("load_max_over_mean").tolist() == [0, 3]
+    assert load.metric("load_cv").tolist() == [
+        0,
+        pytest.approx(1.5**0.5),
+    ]  # 1, 3, 0, 0 around 1: sqrt((0 + 4 + 1 + 1) / 4)

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from conf.schema import ACTIVATIONS, DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.counter_rng import key, uniform
 from moe.layer import MoELayer
-from moe.metrics import SUMS
 from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.process_groups import Runtime
 from tests.moe import reference
@@ -81,12 +80,12 @@ def compare(
     out_SBD.backward(above_SBD.to(device))
 
     assert_close(out_SBD, out_TD.view(x_SBD.shape))
-    sums = dict(zip(SUMS, layer.statistics.sums.tolist(), strict=True))
-    assert sums["aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
-    assert sums["z_loss"] == pytest.approx(z.item(), rel=1e-5)
+    total = layer.statistics.sum_of
+    assert total("aux_loss") == pytest.approx(aux.item(), rel=1e-5)
+    assert total("z_loss") == pytest.approx(z.item(), rel=1e-5)
     kept = wanted.kept if wanted else []
-    assert sums["tokens"] == len(real) and sums["unserved"] == sum(not any(row) for row in kept)
-    assert sums["dropped"] == sum(not fits for row in kept for fits in row)
+    assert total("tokens") == len(real) and total("unserved_fraction") == sum(not any(row) for row in kept)
+    assert total("dropped_fraction") == sum(not fits for row in kept for fits in row)
     chosen = [e for row in (wanted.experts if wanted else []) for e in row]
     assert layer.statistics.load_E.tolist() == [chosen.count(e) for e in range(moe.num_experts)]
     assert_close(x_SBD.grad, x64_SBD.grad)
@@ -284,7 +283,7 @@ def test_sequences_that_are_collapsed_apart_are_balanced_together(runtime: Runti
         x_SBD = force_experts(layer, random(4, 2, 8), [0, 1] * 4)
         layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
         run_layer(layer, x_SBD.to(runtime.device))
-        assert layer.statistics.sums[SUMS.index("aux_loss")] == cost
+        assert layer.statistics.sum_of("aux_loss") == cost
 
 
 @pytest.mark.parametrize(("mode", "kept"), [(TRAIN, 3), (EVALUATE, 5), (GENERATE, 9)])
@@ -305,10 +304,10 @@ def test_uniform_routing_costs_exactly_one_and_full_collapse_exactly_the_experts
     x_SBD = force_experts(layer, random(8, 1, 8), [*range(num_experts)] * (8 // num_experts))
     layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
     run_layer(layer, x_SBD.to(runtime.device))
-    assert layer.statistics.sums[SUMS.index("aux_loss")] == 1.0
+    assert layer.statistics.sum_of("aux_loss") == 1.0
     layer.statistics.reset()
     run_layer(layer, x_SBD[:1].expand(8, 1, 8).to(runtime.device))
-    assert layer.statistics.sums[SUMS.index("aux_loss")] == num_experts
+    assert layer.statistics.sum_of("aux_loss") == num_experts
 
 
 def test_router_stays_fp32_under_a_bf16_model(runtime: Runtime) -> None:
@@ -336,7 +335,7 @@ def test_statistics_count_only_training_passes(runtime: Runtime) -> None:
         run_layer(layer, x_SBD, ForwardPass(mode))
     assert not layer.statistics.load_E.any() and not layer.statistics.sums.any()
     run_layer(layer, x_SBD, ForwardPass(TRAIN))
-    assert layer.statistics.load_E.sum() == layer.statistics.sums[SUMS.index("tokens")] == 8
+    assert layer.statistics.load_E.sum() == layer.statistics.sum_of("tokens") == 8
 
 
 def test_auxiliary_losses_leave_the_output_alone(runtime: Runtime) -> None:

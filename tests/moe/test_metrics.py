@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conf.schema import MoeConfig
-from moe.metrics import SUMS, LoadStatistics, Report, collect
-from ops.routing import RouterStats
+from moe.metrics import LoadStatistics, Report, collect
+from moe.router_metrics import RouterPass
+from ops.routing import RouterStats, Routing
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import in_float64, random, run_layer, sparse_layer, tiny
@@ -37,18 +38,23 @@ def test_collect_is_right_and_starts_a_new_interval(runtime: Runtime) -> None:
         assert load.load_LE[row].tolist() == [choices.count(e) for e in range(4)]
         assert sum(dropped) > 0 and load.dropped_L[row] == pytest.approx(sum(dropped) / 60)
         served = [any(tokens) for d in did for tokens in d.kept]
-        assert served.count(False) > 0 and load.unserved_L[row] == pytest.approx(served.count(False) / 30)
+        assert served.count(False) > 0 and load.metric("unserved_fraction")[row] == pytest.approx(
+            served.count(False) / 30
+        )
         weight_ED = in_float64(layer)["router.weight"]
         logits = [x_D @ w_D for x in batches for x_D in x.double().flatten(0, 1) for w_D in weight_ED]
-        assert load.logit_rms_L[row] == pytest.approx(math.sqrt(sum(v.item() ** 2 for v in logits) / 120), rel=1e-5)
-        assert load.entropy_L[row] == pytest.approx(-sum(p * math.log(p) for p in probabilities) / 30, rel=1e-5)
-        assert load.aux_loss_L[row] == pytest.approx(sum(d.aux_loss.item() for d in did) / 3, rel=1e-5)
-        assert load.z_loss_L[row] == pytest.approx(sum(d.z_loss.item() for d in did) / 3, rel=1e-5)
+        assert load.metric("router_logit_rms")[row] == pytest.approx(
+            math.sqrt(sum(v.item() ** 2 for v in logits) / 120), rel=1e-5
+        )
+        assert load.metric("router_entropy")[row] == pytest.approx(
+            -sum(p * math.log(p) for p in probabilities) / 30, rel=1e-5
+        )
+        assert load.metric("aux_loss")[row] == pytest.approx(sum(d.aux_loss.item() for d in did) / 3, rel=1e-5)
+        assert load.metric("z_loss")[row] == pytest.approx(sum(d.z_loss.item() for d in did) / 3, rel=1e-5)
 
     again = collect(statistics, [1, 3], 4, runtime.layout, len(batches), runtime.device)
     assert again is not None
-    figures = vars(again) | {"layer_ids": []}
-    assert len(figures) == 8 and not any(np.any(value) for value in figures.values())
+    assert len(again.reduced) == 6 and not any(np.any(value) for value in (again.load_LE, *again.reduced.values()))
 
 
 def test_probabilities_of_zero_have_no_entropy(runtime: Runtime) -> None:
@@ -56,9 +62,10 @@ def test_probabilities_of_zero_have_no_entropy(runtime: Runtime) -> None:
     one_hot_TE = torch.tensor([[1.0, 0.0]], device=runtime.device)
     zero = torch.zeros((), device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
-    router_stats = RouterStats.of(0 * one_hot_TE, one_hot_TE, first)
-    statistics(Report.of(router_stats, one_hot_TE[:, :1].bool(), (zero, zero)))
-    assert dict(zip(SUMS, statistics.sums.tolist(), strict=True)) == dict.fromkeys(SUMS, 0) | {"tokens": 1}
+    stats = RouterStats.of(0 * one_hot_TE, one_hot_TE, first)
+    routing = Routing(one_hot_TE[:, :1], first, stats, 0 * one_hot_TE)
+    statistics(Report.of(RouterPass(routing, one_hot_TE[:, :1].bool(), zero, zero, None)))
+    assert statistics.sum_of("tokens") == 1 and statistics.sums.sum() == 1
 
 
 def test_counts_stay_exact_past_what_fp32_holds(runtime: Runtime) -> None:
@@ -66,7 +73,8 @@ def test_counts_stay_exact_past_what_fp32_holds(runtime: Runtime) -> None:
     statistics.load_E += 2.0**24
     one = torch.ones(1, 1, device=runtime.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=runtime.device)
-    statistics(Report.of(RouterStats.of(one, one, first), one.bool(), (one.sum(), one.sum())))
+    routing = Routing(one, first, RouterStats.of(one, one, first), one)
+    statistics(Report.of(RouterPass(routing, one.bool(), one.sum(), one.sum(), None)))
     assert statistics.load_E.item() == 2**24 + 1
 
 

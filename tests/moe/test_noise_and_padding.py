@@ -9,7 +9,6 @@ from torch import Tensor
 
 from conf.schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.layer import MoELayer
-from moe.metrics import SUMS
 from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, force_experts, random, run_layer, sparse_layer, tiny, whole_model
@@ -122,7 +121,7 @@ def test_global_balance_holds_probabilities_against_the_last_steps_loads(runtime
         x_SBD = force_experts(layer, random(4, 1, 8), experts).to(runtime.device)
         layer.router.weight.data *= 100  # e^-300 is zero: the chosen expert's probability is exactly 1
         run_layer(layer, x_SBD)
-        return layer.statistics.sums[SUMS.index("aux_loss")].item()
+        return layer.statistics.sum_of("aux_loss")
 
     assert [cost([0, 0, 0, 1]), cost([0, 0, 0, 1])] == [1, 1]
     stage.end_step(applied=True)

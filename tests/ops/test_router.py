@@ -68,7 +68,8 @@ def loop(logits_TE: Tensor, moe: MoeConfig, bias_E: Tensor | None, padding_T: Te
         entropy = entropy - torch.special.xlogy(probs_E, probs_E).sum()
         square = square + (logits_E**2).mean()
     load_BE, probs_BE = (torch.stack([torch.stack(row) for row in table]) for table in (loads, sums))
-    return Routing(torch.stack(gates), torch.tensor(experts), RouterStats(load_BE.long(), probs_BE, z, entropy, square))
+    stats = RouterStats(load_BE.long(), probs_BE, z, entropy, square)
+    return Routing(torch.stack(gates), torch.tensor(experts), stats, logits_TE)
 
 
 def gradient(routing: Routing, logits_TE: Tensor) -> Tensor:

@@ -48,12 +48,14 @@ def expert_load(experts: int = 4) -> ExpertLoad:
     return ExpertLoad(
         [1, 3],
         load_LE,
-        dropped_L=np.array([0.0, 0.25]),
-        unserved_L=np.zeros(2),
-        entropy_L=np.zeros(2),
-        logit_rms_L=np.ones(2),
-        aux_loss_L=np.ones(2),
-        z_loss_L=np.ones(2),
+        {
+            "dropped_fraction": np.array([0.0, 0.25]),
+            "unserved_fraction": np.zeros(2),
+            "router_entropy": np.zeros(2),
+            "router_logit_rms": np.ones(2),
+            "aux_loss": np.ones(2),
+            "z_loss": np.ones(2),
+        },
     )
 
 

@@ -10,7 +10,7 @@ from training.expert_load_log import explain_drops, has_heat_map, load_charts, l
 
 
 def load_of(load_LE: np.ndarray, layers: list[int]) -> ExpertLoad:
-    return ExpertLoad(layers, load_LE, *[np.zeros(len(layers))] * 6)
+    return ExpertLoad(layers, load_LE, {})
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, load: ExpertLoad, step: int = 7) -> tuple[np.ndarray, dict[str, tuple]]:

@@ -12,9 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe.expert_load import ExpertLoad
+from moe.router_metrics import ROUTER_METRICS
 from training import metrics
 from training.expert_load_log import load_heat_map
-from training.metrics import EVALUATION_KEYS, STEP_KEYS, RunLog, json_line, mfu, peak_flops
+from training.metrics import EVALUATION_KEYS, RunLog, json_line, mfu, peak_flops, step_keys
 
 
 def run_log(run_dir: Path, *, restored_step: int = 0, warn: Callable[[str], None] = pytest.fail) -> RunLog:
@@ -23,7 +24,7 @@ def run_log(run_dir: Path, *, restored_step: int = 0, warn: Callable[[str], None
 
 def step_row(step: int, **changed: Any) -> dict[str, Any]:
     """Keys in an order of their own: the file's order must not come from the caller."""
-    row: dict[str, Any] = dict.fromkeys(reversed(STEP_KEYS), 0.5)
+    row: dict[str, Any] = dict.fromkeys(reversed(step_keys()), 0.5)
     return row | {"step": step, "loss": 1 / 3, "mfu": None} | changed
 
 
@@ -42,12 +43,14 @@ def expert_load() -> ExpertLoad:
     return ExpertLoad(
         [1, 3],
         load_LE,
-        dropped_L=np.array([0.0, 0.5]),
-        unserved_L=np.array([0.0, 0.25]),
-        entropy_L=np.array([1.0, 0.5]),
-        logit_rms_L=np.array([0.5, 2.0]),
-        aux_loss_L=np.array([1.0, 2.0]),
-        z_loss_L=np.array([0.5, 0.7]),
+        {
+            "dropped_fraction": np.array([0.0, 0.5]),
+            "unserved_fraction": np.array([0.0, 0.25]),
+            "router_entropy": np.array([1.0, 0.5]),
+            "router_logit_rms": np.array([0.5, 2.0]),
+            "aux_loss": np.array([1.0, 2.0]),
+            "z_loss": np.array([0.5, 0.7]),
+        },
     )
 
 
@@ -58,7 +61,7 @@ def test_rows_are_on_disk_in_order_and_unrounded_as_soon_as_they_are_logged(tmp_
     log.step(step_row(2, skipped=1))
     rows = strict_lines(tmp_path / "metrics.jsonl")  # before close: a killed process has no time for it
     log.close()
-    assert [list(row) for row in rows] == [list(STEP_KEYS), list(EVALUATION_KEYS), [*STEP_KEYS, "skipped"]]
+    assert [list(row) for row in rows] == [list(step_keys()), list(EVALUATION_KEYS), [*step_keys(), "skipped"]]
     assert rows[0]["loss"] == 2.0000000000000004 and rows[0]["mfu"] is None
     assert rows[1] == {"step": 1, "val_loss": 3.25, "val_bits_per_byte": None}
 
@@ -176,7 +179,9 @@ def test_every_expert_of_every_layer_has_its_rows(tmp_path: Path) -> None:
 
 def test_many_experts_are_recorded_less_often(tmp_path: Path) -> None:
     log = run_log(tmp_path)
-    many = ExpertLoad([0, 1], np.ones((2, 1536), int), *[np.zeros(2)] * 6)  # three times what a step may cost
+    many = ExpertLoad(
+        [0, 1], np.ones((2, 1536), int), {name: np.zeros(2) for name in ROUTER_METRICS}
+    )  # three times what a step may cost
     for step in range(10, 80, 10):
         log.step(step_row(step), many)
     log.close()
@@ -235,7 +240,7 @@ def test_expert_load_summed_up() -> None:
         "router_logit_rms": 2.0,
         "dead_experts": 1,
     }
-    idle = ExpertLoad([0], np.zeros((1, 2)), *[np.zeros(1)] * 6)
+    idle = ExpertLoad([0], np.zeros((1, 2)), {})
     assert idle.share_LE.tolist() == [[0.0, 0.0]]
 
 

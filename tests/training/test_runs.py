@@ -20,7 +20,7 @@ from conf.schema import CheckpointConfig, GuardConfig, OptimConfig
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import command_line, rows, start, tiny_config, train, trajectory, with_layout, write_corpus
-from training.metrics import STEP_KEYS
+from training.metrics import step_keys
 
 LIMIT = 120.0
 
@@ -43,7 +43,7 @@ def undisturbed(corpus: Path, ranks: RankPool, tmp_path_factory: pytest.TempPath
 def test_a_run_leaves_what_the_contract_says(undisturbed: Path) -> None:
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    assert [tuple(line) for line in steps] == [STEP_KEYS] * 20
+    assert [tuple(line) for line in steps] == [step_keys()] * 20
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert steps[-1]["tokens"] == 20 * 8 * 32 and steps[-1]["mfu"] is None and steps[-1]["world_size"] == 1
     evaluations = [line for line in lines if "val_loss" in line]
