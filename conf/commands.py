@@ -64,6 +64,8 @@ class Here:
     model: HereModel = field(default_factory=HereModel)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: HereRuntime = field(default_factory=HereRuntime)
+    extensions: list[str] = field(default_factory=list)
+    """As in training: modules to import. Those that the run was trained with are not imported by themselves."""
     precision: str = "auto"
     """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""
 

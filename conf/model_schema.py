@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2")
 AUX_LOSS_COUNTS = ("scores", "assignments")
 BACKENDS = ("auto", "loop", "fused", "native", "grouped_mm", "triton", "te")
 CAPACITY_PER = ("micro_batch", "sequence")

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
+from conf.extensions import registered
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
@@ -99,8 +100,9 @@ def _advice(violation: Violation, case: Case, found: list[Violation], judge: Jud
 
 
 def _choices(case: Case) -> Iterator[Violation]:
-    for key, options in CHOICES.items():
+    for key, built_in in CHOICES.items():
         value = case[key]
+        options = (*built_in, *(name for name in registered(key) if name not in built_in))
         if value in options:
             continue
         spelt = {shown(option): option for option in options}

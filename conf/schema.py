@@ -313,6 +313,8 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    extensions: list[str] = field(default_factory=list)
+    """Python modules that every rank imports, and that add to the extension points (CONTRIBUTING.md, Extending)."""
     precision: str = "auto"
     """fp32, bf16 (with fp32 master weights and gradients), fp8 (bf16 with most matrix products in FP8, see fp8;
     emulated on CPUs) or auto: bf16 if the device supports it, otherwise fp32."""

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.extensions import import_extensions
 from conf.printable import visible
 from launch import help_text, process
 from launch.explain import explain
@@ -59,6 +60,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     def task(config: DictConfig) -> None:
         # Caught here and not outside of Hydra, so that the other runs of --multirun go on.
         try:
+            import_extensions(config.get("extensions", ()))
             exit_codes.append(run(OmegaConf.to_object(config)))
         except (*CONFIGURATION_ERRORS, OSError) as error:
             fail(error)

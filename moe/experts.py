@@ -15,10 +15,11 @@ from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from conf.extensions import input_projections
 from conf.schema import ModelConfig
 from moe.chunked_experts import InPieces
 from moe.expert_dropout import Dropout
-from ops.activations import GATED, activate
+from ops.activations import activate
 from ops.cpp import build as native
 from ops.cpp.experts import NativeTools
 from ops.fp8 import BF16_CAPABILITY, disagreement, routed_experts, triton_obstacle
@@ -272,7 +273,7 @@ class Experts(nn.Module):
         self.chunk_rows = model.moe.expert_chunk_rows
         self.recompute = "activation" in model.recompute and backend in BACKENDS and backend not in KEEP_PRODUCTS_ONLY
         local, hidden = model.moe.num_experts // groups.ep.size(), model.hidden_size
-        width, gates = model.expert_width // groups.etp.size(), 2 if model.activation in GATED else 1
+        width, gates = model.expert_width // groups.etp.size(), input_projections(model.activation)
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(local, width, hidden, dtype=dtype))
         placed = [
@@ -328,7 +329,7 @@ class DenseFFN(nn.Module):
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
         self.up = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.gate = None
-        if model.activation in GATED:
+        if input_projections(model.activation) == 2:
             self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, skip_bias_add=True, **linear)
         for layer in filter(None, (self.up, self.gate)):

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig, MoeConfig
 from moe.balanced_routing import expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
+from moe.score_functions import SCORE_FUNCTIONS
 from ops.cpp import build as native
 from ops.registry import Candidate, Choice, select
-from ops.routing import TINY, FusedRoute, RouterStats, Routing, Rule
+from ops.routing import FUSED_SCORE_FUNCTIONS, FusedRoute, RouterStats, Routing, Rule
 from parallel.activation_checkpoint import decision
 from parallel.batch_context import TRAIN
 from parallel.collectives import all_gather
@@ -74,9 +74,10 @@ class Router(nn.Module):
         self.counts_scores = bool(moved and by_loss and self.moe.aux_loss_counts == "scores")
         # The number of experts that took a token says something itself, so its gates are left as they are.
         several = self.moe.top_k > 1 and not self.experts_choose
+        self.score = SCORE_FUNCTIONS[self.moe.score_function].score
         self.rule = Rule(
             self.moe.top_k,
-            sigmoid=self.moe.score_function == "sigmoid",
+            score_function=self.moe.score_function,
             after=self.moe.softmax_order == "after",
             renormalize=several if self.moe.renormalize is None else self.moe.renormalize,
             scale=self.moe.routed_scaling_factor,
@@ -121,22 +122,16 @@ class Router(nn.Module):
             routing = self.fused(logits_TE, self.bias, padding_T, self.rule, sequences)
             return replace(routing, counted_TK=counted_TK)
         rule = self.rule
-        if rule.sigmoid:
-            scores_TE, logs_TE = logits_TE.sigmoid(), F.logsigmoid(logits_TE)
-            probs_TE = logs_TE.softmax(-1)  # scores over their sum, however small all of them are
-        else:
-            scores_TE = probs_TE = logits_TE.softmax(-1)
-        experts_TK = decision(self._choose(logits_TE.detach(), scores_TE.detach(), padding_T, mode))
+        scored = self.score(logits_TE)
+        experts_TK = decision(self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode))
         some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
         else:
-            gates_TK = scores_TE.gather(1, some_TK)
-            if rule.renormalize and rule.sigmoid:
-                gates_TK = logs_TE.gather(1, some_TK).softmax(-1)
-            elif rule.renormalize:
-                gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
-        router_stats = RouterStats.of(logits_TE, probs_TE, experts_TK, padding_T, sequences)
+            gates_TK = scored.scores.gather(1, some_TK)
+            if rule.renormalize:
+                gates_TK = scored.renormalized(gates_TK, some_TK)
+        router_stats = RouterStats.of(logits_TE, scored.probs, experts_TK, padding_T, sequences)
         return Routing(gates_TK * rule.scale, experts_TK, router_stats, logits_TE, counted_TK)
 
     def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
@@ -205,6 +200,8 @@ class Router(nn.Module):
 
 def _why_not_fused(moe: MoeConfig) -> str | None:
     """What the kernel does not do, in words; None: it does all."""
+    if moe.score_function not in FUSED_SCORE_FUNCTIONS:
+        return f"the kernel has no {moe.score_function} scores"
     if moe.load_balancing in ("sinkhorn", "expert_choice"):
         return f"{moe.load_balancing} chooses over the whole micro-batch"
     return "chooses groups of experts first" if moe.num_expert_groups > 1 else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.activations import GATED
+from conf.extensions import input_projections
 
 BUDGET, REPETITIONS = 1.0, 7
 """Seconds of timed rounds after which no further one begins, and rounds at most."""
@@ -98,7 +98,7 @@ def _counts(shapes: Shapes, repetition: int) -> list[int]:
 
 def _step(backend: Callable[..., Tensor], shapes: Shapes, device: torch.device) -> Callable[[int], None]:
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shapes.dtype)
-    gates = 2 if shapes.activation in GATED else 1
+    gates = input_projections(shapes.activation)
     sizes = {
         "x": (shapes.rows, shapes.hidden_size),
         "w_in": (shapes.experts, shapes.hidden_size, gates, shapes.width),

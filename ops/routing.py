@@ -90,12 +90,15 @@ class Rule:
     """How a token chooses by itself. The options are those of MoeConfig."""
 
     top_k: int
-    sigmoid: bool
+    score_function: str
     after: bool
     """softmax_order=after."""
     renormalize: bool
     scale: float
 
+
+FUSED_SCORE_FUNCTIONS = ("softmax", "sigmoid")
+"""The score functions that a FusedRoute serves."""
 
 FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing]
 """(logits [T, E] fp32, bias [E] or none, padding [T] or none, rule, B) -> what Router.route says, in one go."""

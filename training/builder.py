@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.extensions import import_extensions
 from conf.schema import PRECISIONS, Config
 from models.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
 from models.decoder import Parts, Stage
@@ -108,6 +109,7 @@ def start(
     Raises:
         ValueError: a setting that this device cannot serve.
     """
+    import_extensions(config.extensions)
     set_deterministic(config.train.deterministic)
     layout = Layout.of(config.parallel, world.size)
     run = process_groups.start(

@@ -6,6 +6,7 @@ head.
 
 from dataclasses import dataclass
 
+from conf.extensions import input_projections
 from conf.schema import ModelConfig
 
 
@@ -42,7 +43,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     12 L H N S for the attention scores (PaLM, arXiv:2204.02311, appendix B); activation recompute is not counted."""
     d, moe = model.hidden_size, model.moe
     attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
-    gates = 2 if model.activation in ("swiglu", "geglu") else 1
+    gates = input_projections(model.activation)
     ffn, expert, shared = (
         d * width * (gates + 1) for width in (model.ffn_hidden_size, model.expert_width, model.shared_width)
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf import rules
 from conf.commands import Here
+from conf.extensions import import_extensions
 from conf.schema import Config
 from corpus.tokenizer import Tokenizer
 from parallel.env import World, started_ranks
@@ -70,6 +71,7 @@ def configured_here(recorded: Config, here: Here) -> Config:
         model=replace(recorded.model, moe=replace(moe, backend=moe.backend if backend is None else backend)),
         parallel=here.parallel,
         precision=here.precision,
+        extensions=here.extensions,
         runtime=replace(
             runtime,
             timeout=runtime.timeout if timeout is None else timeout,
@@ -88,6 +90,7 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
     Raises:
         ValueError: no whole checkpoint there, or not of this version; a layout or backend that cannot work here.
     """
+    import_extensions(here.extensions)
     world = world or World()
     noise = redirect_noise(world.rank)
     try:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from conf.extensions import input_projections
 from conf.fp8_rules import FP8_BLOCK
 from conf.schema import ClusterConfig, Config, ModelConfig
 from parallel.layout import Layout
@@ -114,14 +115,15 @@ def _parameters(
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
     copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + is_last * d
-    biases = _gates(model) * model.expert_width + d if moe.expert_bias else 0
+    biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
 
 
 def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
     """One rank's weights of the linear layers in attention and feed-forward layers, and of experts."""
-    d, f, moe, gates, layers = model.hidden_size, model.ffn_hidden_size, model.moe, _gates(model), sparse + dense
+    d, f, moe, layers = model.hidden_size, model.ffn_hidden_size, model.moe, sparse + dense
+    gates = input_projections(model.activation)
     q, k = model.query_width / layout.tp, model.key_width / layout.tp
     linear = [(layers, d, q + 2 * k), (layers, q, d)]
     for count, width in ((dense, f / layout.tp), (sparse, model.shared_width / layout.tp)):
@@ -145,20 +147,16 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
         attention += (model.query_width + model.key_width) / layout.tp
     if model.clip_qkv is not None:  # what was clipped, and the values that came of it
         attention += (model.query_width + (2 if model.qk_norm else 1) * model.key_width) / layout.tp
-    hidden = _gates(model) if "activation" in again else 2 * _gates(model)  # of a gated one: both parts, act, product
+    gates = input_projections(model.activation)
+    hidden = gates if "activation" in again else 2 * gates  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, taken as evenly spread and as not padded.
     rows = experts_per_token(model) * layout.etp / layout.tp
     # Experts in FP8 read their rows where the tokens are, and of the hidden width keep the product alone.
     expert = model.expert_width / layout.etp
-    each = 2 * d + _gates(model) * expert if config.precision == "fp8" else 3 * d + hidden * expert
+    each = 2 * d + gates * expert if config.precision == "fp8" else 3 * d + hidden * expert
     routed = rows * each + hidden * model.shared_width / layout.tp
     per_sparse = 0 if "moe" in again else outside + routed
     return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
-
-
-def _gates(model: ModelConfig) -> int:
-    """Input projections of a feed-forward layer."""
-    return 2 if model.activation in ("swiglu", "geglu") else 1
 
 
 def preview(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tuple[str, str, str]], list[str]]:

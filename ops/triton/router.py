@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.routing import TINY, RouterStats, Routing, Rule
+from ops.routing import FUSED_SCORE_FUNCTIONS, TINY, RouterStats, Routing, Rule
 from ops.triton.tiling import programs
 from parallel.activation_checkpoint import DECISIONS, LIBRARY
 
@@ -236,7 +236,7 @@ class _Route(torch.autograd.Function):
         bias_E, padding_T = (None if t is None else t.contiguous() for t in (bias_E, padding_T))
         logits_TE, experts = logits_TE.contiguous(), logits_TE.shape[1]
         ctx.rule, ctx.sequences = rule, sequences
-        options = (rule.top_k, rule.sigmoid, rule.after, rule.renormalize, rule.scale)
+        options = (rule.top_k, rule.score_function == "sigmoid", rule.after, rule.renormalize, rule.scale)
         gates_TK, experts_TK, sums_BC = choose_and_weigh(logits_TE, bias_E, padding_T, sequences, *options)
         ctx.save_for_backward(logits_TE, experts_TK)
         load_BE, probs_BE, others_B3 = sums_BC.split((experts, experts, 3), dim=1)
@@ -254,7 +254,8 @@ class _Route(torch.autograd.Function):
             route_backward[(-(-positions // tile["BT"]), ctx.sequences)](
                 logits_TE, experts_TK, dgates_TK.contiguous(), dprobs_BE.contiguous(), dz, dlogits_TE,
                 positions, experts, rule.scale,
-                K=rule.top_k, SIGMOID=rule.sigmoid, AFTER=rule.after, RENORMALIZE=rule.renormalize, **tile,
+                K=rule.top_k, SIGMOID=rule.score_function == "sigmoid", AFTER=rule.after, RENORMALIZE=rule.renormalize,
+                **tile,
             )  # fmt: skip
         return dlogits_TE, None, None, None, None
 
@@ -265,6 +266,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, padding_T: Tensor | None, ru
     Raises:
         ValueError: too many experts for a program's registers.
     """
+    assert rule.score_function in FUSED_SCORE_FUNCTIONS
     if logits_TE.shape[1] > LARGEST:
         raise ValueError(f"{logits_TE.shape[1]} experts are too many for one program")
     gates_TK, experts_TK, *router_stats = _Route.apply(logits_TE, bias_E, padding_T, rule, sequences)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conf.model_schema import GATED_ACTIVATIONS
 from conf.schema import ACTIVATIONS
 from moe import experts
 from moe.experts import choose_backend, loop_experts
-from ops.activations import GATED
 from ops.cpp import build as native
 from ops.cpp.experts import NativeTools, Rows
 from ops.gemm_backend import Reference
@@ -163,13 +163,13 @@ EXACT["relu2"] = lambda x: torch.relu(x) ** 2
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_those_of_fp64(activation: str, dropout: bool) -> None:
     """Over all magnitudes, in rows that are no multiple of a vector."""
-    h_RGF = (random(40, 2 if activation in GATED else 1, 83) * 4).bfloat16()
+    h_RGF = (random(40, 2 if activation in GATED_ACTIVATIONS else 1, 83) * 4).bfloat16()
     h_RGF[0, 0, :9] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e15, -12.0, -5.0])
     da_RF, keep_RF = random(40, 83, seed=1).bfloat16(), None
     if dropout:
         keep_RF = ((random(40, 83, seed=2) > -0.5) * 1.25).bfloat16()
     exact_RGF = h_RGF.double().requires_grad_()
-    a_RF = EXACT[activation](exact_RGF[:, 0]) * (exact_RGF[:, 1] if activation in GATED else 1)
+    a_RF = EXACT[activation](exact_RGF[:, 0]) * (exact_RGF[:, 1] if activation in GATED_ACTIVATIONS else 1)
     a_RF = a_RF if keep_RF is None else a_RF * keep_RF
     (dh_RGF,) = torch.autograd.grad(a_RF, exact_RGF, da_RF.double())
     got = TOOLS.activate(h_RGF, activation, keep_RF).x_RK, *TOOLS.activate_back(h_RGF, da_RF, activation, keep_RF)

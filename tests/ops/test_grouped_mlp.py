@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import Outcome
+from conf.model_schema import GATED_ACTIVATIONS
 from conf.schema import ACTIVATIONS, MoeConfig, ParallelConfig
 from moe.experts import loop_experts
-from ops.activations import GATED, activate
+from ops.activations import activate
 from ops.fp8_numerics import RECIPES, Block, quantise
 from ops.fused_experts import Window
 from ops.gemm_backend import Reference, Weight
@@ -29,7 +30,7 @@ BLOCKWISE = RECIPES["blockwise"]
 
 def inputs(activation: str, dtype: torch.dtype, hidden: int = 160, width: int = 136) -> list[Tensor]:
     """x, w_in, w_out and b_in, no size of them a multiple of 128."""
-    gates, experts = 2 if activation in GATED else 1, len(COUNTS)
+    gates, experts = 2 if activation in GATED_ACTIVATIONS else 1, len(COUNTS)
     shapes = ((sum(COUNTS), hidden), (experts, hidden, gates, width), (experts, width, hidden), (experts, gates, width))
     sizes = (1, hidden**-0.5, width**-0.5, 0.3)
     made = zip(shapes, sizes, strict=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.model_schema import GATED_ACTIVATIONS
 from conf.schema import ACTIVATIONS
-from ops.activations import GATED, activate
+from ops.activations import activate
 from ops.fp8_numerics import BLOCK, RECIPES, quantise
 from ops.gemm_backend import Reference
 from ops.grouped_mlp import experts_with
@@ -166,7 +167,7 @@ def test_activations_in_one_pass(name: str, width: int, device: torch.device) ->
     from gate to up when the width allows it."""
     mine, _ = tools_of("blockwise")
     plain, _ = tools_of("bf16")
-    h_RGF = random(19, 2 if name in GATED else 1, width).bfloat16().to(device)
+    h_RGF = random(19, 2 if name in GATED_ACTIVATIONS else 1, width).bfloat16().to(device)
     da_RF = strided(19, width, seed=2, device=device)
     leaf = h_RGF.float().requires_grad_()
     a_RF = activate(leaf.unbind(1), name)

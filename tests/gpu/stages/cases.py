@@ -157,10 +157,16 @@ def router_case(**options: Any) -> Pairs:
     from ops.triton.router import route
 
     tokens, experts, top_k = (40, 16, 2) if REHEARSE else (16384, 128, 8)
-    rule = Rule(top_k, sigmoid=options.get("sigmoid", False), after=False, renormalize=True, scale=1.0)
+    rule = Rule(
+        top_k,
+        score_function="sigmoid" if options.get("sigmoid") else "softmax",
+        after=False,
+        renormalize=True,
+        scale=1.0,
+    )
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     routing = route(logits.requires_grad_(), None, None, rule, 1)
-    scores = logits.double().sigmoid() if rule.sigmoid else logits.double().softmax(-1)
+    scores = logits.double().sigmoid() if rule.score_function == "sigmoid" else logits.double().softmax(-1)
     chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     gates = scores.gather(1, chosen)
     gates = gates / gates.sum(-1, keepdim=True)

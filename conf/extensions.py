@@ -1,0 +1,49 @@
+"""Modules that a run imports for what they add to the extension points (CONTRIBUTING.md), and the names that are known
+by them. Built-in names are known without importing anything."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from conf.model_schema import GATED_ACTIVATIONS
+
+REGISTRIES = {
+    "model.activation": ("ops.activations", "ACTIVATIONS"),
+    "model.moe.score_function": ("moe.score_functions", "SCORE_FUNCTIONS"),
+}
+"""Of each setting that an extension can add a value to: the module and its registry."""
+
+
+def registered(setting: str) -> dict[str, Any]:
+    """The entries of a setting's registry, built-in ones included. Empty where its module has not been imported: an
+    extension imports it to add an entry."""
+    if setting not in REGISTRIES:
+        return {}
+    module, registry = REGISTRIES[setting]
+    return getattr(sys.modules.get(module), registry, {})
+
+
+def input_projections(activation: str) -> int:
+    """Of a feed-forward layer: two where the activation is gated."""
+    entry = registered("model.activation").get(activation)
+    return 2 if (activation in GATED_ACTIVATIONS if entry is None else entry.gated) else 1
+
+
+def import_extensions(modules: Sequence[str]) -> None:
+    """Imports them, from the working directory too.
+
+    Raises:
+        ValueError: one cannot be imported.
+    """
+    for name in modules:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a module does when it is imported
+            raise ValueError(
+                f"extensions: {name} cannot be imported ({type(error).__name__}: {error}); a module is named as in an "
+                "import statement, and lies in the working directory or on PYTHONPATH"
+            ) from error

@@ -1,0 +1,69 @@
+"""What makes a router's scores of its logits: a function and a name for each.
+
+Legend: T tokens, E experts, K assignments per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.registry import Registry
+from ops.routing import TINY
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of every token for every expert [T, E], fp32, with gradients."""
+
+    scores: Tensor
+    """What is compared in the choice, and what the gates are."""
+    probs: Tensor
+    """The scores divided by their sum over the experts: what the load-balancing loss and the entropy take."""
+    logs: Tensor | None = None
+    """The scores' logarithms, where gates are to be renormalised by the softmax of these: it is exact where all chosen
+    scores are too small for a sum. None: they are divided by their sum."""
+
+    def renormalized(self, gates_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """The chosen scores of each token divided by their sum."""
+        if self.logs is not None:
+            return self.logs.gather(1, experts_TK).softmax(-1)
+        return gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """A value of model.moe.score_function."""
+
+    name: str
+    score: Callable[[Tensor], Scores]
+    """Of logits [T, E]. A larger logit gives the token a larger score, since some choices compare the logits."""
+
+
+def _check(function: ScoreFunction) -> None:
+    logits_TE = torch.linspace(-4, 4, 32).view(4, 8).T  # rising over the experts
+    scores = function.score(logits_TE)
+    if not (scores.scores.diff(dim=1) > 0).all():
+        raise ValueError(f"score function {function.name}: a larger logit does not give a larger score")
+    if not torch.allclose(scores.probs.sum(1), torch.ones(8), atol=1e-5):
+        raise ValueError(f"score function {function.name}: the probabilities of a token do not add up to 1")
+
+
+def _softmax(logits_TE: Tensor) -> Scores:
+    """Switch (Fedus et al. 2021, arXiv:2101.03961, eq. 1)."""
+    probs_TE = logits_TE.softmax(-1)
+    return Scores(probs_TE, probs_TE)
+
+
+def _sigmoid(logits_TE: Tensor) -> Scores:
+    """DeepSeek-V3 (arXiv:2412.19437, eq. 15)."""
+    scores_TE, logs_TE = logits_TE.sigmoid(), F.logsigmoid(logits_TE)
+    # The softmax of the logarithms is the scores over their sum, however small all of them are.
+    return Scores(scores_TE, logs_TE.softmax(-1), logs_TE)
+
+
+SCORE_FUNCTIONS = Registry(
+    "score function", ScoreFunction("softmax", _softmax), ScoreFunction("sigmoid", _sigmoid), check=_check
+)
