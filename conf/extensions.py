@@ -12,6 +12,7 @@ from conf.model_schema import GATED_ACTIVATIONS
 REGISTRIES = {
     "model.activation": ("ops.activations", "ACTIVATIONS"),
     "model.moe.score_function": ("moe.score_functions", "SCORE_FUNCTIONS"),
+    "optim.schedule": ("training.lr_schedule", "SCHEDULES"),
 }
 """Of each setting that an extension can add a value to: the module and its registry."""
 
@@ -29,6 +30,14 @@ def input_projections(activation: str) -> int:
     """Of a feed-forward layer: two where the activation is gated."""
     entry = registered("model.activation").get(activation)
     return 2 if (activation in GATED_ACTIVATIONS if entry is None else entry.gated) else 1
+
+
+def schedule_reads(schedule: str, setting: str) -> bool:
+    """Whether a learning-rate schedule uses optim.min_lr, or optim.decay_fraction."""
+    entry = registered("optim.schedule").get(schedule)
+    if entry is not None:
+        return setting in entry.reads
+    return schedule != "constant" if setting == "min_lr" else schedule == "wsd"
 
 
 def import_extensions(modules: Sequence[str]) -> None:

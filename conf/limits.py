@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from conf.extensions import schedule_reads
 from conf.schema import (
     ACTIVATIONS,
     AUX_LOSS_COUNTS,
@@ -192,8 +193,16 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.backend",
     ),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
-    ("optim.schedule=wsd", lambda c: c["optim.schedule"] == "wsd", "optim.decay_fraction"),
-    ("another optim.schedule than constant", lambda c: c["optim.schedule"] != "constant", "optim.min_lr"),
+    (
+        "optim.schedule=wsd",
+        lambda c: schedule_reads(c["optim.schedule"], "decay_fraction"),
+        "optim.decay_fraction",
+    ),
+    (
+        "another optim.schedule than constant",
+        lambda c: schedule_reads(c["optim.schedule"], "min_lr"),
+        "optim.min_lr",
+    ),
     ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),
     ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
-from conf.extensions import registered
+from conf.extensions import registered, schedule_reads
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
@@ -245,7 +245,7 @@ def _expert_choice(case: Case) -> Iterator[Violation]:
 def _schedule(case: Case) -> Iterator[Violation]:
     steps, stop, profile = case["train.steps"], case["train.stop_after"], case["train.profile"]
     lr, min_lr = case["optim.lr"], case["optim.min_lr"]
-    if min_lr is not None and min_lr > lr and case["optim.schedule"] != "constant":
+    if min_lr is not None and min_lr > lr and schedule_reads(case["optim.schedule"], "min_lr"):
         # Unset, it is a tenth of the peak; the nearest value, the peak itself, would leave no decay.
         repairs = {"optim.min_lr": [None], "optim.lr": [min_lr]}
         yield Violation("optim.min_lr <= optim.lr", f"{min_lr} > {lr}", repairs)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conf import extensions, rules
 from conf.registry import Registry
-from conf.schema import Config, ModelConfig, MoeConfig
+from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig
 from moe.metrics import collect
 from moe.router import choose_router
 from moe.router_metrics import ROUTER_METRICS, RouterMetric
@@ -28,6 +28,7 @@ from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, run_layer, sparse_layer, tiny
 from training.flops import model_cost
+from training.lr_schedule import SCHEDULES, Schedule, between, learning_rate
 from training.metrics import RunLog, step_keys
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,23 @@ def test_an_activation(name: str, backend: str, runtime: Runtime, monkeypatch: p
 def test_a_gradient_of_another_function() -> None:
     with pytest.raises(ValueError, match="activation odd: its gradient is not that of the function"):
         ACTIVATIONS.add(Activation("odd", False, torch.tanh, lambda grad, h: grad))
+
+
+def test_a_schedule() -> None:
+    optim = OptimConfig(lr=0.5, warmup_steps=4, schedule="inverse_sqrt")
+    with pytest.raises(ValueError, match=r"schedule is one of cosine, linear, wsd, constant, but inverse_sqrt"):
+        rules.check(Config(optim=optim), 1)
+    follow("A learning-rate schedule")
+    rules.check(Config(optim=optim), 1)
+    assert [learning_rate(step, optim, 100) for step in (2, 4, 16, 64)] == [0.25, 0.5, 0.25, 0.125]
+    for setting in ({"min_lr": 0.1}, {"decay_fraction": 0.3}):
+        (name,) = setting
+        with pytest.raises(ValueError, match=rf"optim\.{name} needs .* would be ignored"):
+            rules.check(Config(optim=replace(optim, **setting)), 1)
+    SCHEDULES.add(Schedule("half", lambda step, optim, steps: between(optim, 0.5), reads=("min_lr", "decay_fraction")))
+    halved = replace(optim, schedule="half", min_lr=0.1, decay_fraction=0.3)
+    rules.check(Config(optim=halved), 1)
+    assert learning_rate(9, halved, 100) == pytest.approx(0.3)
 
 
 def test_a_router_metric(runtime: Runtime, tmp_path: Path) -> None:
