@@ -1,7 +1,7 @@
 """Modules that a run imports for what they add to the extension points (CONTRIBUTING.md), and the names that are known
 by them. Built-in names are known without importing anything."""
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from conf.model_schema import GATED_ACTIVATIONS
 REGISTRIES = {
     "model.activation": ("ops.activations", "ACTIVATIONS"),
     "model.moe.score_function": ("moe.score_functions", "SCORE_FUNCTIONS"),
+    "logging.loggers": ("training.loggers", "LOGGERS"),
     "optim.schedule": ("training.lr_schedule", "SCHEDULES"),
 }
 """Of each setting that an extension can add a value to: the module and its registry."""
@@ -30,6 +31,13 @@ def input_projections(activation: str) -> int:
     """Of a feed-forward layer: two where the activation is gated."""
     entry = registered("model.activation").get(activation)
     return 2 if (activation in GATED_ACTIVATIONS if entry is None else entry.gated) else 1
+
+
+def missing_package(logger: str) -> str | None:
+    """What a logger needs and is not installed."""
+    entry = registered("logging.loggers").get(logger)
+    package = {"wandb": "wandb", "mlflow": "mlflow"}.get(logger) if entry is None else entry.package
+    return package if package and importlib.util.find_spec(package) is None else None
 
 
 def schedule_reads(schedule: str, setting: str) -> bool:

@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
-from conf.extensions import registered, schedule_reads
+from conf.extensions import missing_package, registered, schedule_reads
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
 from conf.nearest import nearest_layouts
 from conf.printable import one_line
-from conf.schema import DATA_KINDS, RECOMPUTE, Config
+from conf.schema import DATA_KINDS, LOGGERS, RECOMPUTE, Config
 
 Judge = Callable[[Case], list[Violation]]
 _FURTHER = ", each with further changes"
@@ -72,7 +72,7 @@ def violations(case: Case) -> list[Violation]:
         for key, values in violation.repairs.items():
             case = case.replaced(key, next(iter(values)))
     sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
-    sections += (_schedule, _names, _load, _data, _blend, _idle)
+    sections += (_schedule, _names, _load, _loggers, _data, _blend, _idle)
     return found + [violation for section in sections for violation in section(case)]
 
 
@@ -288,6 +288,24 @@ def _load(case: Case) -> Iterator[Violation]:
             f"there is no {', '.join(unknown)}",
             {key: [list(dict.fromkeys(near))]},
         )
+
+
+def _loggers(case: Case) -> Iterator[Violation]:
+    key, wanted = "logging.loggers", case["logging.loggers"]
+    known = list(dict.fromkeys((*LOGGERS, *registered(key))))
+    if unknown := [name for name in wanted if name not in known]:
+        near = [difflib.get_close_matches(name, known, 1, 0.0)[0] if name in unknown else name for name in wanted]
+        yield Violation(
+            f"{key} is made of {', '.join(known)}", f"it is {shown(wanted)}", {key: [list(dict.fromkeys(near))]}
+        )
+    elif len(set(wanted)) < len(wanted):
+        yield Violation(f"{key} names each once", f"it is {shown(wanted)}", {key: [list(dict.fromkeys(wanted))]})
+    for name in wanted:
+        if name not in unknown and (package := missing_package(name)):
+            extra = f": bash launch/setup.sh {name}" if name in LOGGERS else ""
+            without = [other for other in wanted if other != name]
+            rule = f"{key}={name} needs the package {package}"
+            yield Violation(rule, f"it is not installed{extra}", {key: [without]})
 
 
 def _data(case: Case) -> Iterator[Violation]:

@@ -27,6 +27,7 @@ DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 FP8_KERNELS = ("auto", "reference", "triton")
 FP8_RECIPES = ("blockwise", "rowwise", "tensorwise")
 FP8_WEIGHT_GRADIENTS = ("bf16", "fp8")
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 OPTIM_DTYPES = ("fp32", "bf16")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -243,6 +244,14 @@ class GuardConfig:
 
 
 @dataclass
+class LoggingConfig:
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl: tensorboard; wandb (Weights & Biases; WANDB_MODE=offline needs no
+    network); mlflow (files in the run directory, or MLFLOW_TRACKING_URI). The last two are extras: bash launch/setup.sh
+    wandb mlflow. A logger that fails during the run is left out with a warning."""
+
+
+@dataclass
 class RunConfig:
     dir: str | None = None
     """Run directory. An existing run is resumed. null: runs/NAME-<job id or timestamp>, in a sweep runs/NAME-<swept
@@ -309,6 +318,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

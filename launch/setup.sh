@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv at the repository root and installs what constraints.txt lists. Quick when there is nothing to do.
 #
-#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te, docs, lint)
+#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te, wandb, mlflow, docs, lint)
 #   bash launch/setup.sh --check       installs nothing; exit code 0 when .venv is ready, 1 when it is not
 #
 #   PYTHON      the interpreter to build .venv with; default: the first suitable one in PATH

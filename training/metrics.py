@@ -3,17 +3,17 @@
 Shapes: L sparse layers."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from moe.expert_load import ExpertLoad
 from moe.router_metrics import ROUTER_METRICS
-from training.event_file import EventFile
 from training.expert_load_log import (
     has_heat_map,
     layer_name,
@@ -23,6 +23,7 @@ from training.expert_load_log import (
     load_series,
     recorded_every,
 )
+from training.loggers import Loggers, RunInfo
 from training.run_files import EXPERT_LOAD, METRICS, json_lines, json_object
 
 Row = Mapping[str, Any]
@@ -88,25 +89,30 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, wo
 
 
 class RunLog:
-    """metrics.jsonl, expert_load.jsonl and tensorboard/ of a run directory; rank 0 alone owns one.
+    """metrics.jsonl and expert_load.jsonl of a run directory, and its loggers; rank 0 alone owns one.
 
     Opening one trims what an earlier process wrote past `restored_step` (0: all of it), since those steps are about to
-    be taken again. `warn` is told once when TensorBoard's files cannot be written; they are left out from then on, as
-    metrics.jsonl has the same figures.
+    be taken again. `warn` is told once of a logger that fails; it is left out from then on, as metrics.jsonl has the
+    same figures.
 
     Raises:
         OSError: when it is opened, and by `step` and `evaluation`: one of the .jsonl files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, *, restored_step: int = 0, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        restored_step: int = 0,
+        warn: Callable[[str], None],
+        loggers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path = run_dir / METRICS
         self._rows, self._loads = (_open_rows(run_dir / name, restored_step) for name in (METRICS, EXPERT_LOAD))
-        self._warn = warn
         self._logged = 0
         self._last_load: tuple[int, ExpertLoad] | None = None  # step and load that no heat map shows yet
-        self._board: EventFile | None = None
-        with self._board_errors():
-            self._board = EventFile(run_dir / "tensorboard", purge_step=restored_step + 1)
+        self._loggers = Loggers(loggers, RunInfo(run_dir, restored_step, settings or {}), warn)
 
     def step(self, row: Row, load: ExpertLoad | None = None) -> None:
         """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS; `load` is None for a dense model."""
@@ -115,10 +121,9 @@ class RunLog:
         step, logged = row["step"], self._logged
         self._logged += 1
         every_expert = load is not None and logged % recorded_every(load) == 0
-        with self._board_errors():
-            self._show(step, row, load, every_expert=every_expert, first=logged == 0)
-            if load is not None and has_heat_map(logged):
-                self._draw(step, load)
+        self._show(step, row, load, every_expert=every_expert, first=logged == 0)
+        if load is not None and has_heat_map(logged):
+            self._draw(step, load)
         self._last_load = (step, load) if load is not None and not has_heat_map(logged) else None
         self._write(self._rows, {key: row[key] for key in (*keys, *OPTIONAL_STEP_KEYS) if key in row})
         if load is not None and every_expert:
@@ -137,18 +142,14 @@ class RunLog:
             rewrite_rows(self._path, lambda line: json_object(line) not in before)
             self._rows = self._path.open("a", encoding="utf-8")
         values = {f"eval/{key.removeprefix('val_')}": row[key] for key in EVALUATION_KEYS[1:] if row[key] is not None}
-        with self._board_errors():
-            if self._board:
-                self._board.scalars(row["step"], values)
+        self._loggers.each(lambda logger: logger.scalars(row["step"], values))
         self._write(self._rows, kept)
 
     def close(self) -> None:
         """Draws the last step's load, if it is not drawn yet, and closes the files."""
-        with self._board_errors():
-            if self._last_load:
-                self._draw(*self._last_load)
-            if self._board:
-                self._board.close()
+        if self._last_load:
+            self._draw(*self._last_load)
+        self._loggers.each(lambda logger: logger.close())
         for file in (self._rows, self._loads):
             with contextlib.suppress(OSError):  # of a row that could not be written before
                 file.close()
@@ -161,22 +162,11 @@ class RunLog:
             error.filename = file.name
             raise
 
-    @contextlib.contextmanager
-    def _board_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is, no run has to end for it
-            self._board = None
-            _LOG.exception("TensorBoard's files")
-            self._warn(f"TensorBoard's files cannot be written any more ({error}): the run goes on without them")
-
     def _draw(self, step: int, load: ExpertLoad) -> None:
-        if self._board:
-            self._board.image(step, "moe/expert_load", load_heat_map(load, step))
+        picture = functools.cache(lambda: load_heat_map(load, step))
+        self._loggers.each(lambda logger: logger.image(step, "moe/expert_load", picture()))
 
     def _show(self, step: int, row: Row, load: ExpertLoad | None, *, every_expert: bool, first: bool) -> None:
-        if self._board is None:
-            return
         values = {f"train/{key}": value for key, value in row.items() if key != "step" and value is not None}
         if load is not None:
             for metric in ROUTER_METRICS.values():
@@ -186,8 +176,9 @@ class RunLog:
             if every_expert:
                 values |= load_series(load)
             if first:
-                self._board.layout(load_charts(load))
-        self._board.scalars(step, values)
+                charts = load_charts(load)
+                self._loggers.each(lambda logger: logger.layout(charts))
+        self._loggers.each(lambda logger: logger.scalars(step, values))
 
 
 def _open_rows(path: Path, restored_step: int) -> TextIO:

@@ -172,7 +172,13 @@ class Trainer:
         log = None
         if self.is_main:
             with self.storage.noted():
-                log = RunLog(self.run_dir.path, restored_step=self.progress.step, warn=self.console.warning)
+                log = RunLog(
+                    self.run_dir.path,
+                    restored_step=self.progress.step,
+                    warn=self.console.warning,
+                    loggers=self.config.logging.loggers,
+                    settings=dataclasses.asdict(self.config),
+                )
         return log
 
     def _agree(self, stop: StopRequest) -> bool:

@@ -210,7 +210,7 @@ def test_tensorboard_on_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest
     log = run_log(tmp_path, warn=warnings.append)
     log.step(step_row(1), expert_load())
     full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (the end of the test closes it)
-    monkeypatch.setattr(log._board._records, "_writer", full)
+    monkeypatch.setattr(log._loggers._open["tensorboard"]._records, "_writer", full)
     for step in (2, 3):
         log.step(step_row(step), expert_load())
     log.close()
