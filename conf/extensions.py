@@ -10,6 +10,7 @@ from typing import Any
 from conf.model_schema import GATED_ACTIVATIONS
 
 REGISTRIES = {
+    "data.kind": ("corpus.sources", "SOURCES"),
     "model.activation": ("ops.activations", "ACTIVATIONS"),
     "model.moe.score_function": ("moe.score_functions", "SCORE_FUNCTIONS"),
     "logging.loggers": ("training.loggers", "LOGGERS"),
@@ -31,6 +32,18 @@ def input_projections(activation: str) -> int:
     """Of a feed-forward layer: two where the activation is gated."""
     entry = registered("model.activation").get(activation)
     return 2 if (activation in GATED_ACTIVATIONS if entry is None else entry.gated) else 1
+
+
+def takes_files(data_kind: str) -> bool:
+    """Whether a data source reads data.files."""
+    entry = registered("data.kind").get(data_kind)
+    return data_kind in ("text", "megatron") if entry is None else entry.files is not None
+
+
+def yields_documents(data_kind: str) -> bool:
+    """Whether a data source gives text that is to be tokenised."""
+    entry = registered("data.kind").get(data_kind)
+    return data_kind != "megatron" if entry is None else entry.yields == "documents"
 
 
 def missing_package(logger: str) -> str | None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from conf.extensions import schedule_reads
+from conf.extensions import schedule_reads, takes_files, yields_documents
 from conf.schema import (
     ACTIVATIONS,
     AUX_LOSS_COUNTS,
@@ -207,14 +207,18 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
-    ("data=text or data=megatron", lambda c: c["data.kind"] in ("text", "megatron"), "data.files"),
+    ("data=text or data=megatron", lambda c: takes_files(c["data.kind"]), "data.files"),
     ("other data than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
     ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend"),
-    ("data=text or data=blend", lambda c: c["data.kind"] in ("text", "blend"), "data.text_key"),
+    (
+        "data=text or data=blend",
+        lambda c: c["data.kind"] == "blend" or (takes_files(c["data.kind"]) and yields_documents(c["data.kind"])),
+        "data.text_key",
+    ),
     ("data.valid_files=[]", lambda c: not c["data.valid_files"], "data.valid_fraction"),
     (
         "data.tokenizer=null and data other than megatron",
-        lambda c: c["data.tokenizer"] is None and c["data.kind"] != "megatron",
+        lambda c: c["data.tokenizer"] is None and yields_documents(c["data.kind"]),
         "data.tokenizer_sample_mib",
     ),
 ]

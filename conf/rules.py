@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from conf.case import DEFAULTS, WORLD_SIZE, Case, Violation, divisible, divisors, multiples, shown
-from conf.extensions import missing_package, registered, schedule_reads
+from conf.extensions import missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import BOUNDS, CHOICES, IDLE, MEANT
@@ -310,7 +310,7 @@ def _loggers(case: Case) -> Iterator[Violation]:
 
 def _data(case: Case) -> Iterator[Violation]:
     kind = case["data.kind"]
-    if kind in ("text", "megatron") and not case["data.files"]:
+    if takes_files(kind) and not case["data.files"]:
         yield Violation(
             f"data={kind} needs data.files",
             "there are none: give data.files=[PATH,...], or train on Python's own source files",
@@ -324,7 +324,7 @@ def _blend(case: Case) -> Iterator[Violation]:
     if not case["data.blend"]:
         example = "data.blend=[{weight: 1, kind: stdlib}, {weight: 2, kind: text, files: [PATH]}]"
         yield Violation("data=blend needs data.blend", f"it has no parts; for example '{example}'")
-    kinds = [kind for kind in DATA_KINDS if kind != "blend"]
+    kinds = [kind for kind in dict.fromkeys((*DATA_KINDS, *registered("data.kind"))) if kind != "blend"]
     for index, part in enumerate(case["data.blend"]):
         name = f"data.blend[{index}]"
         if not 0 < part.weight < math.inf:
@@ -332,9 +332,9 @@ def _blend(case: Case) -> Iterator[Violation]:
         if part.kind not in kinds:
             nearest = difflib.get_close_matches(part.kind, kinds, n=1, cutoff=0.0)[0]
             yield Violation(f"{name}.kind is one of {', '.join(kinds)}", f"it is {part.kind}; nearest: kind: {nearest}")
-        elif part.kind == "stdlib" and part.files:
-            yield Violation(f"{name}.files has an effect only with kind: text or megatron", "kind is stdlib")
-        elif part.kind != "stdlib" and not part.files:
+        elif part.files and not takes_files(part.kind):
+            yield Violation(f"{name}.files has an effect only with kind: text or megatron", f"kind is {part.kind}")
+        elif takes_files(part.kind) and not part.files:
             yield Violation(f"{name}.files is needed with kind: {part.kind}", "there are none: files: [PATH]")
 
 

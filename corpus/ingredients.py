@@ -3,8 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from conf.schema import BlendPart, DataConfig
-from corpus.documents import expand, is_text_file, standard_library_files
+from conf.schema import DATA_KINDS, BlendPart, DataConfig
+from corpus.documents import is_text_file
+from corpus.sources import SOURCES, DataSource
 
 
 @dataclass(frozen=True, eq=False)  # two alike parts of a blend are two ingredients
@@ -12,13 +13,17 @@ class Ingredient:
     """Text files or token files with one weight and one rule for what is held out."""
 
     kind: str
-    """stdlib, text or megatron."""
+    """Of corpus.sources.SOURCES."""
     files: list[str]
-    """Absolute paths; for megatron prefixes of .bin/.idx pairs."""
+    """Absolute paths; of token files without .bin/.idx."""
     weight: float
     """Share of the training samples, relative to the other ingredients."""
     valid_share: float
     """Share of the documents held out, 0 to 1."""
+
+    @property
+    def source(self) -> DataSource:
+        return SOURCES[self.kind]
 
 
 def ingredients(data: DataConfig, held_out_only: bool) -> list[Ingredient]:
@@ -59,7 +64,11 @@ def _parts(data: DataConfig) -> list[BlendPart]:
 
 
 def _held_out(data: DataConfig) -> list[Ingredient]:
-    """data.valid_files by kind: for megatron data and blends those without the suffix of a text file are prefixes."""
+    """data.valid_files by kind: for megatron data and blends those without the suffix of a text file are prefixes. Of a
+    source that was added they are what its data.files are."""
+    if data.valid_files and data.kind not in DATA_KINDS:
+        files = _files(BlendPart(kind=data.kind, files=data.valid_files))
+        return [Ingredient(data.kind, files, weight=0.0, valid_share=1.0)]
     may_be_prefix = data.kind in ("megatron", "blend")
     prefixes = [path for path in data.valid_files if may_be_prefix and not is_text_file(path)]
     texts = [path for path in data.valid_files if path not in prefixes]
@@ -71,15 +80,11 @@ def _held_out(data: DataConfig) -> list[Ingredient]:
 
 
 def _files(part: BlendPart) -> list[str]:
-    if part.kind == "stdlib":
-        if part.files:
-            raise ValueError("the stdlib corpus takes no files; for your own text use data=text data.files=[...]")
-        return standard_library_files()
-    if part.kind not in ("text", "megatron"):
-        raise ValueError(f"kind of data {part.kind!r} is not one of stdlib, text, megatron")
-    if not part.files:
-        what = "paths or globs of text files" if part.kind == "text" else "prefixes of .bin/.idx pairs"
-        raise ValueError(f"data of kind {part.kind} needs files: {what}")
-    if part.kind == "text":
-        return expand(list(part.files))
-    return [os.path.abspath(os.path.expanduser(prefix)) for prefix in part.files]
+    if part.kind not in SOURCES:
+        raise ValueError(f"kind of data {part.kind!r} is not one of {', '.join(SOURCES)}")
+    source = SOURCES[part.kind]
+    if source.files is None and part.files:
+        raise ValueError(f"the {part.kind} corpus takes no files; for your own text use data=text data.files=[...]")
+    if source.files is not None and not part.files:
+        raise ValueError(f"data of kind {part.kind} needs files: {source.files}")
+    return source.find(part.files)

@@ -126,7 +126,7 @@ def prepare(
     notes: list[str] = []
     cache = Cache(data.cache_dir, notes.append, timeout=timeout, waiting=lambda what: progress(what, 0.0))
     try:
-        corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.kind != "megatron"}
+        corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.source.yields == "documents"}
         _hash_files([path for ingredient in corpora for path in ingredient.files], cache, progress)
         vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
         parts = []

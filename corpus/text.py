@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,11 +50,12 @@ class TextCorpus:
 
     def identity(self, cache: Cache) -> list[Any]:
         """All that decides which documents there are and which of them are held out, JSON-serialisable."""
-        kind, files = self.ingredient.kind, self.ingredient.files
-        names = [_library_name(path) if kind == "stdlib" else os.path.basename(path) for path in files]
+        kind, files, source = self.ingredient.kind, self.ingredient.files, self.ingredient.source
+        names = [(source.name_of or os.path.basename)(path) for path in files]
         contents = [cache.sha256(path) for path in files]
         # What was read without `strict` may hold rows that it stops at.
-        return [kind, names, contents, self.ingredient.valid_share, self._text_key, self._strict]
+        version = [source.version] if source.version else []
+        return [kind, names, contents, self.ingredient.valid_share, self._text_key, self._strict, *version]
 
     def documents(self, path: str) -> Iterator[tuple[Document, bool]]:
         """The documents of one of the files, in order, and whether each is held out. One of which only the tail is held
@@ -71,12 +71,16 @@ class TextCorpus:
                 yield document, draw < split.threshold
 
     def _read(self, path: str, left_out: LeftOut | None = None) -> Iterator[Document]:
-        return read_documents(path, self._text_key, strict=self._strict, left_out=left_out)
+        read = self.ingredient.source.read
+        if read is None:
+            return read_documents(path, self._text_key, strict=self._strict, left_out=left_out)
+        return (Document(text, 0, 0.0) for text in read(path, self._text_key))
 
     def _draw(self, path: str, document: Document) -> float:
-        """A number in [0, 1) that depends on nothing but the path (stdlib) or the text, so that equal documents never
-        end up on both sides and a corpus that grows keeps its held-out documents."""
-        key = _library_name(path) if self.ingredient.kind == "stdlib" else document.text
+        """A number in [0, 1) that depends on nothing but the file's name or the text, so that equal documents never end
+        up on both sides and a corpus that grows keeps its held-out documents."""
+        name_of = self.ingredient.source.name_of
+        key = document.text if name_of is None else name_of(path)
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
     @cached_property
@@ -99,10 +103,6 @@ class TextCorpus:
         if others and length <= max(_SHORT, characters * _SMALL_SHARE):
             return Split(math.nextafter(smallest, 1.0))
         return Split(0.0, smallest, min(max(math.ceil(share * characters), _SHORT), length // 4))
-
-
-def _library_name(path: str) -> str:
-    return Path(path).relative_to(sysconfig.get_path("stdlib")).as_posix()
 
 
 def _tail_begin(text: str, size: int) -> int:

@@ -17,7 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conf import extensions, rules
 from conf.registry import Registry
-from conf.schema import Config, LoggingConfig, ModelConfig, MoeConfig, OptimConfig
+from conf.schema import BlendPart, Config, DataConfig, LoggingConfig, ModelConfig, MoeConfig, OptimConfig
+from corpus.indexed import token_range
+from corpus.prepare import Prepared, prepare
+from corpus.sources import SOURCES
+from corpus.tokenizer import Tokenizer
 from moe.metrics import collect
 from moe.router import choose_router
 from moe.router_metrics import ROUTER_METRICS, RouterMetric
@@ -155,6 +159,44 @@ def test_a_schedule() -> None:
     halved = replace(optim, schedule="half", min_lr=0.1, decay_fraction=0.3)
     rules.check(Config(optim=halved), 1)
     assert learning_rate(9, halved, 100) == pytest.approx(0.3)
+
+
+def test_a_data_source(tmp_path: Path) -> None:
+    """Alone, held out by name, in a blend; the reader's version is a part of the cache's key."""
+    words = [f"{number} green bottles hanging on the wall, " * 9 for number in range(60)]
+    for name, rows in (("a", words[:50]), ("b", words[50:])):
+        (tmp_path / f"{name}.csv").write_text("id,review\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
+    data = DataConfig(
+        kind="csv", files=[f"{tmp_path}/*.csv"], text_key="review", valid_fraction=0.3, cache_dir=f"{tmp_path}/cache"
+    )
+    with pytest.raises(ValueError, match=r"data\.kind is one of stdlib, text, megatron, blend, but csv"):
+        rules.check(Config(data=data), 1)
+    follow("A data source")
+    rules.check(Config(data=data), 1)
+    with pytest.raises(ValueError, match=r"data=csv needs data\.files"):
+        rules.check(Config(data=replace(data, files=[])), 1)
+
+    def texts(data: DataConfig) -> tuple[Prepared, list[str], list[str]]:
+        prepared = prepare(data, vocab_size=300, sequence_length=16)
+        tokenizer = Tokenizer.load(str(prepared.tokenizer), data.eod_token)
+        splits = []
+        for split in (prepared.train, prepared.valid):
+            ranges = [token_range(source.prefix, source.first_document, source.num_documents) for source in split]
+            tokens = [token for ids in ranges for token in ids.tolist()]
+            splits.append(tokenizer.decode(tokens).split(data.eod_token)[:-1])
+        return prepared, *splits
+
+    _, train, valid = texts(data)
+    assert sorted(train + valid) == sorted(words) and 5 < len(valid) < 40
+    _, train, valid = texts(replace(data, files=[f"{tmp_path}/a.csv"], valid_files=[f"{tmp_path}/b.csv"]))
+    assert (train, valid) == (words[:50], words[50:])
+    parts = [BlendPart(kind="csv", files=[f"{tmp_path}/a.csv"]), BlendPart(kind="csv", files=[f"{tmp_path}/b.csv"])]
+    blend = replace(data, kind="blend", files=[], blend=parts)
+    rules.check(Config(data=blend), 1)
+    assert len(texts(blend)[0].train) == 2
+
+    SOURCES["csv"] = replace(SOURCES["csv"], read=lambda path, key: iter(["other " * 400] * 9), version=1)
+    assert set(texts(replace(data, valid_fraction=0.5, valid_files=[f"{tmp_path}/b.csv"]))[1]) == {"other " * 400}
 
 
 def logged(tmp_path: Path, loggers: list[str], warn: Callable[[str], None] = pytest.fail, restored: int = 0) -> None:

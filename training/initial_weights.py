@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.extensions import yields_documents
 from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from corpus.tokenizer_files import tokenizer_json
@@ -106,7 +107,7 @@ def check_tokenizer(data: DataConfig, source: Source) -> None:
     """Raises ValueError where the text would be cut into other tokens than those that the weights were trained on."""
     kept = source.tokenizer
     if kept is None:
-        if data.tokenizer is None and data.kind != "megatron":
+        if data.tokenizer is None and yields_documents(data.kind):
             raise ValueError(
                 f"checkpoint.load: {source.run_dir} has no {TOKENIZER}, and a new one would give its token ids another "
                 "meaning: set data.tokenizer to the one that made its token files, or "

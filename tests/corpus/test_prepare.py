@@ -139,7 +139,7 @@ def test_the_sample_for_the_tokenizer_draws_on_every_file(text_data, tmp_path):
 
 def test_standard_library_is_split_by_path(tmp_path, monkeypatch):
     files = [path for path in standard_library_files() if "/json/" in path or "/email/" in path]
-    monkeypatch.setattr("corpus.ingredients.standard_library_files", lambda: files)
+    monkeypatch.setattr("corpus.sources.standard_library_files", lambda: files)
     data = DataConfig(valid_fraction=0.2, cache_dir=str(tmp_path))
     prepared = run(data, vocab_size=600)
     valid = documents_of(prepared, prepared.valid)
@@ -148,7 +148,7 @@ def test_standard_library_is_split_by_path(tmp_path, monkeypatch):
     assert sorted(valid + documents_of(prepared, prepared.train)) == sorted(
         t for p in files if (t := Path(p).read_text())
     )
-    monkeypatch.setattr("corpus.ingredients.standard_library_files", lambda: files[: len(files) // 2])
+    monkeypatch.setattr("corpus.sources.standard_library_files", lambda: files[: len(files) // 2])
     fewer = run(data, vocab_size=600)
     assert set(documents_of(fewer, fewer.valid)) <= set(valid)
 
