@@ -118,8 +118,8 @@ def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dic
     for name, parameter, piece in _pieces(engine):
         local = torch.full((parameter.numel(),), torch.nan)
         local[piece.start : piece.end] = part(parameter, piece).detach()
-        cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.placement.cuts]
-        shape = parameter.placement.logical_shape(parameter.shape)
+        cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
+        shape = parameter.sharding.logical_shape(parameter.shape)
         mine.append((name, shape, cuts, local.view(parameter.shape)))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

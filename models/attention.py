@@ -27,11 +27,11 @@ from models.varlen_attention import (
 )
 from ops.cpp import build as native
 from ops.registry import Candidate, Choice, Norm, select, torch_rms_norm
-from parallel.async_collectives import exchanging, fly
+from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.chunked_ops import rows_at_once
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, H, S, N], k and v [B, G, S, N]) -> [B, H, S, N]; a query sees the keys up to its own."""
@@ -144,10 +144,10 @@ class Attention(nn.Module):
         if model.qk_norm is not None:
             how = model, config.params_dtype, groups, norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
-        place(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
+        set_sharding(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
         if model.attention_bias:
-            place(self.qkv.bias, (0, groups.tp), std=0.0)
-        place(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
+            set_sharding(self.qkv.bias, (0, groups.tp), std=0.0)
+        set_sharding(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
         """pieces: from attention_pieces."""
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         early, late = x_SBHN.chunk(2)
         opposite = self.cp.size() - 1 - self.cp.rank()
         rows = [len(late) if rank == opposite else 0 for rank in range(self.cp.size())]
-        return torch.cat([early, fly(late, exchanging(rows, rows, self.cp))])
+        return torch.cat([early, run_collective(late, async_all_to_all(rows, rows, self.cp))])
 
 
 def _native_attention() -> CausalAttention:

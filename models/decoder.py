@@ -32,10 +32,10 @@ from ops.grouped_mlp import forget_weights, use_tools
 from ops.permute import PLAIN_ROWS, Rows
 from ops.registry import Norm, torch_rms_norm
 from ops.routing import FusedRoute
-from parallel.activation_checkpoint import recomputed, with_output_recomputed
-from parallel.batch_context import PLAIN, ForwardPass
+from parallel.activation_checkpoint import checkpointed, checkpoint_without_output
+from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,23 @@ class Block(nn.Module):
         if float8 is not None and float8.linear is not None:
             use_tools(self, float8.linear)
 
-    def forward(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Tensor:
+    def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
         """attend: cosines and sines of the positions, and who attends to whom."""
-        run = partial(recomputed, self._run) if "full" in self.recompute else self._run
-        x_SBD, report = run(x_SBD, attend, about)
+        run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
+        x_SBD, report = run(x_SBD, attend, batch_ctx)
         if report is not None:
-            self.ffn.record(report, about)
+            self.ffn.record(report, batch_ctx)
         return x_SBD
 
-    def _run(self, x_SBD: Tensor, attend: Attend, about: ForwardPass) -> Ran:
+    def _run(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
         x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         if not self.sparse:
             return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
-        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, about))
+        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, batch_ctx))
         return x_SBD + out_SBD, report
 
     def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
-        return with_output_recomputed(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
+        return checkpoint_without_output(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
 
 
 class Stage(MegatronModule):
@@ -164,7 +164,7 @@ class Stage(MegatronModule):
                 reduce_scatter_embeddings=parts.config.sequence_parallel,
                 tp_group=groups.tp,
             )
-            place(self.embedding.weight, (0, groups.tp), std=std)
+            set_sharding(self.embedding.weight, (0, groups.tp), std=std)
             # Gives it a bucket of its own, cut over data-parallel ranks as on the other stage that holds it.
             self.embedding.weight.shared_embedding = model.tie_embeddings
         self.layers = nn.ModuleDict({str(i): Block(parts, i) for i in layout.chunk_layers(index, model.num_layers)})
@@ -189,7 +189,7 @@ class Stage(MegatronModule):
         )
         if not tied_here:
             alias = "embedding.weight" if model.tie_embeddings else None
-            place(self.head.weight, (0, groups.tp), std=std, alias=alias)
+            set_sharding(self.head.weight, (0, groups.tp), std=std, alias=alias)
             # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
             self.head.weight.shared = self.head.weight.shared_embedding = model.tie_embeddings
 
@@ -206,7 +206,7 @@ class Stage(MegatronModule):
         tokens_BS: Tensor,
         positions_BS: Tensor,
         labels_BS: Tensor | None = None,
-        forward_pass: ForwardPass = PLAIN,
+        batch_ctx: BatchContext = DEFAULT_CONTEXT,
     ) -> Tensor:
         """Args:
             tokens_BS, labels_BS: this rank's slice of the sequence.
@@ -226,11 +226,11 @@ class Stage(MegatronModule):
         cos, sin = self.rotary(mine_BS.t())
         pieces = None
         if self.document_mask or self.cp.size() > 1:
-            on_host_BS = forward_pass.host_positions_BS
+            on_host_BS = batch_ctx.host_positions_BS
             on_host_BS = positions_BS.cpu() if on_host_BS is None else on_host_BS
             pieces = attention_pieces(on_host_BS, self.cp.rank(), self.cp.size(), self.document_mask)
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, pieces), forward_pass)
+            x_SBD = layer(x_SBD, (cos, sin, pieces), batch_ctx)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:

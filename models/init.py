@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from parallel.sharding import Placement, logical_name
+from parallel.sharding import Sharding, logical_name
 
 
 def _generator(seed: int, *key: object) -> torch.Generator:
@@ -29,21 +29,21 @@ def _draw(shape: tuple[int, ...], std: float, generator: torch.Generator) -> tor
     return x.erfinv_().mul_(std * math.sqrt(2)).clamp_(-BOUND * std, BOUND * std)
 
 
-def _write(part: torch.Tensor, within: Placement, shape: tuple[int, ...], std: float, key: tuple[object, ...]) -> None:
+def _write(part: torch.Tensor, within: Sharding, shape: tuple[int, ...], std: float, key: tuple[object, ...]) -> None:
     with torch.no_grad():  # it is a thread's own setting
-        part.copy_(within.cut(_draw(shape, std, _generator(*key))))
+        part.copy_(within.shard(_draw(shape, std, _generator(*key))))
 
 
-def _parts(name: str, parameter: nn.Parameter, placement: Placement, seed: int) -> Iterator[tuple]:
+def _parts(name: str, parameter: nn.Parameter, sharding: Sharding, seed: int) -> Iterator[tuple]:
     """The arguments of `_write` for every piece of a parameter that has a generator of its own."""
-    shape = placement.logical_shape(parameter.shape)
-    if not placement.per_expert:
-        yield parameter, placement, shape, placement.std, (seed, name)
+    shape = sharding.logical_shape(parameter.shape)
+    if not sharding.per_expert:
+        yield parameter, sharding, shape, sharding.std, (seed, name)
         return
-    first = placement.offset_and_size(0)[0] * len(parameter)
-    within = Placement(tuple((axis - 1, group) for axis, group in placement.cuts if axis > 0))
+    first = sharding.shard_index_and_count(0)[0] * len(parameter)
+    within = Sharding(tuple((axis - 1, group) for axis, group in sharding.sharded_dims if axis > 0))
     for index in range(len(parameter)):
-        yield parameter[index], within, shape[1:], placement.std, (seed, name, first + index)
+        yield parameter[index], within, shape[1:], sharding.std, (seed, name, first + index)
 
 
 @torch.no_grad()
@@ -53,13 +53,13 @@ def initialise(module: nn.Module, seed: int) -> None:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         written = []
         for name, parameter in module.named_parameters():
-            placement = parameter.placement
+            sharding = parameter.sharding
             if parameter.is_meta:  # of a planned rank, which has shapes alone
                 continue
-            if not placement.std:
-                parameter.fill_(1.0 if placement.std is None else 0.0)
+            if not sharding.std:
+                parameter.fill_(1.0 if sharding.std is None else 0.0)
                 continue
-            for part in _parts(logical_name(name, parameter), parameter, placement, seed):
+            for part in _parts(logical_name(name, parameter), parameter, sharding, seed):
                 written.append(pool.submit(_write, *part))
         for one in written:
             one.result()

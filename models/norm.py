@@ -11,7 +11,7 @@ from ops.cpp import build as native
 from ops.registry import Candidate, Norm
 from parallel.chunked_ops import rows_at_once
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 class RMSNorm(nn.Module):
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
     ):
         super().__init__()
         self.eps, self.function = eps, function
-        self.weight = place(nn.Parameter(torch.empty(hidden_size, dtype=dtype)), copies=(groups.tp,))
+        self.weight = set_sharding(nn.Parameter(torch.empty(hidden_size, dtype=dtype)), replicas=(groups.tp,))
         # Under sequence parallelism each tensor-parallel rank sees other tokens: Megatron-Core then sums this
         # gradient over the tensor-parallel group.
         self.weight.sequence_parallel = sequence_parallel

@@ -16,7 +16,7 @@ from models.norm import RMSNorm
 from ops.registry import Norm
 from parallel.chunked_ops import rows_at_once
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Groups, function: Norm) -> RMSNorm:
@@ -31,7 +31,7 @@ def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Gro
     size = width // groups.tp.size() if full else model.head_width
     norm = RMSNorm(size, model.norm_eps, function=function, dtype=dtype, sequence_parallel=False, groups=groups)
     if full:  # cut as the heads are
-        place(norm.weight, (0, groups.tp))
+        set_sharding(norm.weight, (0, groups.tp))
     return norm
 
 

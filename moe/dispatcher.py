@@ -24,7 +24,15 @@ from torch import Tensor
 
 from conf.schema import MoeConfig
 from ops.permute import PLAIN_ROWS, Origin, Routed, Rows
-from parallel.async_collectives import Flight, arrive, depart, exchanging, fly, gathering, summing
+from parallel.async_collectives import (
+    AsyncCollective,
+    async_all_gather,
+    async_all_to_all,
+    async_reduce_scatter,
+    run_collective,
+    start_collective,
+    wait_collective,
+)
 from parallel.collectives import GatherRagged, GatherSequence, ReduceScatterRagged, all_gather
 from parallel.process_groups import Groups
 
@@ -130,8 +138,8 @@ class LocalDispatcher:
 class Travelling:
     """Rows on their way, and what is known of them beforehand."""
 
-    ticket: Tensor
-    flight: Flight
+    handle: Tensor
+    collective: AsyncCollective
     choice_R: Tensor
     """Which of the T * K choices each row was that left this rank; of the N * K for an all-gather."""
     choices: Choices
@@ -168,11 +176,13 @@ class AllToAllDispatcher:
             arrived_PL = torch.full((sources, local), slots, device=x_TD.device)
         expert_R = torch.arange(local, device=x_TD.device).repeat(sources)
         expert_R = expert_R.repeat_interleave(arrived_PL.flatten(), output_size=sum(counts))
-        flight = exchanging(send, receive, self.ep)
-        ticket = depart(self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), flight)
+        collective = async_all_to_all(send, receive, self.ep)
+        handle = start_collective(
+            self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), collective
+        )
         order_R = expert_R.argsort(stable=True)
         return Travelling(
-            ticket, flight, choice_R, choices, slots is not None, counts, order_R, send, receive, gathered
+            handle, collective, choice_R, choices, slots is not None, counts, order_R, send, receive, gathered
         )
 
     def _tell_counts(self, counts_E: Tensor) -> tuple[list[int], list[int], list[int], list[int], Tensor]:
@@ -189,10 +199,10 @@ class AllToAllDispatcher:
         return send, receive, gathered, counts, arrived_PL
 
     def finish(self, started: Travelling) -> Dispatched:
-        rows = self._over_etp(arrive(started.ticket, started.flight), started)
+        rows = self._over_etp(wait_collective(started.handle, started.collective), started)
         names_R = take_names(started.choices.names_TK, started.choice_R)
         if names_R is not None:
-            names_R = fly(names_R, exchanging(started.send, started.receive, self.ep))
+            names_R = run_collective(names_R, async_all_to_all(started.send, started.receive, self.ep))
             names_R = self._over_etp(names_R, started).index_select(0, started.order_R)
         return Dispatched(Routed(rows, Origin(started.order_R, 1, self.rows)), started.counts, names_R, started)
 
@@ -206,7 +216,7 @@ class AllToAllDispatcher:
         y_RD = y_RD.index_select(0, arrived)
         if self.etp.size() > 1:
             y_RD = ReduceScatterRagged.apply(y_RD, way.gathered, self.etp)
-        y_RD = fly(y_RD, exchanging(way.receive, way.send, self.ep))
+        y_RD = run_collective(y_RD, async_all_to_all(way.receive, way.send, self.ep))
         return self.rows.weighted_sum(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
 
 
@@ -221,8 +231,8 @@ class AllGatherDispatcher:
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
         local, sources = self.num_experts // self.ep.size(), self.ep.size() * self.etp.size()
-        flight = gathering(self.ep)
-        ticket = depart(self._over_etp(x_TD), flight)
+        collective = async_all_gather(self.ep)
+        handle = start_collective(self._over_etp(x_TD), collective)
         expert = self._all(masked_experts(choices, self.num_experts)) - local * self.ep.rank()
         expert = torch.where((expert >= 0) & (expert < local), expert, local)
         if slots is None:
@@ -234,7 +244,7 @@ class AllGatherDispatcher:
             source = torch.arange(sources, device=x_TD.device).repeat_interleave(len(expert) // sources)
             apart = torch.where(expert < local, expert * sources + source, local * sources)
             counts, choice_R = [sources * slots] * local, fill_slots(apart, local * sources, slots)
-        return Travelling(ticket, flight, choice_R, choices, slots is not None, counts)
+        return Travelling(handle, collective, choice_R, choices, slots is not None, counts)
 
     def _over_etp(self, t: Tensor) -> Tensor:
         return GatherSequence.apply(t, self.etp) if self.etp.size() > 1 else t
@@ -243,16 +253,18 @@ class AllGatherDispatcher:
         return all_gather(all_gather(t, self.etp), self.ep)
 
     def finish(self, started: Travelling) -> Dispatched:
-        x_ND, names_TK = arrive(started.ticket, started.flight), started.choices.names_TK
+        x_ND, names_TK = wait_collective(started.handle, started.collective), started.choices.names_TK
         rows = Routed(x_ND, Origin(started.choice_R, started.choices.experts_TK.shape[1], self.rows), started.padded)
         names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
         return Dispatched(rows, started.counts, names_R, started)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         way: Travelling = sent.way_back
-        gates_NK = fly(self._over_etp(way.choices.gates_TK), gathering(self.ep))
-        out = fly(self.rows.weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), summing(self.ep))
-        return fly(out, summing(self.etp)) if self.etp.size() > 1 else out
+        gates_NK = run_collective(self._over_etp(way.choices.gates_TK), async_all_gather(self.ep))
+        out = run_collective(
+            self.rows.weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), async_reduce_scatter(self.ep)
+        )
+        return run_collective(out, async_reduce_scatter(self.etp)) if self.etp.size() > 1 else out
 
 
 def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:

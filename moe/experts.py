@@ -28,9 +28,9 @@ from ops.gemm_backend import Reference, Tools
 from ops.grouped_mlp import experts_with
 from ops.permute import Routed
 from ops.te_grouped_gemm import te_grouped_product
-from parallel.activation_checkpoint import PRODUCTS, recomputed
+from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 def loop_experts(
@@ -292,7 +292,7 @@ class Experts(nn.Module):
             self.columns = (before, hidden - before - self.b_out.shape[1])
             """Before and after those of b_out."""
         for weight, axis, std in placed:
-            place(weight, (0, groups.ep), (axis, groups.etp), std=std, per_expert=True)
+            set_sharding(weight, (0, groups.ep), (axis, groups.etp), std=std, per_expert=True)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             weight.allreduce = False
 
@@ -304,7 +304,7 @@ class Experts(nn.Module):
 
         def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
-            run = partial(recomputed, self.backend, kept=PRODUCTS) if self.recompute else self.backend
+            run = partial(checkpointed, self.backend, save_ops=MATMUL_OPS) if self.recompute else self.backend
             return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep, *origin)
 
         weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
@@ -333,11 +333,11 @@ class DenseFFN(nn.Module):
             self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, skip_bias_add=True, **linear)
         for layer in filter(None, (self.up, self.gate)):
-            place(layer.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
-        place(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
+            set_sharding(layer.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
+        set_sharding(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        return recomputed(self._run, x_SBD, kept=PRODUCTS) if self.recompute else self._run(x_SBD)
+        return checkpointed(self._run, x_SBD, save_ops=MATMUL_OPS) if self.recompute else self._run(x_SBD)
 
     def _run(self, x_SBD: Tensor) -> Tensor:
         parts = [layer(x_SBD)[0] for layer in (self.gate, self.up) if layer is not None]

@@ -23,8 +23,8 @@ from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import PLAIN_ROWS, Rows
 from ops.routing import FusedRoute, Routing, count_loads
-from parallel.activation_checkpoint import decision, recomputed
-from parallel.batch_context import EVALUATE, GENERATE, PLAIN, TRAIN, ForwardPass
+from parallel.activation_checkpoint import save_for_recompute, checkpointed
+from parallel.batch_context import DEFAULT_CONTEXT, EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.collectives import all_gather
 from parallel.process_groups import Groups
 
@@ -75,59 +75,59 @@ class MoELayer(nn.Module):
         self.register_buffer("step_load_2E", step_load_2E, persistent=False)
         """Of the optimizer step under way: choices of each expert, and what the balancing loss counts."""
 
-    def forward(self, x_SBD: Tensor, about: ForwardPass = PLAIN) -> tuple[Tensor, Report]:
+    def forward(self, x_SBD: Tensor, batch_ctx: BatchContext = DEFAULT_CONTEXT) -> tuple[Tensor, Report]:
         """The output [S, B, D], and what was counted. The caller passes the latter to `record` once: under activation
         recompute this runs twice."""
-        return recomputed(self._run, x_SBD, about) if self.recompute else self._run(x_SBD, about)
+        return checkpointed(self._run, x_SBD, batch_ctx) if self.recompute else self._run(x_SBD, batch_ctx)
 
-    def record(self, report: Report, about: ForwardPass) -> None:
+    def record(self, report: Report, batch_ctx: BatchContext) -> None:
         """Adds up what a training pass counted."""
-        if about.mode == TRAIN:
+        if batch_ctx.mode == TRAIN:
             self.statistics(report)
             if self.router.follows_load:
                 self.step_load_2E += torch.stack([report.load_E, report.counted_E])
 
-    def _run(self, x_SBD: Tensor, about: ForwardPass) -> tuple[Tensor, Report]:
-        padding_T = self._padding(about)
+    def _run(self, x_SBD: Tensor, batch_ctx: BatchContext) -> tuple[Tensor, Report]:
+        padding_T = self._padding(batch_ctx)
         rows = x_SBD.shape[1] if self.moe.load_balancing == "seq_aux_loss" else 1
-        routing = self.router(self._jittered(x_SBD.flatten(0, 1), about), padding_T, about.mode, rows)
-        keep_TK, loss, report = self._balance(routing, padding_T, about, x_SBD.shape[1])
-        out_SBD = self._experts(x_SBD, routing, keep_TK, about)
-        return AttachLoss.apply(out_SBD, loss, about.loss_scale) if torch.is_grad_enabled() else out_SBD, report
+        routing = self.router(self._jittered(x_SBD.flatten(0, 1), batch_ctx), padding_T, batch_ctx.mode, rows)
+        keep_TK, loss, report = self._balance(routing, padding_T, batch_ctx, x_SBD.shape[1])
+        out_SBD = self._experts(x_SBD, routing, keep_TK, batch_ctx)
+        return AttachLoss.apply(out_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
-    def _padding(self, about: ForwardPass) -> Tensor | None:
+    def _padding(self, batch_ctx: BatchContext) -> Tensor | None:
         """bool [T]: True where there is no token; None: there is one everywhere."""
-        if about.padding_BS is None:
+        if batch_ctx.padding_BS is None:
             return None
-        padding_SB = about.padding_BS.t()
+        padding_SB = batch_ctx.padding_BS.t()
         if self.sequence_parallel:
             padding_SB = padding_SB.chunk(self.tp.size())[self.tp.rank()]
         return padding_SB.flatten()
 
-    def _jittered(self, x_TD: Tensor, about: ForwardPass) -> Tensor:
+    def _jittered(self, x_TD: Tensor, batch_ctx: BatchContext) -> Tensor:
         """What the router sees: while training, every value times a factor of its own between 1 - jitter and
         1 + jitter (Switch, section 2.4 and appendix C)."""
-        if not self.moe.jitter or about.mode != TRAIN:
+        if not self.moe.jitter or batch_ctx.mode != TRAIN:
             return x_TD
         first = self.micro_batch_group.rank() * len(x_TD)
         rows_T = torch.arange(first, first + len(x_TD), device=x_TD.device)
-        noise_TD = uniform(self._key("jitter", about), rows_T, x_TD.shape[1])
+        noise_TD = uniform(self._key("jitter", batch_ctx), rows_T, x_TD.shape[1])
         return x_TD.float() * noise_TD.mul_(2 * self.moe.jitter).add_(1 - self.moe.jitter)
 
-    def _key(self, purpose: str, about: ForwardPass) -> int:
+    def _key(self, purpose: str, batch_ctx: BatchContext) -> int:
         seed, layer = self.draws
-        return key(seed, purpose, about.step, about.micro_batch, layer)
+        return key(seed, purpose, batch_ctx.step, batch_ctx.micro_batch, layer)
 
     def _balance(
-        self, routing: Routing, padding_T: Tensor | None, about: ForwardPass, sequences: int
+        self, routing: Routing, padding_T: Tensor | None, batch_ctx: BatchContext, sequences: int
     ) -> tuple[Tensor, Tensor, Report]:
         """(keep_TK, this rank's part of the weighted auxiliary losses, what to record). Capacity and load are those of
         the whole micro-batch, so all its ranks gather the choices and decide alike."""
         moe, group = self.moe, self.micro_batch_group
         experts_MK = all_gather(routing.experts_TK, group)
         padding_M = None if padding_T is None else all_gather(padding_T, group)
-        keep_MK = self._fit(routing, experts_MK, padding_M, about, sequences)
-        keep_TK = decision(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
+        keep_MK = self._fit(routing, experts_MK, padding_M, batch_ctx, sequences)
+        keep_TK = save_for_recompute(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
         z = routing.router_stats.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
@@ -137,10 +137,10 @@ class MoELayer(nn.Module):
         return keep_TK, coeff * aux + moe.z_loss_coeff * z, report
 
     def _fit(
-        self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None, about: ForwardPass, sequences: int
+        self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None, batch_ctx: BatchContext, sequences: int
     ) -> Tensor:
         """bool [M, K]: the choices that are there and find room."""
-        moe, factor = self.moe, self._capacity_factor(about)
+        moe, factor = self.moe, self._capacity_factor(batch_ctx)
         alone = sequences if moe.capacity_per == "sequence" else 1
         if factor is None or self.router.experts_choose:
             return experts_MK < moe.num_experts
@@ -152,7 +152,7 @@ class MoELayer(nn.Module):
             urgency_MK = -tie_ranks(gates_MK.view(1, -1), bins_MK.view(1, -1)).view_as(experts_MK)
         elif moe.drop_policy == "random":
             rows_M = torch.arange(len(experts_MK), device=experts_MK.device)
-            urgency_MK = uniform(self._key("drop", about), rows_M, moe.top_k)
+            urgency_MK = uniform(self._key("drop", batch_ctx), rows_M, moe.top_k)
         if padding_M is None:
             tokens = [len(experts_MK) // alone] * alone
         else:
@@ -178,16 +178,16 @@ class MoELayer(nn.Module):
             load_BE = count_loads(experts_MK, self.moe.num_experts, rows)
         return load_balancing_loss(routing.router_stats.probs_BE, load_BE, tokens_B)
 
-    def _capacity_factor(self, about: ForwardPass) -> float | None:
+    def _capacity_factor(self, batch_ctx: BatchContext) -> float | None:
         """None: dropless."""
         moe = self.moe
         if self.router.experts_choose:
             return moe.capacity_factor
-        return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[about.mode]
+        return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[batch_ctx.mode]
 
-    def _slots(self, routing: Routing, about: ForwardPass, sequences: int) -> int | None:
+    def _slots(self, routing: Routing, batch_ctx: BatchContext, sequences: int) -> int | None:
         """Rows that every expert gets from this rank where they are padded to the capacity, else None."""
-        factor = self._capacity_factor(about)
+        factor = self._capacity_factor(batch_ctx)
         if factor is None or not self.moe.pad_to_capacity:
             return None
         tokens = routing.experts_TK.shape[0]
@@ -196,24 +196,24 @@ class MoELayer(nn.Module):
         limit = alone * capacity(whole, self.moe.top_k, self.moe.num_experts, factor)
         return min(limit, tokens // self.tp.size() if self.share_tokens else tokens)
 
-    def _names(self, routing: Routing, about: ForwardPass) -> Tensor | None:
+    def _names(self, routing: Routing, batch_ctx: BatchContext) -> Tensor | None:
         """[T, K] names of the choices where noise belongs to them, else None."""
-        if not self.moe.expert_dropout or about.mode != TRAIN:
+        if not self.moe.expert_dropout or batch_ctx.mode != TRAIN:
             return None
         group = self.micro_batch_group
-        place = {"part": group.rank(), "parts": group.size(), "micro_batch": about.micro_batch}
+        place = {"part": group.rank(), "parts": group.size(), "micro_batch": batch_ctx.micro_batch}
         return name_choices(routing.experts_TK, self.moe.num_experts, **place)
 
-    def _dropout(self, names_R: Tensor | None, about: ForwardPass) -> Dropout | None:
+    def _dropout(self, names_R: Tensor | None, batch_ctx: BatchContext) -> Dropout | None:
         if names_R is None:
             return None
         seed, layer = self.draws
-        named = key(seed, "expert dropout", about.step, layer)
+        named = key(seed, "expert dropout", batch_ctx.step, layer)
         return Dropout(self.moe.expert_dropout, named, names_R, self.experts.ffn_hidden_size)
 
-    def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor, about: ForwardPass) -> Tensor:
+    def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor, batch_ctx: BatchContext) -> Tensor:
         gates_TK, experts_TK, mine_SBD = routing.gates_TK, routing.experts_TK, x_SBD
-        names_TK = self._names(routing, about)
+        names_TK = self._names(routing, batch_ctx)
         if self.share_tokens:
             mine_SBD = scatter_to_sequence_parallel_region(x_SBD, group=self.tp)
             gates_TK = scatter_to_sequence_parallel_region(gates_TK, group=self.tp)
@@ -221,10 +221,12 @@ class MoELayer(nn.Module):
             experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
         choices = Choices(experts_TK, gates_TK, keep_TK, names_TK)
-        started = self.dispatcher.start(mine_SBD.flatten(0, 1), choices, self._slots(routing, about, x_SBD.shape[1]))
+        started = self.dispatcher.start(
+            mine_SBD.flatten(0, 1), choices, self._slots(routing, batch_ctx, x_SBD.shape[1])
+        )
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
-        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, about))
+        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx))
         out_SBD = self.dispatcher.combine(y_RD, sent).view(mine_SBD.shape)
         if self.share_tokens:
             out_SBD = gather_from_sequence_parallel_region(out_SBD, tensor_parallel_output_grad=False, group=self.tp)

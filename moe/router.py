@@ -18,11 +18,11 @@ from moe.score_functions import SCORE_FUNCTIONS
 from ops.cpp import build as native
 from ops.registry import Candidate, Choice, select
 from ops.routing import FUSED_SCORE_FUNCTIONS, FusedRoute, RouterStats, Routing, Rule
-from parallel.activation_checkpoint import decision
+from parallel.activation_checkpoint import save_for_recompute
 from parallel.batch_context import TRAIN
 from parallel.collectives import all_gather
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Router(nn.Module):
             scale=self.moe.routed_scaling_factor,
         )
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
-        self.weight = place(weight_ED, copies=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
+        self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         self.weight.sequence_parallel = sequence_parallel
         # Set by rule and not by gradient, but kept, placed and saved as parameters.
@@ -97,7 +97,7 @@ class Router(nn.Module):
 
     def _state(self, groups: Groups, std: float | None) -> nn.Parameter:
         state_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32), requires_grad=False)
-        return place(state_E, copies=(groups.tp,), std=std, is_state=True)
+        return set_sharding(state_E, replicas=(groups.tp,), std=std, is_state=True)
 
     @property
     def follows_load(self) -> bool:
@@ -123,7 +123,7 @@ class Router(nn.Module):
             return replace(routing, counted_TK=counted_TK)
         rule = self.rule
         scored = self.score(logits_TE)
-        experts_TK = decision(self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode))
+        experts_TK = save_for_recompute(self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode))
         some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
@@ -141,7 +141,7 @@ class Router(nn.Module):
         counted_TK = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
         if padding_T is not None:
             counted_TK = counted_TK.masked_fill(padding_T[:, None], self.moe.num_experts)
-        return decision(counted_TK)
+        return save_for_recompute(counted_TK)
 
     @torch.no_grad()
     def end_step(self, load_E: Tensor, counted_E: Tensor | None = None) -> None:

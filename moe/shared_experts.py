@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from moe.experts import DenseFFN
 from parallel.process_groups import Groups
-from parallel.sharding import place
+from parallel.sharding import set_sharding
 
 
 class SharedExperts(nn.Module):
@@ -21,7 +21,7 @@ class SharedExperts(nn.Module):
         self.gate: nn.Parameter | None = None
         if model.moe.shared_expert_gate:
             self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))
-            place(self.gate, copies=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
+            set_sharding(self.gate, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
             # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
             self.gate.sequence_parallel = config.sequence_parallel
 

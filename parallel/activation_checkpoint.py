@@ -1,7 +1,7 @@
-"""Less memory for more arithmetic: what the backward pass needs is computed again instead of kept.
+"""Activation checkpointing: parts of the forward pass are recomputed in the backward pass instead of being saved.
 
-A router's choice must not be taken again: one rounding apart, a token between two experts would go back through the
-one that it did not come from. So `decision` marks the tensors that say who goes where; they are kept, and used again.
+Routing decisions must not be recomputed: a token whose scores for two experts are nearly equal could be routed to
+another expert by a rounding difference. `save_for_recompute` marks the tensors that hold them; they are always saved.
 """
 
 from collections.abc import Callable
@@ -14,44 +14,47 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 LIBRARY = torch.library.Library("switchyard", "DEF")
-"""Operations that `recomputed` can tell from others. Defined without `torch.library.custom_op`, whose wrapper costs the
-host half a millisecond a call."""
-LIBRARY.define("decision(Tensor choice) -> Tensor")
-LIBRARY.impl("decision", Tensor.clone, "CompositeExplicitAutograd")
+"""Operators that the policy of `checkpointed` can name. `torch.library.custom_op` is not used: its wrapper takes half a
+millisecond of host time per call."""
+LIBRARY.define("save_for_recompute(Tensor routing) -> Tensor")
+LIBRARY.impl("save_for_recompute", Tensor.clone, "CompositeExplicitAutograd")
 
 
-def decision(choice: Tensor) -> Tensor:
-    """The same integers or booleans. Inside `recomputed`, the second pass gets those of the first."""
-    return torch.ops.switchyard.decision.default(choice)
+def save_for_recompute(routing: Tensor) -> Tensor:
+    """A copy of integers or booleans. Inside `checkpointed`, recomputation returns the saved copy."""
+    return torch.ops.switchyard.save_for_recompute.default(routing)
 
 
-DECISIONS = {torch.ops.switchyard.decision.default}
-"""Operations whose results are always kept. A kernel that decides adds its own (ops.triton.router)."""
-PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default})
+MUST_SAVE_OPS = {torch.ops.switchyard.save_for_recompute.default}
+"""Operators whose results are always saved. Kernels that compute routing decisions add theirs (ops.triton.router)."""
+MATMUL_OPS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default})
 
 
-def _policy(kept: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    wanted = operation in DECISIONS or operation in kept
-    return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(save_ops: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    must_save = operation in MUST_SAVE_OPS or operation in save_ops
+    return CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(function: Callable[..., Any], *args: Any, kept: frozenset[Any] = frozenset()) -> Any:
-    """function(*args), of whose inside only the results of some operations are kept: the rest is computed again in the
-    backward pass. The function must not have effects besides its result, or they happen twice.
+def checkpointed(function: Callable[..., Any], *args: Any, save_ops: frozenset[Any] = frozenset()) -> Any:
+    """function(*args) under selective activation checkpointing. The function must have no side effects: it runs twice.
 
     Args:
-        kept: operations, besides DECISIONS; PRODUCTS are those of matrices.
+        save_ops: operators whose results are saved, besides MUST_SAVE_OPS; MATMUL_OPS are the matrix products.
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
-    # Our random numbers are hashes of what they are for: there is no state to restore.
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, save_ops))
+    # Random numbers are hashes of a key (moe.counter_rng): there is no generator state to restore.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def with_output_recomputed(function: Callable[[Tensor], Tensor], x: Tensor, consumer: Callable[[Tensor], Any]) -> Any:
-    """consumer(function(x)), where `function`'s output is not kept for the backward pass but computed again from x,
-    which has to be there anyway. For cheap functions with an output that is large, such as norms."""
+def checkpoint_without_output(
+    function: Callable[[Tensor], Tensor], x: Tensor, consumer: Callable[[Tensor], Any]
+) -> Any:
+    """consumer(function(x)), where the output of `function` is not saved for the backward pass but recomputed from x.
+
+    For functions that are cheap, have a large output and whose input is saved anyway, such as norms.
+    """
     if not torch.is_grad_enabled():
         return consumer(function(x))
     output = function(x)

@@ -1,4 +1,5 @@
-"""Collectives with gradients that run while something else is computed. All act along dimension 0."""
+"""Asynchronous collectives with gradients: computation can run between starting one and waiting for its result, in the
+forward pass and in the backward pass. All act along dimension 0."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,96 +9,105 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Collective = Callable[[Tensor], tuple[Tensor, dist.Work]]
-"""Starts to send x and returns what will arrive, with the handle to wait for."""
+LaunchFn = Callable[[Tensor], tuple[Tensor, dist.Work]]
+"""Launches a collective on x and returns (output, work): the output is valid once work.wait() has returned."""
 
 
-class Flight:
-    """A collective under way while something else is computed, and the one that brings its gradient back."""
+class AsyncCollective:
+    """A collective and the collective that computes its gradient.
 
-    def __init__(self, there: Collective, back: Collective):
-        self.there, self.back = there, back
-        self._under_way: tuple[Tensor, Tensor, dist.Work] | None = None
+    Args:
+        forward: launches the collective.
+        backward: launches the collective of the gradient.
+    """
 
-    def start(self, collective: Collective, x: Tensor) -> None:
+    def __init__(self, forward: LaunchFn, backward: LaunchFn):
+        self.forward, self.backward = forward, backward
+        self._pending: tuple[Tensor, Tensor, dist.Work] | None = None
+
+    def launch(self, collective: LaunchFn, x: Tensor) -> None:
         x = x.contiguous()
-        self._under_way = (x, *collective(x))  # with x: the sender's memory must outlive the sending
+        self._pending = (x, *collective(x))  # keeps x alive: its memory is read until the collective has completed
 
     def wait(self) -> Tensor:
-        """What arrived."""
-        assert self._under_way is not None, "nothing is under way"
-        _, arrived, work = self._under_way
+        """Waits for the collective that was launched last and returns its output."""
+        assert self._pending is not None, "no collective is pending"
+        _, output, work = self._pending
         work.wait()
-        self._under_way = None
-        return arrived
+        self._pending = None
+        return output
 
 
-def depart(x: Tensor, flight: Flight) -> Tensor:
-    """Sends x on its way and returns a ticket for `arrive`. What is computed between the two runs meanwhile. So does
-    its gradient in the backward pass, since autograd goes through operations in the reverse order of their forward
-    pass: `arrive`'s gradient departs first and is waited for last."""
-    return _Depart.apply(x, flight)
+def start_collective(x: Tensor, collective: AsyncCollective) -> Tensor:
+    """Launches a collective on x and returns a handle for `wait_collective`.
+
+    What is computed between the two calls overlaps with the collective. The same holds in the backward pass: autograd
+    runs operations in the reverse order of the forward pass, so `wait_collective` launches the gradient's collective
+    and `start_collective` waits for it.
+    """
+    return _StartCollective.apply(x, collective)
 
 
-def arrive(ticket: Tensor, flight: Flight) -> Tensor:
-    """Waits for what `depart` sent."""
-    return _Arrive.apply(ticket, flight)
+def wait_collective(handle: Tensor, collective: AsyncCollective) -> Tensor:
+    """Waits for a collective that `start_collective` launched and returns its output."""
+    return _WaitCollective.apply(handle, collective)
 
 
-class _Depart(torch.autograd.Function):
+class _StartCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.start(flight.there, x)
+    def forward(ctx, x: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective = collective
+        collective.launch(collective.forward, x)
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, ticket: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.wait(), None
+    def backward(ctx, handle: Tensor) -> tuple[Tensor, None]:
+        return ctx.collective.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _WaitCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ticket: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.wait()
+    def forward(ctx, handle: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective = collective
+        return collective.wait()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.start(ctx.flight.back, grad)
+        ctx.collective.launch(ctx.collective.backward, grad)
         return grad.new_empty(0), None
 
 
-def _start_exchange(send: list[int], receive: list[int], group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
+def _all_to_all(send: list[int], receive: list[int], group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
     out = x.new_empty((sum(receive), *x.shape[1:]))
     return out, dist.all_to_all_single(out, x, receive, send, group=group, async_op=True)
 
 
-def _start_gather(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
+def _all_gather(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     return out, dist.all_gather_into_tensor(out, x, group=group, async_op=True)
 
 
-def _start_sum(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
+def _reduce_scatter(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
 
 
-def exchanging(send: list[int], receive: list[int], group: dist.ProcessGroup) -> Flight:
-    """Sends `send[r]` rows to rank r and receives `receive[r]` rows from it; the gradient travels back."""
-    return Flight(partial(_start_exchange, send, receive, group), partial(_start_exchange, receive, send, group))
+def async_all_to_all(send: list[int], receive: list[int], group: dist.ProcessGroup) -> AsyncCollective:
+    """An all-to-all that sends `send[r]` rows to rank r and receives `receive[r]` rows from it. Its gradient is the
+    all-to-all in the other direction."""
+    return AsyncCollective(partial(_all_to_all, send, receive, group), partial(_all_to_all, receive, send, group))
 
 
-def gathering(group: dist.ProcessGroup) -> Flight:
-    """Every rank's rows, in rank order; the gradient is summed back onto the ranks. All hold the same shape."""
-    return Flight(partial(_start_gather, group), partial(_start_sum, group))
+def async_all_gather(group: dist.ProcessGroup) -> AsyncCollective:
+    """An all-gather in rank order of inputs of the same shape. Its gradient is a reduce-scatter."""
+    return AsyncCollective(partial(_all_gather, group), partial(_reduce_scatter, group))
 
 
-def summing(group: dist.ProcessGroup) -> Flight:
-    """The inverse of gathering: the sum over ranks of this rank's 1/n of the rows."""
-    return Flight(partial(_start_sum, group), partial(_start_gather, group))
+def async_reduce_scatter(group: dist.ProcessGroup) -> AsyncCollective:
+    """A reduce-scatter (sum). Its gradient is an all-gather."""
+    return AsyncCollective(partial(_reduce_scatter, group), partial(_all_gather, group))
 
 
-def fly(x: Tensor, flight: Flight) -> Tensor:
-    """There at once, with nothing computed meanwhile."""
-    return arrive(depart(x, flight), flight)
+def run_collective(x: Tensor, collective: AsyncCollective) -> Tensor:
+    """Starts a collective on x, waits for it at once and returns its output."""
+    return wait_collective(start_collective(x, collective), collective)

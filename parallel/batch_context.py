@@ -1,4 +1,4 @@
-"""What every layer may know of the pass under way, handed down by the engine with the tokens.
+"""The context of a micro-batch that the engine passes to every layer together with the tokens.
 
 Legend: B batch, S sequence.
 """
@@ -11,23 +11,23 @@ TRAIN, EVALUATE, GENERATE = "train", "evaluate", "generate"
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """A micro-batch on its way through the model."""
+class BatchContext:
+    """What layers need to know about the micro-batch of a forward pass."""
 
     mode: str = TRAIN
-    """Which capacity and which noise apply: train, evaluate, or generate (dropless)."""
+    """train, evaluate or generate (dropless): selects the capacity and whether jitter and dropout apply."""
     loss_scale: float = 1.0
-    """What backward multiplies losses by that a layer computes by itself, to match the main loss."""
+    """Factor that backward applies to losses that a layer attaches itself, so that they match the main loss."""
     step: int = 0
     micro_batch: int = 0
-    """Of the global batch of that step, counted over all data-parallel ranks: with the step it names the draws of this
-    pass, whatever the layout."""
+    """Index in the global batch of that step, counted over all data-parallel ranks. Together with the step it seeds
+    the random numbers of this pass, independently of the layout."""
     host_positions_BS: Tensor | None = None
-    """Positions of the whole sequence in the host's memory, where documents are looked up; None: only the device has
-    them."""
+    """Positions of the whole sequence in host memory, from which document boundaries are read; None: the positions
+    are on the device only."""
     padding_BS: Tensor | None = None
-    """bool over this rank's slice of the sequence: True where there is no token. None: there is one everywhere."""
+    """bool over this rank's shard of the sequence, True for padding; None: no padding."""
 
 
-PLAIN = ForwardPass()
-"""Training, with a loss that is not scaled."""
+DEFAULT_CONTEXT = BatchContext()
+"""Training with an unscaled loss."""

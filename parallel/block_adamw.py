@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf.schema import OptimConfig
 from parallel.chunked_ops import rows_at_once
 from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
-from parallel.sharding import Placement, logical_name
+from parallel.sharding import Sharding, logical_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GPU_BLOCK = 2**22
@@ -67,7 +67,7 @@ class _Target:
     weight: Tensor | None
     """bf16 [n], a view of the model's parameter; None where the master weights are that view."""
     name: str
-    placement: Placement
+    sharding: Sharding
     shape: torch.Size
     start: int
     """Of the parameter on this rank: its shape, and where in it, flattened, the shard begins."""
@@ -180,7 +180,7 @@ def random_bits(target: _Target, step: int, at: slice) -> Tensor:
     parameter): copies of a parameter get the same ones, and so does every layout."""
     key = hashlib.blake2b(repr((target.name, step)).encode(), digest_size=4).digest()
     first = target.start + at.start
-    index = target.placement.logical_index(target.shape, first, first + at.stop - at.start, target.gradient.device)
+    index = target.sharding.logical_index(target.shape, first, first + at.stop - at.start, target.gradient.device)
     # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's shift repeats the sign.
     bits = index.to(torch.int32)  # the lower 32 bits
     bits ^= int.from_bytes(key, "little", signed=True)
@@ -211,7 +211,7 @@ def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> Non
             at = slice(piece.start, piece.end)
             weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
             gradient = parameter.main_grad.view(-1)[at]
-            place = names[parameter], parameter.placement, parameter.shape, piece.start
+            place = names[parameter], parameter.sharding, parameter.shape, piece.start
             targets[piece.master] = _Target(gradient, weight, *place)
         if targets:
             replace_inner_optimizer(part, BlockAdamW(part.optimizer.param_groups, targets, optim, streams))

@@ -1,6 +1,6 @@
 """Megatron-Core's schedules, gradient buckets and distributed optimizer behind three calls: forward-backward over a
 global batch, update, evaluate. Knows nothing of what the model computes; a chunk offers
-`forward(tokens, positions, labels, forward_pass) -> loss per token [B, S]`, `end_step` and what the schedules ask for.
+`forward(tokens, positions, labels, batch_ctx) -> loss per token [B, S]`, `end_step` and what the schedules ask for.
 
 Legend: B batch, S sequence.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import block_adamw
-from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceClock
 from parallel.megatron_compat import building_optimizer, parameters_in_norm
@@ -193,7 +193,7 @@ class Engine:
             chunk.train()
         # Megatron-Core multiplies the main loss by cp and divides it by the micro-batches, and its gradient buckets
         # divide by dp * cp. Losses attached inside the model must go through the same factors.
-        about = ForwardPass(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
+        batch_ctx = BatchContext(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             # Training sequences are packed: every token of the micro-batch counts.
@@ -201,7 +201,7 @@ class Engine:
             return mean, mean.detach().clone()
 
         with self.own_time:
-            parts = self._run(batches, loss, about)
+            parts = self._run(batches, loss, batch_ctx)
         finalize_model_grads(self.chunks)
         layout = self.runtime.layout
         # Cut sequences add up; copies over data-parallel ranks average; tensor-parallel ranks hold the same number.
@@ -218,7 +218,7 @@ class Engine:
             return total.clone(), torch.stack([total, mask_BS.double().sum()])
 
         with torch.no_grad():
-            parts = self._run(batches, loss, ForwardPass(EVALUATE))
+            parts = self._run(batches, loss, BatchContext(EVALUATE))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, round(tokens)
 
@@ -252,7 +252,7 @@ class Engine:
         batch = {"tokens": tokens, "positions": at.clamp(max=last), "padding": at > last}
         layout = self.runtime.layout
         # The interleaved schedule does not run with fewer micro-batches than stages.
-        self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, ForwardPass(GENERATE))
+        self._run([batch] * (layout.pp if layout.vpp > 1 else 1), keep, BatchContext(GENERATE))
         # Each holder fills its slice of the sequence and of the vocabulary; everyone else adds zeros.
         logits_SV = torch.zeros(len(ids) - first, self.vocab_size, device=self.runtime.device)
         if found:
@@ -261,7 +261,7 @@ class Engine:
         dist.all_reduce(logits_SV)
         return logits_SV.cpu()
 
-    def _run(self, batches: list[Batch], loss: Callable[[Tensor, Batch], Any], about: ForwardPass) -> list[Tensor]:
+    def _run(self, batches: list[Batch], loss: Callable[[Tensor, Batch], Any], batch_ctx: BatchContext) -> list[Tensor]:
         """What `loss` returned second for each micro-batch, on the last pipeline stage; elsewhere nothing."""
         dp = self.runtime.groups.dp
 
@@ -270,7 +270,7 @@ class Engine:
             index, batch = next(batches)
             cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
             this = replace(
-                about,
+                batch_ctx,
                 micro_batch=index * dp.size() + dp.rank(),
                 host_positions_BS=host_positions[index],
                 padding_BS=cut.get("padding"),
@@ -290,7 +290,7 @@ class Engine:
             seq_length=sequence,
             micro_batch_size=micro_batch,
             decoder_seq_length=sequence,
-            forward_only=about.mode != TRAIN,
+            forward_only=batch_ctx.mode != TRAIN,
         )
 
     def _my_slice(self, x_BS: Tensor) -> Tensor:

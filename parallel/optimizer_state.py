@@ -31,19 +31,19 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The whole shape of every parameter that this rank holds a part of."""
-    return {name: p.placement.logical_shape(p.shape) for name, p in _named(engine)}
+    return {name: p.sharding.logical_shape(p.shape) for name, p in _named(engine)}
 
 
 def states(engine: Engine) -> list[str]:
     """Those among this rank's parameters that are set by rule (Placement.is_state)."""
-    return [name for name, p in _named(engine) if p.placement.is_state]
+    return [name for name, p in _named(engine) if p.sharding.is_state]
 
 
 def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The whole shape of every tensor of a checkpoint that this rank has a part in. What no gradient moves has no
     moments."""
     return {
-        f"{kind}.{name}": p.placement.logical_shape(p.shape)
+        f"{kind}.{name}": p.sharding.logical_shape(p.shape)
         for name, p in _named(engine)
         for kind in (("weights", *MOMENTS) if p.requires_grad else ("weights",))
     }
@@ -79,7 +79,7 @@ def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
     """Megatron-Core's description of a box of a logical tensor."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    offsets = [(axis, group.rank(), group.size()) for axis, group in parameter.placement.cuts]
+    offsets = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
     return ShardedTensor.from_rank_offsets(key, local, *offsets)
 
 
@@ -107,7 +107,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
     for index, (name, parameter) in enumerate(_named(engine)):
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
         if not parameter.requires_grad:  # whole on every rank, and in no optimizer
-            if group.rank() == index % group.size() and parameter.placement.is_first_copy():
+            if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
                 copy = parameter.detach().cpu().clone()  # it is written while training goes on
                 tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
             continue
@@ -117,7 +117,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
         for kind, part in parts.items():
             dtype = torch.float32 if kind == "weights" else moment_dtype
             whole = _assemble(engine, parameter, part, piece, index, dtype)
-            if group.rank() == index % group.size() and parameter.placement.is_first_copy():
+            if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
                 tensors[f"{kind}.{name}"] = _sharded(f"{kind}.{name}", whole.detach().cpu(), parameter)
     return tensors
 

@@ -1,5 +1,8 @@
-"""How a parameter of the model lies over the ranks. One description serves initialisation (draw the whole, keep this
-rank's part), checkpoints (which box of the whole this rank writes or reads) and parameter counts."""
+"""How a parameter of the model is sharded over the ranks. Initialization, checkpoints and parameter counts all read the
+same description.
+
+A *logical parameter* is the whole parameter, as one rank alone would hold it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,74 +13,81 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a rank's tensor lies in the logical parameter, and what the logical parameter is."""
+class Sharding:
+    """Which shard of a logical parameter this rank holds, and how the logical parameter is initialized."""
 
-    cuts: tuple[tuple[int, dist.ProcessGroup], ...] = ()
-    """(axis, group): this axis is cut evenly over the ranks of the group."""
-    copies: tuple[dist.ProcessGroup, ...] = ()
-    """Groups, other than the data-parallel ones, whose ranks all hold the same part."""
+    sharded_dims: tuple[tuple[int, dist.ProcessGroup], ...] = ()
+    """(dim, group): this dimension is sharded evenly over the ranks of the group."""
+    replicas: tuple[dist.ProcessGroup, ...] = ()
+    """Groups, besides the data-parallel ones, whose ranks all hold the same shard."""
     std: float | None = None
     """Standard deviation of the initial values; None: ones."""
     per_expert: bool = False
-    """Axis 0 counts experts: each is drawn by its own key."""
+    """Whether dimension 0 counts experts. Each expert is then initialized from its own seed."""
     alias: str | None = None
-    """The logical parameter that this one is a second copy of (tied embeddings on two pipeline stages)."""
+    """Name of the logical parameter that this one is a copy of (tied embeddings on two pipeline stages)."""
     is_state: bool = False
-    """Set by rule and not by gradient. Weights without it mean what they mean with its initial values, with which it
-    starts where a checkpoint has none."""
+    """Whether the values are set by a rule, not by a gradient. Where a checkpoint lacks them, the initial values are
+    used: they leave the meaning of the other weights unchanged."""
 
-    def offset_and_size(self, axis: int) -> tuple[int, int]:
-        """(index of this rank's part, number of parts) along an axis."""
-        for cut_axis, group in self.cuts:
-            if cut_axis == axis:
+    def shard_index_and_count(self, dim: int) -> tuple[int, int]:
+        """(index of this rank's shard, number of shards) along a dimension."""
+        for sharded_dim, group in self.sharded_dims:
+            if sharded_dim == dim:
                 return group.rank(), group.size()
         return 0, 1
 
     def logical_shape(self, local: torch.Size) -> tuple[int, ...]:
-        return tuple(n * self.offset_and_size(axis)[1] for axis, n in enumerate(local))
+        """The shape of the logical parameter, given the shape of this rank's shard."""
+        return tuple(n * self.shard_index_and_count(dim)[1] for dim, n in enumerate(local))
 
     def logical_index(self, local: torch.Size, start: int, end: int, device: torch.device) -> torch.Tensor:
-        """int64 [end - start]: where elements of this rank's flattened tensor lie in the flattened logical one."""
+        """int64 [end - start]: the indices in the flattened logical parameter of elements `start` to `end` of this
+        rank's flattened shard.
+
+        Args:
+            local: shape of the shard.
+        """
         index, sizes = torch.arange(start, end, device=device), [*local]
-        for axis, group in sorted(self.cuts, key=lambda cut: -cut[0]):
-            part, parts, inner = group.rank(), group.size(), math.prod(sizes[axis:])
-            if math.prod(sizes[:axis]) > 1:
-                index += index // inner * (inner * (parts - 1))
-            index += part * inner
-            sizes[axis] *= parts
+        for dim, group in sorted(self.sharded_dims, key=lambda sharded: -sharded[0]):
+            shard, shards, inner = group.rank(), group.size(), math.prod(sizes[dim:])
+            if math.prod(sizes[:dim]) > 1:
+                index += index // inner * (inner * (shards - 1))
+            index += shard * inner
+            sizes[dim] *= shards
         return index
 
-    def is_first_copy(self) -> bool:
-        """Among ranks that hold the same part (data parallelism aside), is this the one that speaks for it?"""
-        return self.alias is None and all(group.rank() == 0 for group in self.copies)
+    def is_first_replica(self) -> bool:
+        """Whether this rank is the first of those that hold the same shard, data parallelism aside."""
+        return self.alias is None and all(group.rank() == 0 for group in self.replicas)
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the logical tensor, as a view."""
-        for axis, group in self.cuts:
-            whole = whole.chunk(group.size(), dim=axis)[group.rank()]
-        return whole
+    def shard(self, logical: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a logical tensor, as a view."""
+        for dim, group in self.sharded_dims:
+            logical = logical.chunk(group.size(), dim=dim)[group.rank()]
+        return logical
 
 
-def place(
+def set_sharding(
     parameter: nn.Parameter,
-    *cuts: tuple[int, dist.ProcessGroup],
-    copies: tuple[dist.ProcessGroup, ...] = (),
+    *sharded_dims: tuple[int, dist.ProcessGroup],
+    replicas: tuple[dist.ProcessGroup, ...] = (),
     std: float | None = None,
     per_expert: bool = False,
     alias: str | None = None,
     is_state: bool = False,
 ) -> nn.Parameter:
-    """Attaches a Placement to a parameter and returns the parameter."""
-    parameter.placement = Placement(tuple(cuts), copies, std, per_expert, alias, is_state)
-    if cuts:
-        # Megatron-Core's own marks: every rank's part counts in the gradient norm. Without them only tensor-parallel
-        # rank 0 would count.
+    """Sets `parameter.sharding` and returns the parameter. The arguments are the fields of `Sharding`."""
+    parameter.sharding = Sharding(sharded_dims, replicas, std, per_expert, alias, is_state)
+    if sharded_dims:
+        # Megatron-Core's attributes of a sharded parameter: the gradient norm counts every rank's shard. Without them
+        # it would count tensor-parallel rank 0 alone.
         parameter.tensor_model_parallel = True
-        parameter.partition_dim, parameter.partition_stride = cuts[-1][0], 1
+        parameter.partition_dim, parameter.partition_stride = sharded_dims[-1][0], 1
     return parameter
 
 
 def logical_name(name: str, parameter: nn.Parameter) -> str:
-    """The parameter's name in the whole model: module paths are already global, aliases name their original."""
-    return parameter.placement.alias or name
+    """The name of the logical parameter. Module paths are the same on all ranks; an alias has the name of its
+    original."""
+    return parameter.sharding.alias or name

@@ -21,4 +21,4 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         core = core_config(model, runtime, torch.float32, deterministic=False)
         parts = Parts(model, core, runtime, "loop" if model.moe.num_experts else None, seed=0)
         stage = Stage(parts, chunk=0, sequence_length=8, document_mask=False)
-        return {logical_name(n, p): p.placement.logical_shape(p.shape) for n, p in stage.named_parameters()}
+        return {logical_name(n, p): p.sharding.logical_shape(p.shape) for n, p in stage.named_parameters()}

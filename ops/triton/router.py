@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ops.routing import FUSED_SCORE_FUNCTIONS, TINY, RouterStats, Routing, Rule
 from ops.triton.tiling import programs
-from parallel.activation_checkpoint import DECISIONS, LIBRARY
+from parallel.activation_checkpoint import LIBRARY, MUST_SAVE_OPS
 
 TILE, LARGEST = 1024, 4096
 """Scores that four warps hold at a time, and experts at most."""
@@ -225,7 +225,7 @@ LIBRARY.define(
 )
 LIBRARY.impl("route", _choose_and_weigh, "CompositeExplicitAutograd")
 choose_and_weigh = torch.ops.switchyard.route.default
-DECISIONS.add(choose_and_weigh)
+MUST_SAVE_OPS.add(choose_and_weigh)
 
 
 class _Route(torch.autograd.Function):

@@ -32,10 +32,10 @@ def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkey
 
 def test_random_numbers_are_the_cpus():
     from parallel.block_adamw import _Target, random_bits
-    from parallel.sharding import Placement
+    from parallel.sharding import Sharding
 
     both = []
     for device in ("cpu", "cuda"):
-        aim = _Target(torch.zeros(4000, device=device), None, "w", Placement(), torch.Size([50, 100]), 321)
+        aim = _Target(torch.zeros(4000, device=device), None, "w", Sharding(), torch.Size([50, 100]), 321)
         both.append(random_bits(aim, 7, slice(5, 3905)).cpu())
     assert torch.equal(*both)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import ModelConfig, MoeConfig
 from models.decoder import Stage
-from parallel.batch_context import EVALUATE, GENERATE, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, tiny, whole_model
@@ -48,7 +48,7 @@ def test_equals_the_reference(model: ModelConfig, document_mask: bool, runtime: 
     (losses_BS.mean() + 0.5 * auxiliary).backward()
 
     inputs = [t.to(runtime.device) for t in (tokens_BS, POSITIONS, labels_BS)]
-    got_BS = stage(*inputs, ForwardPass(loss_scale=0.5))
+    got_BS = stage(*inputs, BatchContext(loss_scale=0.5))
     got_BS.mean().backward()
     assert_close(got_BS, losses_BS)
     assert_gradients_close(stage, weights)
@@ -75,7 +75,7 @@ def test_a_later_token_never_changes_an_earlier_output(changed: int, token: int,
     other_BS[0, changed] = token if token != tokens_BS[0, changed] else (token + 1) % 16
     positions_BS = torch.arange(12).expand(2, -1).to(runtime.device)
     with torch.no_grad():
-        dropless = {"forward_pass": ForwardPass(GENERATE)}
+        dropless = {"batch_ctx": BatchContext(GENERATE)}
         before, after = (stage(t.to(runtime.device), positions_BS, **dropless) for t in (tokens_BS, other_BS))
     moved = (before - after).abs().amax(-1).cpu()
     assert moved[0, :changed].numel() == 0 or moved[0, :changed].max() < 1e-4 * before.abs().max()
@@ -125,7 +125,7 @@ def test_mode_reaches_every_sparse_layer(runtime: Runtime) -> None:
     wanted = dropless(*inputs)
     assert not torch.equal(stage(*inputs), wanted)
     for mode in (EVALUATE, GENERATE):
-        assert torch.equal(stage(*inputs, forward_pass=ForwardPass(mode)), wanted)
+        assert torch.equal(stage(*inputs, batch_ctx=BatchContext(mode)), wanted)
 
 
 def test_only_the_router_stays_fp32_in_a_bf16_model(runtime: Runtime) -> None:

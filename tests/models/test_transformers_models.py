@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig, MoeConfig
 from models.decoder import Stage
-from parallel.batch_context import ForwardPass
+from parallel.batch_context import BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, tiny, whole_model
 
@@ -133,7 +133,7 @@ def test_equals_transformers(case: str, runtime: Runtime) -> None:
     tokens_BS, positions_BS = tokens_BS.to(runtime.device), torch.arange(TOKENS[1]).expand(TOKENS).to(runtime.device)
     wanted = theirs(input_ids=tokens_BS, labels=tokens_BS)
     wanted.loss.backward()
-    loss = stage(tokens_BS, positions_BS, tokens_BS.roll(-1, 1), ForwardPass())[:, :-1].mean()
+    loss = stage(tokens_BS, positions_BS, tokens_BS.roll(-1, 1), BatchContext())[:, :-1].mean()
     loss.backward()
 
     assert_close(stage(tokens_BS, positions_BS), wanted.logits.detach().cpu().double())

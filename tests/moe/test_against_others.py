@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
 from moe.router import router_logits
-from parallel.batch_context import ForwardPass
+from parallel.batch_context import BatchContext
 from parallel.megatron_compat import moe_layer
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, run_layer, sparse_layer, tiny
@@ -76,7 +76,7 @@ def shared_weights(layer: MoELayer) -> list[nn.Parameter]:
 
 def pass_through(layer: MoELayer, runtime: Runtime) -> Passed:
     x_SBD, above_SBD = inputs(runtime)
-    out_SBD = run_layer(layer, x_SBD, ForwardPass(loss_scale=LOSS_SCALE))
+    out_SBD = run_layer(layer, x_SBD, BatchContext(loss_scale=LOSS_SCALE))
     out_SBD.backward(above_SBD)
     experts = as_linear(layer.experts.w_in.grad, layer.experts.w_out.grad)
     shared = flat([w.grad for w in shared_weights(layer)])

@@ -7,7 +7,7 @@ from torch import Tensor
 from conf.schema import MoeConfig
 from moe.counter_rng import key
 from moe.expert_dropout import Dropout, name_choices
-from parallel.batch_context import EVALUATE, GENERATE, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import (
@@ -39,7 +39,7 @@ def test_equals_the_reference(backend: str, runtime: Runtime) -> None:
 
     wanted = reference.sparse_layer(x_SBD.double().flatten(0, 1), weights, MOE, "geglu", None, None, keep)
     wanted.out_TD.square().sum().backward()
-    out_SBD = run_layer(layer, x_SBD.to(runtime.device), ForwardPass(step=11, micro_batch=7))
+    out_SBD = run_layer(layer, x_SBD.to(runtime.device), BatchContext(step=11, micro_batch=7))
     out_SBD.square().sum().backward()
     assert_close(out_SBD, wanted.out_TD.view(x_SBD.shape))
     assert_gradients_close(layer, weights)
@@ -47,13 +47,13 @@ def test_equals_the_reference(backend: str, runtime: Runtime) -> None:
 
 def test_other_passes_draw_other_units_and_only_training_draws(runtime: Runtime) -> None:
     layer, x_SBD = sparse_layer(tiny(MOE), runtime), random(5, 2, 8).to(runtime.device)
-    passes = [ForwardPass(step=s, micro_batch=m) for s, m in ((0, 0), (1, 0), (0, 1))]
-    outputs = [run_layer(layer, x_SBD, about) for about in passes]
+    passes = [BatchContext(step=s, micro_batch=m) for s, m in ((0, 0), (1, 0), (0, 1))]
+    outputs = [run_layer(layer, x_SBD, batch_ctx) for batch_ctx in passes]
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
     assert torch.equal(run_layer(layer, x_SBD, passes[1]), outputs[1])
     whole = sparse_layer(tiny(MoeConfig(num_experts=4, top_k=2, capacity_factor=None)), runtime)
     for mode in (EVALUATE, GENERATE):
-        assert torch.equal(run_layer(layer, x_SBD, ForwardPass(mode)), run_layer(whole, x_SBD, ForwardPass(mode)))
+        assert torch.equal(run_layer(layer, x_SBD, BatchContext(mode)), run_layer(whole, x_SBD, BatchContext(mode)))
 
 
 def test_the_share_and_the_mean_are_as_asked() -> None:

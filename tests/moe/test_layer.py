@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from conf.schema import ACTIVATIONS, DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.counter_rng import key, uniform
 from moe.layer import MoELayer
-from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import (
@@ -75,8 +75,8 @@ def compare(
     device = layer.router.weight.device
     x_SBD = x_SBD.to(device).requires_grad_()
     padding_BS = None if padding_BS is None else padding_BS.to(device)
-    about = ForwardPass(loss_scale=LOSS_SCALE, step=7, micro_batch=2, padding_BS=padding_BS)
-    out_SBD = run_layer(layer, x_SBD, about)
+    batch_ctx = BatchContext(loss_scale=LOSS_SCALE, step=7, micro_batch=2, padding_BS=padding_BS)
+    out_SBD = run_layer(layer, x_SBD, batch_ctx)
     out_SBD.backward(above_SBD.to(device))
 
     assert_close(out_SBD, out_TD.view(x_SBD.shape))
@@ -292,7 +292,7 @@ def test_capacity_follows_the_mode(mode: str, kept: int, runtime: Runtime) -> No
     moe = MoeConfig(num_experts=4, capacity_factor=1.1, eval_capacity_factor=2.0)
     layer = sparse_layer(tiny(moe), runtime)
     x_SBD = force_experts(layer, random(3, 3, 8), [2] * 9)
-    out_TD = run_layer(layer, x_SBD.to(runtime.device), ForwardPass(mode)).flatten(0, 1)
+    out_TD = run_layer(layer, x_SBD.to(runtime.device), BatchContext(mode)).flatten(0, 1)
     assert [bool(row.any()) for row in out_TD] == [True] * kept + [False] * (9 - kept)
 
 
@@ -332,9 +332,9 @@ def test_statistics_count_only_training_passes(runtime: Runtime) -> None:
     layer = sparse_layer(tiny(MoeConfig(num_experts=4)), runtime)
     x_SBD = random(4, 2, 8).to(runtime.device)
     for mode in (EVALUATE, GENERATE):
-        run_layer(layer, x_SBD, ForwardPass(mode))
+        run_layer(layer, x_SBD, BatchContext(mode))
     assert not layer.statistics.load_E.any() and not layer.statistics.sums.any()
-    run_layer(layer, x_SBD, ForwardPass(TRAIN))
+    run_layer(layer, x_SBD, BatchContext(TRAIN))
     assert layer.statistics.load_E.sum() == layer.statistics.sum_of("tokens") == 8
 
 

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from conf.schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig
 from moe.layer import MoELayer
-from parallel.batch_context import EVALUATE, GENERATE, TRAIN, ForwardPass
+from parallel.batch_context import EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, force_experts, random, run_layer, sparse_layer, tiny, whole_model
 
 SWITCH = MoeConfig(num_experts=4, capacity_factor=1.0, aux_loss_coeff=0.5, z_loss_coeff=0.2)
 
 
-def passed(layer: MoELayer, x_SBD: Tensor, above_SBD: Tensor, **about: Any) -> dict[str, Tensor]:
+def passed(layer: MoELayer, x_SBD: Tensor, above_SBD: Tensor, **batch_ctx: Any) -> dict[str, Tensor]:
     """Everything that a forward and backward pass leaves."""
     x_SBD = x_SBD.clone().requires_grad_()
     layer.zero_grad()
     layer.statistics.reset()
-    out_SBD = run_layer(layer, x_SBD, ForwardPass(**about))
+    out_SBD = run_layer(layer, x_SBD, BatchContext(**batch_ctx))
     out_SBD.backward(above_SBD)
     return {
         "out": out_SBD.detach(),
@@ -62,7 +62,7 @@ def test_padding_takes_no_place_outside_of_training(mode: str, runtime: Runtime)
     layer = sparse_layer(tiny(replace(SWITCH, eval_capacity_factor=4.0)), runtime)
     x_SBD = force_experts(layer, random(6, 1, 8), [1] * 6).to(runtime.device)
     padding_BS = torch.tensor([[True, True, False, True, False, True]], device=runtime.device)
-    out_SBD = run_layer(layer, x_SBD, ForwardPass(mode, padding_BS=padding_BS))
+    out_SBD = run_layer(layer, x_SBD, BatchContext(mode, padding_BS=padding_BS))
     assert [bool(row.any()) for row in out_SBD[:, 0]] == [False, False, True, False, True, False]
 
 
@@ -78,13 +78,13 @@ def test_jitter_is_for_training_and_named_by_the_pass(runtime: Runtime) -> None:
     for other in ({"step": 4, "micro_batch": 1}, {"step": 3, "micro_batch": 0}):
         assert not torch.equal(passed(layer, x_SBD, above_SBD, **other)["out"], first["out"])
     for mode in (EVALUATE, GENERATE):
-        assert torch.equal(run_layer(layer, x_SBD, ForwardPass(mode)), run_layer(plain, x_SBD, ForwardPass(mode)))
+        assert torch.equal(run_layer(layer, x_SBD, BatchContext(mode)), run_layer(plain, x_SBD, BatchContext(mode)))
 
 
 def test_jitter_keeps_its_bounds(runtime: Runtime) -> None:
     """And uses them: 16,000 factors come within a thousandth of both."""
     layer = sparse_layer(tiny(replace(SWITCH, jitter=0.25)), runtime)
-    factors = layer._jittered(torch.ones(2000, 8, device=runtime.device), ForwardPass(TRAIN))
+    factors = layer._jittered(torch.ones(2000, 8, device=runtime.device), BatchContext(TRAIN))
     assert 0.75 <= factors.min() < 0.751 and 1.249 < factors.max() <= 1.25
 
 
@@ -96,7 +96,7 @@ def test_random_drops_fall_on_all_places_alike(runtime: Runtime) -> None:
     served_T = torch.zeros(8)
     with torch.no_grad():
         for step in range(400):
-            kept_T = run_layer(layer, x_SBD, ForwardPass(step=step)).any(-1).flatten().cpu()
+            kept_T = run_layer(layer, x_SBD, BatchContext(step=step)).any(-1).flatten().cpu()
             assert kept_T.sum() == 2
             served_T += kept_T
     assert (served_T - 100).abs().max() < 44
@@ -104,9 +104,9 @@ def test_random_drops_fall_on_all_places_alike(runtime: Runtime) -> None:
 
 def test_other_layers_draw_other_numbers(runtime: Runtime) -> None:
     layer = sparse_layer(tiny(replace(SWITCH, drop_policy="random", jitter=0.3)), runtime)
-    keys = [layer._key("drop", ForwardPass()), layer._key("jitter", ForwardPass())]
+    keys = [layer._key("drop", BatchContext()), layer._key("jitter", BatchContext())]
     layer.draws = (layer.draws[0], layer.draws[1] + 1)
-    assert len({*keys, layer._key("drop", ForwardPass()), layer._key("jitter", ForwardPass())}) == 4
+    assert len({*keys, layer._key("drop", BatchContext()), layer._key("jitter", BatchContext())}) == 4
 
 
 def test_global_balance_holds_probabilities_against_the_last_steps_loads(runtime: Runtime) -> None:

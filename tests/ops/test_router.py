@@ -17,7 +17,7 @@ from moe.layer import MoELayer
 from moe.router import Router, choose_router, trial
 from ops.registry import largest_difference
 from ops.routing import RouterStats, Routing
-from parallel.batch_context import TRAIN, ForwardPass
+from parallel.batch_context import TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, force_experts, random, run_layer, sparse_layer, tiny
@@ -186,7 +186,7 @@ def layer_with(fused: bool, moe: MoeConfig, runtime: Runtime, recompute: bool) -
 def passed(layer: MoELayer, x_SBD: Tensor, between: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
     """Everything that a forward and backward pass leaves."""
     padding_BS = torch.arange(x_SBD.shape[0] * x_SBD.shape[1]).view(-1, x_SBD.shape[0]).to(x_SBD.device) % 5 == 3
-    out_SBD = run_layer(layer, x_SBD, ForwardPass(padding_BS=padding_BS, loss_scale=0.5))
+    out_SBD = run_layer(layer, x_SBD, BatchContext(padding_BS=padding_BS, loss_scale=0.5))
     between()
     out_SBD.square().sum().backward()
     gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}

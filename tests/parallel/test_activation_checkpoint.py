@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from benchmarks.contest import kept_bytes
 from conf.schema import MoeConfig, ParallelConfig
 from moe.router import Router
-from parallel.activation_checkpoint import with_output_recomputed
-from parallel.batch_context import ForwardPass
+from parallel.activation_checkpoint import checkpoint_without_output
+from parallel.batch_context import BatchContext
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
 from tests.moe.helpers import force_experts, random, run_layer, sparse_layer, tiny, whole_model
@@ -27,7 +27,7 @@ def run(recompute: list[str], runtime: Runtime) -> tuple[dict[str, Tensor], dict
     """Gradients, statistics and kept bytes of a model with a dense and a sparse layer."""
     model = whole_model(tiny(MOE, recompute=recompute), runtime)
     inputs = [t.to(runtime.device) for t in (TOKENS_BS, POSITIONS_BS, TOKENS_BS)]
-    model(*inputs, ForwardPass(loss_scale=0.5)).mean().backward()
+    model(*inputs, BatchContext(loss_scale=0.5)).mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     counted = dict(model.named_buffers())
     return (
@@ -104,12 +104,12 @@ def test_a_recomputed_output_is_the_consumers_only_copy(runtime: Runtime) -> Non
         return (linear(normed.view(12, 4)[2:]).sin() * normed.view(12, 4)[2:]).sum() + normed.square().sum()
 
     wanted = torch.autograd.grad(consumer(norm(x)), [x, *norm.parameters(), *linear.parameters()])
-    loss = with_output_recomputed(norm, other, consumer)
+    loss = checkpoint_without_output(norm, other, consumer)
     for _ in range(2):
         got = torch.autograd.grad(loss, [other, *norm.parameters(), *linear.parameters()], retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     plain = kept_bytes(lambda: consumer(norm(x)))
-    assert kept_bytes(lambda: with_output_recomputed(norm, x, consumer)) <= plain - x.numel() * 4
+    assert kept_bytes(lambda: checkpoint_without_output(norm, x, consumer)) <= plain - x.numel() * 4
 
 
 def test_recompute_under_a_layout(ranks: RankPool) -> None:

@@ -16,7 +16,7 @@ from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_format import TensorFile
 from parallel.engine import Overlap
 from parallel.env import World
-from parallel.sharding import Placement
+from parallel.sharding import Sharding
 from tests.parallel.helpers import (
     OPTIM,
     Variant,
@@ -36,7 +36,7 @@ ALL = replace(OPTIM, state_dtype="bf16", grad_dtype="bf16", cpu_offload=True)
 
 
 def target(size: int, name: str = "w") -> _Target:
-    return _Target(torch.ones(size), None, name, Placement(), torch.Size([size]), 0)
+    return _Target(torch.ones(size), None, name, Sharding(), torch.Size([size]), 0)
 
 
 def bits(size: int, step: int = 1, name: str = "w") -> Tensor:
@@ -95,7 +95,7 @@ def test_blocks_change_no_bit(monkeypatch):
         generator = torch.Generator().manual_seed(0)
         weight, gradient = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator).bfloat16()
         model = weight.bfloat16()
-        aim = _Target(gradient, model, "w", Placement(), torch.Size([90, 100]), 1234)
+        aim = _Target(gradient, model, "w", Sharding(), torch.Size([90, 100]), 1234)
         groups = [{"params": [weight], "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}]
         optim = OptimConfig(state_dtype="bf16", grad_dtype="bf16", cpu_offload=offload)
         optimizer = BlockAdamW(groups, {weight: aim}, optim, _Streams(False))

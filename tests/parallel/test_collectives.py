@@ -24,16 +24,18 @@ def run_all(world: World, cases: list[tuple[str, Any]]) -> list[tuple[Tensor, Te
     with started(world, ParallelConfig()) as runtime:
         for name, rows in cases:
             group, function = runtime.groups.world, getattr(collectives, name, None)
-            if name == "exchanging":
+            if name == "async_all_to_all":
                 send, receive = rows[world.rank], [row[world.rank] for row in rows]
                 x = drawn("x", world.rank, sum(send)).requires_grad_()
-                y = async_collectives.fly(x, async_collectives.exchanging(send, receive, group))
-            elif name in ("GatherSequence", "gathering", "summing"):
-                x = drawn("x", world.rank, rows * (world.size if name == "summing" else 1)).requires_grad_()
+                y = async_collectives.run_collective(x, async_collectives.async_all_to_all(send, receive, group))
+            elif name in ("GatherSequence", "async_all_gather", "async_reduce_scatter"):
+                x = drawn(
+                    "x", world.rank, rows * (world.size if name == "async_reduce_scatter" else 1)
+                ).requires_grad_()
                 y = (
                     function.apply(x, group)
                     if function
-                    else async_collectives.fly(x, getattr(async_collectives, name)(group))
+                    else async_collectives.run_collective(x, getattr(async_collectives, name)(group))
                 )
             else:
                 mine = rows[world.rank] if name == "GatherRagged" else sum(rows)
@@ -47,13 +49,13 @@ def run_all(world: World, cases: list[tuple[str, Any]]) -> list[tuple[Tensor, Te
 
 def expected(name: str, rows: Any, n: int) -> list[tuple[Tensor, Tensor]]:
     """The same from all ranks' inputs at once."""
-    if name == "exchanging":
+    if name == "async_all_to_all":
         xs = [drawn("x", r, sum(rows[r])).split(rows[r]) for r in range(n)]
         columns = [[rows[sender][r] for sender in range(n)] for r in range(n)]
         grads = [drawn("grad", r, sum(columns[r])).split(columns[r]) for r in range(n)]
         return [(torch.cat([xs[s][r] for s in range(n)]), torch.cat([grads[s][r] for s in range(n)])) for r in range(n)]
     counts = rows if "Ragged" in name else [rows] * n
-    if name in ("ReduceScatterRagged", "summing"):
+    if name in ("ReduceScatterRagged", "async_reduce_scatter"):
         total = sum(drawn("x", r, sum(counts)) for r in range(n)).split(counts)
         gathered = torch.cat([drawn("grad", r, counts[r]) for r in range(n)])
         return [(total[r], gathered) for r in range(n)]
@@ -65,18 +67,18 @@ def expected(name: str, rows: Any, n: int) -> list[tuple[Tensor, Tensor]]:
 CASES = {
     2: [
         ("GatherSequence", 2),
-        ("exchanging", [[1, 2], [3, 0]]),
-        ("gathering", 2),
-        ("summing", 3),
+        ("async_all_to_all", [[1, 2], [3, 0]]),
+        ("async_all_gather", 2),
+        ("async_reduce_scatter", 3),
         ("GatherRagged", [3, 1]),
         ("ReduceScatterRagged", [1, 2]),
     ],
     3: [
         ("GatherSequence", 1),
-        ("exchanging", [[0, 4, 1], [2, 0, 0], [0, 1, 3]]),
-        ("exchanging", [[0, 0, 2], [0, 0, 1], [0, 0, 0]]),  # two ranks get nothing, one sends nothing
-        ("gathering", 1),
-        ("summing", 2),
+        ("async_all_to_all", [[0, 4, 1], [2, 0, 0], [0, 1, 3]]),
+        ("async_all_to_all", [[0, 0, 2], [0, 0, 1], [0, 0, 0]]),  # two ranks get nothing, one sends nothing
+        ("async_all_gather", 1),
+        ("async_reduce_scatter", 2),
         ("GatherRagged", [2, 0, 5]),
         ("GatherRagged", [0, 0, 0]),
         ("ReduceScatterRagged", [0, 4, 1]),

@@ -31,8 +31,8 @@ def parts_of_rank(layout: Layout, rank: int, model: ModelConfig) -> dict[str, tu
             stage = Stage(parts, chunk=chunk, sequence_length=64, document_mask=False)
             for name, p in stage.named_parameters():
                 assert p.is_meta
-                logical = p.placement.logical_shape(p.shape)
-                box = tuple((n * p.placement.offset_and_size(axis)[0], n) for axis, n in enumerate(p.shape))
+                logical = p.sharding.logical_shape(p.shape)
+                box = tuple((n * p.sharding.shard_index_and_count(axis)[0], n) for axis, n in enumerate(p.shape))
                 held[logical_name(name, p)] = box, math.prod(logical)
     return held
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from parallel.sharding import Placement, logical_name, place
+from parallel.sharding import Sharding, logical_name, set_sharding
 
 
 @dataclass(frozen=True)
 class Group:
-    """A process group, as far as a placement asks: rank `index` of `parts`."""
+    """A process group, as far as a sharding asks: rank `index` of `parts`."""
 
     index: int
     parts: int
@@ -33,17 +33,17 @@ def test_the_parts_of_all_ranks_tile_the_whole(parts, local):
     whole = whole.view([n * p for n, p in zip(sizes, parts, strict=True)])
     rebuilt = torch.full_like(whole, -1)
     for ranks in itertools.product(*map(range, parts)):
-        placement = Placement(tuple((axis, Group(r, p)) for axis, (r, p) in enumerate(zip(ranks, parts, strict=True))))
-        mine = placement.cut(whole)
+        sharding = Sharding(tuple((axis, Group(r, p)) for axis, (r, p) in enumerate(zip(ranks, parts, strict=True))))
+        mine = sharding.shard(whole)
         assert list(mine.shape) == sizes
-        assert placement.logical_shape(mine.shape) == tuple(whole.shape)
+        assert sharding.logical_shape(mine.shape) == tuple(whole.shape)
         first, last = mine.numel() // 3, mine.numel()
-        index = placement.logical_index(mine.shape, first, last, mine.device)
+        index = sharding.logical_index(mine.shape, first, last, mine.device)
         assert torch.equal(whole.flatten()[index], mine.flatten()[first:last])
         # The box by index and size, as checkpoints describe it.
         box = rebuilt
         for axis in range(whole.dim()):
-            index, pieces = placement.offset_and_size(axis)
+            index, pieces = sharding.shard_index_and_count(axis)
             step = whole.shape[axis] // pieces
             box = box.narrow(axis, index * step, step)
         assert (box == -1).all()  # nobody else's
@@ -53,28 +53,31 @@ def test_the_parts_of_all_ranks_tile_the_whole(parts, local):
 
 def test_a_cut_by_hand():
     whole = torch.arange(24).view(4, 6)
-    placement = Placement(((0, Group(1, 2)), (1, Group(2, 3))))
-    assert placement.cut(whole).tolist() == [[16, 17], [22, 23]]
-    assert placement.cut(whole).data_ptr() == whole[2, 4].data_ptr()  # a view: nothing is copied
-    assert placement.offset_and_size(0) == (1, 2) and placement.offset_and_size(1) == (2, 3)
-    assert Placement(((1, Group(1, 2)),)).offset_and_size(0) == (0, 1)
+    sharding = Sharding(((0, Group(1, 2)), (1, Group(2, 3))))
+    assert sharding.shard(whole).tolist() == [[16, 17], [22, 23]]
+    assert sharding.shard(whole).data_ptr() == whole[2, 4].data_ptr()  # a view: nothing is copied
+    assert sharding.shard_index_and_count(0) == (1, 2) and sharding.shard_index_and_count(1) == (2, 3)
+    assert Sharding(((1, Group(1, 2)),)).shard_index_and_count(0) == (0, 1)
 
 
 def test_one_copy_speaks_for_all():
     first, second = Group(0, 2), Group(1, 2)
-    assert Placement(copies=(first, first)).is_first_copy()
-    assert not Placement(copies=(first, second)).is_first_copy()
-    assert not Placement(alias="embedding.weight").is_first_copy()
+    assert Sharding(replicas=(first, first)).is_first_replica()
+    assert not Sharding(replicas=(first, second)).is_first_replica()
+    assert not Sharding(alias="embedding.weight").is_first_replica()
 
 
 def test_place_marks_what_megatron_core_reads():
-    cut = place(nn.Parameter(torch.zeros(4, 2)), (0, Group(0, 2)), (1, Group(0, 2)), std=0.1)
+    cut = set_sharding(nn.Parameter(torch.zeros(4, 2)), (0, Group(0, 2)), (1, Group(0, 2)), std=0.1)
     assert (cut.tensor_model_parallel, cut.partition_dim, cut.partition_stride) == (True, 1, 1)
     # A copied parameter must not count once per rank in the gradient norm.
-    assert not hasattr(place(nn.Parameter(torch.zeros(4)), copies=(Group(0, 2),)), "tensor_model_parallel")
+    assert not hasattr(set_sharding(nn.Parameter(torch.zeros(4)), replicas=(Group(0, 2),)), "tensor_model_parallel")
 
 
 def test_a_second_copy_has_the_name_of_the_first():
-    own, alias = place(nn.Parameter(torch.zeros(1))), place(nn.Parameter(torch.zeros(1)), alias="embedding.weight")
+    own, alias = (
+        set_sharding(nn.Parameter(torch.zeros(1))),
+        set_sharding(nn.Parameter(torch.zeros(1)), alias="embedding.weight"),
+    )
     assert logical_name("head.weight", own) == "head.weight"
     assert logical_name("head.weight", alias) == "embedding.weight"
