@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.contest import quietly, synchronise
-from parallel.threads import wait_briefly
+from parallel.threads import limit_spinning
 
 Questions = Mapping[str, Callable[[], Any]]
 """What a contender can be asked, by name; the answers travel between processes."""
@@ -35,7 +35,7 @@ class Apart:
         self._process = context.Process(target=_serve, args=(theirs, build, as_ours), daemon=True)
         with unittest.mock.patch.dict(os.environ):
             if as_ours:
-                wait_briefly()
+                limit_spinning()
             self._process.start()
         theirs.close()
 

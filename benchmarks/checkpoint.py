@@ -45,13 +45,13 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
                 saver.save(state)
                 at_once.append(time.perf_counter() - begun)
                 continue
-            saver.begin(state)
+            saver.begin_save(state)
             stall = time.perf_counter() - begun
             while not saver._under_way[0].is_over():
                 time.sleep(0.01)  # training, as far as the disk is concerned
             wholes.append(time.perf_counter() - begun)
             settled = time.perf_counter()
-            saver.settle(wait=True)
+            saver.finalize_save(wait=True)
             stalls.append(stall + time.perf_counter() - settled)
         size = sum(path.stat().st_size for path in next(folder.glob("step_*")).iterdir()) / 2**20
     finally:

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def version(package: str) -> str | None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without what the engines say about themselves. Their imports belong inside."""
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         yield
     finally:
-        noise.undo()
+        redirection.undo()
 
 
 def table(results: dict[str, Result], unit: Callable[[float], str]) -> str:

@@ -17,7 +17,7 @@ from parallel import optimizer_state
 from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
 from parallel.env import World
 from parallel.layout import Layout
-from parallel.optimizer_state import Piece
+from parallel.optimizer_state import OptimizerShard
 from parallel.process_groups import Runtime
 from parallel.sharding import logical_name
 
@@ -77,10 +77,10 @@ def build_engine(
 ) -> Engine:
     from models.decoder import Parts, Stage
     from ops.fp8 import Float8
-    from parallel.engine import core_config
+    from parallel.engine import transformer_config
 
     model = variant.config()
-    core = core_config(model, runtime, variant.dtype, deterministic=False)
+    core = transformer_config(model, runtime, variant.dtype, deterministic=False)
     float8 = Float8(variant.tools, variant.tools, range(model.num_layers)) if variant.tools else None
     parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
     stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
@@ -108,16 +108,16 @@ def my_batches(runtime: Runtime, step: int, *, begin_alike: bool = False) -> lis
     return batches
 
 
-def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dict[str, Tensor]:
+def gather(engine: Engine, part: Callable[[nn.Parameter, OptimizerShard], Tensor]) -> dict[str, Tensor]:
     """Whole logical tensors, put together from all ranks' pieces; copies have to agree.
 
     Args:
         part: [end - start], the values of this rank's piece of a parameter.
     """
     mine = []
-    for name, parameter, piece in _pieces(engine):
+    for name, parameter, shard in _optimizer_shards(engine):
         local = torch.full((parameter.numel(),), torch.nan)
-        local[piece.start : piece.end] = part(parameter, piece).detach()
+        local[shard.start : shard.end] = part(parameter, shard).detach()
         cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
         shape = parameter.sharding.logical_shape(parameter.shape)
         mine.append((name, shape, cuts, local.view(parameter.shape)))
@@ -136,13 +136,13 @@ def gather(engine: Engine, part: Callable[[nn.Parameter, Piece], Tensor]) -> dic
     return wholes
 
 
-def _pieces(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Piece]]:
-    pieces = optimizer_state._pieces(engine)
+def _optimizer_shards(engine: Engine) -> Iterator[tuple[str, nn.Parameter, OptimizerShard]]:
+    shards = optimizer_state._optimizer_shards(engine)
     for module in engine.modules:
         for name, parameter in module.named_parameters():
-            if parameter in pieces:
-                yield logical_name(name, parameter), parameter, pieces[parameter]
+            if parameter in shards:
+                yield logical_name(name, parameter), parameter, shards[parameter]
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
-    return gather(engine, lambda parameter, piece: parameter.main_grad.flatten()[piece.start : piece.end])
+    return gather(engine, lambda parameter, shard: parameter.main_grad.flatten()[shard.start : shard.end])

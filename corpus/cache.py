@@ -13,7 +13,7 @@ from typing import Any
 
 from corpus import integrity
 from parallel import file_lock
-from parallel.cache_dir import ROOT, distrust, make_private
+from parallel.cache_dir import ROOT, make_private, untrusted_reason
 
 _CLOCK_TICK_NS = 20_000_000
 """Longer than the steps in which file systems count time: two changes further apart than this have different times."""
@@ -56,7 +56,7 @@ class Cache:
                 "set data.cache_dir to a folder that can be written to"
             ) from None
         # A folder that was chosen may be meant to be shared; the one in the user's home is not.
-        if self._folder == Path(ROOT).expanduser() and (reason := distrust(self._folder)):
+        if self._folder == Path(ROOT).expanduser() and (reason := untrusted_reason(self._folder)):
             note(f"tokenizers and token files are not safe from other users: {reason}")
         self.writable = os.access(self._folder, os.W_OK | os.X_OK)
         self._facts_path = self._folder / "facts.json"
@@ -118,7 +118,7 @@ class Cache:
             if os.fstat(lock).st_uid == os.geteuid() and shared:
                 os.fchmod(lock, 0o644 | shared)
             try:
-                stack.enter_context(file_lock.held(lock, path, timeout=self._timeout, waiting=self._waiting))
+                stack.enter_context(file_lock.hold_lock(lock, path, timeout=self._timeout, waiting=self._waiting))
             except TimeoutError:
                 raise
             except OSError as error:

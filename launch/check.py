@@ -25,9 +25,9 @@ from parallel.env import simulated_ranks
 from parallel.layout import Layout, describe
 from training.console import Console
 from training.memory_estimate import preview
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 from training.requeue import FAILED, forget_stop, restarts
-from training.run_dir import expected_path, open_run_dir, steps_kept
+from training.run_dir import checkpoint_dirs, expected_path, open_run_dir
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
 from training.sweep import without_idle
 
@@ -60,7 +60,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     with Console(stream=sys.stderr if in_job else None, may_lose_output=in_job) as console:
         prepared = prepare_run(run, run_dir, console)
         tokens = sum(source.num_tokens for source in prepared.train)
-        if run.checkpoint.load and not in_job and not steps_kept(expected_path(run)):
+        if run.checkpoint.load and not in_job and not checkpoint_dirs(expected_path(run)):
             _check_files(run.checkpoint.load)
         table, warnings = preview(run, layout, tokens)
         console.start_table(table)
@@ -78,13 +78,13 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
 
 def _check_files(load: str) -> None:
     """Reads the whole checkpoint, as the run will when it starts. Raises ValueError where a file is damaged."""
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         from parallel import checkpoint  # which loads the engine
 
         checkpoint.resolve(load)
     finally:
-        noise.undo()
+        redirection.undo()
 
 
 def _ranks_per_node(config: Config, ranks: int, job: Allocation | None) -> int:

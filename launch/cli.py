@@ -39,7 +39,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     stderr for a configuration error or a ValueError; 1 and one message for a file, or standard output, that cannot be
     read or written; 1 and a traceback for any other exception.
     """
-    threads.wait_briefly()
+    threads.limit_spinning()
     device_env.set_device_variables()
     ConfigStore.instance().store(name="schema", node=schema)
     keys = setting_types(schema)

@@ -9,7 +9,7 @@ from launch.cli import command
 from parallel.env import World
 from training import noncausal
 from training.console import Console
-from training.load_checkpoint import Trained, on_every_rank, open_trained
+from training.load_checkpoint import LoadedModel, load_model, on_every_rank
 from training.run_dir import TOKENIZER
 
 
@@ -24,30 +24,30 @@ def main(config: EvaluateConfig) -> int:
 
 def evaluate_rank(world: World, config: EvaluateConfig) -> int:
     """As `main`, by one of the ranks; the first one prints."""
-    with open_trained(config.checkpoint, config, world) as trained, Console(rank=world.rank) as console:
+    with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
         from corpus.stream import ValidWindows
         from training.evaluate import evaluate
 
-        data = _data(config, trained)
-        prepared = _prepare(data, trained, own_text=bool(config.data.files), console=console)
-        run = trained.session.config
+        data = _data(config, loaded)
+        prepared = _prepare(data, loaded, own_text=bool(config.data.files), console=console)
+        run = loaded.built.config
         windows = ValidWindows(
             prepared, sequence_length=run.train.sequence_length, document_mask=run.data.document_mask
         )
-        lengths = trained.tokenizer.byte_lengths() if trained.tokenizer else None
-        result = evaluate(trained.session, windows, lengths, batches=config.batches)
-        console.note(f"{trained.directory}: {result.tokens:,} tokens of {_what(config)}")
+        lengths = loaded.tokenizer.byte_lengths() if loaded.tokenizer else None
+        result = evaluate(loaded.built, windows, lengths, batches=config.batches)
+        console.note(f"{loaded.directory}: {result.tokens:,} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)
         for note in prepared.notes:
             console.note(note)
-        console.held_out(result.row(trained.step), prepared.gzip_bits_per_byte())
+        console.held_out(result.row(loaded.step), prepared.gzip_bits_per_byte())
     return 0
 
 
-def _data(config: EvaluateConfig, trained: Trained) -> DataConfig:
-    kept = trained.run_dir / TOKENIZER
-    recorded = trained.session.config.data
+def _data(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
+    kept = loaded.run_dir / TOKENIZER
+    recorded = loaded.built.config.data
     data = replace(
         recorded,
         tokenizer=str(kept) if kept.exists() else None,
@@ -55,14 +55,14 @@ def _data(config: EvaluateConfig, trained: Trained) -> DataConfig:
     )
     if not config.data.files:
         return data
-    if trained.tokenizer is None:
-        raise ValueError(f"data.files: {trained.run_dir} has no {TOKENIZER}, so text cannot be turned into its tokens")
+    if loaded.tokenizer is None:
+        raise ValueError(f"data.files: {loaded.run_dir} has no {TOKENIZER}, so text cannot be turned into its tokens")
     own = replace(data, kind="text", files=config.data.files, text_key=config.data.text_key, valid_files=[], blend=[])
     return own
 
 
-def _prepare(data: DataConfig, trained: Trained, *, own_text: bool, console: Console) -> Prepared:
-    run = trained.session.config
+def _prepare(data: DataConfig, loaded: LoadedModel, *, own_text: bool, console: Console) -> Prepared:
+    run = loaded.built.config
     return prepare(
         data,
         vocab_size=run.model.vocab_size,

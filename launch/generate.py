@@ -6,8 +6,8 @@ from conf.commands import GenerateConfig
 from conf.printable import visible
 from launch.cli import command
 from parallel.env import World
-from training.load_checkpoint import on_every_rank, open_trained
-from training.noncausal import check_can_write
+from training.load_checkpoint import load_model, on_every_rank
+from training.noncausal import check_can_generate
 from training.sampling import check_sampling
 
 
@@ -26,15 +26,15 @@ def main(config: GenerateConfig) -> int:
 def generate_rank(world: World, config: GenerateConfig) -> int:
     """As `main`, by one of the ranks, which all make the same text; the first one prints."""
     write = functools.partial(print, end="", flush=True) if world.rank == 0 else lambda text: None
-    with open_trained(config.checkpoint, config, world) as trained:
-        check_can_write(trained.session.config.model)
+    with load_model(config.checkpoint, config, world) as loaded:
+        check_can_generate(loaded.built.config.model)
         from training.generate import encode_prompt, generate
 
-        tokenizer = trained.tokenizer
+        tokenizer = loaded.tokenizer
         if tokenizer is None:
-            raise ValueError(f"{trained.run_dir} has no tokenizer.json, so its tokens cannot be read as text")
+            raise ValueError(f"{loaded.run_dir} has no tokenizer.json, so its tokens cannot be read as text")
         tokens = generate(
-            trained.session,
+            loaded.built,
             encode_prompt(tokenizer, config.prompt),
             max_tokens=config.max_tokens,
             temperature=config.temperature,

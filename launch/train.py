@@ -5,7 +5,7 @@ import os
 
 from training.signals import EndedEarly, StopRequest
 
-STOP = StopRequest(speaks=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
+STOP = StopRequest(is_main_process=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
 if __name__ == "__main__":
     STOP.__enter__()  # before the imports, which take a second
 
@@ -18,12 +18,12 @@ from conf.printable import visible
 from conf.schema import Config
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
-from parallel.env import World, speaks, started_ranks
+from parallel.env import World, should_print, started_ranks
 from parallel.local_launcher import RankFailed
 from training.console import Console
 from training.initial_weights import data_settings
 from training.nonfinite import RankError
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.run_dir import RunDir, open_run_dir
 from training.sweep import without_idle
@@ -50,7 +50,7 @@ def main(config: Config, stop: StopRequest) -> int:
         stop.end_early(DONE if in_step else None)
     except (RankError, RankFailed) as error:
         message = str(error)
-        if speaks(world, message):
+        if should_print(world, message):
             print(f"switchyard: error: {visible(message)}", file=sys.stderr)
         return FAILED
     except ValueError as error:
@@ -61,7 +61,7 @@ def main(config: Config, stop: StopRequest) -> int:
 
 
 def _train(world: World, simulated: int, config: Config, stop: StopRequest, warnings: Sequence[str]) -> int:
-    run_dir, noise = None, redirect_noise(world.rank)
+    run_dir, redirection = None, redirect_output(world.rank)
 
     def last_act() -> None:
         if run_dir:
@@ -75,9 +75,9 @@ def _train(world: World, simulated: int, config: Config, stop: StopRequest, warn
             run_dir = open_run_dir(config) if world.size == 1 else None
             prepared = prepare_run(config, run_dir, console, stop)
         if simulated == 1:
-            return train_rank(world, config, run_dir, prepared, noise, stop)
+            return train_rank(world, config, run_dir, prepared, redirection, stop)
     finally:
-        noise.undo()
+        redirection.undo()
     assert run_dir is not None
     return train_simulated(simulated, config, run_dir, prepared, stop)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conf.printable import visible
 from conf.schema import SlurmConfig
-from training.requeue import end_life
+from training.requeue import record_attempt
 from training.run_dir import read_settings
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--interactive", action="store_true")
     given = parser.parse_args()
     limit = None if given.interactive else _max_requeues(given.run_dir)
-    verdict = end_life(given.run_dir, asked=given.asked, max_requeues=limit)
+    verdict = record_attempt(given.run_dir, asked=given.asked, max_requeues=limit)
     print("requeue" if verdict.requeue else verdict.code, flush=True)
     print(f"switchyard: {visible(verdict.message)}", file=sys.stderr)  # after the answer: the job's output may be full
 

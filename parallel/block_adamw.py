@@ -34,7 +34,7 @@ def describe(optim: OptimConfig) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OptimizerShard:
     """This rank's part of one parameter in the distributed optimizer."""
 
     start: int
@@ -45,7 +45,7 @@ class Piece:
     inner: torch.optim.Optimizer
 
 
-def pieces_of(optimizer: Any) -> dict[nn.Parameter, Piece]:
+def optimizer_shards(optimizer: Any) -> dict[nn.Parameter, OptimizerShard]:
     """Those of one of Megatron-Core's distributed optimizers, by parameter of the model."""
     if optimizer.is_stub_optimizer:
         return {}
@@ -54,7 +54,7 @@ def pieces_of(optimizer: Any) -> dict[nn.Parameter, Piece]:
     masters = [*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups]
     found = {}
     for parameter, master in zip(chain(*models), chain(*masters), strict=True):
-        found[parameter] = Piece(*optimizer_range(optimizer, parameter), master, optimizer.optimizer)
+        found[parameter] = OptimizerShard(*optimizer_range(optimizer, parameter), master, optimizer.optimizer)
     return found
 
 
@@ -207,12 +207,12 @@ def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> Non
     streams = _Streams(optim.cpu_offload)
     for part in optimizer.chained_optimizers:
         targets: dict[Tensor, _Target] = {}
-        for parameter, piece in pieces_of(part).items():
-            at = slice(piece.start, piece.end)
+        for parameter, shard in optimizer_shards(part).items():
+            at = slice(shard.start, shard.end)
             weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
             gradient = parameter.main_grad.view(-1)[at]
-            place = names[parameter], parameter.sharding, parameter.shape, piece.start
-            targets[piece.master] = _Target(gradient, weight, *place)
+            place = names[parameter], parameter.sharding, parameter.shape, shard.start
+            targets[shard.master] = _Target(gradient, weight, *place)
         if targets:
             replace_inner_optimizer(part, BlockAdamW(part.optimizer.param_groups, targets, optim, streams))
 

@@ -16,7 +16,7 @@ def make_private(folder: Path) -> None:
         path.mkdir(mode=0o755, exist_ok=True)
 
 
-def distrust(path: Path) -> str | None:
+def untrusted_reason(path: Path) -> str | None:
     """Why somebody else could have written a file or folder, and what mends it; None: only this user or root could.
     A symbolic link is judged by itself: it is never trusted.
 
@@ -42,5 +42,5 @@ def check_private(path: Path, root: Path) -> None:
     """
     parts = [path, *path.parents]
     for part in reversed(parts[: parts.index(root) + 1]):
-        if reason := distrust(part):
+        if reason := untrusted_reason(part):
             raise PermissionError(reason)

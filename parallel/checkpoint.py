@@ -25,21 +25,21 @@ from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_ten
 from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
-    OtherVersion,
-    examine,
+    UnsupportedVersion,
     find_damage,
     incomplete,
     read_manifest,
     read_manifest_together,
     resolve,
-    run_through,
+    run_to_completion,
     set_aside,
     step_directories,
+    verify,
     write_manifest,
 )
-from parallel.checkpoint_writer import Writing
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.engine import Engine
-from parallel.progress_sync import Rounds
+from parallel.progress_sync import ProgressSync
 from parallel.random_state import dtype_of, random_state, restore_random_state
 from parallel.sharding import logical_name
 from parallel.weight_matching import Mismatch, match_weights
@@ -47,7 +47,7 @@ from parallel.weight_matching import Mismatch, match_weights
 __all__ = [
     "MANIFEST",
     "Checkpointer",
-    "NotFinite",
+    "NonFiniteState",
     "find_damage",
     "load_weights",
     "read_manifest",
@@ -59,7 +59,7 @@ _ABANDONED_AFTER = 3600.0
 """Seconds after which a half-written directory belongs to a process that is gone."""
 
 
-class NotFinite(RuntimeError):
+class NonFiniteState(RuntimeError):
     """Weights or moments hold a NaN or an infinity: there is nothing worth keeping."""
 
 
@@ -69,10 +69,10 @@ class Checkpointer:
     def __init__(self, root: Path, engine: Engine, keep: int):
         self.root, self.engine, self.keep = root, engine, keep
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._under_way: tuple[Writing, Path, dict[str, Any]] | None = None
+        self._pending_save: tuple[CheckpointWriter, Path, dict[str, Any]] | None = None
         self.stages = 0
         """Parts of saves and loads that were begun; while it grows, they get on."""
-        self.rounds = Rounds(engine.runtime.device, self._progress)
+        self.progress_sync = ProgressSync(engine.runtime.device, self._progress)
         self.last_good: Path | None = None
         """The newest whole checkpoint of this run that is known: restored, or written since."""
 
@@ -94,8 +94,8 @@ class Checkpointer:
         """
         damaged: list[tuple[Path, ValueError]] = []
         for directory in self.listing(self.root):
-            wrong = self._examine(directory)
-            if isinstance(wrong, OtherVersion):
+            wrong = self._verify(directory)
+            if isinstance(wrong, UnsupportedVersion):
                 raise wrong
             if wrong is None:
                 try:
@@ -118,15 +118,15 @@ class Checkpointer:
 
     def resolve(self, path: str) -> Path:
         """A step's directory from a setting, as `checkpoint_manifest.resolve`; the ranks share the reading."""
-        return resolve(path, lambda directory: (wrong := self._examine(directory)) and str(wrong), self.listing)
+        return resolve(path, lambda directory: (wrong := self._verify(directory)) and str(wrong), self.listing)
 
     def listing(self, root: Path) -> list[Path]:
         """Checkpoints in a directory as rank 0 sees it, newest first."""
         return self._together(lambda: step_directories(root) if self.rank == 0 else None)[0]
 
-    def _examine(self, directory: Path) -> ValueError | None:
+    def _verify(self, directory: Path) -> ValueError | None:
         """What is wrong with a checkpoint, the same on all ranks; each hashes a share of the files."""
-        found = self.rounds.run(examine(directory, self.rank, self.ranks))
+        found = self.progress_sync.run(verify(directory, self.rank, self.ranks))
         return next((wrong for wrong in found if wrong is not None), None)
 
     def _set_aside(self, damaged: list[tuple[Path, ValueError]], warn: Callable[[str], None]) -> None:
@@ -142,20 +142,20 @@ class Checkpointer:
 
         Raises:
             ValueError: it could not be written (disk full, no permission). Earlier checkpoints are intact.
-            NotFinite: weights or moments are not finite. Nothing is written.
+            NonFiniteState: weights or moments are not finite. Nothing is written.
         """
-        self.begin(state)
-        path = self.settle(wait=True)
+        self.begin_save(state)
+        path = self.finalize_save(wait=True)
         assert path is not None
         return path
 
-    def begin(self, state: dict[str, Any]) -> None:
-        """Copies what a checkpoint holds and lets a thread write it; `settle` completes it. Arguments and errors as
-        for `save`. One that was begun before has to be settled first."""
-        assert self._under_way is None
+    def begin_save(self, state: dict[str, Any]) -> None:
+        """Copies what a checkpoint holds and starts the thread that writes it; `finalize_save` completes it. Arguments
+        and errors as for `save`. A save that was begun before must have been finalized."""
+        assert self._pending_save is None
         final = self.root / f"step_{state['step']:08d}"
         if bad := optimizer_state.first_nonfinite(self.engine):
-            raise NotFinite(
+            raise NonFiniteState(
                 f"{final.name} is not written: {bad} is not finite. "
                 f"The last good checkpoint is {self.last_good or 'none'}"
             )
@@ -164,34 +164,34 @@ class Checkpointer:
         with self._explained(final, aside[0]):
             self._together(lambda: aside[0].mkdir(parents=True) if self.rank == 0 else None)
             tensors = {**optimizer_state.to_save(self.engine), **self._random_to_save(), **self._updates_to_save(state)}
-            writing = Writing(tensors, aside[0], self.rank)
-            writing.start()
-        self._under_way = writing, final, state
+            writer = CheckpointWriter(tensors, aside[0], self.rank)
+            writer.start()
+        self._pending_save = writer, final, state
 
-    def settle(self, *, wait: bool) -> Path | None:
+    def finalize_save(self, *, wait: bool) -> Path | None:
         """Completes the checkpoint that was begun, and returns its directory; None where there is none or, unless
         `wait`, where a rank is still writing.
 
         Raises:
             ValueError: as `save`.
         """
-        if self._under_way is None:
+        if self._pending_save is None:
             return None
-        writing, final, state = self._under_way
+        writer, final, state = self._pending_save
         if not wait:
-            over = torch.tensor([writing.is_over()], dtype=torch.int32, device=self.engine.runtime.device)
+            over = torch.tensor([writer.is_done()], dtype=torch.int32, device=self.engine.runtime.device)
             dist.all_reduce(over, op=dist.ReduceOp.MIN)
             if not over.item():
                 return None
-        self._under_way = None
-        with self._explained(final, writing.aside):
-            self.rounds.run(writing.wait())
-            self._together(writing.finish_file)
+        self._pending_save = None
+        with self._explained(final, writer.aside):
+            self.progress_sync.run(writer.wait())
+            self._together(writer.finish_file)
             shapes = self._together(lambda: optimizer_state.expected_shapes(self.engine))
-            hashed = self._together(lambda: writing.hashed)
+            hashed = self._together(lambda: writer.hashed)
             taken = self._together(final.is_dir)[0]
-            wrong = self._examine(final) if taken else None
-            publish = partial(self._publish, writing, final, state, shapes, hashed, replace=wrong is not None)
+            wrong = self._verify(final) if taken else None
+            publish = partial(self._publish, writer, final, state, shapes, hashed, replace=wrong is not None)
             self._together(publish if self.rank == 0 else lambda: None)
         self.last_good = final
         if self.rank == 0:
@@ -246,7 +246,7 @@ class Checkpointer:
 
     def _publish(
         self,
-        writing: Writing,
+        writer: CheckpointWriter,
         final: Path,
         state: dict[str, Any],
         shapes: list[dict[str, tuple[int, ...]]],
@@ -259,10 +259,10 @@ class Checkpointer:
         Args:
             replace: the step was saved before and is damaged.
         """
-        aside = writing.aside
-        lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writing.stored)
+        aside = writer.aside
+        lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writer.stored)
         assert lacking is None, lacking
-        write_manifest(aside, state, {name: entry for part in hashed for name, entry in part.items()}, writing.stored)
+        write_manifest(aside, state, {name: entry for part in hashed for name, entry in part.items()}, writer.stored)
         if replace:
             set_aside(final)
         try:
@@ -297,13 +297,13 @@ class Checkpointer:
         _, weights = _matching_weights(self.engine, directory, stored, partial=False)
         moments = optimizer_state.to_load(self.engine)
         self._together(lambda: _check_moments(moments, directory, stored))
-        tensors = {key: (box.data, tuple(box.global_offset)) for key, box in {**weights, **moments}.items()}
+        tensors = {key: (shard.data, tuple(shard.global_offset)) for key, shard in {**weights, **moments}.items()}
         random: dict[str, torch.Tensor] = {}
         if state["world_size"] == self.ranks:
             held = {key.removeprefix(self._random): t for key, t in stored.items() if key.startswith(self._random)}
             random = {name: torch.empty(t.shape, dtype=dtype_of(name)) for name, t in held.items()}
             tensors |= {f"{self._random}{name}": (t, (0,) * t.dim()) for name, t in random.items()}
-        _read(directory, stored, tensors, self.rounds)
+        _read(directory, stored, tensors, self.progress_sync)
         loaded = {key: tensor for key, (tensor, _) in tensors.items()}
         _copy_weights(self.engine, loaded)
         optimizer_state.restore(self.engine, loaded, updates=state["updates"])
@@ -316,10 +316,10 @@ def _read(
     directory: Path,
     stored: dict[str, StoredTensor],
     tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
-    rounds: Rounds | None,
+    progress_sync: ProgressSync | None,
 ) -> None:
-    """Fills tensors from a checkpoint, all ranks together: what one cannot read fails all. `rounds` keeps a slow one
-    from looking like a stall."""
+    """Fills tensors from a checkpoint. Every rank calls this together; a failure on one rank is raised on all. With
+    `progress_sync` a slow rank does not look stalled."""
 
     def read() -> Iterator[int]:
         try:
@@ -329,10 +329,10 @@ def _read(
         return None
 
     found: list[CheckpointDamaged | None] = [None] * dist.get_world_size()
-    if rounds:
-        found = rounds.run(read())
+    if progress_sync:
+        found = progress_sync.run(read())
     else:
-        dist.all_gather_object(found, run_through(read()))
+        dist.all_gather_object(found, run_to_completion(read()))
     if wrong := next((error for error in found if error is not None), None):
         raise wrong
 
@@ -343,9 +343,9 @@ def _check_moments(wanted: dict[str, Any], directory: Path, stored: dict[str, St
             f"{directory} holds weights alone, as launch.import_hf writes them: start another run from it, with "
             f"checkpoint.load={directory.parent.parent}"
         )
-    for key, box in wanted.items():
-        if key not in stored or stored[key].shape != tuple(box.global_shape):
-            raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(box.global_shape)}")
+    for key, shard in wanted.items():
+        if key not in stored or stored[key].shape != tuple(shard.global_shape):
+            raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(shard.global_shape)}")
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -363,10 +363,12 @@ def _matching_weights(
         raise ValueError(f"{directory} is of another model: {mismatch}")
     if not matching:
         raise ValueError(f"{directory} has no weight in common with this model: {mismatch}")
-    return mismatch, {key: box for key, box in optimizer_state.weights_to_load(engine).items() if key in matching}
+    return mismatch, {key: shard for key, shard in optimizer_state.weights_to_load(engine).items() if key in matching}
 
 
-def load_weights(engine: Engine, directory: Path, *, partial: bool = False, rounds: Rounds | None = None) -> Mismatch:
+def load_weights(
+    engine: Engine, directory: Path, *, partial: bool = False, progress_sync: ProgressSync | None = None
+) -> Mismatch:
     """Reads the weights alone into the model (and the optimizer's master copies, if there is one), and accounts for
     every one of either side. State that follows a rule starts naturally where the checkpoint has none.
 
@@ -379,8 +381,13 @@ def load_weights(engine: Engine, directory: Path, *, partial: bool = False, roun
     """
     stored = read_manifest_together(directory)["tensors"]
     mismatch, wanted = _matching_weights(engine, directory, stored, partial=partial)
-    _read(directory, stored, {key: (box.data, tuple(box.global_offset)) for key, box in wanted.items()}, rounds)
-    _copy_weights(engine, {key: box.data for key, box in wanted.items()})
+    _read(
+        directory,
+        stored,
+        {key: (shard.data, tuple(shard.global_offset)) for key, shard in wanted.items()},
+        progress_sync,
+    )
+    _copy_weights(engine, {key: shard.data for key, shard in wanted.items()})
     return mismatch
 
 

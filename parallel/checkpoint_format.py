@@ -39,7 +39,7 @@ class CheckpointDamaged(ValueError):
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorShard:
     """A part of a logical tensor, and the file that holds it under the tensor's name."""
 
     file: str
@@ -52,11 +52,13 @@ class StoredTensor:
     """A logical tensor of a checkpoint."""
 
     shape: tuple[int, ...]
-    boxes: list[Box]
+    shards: list[TensorShard]
 
     def is_complete(self) -> bool:
         """Whether every element is there."""
-        return sum(math.prod(size) for size in {b.offset: b.size for b in self.boxes}.values()) == math.prod(self.shape)
+        return sum(math.prod(size) for size in {b.offset: b.size for b in self.shards}.values()) == math.prod(
+            self.shape
+        )
 
 
 def new_digest() -> Any:
@@ -192,7 +194,7 @@ class TensorFile:
                 raise CheckpointDamaged(f"{self._path.name} ends early")
             view = view[count:]
 
-    def copy(self, name: str, box: Box, target: Tensor, offset: tuple[int, ...]) -> Iterator[int]:
+    def copy(self, name: str, shard: TensorShard, target: Tensor, offset: tuple[int, ...]) -> Iterator[int]:
         """Copies the elements that a stored box and a target share, converting to the target's type. Yields the bytes
         of each piece, returns the number of elements copied.
 
@@ -202,24 +204,24 @@ class TensorFile:
         try:
             entry = self._header[name]
             dtype, stored, begin = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
-            if stored != box.size or not isinstance(begin, int) or begin < 0:
+            if stored != shard.size or not isinstance(begin, int) or begin < 0:
                 raise ValueError(f"shape {stored}")
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointDamaged(f"{self._path.name} does not hold {name} {box.size}: {error!r}") from None
-        first = [max(a, b) for a, b in zip(box.offset, offset, strict=True)]
-        last = [min(a + n, b + m) for a, n, b, m in zip(box.offset, box.size, offset, target.shape, strict=True)]
+            raise CheckpointDamaged(f"{self._path.name} does not hold {name} {shard.size}: {error!r}") from None
+        first = [max(a, b) for a, b in zip(shard.offset, offset, strict=True)]
+        last = [min(a + n, b + m) for a, n, b, m in zip(shard.offset, shard.size, offset, target.shape, strict=True)]
         if any(a >= b for a, b in zip(first, last, strict=True)):
             return 0
         if not target.dim():  # a scalar is a row of its own
-            target, first, last, offset, box = target.view(1), [0], [1], (0,), Box(box.file, (0,), (1,))
-        row = math.prod(box.size[1:])
+            target, first, last, offset, shard = target.view(1), [0], [1], (0,), TensorShard(shard.file, (0,), (1,))
+        row = math.prod(shard.size[1:])
         rows = max(1, PIECE_BYTES // max(1, row * dtype.itemsize))
-        inner = [slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], box.offset[1:], strict=True)]
+        inner = [slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], shard.offset[1:], strict=True)]
         there = [slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], offset[1:], strict=True)]
         for begun in range(first[0], last[0], rows):
             count = min(rows, last[0] - begun)
-            piece = torch.empty((count, *box.size[1:]), dtype=dtype)
-            self._fill(self._start + begin + (begun - box.offset[0]) * row * dtype.itemsize, _bytes_of(piece))
+            piece = torch.empty((count, *shard.size[1:]), dtype=dtype)
+            self._fill(self._start + begin + (begun - shard.offset[0]) * row * dtype.itemsize, _bytes_of(piece))
             target[(slice(begun - offset[0], begun - offset[0] + count), *there)].copy_(piece[(slice(None), *inner)])
             yield piece.nbytes
         return math.prod(b - a for a, b in zip(first, last, strict=True))
@@ -238,15 +240,15 @@ def read_tensors(
         CheckpointDamaged: a part is missing or cannot be read.
     """
     missing = {name: tensor.numel() for name, (tensor, _) in wanted.items()}
-    by_file: dict[str, list[tuple[str, Box]]] = {}
+    by_file: dict[str, list[tuple[str, TensorShard]]] = {}
     for name in wanted:
-        for box in stored[name].boxes if name in stored else ():
-            by_file.setdefault(box.file, []).append((name, box))
-    for file, boxes in sorted(by_file.items()):
+        for shard in stored[name].shards if name in stored else ():
+            by_file.setdefault(shard.file, []).append((name, shard))
+    for file, shards in sorted(by_file.items()):
         try:
             with TensorFile(directory / file) as opened:
-                for name, box in boxes:
-                    missing[name] -= yield from opened.copy(name, box, *wanted[name])
+                for name, shard in shards:
+                    missing[name] -= yield from opened.copy(name, shard, *wanted[name])
         except OSError as error:
             raise CheckpointDamaged(f"{file} cannot be read: {error}") from None
     if incomplete := [name for name, count in missing.items() if count]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.checkpoint_format import Box, CheckpointDamaged, StoredTensor, digest, new_digest, read_tensors
+from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, TensorShard, digest, new_digest, read_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -22,7 +22,7 @@ UPDATES = "optimizer.updates"
 _STEP = re.compile(r"step_(\d{8})$")
 
 
-class OtherVersion(ValueError):
+class UnsupportedVersion(ValueError):
     """Another version of this program wrote the checkpoint, in a format that this one does not read."""
 
 
@@ -70,11 +70,11 @@ def write_manifest(
     state: the loop's COUNTERS.
     files: {name: [bytes, digest]}.
     """
-    boxes = {
-        name: {"shape": [*t.shape], "boxes": [[b.file, [*b.offset], [*b.size]] for b in t.boxes]}
+    shards = {
+        name: {"shape": [*t.shape], "boxes": [[b.file, [*b.offset], [*b.size]] for b in t.shards]}
         for name, t in sorted(tensors.items())
     }
-    said = {"format": FORMAT, "state": state, "files": files, "tensors": boxes}
+    said = {"format": FORMAT, "state": state, "files": files, "tensors": shards}
     with (directory / MANIFEST).open("w") as file:
         json.dump({**said, "digest": _digest_of(said)}, file, indent=1)
         file.flush()
@@ -98,8 +98,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         return _understood(manifest)
     except CheckpointDamaged as error:
         raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST} {error}") from None
-    except OtherVersion as error:
-        raise OtherVersion(f"{directory} {error}") from None
+    except UnsupportedVersion as error:
+        raise UnsupportedVersion(f"{directory} {error}") from None
 
 
 def read_manifest_together(directory: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def read_manifest_together(directory: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         try:
             answer[0] = read_manifest(directory)
-        except (CheckpointDamaged, OtherVersion) as error:
+        except (CheckpointDamaged, UnsupportedVersion) as error:
             answer[0] = error
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], ValueError):
@@ -124,12 +124,12 @@ def _understood(manifest: Any) -> dict[str, Any]:
     if "digest" in manifest and manifest["digest"] != _digest_of(manifest):
         raise CheckpointDamaged("has changed since it was written")
     if isinstance(version, int) and version > FORMAT:
-        raise OtherVersion(
+        raise UnsupportedVersion(
             f"was written by a newer version of Switchyard (format {version}; this one reads {FORMAT}). "
             "Continue with that version, or choose another run.dir"
         )
     if version is None and all(isinstance(manifest.get(key), dict) for key in ("state", "files")):
-        raise OtherVersion(
+        raise UnsupportedVersion(
             "was written by an earlier version of Switchyard (format 1), whose files hold pickled Python objects; "
             f"this version reads format {FORMAT} alone. Continue with that version, or choose another run.dir"
         )
@@ -140,7 +140,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
         tensors = {
             name: StoredTensor(
                 tuple(entry["shape"]),
-                [Box(file, tuple(offset), tuple(size)) for file, offset, size in entry["boxes"]],
+                [TensorShard(file, tuple(offset), tuple(size)) for file, offset, size in entry["boxes"]],
             )
             for name, entry in manifest["tensors"].items()
         }
@@ -163,14 +163,14 @@ def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, Stor
         if Path(name).name != name or name == MANIFEST or type(size) is not int:
             return f"lists the file {name!r}"
     for name, tensor in tensors.items():
-        for box in tensor.boxes:
-            sides = zip(box.offset, box.size, tensor.shape, strict=True)
-            if box.file not in files or any(a < 0 or n < 0 or a + n > m for a, n, m in sides):
+        for shard in tensor.shards:
+            sides = zip(shard.offset, shard.size, tensor.shape, strict=True)
+            if shard.file not in files or any(a < 0 or n < 0 or a + n > m for a, n, m in sides):
                 return f"has no place for a part of {name}"
     return None
 
 
-def examine(directory: Path, rank: int = 0, ranks: int = 1) -> Iterator[int]:
+def verify(directory: Path, rank: int = 0, ranks: int = 1) -> Iterator[int]:
     """Compares a checkpoint with what it says of itself. With several ranks each hashes a share of the files, and the
     caller brings the answers together. Yields the bytes of each piece that was read; returns None, or what is wrong as
     a CheckpointDamaged or OtherVersion."""
@@ -183,7 +183,7 @@ def examine(directory: Path, rank: int = 0, ranks: int = 1) -> Iterator[int]:
             yield from _check_file(directory / name, *files[name])
         if rank == 0:
             yield from _check_counters(directory, manifest)
-    except (CheckpointDamaged, OtherVersion) as error:
+    except (CheckpointDamaged, UnsupportedVersion) as error:
         return error
     return None
 
@@ -220,7 +220,7 @@ def _check_counters(directory: Path, manifest: dict[str, Any]) -> Iterator[int]:
         raise CheckpointDamaged(f"{MANIFEST} counts {state['updates']} updates, the optimizer {updates.item()}")
 
 
-def run_through(work: Iterator[int]) -> Any:
+def run_to_completion(work: Iterator[int]) -> Any:
     """What a generator of pieces returns."""
     while True:
         try:
@@ -231,7 +231,7 @@ def run_through(work: Iterator[int]) -> Any:
 
 def find_damage(directory: Path) -> str | None:
     """What keeps one process from reading a checkpoint; None: it is whole."""
-    wrong = run_through(examine(directory))
+    wrong = run_to_completion(verify(directory))
     return None if wrong is None else str(wrong)
 
 

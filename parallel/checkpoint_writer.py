@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint_format import Box, StoredTensor, write_tensors
+from parallel.checkpoint_format import StoredTensor, TensorShard, write_tensors
 
 
-class Writing:
+class CheckpointWriter:
     """The tensors that this rank puts into a checkpoint, from the plan to the file.
 
     Args:
@@ -23,27 +23,29 @@ class Writing:
     def __init__(self, tensors: dict[str, Any], aside: Path, rank: int):
         from megatron.core.dist_checkpointing import validation
 
-        _, boxes = validation.determine_global_metadata(tensors)
-        validation.validate_sharding_integrity(boxes)
+        _, shards = validation.determine_global_metadata(tensors)
+        validation.validate_sharding_integrity(shards)
         self.aside = aside
         self.error: Exception | None = None
         self.hashed: dict[str, list[Any]] = {}
         """name -> [bytes, digest] of the file that this rank wrote."""
         self.stored: dict[str, StoredTensor] = {}
         """What all ranks write."""
-        for number, described in enumerate(boxes):
-            for box in described:
-                tensor = self.stored.setdefault(box.key, StoredTensor(tuple(box.global_shape), []))
-                tensor.boxes.append(Box(_file_of(number), tuple(box.global_offset), tuple(box.local_shape)))
+        for number, described in enumerate(shards):
+            for shard in described:
+                tensor = self.stored.setdefault(shard.key, StoredTensor(tuple(shard.global_shape), []))
+                tensor.shards.append(
+                    TensorShard(_file_of(number), tuple(shard.global_offset), tuple(shard.local_shape))
+                )
         self._written = 0
-        self._tensors, self._name = {box.key: box.data for box in tensors.values()}, _file_of(rank)
+        self._tensors, self._name = {shard.key: shard.data for shard in tensors.values()}, _file_of(rank)
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
 
     def start(self) -> None:
         """Begins to write; nothing else is waited for."""
         self._thread.start()
 
-    def is_over(self) -> bool:
+    def is_done(self) -> bool:
         """Whether this rank's file is written, or cannot be."""
         return not self._thread.is_alive()
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 
 
-class DeviceClock:
+class DeviceTimer:
     """`with clock: ...` measures what was started inside. On a GPU by events on the stream, which cost no waiting."""
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class DeviceClock:
         return self._times[1] - self._times[0]
 
 
-class StepClock:
+class StepTimer:
     """Seconds of whole optimizer steps: the wait for data, forward, backward, and the optimizer's kernels until the
     device has finished them. What happens between `stop` and the next `start` (evaluation, checkpoints) does not count.
 

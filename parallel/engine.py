@@ -18,7 +18,7 @@ from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import block_adamw
 from parallel.batch_context import EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.chunked_ops import sum_of_squares
-from parallel.device_timer import DeviceClock
+from parallel.device_timer import DeviceTimer
 from parallel.megatron_compat import building_optimizer, parameters_in_norm
 from parallel.process_groups import Runtime
 
@@ -52,7 +52,7 @@ class Overlap:
 NO_OVERLAP = Overlap()
 
 
-def core_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool) -> Any:
+def transformer_config(model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool) -> Any:
     """Megatron-Core's own configuration object for our layers and its schedules."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -142,7 +142,7 @@ class Engine:
         adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
     ):
         """Args:
-        config: from core_config.
+        config: from transformer_config.
         optim: None builds no gradient buckets and no optimizer (evaluation, generation).
         build_chunk: makes this rank's i-th pipeline chunk.
         adam: the class of the optimizer (ops.registry.select_adam).
@@ -153,7 +153,7 @@ class Engine:
         self.config, self.runtime, self.optim, self.vocab_size = config, runtime, optim, vocab_size
         self.modules = [build_chunk(i) for i in range(runtime.layout.vpp)]
         """The bare chunks, for names and parameters."""
-        self.passes = 0
+        self.forward_passes = 0
         """Forward passes begun; while it grows, the model is at work."""
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
@@ -173,7 +173,7 @@ class Engine:
             if block_adamw.is_needed(optim):
                 block_adamw.install(self.optimizer, optim, self.modules)
         self._schedule = get_forward_backward_func()
-        self.own_time = DeviceClock(runtime.device)
+        self.compute_timer = DeviceTimer(runtime.device)
         """Of the last forward_backward, without the wait for other data-parallel ranks."""
 
     def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:
@@ -200,7 +200,7 @@ class Engine:
             mean = losses_BS.sum() / batch["labels"].numel()
             return mean, mean.detach().clone()
 
-        with self.own_time:
+        with self.compute_timer:
             parts = self._run(batches, loss, batch_ctx)
         finalize_model_grads(self.chunks)
         layout = self.runtime.layout
@@ -266,7 +266,7 @@ class Engine:
         dp = self.runtime.groups.dp
 
         def step(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            self.passes += 1
+            self.forward_passes += 1
             index, batch = next(batches)
             cut = {k: self._my_slice(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
             this = replace(
@@ -347,7 +347,7 @@ class Engine:
         dist.all_reduce(square)
         return square.sqrt().item()
 
-    def non_finite(self, limit: int = 3) -> list[str]:
+    def nonfinite_gradients(self, limit: int = 3) -> list[str]:
         """Names of parameters whose gradient on this rank is not finite, at most `limit`."""
         named = ((n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad)
         bad = (name for name, p in named if not torch.isfinite(p.main_grad).all())

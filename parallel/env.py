@@ -84,7 +84,7 @@ def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:
     return int(given)
 
 
-def speaks(world: World, message: str) -> bool:
+def should_print(world: World, message: str) -> bool:
     """Whether this rank prints a message that all ranks have. Under a launcher each has a stderr; one is enough, unless
     it is the one that is gone: then one a node."""
     without_0 = any(words in message for words in ("rank 0 is gone", "rank 0 did not come", "does not answer"))

@@ -26,7 +26,7 @@ class LockTimeout(TimeoutError):
 
 
 @contextlib.contextmanager
-def held(
+def hold_lock(
     lock: int, path: Path, *, timeout: float, waiting: Callable[[str], None] = lambda what: None
 ) -> Iterator[None]:
     """While entered, this process holds the lock.

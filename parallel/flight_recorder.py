@@ -24,7 +24,7 @@ class Pending:
     """Of the group; empty: not known."""
 
     def __str__(self) -> str:
-        of = f" over {listed(self.ranks)}" if self.ranks else f" over process group {self.group}"
+        of = f" over {format_ranks(self.ranks)}" if self.ranks else f" over process group {self.group}"
         return f"{self.name.rpartition(':')[2]} number {self.sequence}{of}"
 
 
@@ -38,7 +38,7 @@ class Trace:
     """The oldest that is not over; None: none is."""
 
 
-def listed(ranks: Iterable[int]) -> str:
+def format_ranks(ranks: Iterable[int]) -> str:
     """`rank 3`, `ranks 0, 1 and more`."""
     ranks = list(ranks)
     shown = ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")

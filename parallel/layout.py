@@ -97,7 +97,7 @@ class Layout:
         return " ".join(shown) + (" +sequence" if self.sequence_parallel else "") + uneven
 
 
-def crossings(layout: Layout, ranks_per_node: int) -> list[str]:
+def groups_across_nodes(layout: Layout, ranks_per_node: int) -> list[str]:
     """A sentence for each kind of group that should lie within a node and does not, the worst first."""
     strides = layout._strides("attention") | layout._strides("experts")
     found = []
@@ -130,7 +130,11 @@ def describe(layout: Layout, ranks_per_node: int) -> str:
             shown = " ".join(map(str, example[:8])) + (f" ... {example[-1]}" if size > 8 else "")
             nodes = layout.nodes_of(axis, ranks_per_node)
             lines.append(f"{axis:<6} {size:>5,} {world // size:>7,} {nodes:>6,}  {shown}")
-    lines += ["", *rank_table(layout, ranks_per_node), *(f"warning: {c}" for c in crossings(layout, ranks_per_node))]
+    lines += [
+        "",
+        *rank_table(layout, ranks_per_node),
+        *(f"warning: {c}" for c in groups_across_nodes(layout, ranks_per_node)),
+    ]
     return "\n".join(lines)
 
 

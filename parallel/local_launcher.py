@@ -62,7 +62,7 @@ _parent: Connection | None = None
 """Of a simulated rank, to the process that asked for it."""
 
 
-def tell_parent(kind: str, value: Any) -> bool:
+def send_to_parent(kind: str, value: Any) -> bool:
     """From a simulated rank: "watched" once its end will be explained by parallel.watchdog, "verdict" with that
     explanation. Elsewhere nothing happens; returns whether it was told."""
     if _parent is not None:
@@ -253,7 +253,7 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) 
 
 
 @contextlib.contextmanager
-def planned_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
+def fake_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
     """One rank of a world of any size, without peers: its groups know their sizes and exchange nothing, and what is
     built while this is entered has shapes but no memory. For counting what a rank of a layout would hold."""
     import torch

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.block_adamw import MOMENTS, BlockAdamW, Piece, pieces_of
+from parallel.block_adamw import MOMENTS, BlockAdamW, OptimizerShard, optimizer_shards
 from parallel.engine import Engine
 from parallel.sharding import logical_name
 
 
-def _pieces(engine: Engine) -> dict[nn.Parameter, Piece]:
+def _optimizer_shards(engine: Engine) -> dict[nn.Parameter, OptimizerShard]:
     assert engine.optimizer is not None
-    return {p: piece for part in engine.optimizer.chained_optimizers for p, piece in pieces_of(part).items()}
+    return {p: shard for part in engine.optimizer.chained_optimizers for p, shard in optimizer_shards(part).items()}
 
 
 def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
@@ -52,21 +52,21 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 def counted_updates(engine: Engine) -> int:
     """The updates that this rank's part of the optimizer has counted; 0 where it holds nothing."""
     counts = [0]
-    for piece in _pieces(engine).values():
-        group = next((g for g in piece.inner.param_groups if "step" in g), {})  # ours, Apex's, TransformerEngine's
-        counts.append(int(piece.inner.state.get(piece.master, {}).get("step", group.get("step", 0))))
+    for shard in _optimizer_shards(engine).values():
+        group = next((g for g in shard.inner.param_groups if "step" in g), {})  # ours, Apex's, TransformerEngine's
+        counts.append(int(shard.inner.state.get(shard.master, {}).get("step", group.get("step", 0))))
     return max(counts)
 
 
 def first_nonfinite(engine: Engine) -> str | None:
     """The first tensor of weights or moments that holds a NaN or an infinity, as "exp_avg of layers.0...."; None where
     all are finite. Every rank looks at its own shards, all call this together, and all get the same answer."""
-    pieces, mine = _pieces(engine), None
+    shards, mine = _optimizer_shards(engine), None
     for name, parameter in _named(engine):
-        piece = pieces.get(parameter)
-        state = piece.inner.state.get(piece.master, {}) if piece else {}
+        shard = shards.get(parameter)
+        state = shard.inner.state.get(shard.master, {}) if shard else {}
         # Weights in bf16 are rounded from the master copy: where there is one, it is what a checkpoint holds.
-        parts = {"weights": piece.master if piece else parameter, **{m: state[m] for m in MOMENTS if m in state}}
+        parts = {"weights": shard.master if shard else parameter, **{m: state[m] for m in MOMENTS if m in state}}
         mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
         if mine:
             break
@@ -84,15 +84,20 @@ def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
 
 
 def _assemble(
-    engine: Engine, parameter: nn.Parameter, part: Tensor | None, piece: Piece | None, owner: int, dtype: torch.dtype
+    engine: Engine,
+    parameter: nn.Parameter,
+    part: Tensor | None,
+    shard: OptimizerShard | None,
+    owner: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The whole of a parameter's master weights or moment on the owner of its group; elsewhere the result means
     nothing."""
     groups = engine.runtime.groups
     group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
     whole = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    if part is not None and piece is not None:
-        whole[piece.start : piece.end] = part
+    if part is not None and shard is not None:
+        whole[shard.start : shard.end] = part
     if group.size() > 1:
         # Every element comes from exactly one rank, so the sum is exact.
         dist.reduce(whole, group_dst=owner % group.size(), group=group)
@@ -101,7 +106,7 @@ def _assemble(
 
 def to_save(engine: Engine) -> dict[str, Any]:
     """What this rank writes: the parameters that it owns, assembled, on the CPU."""
-    pieces, tensors = _pieces(engine), {}
+    shards, tensors = _optimizer_shards(engine), {}
     groups = engine.runtime.groups
     moment_dtype = torch.bfloat16 if engine.optim is not None and engine.optim.state_dtype == "bf16" else torch.float32
     for index, (name, parameter) in enumerate(_named(engine)):
@@ -111,12 +116,12 @@ def to_save(engine: Engine) -> dict[str, Any]:
                 copy = parameter.detach().cpu().clone()  # it is written while training goes on
                 tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
             continue
-        piece = pieces.get(parameter)
-        state = piece.inner.state.get(piece.master, {}) if piece else {}
-        parts = {"weights": piece.master if piece else None, **{m: state.get(m) for m in MOMENTS}}
+        shard = shards.get(parameter)
+        state = shard.inner.state.get(shard.master, {}) if shard else {}
+        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in MOMENTS}}
         for kind, part in parts.items():
             dtype = torch.float32 if kind == "weights" else moment_dtype
-            whole = _assemble(engine, parameter, part, piece, index, dtype)
+            whole = _assemble(engine, parameter, part, shard, index, dtype)
             if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
                 tensors[f"{kind}.{name}"] = _sharded(f"{kind}.{name}", whole.detach().cpu(), parameter)
     return tensors
@@ -130,9 +135,9 @@ def weights_to_load(engine: Engine) -> dict[str, Any]:
 
 def to_load(engine: Engine) -> dict[str, Any]:
     """Empty fp32 tensors for the moments of the parameters that this rank keeps pieces of."""
-    pieces, tensors = _pieces(engine), {}
+    shards, tensors = _optimizer_shards(engine), {}
     for name, parameter in _named(engine):
-        if parameter in pieces:
+        if parameter in shards:
             for kind in MOMENTS:
                 key = f"{kind}.{name}"
                 tensors[key] = _sharded(key, torch.empty(parameter.shape), parameter)
@@ -144,10 +149,10 @@ def restore_master(engine: Engine, loaded: dict[str, Tensor]) -> None:
     """Copies loaded fp32 weights into the optimizer's master weights."""
     if engine.optimizer is None:
         return
-    pieces = _pieces(engine)
+    shards = _optimizer_shards(engine)
     for name, parameter in _named(engine):
-        if (piece := pieces.get(parameter)) and f"weights.{name}" in loaded:
-            piece.master.copy_(loaded[f"weights.{name}"].flatten()[piece.start : piece.end])
+        if (shard := shards.get(parameter)) and f"weights.{name}" in loaded:
+            shard.master.copy_(loaded[f"weights.{name}"].flatten()[shard.start : shard.end])
 
 
 @torch.no_grad()
@@ -159,20 +164,20 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     """
     if updates == 0:
         return
-    pieces = _pieces(engine)
+    shards = _optimizer_shards(engine)
     for name, parameter in _named(engine):
-        if not (piece := pieces.get(parameter)):
+        if not (shard := shards.get(parameter)):
             continue
-        state = {m: loaded[f"{m}.{name}"].flatten()[piece.start : piece.end] for m in MOMENTS}
-        if isinstance(piece.inner, BlockAdamW):
-            piece.inner.set_moments(piece.master, state)
+        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in MOMENTS}
+        if isinstance(shard.inner, BlockAdamW):
+            shard.inner.set_moments(shard.master, state)
             continue
         state = {m: moment.to(parameter.device) for m, moment in state.items()}
-        if isinstance(piece.inner, torch.optim.AdamW):
+        if isinstance(shard.inner, torch.optim.AdamW):
             # A tensor of its own for every parameter: AdamW advances it in place.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
-        piece.inner.state[piece.master] = {k: v.clone() for k, v in state.items()}
-    for inner in {piece.inner for piece in pieces.values()}:
+        shard.inner.state[shard.master] = {k: v.clone() for k, v in state.items()}
+    for inner in {shard.inner for shard in shards.values()}:
         if not isinstance(inner, torch.optim.AdamW):  # ours, Apex's and TransformerEngine's count per group
             for group in inner.param_groups:
                 group["step"] = updates

@@ -61,7 +61,7 @@ def inspect(runtime: Runtime, folder: Path) -> list[Report]:
     return reports
 
 
-def complaints(reports: list[Report], *, memory: float, disk: float) -> dict[str, list[str]]:
+def find_problems(reports: list[Report], *, memory: float, disk: float) -> dict[str, list[str]]:
     """What is wrong with which node, nothing for those that are well.
 
     Args:
@@ -70,7 +70,7 @@ def complaints(reports: list[Report], *, memory: float, disk: float) -> dict[str
     """
     found: dict[str, list[str]] = {}
 
-    def complain(report: Report, text: str) -> None:
+    def report_problem(report: Report, text: str) -> None:
         found.setdefault(report.host, []).append(f"rank {report.rank}: {text}")
 
     for what, unit, rate in _rates(reports):
@@ -78,15 +78,17 @@ def complaints(reports: list[Report], *, memory: float, disk: float) -> dict[str
         for report in reports:
             if rate.get(report.rank, median) < SLOW * median:
                 share = rate[report.rank] / median
-                complain(report, f"{what} {rate[report.rank] / 1e9:.3g} {unit}, {share:.0%} of the median rank's")
+                report_problem(report, f"{what} {rate[report.rank] / 1e9:.3g} {unit}, {share:.0%} of the median rank's")
     for report in reports:
         if report.disk_error:
-            complain(report, report.disk_error)
+            report_problem(report, report.disk_error)
         elif report.free_disk < disk:
-            complain(report, f"{report.free_disk / 1e9:.3g} GB of disk are free, a checkpoint takes {disk / 1e9:.3g}")
+            report_problem(
+                report, f"{report.free_disk / 1e9:.3g} GB of disk are free, a checkpoint takes {disk / 1e9:.3g}"
+            )
         if report.free_memory < memory:
             needed = f"the run takes about {memory / 1e9:.3g}"
-            complain(report, f"{report.free_memory / 1e9:.3g} GB of memory are free, {needed}")
+            report_problem(report, f"{report.free_memory / 1e9:.3g} GB of memory are free, {needed}")
     return found
 
 

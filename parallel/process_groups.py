@@ -98,7 +98,7 @@ def start(
         store: of the ranks; None: they meet here.
 
     Raises:
-        Unreachable: they did not meet within the time limit.
+        RendezvousError: they did not meet within the time limit.
     """
     device, picked = pick_device(world)
     backend = backend or picked

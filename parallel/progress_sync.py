@@ -12,7 +12,7 @@ SECONDS = 1.0
 """Between two meetings."""
 
 
-class Rounds:
+class ProgressSync:
     """Args:
     device: where the ranks' collectives expect their tensors.
     progress: called on every rank after a round in which any rank got on.

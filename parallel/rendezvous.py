@@ -18,16 +18,16 @@ from parallel.env import World
 _POLL = 0.05
 
 
-class Unreachable(RuntimeError):
+class RendezvousError(RuntimeError):
     """The ranks did not find each other within the time limit; the message says which are missing, or which address
     does not answer."""
 
 
-class Silent(TimeoutError):
+class StoreTimeout(TimeoutError):
     """The store has not answered within the time limit."""
 
 
-class LimitedStore:
+class TimeoutStore:
     """A store that is asked by a thread of its own, so that whoever wants the answer can stop waiting."""
 
     def __init__(self, connect: Callable[[], dist.Store]) -> None:
@@ -46,12 +46,12 @@ class LimitedStore:
         """
         end = time.monotonic() + seconds
         if self._pending and not self._pending.wait(seconds):
-            raise Silent
+            raise StoreTimeout
         answer: list[Any] = []
         self._pending = done = threading.Event()
         self._tasks.put((question, answer, done))
         if not done.wait(max(0.0, end - time.monotonic())):
-            raise Silent
+            raise StoreTimeout
         kind, value = answer
         if kind == "error":
             raise value
@@ -73,14 +73,14 @@ class LimitedStore:
             done.set()
 
 
-def kept_by_launcher(world: World) -> bool:
+def is_agent_store(world: World) -> bool:
     """Whether torchrun's agent keeps the store, and not rank 0."""
     return not world.simulated and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def keeper(world: World) -> str:
+def store_host(world: World) -> str:
     """Whose silence it is, in words."""
-    return "the launcher's store" if kept_by_launcher(world) else "rank 0"
+    return "the launcher's store" if is_agent_store(world) else "rank 0"
 
 
 def join(world: World, timeout: float) -> dist.Store:
@@ -94,19 +94,19 @@ def join(world: World, timeout: float) -> dist.Store:
         timeout: seconds.
 
     Raises:
-        Unreachable: a rank is missing, or the port is somebody else's.
+        RendezvousError: a rank is missing, or the port is somebody else's.
     """
     end, where = time.monotonic() + timeout, f"{world.address}:{world.port}"
     wait, answer = datetime.timedelta(seconds=timeout), min(10.0, timeout)
-    if world.rank == 0 and not kept_by_launcher(world):
+    if world.rank == 0 and not is_agent_store(world):
         listening = _listen(world)
         tcp = dist.TCPStore(
             world.address, world.port, world.size, True, wait, False, master_listen_fd=listening.detach()
         )
-        store = LimitedStore(lambda: tcp)
+        store = TimeoutStore(lambda: tcp)
     else:
         _await_port(world, end, timeout)
-        store = LimitedStore(lambda: dist.TCPStore(world.address, world.port, world.size, False, wait, False))
+        store = TimeoutStore(lambda: dist.TCPStore(world.address, world.port, world.size, False, wait, False))
 
     def shared(tcp: dist.Store) -> dist.Store:
         # A launcher's store outlives the ranks that it starts again.
@@ -128,16 +128,17 @@ def join(world: World, timeout: float) -> dist.Store:
         while not store.ask(lambda tcp: shared(tcp).check(["all"]), max(end - time.monotonic(), answer)):
             if time.monotonic() > end:
                 late = store.ask(missing, answer)
-                raise Unreachable(
+                raise RendezvousError(
                     f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late[:8]))}"
                     f"{' and more' if len(late) > 8 else ''} did not come to {where}, where the ranks meet, within "
                     f"{timeout:g} s (runtime.timeout): dead, frozen, or still preparing data"
                 )
             time.sleep(_POLL)
-    except Silent:
-        raise Unreachable(
+    except StoreTimeout:
+        raise RendezvousError(
             f"{where}, where the ranks meet, takes connections and does not answer within {timeout:g} s "
-            f"(runtime.timeout): {keeper(world)} is frozen, or another process has the port; MASTER_PORT sets another"
+            f"(runtime.timeout): {store_host(world)} is frozen, or another process has the port; MASTER_PORT sets "
+            "another port"
         ) from None
     store.close()
     return shared(tcp)
@@ -152,7 +153,7 @@ def _listen(world: World) -> socket.socket:
     try:
         return socket.create_server(address[:2], family=family, backlog=max(128, world.size))
     except OSError as error:
-        raise Unreachable(
+        raise RendezvousError(
             f"{world.address}:{world.port}, where the ranks are to meet, cannot be listened on: {error.strerror}; "
             "MASTER_PORT sets another port, MASTER_ADDR another address of the node of rank 0"
         ) from None
@@ -166,8 +167,8 @@ def _await_port(world: World, end: float, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                raise Unreachable(
-                    f"{keeper(world)} did not come to {world.address}:{world.port}, where the ranks meet, within "
+                raise RendezvousError(
+                    f"{store_host(world)} did not come to {world.address}:{world.port}, where the ranks meet, within "
                     f"{timeout:g} s (runtime.timeout): {error.strerror or error}. It is dead, frozen, or still "
                     "preparing data"
                 ) from None

@@ -12,7 +12,7 @@ SPINS = "2000"
 OVERRIDES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
-def wait_briefly(env: MutableMapping[str, str] = os.environ) -> None:
+def limit_spinning(env: MutableMapping[str, str] = os.environ) -> None:
     """Sets GOMP_SPINCOUNT, which is read once, when torch is imported; not where the environment says how to wait."""
     if not any(name in env for name in OVERRIDES):
         env["GOMP_SPINCOUNT"] = SPINS

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from conf.printable import visible
 from parallel import flight_recorder, local_launcher, rendezvous
-from parallel.env import World, speaks
-from parallel.flight_recorder import Pending, Trace, listed, missing_from
-from parallel.rendezvous import LimitedStore, Silent
+from parallel.env import World, should_print
+from parallel.flight_recorder import Pending, Trace, format_ranks, missing_from
+from parallel.rendezvous import StoreTimeout, TimeoutStore
 from parallel.torch_private import default_store
 
 FAILED = 1
@@ -44,7 +44,7 @@ _WAITS = {
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankStatus:
     """What a rank was doing when the trouble was told."""
 
     step: int
@@ -60,7 +60,7 @@ class Whereabouts:
     """Collectives that it has launched in each process group, where there is a record."""
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Whereabouts":
+    def from_json(cls, text: str | bytes) -> "RankStatus":
         values = json.loads(text)
         values["pending"] = values["pending"] and Pending(**values["pending"])
         return cls(**values)
@@ -70,9 +70,9 @@ class Whereabouts:
         return f"step {self.step}{inside}, at {self.at}"
 
 
-def whereabouts(
+def rank_status(
     step: int, frames: list[FrameType], error: BaseException | None = None, trace: Trace | None = None
-) -> Whereabouts:
+) -> RankStatus:
     """Args:
     frames: a thread's stack, innermost first.
     trace: torch's record; None: the stack says what is waited in.
@@ -82,7 +82,7 @@ def whereabouts(
     ours = next((f for f in frames if _is_ours(f)), frames[0])
     at = f"{_short(ours.f_code.co_filename)}:{ours.f_lineno} ({ours.f_code.co_name})"
     told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return Whereabouts(step, at, collective, told if error else None, pending, launched)
+    return RankStatus(step, at, collective, told if error else None, pending, launched)
 
 
 def _collective(frames: list[FrameType]) -> str | None:
@@ -130,13 +130,13 @@ def _frames_of_error(trace: TracebackType | None) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(trace)][::-1]
 
 
-def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
+def verdict(told: dict[int, RankStatus], ranks: int) -> str:
     """Who is to blame and who waits for it, from what the ranks told; those that told nothing are gone."""
     gone = [rank for rank in range(ranks) if rank not in told]
     failed = {rank: place for rank, place in told.items() if place.error}
     stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
     waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
-    parts = [f"{listed(gone)} {'is' if len(gone) == 1 else 'are'} gone or frozen, without a word"] if gone else []
+    parts = [f"{format_ranks(gone)} {'is' if len(gone) == 1 else 'are'} gone or frozen, without a word"] if gone else []
     parts += [f"rank {rank} {_failure(place)}" for rank, place in [*failed.items()][:3]]
     if not gone and not failed:
         parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
@@ -145,17 +145,17 @@ def verdict(told: dict[int, Whereabouts], ranks: int) -> str:
     return "the job ends: " + "; ".join(parts)
 
 
-def _failure(place: Whereabouts) -> str:
+def _failure(place: RankStatus) -> str:
     """A closed connection is what the end of another rank looks like; gloo's words for it say nothing else."""
     if place.error and "gloo/transport" in place.error:
         return f"lost its connection in {place}"
     return f"failed in {place}: {place.error}"
 
 
-def _not_joined(place: Whereabouts, launched: dict[int, dict[str, int]]) -> str:
+def _not_joined(place: RankStatus, launched: dict[int, dict[str, int]]) -> str:
     """Who keeps a collective from ending, where torch has a record of it."""
     missing = missing_from(place.pending, launched) if place.pending else []
-    return f", which {listed(missing)} {'has' if len(missing) == 1 else 'have'} not joined" if missing else ""
+    return f", which {format_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not joined" if missing else ""
 
 
 def _trace() -> Trace | None:
@@ -166,7 +166,7 @@ def _trace() -> Trace | None:
     return None
 
 
-class Watch:
+class Watchdog:
     """While entered, this rank's training is watched, and trouble on other ranks ends it. Every rank enters and leaves
     together; a world of one rank has nobody to wait for and is not watched.
 
@@ -201,10 +201,10 @@ class Watch:
         if self.world.size > 1:
             # Its own connection: a thread that waits must not keep the main thread from the store.
             given = self._given or default_store()
-            self._store = LimitedStore(lambda: dist.PrefixStore("watch", given.clone()))
-            with contextlib.suppress(Silent):  # connects now, while the store is sure to be there
+            self._store = TimeoutStore(lambda: dist.PrefixStore("watch", given.clone()))
+            with contextlib.suppress(StoreTimeout):  # connects now, while the store is sure to be there
                 self._ask(lambda store: None)
-            local_launcher.tell_parent("watched", None)
+            local_launcher.send_to_parent("watched", None)
             faulthandler.enable(file=1)  # in a run, train.log
             self._thread.start()
         return self
@@ -222,7 +222,7 @@ class Watch:
         self._leaving.set()
         alike = self._followed is None and isinstance(error, self._expected)
         if error is not None and not alike:
-            place = whereabouts(self.progress()[0], _frames_of_error(trace), error, _trace())
+            place = rank_status(self.progress()[0], _frames_of_error(trace), error, _trace())
             told = self._tell(place)
             if told:
                 error.add_note(told)
@@ -241,7 +241,7 @@ class Watch:
             try:
                 troubled = self._store.ask(lambda store: store.check(["trouble"]), self._period)
                 answered = time.monotonic()
-            except Silent:  # it may be busy; what it takes to be in trouble is decided below
+            except StoreTimeout:  # it may be busy; what it takes to be in trouble is decided below
                 troubled = False
             except Exception:  # the store is gone; _tell will say so
                 troubled = True
@@ -251,10 +251,10 @@ class Watch:
             waited = time.monotonic() - (since if self._followed else answered)
             if troubled or waited > self._patience:
                 frames = _frames_of_thread(sys._current_frames().get(self._main))
-                place = whereabouts(now[0], frames, trace=_trace())
+                place = rank_status(now[0], frames, trace=_trace())
                 return self._end(self._tell(place))
 
-    def _tell(self, place: Whereabouts) -> str:
+    def _tell(self, place: RankStatus) -> str:
         """Tells the others of trouble and where this rank is, writes its stack down, and returns what all of it comes
         to. Empty: every rank failed by itself."""
         stacks = [
@@ -274,9 +274,9 @@ class Watch:
             while not (known := self._ask(lambda store: store.check(["verdict"]))) and time.monotonic() < end:
                 time.sleep(self._period / 4)
             told = self._ask(lambda store: store.get("verdict")).decode() if known else f"the job ends; {me} in {place}"
-        except Silent:
-            keeper = rendezvous.keeper(self.world)
-            told = f"the job ends: {keeper} does not answer (dead, frozen or out of reach); {me} in {place}"
+        except StoreTimeout:
+            store_host = rendezvous.store_host(self.world)
+            told = f"the job ends: {store_host} does not answer (dead, frozen or out of reach); {me} in {place}"
         except Exception:
             told = f"the job ends: rank 0 is gone, and with it the store of the ranks; {me} in {place}"
         if told:
@@ -288,13 +288,13 @@ class Watch:
 
     def _collect(self) -> str:
         """The verdict, once all ranks have told where they are or had the time to."""
-        told: dict[int, Whereabouts] = {}
+        told: dict[int, RankStatus] = {}
         end = time.monotonic() + self._grace
         while len(told) < self.world.size and time.monotonic() < end:
             for rank in {*range(self.world.size)} - told.keys():
                 key = f"rank {rank}"
                 if self._ask(lambda store, key=key: store.check([key])):
-                    told[rank] = Whereabouts.from_json(self._ask(lambda store, key=key: store.get(key)))
+                    told[rank] = RankStatus.from_json(self._ask(lambda store, key=key: store.get(key)))
             time.sleep(self._period / 4)
         told = dict(sorted(told.items()))
         if len(told) == self.world.size and all(place.error for place in told.values()):
@@ -305,7 +305,7 @@ class Watch:
         """Ends this process, unless its main thread is about to end by itself."""
         if self._leaving.wait(self._period):
             return
-        if not local_launcher.tell_parent("verdict", told) and speaks(self.world, told):
+        if not local_launcher.send_to_parent("verdict", told) and should_print(self.world, told):
             print(f"switchyard: error: {visible(told)}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(FAILED)

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from parallel.local_launcher import RankPool
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (importing it costs seconds that not every test pays)
     """This process as the only rank of a world."""
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         from parallel import megatron_compat, process_groups
         from parallel.env import World
@@ -37,4 +37,4 @@ def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (imp
         process_groups.stop()
         megatron_compat.undo()
     finally:
-        noise.undo()
+        redirection.undo()

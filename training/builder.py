@@ -24,8 +24,8 @@ from ops.fp8 import choose_float8
 from ops.permute import PLAIN_ROWS, choose_rows
 from parallel import block_adamw, megatron_compat, process_groups
 from parallel.device_env import device_variables
-from parallel.engine import Engine, Overlap, core_config
-from parallel.layout import Layout, crossings
+from parallel.engine import Engine, Overlap, transformer_config
+from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
 from parallel.threads import waiting
 from training import expert_backend
@@ -35,7 +35,7 @@ from training.nonfinite import RunFailed
 
 
 @dataclass(frozen=True)
-class Session:
+class BuiltModel:
     """A started rank with its part of the model."""
 
     config: Config
@@ -98,7 +98,7 @@ def set_deterministic(on: bool) -> None:
 
 def start(
     config: Config, world: World, *, train: bool, run_dir: Path | None = None, store: dist.Store | None = None
-) -> Session:
+) -> BuiltModel:
     """Joins the other ranks and builds this rank's part of the model with its initial weights.
 
     Args:
@@ -137,7 +137,7 @@ def start(
         rows += [(choice.part, *(block_adamw.describe(config.optim) if own else (choice.name, choice.why)))]
         refused |= {choice.part} if choice.refused and not own else set()
 
-    core = core_config(config.model, run, dtype, deterministic=config.train.deterministic)
+    core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
     parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
 
     def build_chunk(chunk: int) -> Stage:
@@ -157,7 +157,7 @@ def start(
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:
         rows += [memory_row(_memory(config, run, dtype), config.cluster)]
-    return Session(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))
+    return BuiltModel(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))
 
 
 def _choose_implementations(
@@ -214,14 +214,14 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
     Raises:
         RunFailed: on every rank, naming the nodes that would slow the run down or end it.
     """
-    from parallel.preflight import complaints, inspect, medians
+    from parallel.preflight import find_problems, inspect, medians
 
     memory = _memory(config, run, dtype).total
     # A checkpoint: fp32 weights and two moments in fp32 or bf16.
     bytes_each = 8.0 if config.optim.state_dtype == "bf16" else 12.0
     disk = bytes_each * model_cost(config.model, config.train.sequence_length).total
     reports = inspect(run, Path(config.run.dir or "runs").expanduser())
-    bad = complaints(reports, memory=memory, disk=disk)
+    bad = find_problems(reports, memory=memory, disk=disk)
     if bad:
         stop()
         told = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
@@ -252,7 +252,7 @@ def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
     rows = [("ranks", f"{layout.world}", layout.describe())]
     if world.local_size < world.size:
         nodes = f"{-(-world.size // world.local_size)} of {world.local_size} ranks"
-        apart = "; ".join(crossings(layout, world.local_size))
+        apart = "; ".join(groups_across_nodes(layout, world.local_size))
         rows += [("nodes", nodes, apart or "tensor, context and expert groups lie within a node")]
     return rows
 

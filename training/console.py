@@ -50,7 +50,7 @@ class Console:
     ) -> None:
         """`log_path`: train.log, appended to; None: no log. `may_lose_output`: what is printed is not all that the
         command is for. `stream`: standard output unless a test says otherwise. `clock`: seconds. Create it after
-        `redirect_noise`, which exchanges sys.stdout.
+        `redirect_output`, which exchanges sys.stdout.
 
         Raises:
             OSError: train.log cannot be opened.

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from corpus.stream import ValidWindows, micro_batches
 from parallel.engine import Batch
-from training.builder import Session
+from training.builder import BuiltModel
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalResult:
     """The result of an evaluation, the same on every rank."""
 
     loss: float
@@ -28,24 +28,24 @@ class HeldOut:
 
 
 def evaluate(
-    session: Session, windows: ValidWindows, byte_lengths: np.ndarray | None, *, batches: int | None
-) -> HeldOut:
+    built: BuiltModel, windows: ValidWindows, byte_lengths: np.ndarray | None, *, batches: int | None
+) -> EvalResult:
     """Every rank calls this together.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id [V]; None where the text is not known.
         batches: global batches from the start of the held-out text; None: all of it.
     """
-    train, groups = session.config.train, session.runtime.groups
+    train, groups = built.config.train, built.runtime.groups
     dp = groups.dp.size()
     # A micro-batch always holds the same windows: its capacity must not depend on the number of ranks. The last one is
     # filled up with padding, which counts in no capacity and no load.
-    micro, layout = train.micro_batch_size, session.runtime.layout
+    micro, layout = train.micro_batch_size, built.runtime.layout
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
     nats, tokens = 0.0, 0
-    text_bytes = torch.zeros(1, dtype=torch.float64, device=session.runtime.device)
+    text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
         if layout.vpp > 1:  # the interleaved schedule takes multiples of the number of stages
@@ -60,13 +60,13 @@ def evaluate(
                 dp_size=dp,
             )
         )
-        batch_nats, batch_tokens = session.engine.evaluate(batch)
+        batch_nats, batch_tokens = built.engine.evaluate(batch)
         nats, tokens = nats + batch_nats, tokens + batch_tokens
         if byte_lengths is not None:
             text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
     dist.all_reduce(text_bytes, group=groups.dp)
     bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
-    return HeldOut(nats / tokens, tokens, bits)
+    return EvalResult(nats / tokens, tokens, bits)
 
 
 def _bytes(batch: Batch, byte_lengths: np.ndarray) -> float:

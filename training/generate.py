@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 
 from corpus.tokenizer import Tokenizer
-from training.builder import Session
+from training.builder import BuiltModel
 from training.sampling import next_token
 
 
 def generate(
-    session: Session,
+    built: BuiltModel,
     prompt: list[int],
     *,
     max_tokens: int,
@@ -32,8 +32,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(max_tokens):
-        window = ids[-session.config.train.sequence_length :]
-        logits_V = session.engine.next_logits(window)
+        window = ids[-built.config.train.sequence_length :]
+        logits_V = built.engine.next_logits(window)
         ids.append(next_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
         if ids[-1] == eod_id:
             return

@@ -14,9 +14,9 @@ from models.hf.configuration import CONFIG, config_of, family_for, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import origin_of, written_aside
+from training.hf_runs import atomic_directory, origin_of
 from training.load_checkpoint import configured_here
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
 if TYPE_CHECKING:  # importing them loads PyTorch, before a wrong setting is answered
@@ -56,7 +56,7 @@ def export_model(config: ExportConfig) -> int:
     output = Path(config.output).expanduser()
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:
-        with written_aside(output) as aside:
+        with atomic_directory(output) as aside:
             dtype = _write_weights(config, directory, aside, family, run)
             _write_files(aside, run_dir, origin, tokenizer, config_of(family, run.model, base) | {"dtype": dtype}, run)
             if config.verify:
@@ -78,11 +78,11 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
     from parallel.checkpoint_manifest import read_manifest
     from training.model_shapes import logical_shapes
 
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         shapes = logical_shapes(run.model)
     finally:
-        noise.undo()
+        redirection.undo()
     weights = Weights(directory, read_manifest(directory)["tensors"])
     parameters = _parameters(family, run, shapes, weights)
     dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]

@@ -15,8 +15,8 @@ from models.hf.configuration import model_of, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, keep_settings, model_name, written_aside
-from training.output_redirect import redirect_noise
+from training.hf_runs import BESIDE, keep_settings, model_name, atomic_directory
+from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
 
 STEP = "checkpoints/step_00000000"
@@ -44,7 +44,7 @@ def import_model(config: ImportConfig) -> int:
     rules.check(run, 1)
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
-        with written_aside(output) as aside:
+        with atomic_directory(output) as aside:
             summary = _convert(source, aside, family, run.model)
             _keep_files(source, aside, run)
             if config.verify:
@@ -106,11 +106,11 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> s
     from models.hf.mapping import HEAD, account, parameters_of
     from training.model_shapes import logical_shapes
 
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         shapes = logical_shapes(model)
     finally:
-        noise.undo()
+        redirection.undo()
     parameters, unknown = parameters_of(family, model, shapes)
     assert not unknown, unknown
     with Source(source) as opened:

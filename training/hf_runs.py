@@ -33,7 +33,7 @@ def keep_settings(aside: Path, run: Config) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
+def atomic_directory(output: Path) -> Iterator[Path]:
     """A new directory beside `output` that gets its name when this is left without an exception; else it is removed.
 
     Raises:

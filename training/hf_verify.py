@@ -15,8 +15,8 @@ from typing import Any
 from conf.commands import Here
 from corpus.tokenizer import Tokenizer
 from parallel.env import World
-from training.load_checkpoint import Trained, on_every_rank, open_trained
-from training.output_redirect import redirect_noise
+from training.load_checkpoint import LoadedModel, on_every_rank, load_model
+from training.output_redirect import redirect_output
 from training.run_dir import load_config
 
 BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (1e-1, 2e-2)}
@@ -120,11 +120,11 @@ def check_same(
     run = load_config(ours.parent.parent)
     ids, text = tokens_for(tokenizer, run.model.vocab_size, run.train.sequence_length)
     reference = folder / "reference.safetensors"
-    noise = redirect_noise(0)
+    redirection = redirect_output(0)
     try:
         write_reference(theirs, ids, config.precision, reference)
     finally:
-        noise.undo()
+        redirection.undo()
     code = compare(Comparison(config, str(ours), str(reference), BOUNDS[config.precision], text, rounded))
     reference.unlink()
     if code:
@@ -140,22 +140,22 @@ def compare(comparison: Comparison) -> int:
 def _compare_rank(world: World, comparison: Comparison) -> int:
     from safetensors.torch import load_file
 
-    with open_trained(comparison.checkpoint, comparison.here, world) as trained:
+    with load_model(comparison.checkpoint, comparison.here, world) as loaded:
         if comparison.rounded:
-            _round_weights(trained)
+            _round_weights(loaded)
         theirs = load_file(comparison.reference)
         ids = theirs[IDS].tolist()
-        ours_SV, theirs_SV = trained.session.engine.logits(ids), theirs[LOGITS]
+        ours_SV, theirs_SV = loaded.built.engine.logits(ids), theirs[LOGITS]
         largest = theirs_SV.abs().max().item()
         apart = (ours_SV - theirs_SV).abs().max().item() / largest
         losses = [_loss(logits_SV, ids) for logits_SV in (ours_SV, theirs_SV)]
         bounds = comparison.bounds
         same = apart <= bounds[0] and abs(losses[0] - losses[1]) <= bounds[1]  # false for a NaN too
-        by_layer = None if same else _layers_apart(trained, ids, theirs)
+        by_layer = None if same else _layers_apart(loaded, ids, theirs)
         if world.rank == 0:
             print(
                 f"{'verified' if same else 'NOT THE SAME'} on {len(ids)} tokens ({comparison.text}), "
-                f"{trained.session.precision}: logits differ by {apart:.1e} of the largest, {largest:.3g} (bound "
+                f"{loaded.built.precision}: logits differ by {apart:.1e} of the largest, {largest:.3g} (bound "
                 f"{bounds[0]:.0e}); losses {losses[0]:.6f} and {losses[1]:.6f} nats (bound {bounds[1]:.0e})"
             )
             for line in [] if same else _table(by_layer):
@@ -163,11 +163,11 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
     return 0 if same else 1
 
 
-def _round_weights(trained: Trained) -> None:
+def _round_weights(loaded: LoadedModel) -> None:
     import torch
 
     with torch.no_grad():
-        for module in trained.session.engine.modules:
+        for module in loaded.built.engine.modules:
             for parameter in module.parameters():
                 parameter.copy_(parameter.bfloat16())
 
@@ -179,14 +179,14 @@ def _loss(logits_SV: Any, ids: list[int]) -> float:
 
 
 @contextlib.contextmanager
-def outputs_kept(trained: Trained) -> Iterator[dict[int, Any]]:
+def outputs_kept(loaded: LoadedModel) -> Iterator[dict[int, Any]]:
     """The output of every layer of this rank, while this is entered."""
     kept: dict[int, Any] = {}
 
     def keep(_module: Any, _inputs: Any, output_SBD: Any, layer: int) -> None:
         kept.setdefault(layer, output_SBD[:, 0].float().cpu())
 
-    blocks = [(int(i), block) for module in trained.session.engine.modules for i, block in module.layers.items()]
+    blocks = [(int(i), block) for module in loaded.built.engine.modules for i, block in module.layers.items()]
     handles = [block.register_forward_hook(partial(keep, layer=i)) for i, block in blocks]
     try:
         yield kept
@@ -195,15 +195,15 @@ def outputs_kept(trained: Trained) -> Iterator[dict[int, Any]]:
             handle.remove()
 
 
-def _layers_apart(trained: Trained, ids: list[int], theirs: dict[str, Any]) -> dict[int, float] | None:
+def _layers_apart(loaded: LoadedModel, ids: list[int], theirs: dict[str, Any]) -> dict[int, float] | None:
     """Layer -> largest difference of its output, relative to the largest value; None where the sequence is sharded."""
     import torch.distributed as dist
 
-    layout = trained.session.runtime.layout
+    layout = loaded.built.runtime.layout
     if layout.sequence_parallel or layout.cp > 1:
         return None
-    with outputs_kept(trained) as kept:
-        trained.session.engine.logits(ids)
+    with outputs_kept(loaded) as kept:
+        loaded.built.engine.logits(ids)
     mine = {}
     for layer, output_SD in kept.items():
         other_SD = theirs[f"{LAYER}{layer}"]

@@ -9,7 +9,7 @@ from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from corpus.tokenizer_files import tokenizer_json
 from training.compatibility import model_differences, restored, told
-from training.run_dir import TOKENIZER, RunDir, expected_path, read_settings, steps_kept
+from training.run_dir import TOKENIZER, RunDir, checkpoint_dirs, expected_path, read_settings
 from training.run_files import json_object
 
 
@@ -39,7 +39,7 @@ def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
     if not config.checkpoint.load:
         return config.data
     path = run_dir.path if run_dir else expected_path(config)
-    if steps_kept(path):  # the run goes on from its own weights; the source may be gone by now
+    if checkpoint_dirs(path):  # the run goes on from its own weights; the source may be gone by now
         kept = path / TOKENIZER
         return _with_tokenizer(config.data, kept if kept.exists() else None)
     source = find_source(config.checkpoint.load)
@@ -61,7 +61,7 @@ def find_source(load: str) -> Source:
     if given.name.startswith("step_"):
         found = [given]
     else:
-        found = steps_kept(given.parent if given.name == "checkpoints" else given)[::-1]
+        found = checkpoint_dirs(given.parent if given.name == "checkpoints" else given)[::-1]
     for directory in found:
         if _is_complete(directory):
             return Source(directory.absolute().parent.parent, directory)

@@ -13,16 +13,16 @@ from conf.schema import Config
 from corpus.tokenizer import Tokenizer
 from parallel.env import World, started_ranks
 from parallel.local_launcher import RankPool
-from training.output_redirect import redirect_noise
+from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
-if TYPE_CHECKING:  # importing it loads the engine, which warns: see redirect_noise
-    from training.builder import Session
+if TYPE_CHECKING:  # importing it loads the engine, which warns: see redirect_output
+    from training.builder import BuiltModel
 
 
 @dataclass(frozen=True)
-class Trained:
-    session: "Session"
+class LoadedModel:
+    built: "BuiltModel"
     run_dir: Path
     directory: Path
     """The step's directory."""
@@ -81,7 +81,7 @@ def configured_here(recorded: Config, here: Here) -> Config:
 
 
 @contextlib.contextmanager
-def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[Trained]:
+def load_model(path: str, here: Here, world: World | None = None) -> Iterator[LoadedModel]:
     """The model of a `checkpoint=` setting on this machine, whatever layout it was trained under.
 
     Args:
@@ -92,14 +92,14 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
     """
     import_extensions(here.extensions)
     world = world or World()
-    noise = redirect_noise(world.rank)
+    redirection = redirect_output(world.rank)
     try:
         from parallel import checkpoint, megatron_compat
         from parallel.checkpoint_manifest import step_of
 
         directory = checkpoint.resolve(path)
         megatron_compat.load()
-        from training import builder as sessions
+        from training import builder
 
         run_dir = directory.parent.parent
         config = configured_here(load_config(run_dir), here)
@@ -107,13 +107,13 @@ def open_trained(path: str, here: Here, world: World | None = None) -> Iterator[
         tokenizer = None
         if (run_dir / TOKENIZER).exists():
             tokenizer = Tokenizer.load(str(run_dir / TOKENIZER), config.data.eod_token)
-        session = sessions.start(config, world, train=False)
+        built = builder.start(config, world, train=False)
         try:
-            checkpoint.load_weights(session.engine, directory)
+            checkpoint.load_weights(built.engine, directory)
             step = step_of(directory)
             assert step is not None
-            yield Trained(session, run_dir, directory, step, tokenizer)
+            yield LoadedModel(built, run_dir, directory, step, tokenizer)
         finally:
-            sessions.stop()
+            builder.stop()
     finally:
-        noise.undo()
+        redirection.undo()

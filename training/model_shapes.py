@@ -12,13 +12,13 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     megatron_compat.load()
     from models.decoder import Parts, Stage
-    from parallel.engine import core_config
+    from parallel.engine import transformer_config
     from parallel.layout import Layout
-    from parallel.local_launcher import planned_rank
+    from parallel.local_launcher import fake_rank
     from parallel.sharding import logical_name
 
-    with planned_rank(Layout(1), 0) as runtime:
-        core = core_config(model, runtime, torch.float32, deterministic=False)
+    with fake_rank(Layout(1), 0) as runtime:
+        core = transformer_config(model, runtime, torch.float32, deterministic=False)
         parts = Parts(model, core, runtime, "loop" if model.moe.num_experts else None, seed=0)
         stage = Stage(parts, chunk=0, sequence_length=8, document_mask=False)
         return {logical_name(n, p): p.sharding.logical_shape(p.shape) for n, p in stage.named_parameters()}

@@ -13,7 +13,7 @@ def warning(model: ModelConfig) -> str | None:
     )
 
 
-def check_can_write(model: ModelConfig) -> None:
+def check_can_generate(model: ModelConfig) -> None:
     """Raises ValueError where no text can be generated."""
     if _looks_ahead(model):
         raise ValueError(

@@ -10,7 +10,7 @@ class RankError(RuntimeError):
     train.log."""
 
 
-class TakenOver(RunFailed):
+class RunDirTakenOver(RunFailed):
     """Another process goes on in the run directory, so this one must not write there any more."""
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 
-class NoiseRedirection:
-    """Keeps off the screen what the engine says; `redirect_noise` makes one."""
+class OutputRedirection:
+    """Keeps off the screen what the engine says; `redirect_output` makes one."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -112,11 +112,11 @@ def discard_output(stream: TextIO) -> None:
         os.close(null)
 
 
-def redirect_noise(rank: int) -> NoiseRedirection:
+def redirect_output(rank: int) -> OutputRedirection:
     """From now on Python warnings, logging records and what C libraries print on standard output are held, and go to
     train.log once `attach` names it. Call it before torch and megatron-core are imported, since the imports warn, and
     before a `Console` is made. Standard error and Python's own output, tracebacks included, stay on the screen.
 
     Rank 0 keeps records from INFO upwards, the others from WARNING; each record names its rank.
     """
-    return NoiseRedirection(rank)
+    return OutputRedirection(rank)

@@ -28,7 +28,7 @@ _TAIL_BYTES = 2**16  # holds several rows of metrics.jsonl
 _OWNER, _STOP, _LIVES = "owner", "stop.json", "lives.jsonl"
 
 
-def life_name(env: Mapping[str, str] = os.environ) -> str:
+def attempt_id(env: Mapping[str, str] = os.environ) -> str:
     """Job and restart, `1234.0`; empty without Slurm."""
     return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}" if "SLURM_JOB_ID" in env else ""
 
@@ -46,7 +46,7 @@ class Ownership:
     def __init__(self, run_dir: Path) -> None:
         """Takes the directory over."""
         self._path = run_dir / _OWNER
-        self._token = f"{life_name()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
+        self._token = f"{attempt_id()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
         write_whole(self._path, self._token.encode())
         (run_dir / _STOP).unlink(missing_ok=True)
 
@@ -61,7 +61,7 @@ class Ownership:
 def write_stop(run_dir: Path, *, code: int, reason: str) -> None:
     """Says how this life ended. Rank 0 calls this once every rank has come as far; a rank that cannot even begin, and
     that the others will wait for in vain, calls it by itself."""
-    ended = {"life": life_name(), "code": code, "reason": reason}
+    ended = {"life": attempt_id(), "code": code, "reason": reason}
     write_whole(run_dir / _STOP, (json.dumps(ended) + "\n").encode())
 
 
@@ -71,7 +71,7 @@ def forget_stop(run_dir: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """A life that has ended."""
 
     life: str
@@ -95,14 +95,16 @@ class Verdict:
     message: str
 
 
-def end_life(run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mapping[str, str] = os.environ) -> Verdict:
+def record_attempt(
+    run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mapping[str, str] = os.environ
+) -> Verdict:
     """Adds a line to lives.jsonl and decides how to go on.
 
     Args:
         asked: Slurm had sent the signal that announces the end of the job.
         max_requeues: None: nobody but a person starts it again.
     """
-    earlier = read_lives(run_dir)
+    earlier = read_attempts(run_dir)
     life, code = _ended(run_dir, asked=asked, env=env)
     with contextlib.suppress(OSError):  # a full disk: decided all the same
         _append(run_dir / _LIVES, json.dumps(asdict(life)))
@@ -133,7 +135,7 @@ def end_life(run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mappi
     return Verdict(True, code, f"{life.end} {told}; goes on from step {life.checkpoint}")
 
 
-def stuck(earlier: list[Life], life: Life) -> bool:
+def stuck(earlier: list[Attempt], life: Attempt) -> bool:
     """Whether this life and the one before ended against their will at the same step, with nothing kept between."""
     if not earlier or life.end not in ("died", "cut off"):
         return False
@@ -142,17 +144,17 @@ def stuck(earlier: list[Life], life: Life) -> bool:
     return before.end == life.end and before.checkpoint == life.checkpoint and same_step
 
 
-def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Life, int]:
+def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Attempt, int]:
     checkpoint, step = newest_checkpoint(run_dir), last_step(run_dir)
     told = _read_stop(run_dir)
-    name = life_name(env)
+    name = attempt_id(env)
     if told.get("life") != name:
         if asked:
             reason = "asked to stop, but the checkpoint was not written in time: send the signal earlier (--signal)"
-            return Life(name, "cut off", step, checkpoint, reason), STOPPED
-        return Life(name, "died", step, checkpoint, "a rank died or was killed; its own words are above"), FAILED
+            return Attempt(name, "cut off", step, checkpoint, reason), STOPPED
+        return Attempt(name, "died", step, checkpoint, "a rank died or was killed; its own words are above"), FAILED
     end = {DONE: "done", STOPPED: "stopped"}.get(told["code"], "failed")
-    return Life(name, end, step, checkpoint, told["reason"]), told["code"]
+    return Attempt(name, end, step, checkpoint, told["reason"]), told["code"]
 
 
 def _read_stop(run_dir: Path) -> dict[str, Any]:
@@ -161,11 +163,11 @@ def _read_stop(run_dir: Path) -> dict[str, Any]:
     return next((_fields(entry, kinds) for entry in json_lines(run_dir / _STOP)), None) or {}
 
 
-def read_lives(run_dir: Path) -> list[Life]:
+def read_attempts(run_dir: Path) -> list[Attempt]:
     """The lives that have ended, oldest first. Lines that are torn or of another form are passed over, and so is what
     a later version adds to a line."""
     kinds = {"life": str, "end": str, "step": int, "checkpoint": int, "reason": str}
-    return [Life(**found) for entry in json_lines(run_dir / _LIVES) if (found := _fields(entry, kinds))]
+    return [Attempt(**found) for entry in json_lines(run_dir / _LIVES) if (found := _fields(entry, kinds))]
 
 
 def _fields(entry: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any] | None:

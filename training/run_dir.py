@@ -157,7 +157,7 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
             raise PermissionError(f"Permission denied: '{path}'")
     except OSError as error:
         raise ValueError(f"run.dir={expected_path(config, env)} cannot be written: {error}") from None
-    steps = steps_kept(path)
+    steps = checkpoint_dirs(path)
     _check_access(path, steps)
     continued = bool(steps)
     changed: list[str] = []
@@ -203,7 +203,7 @@ def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
     raise AssertionError("unreachable")
 
 
-def steps_kept(path: Path) -> list[Path]:
+def checkpoint_dirs(path: Path) -> list[Path]:
     """The checkpoints in a run directory, oldest first, whole or not.
 
     Raises:

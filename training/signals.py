@@ -48,11 +48,11 @@ class StopRequest:
         received: str | None = None,
         *,
         urgent: bool = True,
-        speaks: bool = True,
+        is_main_process: bool = True,
     ) -> None:
         self.received = received
         self._signals = tuple(signals)
-        self._urgent, self._speaks = urgent, speaks
+        self._urgent, self._is_main_process = urgent, is_main_process
         self._previous: dict[int, Any] = {}
         self._forward: Callable[[int], None] | None = None
         self._last_acts: list[Callable[[], None]] = []
@@ -144,7 +144,7 @@ class StopRequest:
         for act in self._last_acts:
             with contextlib.suppress(Exception):
                 act()
-        if self._speaks:
+        if self._is_main_process:
             line = f"switchyard: {why}\n"
             with contextlib.suppress(OSError):
                 # On a terminal a progress line may be in the way. Not through sys.stderr, which others may hold.

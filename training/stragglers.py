@@ -51,7 +51,7 @@ class Stragglers:
         self._own, self._data, self._steps = 0.0, 0.0, 0
         return figures(every_R3.cpu())
 
-    def suspicion(self, row: dict[str, float | int]) -> str | None:
+    def straggler_warning(self, row: dict[str, float | int]) -> str | None:
         """What a person should be told of a logged line: once, when one rank has been slow for LINES lines."""
         rank, own, middle = int(row["slowest_rank"]), row["slowest_seconds"], row["rank_seconds"]
         slow = len(self.hosts) > 1 and own > SLOW * middle

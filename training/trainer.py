@@ -17,17 +17,17 @@ from moe.expert_load import ExpertLoad
 from moe.metrics import collect
 from moe.router_metrics import ROUTER_METRICS
 from parallel import checkpoint
-from parallel.checkpoint import Checkpointer, NotFinite
-from parallel.device_timer import StepClock
+from parallel.checkpoint import Checkpointer, NonFiniteState
+from parallel.device_timer import StepTimer
 from parallel.optimizer_state import first_nonfinite
-from training.builder import Session
+from training.builder import BuiltModel
 from training.console import Console
-from training.evaluate import HeldOut, evaluate
+from training.evaluate import EvalResult, evaluate
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.lr_schedule import learning_rate, schedule_jump
 from training.metrics import RunLog, mfu, peak_flops
-from training.nonfinite import RunFailed, SkipCounter, TakenOver
+from training.nonfinite import RunDirTakenOver, RunFailed, SkipCounter
 from training.profiler import Profiler
 from training.requeue import DONE, STOPPED
 from training.run_dir import RunDir
@@ -53,10 +53,10 @@ class Progress:
 class Trainer:
     """One rank's view of a run. Every rank calls every method together."""
 
-    def __init__(self, session: Session, run_dir: RunDir, prepared: Prepared, console: Console):
-        self.session, self.config, self.run_dir, self.console = session, session.config, run_dir, console
+    def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console):
+        self.built, self.config, self.run_dir, self.console = built, built.config, run_dir, console
         train, data = self.config.train, self.config.data
-        self.is_main = session.runtime.world.rank == 0
+        self.is_main = built.runtime.world.rank == 0
         self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
@@ -71,13 +71,13 @@ class Trainer:
             note=console.note,
         )
         self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
-        self.checkpointer = Checkpointer(run_dir.checkpoints, session.engine, self.config.checkpoint.keep)
-        self.progress = Progress(world_size=session.runtime.world.size)
+        self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
+        self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.layers = self.config.model.sparse_layers
-        self.stragglers = Stragglers(session.runtime.device)
-        self.clock = StepClock(session.runtime.device)
+        self.stragglers = Stragglers(built.runtime.device)
+        self.clock = StepTimer(built.runtime.device)
         self.load: ExpertLoad | None = None
         self.explained_drops: str | None = None
         self.saved_step: int | None = None
@@ -102,7 +102,10 @@ class Trainer:
         elif settings.load:
             source = self.checkpointer.resolve(settings.load)
             mismatch = checkpoint.load_weights(
-                self.session.engine, source, partial=bool(settings.load_except), rounds=self.checkpointer.rounds
+                self.built.engine,
+                source,
+                partial=bool(settings.load_except),
+                progress_sync=self.checkpointer.progress_sync,
             )
             self.console.note(f"weights from {source}")
             if mismatch:
@@ -115,9 +118,9 @@ class Trainer:
         rows = [row for row in json_lines(self.run_dir.path / METRICS) if row.get("step") == self.progress.step]
         return next((row["lr"] for row in reversed(rows) if isinstance(row.get("lr"), float)), None)
 
-    def signs_of_life(self) -> tuple[int, tuple[int, int]]:
+    def progress_counters(self) -> tuple[int, tuple[int, int]]:
         """(step under way, counters that grow while this rank gets on)."""
-        return self.progress.step + 1, (self.session.engine.passes, self.checkpointer.stages)
+        return self.progress.step + 1, (self.built.engine.forward_passes, self.checkpointer.stages)
 
     def run(self, stop: StopRequest) -> int:
         """Trains to the last step. Returns DONE or STOPPED.
@@ -158,9 +161,9 @@ class Trainer:
                 self.console.evaluation(evaluation.row(step))
                 self._log_evaluation(log, evaluation)
                 interrupted = self._agree(stop) or interrupted
-            self._settle(wait=False)
+            self._finalize_save(wait=False)
         self.save()
-        self._settle(wait=True)
+        self._finalize_save(wait=True)
         if interrupted and self.progress.step < train.steps:
             self.console.note(f"stopped by {stop.reason} after step {self.progress.step}")
             return STOPPED
@@ -194,14 +197,16 @@ class Trainer:
             self.storage.look_for_directory(self._take_over)
         lost = self.owner is not None and not self.owner.holds()
         failed = self.storage.message is not None
-        agreed = stop.agreed(self.session.runtime.device, fail=failed, leave=lost)
+        agreed = stop.agreed(self.built.runtime.device, fail=failed, leave=lost)
         if agreed == LEAVE:
-            raise TakenOver(f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more")
+            raise RunDirTakenOver(
+                f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more"
+            )
         if agreed == FAIL:
             if self.progress.step:
                 self.saved_step = None  # it may have been in a directory that was deleted
                 self.save()
-                self._settle(wait=True)
+                self._finalize_save(wait=True)
             raise self.storage.failed(self.progress.step)
         return agreed != GO_ON
 
@@ -211,7 +216,7 @@ class Trainer:
 
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step: (loss, gradient norm, learning rate)."""
-        train, groups = self.config.train, self.session.runtime.groups
+        train, groups = self.config.train, self.built.runtime.groups
         step = self.progress.step + 1
         micro, dp = train.micro_batch_size, groups.dp.size()
         began = time.perf_counter()
@@ -226,9 +231,9 @@ class Trainer:
             )
         )
         data = time.perf_counter() - began
-        engine = self.session.engine
+        engine = self.built.engine
         loss = engine.forward_backward(batches, step=step).item()
-        self.stragglers.add(data=data, compute=engine.own_time.seconds())
+        self.stragglers.add(data=data, compute=engine.compute_timer.seconds())
         lr = learning_rate(step, self.config.optim, train.steps)
         norm, applied = engine.update(lr, loss=loss)
         if applied:
@@ -236,7 +241,7 @@ class Trainer:
             self.progress.updates += 1
         else:
             named: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(named, engine.non_finite())
+            dist.all_gather_object(named, engine.nonfinite_gradients())
             culprits = sorted({f"gradient of {name}" for part in named for name in part})[:3]
             self.console.warning(self.skips.skipped(step, culprits))
             self._check_state(step)
@@ -251,7 +256,7 @@ class Trainer:
         Raises:
             RunFailed: weights or moments are not finite.
         """
-        broken = first_nonfinite(self.session.engine)
+        broken = first_nonfinite(self.built.engine)
         if broken:
             good = f"is step {self.saved_step}" if self.saved_step else "is none"
             raise RunFailed(
@@ -262,25 +267,25 @@ class Trainer:
     def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
         """A line for the step just taken; the routers' figures and the seconds a step are those since the line
         before."""
-        train, session = self.config.train, self.session
-        parts = {i: layer.statistics for m in session.engine.modules for i, layer in m.sparse().items()}
+        train, built = self.config.train, self.built
+        parts = {i: layer.statistics for m in built.engine.modules for i, layer in m.sparse().items()}
         steps, skipped = self.progress.step - self.logged[0], self.skips.total - self.logged[1]
         self.logged = self.progress.step, self.skips.total
         self.load = collect(
             parts,
             self.layers,
             self.config.model.moe.num_experts,
-            session.runtime.layout,
+            built.runtime.layout,
             steps * train.global_batch_size // train.micro_batch_size,
-            session.runtime.device,
+            built.runtime.device,
         )
-        of_ranks = self.stragglers.compare(_peak_memory(session.runtime.device))
+        of_ranks = self.stragglers.compare(_peak_memory(built.runtime.device))
         if not log:
             return
         rate = train.global_batch_size * train.sequence_length / seconds
-        device = session.runtime.device
+        device = built.runtime.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        world = session.runtime.world.size
+        world = built.runtime.world.size
         row = {
             "step": self.progress.step,
             "loss": loss,
@@ -289,7 +294,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
             "step_seconds": seconds,
-            "mfu": mfu(session.cost.flops_per_token, rate, peak_flops(name, session.precision), world),
+            "mfu": mfu(built.cost.flops_per_token, rate, peak_flops(name, built.precision), world),
             "world_size": world,
             **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
             **of_ranks,
@@ -303,16 +308,16 @@ class Trainer:
             self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])
             if self.explained_drops:
                 self.console.note(f"step {self.progress.step}: {self.explained_drops}")
-        if told := self.stragglers.suspicion(of_ranks):
+        if told := self.stragglers.straggler_warning(of_ranks):
             self.console.warning(told)
 
-    def _log_evaluation(self, log: RunLog | None, evaluation: HeldOut) -> None:
+    def _log_evaluation(self, log: RunLog | None, evaluation: EvalResult) -> None:
         if log:
             with self.storage.noted():
                 log.evaluation(evaluation.row(self.progress.step))
 
-    def _evaluate(self, batches: int | None) -> HeldOut:
-        return evaluate(self.session, self.windows, self.byte_lengths, batches=batches)
+    def _evaluate(self, batches: int | None) -> EvalResult:
+        return evaluate(self.built, self.windows, self.byte_lengths, batches=batches)
 
     def save(self) -> None:
         """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to.
@@ -322,22 +327,22 @@ class Trainer:
         """
         if self.saved_step == self.progress.step:
             return
-        self._settle(wait=True)
+        self._finalize_save(wait=True)
         started = time.perf_counter()
         try:
             with self.storage.explained():
-                self.checkpointer.begin(dataclasses.asdict(self.progress))
-        except NotFinite as failure:
+                self.checkpointer.begin_save(dataclasses.asdict(self.progress))
+        except NonFiniteState as failure:
             raise RunFailed(f"{failure}. Lower optim.lr, or look for what the data of this step hold") from None
         self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
         if not self.config.checkpoint.asynchronous:
-            self._settle(wait=True)
+            self._finalize_save(wait=True)
 
-    def _settle(self, *, wait: bool) -> None:
+    def _finalize_save(self, *, wait: bool) -> None:
         """Completes a checkpoint that was begun, if it is written or shall be waited for."""
         started = time.perf_counter()
         with self.storage.explained():
-            path = self.checkpointer.settle(wait=wait)
+            path = self.checkpointer.finalize_save(wait=wait)
         if path is not None:
             waited = self.waited + time.perf_counter() - started
             told = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
@@ -370,7 +375,7 @@ class Trainer:
             return None
         prompt = encode_prompt(self.tokenizer, settings.sample_prompt)
         tokens = generate(
-            self.session,
+            self.built,
             prompt,
             max_tokens=settings.sample_tokens,
             temperature=0.8,

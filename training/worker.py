@@ -14,14 +14,14 @@ from parallel.env import World
 from parallel.local_launcher import RankPool
 from training import environment, noncausal
 from training.console import Console
-from training.nonfinite import RankError, RunFailed, TakenOver
-from training.output_redirect import NoiseRedirection, redirect_noise
-from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED, life_name, write_stop
+from training.nonfinite import RankError, RunDirTakenOver, RunFailed
+from training.output_redirect import OutputRedirection, redirect_output
+from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED, attempt_id, write_stop
 from training.run_dir import RunDir, expected_path, open_run_dir
 from training.signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
-    from training.builder import Session
+    from training.builder import BuiltModel
     from training.trainer import Trainer
 
 _LOG = logging.getLogger("switchyard")
@@ -35,14 +35,14 @@ def train_rank(
     config: Config,
     run_dir: RunDir | None,
     prepared: Prepared,
-    noise: NoiseRedirection | None = None,
+    redirection: OutputRedirection | None = None,
     stop: StopRequest | None = None,
 ) -> int:
     """Trains as one rank and returns the exit code.
 
     Args:
         run_dir: adopted; None when several processes were started by a launcher: rank 0 then opens it for all.
-        noise: what already keeps the engine's output off the screen; None: this call takes care of it.
+        redirection: the active redirection of the engine's output; None: this call redirects it.
         stop: what remembers signals already; None: this call sees to it.
 
     Raises:
@@ -52,12 +52,12 @@ def train_rank(
         OSError: a file that cannot be read or written, of a rank that is alone.
     """
     with contextlib.ExitStack() as own:
-        if noise is None:
-            noise = redirect_noise(world.rank)
-            own.callback(noise.undo)
+        if redirection is None:
+            redirection = redirect_output(world.rank)
+            own.callback(redirection.undo)
         stop = stop or own.enter_context(StopRequest(urgent=False))
         try:
-            return _train_rank(world, config, run_dir, prepared, noise, stop)
+            return _train_rank(world, config, run_dir, prepared, redirection, stop)
         except RunFailed as failure:  # before training
             if world.rank == 0:
                 print(f"switchyard: error: {visible(str(failure))}", file=sys.stderr)
@@ -69,18 +69,20 @@ def train_rank(
             if world.size == 1 and isinstance(error, OSError):
                 _LOG.exception("this rank ends")
                 raise  # a file that cannot be read or written: the command says which
-            raise RankError(_summary(world, config, run_dir, noise, error)) from error
+            raise RankError(_summary(world, config, run_dir, redirection, error)) from error
 
 
-def _summary(world: World, config: Config, run_dir: RunDir | None, noise: NoiseRedirection, error: Exception) -> str:
+def _summary(
+    world: World, config: Config, run_dir: RunDir | None, redirection: OutputRedirection, error: Exception
+) -> str:
     """What the screen gets of an error that nobody foresaw; train.log gets the traceback."""
-    from parallel.rendezvous import Unreachable
+    from parallel.rendezvous import RendezvousError
 
-    if isinstance(error, Unreachable):
+    if isinstance(error, RendezvousError):
         return str(error)
     log = (run_dir.path if run_dir else expected_path(config)) / "train.log"
     with contextlib.suppress(OSError):
-        noise.attach(log)
+        redirection.attach(log)
     _LOG.error("rank %d failed", world.rank, exc_info=error)
     verdict = getattr(error, "__notes__", None)  # by parallel.watchdog
     if verdict:
@@ -97,7 +99,7 @@ def _train_rank(
     config: Config,
     run_dir: RunDir | None,
     prepared: Prepared,
-    noise: NoiseRedirection,
+    redirection: OutputRedirection,
     stop: StopRequest,
 ) -> int:
     # A rank that others wait for agrees with them on an end, before the first step too.
@@ -109,28 +111,27 @@ def _train_rank(
 
             megatron_compat.load()
             from parallel import rendezvous
-            from parallel.watchdog import Watch
-            from training import builder as sessions
-            from training import expert_backend
+            from parallel.watchdog import Watchdog
+            from training import builder, expert_backend
             from training.trainer import Trainer
 
             limit, kept_in = config.runtime.timeout, run_dir.path if run_dir else expected_path(config)
             store = rendezvous.join(world, limit) if world.size > 1 else None
-            started.callback(sessions.stop)
-            watch = started.enter_context(Watch(world, limit, store=store, expected=(ValueError, RunFailed)))
-            session = sessions.start(config, world, train=True, run_dir=kept_in, store=store)
+            started.callback(builder.stop)
+            watch = started.enter_context(Watchdog(world, limit, store=store, expected=(ValueError, RunFailed)))
+            built = builder.start(config, world, train=True, run_dir=kept_in, store=store)
         run_dir = run_dir or _agree_on_run_dir(world, config, prepared)
         log = run_dir.path / "train.log"
-        noise.attach(log)
+        redirection.attach(log)
         with Console(rank=world.rank, log_path=log) as console:
             if world.rank == 0:
-                _announce(console, session, run_dir, prepared)
-            trainer = Trainer(session, run_dir, prepared, console)
+                _announce(console, built, run_dir, prepared)
+            trainer = Trainer(built, run_dir, prepared, console)
             if world.rank == 0:
                 with trainer.storage.noted():
-                    expert_backend.remember(config, run_dir.path, session.backend)
+                    expert_backend.remember(config, run_dir.path, built.backend)
                     environment.record(run_dir.path)
-            watch.follow(trainer.signs_of_life)
+            watch.follow(trainer.progress_counters)
             trainer.restore()
             return _train(trainer, stop)
 
@@ -142,7 +143,7 @@ def _train(trainer: "Trainer", stop: StopRequest) -> int:
     try:
         code = trainer.run(stop)
         reason = "all steps are taken" if code == DONE else stop.reason
-    except TakenOver as lost:
+    except RunDirTakenOver as lost:
         trainer.console.warning(str(lost))
         # An srun that has outlived its job would have the job's new step of the same number killed for a failure.
         return DONE if "SLURM_STEP_ID" in os.environ else FAILED
@@ -191,15 +192,15 @@ _SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model", 
 """Rows of the start table that are always printed."""
 
 
-def _announce(console: Console, session: "Session", run_dir: RunDir, prepared: Prepared) -> None:
+def _announce(console: Console, built: "BuiltModel", run_dir: RunDir, prepared: Prepared) -> None:
     tokens = sum(source.num_tokens for source in prepared.train)
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
-    job = [("job", life_name(), f"on {os.environ.get('SLURM_JOB_NODELIST')}")] if life_name() else []
+    job = [("job", attempt_id(), f"on {os.environ.get('SLURM_JOB_NODELIST')}")] if attempt_id() else []
     run = ("run", str(run_dir.path), "continued" if run_dir.continued else "new")
-    shown = None if session.config.runtime.verbose else _SHOWN | session.refused
-    console.start_table([*session.table, data, *job, run], shown)
-    if warning := noncausal.warning(session.config.model):
+    shown = None if built.config.runtime.verbose else _SHOWN | built.refused
+    console.start_table([*built.table, data, *job, run], shown)
+    if warning := noncausal.warning(built.config.model):
         console.warning(warning)
     for note in prepared.notes:
         console.note(note)
@@ -214,7 +215,7 @@ def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) 
     except ValueError as error:
         return BAD_CONFIGURATION, str(error)
     except RankError as error:
-        local_launcher.tell_parent("verdict", str(error))
+        local_launcher.send_to_parent("verdict", str(error))
         return FAILED, ""
 
 

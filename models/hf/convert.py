@@ -13,8 +13,8 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from models.hf.files import INDEX, SINGLE, Source
 from models.hf.mapping import HEAD, Parameter
-from parallel.checkpoint_format import DTYPES, Box, StoredTensor, TensorFile, read_tensors, write_stream
-from parallel.checkpoint_manifest import UPDATES, run_through, write_manifest
+from parallel.checkpoint_format import DTYPES, TensorShard, StoredTensor, TensorFile, read_tensors, write_stream
+from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manifest
 
 WEIGHTS = "weights."
 """Before a parameter's name in a checkpoint of ours."""
@@ -65,7 +65,7 @@ def write_step(
 
     directory.mkdir(parents=True)
     written = write_stream(directory / _FILE, kinds, pieces)
-    stored = {name: StoredTensor(shape, [Box(_FILE, (0,) * len(shape), shape)]) for name, (_, shape) in kinds.items()}
+    stored = {name: StoredTensor(shape, [TensorShard(_FILE, (0,) * len(shape), shape)]) for name, (_, shape) in kinds.items()}
     counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
     write_manifest(directory, counters, {_FILE: written}, stored)
 
@@ -106,7 +106,7 @@ class Weights:
         wanted = shape if first is None else (1, *shape[1:])
         target = torch.empty(wanted, dtype=self.dtype(ours))
         offset = (first or 0, *(0,) * (len(shape) - 1))
-        run_through(read_tensors(self.directory, self.stored, {WEIGHTS + ours: (target, offset)}))
+        run_to_completion(read_tensors(self.directory, self.stored, {WEIGHTS + ours: (target, offset)}))
         return target if first is None else target[0]
 
 

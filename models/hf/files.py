@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from models.hf.configuration import read_json
-from parallel.checkpoint_format import DTYPES, Box, CheckpointDamaged, TensorFile
-from parallel.checkpoint_manifest import run_through
+from parallel.checkpoint_format import DTYPES, CheckpointDamaged, TensorFile, TensorShard
+from parallel.checkpoint_manifest import run_to_completion
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = (
@@ -92,7 +92,7 @@ class Source:
         target = torch.empty(shape, dtype=self.dtype(name))
         origin = (0,) * len(shape)
         try:
-            run_through(self._of[name].copy(name, Box("", origin, shape), target, origin))
+            run_to_completion(self._of[name].copy(name, TensorShard("", origin, shape), target, origin))
         except OSError as error:
             raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from None
         return target

@@ -107,7 +107,7 @@ def library() -> ctypes.CDLL:
     path = folder / f"native-{key}.lock"
     with open(path, "w") as lock, contextlib.ExitStack() as locked:
         try:  # of the ranks of a node one compiles
-            locked.enter_context(file_lock.held(lock.fileno(), path, timeout=_PATIENCE))
+            locked.enter_context(file_lock.hold_lock(lock.fileno(), path, timeout=_PATIENCE))
         except file_lock.LockTimeout as error:  # the lock saves work and nothing else
             _LOG.warning("the kernels are compiled by this process too: %s", error)
         if (found := _load(folder, key)) is not None:

@@ -39,18 +39,18 @@ def test_every_variant_can_be_run(variant, tmp_path) -> None:
 
 def router_rounds(world: World, low_precision: bool) -> bool:
     """Whether the logits of a run's router are numbers of bf16 (rank function)."""
-    from training import builder as sessions
-    from training.output_redirect import redirect_noise
+    from training import builder
+    from training.output_redirect import redirect_output
 
-    noise = redirect_noise(world.rank)
+    redirection = redirect_output(world.rank)
     moe = MoeConfig(num_experts=4, every=1, backend="loop")
     with _router(low_precision):
-        session = sessions.start(Config(model=ModelConfig(num_layers=1, moe=moe), precision="bf16"), world, train=False)
-    (router,) = (m for stage in session.engine.modules for m in stage.modules() if isinstance(m, Router))
-    x_TD = torch.randn(5, session.config.model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+        built = builder.start(Config(model=ModelConfig(num_layers=1, moe=moe), precision="bf16"), world, train=False)
+    (router,) = (m for stage in built.engine.modules for m in stage.modules() if isinstance(m, Router))
+    x_TD = torch.randn(5, built.config.model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits_TE = router.logits(x_TD, router.weight)
-    sessions.stop()
-    noise.undo()
+    builder.stop()
+    redirection.undo()
     return torch.equal(logits_TE, logits_TE.bfloat16().float())
 
 

@@ -21,14 +21,14 @@ from models.varlen_attention import (
     query_pieces,
     varlen_attention,
 )
-from parallel.engine import core_config
+from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny
 
 
 def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
-    config = core_config(model, runtime, torch.float32, deterministic=False)
+    config = transformer_config(model, runtime, torch.float32, deterministic=False)
     layer = Attention(model, config, runtime.groups).to(runtime.device)
     initialise(layer, seed=1)
     return layer

@@ -14,8 +14,8 @@ from moe.layer import MoELayer
 from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import Origin, Routed
-from parallel.batch_context import PLAIN, ForwardPass
-from parallel.engine import core_config
+from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
+from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 
@@ -49,7 +49,7 @@ def sparse_layer(
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
 ) -> MoELayer:
-    core = core_config(model, runtime, dtype, deterministic=False)
+    core = transformer_config(model, runtime, dtype, deterministic=False)
     layer = MoELayer(
         model,
         backend=backend,
@@ -63,16 +63,16 @@ def sparse_layer(
     return layer
 
 
-def run_layer(layer: MoELayer, x_SBD: Tensor, about: ForwardPass = PLAIN) -> Tensor:
+def run_layer(layer: MoELayer, x_SBD: Tensor, batch_ctx: BatchContext = DEFAULT_CONTEXT) -> Tensor:
     """What a block does with it: the output, after what was counted is recorded."""
-    out_SBD, report = layer(x_SBD, about)
-    layer.record(report, about)
+    out_SBD, report = layer(x_SBD, batch_ctx)
+    layer.record(report, batch_ctx)
     return out_SBD
 
 
 def parts_of(model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32, seed: int = 1) -> Parts:
     backend, _ = choose_backend(model, runtime.device, dtype)
-    return Parts(model, core_config(model, runtime, dtype, deterministic=False), runtime, backend, seed)
+    return Parts(model, transformer_config(model, runtime, dtype, deterministic=False), runtime, backend, seed)
 
 
 def whole_model(

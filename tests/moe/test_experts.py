@@ -20,7 +20,7 @@ from moe.experts import BACKENDS, DenseFFN, choose_backend, loop_experts
 from ops import te_grouped_gemm
 from ops.activations import activate
 from ops.fused_experts import FusedExperts, repeating_size, windows
-from parallel.engine import core_config
+from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import IN_FP32, assert_close, assert_gradients_close, in_float64, random, tiny
@@ -206,7 +206,7 @@ def test_one_operation_gives_the_bits_of_the_loop(activation: str, extras: bool)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dense_layer_equals_the_reference(activation: str, runtime: Runtime) -> None:
     model = tiny(activation=activation)
-    layer = DenseFFN(model, core_config(model, runtime, torch.float32, deterministic=False), runtime.groups)
+    layer = DenseFFN(model, transformer_config(model, runtime, torch.float32, deterministic=False), runtime.groups)
     initialise(layer.to(runtime.device), seed=1)
     x_SBD, weights = random(3, 2, 8), in_float64(layer)
     wanted = torch.stack(

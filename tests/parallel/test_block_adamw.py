@@ -199,11 +199,11 @@ def attempt(world: World, parallel: ParallelConfig, root: Path, asynchronous: bo
         engine = build_engine(runtime, BF16, ALL)
         train(engine, range(3))
         saver, kept = Checkpointer(root, engine, keep=2), optimizer_tensors(engine)
-        saver.begin(state(3, world.size))
+        saver.begin_save(state(3, world.size))
         if not asynchronous:
-            saver.settle(wait=True)
+            saver.finalize_save(wait=True)
         told = train(engine, range(3, 5))
-        saver.settle(wait=True)
+        saver.finalize_save(wait=True)
         return {"kept": kept, "told": told, "end": optimizer_tensors(engine)}
 
 
@@ -211,12 +211,12 @@ def resumed(world: World, parallel: ParallelConfig, root: Path, optim: OptimConf
     with started(world, parallel) as runtime:
         engine = build_engine(runtime, BF16, optim)
         Checkpointer(root, engine, keep=2).resume(pytest.fail)
-        dtypes = {t.dtype for piece in optimizer_state._pieces(engine).values() for t in _moments(piece)}
+        dtypes = {t.dtype for piece in optimizer_state._optimizer_shards(engine).values() for t in _moments(piece)}
         kept = optimizer_tensors(engine)
         return {"dtypes": dtypes, "kept": kept, "told": train(engine, range(3, 5)), "end": optimizer_tensors(engine)}
 
 
-def _moments(piece: block_adamw.Piece) -> list[Tensor]:
+def _moments(piece: block_adamw.OptimizerShard) -> list[Tensor]:
     return [piece.inner.state[piece.master][name] for name in block_adamw.MOMENTS]
 
 
@@ -267,7 +267,7 @@ def test_an_update_that_is_not_finite_leaves_everything(runtime, bad):
     if bad == "gradient":
         name, parameter = next(iter(engine.modules[0].named_parameters()))
         parameter.main_grad.view(-1)[3] = torch.inf
-        assert engine.non_finite() == [name]
+        assert engine.nonfinite_gradients() == [name]
     assert engine.update(1.0, loss=1.0 if bad == "gradient" else torch.nan)[1] is False
     assert_same_bits(optimizer_tensors(engine), before)
     assert optimizer_state.counted_updates(engine) == 1

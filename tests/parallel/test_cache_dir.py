@@ -58,7 +58,7 @@ def test_a_library_that_others_could_have_written_is_compiled_anew(
     looked = os.lstat
     foreign = os.stat_result([*looked(made)[:4], 12345, *looked(made)[5:]])
     monkeypatch.setattr(os, "lstat", lambda path, **k: foreign if Path(path) == made else looked(path, **k))
-    assert "belongs to another user (uid 12345)" in str(cache_dir.distrust(made))
+    assert "belongs to another user (uid 12345)" in str(cache_dir.untrusted_reason(made))
 
 
 def test_a_library_whose_bytes_are_not_those_of_its_name_is_compiled_anew(load: Callable[[], int]) -> None:
@@ -85,4 +85,4 @@ def test_folders_are_made_for_this_user_alone_whatever_the_umask(tmp_path: Path)
     finally:
         os.umask(previous)
     cache_dir.check_private(tmp_path / "a" / "b", tmp_path / "a")
-    assert cache_dir.distrust(tmp_path / "a") is None
+    assert cache_dir.untrusted_reason(tmp_path / "a") is None

@@ -18,7 +18,7 @@ from conf.schema import ParallelConfig
 from parallel import checkpoint, optimizer_state
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_manifest import write_manifest
-from parallel.checkpoint_writer import Writing
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.parallel import helpers
@@ -227,7 +227,7 @@ def test_copies_may_be_moved(saved, tmp_path):
     assert checkpoint.find_damage(moved) is None and checkpoint.resolve(str(moved)) == moved
 
 
-class Held(Writing):
+class Held(CheckpointWriter):
     """Writes nothing until it is let go."""
 
     go = threading.Event()
@@ -250,14 +250,14 @@ def test_what_is_written_later_is_what_was_there_when_it_began(runtime, root, he
     train(engine, range(1))
     saver, before = Checkpointer(root, engine, keep=2), copy.deepcopy(optimizer_tensors(engine))
     bias = engine.modules[0].get_parameter("layers.0.ffn.router.bias").clone()
-    saver.begin(state(1))
-    assert saver.settle(wait=False) is None and newest(root) is None
+    saver.begin_save(state(1))
+    assert saver.finalize_save(wait=False) is None and newest(root) is None
     train(engine, range(1, 2))
     assert not torch.equal(bias, engine.modules[0].get_parameter("layers.0.ffn.router.bias"))
     held.set()
-    path = saver.settle(wait=True)
+    path = saver.finalize_save(wait=True)
     assert path == newest(root) and path.name == "step_00000001"
-    assert saver.settle(wait=True) is None  # there is nothing left to settle
+    assert saver.finalize_save(wait=True) is None  # there is nothing left to settle
     other = build_engine(runtime, VARIANT)
     Checkpointer(root, other, keep=2).load(path)
     for kind, tensors in optimizer_tensors(other).items():
@@ -267,11 +267,11 @@ def test_what_is_written_later_is_what_was_there_when_it_began(runtime, root, he
 
 def test_what_fails_in_the_background_is_told_when_it_is_settled(engine, saved, root, held, monkeypatch):
     saver = Checkpointer(root, engine, keep=2)
-    saver.begin(state(3))
+    saver.begin_save(state(3))
     shutil.rmtree(next(root.glob(".writing-*")))  # the disk under the writer's feet
     held.set()
     with pytest.raises(ValueError, match=r"could not write checkpoint .*step_00000003: .*No such file.*intact"):
-        saver.settle(wait=True)
+        saver.finalize_save(wait=True)
     assert newest(root) == saved[1]
     monkeypatch.undo()
     assert saver.save(state(3)) == newest(root)
@@ -279,23 +279,23 @@ def test_what_fails_in_the_background_is_told_when_it_is_settled(engine, saved, 
 
 def settle_when_all_are_done(world: World, root: Path) -> tuple[bool, bool]:
     """(settled while another rank was still writing, settled after it was done)."""
-    checkpoint.Writing = Held  # as written by this rank
+    checkpoint.CheckpointWriter = Held  # as written by this rank
     try:
         with started(world, ParallelConfig()) as runtime:
             engine = build_engine(runtime, VARIANT)
             train(engine, range(1))
             saver = Checkpointer(root, engine, keep=2)
             Held.go.clear()
-            saver.begin(state(1, world.size))
+            saver.begin_save(state(1, world.size))
             if world.rank == 0:
                 Held.go.set()
                 saver._under_way[0].finish_file()
-            early = saver.settle(wait=False)
+            early = saver.finalize_save(wait=False)
             Held.go.set()
             saver._under_way[0].finish_file()
-            return early is not None, saver.settle(wait=False) is not None
+            return early is not None, saver.finalize_save(wait=False) is not None
     finally:
-        checkpoint.Writing = Writing
+        checkpoint.CheckpointWriter = CheckpointWriter
 
 
 def test_ranks_settle_together(ranks, root):
@@ -329,6 +329,6 @@ def test_a_tensor_with_a_hole_does_not_count(saved):
     key = "exp_avg.layers.1.ffn.experts.w_in"
     assert key in checkpoint.stored_shapes(saved[1])
     manifest = checkpoint.read_manifest(saved[1])
-    manifest["tensors"][key].boxes.clear()
+    manifest["tensors"][key].shards.clear()
     write_manifest(saved[1], **manifest)
     assert key not in checkpoint.stored_shapes(saved[1])

@@ -15,10 +15,10 @@ import torch
 
 from conf.schema import ParallelConfig
 from parallel import checkpoint, checkpoint_format, checkpoint_manifest, progress_sync
-from parallel.checkpoint import Checkpointer, NotFinite
-from parallel.checkpoint_manifest import MANIFEST, OtherVersion
+from parallel.checkpoint import Checkpointer, NonFiniteState
+from parallel.checkpoint_manifest import MANIFEST, UnsupportedVersion
 from parallel.env import World
-from parallel.watchdog import Watch
+from parallel.watchdog import Watchdog
 from tests.parallel import helpers
 from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, train
 
@@ -213,10 +213,12 @@ def test_a_manifest_of_another_shape_is_damage(saver, shape):
 
 def test_what_another_version_wrote_is_not_called_damaged(saver):
     rewrite(saver.last_good, lambda m: m.update(format=3, more=1), digest=True)
-    with pytest.raises(OtherVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 3"):
+    with pytest.raises(
+        UnsupportedVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 3"
+    ):
         saver.resume(pytest.fail)
     rewrite(saver.last_good, lambda m: {"state": {"step": 2, "updates": 1}, "files": {}})
-    with pytest.raises(OtherVersion, match=r"written by an earlier version .*pickled"):
+    with pytest.raises(UnsupportedVersion, match=r"written by an earlier version .*pickled"):
         saver.resume(pytest.fail, fresh=True)
     assert names(saver.root) == ["step_00000001", "step_00000002"]
 
@@ -265,9 +267,11 @@ def test_what_is_not_finite_is_not_saved(runtime, tmp_path, kind):
     saver.save(state(1))
     tensors = optimizer_tensors(engine)[kind]
     name = next(iter(tensors))
-    piece = helpers.optimizer_state._pieces(engine)[engine.modules[0].get_parameter(name)]
-    (piece.master.data if kind == "weights" else piece.inner.state[piece.master][kind])[0] = float("nan")
-    with pytest.raises(NotFinite, match=f"step_00000002 is not written: {kind} of {name} is not finite.*step_00000001"):
+    shard = helpers.optimizer_state._optimizer_shards(engine)[engine.modules[0].get_parameter(name)]
+    (shard.master.data if kind == "weights" else shard.inner.state[shard.master][kind])[0] = float("nan")
+    with pytest.raises(
+        NonFiniteState, match=f"step_00000002 is not written: {kind} of {name} is not finite.*step_00000001"
+    ):
         saver.save(state(2))
     assert names(tmp_path) == ["step_00000001"]
 
@@ -298,7 +302,9 @@ def judge_damaged(world: World, root: Path) -> list[list[str]]:
 LOADS = {
     "resume": lambda saver, directory: saver.load(directory),
     "weights": lambda saver, directory: checkpoint.load_weights(saver.engine, directory),
-    "weights, watched": lambda saver, directory: checkpoint.load_weights(saver.engine, directory, rounds=saver.rounds),
+    "weights, watched": lambda saver, directory: checkpoint.load_weights(
+        saver.engine, directory, progress_sync=saver.progress_sync
+    ),
 }
 
 
@@ -359,7 +365,7 @@ def resume_slowly(world: World, root: Path, timeout: float) -> tuple[float, set[
     try:
         with started(world, ParallelConfig()) as runtime:
             saver, begun = Checkpointer(root, build_engine(runtime, VARIANT), keep=2), time.monotonic()
-            with Watch(world, timeout, lambda: (0, saver.stages)):
+            with Watchdog(world, timeout, lambda: (0, saver.stages)):
                 assert saver.resume(pytest.fail)[0] == saver.resolve(str(root)) == root / "step_00000002"
             return time.monotonic() - begun, hashed
     finally:

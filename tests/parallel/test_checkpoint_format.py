@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from parallel import checkpoint_format
-from parallel.checkpoint_format import DTYPES, Box, CheckpointDamaged, StoredTensor, read_tensors, write_tensors
-from parallel.checkpoint_manifest import run_through
+from parallel.checkpoint_format import DTYPES, CheckpointDamaged, StoredTensor, TensorShard, read_tensors, write_tensors
+from parallel.checkpoint_manifest import run_to_completion
 from parallel.random_state import dtype_of, random_state, restore_random_state
 
 
@@ -28,8 +28,8 @@ def test_another_library_reads_what_is_written_and_the_reverse(tmp_path):
     for name, tensor in tensors.items():
         assert torch.equal(theirs[name], tensor) and theirs[name].dtype == tensor.dtype
         read = torch.empty(tensor.shape, dtype=tensor.dtype)
-        whole = StoredTensor(tuple(tensor.shape), [Box("theirs", (0,) * tensor.dim(), tuple(tensor.shape))])
-        run_through(read_tensors(tmp_path, {name: whole}, {name: (read, (0,) * tensor.dim())}))
+        whole = StoredTensor(tuple(tensor.shape), [TensorShard("theirs", (0,) * tensor.dim(), tuple(tensor.shape))])
+        run_to_completion(read_tensors(tmp_path, {name: whole}, {name: (read, (0,) * tensor.dim())}))
         assert torch.equal(read, tensor)
 
 
@@ -37,23 +37,23 @@ def test_another_library_reads_what_is_written_and_the_reverse(tmp_path):
 def test_any_box_is_put_together_from_any_boxes(tmp_path, monkeypatch, piece):
     """Four files hold a quarter each; every box of the whole is read from what they share with it."""
     monkeypatch.setattr(checkpoint_format, "PIECE_BYTES", piece)
-    whole, boxes = torch.arange(4 * 6 * 3).float().view(4, 6, 3), []
+    whole, shards = torch.arange(4 * 6 * 3).float().view(4, 6, 3), []
     for row in (0, 2):
         for column in (0, 3):
             name = f"{row}{column}"
             part = whole[row : row + 2, column : column + 3]
             write_tensors(tmp_path / name, {"other": torch.ones(5), "x": part}, lambda _: None)
-            boxes.append(Box(name, (row, column, 0), (2, 3, 3)))
-    stored = {"x": StoredTensor((4, 6, 3), boxes)}
+            shards.append(TensorShard(name, (row, column, 0), (2, 3, 3)))
+    stored = {"x": StoredTensor((4, 6, 3), shards)}
     assert stored["x"].is_complete()
     for first, last in [((0, 0, 0), (4, 6, 3)), ((1, 2, 1), (3, 5, 2)), ((3, 5, 0), (4, 6, 3)), ((0, 3, 0), (2, 6, 3))]:
         target = torch.empty([b - a for a, b in zip(first, last, strict=True)], dtype=torch.bfloat16)
-        run_through(read_tensors(tmp_path, stored, {"x": (target, first)}))
+        run_to_completion(read_tensors(tmp_path, stored, {"x": (target, first)}))
         assert torch.equal(target.float(), whole[tuple(map(slice, first, last))])
-    stored["x"].boxes.pop()
+    stored["x"].shards.pop()
     assert not stored["x"].is_complete()
     with pytest.raises(CheckpointDamaged, match="x is not all there"):
-        run_through(read_tensors(tmp_path, stored, {"x": (torch.empty(4, 6, 3), (0, 0, 0))}))
+        run_to_completion(read_tensors(tmp_path, stored, {"x": (torch.empty(4, 6, 3), (0, 0, 0))}))
 
 
 def framed(header: bytes, data: bytes = b"") -> bytes:
@@ -85,15 +85,15 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_file_of_another_kind_is_damage(tmp_path, what):
     (tmp_path / "file").write_bytes(BROKEN[what])
-    stored = {"x": StoredTensor((2,), [Box("file", (0,), (2,))])}
+    stored = {"x": StoredTensor((2,), [TensorShard("file", (0,), (2,))])}
     with pytest.raises(CheckpointDamaged, match="file "):
-        run_through(read_tensors(tmp_path, stored, {"x": (torch.empty(2), (0,))}))
+        run_to_completion(read_tensors(tmp_path, stored, {"x": (torch.empty(2), (0,))}))
 
 
 def test_what_cannot_be_read_is_damage(tmp_path):
-    stored = {"x": StoredTensor((2,), [Box("file", (0,), (2,))])}
+    stored = {"x": StoredTensor((2,), [TensorShard("file", (0,), (2,))])}
     with pytest.raises(CheckpointDamaged, match=f"file cannot be read: .*{errno.ENOENT}"):
-        run_through(read_tensors(tmp_path, stored, {"x": (torch.empty(2), (0,))}))
+        run_to_completion(read_tensors(tmp_path, stored, {"x": (torch.empty(2), (0,))}))
 
 
 def draws() -> list[float]:

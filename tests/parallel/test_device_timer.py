@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from parallel.device_timer import StepClock
+from parallel.device_timer import StepTimer
 
 
 class Device:
@@ -43,7 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return made
 
 
-def step(clock: StepClock, device: Device, *, data: float, model: float, optimizer: float) -> None:
+def step(clock: StepTimer, device: Device, *, data: float, model: float, optimizer: float) -> None:
     clock.start()
     device.host += data
     device.launch(model)
@@ -53,7 +53,7 @@ def step(clock: StepClock, device: Device, *, data: float, model: float, optimiz
 
 
 def test_the_optimizers_kernels_and_the_wait_for_data_belong_to_the_step(device: Device) -> None:
-    clock = StepClock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     step(clock, device, data=0.25, model=2.0, optimizer=0.5)
     assert clock.read() == pytest.approx(2.75)
     device.host += 100.0  # an evaluation
@@ -64,7 +64,7 @@ def test_the_optimizers_kernels_and_the_wait_for_data_belong_to_the_step(device:
 
 
 def test_on_a_cpu_the_host_is_the_device() -> None:
-    clock = StepClock(torch.device("cpu"))
+    clock = StepTimer(torch.device("cpu"))
     for _ in range(2):
         clock.start()
         time.sleep(0.05)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from parallel import optimizer_state
-from parallel.engine import Engine, Overlap, core_config
+from parallel.engine import Engine, Overlap, transformer_config
 from parallel.env import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
@@ -40,7 +40,7 @@ def test_pipeline_messages_neither_synchronise_the_device_nor_lose_their_tensor(
     """Interleaved stages overlap their messages with computation (benchmarks.parity has such cells); an output that is
     freed meanwhile would be sent as whatever then lies there."""
     here = replace(runtime, backend=backend, layout=replace(runtime.layout, pp=2, vpp=vpp))
-    config = core_config(ModelConfig(num_layers=4), here, torch.float32, deterministic=False)
+    config = transformer_config(ModelConfig(num_layers=4), here, torch.float32, deterministic=False)
     assert not config.batch_p2p_sync
     assert config.overlap_p2p_comm == (vpp == 2) and config.batch_p2p_comm == (backend == "nccl" and vpp == 1)
     assert not (config.overlap_p2p_comm and config.deallocate_pipeline_outputs)
@@ -62,7 +62,7 @@ def test_weight_decay_leaves_the_experts_biases_alone(runtime):
     """Which are matrices, a row for each expert."""
     engine = build_engine(runtime, Variant(moe={"expert_bias": True}), OptimConfig(weight_decay=0.1))
     biases = [p for name, p in engine.modules[0].named_parameters() if name.endswith(("b_in", "b_out"))]
-    for parameter, piece in optimizer_state._pieces(engine).items():
+    for parameter, piece in optimizer_state._optimizer_shards(engine).items():
         if any(parameter is bias for bias in biases):
             piece.master.data.fill_(1.0)
     engine.update(0.01, loss=1.0)
@@ -128,13 +128,13 @@ def test_a_bad_gradient_changes_nothing(runtime, bad):
     train(engine, range(1))
     before = copy.deepcopy(optimizer_tensors(engine))
     loss = engine.forward_backward(my_batches(runtime, 1), step=1).item()
-    assert engine.non_finite() == []
+    assert engine.nonfinite_gradients() == []
     for name in ("layers.1.ffn.experts.w_in", "final_norm.weight"):
         engine.modules[0].get_parameter(name).main_grad.view(-1)[3] = bad
     norm, applied = engine.update(1e-2, loss=loss)
     assert not math.isfinite(norm) and not applied
-    assert engine.non_finite() == ["layers.1.ffn.experts.w_in", "final_norm.weight"]
-    assert engine.non_finite(limit=1) == ["layers.1.ffn.experts.w_in"]
+    assert engine.nonfinite_gradients() == ["layers.1.ffn.experts.w_in", "final_norm.weight"]
+    assert engine.nonfinite_gradients(limit=1) == ["layers.1.ffn.experts.w_in"]
     assert_untouched(engine, before)
 
 
@@ -145,7 +145,7 @@ def test_a_bad_loss_changes_nothing(runtime, bad):
     before = copy.deepcopy(optimizer_tensors(engine))
     engine.forward_backward(my_batches(runtime, 1), step=1)
     norm, applied = engine.update(1e-2, loss=bad)
-    assert math.isfinite(norm) and not applied and engine.non_finite() == []
+    assert math.isfinite(norm) and not applied and engine.nonfinite_gradients() == []
     assert_untouched(engine, before)
     assert engine.update(1e-2, loss=1.0)[1]  # and the next may
 

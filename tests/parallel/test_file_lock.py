@@ -12,7 +12,7 @@ import pytest
 
 from corpus.cache import Cache
 from parallel import file_lock
-from parallel.file_lock import LockTimeout, held
+from parallel.file_lock import LockTimeout, hold_lock
 
 HOLDER = """
 import os, sys, time
@@ -45,7 +45,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
 def locked(path: Path, **settings) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        with held(descriptor, path, **settings):
+        with hold_lock(descriptor, path, **settings):
             yield
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from parallel import flight_recorder, watchdog
 from parallel.env import World
 from parallel.flight_recorder import Pending, Trace, missing_from, read_trace
 from parallel.local_launcher import RankFailed, RankPool
-from parallel.watchdog import Watch, Whereabouts, verdict
+from parallel.watchdog import RankStatus, Watchdog, verdict
 from tests.parallel.helpers import started
 
 
@@ -51,8 +51,8 @@ def test_the_verdict_names_who_has_not_joined() -> None:
     """Rank 1 hangs in its data; the others' stacks show where the host reads a number, all alike."""
     pending = Pending("0", 57, "nccl:all_reduce", [0, 1, 2])
     at = "training/trainer.py:120 (_step)"
-    waits = Whereabouts(7, at, str(pending), None, pending, {"0": 57})
-    told = {0: waits, 1: Whereabouts(7, "corpus/stream.py:9 (sample)", None, None, None, {"0": 56}), 2: waits}
+    waits = RankStatus(7, at, str(pending), None, pending, {"0": 57})
+    told = {0: waits, 1: RankStatus(7, "corpus/stream.py:9 (sample)", None, None, None, {"0": 56}), 2: waits}
     assert missing_from(pending, {rank: place.launched for rank, place in told.items()}) == [1]
     assert verdict(told, 3).startswith(
         "the job ends: rank 1 stalled in step 7, at corpus/stream.py:9 (sample), in no collective; "
@@ -61,8 +61,8 @@ def test_the_verdict_names_who_has_not_joined() -> None:
     # Two ranks that call collectives of two groups in another order wait for each other.
     other = Pending("1", 4, "nccl:_allgather_base", [0, 1])
     crossed = {
-        0: Whereabouts(7, at, str(pending), None, Pending("0", 57, "nccl:all_reduce", [0, 1]), {"0": 57, "1": 3}),
-        1: Whereabouts(7, at, str(other), None, other, {"0": 56, "1": 4}),
+        0: RankStatus(7, at, str(pending), None, Pending("0", 57, "nccl:all_reduce", [0, 1]), {"0": 57, "1": 3}),
+        1: RankStatus(7, at, str(other), None, other, {"0": 56, "1": 4}),
     }
     assert "which rank 1 has not joined" in verdict(crossed, 2) and "which rank 0 has not joined" in verdict(crossed, 2)
 
@@ -70,17 +70,17 @@ def test_the_verdict_names_who_has_not_joined() -> None:
 def test_whereabouts_travel_as_json() -> None:
     from dataclasses import asdict
 
-    place = Whereabouts(1, "a", "b", None, Pending("0", 1, "nccl:barrier", [0]), {"0": 1})
-    assert Whereabouts.from_json(json.dumps(asdict(place))) == place
-    plain = Whereabouts(1, "a", None)
-    assert Whereabouts.from_json(json.dumps(asdict(plain))) == plain
+    place = RankStatus(1, "a", "b", None, Pending("0", 1, "nccl:barrier", [0]), {"0": 1})
+    assert RankStatus.from_json(json.dumps(asdict(place))) == place
+    plain = RankStatus(1, "a", None)
+    assert RankStatus.from_json(json.dumps(asdict(plain))) == plain
 
 
 def read_later(world: World) -> None:
     """As under NCCL: the collective returns at once, and the host waits where it reads the result."""
     with started(world, ParallelConfig()):
         watchdog.dist.get_backend = lambda *_: "nccl"
-        with Watch(world, 5.0, lambda: (3, None)):
+        with Watchdog(world, 5.0, lambda: (3, None)):
             for _ in range(2):
                 dist.all_reduce(torch.ones(1))
             if world.rank == 1:

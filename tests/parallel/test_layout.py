@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conf import rules
 from conf.schema import Config, ModelConfig, MoeConfig, ParallelConfig, TrainConfig
-from parallel.layout import GRIDS, Layout, crossings, describe
+from parallel.layout import GRIDS, Layout, describe, groups_across_nodes
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_nodes_by_hand():
     six they are not."""
     layout = Layout(16, tp=4, pp=2, ep=4)
     assert {axis: layout.nodes_of(axis, 4) for axis in ("tp", "ep", "dp", "pp")} == {"tp": 1, "ep": 1, "dp": 2, "pp": 2}
-    assert crossings(layout, 4) == [] == crossings(layout, 16)
+    assert groups_across_nodes(layout, 4) == [] == groups_across_nodes(layout, 16)
     assert layout.nodes_of("tp", 2) == 2 and layout.nodes_of("tp", 6) == 2  # 0-5 | 6-11: 4-7 is on both
-    told = crossings(layout, 6)
+    told = groups_across_nodes(layout, 6)
     assert len(told) == 2 and told[0].startswith("a tp group lies within 4 neighbours, a node has 6: it crosses 2")
     # Context ranks are tp apart: with tp4 a pair of them never fits into a node of four.
-    assert [text[:10] for text in crossings(Layout(16, tp=4, cp=2), 4)] == ["a cp group"]
+    assert [text[:10] for text in groups_across_nodes(Layout(16, tp=4, cp=2), 4)] == ["a cp group"]
 
 
 def test_description_by_hand():

@@ -152,7 +152,7 @@ def test_what_is_not_finite_is_named(runtime, kind):
     train(engine, range(1))
     assert optimizer_state.first_nonfinite(engine) is None
     parameter = engine.modules[0].get_parameter("layers.1.attention.qkv.weight")
-    piece = optimizer_state._pieces(engine)[parameter]
+    piece = optimizer_state._optimizer_shards(engine)[parameter]
     held = piece.master.data if kind == "weights" else piece.inner.state[piece.master][kind]
     held[5] = float("nan") if kind == "weights" else float("inf")
     assert optimizer_state.first_nonfinite(engine) == f"{kind} of layers.1.attention.qkv.weight"

@@ -10,7 +10,7 @@ from conf.schema import ParallelConfig
 from parallel import preflight
 from parallel.env import World
 from parallel.local_launcher import RankPool
-from parallel.preflight import Report, complaints, inspect, neighbours
+from parallel.preflight import Report, find_problems, inspect, neighbours
 from tests.parallel.helpers import started
 
 WELL = [Report(rank, f"n{rank // 2}", 64e9, 1e12, None, 400e12, 40e9) for rank in range(8)]
@@ -21,7 +21,7 @@ def changed(rank: int, **what: object) -> list[Report]:
 
 
 def told(reports: list[Report]) -> dict[str, list[str]]:
-    return complaints(reports, memory=60e9, disk=5e11)
+    return find_problems(reports, memory=60e9, disk=5e11)
 
 
 def test_well_is_well() -> None:
@@ -71,7 +71,7 @@ def look(world: World, folder: Path, slow: int) -> dict[str, list[str]]:
             preflight._matmul_rate = rate
         assert [report.rank for report in reports] == list(range(world.size))
         assert all(report.bandwidth > 0 for report in reports)
-        return complaints(reports, memory=1.0, disk=1.0)
+        return find_problems(reports, memory=1.0, disk=1.0)
 
 
 def test_real_measurements_name_the_slow_rank(ranks: RankPool, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def join(parent: Connection, rank: int, port: int, timeout: float, secret: str) 
 
     try:
         store = rendezvous.join(World(rank, 2, rank, 2, "127.0.0.1", port, secret=secret), timeout)
-    except rendezvous.Unreachable as error:
+    except rendezvous.RendezvousError as error:
         parent.send(str(error))
     else:
         store.set(f"from {rank}", "")
@@ -113,11 +113,11 @@ def freeze(world: World, how: str, mark: Path) -> None:
 
     from parallel import process_groups, rendezvous
     from parallel.layout import Layout
-    from parallel.watchdog import Watch
+    from parallel.watchdog import Watchdog
 
     frozen = 0 if how == "rank 0" else 1
     store = rendezvous.join(world, 60)
-    with Watch(world, 5.0, store=store):
+    with Watchdog(world, 5.0, store=store):
         build = process_groups._build_groups
 
         def stop_here(*args):

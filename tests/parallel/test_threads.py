@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from parallel.threads import SPINS, threads_per_rank, wait_briefly, waiting
+from parallel.threads import SPINS, limit_spinning, threads_per_rank, waiting
 from tests.training.helpers import ROOT
 
 
@@ -31,7 +31,7 @@ def test_only_processors_that_may_be_used_count(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_environment_that_says_how_to_wait_is_left_alone() -> None:
     mine = {"OMP_WAIT_POLICY": "active"}
-    wait_briefly(mine)
+    limit_spinning(mine)
     assert mine == {"OMP_WAIT_POLICY": "active"}
     assert waiting(mine) == ("wait as set", "OMP_WAIT_POLICY=active is in the environment")
     assert waiting({})[0] == "wait as OpenMP has it"

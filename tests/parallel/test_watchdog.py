@@ -14,7 +14,7 @@ import torch.distributed as dist
 from conf.schema import ParallelConfig
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
-from parallel.watchdog import Watch, Whereabouts, verdict
+from parallel.watchdog import RankStatus, Watchdog, verdict
 from tests.parallel.helpers import started
 
 TIMEOUT = 5.0
@@ -37,7 +37,7 @@ def steps(world: World, how: str, culprit: int, log: Path) -> int:
         logging.disable(logging.NOTSET)
         logger = logging.getLogger("switchyard")
         logger.handlers, logger.propagate = [logging.FileHandler(log / f"{world.rank}")], False
-        with Watch(world, TIMEOUT, lambda: (step, None)):
+        with Watchdog(world, TIMEOUT, lambda: (step, None)):
             for step in range(1, 4):
                 if step == 3 and world.rank == culprit:
                     (log / "then").touch()
@@ -99,15 +99,15 @@ def test_trouble_ends_all_and_is_explained(pool, tmp_path, how, culprit, told, l
 
 
 def test_verdict_by_hand():
-    waits = Whereabouts(7, "a.py:1 (f)", "all_gather over ranks 0, 1")
-    stalls, fails = Whereabouts(7, "b.py:2 (g)", None), Whereabouts(6, "c.py:3 (h)", None, "KeyError: 'x'")
+    waits = RankStatus(7, "a.py:1 (f)", "all_gather over ranks 0, 1")
+    stalls, fails = RankStatus(7, "b.py:2 (g)", None), RankStatus(6, "c.py:3 (h)", None, "KeyError: 'x'")
     waiting = "rank 0 waits in step 7 in all_gather over ranks 0, 1, at a.py:1 (f)"
     assert verdict({0: waits, 1: stalls}, 2) == (
         f"the job ends: rank 1 stalled in step 7, at b.py:2 (g), in no collective; {waiting}"
     )
     assert verdict({0: waits}, 3) == f"the job ends: ranks 1, 2 are gone or frozen, without a word; {waiting}"
     closed = "RuntimeError: [/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45775: Connection reset"
-    lost = Whereabouts(7, "a.py:1 (f)", "all_gather over ranks 0, 1", closed)
+    lost = RankStatus(7, "a.py:1 (f)", "all_gather over ranks 0, 1", closed)
     assert verdict({0: lost}, 2) == (
         "the job ends: rank 1 is gone or frozen, without a word; "
         "rank 0 lost its connection in step 7 in all_gather over ranks 0, 1, at a.py:1 (f)"
@@ -117,7 +117,7 @@ def test_verdict_by_hand():
 
 
 def alone(world: World) -> None:
-    with Watch(world, 0.2, lambda: (0, None)):
+    with Watchdog(world, 0.2, lambda: (0, None)):
         time.sleep(1)
 
 

@@ -16,7 +16,7 @@ from parallel.checkpoint_manifest import _digest_of
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
-from training.load_checkpoint import open_trained
+from training.load_checkpoint import load_model
 
 LIMIT = 120.0
 
@@ -118,7 +118,7 @@ def read_in_every_way(world: World, run_dir: Path, corpus: Path, marker: Path) -
             config.run.dir, config.checkpoint.load = str(copy.with_name(f"{copy.name}-new")), str(copy)
         try:
             if read == "open":
-                with open_trained(str(copy), Here(precision="fp32")):
+                with load_model(str(copy), Here(precision="fp32")):
                     pass
             else:
                 assert train(world, config) == 0

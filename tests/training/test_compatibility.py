@@ -12,7 +12,7 @@ from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
 from training.compatibility import flatten, model_differences, restored, told
-from training.load_checkpoint import open_trained
+from training.load_checkpoint import load_model
 
 LIMIT = 120.0
 
@@ -107,8 +107,8 @@ def test_flatten() -> None:
 
 def biases(world: World, run_dir: str) -> list[list[float]]:
     """Of the newest checkpoint (rank function for the pool)."""
-    with open_trained(run_dir, Here(precision="fp32")) as trained:
-        (module,) = trained.session.engine.modules
+    with load_model(run_dir, Here(precision="fp32")) as loaded:
+        (module,) = loaded.built.engine.modules
         return [p.tolist() for name, p in module.named_parameters() if name.endswith("router.bias")]
 
 

@@ -108,11 +108,11 @@ def test_the_start_table_is_whole_in_the_log(tmp_path: Path, stream_type: type[i
 def test_a_refused_faster_path_is_always_shown(verbose: bool, refused: tuple[str, ...], shown: int) -> None:
     config = Config(runtime=RuntimeConfig(verbose=verbose))
     table = [("device", "CPU", ""), ("norm", "torch", "native differs"), ("loss", "torch", "no copy")]
-    session = SimpleNamespace(config=config, table=table, refused=frozenset(refused))
+    built = SimpleNamespace(config=config, table=table, refused=frozenset(refused))
     run_dir = SimpleNamespace(path=Path("runs/a"), continued=False, changed=[])
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        worker._announce(console, session, run_dir, SimpleNamespace(train=[], valid=[], notes=[]))
+        worker._announce(console, built, run_dir, SimpleNamespace(train=[], valid=[], notes=[]))
     lines = stream.getvalue().rstrip().splitlines()
     assert len(lines) == shown and lines[0].startswith("device") and lines[-1].split() == ["run", "runs/a", "new"]
     assert ("native differs" in stream.getvalue()) == (verbose or bool(refused))
@@ -325,17 +325,17 @@ def test_load_of_many_experts_fits() -> None:
     assert {len(line) for line in lines} == {79}
 
 
-def test_noise_goes_to_the_log_and_output_to_the_screen(tmp_path: Path) -> None:
+def test_warnings_and_records_go_to_the_log_and_output_to_the_screen(tmp_path: Path) -> None:
     script = f"""
         import logging, os, sys, warnings
         from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
         from training.console import Console
-        from training.output_redirect import redirect_noise
+        from training.output_redirect import redirect_output
         log_path = Path({str(tmp_path / "train.log")!r})
 
         print("before")
-        noise = redirect_noise(3)
+        redirection = redirect_output(3)
         # As torch does on import: a handler of its own, and no word to the root.
         library = logging.getLogger("library")
         library.addHandler(logging.StreamHandler())
@@ -344,14 +344,14 @@ def test_noise_goes_to_the_log_and_output_to_the_screen(tmp_path: Path) -> None:
         logging.getLogger("engine").info("chatter of a rank other than 0")
         os.write(1, b"early C output\\n")
         print("early output")
-        noise.attach(log_path)
+        redirection.attach(log_path)
         warnings.warn("late warning")
         library.warning("library record")
         os.write(1, b"late C output\\n")
         with Console(log_path=log_path) as console:
             console.note("note")
         print("traceback", file=sys.stderr)
-        noise.undo()
+        redirection.undo()
         library.warning("library again")
         warnings.warn("after")
         os.write(1, b"after\\n")

@@ -103,8 +103,8 @@ def test_what_means_the_same_is_taken(config: Config, ranks: RankPool, source: P
     )
     config.model.moe.z_loss_coeff = 0.1
     assert ranks.run(2, run, with_layout(config, ep=2), timeout=LIMIT) == [0, 0]
-    trained = rows(source)[-1]["loss"]
-    assert rows(Path(config.run.dir))[0]["loss"] == pytest.approx(trained, abs=0.25)
+    loaded = rows(source)[-1]["loss"]
+    assert rows(Path(config.run.dir))[0]["loss"] == pytest.approx(loaded, abs=0.25)
     assert "warning: checkpoint.load_except" not in (Path(config.run.dir) / "train.log").read_text()
 
 

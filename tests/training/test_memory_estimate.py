@@ -65,17 +65,17 @@ class Live(TorchDispatchMode):
 
 def held(world: World, settings: Config) -> Memory:
     """What this rank holds (rank function for the pool)."""
-    from training import builder as sessions
-    from training.output_redirect import redirect_noise
+    from training import builder
+    from training.output_redirect import redirect_output
 
-    noise = redirect_noise(world.rank)
-    session = sessions.start(settings, world, train=True)
-    engine = session.engine
+    redirection = redirect_output(world.rank)
+    built = builder.start(settings, world, train=True)
+    engine = built.engine
     parameters = [p for module in engine.modules for p in module.parameters()]
     shape = (settings.train.micro_batch_size, settings.train.sequence_length)
     batch = {name: torch.randint(0, 64, shape) for name in ("tokens", "labels")}
     batch |= {"positions": torch.arange(shape[1]).expand(shape), "loss_mask": torch.ones(shape)}
-    micro_batches = settings.train.global_batch_size // (shape[0] * session.runtime.layout.dp)
+    micro_batches = settings.train.global_batch_size // (shape[0] * built.runtime.layout.dp)
     stage = engine.modules[-1]
     live = Live([*stage.parameters(), *stage.buffers()])
     forward = stage.forward
@@ -105,8 +105,8 @@ def held(world: World, settings: Config) -> Memory:
         activations=live.kept - fp8_weights,
         fp8_weights=fp8_weights,
     )
-    sessions.stop()
-    noise.undo()
+    builder.stop()
+    redirection.undo()
     return result
 
 

@@ -13,7 +13,16 @@ from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.training.helpers import ROOT, tiny_config, train, write_corpus
 from training import environment, requeue
-from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Ownership, end_life, read_lives, write_stop
+from training.requeue import (
+    BAD_CONFIGURATION,
+    DONE,
+    FAILED,
+    STOPPED,
+    Ownership,
+    read_attempts,
+    record_attempt,
+    write_stop,
+)
 from training.signals import StopRequest
 from training.worker import train_rank
 
@@ -43,7 +52,7 @@ class Run:
             write_stop(self.path, code=code, reason="because")
 
     def end(self, *, asked: bool = False, limit: int | None = 5) -> tuple[bool, int, str]:
-        verdict = end_life(self.path, asked=asked, max_requeues=limit)
+        verdict = record_attempt(self.path, asked=asked, max_requeues=limit)
         return verdict.requeue, verdict.code, verdict.message
 
 
@@ -63,7 +72,7 @@ def test_a_stopped_run_is_requeued_up_to_the_limit(run: Run) -> None:
     run.live(3, step=6, checkpoint=6, code=STOPPED)
     again, code, message = run.end(limit=3)
     assert (again, code) == (False, STOPPED) and "slurm.max_requeues=3" in message
-    assert [life.end for life in read_lives(run.path)] == ["stopped"] * 4
+    assert [life.end for life in read_attempts(run.path)] == ["stopped"] * 4
     assert run.end(limit=None)[0] is False  # where a person is there, nothing is requeued
 
 
@@ -121,7 +130,7 @@ def test_a_torn_or_foreign_line_is_passed_over(run: Run, torn: bytes) -> None:
     (run.path / "stop.json").write_bytes(torn)
     again, _, message = run.end()
     assert again and message.startswith("died after step 8")
-    assert [(life.step, life.end) for life in read_lives(run.path)] == [(7, "died")] * 2 + [(8, "died")]
+    assert [(life.step, life.end) for life in read_attempts(run.path)] == [(7, "died")] * 2 + [(8, "died")]
 
 
 def test_the_verdict_needs_no_readable_settings(run: Run) -> None:
@@ -203,7 +212,7 @@ def test_only_what_is_known_to_be_harmless_is_kept_of_the_environment() -> None:
 
 
 def test_life_without_slurm_has_no_name() -> None:
-    assert requeue.life_name({}) == "" and requeue.life_name({"SLURM_JOB_ID": "3"}) == "3.0"
+    assert requeue.attempt_id({}) == "" and requeue.attempt_id({"SLURM_JOB_ID": "3"}) == "3.0"
 
 
 def test_last_step_of_a_long_file(tmp_path: Path) -> None:

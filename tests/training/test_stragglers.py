@@ -21,7 +21,7 @@ def slow_rank(world: World, slow: int) -> tuple[list[dict[str, float | int]], li
             for _ in range(2):
                 stragglers.add(data=0.5 if world.rank == slow else 0.25, compute=0.5)
             rows.append(stragglers.compare(memory_bytes=100 + world.rank))
-        return rows, [stragglers.suspicion(row) for row in rows]
+        return rows, [stragglers.straggler_warning(row) for row in rows]
 
 
 def test_the_slowest_rank_is_named_once(ranks: RankPool) -> None:
@@ -42,7 +42,7 @@ def test_only_one_that_stays_slow_is_told(runtime: object) -> None:
     stragglers.hosts = ["a", "b", "c"]
 
     def line(*own: float) -> str | None:
-        return stragglers.suspicion(figures(torch.tensor([[seconds, 0.0, 1.0] for seconds in own])))
+        return stragglers.straggler_warning(figures(torch.tensor([[seconds, 0.0, 1.0] for seconds in own])))
 
     told = [line(1, 1, 2) for _ in range(LINES - 1)] + [line(2, 1, 1)]  # another one, once
     told += [line(1, 1, 2) for _ in range(LINES + 3)]
@@ -73,7 +73,7 @@ def train_with_a_slow_rank(world: World) -> float:
         if world.rank == 1:
             engine.modules[0].forward = slowly
         engine.forward_backward(my_batches(runtime, 2), step=2).item()
-        return engine.own_time.seconds()
+        return engine.compute_timer.seconds()
 
 
 @pytest.mark.parametrize(("own", "slowest"), [([1.0], 0), ([3.0, 1.0, 2.0, 2.0], 0)])

@@ -23,10 +23,10 @@ IDS = [(7 * i + i * i) % 320 for i in range(LENGTH)]
 
 def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits [S, V], the mean loss and its gradients, of an imported run."""
-    from training.load_checkpoint import open_trained
+    from training.load_checkpoint import load_model
 
-    with open_trained(run, Here(precision="fp32"), world) as trained:
-        (stage,) = trained.session.engine.modules
+    with load_model(run, Here(precision="fp32"), world) as loaded:
+        (stage,) = loaded.built.engine.modules
         tokens = torch.tensor([IDS])
         positions = torch.arange(LENGTH)[None]
         loss = stage(tokens, positions, tokens.roll(-1, 1))[:, :-1].mean()
@@ -120,7 +120,7 @@ def test_two_ranks_compute_what_transformers_does(
 def test_a_run_trains_on_alike_from_an_import_of_its_export(
     corpus: Path, runs, ranks: RankPool, tmp_path: Path
 ) -> None:
-    def trained(name: str, load: Path) -> list[tuple[Any, ...]]:
+    def loaded(name: str, load: Path) -> list[tuple[Any, ...]]:
         config = tiny_config(corpus, tmp_path / name, steps=3, sequence_length=LENGTH)
         config.model, config.checkpoint.load = load_config(load).model, str(load)
         config.data.tokenizer = str(load / "tokenizer.json")
@@ -131,8 +131,8 @@ def test_a_run_trains_on_alike_from_an_import_of_its_export(
     assert code == 0 and "nothing was proven" in printed
     code, printed = run_import(ranks, tmp_path / "exported", tmp_path / "again", verify=False)
     assert code == 0 and "nothing was proven" in printed
-    first = trained("first", runs["mixtral"])
-    again = trained("second", tmp_path / "again")
+    first = loaded("first", runs["mixtral"])
+    again = loaded("second", tmp_path / "again")
     assert first == again
     # What was trained is written too, in fp32, with the files of the model that it comes from and of its tokenizer.
     (tmp_path / "first" / "tokenizer").mkdir()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from conf.schema import ModelConfig, MoeConfig, ParallelConfig
 from parallel.env import World
 from parallel.layout import Layout
-from parallel.local_launcher import planned_rank
+from parallel.local_launcher import fake_rank
 from parallel.sharding import logical_name
 from training.flops import model_cost
 
@@ -22,11 +22,13 @@ SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 def parts_of_rank(layout: Layout, rank: int, model: ModelConfig) -> dict[str, tuple]:
     """(offset and size along every axis, elements of the logical parameter) of everything that a rank holds."""
     from models.decoder import Parts, Stage
-    from parallel.engine import core_config
+    from parallel.engine import transformer_config
 
     held = {}
-    with planned_rank(layout, rank) as runtime:
-        parts = Parts(model, core_config(model, runtime, torch.bfloat16, deterministic=False), runtime, "loop", seed=1)
+    with fake_rank(layout, rank) as runtime:
+        parts = Parts(
+            model, transformer_config(model, runtime, torch.bfloat16, deterministic=False), runtime, "loop", seed=1
+        )
         for chunk in range(layout.vpp):
             stage = Stage(parts, chunk=chunk, sequence_length=64, document_mask=False)
             for name, p in stage.named_parameters():
@@ -85,7 +87,7 @@ def test_a_world_of_thousands_adds_up(ranks, layout):
 
 
 def group_sizes(world: World, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
-    with planned_rank(layout, rank) as runtime:
+    with fake_rank(layout, rank) as runtime:
         names = ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "dp_cp", "tp_cp", "world")
         return {name: (getattr(runtime.groups, name).rank(), getattr(runtime.groups, name).size()) for name in names}
 
