@@ -47,7 +47,7 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
                 continue
             saver.begin_save(state)
             stall = time.perf_counter() - begun
-            while not saver._under_way[0].is_over():
+            while not saver._pending_save[0].is_done():
                 time.sleep(0.01)  # training, as far as the disk is concerned
             wholes.append(time.perf_counter() - begun)
             settled = time.perf_counter()

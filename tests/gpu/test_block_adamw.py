@@ -23,7 +23,7 @@ def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkey
         found.append((told, optimizer_tensors(engine)))
     assert found[0][0] == found[1][0]
     assert_same_bits(found[1][1], found[0][1])
-    for parameter, piece in optimizer_state._pieces(engine).items():
+    for parameter, piece in optimizer_state._optimizer_shards(engine).items():
         states = piece.inner.state[piece.master]
         kept = [states[name] for name in optimizer_state.MOMENTS]
         kept += [piece.master.data] if parameter.dtype == torch.bfloat16 else []

@@ -289,10 +289,10 @@ def settle_when_all_are_done(world: World, root: Path) -> tuple[bool, bool]:
             saver.begin_save(state(1, world.size))
             if world.rank == 0:
                 Held.go.set()
-                saver._under_way[0].finish_file()
+                saver._pending_save[0].finish_file()
             early = saver.finalize_save(wait=False)
             Held.go.set()
-            saver._under_way[0].finish_file()
+            saver._pending_save[0].finish_file()
             return early is not None, saver.finalize_save(wait=False) is not None
     finally:
         checkpoint.CheckpointWriter = CheckpointWriter

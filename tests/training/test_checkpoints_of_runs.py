@@ -155,7 +155,7 @@ def train_into_nan(world: World, config: Config) -> int:
     """A run in which Adam's moments stop being finite before the second step is saved."""
     from parallel.checkpoint import Checkpointer
 
-    begin = Checkpointer.begin
+    begin = Checkpointer.begin_save
 
     def spoil(self: Checkpointer, state: dict[str, int]) -> None:
         if state["step"] == 2:
@@ -163,11 +163,11 @@ def train_into_nan(world: World, config: Config) -> int:
             next(iter(optimizer.state.values()))["exp_avg"][0] = float("nan")
         begin(self, state)
 
-    Checkpointer.begin = spoil
+    Checkpointer.begin_save = spoil
     try:
         return train(world, config)
     finally:
-        Checkpointer.begin = begin
+        Checkpointer.begin_save = begin
 
 
 def test_what_is_not_finite_ends_the_run_and_is_not_kept(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def with_moments(world: World, config: Config) -> int:
 
     def spoil(engine: Engine, call: int, result: Any) -> Any:
         if world.rank == 1 and call == 3:
-            piece = next(iter(optimizer_state._pieces(engine).values()))
+            piece = next(iter(optimizer_state._optimizer_shards(engine).values()))
             piece.inner.state[piece.master]["exp_avg"].fill_(float("nan"))
         return result
 

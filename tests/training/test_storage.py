@@ -48,7 +48,7 @@ def test_a_file_in_the_way_of_the_figures(corpus: Path, ranks: RankPool, tmp_pat
 def train_on_a_full_disk(world: World, config: Config) -> int:
     """Rank function: no checkpoint can be written."""
     error = ValueError("could not write checkpoint step_00000002: [Errno 28] No space left on device")
-    with unittest.mock.patch("parallel.checkpoint.Checkpointer.begin", side_effect=error):
+    with unittest.mock.patch("parallel.checkpoint.Checkpointer.begin_save", side_effect=error):
         return train(world, config)
 
 
