@@ -1,1 +1,1 @@
-"""Where it runs: the rank grid, process groups, the engine on GPU and CPU, checkpoints, simulated ranks."""
+"""Distributed training on Megatron-Core: parallel layouts, process groups, the engine, checkpoints and local ranks."""

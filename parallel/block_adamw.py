@@ -1,5 +1,7 @@
-"""AdamW for states that take less of the GPU's memory: moments in bf16, gradients in bf16, states in host memory. The
-arithmetic is that of torch's fused AdamW, in fp32, on a block of a shard at a time."""
+"""AdamW with less GPU memory: moments in bf16, gradients in bf16, or optimizer states in host memory.
+
+Each shard is updated block by block in fp32, with the arithmetic of torch's fused AdamW.
+"""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -17,36 +19,36 @@ from parallel.sharding import Sharding, logical_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GPU_BLOCK = 2**22
-"""Elements of a block on a GPU: its copies take long beside the launches, its temporary tensors 0.2 GB."""
+"""Elements of a block on a GPU: large enough to hide the launches behind the copies, with 0.2 GB of temporaries."""
 
 
 def is_needed(optim: OptimConfig) -> bool:
-    """Whether a setting asks for what torch's fused AdamW does not do."""
+    """Whether the settings require BlockAdamW instead of torch's fused AdamW."""
     return optim.grad_dtype != "fp32" or optim.state_dtype != "fp32" or optim.cpu_offload
 
 
 def describe(optim: OptimConfig) -> tuple[str, str]:
-    """(name, why) for the start table."""
+    """(optimizer, reason) for the start table."""
     parts = [f"{what} in bf16" for what in ("grad", "state") if getattr(optim, f"{what}_dtype") == "bf16"]
     words = [part.replace("grad", "gradients").replace("state", "moments") for part in parts]
     words += ["states in host memory"] if optim.cpu_offload else []
-    return "AdamW in blocks", "asked for: " + ", ".join(words)
+    return "BlockAdamW", "configured: " + ", ".join(words)
 
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """This rank's part of one parameter in the distributed optimizer."""
+    """This rank's shard of one parameter in the distributed optimizer."""
 
     start: int
     end: int
     """Range in the flattened parameter."""
     master: nn.Parameter
-    """fp32 weights [end - start]; the key of the optimizer's state. Of an fp32 parameter, a view of it."""
+    """Master weights, fp32 [end - start]; the key of the optimizer's state. A view of the parameter if that is fp32."""
     inner: torch.optim.Optimizer
 
 
 def optimizer_shards(optimizer: Any) -> dict[nn.Parameter, OptimizerShard]:
-    """Those of one of Megatron-Core's distributed optimizers, by parameter of the model."""
+    """This rank's shards in one of Megatron-Core's distributed optimizers, by model parameter."""
     if optimizer.is_stub_optimizer:
         return {}
     # Not optimizer.model_param_group_index_map: it is wrong for a group that mixes bf16 and fp32 parameters.
@@ -60,31 +62,31 @@ def optimizer_shards(optimizer: Any) -> dict[nn.Parameter, OptimizerShard]:
 
 @dataclass(frozen=True)
 class _Target:
-    """What belongs to a master shard."""
+    """The tensors and the position that belong to a shard of master weights."""
 
     gradient: Tensor
-    """[n]; a view of the gradient bucket."""
+    """[n], a view of the gradient bucket."""
     weight: Tensor | None
-    """bf16 [n], a view of the model's parameter; None where the master weights are that view."""
+    """bf16 [n], a view of the model parameter; None if the master weights are that view."""
     name: str
     sharding: Sharding
     shape: torch.Size
     start: int
-    """Of the parameter on this rank: its shape, and where in it, flattened, the shard begins."""
+    """Shape of the parameter on this rank, and index in the flattened parameter where the shard begins."""
 
 
 class BlockAdamW(torch.optim.Optimizer):
-    """Reads gradients from Megatron-Core's buckets and writes the model's weights as well as the masters. A group
-    counts its updates in `step`."""
+    """Reads gradients from Megatron-Core's buckets and writes both the master weights and the model weights. Each
+    parameter group counts its updates in `step`."""
 
     grad_scale = 1.0
-    """The gradients are multiplied with it, in fp32."""
+    """Factor that the gradients are multiplied by, in fp32."""
 
     def __init__(
         self, groups: list[dict[str, Any]], targets: dict[Tensor, _Target], optim: OptimConfig, streams: "_Streams"
     ):
         super().__init__([{"params": []}], {})
-        self.param_groups = groups  # torch refuses fp32 masters, which are views of parameters
+        self.param_groups = groups  # the constructor rejects fp32 masters, which are views of parameters
         self._targets, self._streams = targets, streams
         self._dtype = torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32
         self._offload = optim.cpu_offload
@@ -94,16 +96,16 @@ class BlockAdamW(torch.optim.Optimizer):
                     master.data = self._stored(master.data, target)
 
     def gradients(self, masters: list[Tensor]) -> list[Tensor]:
-        """Of master shards, fp32 or bf16: views of the gradient buckets."""
+        """The gradients of master shards, fp32 or bf16: views of the gradient buckets."""
         return [self._targets[master].gradient for master in masters]
 
     def set_moments(self, master: Tensor, moments: dict[str, Tensor]) -> None:
-        """Takes over moments [n] of any type; fp32 is rounded to nearest where moments are kept in bf16."""
+        """Sets the moments [n] of a shard from tensors of any dtype, rounded to nearest if moments are kept in bf16."""
         target = self._targets[master]
         self.state[master] = {name: self._stored(moments[name].to(self._dtype), target) for name in MOMENTS}
 
     def _stored(self, tensor: Tensor, target: _Target) -> Tensor:
-        """A copy where states are kept."""
+        """A copy on the device that keeps the states."""
         here = target.gradient.device
         device, pinned = (torch.device("cpu"), here.type == "cuda") if self._offload else (here, False)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned).copy_(tensor)
@@ -129,7 +131,7 @@ class BlockAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], master: Tensor, target: _Target, at: slice) -> None:
         device = target.gradient.device
         kept = [master.data, *(self.state[master][name] for name in MOMENTS)]
-        # A tensor that lies here in fp32 is updated in place.
+        # An fp32 tensor on this device is updated in place.
         here = (t[at].to(device, non_blocking=True, copy=self._offload) for t in kept)
         weight, *moments = (t.float() for t in here)
         gradient = target.gradient[at].float()
@@ -153,8 +155,9 @@ class BlockAdamW(torch.optim.Optimizer):
 
 
 class _Streams:
-    """Two streams in turn, so that a block comes from the host while the one before goes back; the current one alone
-    where nothing is moved and on a CPU. Made once: the allocator keeps the memory of every stream apart."""
+    """Alternates between two CUDA streams, so that one block is copied from the host while the previous one is copied
+    back. Without offloading, and on a CPU, everything runs on the current stream. Created once, since the caching
+    allocator has a separate pool for every stream."""
 
     def __init__(self, on: bool):
         self._streams = [torch.cuda.Stream(), torch.cuda.Stream()] if on and torch.cuda.is_available() else []
@@ -169,19 +172,19 @@ class _Streams:
         return torch.cuda.stream(self._streams[self._begun % 2]) if self._streams else nullcontext()
 
     def join(self) -> None:
-        """What was copied to the host is there."""
+        """Waits until all copies to the host are complete."""
         for stream in self._streams:
             torch.cuda.current_stream().wait_stream(stream)
             stream.synchronize()
 
 
 def random_bits(target: _Target, step: int, at: slice) -> Tensor:
-    """int32 [n]: 32 random bits for each element of a block, which belong to (parameter, step, element of the logical
-    parameter): copies of a parameter get the same ones, and so does every layout."""
+    """int32 [n]: 32 random bits for each element of a block. They are a hash of (parameter name, step, index in the
+    logical parameter), so that replicas of a parameter get the same bits under every layout."""
     key = hashlib.blake2b(repr((target.name, step)).encode(), digest_size=4).digest()
     first = target.start + at.start
     index = target.sharding.logical_index(target.shape, first, first + at.stop - at.start, target.gradient.device)
-    # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's shift repeats the sign.
+    # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's right shift is arithmetic.
     bits = index.to(torch.int32)  # the lower 32 bits
     bits ^= int.from_bytes(key, "little", signed=True)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
@@ -192,17 +195,17 @@ def random_bits(target: _Target, step: int, at: slice) -> Tensor:
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """Stochastic rounding: fp32 to one of the two nearest bf16 values, such that its mean is x; bf16 values stay.
+    """Stochastic rounding of fp32 to one of the two nearest bf16 values, with expected value x. Exact for bf16 values.
 
     Args:
-        bits: int32, of which the lower 16 are random.
+        bits: int32; the lower 16 bits are random.
     """
     # A bf16 value is the upper half of an fp32 one.
     return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> None:
-    """Puts BlockAdamW into the place of the AdamW that Megatron-Core's distributed optimizers have built."""
+    """Replaces the AdamW that Megatron-Core's distributed optimizers step with by BlockAdamW."""
     names = {p: logical_name(name, p) for module in modules for name, p in module.named_parameters()}
     streams = _Streams(optim.cpu_offload)
     for part in optimizer.chained_optimizers:
@@ -211,13 +214,13 @@ def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> Non
             at = slice(shard.start, shard.end)
             weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
             gradient = parameter.main_grad.view(-1)[at]
-            place = names[parameter], parameter.sharding, parameter.shape, shard.start
-            targets[shard.master] = _Target(gradient, weight, *place)
+            position = names[parameter], parameter.sharding, parameter.shape, shard.start
+            targets[shard.master] = _Target(gradient, weight, *position)
         if targets:
             replace_inner_optimizer(part, BlockAdamW(part.optimizer.param_groups, targets, optim, streams))
 
 
 def gradients_for_norm(part: Any) -> list[Tensor]:
-    """Those of one of the distributed optimizers that count in the norm."""
+    """The gradients of one of the distributed optimizers that count in the gradient norm on this rank."""
     counted = parameters_in_norm(part)
     return part.optimizer.gradients(counted) if counted else []

@@ -1,10 +1,11 @@
-"""Distributed checkpoints that open under every layout and are never half there.
+"""Saves and loads distributed checkpoints. A checkpoint can be loaded under every layout.
 
-A checkpoint holds, for every logical parameter, its fp32 weights and Adam's two moments in the parameter's own shape.
+For every logical parameter a checkpoint holds the fp32 weights and Adam's two moments, in the parameter's own shape.
 Each element is written once, by the data-parallel rank that assembled it, into that rank's safetensors file. Nothing is
-pickled, so reading a checkpoint runs no code. Why not Megatron-Core's formats: docs/log.md. A directory appears under
-its final name only when it is complete: written aside (parallel/checkpoint_writer.py), checked against the model,
-hashed into a manifest (parallel/checkpoint_manifest.py), renamed.
+pickled, so that loading a checkpoint runs no code. docs/log.md says why Megatron-Core's formats are not used.
+
+Saving is atomic: the files are written to a temporary directory (parallel/checkpoint_writer.py), checked against the
+model and hashed into a manifest (parallel/checkpoint_manifest.py); then the directory is renamed.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import optimizer_state
-from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_tensors
+from parallel.checkpoint_format import CheckpointDamaged, StoredTensor
 from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
@@ -31,7 +32,6 @@ from parallel.checkpoint_manifest import (
     read_manifest,
     read_manifest_together,
     resolve,
-    run_to_completion,
     set_aside,
     step_directories,
     verify,
@@ -41,56 +41,53 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.engine import Engine
 from parallel.progress_sync import ProgressSync
 from parallel.random_state import dtype_of, random_state, restore_random_state
-from parallel.sharding import logical_name
-from parallel.weight_matching import Mismatch, match_weights
+from parallel.weight_loading import copy_weights, find_weights, read_together
 
 __all__ = [
     "MANIFEST",
     "Checkpointer",
     "NonFiniteState",
     "find_damage",
-    "load_weights",
     "read_manifest",
     "resolve",
     "step_directories",
-    "stored_shapes",
 ]
 _ABANDONED_AFTER = 3600.0
-"""Seconds after which a half-written directory belongs to a process that is gone."""
+"""Seconds since the last change after which a temporary directory is deleted: its process has ended."""
 
 
 class NonFiniteState(RuntimeError):
-    """Weights or moments hold a NaN or an infinity: there is nothing worth keeping."""
+    """Weights or moments hold a NaN or an infinity, and no checkpoint is written."""
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Every rank calls every method together."""
+    """Saves and loads the checkpoints of one run. Every rank calls every method together."""
 
     def __init__(self, root: Path, engine: Engine, keep: int):
         self.root, self.engine, self.keep = root, engine, keep
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._pending_save: tuple[CheckpointWriter, Path, dict[str, Any]] | None = None
         self.stages = 0
-        """Parts of saves and loads that were begun; while it grows, they get on."""
+        """Counts the stages of saves and loads that have started: a sign of progress for the watchdog."""
         self.progress_sync = ProgressSync(engine.runtime.device, self._progress)
         self.last_good: Path | None = None
-        """The newest whole checkpoint of this run that is known: restored, or written since."""
+        """The newest complete checkpoint of this run: the one that was restored, or one saved since."""
 
     def _progress(self) -> None:
         self.stages += 1
 
     def resume(self, warn: Callable[[str], None], *, fresh: bool = False) -> tuple[Path, dict[str, Any]] | None:
-        """Restores the newest whole checkpoint. Damaged ones that are newer are reported and set aside under another
-        name: they are never counted or looked at again.
+        """Restores the newest undamaged checkpoint. Newer ones, which are damaged, are reported and renamed, so that
+        they are not considered again.
 
         Args:
-            fresh: where there are checkpoints and none is whole, set them aside and return None.
+            fresh: if all checkpoints are damaged, rename them and return None instead of raising.
 
         Returns:
-            (its directory, the saved state), or None where there is none.
+            (its directory, the saved state), or None if there is no checkpoint.
 
         Raises:
-            ValueError: none is whole, or the newest is of another model or another version.
+            ValueError: all checkpoints are damaged, or the newest is of another model or another version.
         """
         damaged: list[tuple[Path, ValueError]] = []
         for directory in self.listing(self.root):
@@ -103,42 +100,44 @@ class Checkpointer:
                     self._set_aside(damaged, warn)
                     self.last_good = directory
                     return directory, state
-                except CheckpointDamaged as error:  # since it was hashed
+                except CheckpointDamaged as error:  # after it was verified
                     wrong = error
             damaged.append((directory, wrong))
             warn(f"checkpoint {directory.name} is damaged ({wrong}); trying the one before")
         if damaged and not fresh:
-            told = "; ".join(f"{directory.name}: {wrong}" for directory, wrong in damaged)
+            reasons = "; ".join(f"{directory.name}: {wrong}" for directory, wrong in damaged)
             raise ValueError(
-                f"every checkpoint in {self.root} is damaged ({told}). Put a whole one back from a copy, choose "
-                "another run.dir, or begin again at step 0 with checkpoint.resume=fresh, which sets these aside"
+                f"every checkpoint in {self.root} is damaged ({reasons}). Restore one from a backup, choose another "
+                "run.dir, or start again at step 0 with checkpoint.resume=fresh, which renames the damaged ones"
             )
         self._set_aside(damaged, warn)
         return None
 
     def resolve(self, path: str) -> Path:
-        """A step's directory from a setting, as `checkpoint_manifest.resolve`; the ranks share the reading."""
+        """The checkpoint directory that a setting means, as `checkpoint_manifest.resolve`; the ranks share the
+        reading."""
         return resolve(path, lambda directory: (wrong := self._verify(directory)) and str(wrong), self.listing)
 
     def listing(self, root: Path) -> list[Path]:
-        """Checkpoints in a directory as rank 0 sees it, newest first."""
+        """The checkpoints in a directory as rank 0 sees it, newest first."""
         return self._together(lambda: step_directories(root) if self.rank == 0 else None)[0]
 
     def _verify(self, directory: Path) -> ValueError | None:
-        """What is wrong with a checkpoint, the same on all ranks; each hashes a share of the files."""
+        """What is wrong with a checkpoint, the same on all ranks; None: nothing. Each rank hashes a part of the
+        files."""
         found = self.progress_sync.run(verify(directory, self.rank, self.ranks))
         return next((wrong for wrong in found if wrong is not None), None)
 
     def _set_aside(self, damaged: list[tuple[Path, ValueError]], warn: Callable[[str], None]) -> None:
         for directory, _ in damaged:
             aside = self._together(lambda it=directory: set_aside(it).name if self.rank == 0 else None)[0]
-            warn(f"{directory.name} is set aside as {aside}")
+            warn(f"damaged checkpoint {directory.name} is renamed to {aside}")
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint; on return it is whole and the newest.
+        """Saves a checkpoint. On return it is complete.
 
         Args:
-            state: the loop's counters, JSON; state["step"] names the directory.
+            state: the training loop's counters, JSON; state["step"] names the directory.
 
         Raises:
             ValueError: it could not be written (disk full, no permission). Earlier checkpoints are intact.
@@ -150,8 +149,8 @@ class Checkpointer:
         return path
 
     def begin_save(self, state: dict[str, Any]) -> None:
-        """Copies what a checkpoint holds and starts the thread that writes it; `finalize_save` completes it. Arguments
-        and errors as for `save`. A save that was begun before must have been finalized."""
+        """Copies the state to host memory and starts a thread that writes it; `finalize_save` completes the checkpoint.
+        Arguments and errors are those of `save`. An earlier save must have been finalized."""
         assert self._pending_save is None
         final = self.root / f"step_{state['step']:08d}"
         if bad := optimizer_state.first_nonfinite(self.engine):
@@ -169,8 +168,13 @@ class Checkpointer:
         self._pending_save = writer, final, state
 
     def finalize_save(self, *, wait: bool) -> Path | None:
-        """Completes the checkpoint that was begun, and returns its directory; None where there is none or, unless
-        `wait`, where a rank is still writing.
+        """Completes the pending save and returns its directory.
+
+        Args:
+            wait: wait for all ranks; otherwise return None while a rank is still writing.
+
+        Returns:
+            None also if no save is pending.
 
         Raises:
             ValueError: as `save`.
@@ -200,19 +204,20 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _explained(self, final: Path, aside: Path) -> Iterator[None]:
-        """An error of the storage, the same on all ranks, with what a person should know of it."""
+        """Adds context to a storage error, which is the same on all ranks."""
         try:
             yield
         except ValueError as error:
-            room = _free_space(self.root)
+            free = _free_space(self.root)
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise ValueError(
-                f"could not write checkpoint {final}: {error}{room}. Earlier checkpoints are intact"
+                f"could not write checkpoint {final}: {error}{free}. Earlier checkpoints are intact"
             ) from None
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of an action; when storage fails one rank, all fail with that rank's message."""
+        """Runs an action on every rank and returns all results. If it raises OSError or ValueError on one rank, every
+        rank raises ValueError with that rank's message."""
         result, error = None, None
         self.stages += 1
         try:
@@ -226,7 +231,7 @@ class Checkpointer:
         return [answer for answer, _ in answers]
 
     def _updates_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What the optimizer counted, which the manifest is compared with when it is read."""
+        """The optimizer's own count of updates, with which the manifest is compared when it is read."""
         from megatron.core.dist_checkpointing import ShardedTensor
 
         updates = max(self._together(lambda: optimizer_state.counted_updates(self.engine)))
@@ -241,7 +246,7 @@ class Checkpointer:
 
     @property
     def _random(self) -> str:
-        """Before the name of one of this rank's generators."""
+        """Prefix of the names of this rank's generators."""
         return f"random.{self.rank}."
 
     def _publish(
@@ -254,10 +259,10 @@ class Checkpointer:
         *,
         replace: bool,
     ) -> None:
-        """Checks that every logical element of the model is there, adds the manifest and gives the final name.
+        """Checks that every element of the model is stored, writes the manifest and renames the directory.
 
         Args:
-            replace: the step was saved before and is damaged.
+            replace: the step was saved before and that checkpoint is damaged.
         """
         aside = writer.aside
         lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writer.stored)
@@ -267,17 +272,17 @@ class Checkpointer:
             set_aside(final)
         try:
             os.rename(aside, final)
-        except OSError:  # the step was saved before, or a process that should be gone has published it in between
+        except OSError:  # the step was saved before, or another process has published it in the meantime
             if not final.is_dir() or find_damage(final) is not None:
                 raise
             shutil.rmtree(aside)
 
     def _prune(self, newest: Path) -> None:
-        """Deletes all but the newest checkpoints. Those of later steps are not of this line of the run; what is kept
-        was restored whole or written since."""
+        """Deletes all but the newest `keep` checkpoints up to `newest`. Checkpoints of later steps, which the run was
+        not continued from, are left alone."""
         ours = [path for path in step_directories(self.root) if path.name <= newest.name]
         for directory in ours[self.keep :]:
-            if directory.is_symlink():  # what it points to is somebody else's
+            if directory.is_symlink():  # the target is not ours to delete
                 directory.unlink(missing_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
         for leftover in self.root.glob(".writing-*"):
@@ -286,7 +291,8 @@ class Checkpointer:
                     shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Restores weights, moments and, in a world of the same size, the generators. Returns the saved state.
+        """Restores weights, moments and, if the world size is the same, the random number generators. Returns the saved
+        state.
 
         Raises:
             CheckpointDamaged: it cannot be read. Nothing was changed.
@@ -294,7 +300,7 @@ class Checkpointer:
         """
         manifest = read_manifest_together(directory)
         state, stored = manifest["state"], manifest["tensors"]
-        _, weights = _matching_weights(self.engine, directory, stored, partial=False)
+        _, weights = find_weights(self.engine, directory, stored, partial=False)
         moments = optimizer_state.to_load(self.engine)
         self._together(lambda: _check_moments(moments, directory, stored))
         tensors = {key: (shard.data, tuple(shard.global_offset)) for key, shard in {**weights, **moments}.items()}
@@ -303,105 +309,28 @@ class Checkpointer:
             held = {key.removeprefix(self._random): t for key, t in stored.items() if key.startswith(self._random)}
             random = {name: torch.empty(t.shape, dtype=dtype_of(name)) for name, t in held.items()}
             tensors |= {f"{self._random}{name}": (t, (0,) * t.dim()) for name, t in random.items()}
-        _read(directory, stored, tensors, self.progress_sync)
+        read_together(directory, stored, tensors, self.progress_sync)
         loaded = {key: tensor for key, (tensor, _) in tensors.items()}
-        _copy_weights(self.engine, loaded)
+        copy_weights(self.engine, loaded)
         optimizer_state.restore(self.engine, loaded, updates=state["updates"])
         if random:
             restore_random_state(random)
         return state
 
 
-def _read(
-    directory: Path,
-    stored: dict[str, StoredTensor],
-    tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
-    progress_sync: ProgressSync | None,
-) -> None:
-    """Fills tensors from a checkpoint. Every rank calls this together; a failure on one rank is raised on all. With
-    `progress_sync` a slow rank does not look stalled."""
-
-    def read() -> Iterator[int]:
-        try:
-            yield from read_tensors(directory, stored, tensors)
-        except CheckpointDamaged as error:
-            return error
-        return None
-
-    found: list[CheckpointDamaged | None] = [None] * dist.get_world_size()
-    if progress_sync:
-        found = progress_sync.run(read())
-    else:
-        dist.all_gather_object(found, run_to_completion(read()))
-    if wrong := next((error for error in found if error is not None), None):
-        raise wrong
-
-
 def _check_moments(wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
     if wanted and not any(key.startswith(f"{kind}.") for key in stored for kind in optimizer_state.MOMENTS):
         raise ValueError(
-            f"{directory} holds weights alone, as launch.import_hf writes them: start another run from it, with "
-            f"checkpoint.load={directory.parent.parent}"
+            f"{directory} holds weights without optimizer states, as launch.import_hf writes them: start a new run "
+            f"from it with checkpoint.load={directory.parent.parent}"
         )
     for key, shard in wanted.items():
         if key not in stored or stored[key].shape != tuple(shard.global_shape):
             raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(shard.global_shape)}")
 
 
-def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The logical shape of every tensor in a checkpoint whose elements are all there."""
-    return {name: tensor.shape for name, tensor in read_manifest(directory)["tensors"].items() if tensor.is_complete()}
-
-
-def _matching_weights(
-    engine: Engine, directory: Path, stored: dict[str, StoredTensor], *, partial: bool
-) -> tuple[Mismatch, dict[str, Any]]:
-    """(what does not match, boxes to read)."""
-    shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.is_complete()}
-    mismatch, matching = match_weights(engine, shapes)
-    if mismatch and not partial:
-        raise ValueError(f"{directory} is of another model: {mismatch}")
-    if not matching:
-        raise ValueError(f"{directory} has no weight in common with this model: {mismatch}")
-    return mismatch, {key: shard for key, shard in optimizer_state.weights_to_load(engine).items() if key in matching}
-
-
-def load_weights(
-    engine: Engine, directory: Path, *, partial: bool = False, progress_sync: ProgressSync | None = None
-) -> Mismatch:
-    """Reads the weights alone into the model (and the optimizer's master copies, if there is one), and accounts for
-    every one of either side. State that follows a rule starts naturally where the checkpoint has none.
-
-    Args:
-        partial: what only one side has, or has in another shape, is left as it is.
-        rounds: keeps the ranks of a training run together while they read.
-
-    Raises:
-        ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
-    """
-    stored = read_manifest_together(directory)["tensors"]
-    mismatch, wanted = _matching_weights(engine, directory, stored, partial=partial)
-    _read(
-        directory,
-        stored,
-        {key: (shard.data, tuple(shard.global_offset)) for key, shard in wanted.items()},
-        progress_sync,
-    )
-    _copy_weights(engine, {key: shard.data for key, shard in wanted.items()})
-    return mismatch
-
-
-def _copy_weights(engine: Engine, loaded: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for module in engine.modules:
-            for name, parameter in module.named_parameters():
-                if (key := f"weights.{logical_name(name, parameter)}") in loaded:
-                    parameter.copy_(loaded[key])
-    optimizer_state.restore_master(engine, loaded)
-
-
 def _free_space(root: Path) -> str:
     try:
         return f" ({shutil.disk_usage(root).free / 2**20:,.0f} MiB free when it failed)"
-    except OSError:  # the place itself is what is wrong
+    except OSError:  # the directory itself is the problem
         return ""

@@ -1,7 +1,7 @@
-"""Files that hold tensors and nothing else, in the safetensors format: the header's length, a JSON header, raw bytes.
+"""Reads and writes safetensors files: the length of the header, a JSON header, and the bytes of the tensors.
 
-Reading one runs no code, and `safetensors.torch.load_file` opens it too. That library maps files into memory, where a
-failing disk ends the process with SIGBUS; plain reads raise an OSError that names the file.
+The safetensors library can load these files too. It is not used here because it maps files into memory, where a disk
+error ends the process with SIGBUS; a plain read raises an OSError that names the file.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 2**24
-"""Bytes that are read, written or hashed between two signs of progress."""
+"""Bytes that are read, written or hashed between two progress reports."""
 _HEADER_LIMIT = 10**8
 DTYPES = {
     "F64": torch.float64,
@@ -35,12 +35,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint does not hold what it should, or cannot be read; the message says which part."""
+    """A checkpoint is incomplete, corrupt or unreadable; the message says which part."""
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A part of a logical tensor, and the file that holds it under the tensor's name."""
+    """A rectangular part of a logical tensor, and the file that holds it under the tensor's name."""
 
     file: str
     offset: tuple[int, ...]
@@ -55,7 +55,7 @@ class StoredTensor:
     shards: list[TensorShard]
 
     def is_complete(self) -> bool:
-        """Whether every element is there."""
+        """Whether every element is stored."""
         return sum(math.prod(size) for size in {b.offset: b.size for b in self.shards}.values()) == math.prod(
             self.shape
         )
@@ -66,7 +66,7 @@ def new_digest() -> Any:
 
 
 def digest(path: Path) -> Iterator[int]:
-    """Hashes a file. Yields the bytes of each piece, returns the hexadecimal digest."""
+    """Hashes a file. Yields the number of bytes of each piece and returns the hexadecimal digest."""
     found, piece = new_digest(), memoryview(bytearray(PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
@@ -80,13 +80,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> list[Any]:
-    """Writes CPU tensors and waits until the disk has them. Returns [bytes, digest] of the file.
+    """Writes CPU tensors to a file and flushes it to disk (fsync). Returns [bytes, digest] of the file.
 
     Args:
-        advance: called with the bytes of each piece.
+        advance: called with the number of bytes of each piece.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: it cannot be written.
     """
     kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)}
     return write_stream(path, kinds, lambda name: [tensors[name]], advance)
@@ -99,12 +99,12 @@ def write_stream(
     advance: Callable[[int], None] = lambda count: None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """As `write_tensors`, of tensors that need never be in memory together.
+    """As `write_tensors`, for tensors that do not fit into memory together.
 
     Args:
-        kinds: name -> type and shape of each tensor; those of one size of element are written in this order.
-        parts: name -> a tensor in pieces along its first axis, asked for in the order of writing.
-        metadata: of the file, as safetensors has it.
+        kinds: name -> dtype and shape of each tensor. Tensors with elements of the same size are written in this order.
+        parts: name -> the tensor in pieces along dimension 0; called in the order of writing.
+        metadata: the `__metadata__` of the safetensors header.
     """
     ordered = sorted(kinds, key=lambda name: -kinds[name][0].itemsize)  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -134,24 +134,24 @@ def write_stream(
 
 
 class TensorFile:
-    """A file of tensors, open for reading.
+    """A safetensors file, opened for reading.
 
     Raises:
         OSError: it cannot be read.
-        CheckpointDamaged: it is not such a file.
+        CheckpointDamaged: it is not a safetensors file.
     """
 
     def __init__(self, path: Path):
         self._path, self._file = path, path.open("rb", buffering=0)
         (length,) = struct.unpack("<Q", self._read(0, 8))
         if length > _HEADER_LIMIT:
-            raise CheckpointDamaged(f"{path.name} is no safetensors file")
+            raise CheckpointDamaged(f"{path.name} is not a safetensors file")
         try:
             self._header = json.loads(self._read(8, length))
             self._start = 8 + length
             assert isinstance(self._header, dict)
         except (ValueError, RecursionError, AssertionError) as error:
-            raise CheckpointDamaged(f"{path.name} is no safetensors file: {error}") from None
+            raise CheckpointDamaged(f"{path.name} is not a safetensors file: {error}") from None
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -160,10 +160,10 @@ class TensorFile:
         self._file.close()
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """name -> (type as safetensors writes it, shape) of every tensor, whose bytes are all in the file.
+        """name -> (safetensors dtype, shape) of every tensor.
 
         Raises:
-            CheckpointDamaged: the header says what cannot be, or the file ends early.
+            CheckpointDamaged: the header is invalid, or the file is truncated.
         """
         found, size, end = {}, os.fstat(self._file.fileno()).st_size - self._start, 0
         for name, entry in self._header.items():
@@ -175,9 +175,9 @@ class TensorFile:
                 if begin < 0 or (width and end - begin != math.prod(shape) * width):
                     raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointDamaged(f"{self._path.name} does not say what {name} is: {error!r}") from None
+                raise CheckpointDamaged(f"{self._path.name}: invalid header entry of {name}: {error!r}") from None
             if end > size:
-                raise CheckpointDamaged(f"{self._path.name} ends early: {name} lies behind its end")
+                raise CheckpointDamaged(f"{self._path.name} is truncated: {name} lies beyond its end")
             found[name] = dtype, shape
         return found
 
@@ -191,15 +191,15 @@ class TensorFile:
         while view:
             count = self._file.readinto(view)
             if not count:
-                raise CheckpointDamaged(f"{self._path.name} ends early")
+                raise CheckpointDamaged(f"{self._path.name} is truncated")
             view = view[count:]
 
     def copy(self, name: str, shard: TensorShard, target: Tensor, offset: tuple[int, ...]) -> Iterator[int]:
-        """Copies the elements that a stored box and a target share, converting to the target's type. Yields the bytes
-        of each piece, returns the number of elements copied.
+        """Copies the elements that a stored shard and a target have in common, converted to the target's dtype. Yields
+        the number of bytes of each piece and returns the number of elements copied.
 
         Args:
-            offset: where the target lies in the logical tensor.
+            offset: offset of the target in the logical tensor.
         """
         try:
             entry = self._header[name]
@@ -212,7 +212,7 @@ class TensorFile:
         last = [min(a + n, b + m) for a, n, b, m in zip(shard.offset, shard.size, offset, target.shape, strict=True)]
         if any(a >= b for a, b in zip(first, last, strict=True)):
             return 0
-        if not target.dim():  # a scalar is a row of its own
+        if not target.dim():  # a scalar is treated as a tensor of one row
             target, first, last, offset, shard = target.view(1), [0], [1], (0,), TensorShard(shard.file, (0,), (1,))
         row = math.prod(shard.size[1:])
         rows = max(1, PIECE_BYTES // max(1, row * dtype.itemsize))
@@ -230,10 +230,10 @@ class TensorFile:
 def read_tensors(
     directory: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[Tensor, tuple[int, ...]]]
 ) -> Iterator[int]:
-    """Fills tensors with their parts of a checkpoint's logical tensors. Yields the bytes of each piece.
+    """Fills tensors with their parts of a checkpoint's logical tensors. Yields the number of bytes of each piece.
 
     Args:
-        stored: what the checkpoint holds.
+        stored: the checkpoint's tensors.
         wanted: {name: (CPU tensor, its offset in the logical tensor)}.
 
     Raises:
@@ -252,4 +252,4 @@ def read_tensors(
         except OSError as error:
             raise CheckpointDamaged(f"{file} cannot be read: {error}") from None
     if incomplete := [name for name, count in missing.items() if count]:
-        raise CheckpointDamaged(f"{incomplete[0]} is not all there")
+        raise CheckpointDamaged(f"{incomplete[0]} is incomplete")

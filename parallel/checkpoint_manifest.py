@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, whether it is true, and which checkpoints a run directory holds."""
+"""The manifest of a checkpoint, the verification of a checkpoint against it, and the search for checkpoints."""
 
 import json
 import os
@@ -14,26 +14,26 @@ from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, TensorSh
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Version of the layout. 1 were torch.distributed.checkpoint's files, which hold pickled objects."""
+"""Version of the format. Version 1 used torch.distributed.checkpoint's files, which hold pickled objects."""
 COUNTERS = ("step", "samples", "tokens", "updates", "world_size")
-"""What a checkpoint keeps of the training loop."""
+"""The training loop's counters that a checkpoint stores."""
 UPDATES = "optimizer.updates"
-"""A tensor of one element: the updates that the optimizer itself has counted."""
+"""A tensor of one element: the optimizer's own count of updates."""
 _STEP = re.compile(r"step_(\d{8})$")
 
 
 class UnsupportedVersion(ValueError):
-    """Another version of this program wrote the checkpoint, in a format that this one does not read."""
+    """The checkpoint was written by another version, in a format that this version does not read."""
 
 
 def step_of(directory: Path) -> int | None:
-    """The step that a directory's name says; None: it is not a checkpoint's."""
+    """The step in the name of a checkpoint directory; None: the name is not a checkpoint's."""
     match = _STEP.match(directory.name)
     return int(match[1]) if match else None
 
 
 def step_directories(root: Path) -> list[Path]:
-    """Checkpoints under a run's checkpoints directory, newest first; whole or not is not looked at.
+    """The checkpoints in a run's checkpoints directory, newest first, without verifying them.
 
     Raises:
         ValueError: the directory cannot be read.
@@ -48,7 +48,7 @@ def step_directories(root: Path) -> list[Path]:
 
 
 def set_aside(directory: Path) -> Path:
-    """Gives a damaged checkpoint a name under which it is neither loaded nor counted, and returns the new path."""
+    """Renames a damaged checkpoint, so that it is neither loaded nor counted, and returns the new path."""
     candidates = (f"damaged-{directory.name}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
     aside = next(path for name in candidates if not (path := directory.with_name(name)).exists())
     os.rename(directory, aside)
@@ -56,7 +56,7 @@ def set_aside(directory: Path) -> Path:
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
-    """The hash of all that a manifest says. Every format has it, so that damage is told from another version."""
+    """The hash of a manifest's content. Every format has one, so that damage is told apart from another version."""
     found = new_digest()
     said = {key: value for key, value in manifest.items() if key != "digest"}
     found.update(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
@@ -67,7 +67,7 @@ def write_manifest(
     directory: Path, state: dict[str, int], files: dict[str, list[Any]], tensors: dict[str, StoredTensor]
 ) -> None:
     """Args:
-    state: the loop's COUNTERS.
+    state: the training loop's COUNTERS.
     files: {name: [bytes, digest]}.
     """
     shards = {
@@ -85,26 +85,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """{"state": the loop's counters, "files": {name: [bytes, digest]}, "tensors": {name: StoredTensor}}.
 
     Raises:
-        CheckpointDamaged: missing, unreadable or not what was written.
-        OtherVersion: written in a format that this version does not read.
+        CheckpointDamaged: the manifest is missing, unreadable or changed.
+        UnsupportedVersion: it is in a format that this version does not read.
     """
     try:
-        if not (directory / MANIFEST).is_file():  # reading a pipe would wait for a writer
+        if not (directory / MANIFEST).is_file():  # reading a named pipe would block
             raise FileNotFoundError("there is no such file")
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST}: {error}") from None
+        raise CheckpointDamaged(f"{directory} is not a complete checkpoint: {MANIFEST}: {error}") from None
     try:
         return _understood(manifest)
     except CheckpointDamaged as error:
-        raise CheckpointDamaged(f"{directory} is not a whole checkpoint: {MANIFEST} {error}") from None
+        raise CheckpointDamaged(f"{directory} is not a complete checkpoint: {MANIFEST} {error}") from None
     except UnsupportedVersion as error:
         raise UnsupportedVersion(f"{directory} {error}") from None
 
 
 def read_manifest_together(directory: Path) -> dict[str, Any]:
-    """As `read_manifest`: rank 0 reads for all ranks, and what it cannot read is raised on all. Every rank calls
-    this together."""
+    """As `read_manifest`, with rank 0 reading for all ranks. Errors are raised on all. Every rank calls this
+    together."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -131,7 +131,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
     if version is None and all(isinstance(manifest.get(key), dict) for key in ("state", "files")):
         raise UnsupportedVersion(
             "was written by an earlier version of Switchyard (format 1), whose files hold pickled Python objects; "
-            f"this version reads format {FORMAT} alone. Continue with that version, or choose another run.dir"
+            f"this version reads only format {FORMAT}. Continue with that version, or choose another run.dir"
         )
     if version != FORMAT or "digest" not in manifest:
         raise CheckpointDamaged("has no format version and no hash")
@@ -146,14 +146,14 @@ def _understood(manifest: Any) -> dict[str, Any]:
         }
         wrong = _wrong(state, files, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        wrong = f"is not laid out as format {FORMAT}: {error!r}"
+        wrong = f"does not follow format {FORMAT}: {error!r}"
     if wrong:
         raise CheckpointDamaged(wrong)
     return {"state": state, "files": files, "tensors": tensors}
 
 
 def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
-    """What a manifest of the right layout says that cannot be."""
+    """The first impossible value in a well-formed manifest; None: there is none."""
     for counter in [*state, *COUNTERS]:
         if counter not in state or counter not in COUNTERS:
             return f"has {'no' if counter in COUNTERS else 'an unknown'} counter {counter}"
@@ -171,9 +171,9 @@ def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, Stor
 
 
 def verify(directory: Path, rank: int = 0, ranks: int = 1) -> Iterator[int]:
-    """Compares a checkpoint with what it says of itself. With several ranks each hashes a share of the files, and the
-    caller brings the answers together. Yields the bytes of each piece that was read; returns None, or what is wrong as
-    a CheckpointDamaged or OtherVersion."""
+    """Verifies a checkpoint against its manifest. With several ranks each hashes a part of the files, and the caller
+    gathers the results. Yields the number of bytes of each piece that was read; returns None, or the error as a
+    CheckpointDamaged or UnsupportedVersion."""
     try:
         manifest = read_manifest(directory)
         files = manifest["files"]
@@ -202,7 +202,7 @@ def _check_file(path: Path, size: int, wanted: str) -> Iterator[int]:
 
 def _check_list(directory: Path, files: dict[str, Any]) -> None:
     try:
-        # Hidden files are the file system's own, such as .nfs0001; nothing reads them.
+        # Hidden files belong to the file system, such as .nfs0001; nothing reads them.
         extra = sorted(n for n in os.listdir(directory) if n not in files and n != MANIFEST and not n.startswith("."))
     except OSError as error:
         raise CheckpointDamaged(f"cannot be read: {error}") from None
@@ -211,7 +211,7 @@ def _check_list(directory: Path, files: dict[str, Any]) -> None:
 
 
 def _check_counters(directory: Path, manifest: dict[str, Any]) -> Iterator[int]:
-    """Against the directory's name and what the optimizer counted."""
+    """Compares the counters with the directory's name and with the optimizer's own count."""
     state, updates = manifest["state"], torch.zeros(1, dtype=torch.int64)
     if state["step"] != step_of(directory):
         raise CheckpointDamaged(f"{MANIFEST} is of step {state['step']}")
@@ -221,7 +221,7 @@ def _check_counters(directory: Path, manifest: dict[str, Any]) -> Iterator[int]:
 
 
 def run_to_completion(work: Iterator[int]) -> Any:
-    """What a generator of pieces returns."""
+    """Runs a generator to its end and returns its return value."""
     while True:
         try:
             next(work)
@@ -230,7 +230,7 @@ def run_to_completion(work: Iterator[int]) -> Any:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What keeps one process from reading a checkpoint; None: it is whole."""
+    """Why a checkpoint cannot be loaded; None: it is complete. For commands of one process."""
     wrong = run_to_completion(verify(directory))
     return None if wrong is None else str(wrong)
 
@@ -240,10 +240,11 @@ def resolve(
     find_damage: Callable[[Path], str | None] = find_damage,
     step_directories: Callable[[Path], list[Path]] = step_directories,
 ) -> Path:
-    """A step's directory from a `checkpoint=` setting: that directory, or the newest whole one of a run directory.
+    """The checkpoint directory that a `checkpoint=` setting means: a step's directory, or the newest undamaged
+    checkpoint of a run directory.
 
     Args:
-        find_damage, step_directories: how to look; by default for a command of one rank.
+        find_damage, step_directories: replaced where several ranks call this together.
 
     Raises:
         ValueError: there is none.
@@ -261,12 +262,12 @@ def resolve(
         if damage is None:
             return directory
         damaged.append(f"{directory.name}: {damage}")
-    what = f"no whole one ({'; '.join(damaged)})" if damaged else "none"
-    raise ValueError(f"checkpoint={path}: looked for {root}/step_NNNNNNNN and found {what}")
+    what = f"found only damaged ones ({'; '.join(damaged)})" if damaged else "found none"
+    raise ValueError(f"checkpoint={path}: looked for {root}/step_NNNNNNNN and {what}")
 
 
 def incomplete(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]) -> str | None:
-    """The first tensor of a model that a checkpoint does not hold in full."""
+    """The first expected tensor that a checkpoint does not hold completely; None: it holds all."""
     for name, shape in expected.items():
         found = stored.get(name)
         if found is None or found.shape != shape or not found.is_complete():

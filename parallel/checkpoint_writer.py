@@ -1,5 +1,8 @@
-"""One checkpoint on its way to the disk: planned by all ranks together, then written by a thread of each rank, also
-while training goes on. Megatron-Core describes the boxes and proves that those of all ranks tile every tensor."""
+"""Writes this rank's file of a checkpoint in a background thread.
+
+All ranks first exchange which shards they write; Megatron-Core validates that the shards of all ranks cover every tensor
+exactly once.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -10,14 +13,14 @@ from parallel.checkpoint_format import StoredTensor, TensorShard, write_tensors
 
 
 class CheckpointWriter:
-    """The tensors that this rank puts into a checkpoint, from the plan to the file.
+    """Writes the tensors that this rank contributes to one checkpoint.
 
     Args:
-        tensors: name -> Megatron-Core's description of a box; memory that nobody else changes.
+        tensors: name -> Megatron-Core's ShardedTensor; its data must not change while it is written.
         aside: an empty directory, the same on all ranks.
 
     Raises:
-        CheckpointingException: on rank 0, the boxes of all ranks overlap or leave holes.
+        CheckpointingException: on rank 0, if the shards of all ranks overlap or leave holes.
     """
 
     def __init__(self, tensors: dict[str, Any], aside: Path, rank: int):
@@ -28,9 +31,9 @@ class CheckpointWriter:
         self.aside = aside
         self.error: Exception | None = None
         self.hashed: dict[str, list[Any]] = {}
-        """name -> [bytes, digest] of the file that this rank wrote."""
+        """File name -> [bytes, digest] of the file that this rank wrote."""
         self.stored: dict[str, StoredTensor] = {}
-        """What all ranks write."""
+        """The tensors that all ranks write."""
         for number, described in enumerate(shards):
             for shard in described:
                 tensor = self.stored.setdefault(shard.key, StoredTensor(tuple(shard.global_shape), []))
@@ -42,15 +45,15 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
 
     def start(self) -> None:
-        """Begins to write; nothing else is waited for."""
+        """Starts writing in the background."""
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether this rank's file is written, or cannot be."""
+        """Whether writing this rank's file has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def wait(self) -> Iterator[int]:
-        """Waits for this rank's file. Yields the bytes written since the last time."""
+        """Waits for this rank's file. Yields the number of bytes written since the last time."""
         seen = 0
         while self._thread.is_alive():
             self._thread.join(0.05)
@@ -61,7 +64,7 @@ class CheckpointWriter:
         """Waits for this rank's file.
 
         Raises:
-            OSError: what kept it from being written.
+            OSError: it could not be written.
         """
         self._thread.join()
         if self.error is not None:

@@ -1,5 +1,8 @@
-"""Elementwise work a block of rows at a time. Over a tensor larger than the cache every operation of a chain reads and
-writes memory; over a block they stay in cache."""
+"""Block sizes for elementwise operations on large tensors, and a sum of squares that uses them.
+
+A chain of operations over a tensor larger than the cache reads and writes memory at every operation. Over one block at
+a time, intermediate results stay in cache.
+"""
 
 from collections.abc import Sequence
 
@@ -7,24 +10,27 @@ import torch
 from torch import Tensor
 
 CPU_VALUES = 2**17
-"""fp32 values of a block that a core's second-level cache holds together with a result."""
+"""fp32 values of a block that fits into a core's L2 cache together with a result."""
 GPU_VALUES = 2**26
-"""There it only bounds temporary memory."""
+"""On a GPU the block size only bounds temporary memory."""
 NORM_ROW = 1024
-"""Values whose squares fp32 adds up well."""
+"""Values in a row whose squares are summed in fp32."""
 
 
 def rows_at_once(width: int, device: torch.device) -> int:
-    """Rows of `width` values in a block for all threads of this rank."""
+    """Number of rows of `width` values in a block, for all threads of this rank together."""
     values = CPU_VALUES * torch.get_num_threads() if device.type == "cpu" else GPU_VALUES
     return max(1, values // max(1, width))
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Of all values of fp32 or bf16 tensors, in fp64. A CPU's fp32 sum over a million values is 6e-5 off, by another
-    amount under each layout; but it copies what it sums in another precision, and so takes the norms of rows of 1,024
-    values in fp32, which are off by less than 1e-6, unless that overflows. Values below 1e-20 count as little or
-    nothing."""
+    """Sum of the squares of all values of fp32 or bf16 tensors, in fp64.
+
+    On a CPU an fp32 sum over a million values has a relative error of 6e-5, which differs between layouts, and a sum
+    in another precision copies its input. The norms of rows of 1,024 values are therefore computed in fp32 (relative
+    error below 1e-6) and added in fp64; if fp32 overflows, everything is computed in fp64. Values below 1e-20 may
+    count as zero.
+    """
     device = tensors[0].device
     if device.type != "cpu":
         blocks = [block for t in tensors for block in t.flatten().split(rows_at_once(1, device))]

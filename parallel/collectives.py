@@ -1,4 +1,4 @@
-"""Collectives with gradients, and the two plain ones that the model uses. All act along dimension 0."""
+"""Synchronous collectives, with and without gradients. All act along dimension 0."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's x, in rank order; no gradient. All ranks hold the same shape."""
+    """Concatenates every rank's x in rank order. Not differentiable. All ranks pass the same shape."""
     if group.size() == 1:
         return x
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
@@ -15,14 +15,14 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks of this rank's 1/n of x; no gradient."""
+    """Sums x over ranks and returns this rank's 1/n of the rows. Not differentiable."""
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
     return out
 
 
 class GatherSequence(torch.autograd.Function):
-    """all_gather; its gradient is summed back onto the ranks."""
+    """all_gather whose gradient is a reduce_scatter."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -35,7 +35,7 @@ class GatherSequence(torch.autograd.Function):
 
 
 def _gather_ragged(x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    # Padded to the longest: the all-gather of equal shapes is the one that every backend has.
+    # Padded to the longest: every backend has an all-gather of equal shapes.
     longest = max(counts)
     padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: x.shape[0]] = x
@@ -51,7 +51,7 @@ def _reduce_scatter_ragged(x: Tensor, counts: list[int], group: dist.ProcessGrou
 
 
 class GatherRagged(torch.autograd.Function):
-    """All-gather of `counts[r]` rows from rank r; the gradient is summed back onto the ranks."""
+    """All-gather of `counts[r]` rows from rank r, whose gradient is a reduce-scatter."""
 
     @staticmethod
     def forward(ctx, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -64,7 +64,7 @@ class GatherRagged(torch.autograd.Function):
 
 
 class ReduceScatterRagged(torch.autograd.Function):
-    """The inverse of GatherRagged: sums over ranks and keeps this rank's rows; the gradient is gathered."""
+    """Reduce-scatter that keeps `counts[r]` rows on rank r, whose gradient is an all-gather."""
 
     @staticmethod
     def forward(ctx, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""How long the device was at work on something, and how long a step takes."""
+"""Timers for work on a device and for whole optimizer steps."""
 
 import time
 from typing import Any, Self
@@ -7,7 +7,7 @@ import torch
 
 
 class DeviceTimer:
-    """`with clock: ...` measures what was started inside. On a GPU by events on the stream, which cost no waiting."""
+    """`with timer: ...` measures the work that is launched inside; on a GPU with CUDA events, without synchronizing."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -27,34 +27,34 @@ class DeviceTimer:
         self._times[which] = time.perf_counter()
 
     def seconds(self) -> float:
-        """Of the last time. On a GPU the work must be known to be over: a result of it has been read."""
+        """Duration of the last measurement. On a GPU the work must have completed, for example because a result of it
+        has been read."""
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._times[1] - self._times[0]
 
 
 class StepTimer:
-    """Seconds of whole optimizer steps: the wait for data, forward, backward, and the optimizer's kernels until the
-    device has finished them. What happens between `stop` and the next `start` (evaluation, checkpoints) does not count.
+    """Measures whole optimizer steps in seconds: loading data, forward, backward and the optimizer's kernels. What
+    happens between `stop` and the next `start` (evaluation, checkpoints) is not counted.
 
-    On a GPU kernels are only queued when the host comes to the end of a step, and the ones of the optimizer run while
-    the host prepares the next: a host's clock would leave them out. Events on the stream mark both ends instead, and
-    the host waits for the last one when the time is read.
+    On a GPU the optimizer's kernels are still queued when the host reaches the end of a step. CUDA events therefore
+    mark both ends, and the host waits for the last one when the time is read.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began: Any = None
+        self._started: Any = None
         self._spans: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        self._began = self._now()
+        self._started = self._now()
 
     def stop(self) -> None:
-        self._spans.append((self._began, self._now()))
+        self._spans.append((self._started, self._now()))
 
     def read(self) -> float:
-        """The mean of the steps since the last call, of which there is at least one."""
+        """Mean duration of the steps since the last call; there must be at least one."""
         spans, self._spans = self._spans, []
         if self._device.type != "cuda":
             return sum(end - begin for begin, end in spans) / len(spans)

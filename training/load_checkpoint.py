@@ -94,10 +94,11 @@ def load_model(path: str, here: Here, world: World | None = None) -> Iterator[Lo
     world = world or World()
     redirection = redirect_output(world.rank)
     try:
-        from parallel import checkpoint, megatron_compat
-        from parallel.checkpoint_manifest import step_of
+        from parallel import megatron_compat
+        from parallel.checkpoint_manifest import resolve, step_of
+        from parallel.weight_loading import load_weights
 
-        directory = checkpoint.resolve(path)
+        directory = resolve(path)
         megatron_compat.load()
         from training import builder
 
@@ -109,7 +110,7 @@ def load_model(path: str, here: Here, world: World | None = None) -> Iterator[Lo
             tokenizer = Tokenizer.load(str(run_dir / TOKENIZER), config.data.eod_token)
         built = builder.start(config, world, train=False)
         try:
-            checkpoint.load_weights(built.engine, directory)
+            load_weights(built.engine, directory)
             step = step_of(directory)
             assert step is not None
             yield LoadedModel(built, run_dir, directory, step, tokenizer)

@@ -16,10 +16,10 @@ from corpus.tokenizer import Tokenizer
 from moe.expert_load import ExpertLoad
 from moe.metrics import collect
 from moe.router_metrics import ROUTER_METRICS
-from parallel import checkpoint
 from parallel.checkpoint import Checkpointer, NonFiniteState
 from parallel.device_timer import StepTimer
 from parallel.optimizer_state import first_nonfinite
+from parallel.weight_loading import load_weights
 from training.builder import BuiltModel
 from training.console import Console
 from training.evaluate import EvalResult, evaluate
@@ -101,7 +101,7 @@ class Trainer:
                 self.console.warning(jump)
         elif settings.load:
             source = self.checkpointer.resolve(settings.load)
-            mismatch = checkpoint.load_weights(
+            mismatch = load_weights(
                 self.built.engine,
                 source,
                 partial=bool(settings.load_except),

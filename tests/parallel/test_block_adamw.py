@@ -1,4 +1,4 @@
-"""AdamW in blocks: bf16 moments and gradients and states in host memory, beside torch's fused AdamW."""
+"""BlockAdamW (bf16 moments and gradients, states in host memory), compared with torch's fused AdamW."""
 
 from dataclasses import replace
 from pathlib import Path

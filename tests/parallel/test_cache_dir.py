@@ -38,7 +38,7 @@ def test_a_folder_that_others_can_write_to_is_refused(load: Callable[[], int], f
     shared = Path("~/.cache/switchyard").expanduser() / folder
     for mode in (0o775, 0o757, 0o1777):
         shared.chmod(mode)
-        with pytest.raises(OSError, match=r"can be written by other users.*chmod go-w"):
+        with pytest.raises(OSError, match=r"is writable by other users.*chmod go-w"):
             load()
     shared.chmod(0o755)
     assert load() == 1

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are named, set aside and never believed; what they say of themselves is checked."""
+"""Damaged checkpoints are reported, renamed and never loaded; manifests are validated."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conf.schema import ParallelConfig
-from parallel import checkpoint, checkpoint_format, checkpoint_manifest, progress_sync
+from parallel import checkpoint, checkpoint_format, checkpoint_manifest, progress_sync, weight_loading
 from parallel.checkpoint import Checkpointer, NonFiniteState
 from parallel.checkpoint_manifest import MANIFEST, UnsupportedVersion
 from parallel.env import World
@@ -301,8 +301,8 @@ def judge_damaged(world: World, root: Path) -> list[list[str]]:
 
 LOADS = {
     "resume": lambda saver, directory: saver.load(directory),
-    "weights": lambda saver, directory: checkpoint.load_weights(saver.engine, directory),
-    "weights, watched": lambda saver, directory: checkpoint.load_weights(
+    "weights": lambda saver, directory: weight_loading.load_weights(saver.engine, directory),
+    "weights, watched": lambda saver, directory: weight_loading.load_weights(
         saver.engine, directory, progress_sync=saver.progress_sync
     ),
 }
@@ -325,8 +325,9 @@ def load_with_errors(world: World, directory: Path) -> dict[str, str]:
     with started(world, ParallelConfig(tp=2)) as runtime:
         saver = Checkpointer(directory.parent, build_engine(runtime, VARIANT), keep=2)
         for name, load in LOADS.items():
-            for place, attribute, fault in ((Path, "read_bytes", unreadable), (checkpoint, "read_tensors", no_tensors)):
-                with mock.patch.object(place, attribute, fault):
+            faults = (Path, "read_bytes", unreadable), (weight_loading, "read_tensors", no_tensors)
+            for owner, attribute, fault in faults:
+                with mock.patch.object(owner, attribute, fault):
                     try:
                         load(saver, directory)
                     except checkpoint.CheckpointDamaged as error:

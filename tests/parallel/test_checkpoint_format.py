@@ -52,7 +52,7 @@ def test_any_box_is_put_together_from_any_boxes(tmp_path, monkeypatch, piece):
         assert torch.equal(target.float(), whole[tuple(map(slice, first, last))])
     stored["x"].shards.pop()
     assert not stored["x"].is_complete()
-    with pytest.raises(CheckpointDamaged, match="x is not all there"):
+    with pytest.raises(CheckpointDamaged, match="x is incomplete"):
         run_to_completion(read_tensors(tmp_path, stored, {"x": (torch.empty(4, 6, 3), (0, 0, 0))}))
 
 

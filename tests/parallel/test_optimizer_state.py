@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from parallel import checkpoint, optimizer_state
+from parallel import optimizer_state
 from parallel.checkpoint import Checkpointer
 from parallel.env import World
+from parallel.weight_loading import load_weights
 from tests.parallel.helpers import Variant, build_engine, my_batches, optimizer_tensors, started, state, train, weights
 
 # Tied embeddings are one logical parameter on two pipeline stages; dense and sparse layers take turns; vectors are cut.
@@ -137,11 +138,11 @@ def test_weights_alone_are_enough_to_evaluate(runtime, tmp_path):
     train(trained, range(2))
     directory = Checkpointer(tmp_path, trained, keep=1).save(state(2))
     reader = build_engine(runtime, TIED, optim=None)
-    checkpoint.load_weights(reader, directory)
+    load_weights(reader, directory)
     assert reader.evaluate(my_batches(runtime, 9)) == trained.evaluate(my_batches(runtime, 9))
     # A run that starts from these weights starts with them in its optimizer as well.
     starter = build_engine(runtime, TIED)
-    checkpoint.load_weights(starter, directory)
+    load_weights(starter, directory)
     assert_same_bits({"weights": weights(starter)}, {"weights": weights(trained)})
 
 

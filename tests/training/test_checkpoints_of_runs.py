@@ -59,7 +59,7 @@ def test_a_run_goes_on_before_the_damage_and_keeps_what_is_whole(corpus: Path, r
     aside = [f"damaged-step_0000000{step}" for step in (3, 4)]
     assert checkpoints(run_dir) == [*aside, "step_00000002", "step_00000003"]
     log = (run_dir / "train.log").read_text()
-    assert "step_00000004 is damaged" in log and "set aside as damaged-step_00000004" in log
+    assert "step_00000004 is damaged" in log and "is renamed to damaged-step_00000004" in log
 
 
 def test_a_run_of_damaged_checkpoints_begins_again_only_when_asked(

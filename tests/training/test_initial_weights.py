@@ -128,8 +128,11 @@ def test_a_deliberate_difference_is_named(config: Config, ranks: RankPool, sourc
     config.checkpoint.load_except, config.data.cache_dir = named, tiny_config(source, source).data.cache_dir
     assert ranks.run(1, run, config, timeout=LIMIT) == [0]
     log = (Path(config.run.dir) / "train.log").read_text()
-    assert "warning: checkpoint.load_except=[model.num_layers,model.tie_embeddings,model.moe.every]: only here: " in log
-    assert "only there: head.weight, layers.0." in log
+    assert (
+        "warning: checkpoint.load_except=[model.num_layers,model.tie_embeddings,model.moe.every]: not in the checkpoint: "
+        in log
+    )
+    assert "not in the model: head.weight, layers.0." in log
 
 
 def test_weights_that_only_one_side_has_are_refused_by_the_ranks_too(
@@ -140,7 +143,7 @@ def test_weights_that_only_one_side_has_are_refused_by_the_ranks_too(
     settings = tmp_path / "copy" / "config.yaml"
     settings.write_text(settings.read_text().replace("tie_embeddings: false", "tie_embeddings: true"))
     config.checkpoint.load, config.model.tie_embeddings = str(tmp_path / "copy"), True
-    with pytest.raises(RankFailed, match=r"is of another model: only there: head\.weight"):
+    with pytest.raises(RankFailed, match=r"is of another model: not in the model: head\.weight"):
         ranks.run(1, run, config, timeout=LIMIT)
 
 

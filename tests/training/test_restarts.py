@@ -55,7 +55,7 @@ def test_a_run_goes_on_with_moments_of_another_type_and_says_so(ranks: RankPool,
     config.optim.cpu_offload = True
     assert ranks.run(1, train, config, timeout=LIMIT) == [0]
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "AdamW in blocks" in log and "gradients in bf16, moments in bf16, states in host memory" in log
+    assert "BlockAdamW" in log and "gradients in bf16, moments in bf16, states in host memory" in log
     config.train.steps, config.optim.state_dtype = 3, "fp32"
     assert ranks.run(1, train, config, timeout=LIMIT) == [0]
     log = (tmp_path / "run" / "train.log").read_text()

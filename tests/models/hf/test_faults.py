@@ -54,7 +54,7 @@ def unlisted(folder: Path) -> None:
         (edited(lambda t: t.update(odd=torch.zeros(2))), "1 not of this model: odd"),
         (edited(lambda t: t.update({Q: torch.zeros(16, 15)})), f"1 of another shape: {Q} [16, 15] instead of [16, 16]"),
         (edited(lambda t: t.update({Q: t[Q].to(torch.int32)})), f"{Q} is of type I32"),
-        (truncated, f"{SHARD} ends early: "),
+        (truncated, f"{SHARD} is truncated: "),
         (unlisted, "holds another.weight, which model.safetensors.index.json does not list there"),
         (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read: No such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
@@ -186,7 +186,7 @@ def test_an_import_is_no_run_to_continue(corpus: Path, runs, ranks: RankPool, tm
     config.model = load_config(runs["mixtral"]).model
     config.data.tokenizer = str(tmp_path / "run" / "tokenizer.json")
     message = ranks.run(1, trained_message, config, timeout=120.0)[0]
-    assert "holds weights alone" in message and "checkpoint.load=" in message
+    assert "holds weights without optimizer states" in message and "checkpoint.load=" in message
 
 
 def trained_message(world, config) -> str:

@@ -1,0 +1,153 @@
+"""Loads the weights of a checkpoint into a model and reports the ones that do not match."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel import optimizer_state
+from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_tensors
+from parallel.checkpoint_manifest import read_manifest_together, run_to_completion
+from parallel.engine import Engine
+from parallel.progress_sync import ProgressSync
+from parallel.sharding import logical_name
+
+Shape = tuple[int, ...]
+
+_PREFIX = "weights."
+_TRANSIENT = ".last_load"
+"""Suffix of tensors that hold what a router counted in one step; a model without them ignores them."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Names of the weights that a checkpoint and a model, over all ranks, do not have in common."""
+
+    missing: list[str]
+    """In the model, not in the checkpoint."""
+    mismatched: list[str]
+    """In both with different shapes: `name (checkpoint's shape in the checkpoint, model's shape in the model)`."""
+    unexpected: list[str]
+    """In the checkpoint, not in the model."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.mismatched or self.unexpected)
+
+    def __str__(self) -> str:
+        parts = {
+            "not in the checkpoint": self.missing,
+            "of another shape": self.mismatched,
+            "not in the model": self.unexpected,
+        }
+        return "; ".join(f"{what}: {_shortened(names)}" for what, names in parts.items() if names)
+
+
+def match_weights(engine: Engine, stored: dict[str, Shape]) -> tuple[Mismatch, set[str]]:
+    """Compares the weights of a model with those of a checkpoint. Every rank calls this together.
+
+    Args:
+        stored: logical shapes of the checkpoint's tensors, by key.
+
+    Returns:
+        The weights that do not match, and the keys of those that do. State that is set by a rule (Sharding.is_state)
+        may be missing.
+    """
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (optimizer_state.logical_shapes(engine), optimizer_state.states(engine)))
+    model: dict[str, Shape] = {name: shape for shapes, _ in of_ranks for name, shape in shapes.items()}
+    states = {name for _, names in of_ranks for name in names}
+    found = {key.removeprefix(_PREFIX): shape for key, shape in stored.items() if key.startswith(_PREFIX)}
+    same = {name for name, shape in model.items() if found.get(name) == shape}
+    mismatched = sorted((model.keys() & found.keys()) - same)
+    mismatch = Mismatch(
+        missing=sorted(model.keys() - found.keys() - states),
+        mismatched=[f"{name} ({found[name]} in the checkpoint, {model[name]} in the model)" for name in mismatched],
+        unexpected=sorted(name for name in found.keys() - model.keys() if not name.endswith(_TRANSIENT)),
+    )
+    return mismatch, {_PREFIX + name for name in same}
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def find_weights(
+    engine: Engine, directory: Path, stored: dict[str, StoredTensor], *, partial: bool
+) -> tuple[Mismatch, dict[str, Any]]:
+    """(the weights that do not match, empty shards for those that do). Arguments and errors as for `load_weights`."""
+    shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.is_complete()}
+    mismatch, matching = match_weights(engine, shapes)
+    if mismatch and not partial:
+        raise ValueError(f"{directory} is of another model: {mismatch}")
+    if not matching:
+        raise ValueError(f"{directory} has no weights in common with this model: {mismatch}")
+    return mismatch, {key: shard for key, shard in optimizer_state.weights_to_load(engine).items() if key in matching}
+
+
+def load_weights(
+    engine: Engine, directory: Path, *, partial: bool = False, progress_sync: ProgressSync | None = None
+) -> Mismatch:
+    """Loads the weights, without optimizer states, into the model and the optimizer's master weights.
+
+    Args:
+        partial: keep the initial values of weights that are missing or of another shape, instead of raising.
+        progress_sync: keeps the ranks of a training run in step while they read.
+
+    Returns:
+        The weights that do not match. State that is set by a rule (Sharding.is_state) may be missing from the
+        checkpoint; it then keeps its initial value.
+
+    Raises:
+        ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
+    """
+    stored = read_manifest_together(directory)["tensors"]
+    mismatch, wanted = find_weights(engine, directory, stored, partial=partial)
+    targets = {key: (shard.data, tuple(shard.global_offset)) for key, shard in wanted.items()}
+    read_together(directory, stored, targets, progress_sync)
+    copy_weights(engine, {key: shard.data for key, shard in wanted.items()})
+    return mismatch
+
+
+def read_together(
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
+    progress_sync: ProgressSync | None,
+) -> None:
+    """Fills tensors from a checkpoint. Every rank calls this together; a failure on one rank is raised on all.
+
+    Args:
+        tensors: {name: (CPU tensor, its offset in the logical tensor)}.
+        progress_sync: as for `load_weights`.
+
+    Raises:
+        CheckpointDamaged: a tensor is missing or cannot be read.
+    """
+
+    def read() -> Iterator[int]:
+        try:
+            yield from read_tensors(directory, stored, tensors)
+        except CheckpointDamaged as error:
+            return error
+        return None
+
+    found: list[CheckpointDamaged | None] = [None] * dist.get_world_size()
+    if progress_sync:
+        found = progress_sync.run(read())
+    else:
+        dist.all_gather_object(found, run_to_completion(read()))
+    if wrong := next((error for error in found if error is not None), None):
+        raise wrong
+
+
+def copy_weights(engine: Engine, loaded: dict[str, torch.Tensor]) -> None:
+    """Copies loaded weights into the parameters and the optimizer's master weights."""
+    with torch.no_grad():
+        for module in engine.modules:
+            for name, parameter in module.named_parameters():
+                if (key := f"weights.{logical_name(name, parameter)}") in loaded:
+                    parameter.copy_(loaded[key])
+    optimizer_state.restore_master(engine, loaded)
