@@ -1,7 +1,7 @@
 """Writes this rank's file of a checkpoint in a background thread.
 
-All ranks first exchange which shards they write; Megatron-Core validates that the shards of all ranks cover every tensor
-exactly once.
+All ranks first exchange which shards they write, and Megatron-Core validates that these cover every tensor exactly
+once.
 """
 
 import threading

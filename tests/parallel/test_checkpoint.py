@@ -175,7 +175,8 @@ def test_a_place_that_cannot_be_written_is_named(engine, tmp_path):
     [
         (
             {"ffn_hidden_size": 64},
-            r"of another shape: layers.0.ffn.experts.w_in \(\(4, 32, 2, 48\) in the checkpoint, \(4, 32, 2, 64\) in the model\)",
+            r"of another shape: layers.0.ffn.experts.w_in "
+            r"\(\(4, 32, 2, 48\) in the checkpoint, \(4, 32, 2, 64\) in the model\)",
         ),
         ({"num_layers": 1}, r"not in the model: layers.1.attention.\S+, .* and \d+ more"),
         ({"num_layers": 4}, r"not in the checkpoint: layers.2.attention.\S+, .* and \d+ more"),
@@ -239,7 +240,7 @@ class Held(CheckpointWriter):
 
 @pytest.fixture
 def held(monkeypatch):
-    monkeypatch.setattr(checkpoint, "Writing", Held)
+    monkeypatch.setattr(checkpoint, "CheckpointWriter", Held)
     Held.go.clear()
     yield Held.go
     Held.go.set()
