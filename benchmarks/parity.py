@@ -16,8 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tiny import MICRO_BATCHES, OPTIM, PADDING_BS, Variant, build_engine, gradients, my_batches, started
+from benchmarks.tiny import (
+    MICRO_BATCHES,
+    OPTIM,
+    PADDING_BS,
+    VOCABULARY,
+    Variant,
+    build_engine,
+    gradients,
+    my_batches,
+    started,
+)
 from conf.schema import ModelConfig, ParallelConfig
+from models.logits import next_token_logits
 from parallel.engine import Engine, Overlap
 from parallel.env import World
 from parallel.local_launcher import RankPool
@@ -186,7 +197,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         [float(x) for load in sparse for name in averaged for x in load.metric(name)],
         engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
         # 11 tokens: a number that neither context nor tensor parallelism divides.
-        engine.next_logits([*range(11)]).numpy(),
+        next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
 

@@ -76,15 +76,15 @@ def build_engine(
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Engine:
     from models.decoder import Parts, Stage
+    from models.megatron_config import transformer_config
     from ops.fp8 import Float8
-    from parallel.engine import transformer_config
 
     model = variant.config()
     core = transformer_config(model, runtime, variant.dtype, deterministic=False)
     float8 = Float8(variant.tools, variant.tools, range(model.num_layers)) if variant.tools else None
     parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
     stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
-    return Engine(core, runtime, optim, VOCABULARY, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap, adam)
+    return Engine(core, runtime, optim, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap, adam)
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:

@@ -89,7 +89,7 @@ def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor)
 
     sequence = tokens_BS.shape[1]
     hidden = torch.ones(sequence, sequence, dtype=torch.bool, device=runtime.device).triu(1)[None, None]
-    engine = Engine(core, runtime, config.optim, model.vocab_size, build)
+    engine = Engine(core, runtime, config.optim, build)
     return contender(engine, tokens_BS, labels_BS)
 
 

@@ -22,7 +22,7 @@ from parallel.sharding import set_sharding
 def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Groups, function: Norm) -> RMSNorm:
     """The norm of the queries or of the keys. It is to be named q_layernorm or k_layernorm: where every head has the
     same weight, Megatron-Core adds up the gradients of parameters of this name over the tensor-parallel ranks, each of
-    which has other heads (parallel.engine.transformer_config).
+    which has other heads (models.megatron_config.transformer_config).
 
     Args:
         width: of all heads of the whole model together.

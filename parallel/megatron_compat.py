@@ -204,25 +204,32 @@ def _cuda_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def building_optimizer(adam: type[torch.optim.Optimizer]) -> Iterator[None]:
-    """Entered while get_megatron_optimizer runs, which has no argument for either:
-
-    - It builds this class of Adam. By itself it takes the FusedAdam of TransformerEngine or Apex, whichever imports,
-      and its distributed optimizer refuses any other.
-    - Without CUDA, `tensor.type()` names the CUDA type: it sorts parameters by strings such as
-      'torch.cuda.BFloat16Tensor'. Not for longer, because other libraries read tensor.type() as well.
-    """
-    optimizer = "megatron.core.optimizer"
-    is_torchs = adam is torch.optim.AdamW
-    patches = [
-        Patch(optimizer, ("Adam",), lambda _: adam, "The class."),
-        Patch(optimizer, ("USING_PYTORCH_OPTIMIZER",), lambda _: is_torchs, "Which arguments the class takes."),
-        Patch(f"{optimizer}.distrib_optimizer", ("Adam",), lambda _: adam, "The class that it accepts."),
-    ]
-    if not torch.cuda.is_available():
-        patches.append(Patch("torch.Tensor", ("type",), _cuda_name, "Types by name."))
+def cuda_type_names() -> Iterator[None]:
+    """Inside, and without CUDA, `tensor.type()` returns the name of the CUDA type. Entered while get_megatron_optimizer
+    runs, which sorts parameters by strings such as 'torch.cuda.BFloat16Tensor'; not for longer, because other libraries
+    call tensor.type() too."""
+    patches = [] if torch.cuda.is_available() else [Patch("torch.Tensor", ("type",), _cuda_name, "Types by name.")]
     with _patched(*patches):
         yield
+
+
+def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **defaults: Any) -> None:
+    """Makes a distributed optimizer step with an instance of `adam`.
+
+    get_megatron_optimizer has no argument for the class. It builds the FusedAdam of TransformerEngine or Apex,
+    whichever imports, or torch's AdamW; that instance is replaced here before it has any state.
+
+    Args:
+        defaults: lr, weight_decay, betas and eps.
+    """
+    if optimizer.is_stub_optimizer or type(optimizer.optimizer) is adam:
+        return
+    inner, groups = adam([{"params": []}], **defaults), optimizer.optimizer.param_groups
+    for group in groups:
+        for name, value in inner.defaults.items():
+            group.setdefault(name, value)
+    inner.param_groups = groups  # the constructor rejects fp32 shards, which are views of parameters
+    optimizer.optimizer = inner
 
 
 @contextlib.contextmanager

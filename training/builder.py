@@ -14,6 +14,7 @@ from conf.schema import PRECISIONS, Config
 from models.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
 from models.decoder import Parts, Stage
 from models.loss import choose_token_losses, token_losses
+from models.megatron_config import transformer_config
 from models.norm import our_norms
 from models.varlen_attention import masked_attention
 from moe.deep_ep import select_dispatcher
@@ -24,7 +25,7 @@ from ops.fp8 import choose_float8
 from ops.permute import PLAIN_ROWS, choose_rows
 from parallel import block_adamw, megatron_compat, process_groups
 from parallel.device_env import device_variables
-from parallel.engine import Engine, Overlap, transformer_config
+from parallel.engine import Engine, Overlap
 from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
 from parallel.threads import waiting
@@ -152,7 +153,7 @@ def start(
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     optim = config.optim if train else None
-    engine = Engine(core, run, optim, config.model.vocab_size, build_chunk, overlap, adam)
+    engine = Engine(core, run, optim, build_chunk, overlap, adam)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and config.cluster.memory_gb:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from corpus.tokenizer import Tokenizer
+from models.logits import next_token_logits
 from training.builder import BuiltModel
 from training.sampling import next_token
 
@@ -33,7 +34,7 @@ def generate(
     ids = list(prompt)
     for _ in range(max_tokens):
         window = ids[-built.config.train.sequence_length :]
-        logits_V = built.engine.next_logits(window)
+        logits_V = next_token_logits(built.engine, built.config.model.vocab_size, window)
         ids.append(next_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
         if ids[-1] == eod_id:
             return

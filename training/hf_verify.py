@@ -145,7 +145,7 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
             _round_weights(loaded)
         theirs = load_file(comparison.reference)
         ids = theirs[IDS].tolist()
-        ours_SV, theirs_SV = loaded.built.engine.logits(ids), theirs[LOGITS]
+        ours_SV, theirs_SV = _our_logits(loaded, ids), theirs[LOGITS]
         largest = theirs_SV.abs().max().item()
         apart = (ours_SV - theirs_SV).abs().max().item() / largest
         losses = [_loss(logits_SV, ids) for logits_SV in (ours_SV, theirs_SV)]
@@ -161,6 +161,12 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
             for line in [] if same else _table(by_layer):
                 print(line)
     return 0 if same else 1
+
+
+def _our_logits(loaded: LoadedModel, ids: list[int]) -> Any:
+    from models.logits import sequence_logits
+
+    return sequence_logits(loaded.built.engine, loaded.built.config.model.vocab_size, ids)
 
 
 def _round_weights(loaded: LoadedModel) -> None:
@@ -203,7 +209,7 @@ def _layers_apart(loaded: LoadedModel, ids: list[int], theirs: dict[str, Any]) -
     if layout.sequence_parallel or layout.cp > 1:
         return None
     with outputs_kept(loaded) as kept:
-        loaded.built.engine.logits(ids)
+        _our_logits(loaded, ids)
     mine = {}
     for layer, output_SD in kept.items():
         other_SD = theirs[f"{LAYER}{layer}"]

@@ -12,7 +12,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     megatron_compat.load()
     from models.decoder import Parts, Stage
-    from parallel.engine import transformer_config
+    from models.megatron_config import transformer_config
     from parallel.layout import Layout
     from parallel.local_launcher import fake_rank
     from parallel.sharding import logical_name

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conf.schema import ModelConfig
 from models.attention import Attention, Rotary, choose_varlen_attention
 from models.init import initialise
+from models.megatron_config import transformer_config
 from models.varlen_attention import (
     Piece,
     Segment,
@@ -21,7 +22,6 @@ from models.varlen_attention import (
     query_pieces,
     varlen_attention,
 )
-from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig, MoeConfig
 from models.decoder import Parts, Stage
 from models.init import initialise
+from models.megatron_config import transformer_config
 from moe.experts import BACKENDS, choose_backend
 from moe.layer import MoELayer
 from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import Origin, Routed
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
-from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from conf.schema import ACTIVATIONS
 from models.init import initialise
+from models.megatron_config import transformer_config
 from moe import experts
 from moe.experts import BACKENDS, DenseFFN, choose_backend, loop_experts
 from ops import te_grouped_gemm
 from ops.activations import activate
 from ops.fused_experts import FusedExperts, repeating_size, windows
-from parallel.engine import transformer_config
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import IN_FP32, assert_close, assert_gradients_close, in_float64, random, tiny

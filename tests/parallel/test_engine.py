@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import ModelConfig, OptimConfig, ParallelConfig
+from models.logits import next_token_logits
+from models.megatron_config import transformer_config
 from parallel import optimizer_state
-from parallel.engine import Engine, Overlap, transformer_config
+from parallel.engine import Engine, Overlap
 from parallel.env import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
@@ -208,7 +210,7 @@ def test_next_logits_are_those_after_the_last_token(runtime):
     ids = [5, 9, 2, 33, 60]
     with torch.no_grad():
         wanted = engine.modules[0](torch.tensor([ids]), torch.arange(5)[None])[0, -1]
-    got = engine.next_logits(ids)
+    got = next_token_logits(engine, VOCABULARY, ids)
     assert got.shape == (VOCABULARY,)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 

@@ -22,7 +22,7 @@ SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 def parts_of_rank(layout: Layout, rank: int, model: ModelConfig) -> dict[str, tuple]:
     """(offset and size along every axis, elements of the logical parameter) of everything that a rank holds."""
     from models.decoder import Parts, Stage
-    from parallel.engine import transformer_config
+    from models.megatron_config import transformer_config
 
     held = {}
     with fake_rank(layout, rank) as runtime:

@@ -79,7 +79,7 @@ def install_with_cuda(world: World) -> tuple[bool, set[tuple[str, str]], str]:
     try:
         before = snapshot()
         installed = compat.install()
-        with compat.building_optimizer(torch.optim.AdamW):
+        with compat.cuda_type_names():
             name = torch.zeros(1).type()
         return installed, changed(before, snapshot()), name
     finally:
@@ -95,7 +95,7 @@ def type_names(world: World) -> list[str]:
     original = inspect.getattr_static(torch.Tensor, "type")
     told = [one.type()]
     try:
-        with compat.building_optimizer(torch.optim.AdamW):
+        with compat.cuda_type_names():
             told += [one.type(), str(one.type(torch.float64).dtype)]
             raise InterruptedError
     except InterruptedError:
@@ -234,7 +234,7 @@ def test_the_optimizer_still_goes_by_the_names_of_types(ranks: RankPool) -> None
 
 
 def test_the_optimizer_takes_no_class(runtime: Runtime) -> None:
-    """With another parameter than these, look whether `building_optimizer` can go."""
+    """With another parameter than these, look whether `set_optimizer_class` can go."""
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -246,21 +246,33 @@ def test_the_optimizer_takes_no_class(runtime: Runtime) -> None:
     assert not any("range" in name for name in vars(DistributedOptimizer) if not name.startswith("_"))
 
 
-def test_the_class_of_adam_is_megatrons_own_outside(runtime: Runtime) -> None:
+class FusedAdam(torch.optim.Optimizer):
+    """As of TransformerEngine: what Megatron-Core builds by itself where that is installed."""
+
+    def __init__(self, params: Any, adam_w_mode: bool, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    def step(self, closure: Any = None) -> None:
+        raise AssertionError("must not be used")
+
+
+def test_the_class_of_the_optimizer_is_the_one_asked_for(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Megatron-Core builds another one, and to the bit; parameters in fp32 and in bf16."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    class Adam(torch.optim.Optimizer):
-        pass
-
-    def seen() -> tuple[Any, ...]:
-        return optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam
-
-    before = seen()
-    with pytest.raises(InterruptedError), compat.building_optimizer(Adam):
-        assert seen() == (Adam, False, Adam)
-        raise InterruptedError
-    assert seen() == before
+    for dtype in (torch.float32, torch.bfloat16):
+        variant = Variant(dtype=dtype)
+        wanted = train(build_engine(runtime, variant), range(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "Adam", FusedAdam)
+            patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+            patch.setattr(distrib_optimizer, "Adam", FusedAdam)
+            engine = build_engine(runtime, variant)
+        assert engine.optimizer is not None
+        inner = [part.optimizer for part in engine.optimizer.chained_optimizers]
+        assert [type(one) for one in inner] == [torch.optim.AdamW] * len(inner)
+        assert train(engine, range(3)) == wanted
 
 
 def gemm_is_missing(world: World) -> tuple[bool, bool]:

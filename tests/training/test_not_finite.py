@@ -44,7 +44,7 @@ def with_losses(world: World, config: Config) -> int:
     def spoil(engine: Engine, call: int, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         return [part * float("nan") for part in parts] if world.rank == 1 and call > 2 else parts
 
-    with after("_run", spoil):
+    with after("run_forward", spoil):
         return train(world, config)
 
 
@@ -57,7 +57,7 @@ def with_moments(world: World, config: Config) -> int:
             piece.inner.state[piece.master]["exp_avg"].fill_(float("nan"))
         return result
 
-    with after("_run", spoil):
+    with after("run_forward", spoil):
         return train(world, config)
 
 
