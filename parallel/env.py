@@ -1,4 +1,4 @@
-"""Which of a run's processes this is. Imports nothing heavy: a login node asks too."""
+"""Rank and world size of this process, from the environment of torchrun or Slurm. Does not import torch."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process's rank in the run and the address of the rendezvous."""
 
     rank: int = 0
     size: int = 1
@@ -17,29 +17,29 @@ class World:
     address: str = "127.0.0.1"
     port: int = 0
     simulated: bool = False
-    """Whether the ranks are simulated on one machine, and may share its GPU."""
+    """Whether the ranks are simulated on one machine (NPROC) and may share a GPU."""
     secret: str = field(default="", compare=False, repr=False)
-    """What the keys of the ranks' store begin with, known to the ranks alone; empty where the launcher gives none."""
+    """Secret prefix of the keys in the ranks' store; empty if the launcher provides none."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":
-        """From torchrun's variables, else from a Slurm step's, else one rank alone.
+        """From torchrun's variables, else from those of a Slurm step, else a world of one rank.
 
         Raises:
-            ValueError: half of torchrun's variables are set, or the address of a Slurm step's rank 0 is not known.
+            ValueError: only some of torchrun's variables are set, or the address of a Slurm step's rank 0 is unknown.
         """
         if "RANK" in env or "WORLD_SIZE" in env:
             missing = [k for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
             if missing:
-                raise ValueError(f"RANK/WORLD_SIZE are set but {', '.join(missing)} not; torchrun sets all of them")
+                raise ValueError(f"RANK/WORLD_SIZE are set but not {', '.join(missing)}; torchrun sets all of them")
             rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
             local_size = int(env.get("LOCAL_WORLD_SIZE", size))
             local_rank = int(env.get("LOCAL_RANK", rank % local_size))
             return cls(rank, size, local_rank, local_size, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-        # Inside `srun`. A shell in `salloc` has a job but no step, and is one rank alone.
+        # Inside `srun`. A shell in `salloc` has a job but no step, and is a world of one rank.
         if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
             size = int(env["SLURM_NTASKS"])
-            # "4(x2),3": the tasks of each node; this node's count is at SLURM_NODEID.
+            # "4(x2),3": the number of tasks on each node; this node has index SLURM_NODEID.
             per_node = [
                 int(n)
                 for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
@@ -56,48 +56,50 @@ class World:
 
 
 def _port(env: Mapping[str, str]) -> int:
-    """Every rank's way to the same port: below the ports that Linux gives to outgoing connections, another one for
-    other jobs and for each life of a job, whose last rank 0 may still be about."""
+    """A port that every rank derives from the job: below Linux's ephemeral ports, and different for other jobs and for
+    each restart of a job, since rank 0 of the previous attempt may still be running."""
     return 10_000 + (int(env["SLURM_JOB_ID"]) + 7919 * int(env.get("SLURM_RESTART_COUNT") or 0)) % 20_000
 
 
 def _first_host(nodelist: str) -> str:
-    """'gpu[03-06],login1' -> 'gpu03', without Slurm's tools: a container has none."""
+    """'gpu[03-06],login1' -> 'gpu03', without Slurm's tools, which containers do not have."""
     found = re.match(r"(?:[\w.-]|\[\d+(?=[\],-])[\d,-]*\])+(?=,|$)", nodelist)
     if not found:
         raise ValueError(
-            f"SLURM_STEP_NODELIST={nodelist} does not tell the first node; set MASTER_ADDR to the name of the node "
-            "that rank 0 is on, as launch/train.sh does in a batch job"
+            f"cannot parse the first node of SLURM_STEP_NODELIST={nodelist}; set MASTER_ADDR to the name of the node "
+            "of rank 0, as launch/train.sh does in a batch job"
         )
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", found[0])
 
 
 def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:
-    """NPROC: how many ranks to simulate on this machine.
+    """The number of ranks to simulate on this machine, from NPROC.
 
     Raises:
-        ValueError: not a number from 1.
+        ValueError: not an integer of at least 1.
     """
     given = env.get("NPROC", "1")
     if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"NPROC={given}: the number of ranks to start on this machine, from 1")
+        raise ValueError(f"NPROC={given} is not a number of ranks to start on this machine, 1 or more")
     return int(given)
 
 
 def should_print(world: World, message: str) -> bool:
-    """Whether this rank prints a message that all ranks have. Under a launcher each has a stderr; one is enough, unless
-    it is the one that is gone: then one a node."""
+    """Whether this rank prints a message that all ranks have: rank 0 does, or one rank per node if the message says
+    that rank 0 has failed."""
     without_0 = any(words in message for words in ("rank 0 is gone", "rank 0 did not come", "does not answer"))
     return world.rank == 0 or (without_0 and (world.rank == 1 or world.local_rank == 0))
 
 
 def started_ranks(env: Mapping[str, str] = os.environ) -> tuple[World, int]:
-    """(this process among those that a launcher started, how many ranks it is to simulate itself); one of both is 1.
+    """(the world that a launcher has started, number of ranks to simulate); one of the two sizes is 1.
 
     Raises:
-        ValueError: both are asked for.
+        ValueError: NPROC is set inside a launcher's world.
     """
     world, simulated = World.from_environment(env), simulated_ranks(env)
     if simulated > 1 and world.size > 1:
-        raise ValueError(f"NPROC={simulated} simulates ranks inside one task, but there are {world.size}; unset NPROC")
+        raise ValueError(
+            f"NPROC={simulated} simulates ranks in one task, but there are {world.size} tasks; unset NPROC"
+        )
     return world, simulated

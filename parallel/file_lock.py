@@ -1,8 +1,8 @@
-"""Locks between processes, also on several nodes, that know who holds them. flock alone does not: a process that is
-frozen (SIGSTOP, a debugger, a node that hangs) keeps its locks, and the others would wait without limit or word.
+"""File locks between processes, also across nodes, that detect a holder that is frozen.
 
-The holder describes itself in a file beside the lock and writes it anew all the while; who waits sees whether it still
-does. Imports nothing heavy."""
+With flock alone, a frozen process (SIGSTOP, a debugger, a hanging node) keeps its locks and others wait forever. Here
+the holder rewrites a heartbeat file beside the lock every second, and waiting processes read it.
+"""
 
 import contextlib
 import fcntl
@@ -15,28 +15,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 _POLL = 0.1
 _MENTION = 5.0
-"""Seconds of waiting that deserve a word."""
+"""Seconds of waiting before `waiting` is called."""
 
 
 class LockTimeout(TimeoutError):
-    """The process that holds a lock gives no sign of life; the message names it and the file."""
+    """The process that holds a lock has sent no heartbeat; the message names it and the file."""
 
 
 @contextlib.contextmanager
 def hold_lock(
     lock: int, path: Path, *, timeout: float, waiting: Callable[[str], None] = lambda what: None
 ) -> Iterator[None]:
-    """While entered, this process holds the lock.
+    """Context manager that holds the lock.
 
     Args:
-        lock: descriptor of the opened lock file; closing it is left to the caller.
-        path: of the lock file.
-        timeout: seconds without a sign of life of the process that holds the lock. A process that works may take long.
-        waiting: called again and again with what is waited for, once that takes more than a moment; what it raises
-            ends the waiting.
+        lock: descriptor of the opened lock file; the caller closes it.
+        path: path of the lock file.
+        timeout: seconds without a heartbeat of the process that holds the lock; the wait itself is not limited.
+        waiting: called repeatedly with a message after some seconds of waiting; an exception that it raises ends the
+            wait.
 
     Raises:
         LockTimeout: `timeout` has passed.
@@ -67,8 +67,8 @@ def _wait(lock: int, path: Path, timeout: float, waiting: Callable[[str], None])
         who = f"process {beat[0]} on {beat[1]}" if beat else "a process"
         if now - since > timeout:
             raise LockTimeout(
-                f"{who} holds {path} and has given no sign of life for {now - since:.0f} s: "
-                "let it go on (kill -CONT) or end it, and start again"
+                f"{who} holds {path} and has sent no heartbeat for {now - since:.0f} s: "
+                "continue it (kill -CONT) or end it, and start again"
             )
         if now - started > _MENTION:
             waiting(f"waiting for {who}, which holds {path}")
@@ -80,10 +80,10 @@ def _beside(path: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[int, str, str] | None:
-    """(process, node, what changes with each sign of life)."""
+    """(process id, node, value that changes with each heartbeat)."""
     try:
         pid, node, beat = json.loads(_beside(path).read_text())
-    except (OSError, ValueError, TypeError):  # it has only just begun
+    except (OSError, ValueError, TypeError):  # no heartbeat yet
         return None
     return pid, node, beat
 
@@ -91,7 +91,7 @@ def _read(path: Path) -> tuple[int, str, str] | None:
 def _beat(path: Path, over: threading.Event) -> None:
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     while True:
-        with contextlib.suppress(OSError):  # a full disk: who waits gives up after its time limit
+        with contextlib.suppress(OSError):  # a full disk: waiting processes time out
             aside.write_text(json.dumps([os.getpid(), os.uname().nodename, uuid.uuid4().hex]))
             aside.replace(_beside(path))
         if over.wait(_BEAT):

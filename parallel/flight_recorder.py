@@ -1,6 +1,8 @@
-"""What torch's flight recorder knows of this rank's collectives: which ones it has launched, and which of them are not
-over. A collective of NCCL returns at once, and one of the backward pass is launched by autograd's own thread, so that
-a stack does not show what a rank waits for. Imports torch only where it is asked."""
+"""Reads torch's flight recorder: which collectives this rank has launched, and which of them are pending.
+
+NCCL collectives return immediately, and those of the backward pass are launched by autograd's thread, so that a stack
+trace does not show which collective a rank waits for. Imports torch only when it is called.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,16 +14,16 @@ from parallel.torch_private import flight_recorder_dump, ranks_of_groups
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective that was launched and is not over."""
+    """A collective that was launched and has not completed."""
 
     group: str
-    """Its process group's name, the same on every rank."""
+    """Name of its process group, the same on every rank."""
     sequence: int
-    """Which collective of that group it is, counted from 1 on every rank."""
+    """Sequence number in that group, from 1."""
     name: str
-    """As torch calls it: nccl:all_reduce."""
+    """torch's name of it: nccl:all_reduce."""
     ranks: list[int] = field(default_factory=list)
-    """Of the group; empty: not known."""
+    """The ranks of the group; empty: unknown."""
 
     def __str__(self) -> str:
         of = f" over {format_ranks(self.ranks)}" if self.ranks else f" over process group {self.group}"
@@ -30,12 +32,12 @@ class Pending:
 
 @dataclass(frozen=True)
 class Trace:
-    """A rank's record."""
+    """The state of a rank's collectives."""
 
     launched: dict[str, int]
-    """Collectives launched in each process group so far."""
+    """Process group -> number of collectives launched so far."""
     pending: Pending | None
-    """The oldest that is not over; None: none is."""
+    """The oldest pending collective; None: there is none."""
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
@@ -46,11 +48,11 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 
 def read_trace(dump: Mapping[str, Any], group_ranks: Mapping[str, list[int]]) -> Trace | None:
-    """Of torch's own dump; None where it holds nothing: the recorder is off.
+    """Parses a dump of the flight recorder; None if it is empty because the recorder is off.
 
     Args:
         dump: `version`, `entries` and `pg_status`, as torch writes them.
-        group_ranks: the ranks of every process group by its name.
+        group_ranks: name of each process group -> its ranks.
     """
     entries = [entry for entry in dump.get("entries", []) if not entry.get("is_p2p")]
     if not entries:
@@ -71,16 +73,16 @@ def read_trace(dump: Mapping[str, Any], group_ranks: Mapping[str, list[int]]) ->
 
 
 def trace() -> Trace | None:
-    """Of this rank, now; None where torch has no record."""
+    """The current state of this rank's collectives; None if the recorder is unavailable or off."""
     calls = flight_recorder_dump()
     return None if calls is None else read_trace(json.loads(calls), ranks_of_groups())
 
 
 def missing_from(pending: Pending, launched: Mapping[int, Mapping[str, int]]) -> list[int]:
-    """The ranks of its group that have not launched it, and that the others wait for.
+    """The ranks of its group that have not launched a pending collective.
 
     Args:
-        launched: of every rank that told, its counts by process group.
+        launched: for every rank that has reported, its number of launched collectives by process group.
     """
     ranks = pending.ranks or sorted(launched)
     return [rank for rank in ranks if rank in launched and launched[rank].get(pending.group, 0) < pending.sequence]

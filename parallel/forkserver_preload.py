@@ -1,7 +1,9 @@
-"""Imported once by the fork server that ranks are forked from: the engine takes seconds to import, a fork none.
-Nothing here may start a thread or ask for a device: a CUDA driver that was initialised before a fork, which
-torch.cuda.is_available() does, is unusable in every rank. Where there may be a GPU, nothing is forked for that reason
-(parallel.local_launcher). Each rank installs the CPU patches after its fork."""
+"""Preloaded by the fork server, so that forked ranks need not import Megatron-Core, which takes seconds.
+
+This module must not start threads or initialize CUDA (torch.cuda.is_available() does): an initialized driver cannot be
+used in forked processes. Where there may be a GPU, ranks are therefore not forked (parallel.local_launcher). Each rank
+installs the CPU patches after the fork.
+"""
 
 import logging
 import warnings

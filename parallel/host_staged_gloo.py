@@ -1,6 +1,8 @@
-"""Ranks that share one GPU. NCCL wants a GPU for each rank, and gloo knows few collectives on CUDA tensors; so here, in
-one place, every collective and every message goes through host memory: copied there, exchanged by gloo, copied back
-when it is waited for. For trying a layout on one GPU, not for speed."""
+"""A process group backend for ranks that share one GPU, for trying a layout, not for speed.
+
+NCCL needs one GPU per rank, and gloo supports few collectives on CUDA tensors. This backend copies tensors to host
+memory, communicates with gloo, and copies the results back in `wait`.
+"""
 
 import datetime
 from collections.abc import Callable
@@ -12,8 +14,8 @@ from torch import Tensor
 
 BACKEND = "staged"
 
-# What torch.distributed asks of a process group, and which arguments come back changed. The names before torch 2.13
-# (_allgather_base and so on) are those of the same operations.
+# The methods of a process group that torch.distributed calls, and the indices of the arguments that they write to.
+# Names such as _allgather_base are those of the same operations before torch 2.13.
 _FIRST = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "reduce_scatter", "gather", "scatter"),
     *("all_gather_single", "reduce_scatter_single", "all_to_all_single", "_allgather_base", "_reduce_scatter_base"),
@@ -28,7 +30,7 @@ RESULTS: dict[str, tuple[int, ...]] = {
 
 
 def on_device(tensor: Tensor) -> bool:
-    """Whether gloo has to be kept from a tensor."""
+    """Whether a tensor must be staged through host memory."""
     return tensor.is_cuda
 
 
@@ -36,17 +38,17 @@ def to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-class _Arrival:
-    """A message under way; what arrives is copied to the device when it is waited for."""
+class _StagedWork:
+    """Work handle of a staged operation; `wait` copies the results to the device."""
 
     def __init__(self, work: Any, pairs: list[tuple[Tensor, Tensor]], sent: Any):
-        self._work, self._pairs, self._sent = work, pairs, sent  # what is sent must outlive the sending
+        self._work, self._pairs, self._sent = work, pairs, sent  # keeps the input alive until the work completes
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         if self._work is not None:
             self._work.wait(timeout) if timeout else self._work.wait()
         for device, host in self._pairs:
-            device.data.copy_(host)  # unseen by autograd, as what a collective writes always is
+            device.data.copy_(host)  # not recorded by autograd, as with any collective
         self._pairs = []
         return True
 
@@ -58,7 +60,7 @@ class _Arrival:
 
 
 def _staged(name: str) -> Callable[..., Any]:
-    """The operation of this name, through host memory where a tensor lies on a device."""
+    """The operation of this name, staged through host memory for device tensors."""
 
     def operation(self: "StagedGroup", *args: Any, **kwargs: Any) -> Any:
         copies: list[tuple[Tensor, Tensor]] = []
@@ -67,14 +69,14 @@ def _staged(name: str) -> Callable[..., Any]:
             return getattr(self.inner, name)(*args, **kwargs)
         results = {id(t) for index in RESULTS[name] for t in _tensors(args[index])}
         work = getattr(self.inner, name)(*hosts, **kwargs)
-        return _Arrival(work, [(device, host) for device, host in copies if id(device) in results], hosts)
+        return _StagedWork(work, [(device, host) for device, host in copies if id(device) in results], hosts)
 
     operation.__name__ = name
     return operation
 
 
 def _on_host(arg: Any, copies: list[tuple[Tensor, Tensor]]) -> Any:
-    """An argument with its device tensors replaced by copies, of which the list takes note."""
+    """The argument with its device tensors replaced by host copies; appends (device, host) to `copies`."""
     if isinstance(arg, Tensor):
         if not on_device(arg):
             return arg
@@ -90,7 +92,7 @@ def _tensors(arg: Any) -> list[Tensor]:
 
 
 class StagedGroup(dist.ProcessGroup):
-    """A group of gloo's that takes tensors of any device."""
+    """A gloo process group that accepts tensors on any device."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta):
         super().__init__(rank, size)
@@ -103,7 +105,7 @@ class StagedGroup(dist.ProcessGroup):
         self._name = ""
 
     def barrier(self, *args: Any, **kwargs: Any) -> Any:
-        # Of no tensors: with its options gloo would look for a device.
+        # As an all-reduce on the host: gloo's barrier would select a device from the options.
         return self.inner.allreduce([torch.zeros(1)])
 
     def getBackendName(self) -> str:
@@ -118,7 +120,7 @@ class StagedGroup(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]  # where objects are sent from
+        return [torch.device("cpu")]  # for object collectives
 
 
 for _name in RESULTS:
@@ -126,6 +128,6 @@ for _name in RESULTS:
 
 
 def register() -> None:
-    """Makes "staged" known to torch.distributed."""
+    """Registers the backend "staged" with torch.distributed."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])

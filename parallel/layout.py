@@ -1,5 +1,5 @@
-"""The rank grid: which degrees of parallelism a world of ranks is cut into, who is in whose group, and which ranks
-should share a node. Imports nothing heavy: a login node describes a layout of thousands of ranks in no time."""
+"""The parallel layout: degrees of parallelism, the ranks of each process group, and which groups should lie within a
+node. Does not import torch: a login node describes a layout of thousands of ranks."""
 
 import itertools
 import math
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from conf.schema import ParallelConfig
 
 GRIDS = {"attention": ("tp", "cp", "dp", "pp"), "experts": ("etp", "ep", "edp", "pp")}
-"""The same ranks carry two grids; the first axis runs fastest, so its ranks are neighbours. Megatron-Core's order."""
+"""The two grids over the same ranks, in Megatron-Core's order: along the first axis ranks are consecutive."""
 AXES = ("tp", "cp", "dp", "etp", "ep", "edp", "pp")
 SHARE_A_NODE = {
-    "tp": "all its collectives are waited for within every layer",
-    "etp": "its rows are gathered within every sparse layer",
-    "ep": "its all-to-all is waited for within every sparse layer",
-    "cp": "its keys and values are gathered within every layer",
+    "tp": "every layer waits for its collectives",
+    "etp": "every sparse layer gathers rows over it",
+    "ep": "every sparse layer waits for its all-to-all",
+    "cp": "every layer gathers keys and values over it",
 }
-"""Groups whose ranks should share a node, the most talkative first. Data and pipeline groups may well cross nodes:
-their messages are few or overlapped."""
+"""Groups that should lie within a node, by decreasing traffic. Data-parallel and pipeline groups may span nodes: their
+communication is rare or overlapped."""
 _ROWS = 16
-"""Rows of the rank table; of a larger world the first and the last ones are shown."""
+"""Rows of the rank table; of a larger world the first and the last ranks are shown."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism over `world` ranks. Attention and dense layers see (tp, cp, dp, pp), experts see
-    (etp, ep, edp, pp)."""
+    """Degrees of parallelism over `world` ranks: (tp, cp, dp, pp) for attention and dense layers, (etp, ep, edp, pp)
+    for experts."""
 
     world: int
     tp: int = 1
@@ -36,11 +36,11 @@ class Layout:
     etp: int = 1
     sequence_parallel: bool = False
     pp_layers: tuple[int, ...] | None = None
-    """Layers of every chunk in the order of the model; None: as many in each."""
+    """Number of layers of every pipeline chunk in the order of the model; None: the same in each."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int) -> "Layout":
-        """The layout of a checked configuration (conf/rules.py explains wrong ones)."""
+        """The layout of a validated configuration (conf/rules.py)."""
         p = parallel
         layers = None if p.pp_layers is None else tuple(p.pp_layers)
         layout = cls(world, p.tp, p.pp, p.vpp or 1, p.cp, p.ep, p.etp, p.sequence_parallel, layers)
@@ -49,17 +49,17 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Data parallelism of attention and dense layers."""
+        """Data-parallel size of attention and dense layers."""
         return self.world // (self.tp * self.pp * self.cp)
 
     @property
     def edp(self) -> int:
-        """Data parallelism of the experts."""
+        """Data-parallel size of the experts."""
         return self.world // (self.etp * self.ep * self.pp)
 
     def chunk_layers(self, chunk: int, num_layers: int) -> range:
-        """The layers of a pipeline chunk, chunks counted in the order of the model (stage s holds chunks s, s + pp,
-        s + 2 pp, ...)."""
+        """The layers of a pipeline chunk. Chunks are numbered in the order of the model: stage s holds chunks s, s +
+        pp, s + 2 pp, ..."""
         chunks = self.pp * self.vpp
         sizes = self.pp_layers or (num_layers // chunks,) * chunks
         assert len(sizes) == chunks and sum(sizes) == num_layers, (self, num_layers)
@@ -67,24 +67,24 @@ class Layout:
         return range(first, first + sizes[chunk])
 
     def _strides(self, grid: str) -> dict[str, tuple[int, int]]:
-        """(distance between neighbours, size) of each axis of a grid."""
+        """(stride, size) of each axis of a grid."""
         sizes = [getattr(self, axis) for axis in GRIDS[grid]]
         return {axis: (math.prod(sizes[:i]), sizes[i]) for i, axis in enumerate(GRIDS[grid])}
 
-    def place(self, rank: int) -> dict[str, int]:
-        """A rank's index on every axis of both grids."""
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """A rank's coordinate on every axis of both grids."""
         axes = self._strides("attention") | self._strides("experts")
         return {axis: rank // stride % size for axis, (stride, size) in axes.items()}
 
     def group(self, rank: int, *axes: str) -> list[int]:
-        """The ranks that differ from this one along the given axes of one grid only, in rank order."""
+        """The ranks whose coordinates differ from this rank's only on the given axes of one grid, in rank order."""
         grid = self._strides(next(name for name, known in GRIDS.items() if set(axes) <= set(known)))
         first = rank - sum(rank // stride % size * stride for stride, size in (grid[axis] for axis in axes))
         steps = [range(0, stride * size, stride) for stride, size in (grid[axis] for axis in axes)]
         return sorted(first + sum(step) for step in itertools.product(*steps))
 
     def nodes_of(self, axis: str, ranks_per_node: int) -> int:
-        """The most nodes that one group of an axis spreads over."""
+        """The largest number of nodes that a group of an axis spans."""
         stride, size = (self._strides("attention") | self._strides("experts"))[axis]
         heads = (rank for rank in range(self.world) if rank // stride % size == 0)
         return max(len({(head + i * stride) // ranks_per_node for i in range(size)}) for head in heads)
@@ -98,25 +98,25 @@ class Layout:
 
 
 def groups_across_nodes(layout: Layout, ranks_per_node: int) -> list[str]:
-    """A sentence for each kind of group that should lie within a node and does not, the worst first."""
+    """A sentence for each kind of group that should lie within a node and does not, by decreasing traffic."""
     strides = layout._strides("attention") | layout._strides("experts")
     found = []
     for axis, why in SHARE_A_NODE.items():
         (stride, size), nodes = strides[axis], layout.nodes_of(axis, ranks_per_node)
         if nodes > 1:
             found.append(
-                f"a {axis} group lies within {stride * size} neighbours, a node has {ranks_per_node}: "
-                f"it crosses {nodes} nodes, and {why}"
+                f"a {axis} group lies within {stride * size} consecutive ranks, a node has {ranks_per_node}: "
+                f"it spans {nodes} nodes, and {why}"
             )
     return found
 
 
 def describe(layout: Layout, ranks_per_node: int) -> str:
-    """The layout in full, several lines: both grids as equations, every kind of group with its size, the nodes it lies
-    on and an example, the rank table, and what should share a node and does not.
+    """A description of the layout in several lines: both grids, every kind of group with its size, number of nodes and
+    an example, the rank table, and warnings about groups that should lie within a node.
 
     Args:
-        ranks_per_node: GPUs of a node, or ranks simulated on one machine.
+        ranks_per_node: GPUs per node, or ranks simulated on one machine.
     """
     world, nodes = layout.world, -(-layout.world // ranks_per_node)
     lines = [f"{world:,} ranks on {nodes:,} node{'s' if nodes > 1 else ''} of {ranks_per_node}: {layout.describe()}"]
@@ -139,13 +139,13 @@ def describe(layout: Layout, ranks_per_node: int) -> str:
 
 
 def rank_table(layout: Layout, ranks_per_node: int) -> list[str]:
-    """A row per rank: its node and its index on both grids; of a large world the first and the last rows."""
+    """A row per rank: its node and its coordinates on both grids; of a large world the first and the last ranks."""
     rows = [f"{'rank':>7} {'node':>6}  {' '.join(f'{axis:>4}' for axis in AXES)}"]
     half = _ROWS // 2
     cut = layout.world > _ROWS
     for rank in [*range(half), *range(layout.world - half, layout.world)] if cut else range(layout.world):
         if cut and rank == layout.world - half:
             rows.append(f"{'...':>7}")
-        index = layout.place(rank)
+        index = layout.coordinates(rank)
         rows.append(f"{rank:>7,} {rank // ranks_per_node:>6,}  {' '.join(f'{index[axis]:>4}' for axis in AXES)}")
     return rows

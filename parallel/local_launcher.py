@@ -1,6 +1,8 @@
-"""N ranks on one machine: processes that really exchange data, forked from a server that has imported the engine once,
-or, where there may be a GPU, started anew. Used by `NPROC=N bash launch/train.sh` and by the tests, which keep one pool
-of ranks for the whole session. And one rank of a world of thousands, alone, for planning."""
+"""Launches ranks as processes on this machine, for `NPROC=N bash launch/train.sh` and for tests.
+
+Ranks are forked from a server that has imported Megatron-Core, or spawned where there may be a GPU. `fake_rank` builds
+one rank of a world of any size without its peers.
+"""
 
 import contextlib
 import gc
@@ -22,15 +24,15 @@ from parallel.device_env import may_have_gpu
 from parallel.env import World
 from parallel.layout import Layout
 
-if TYPE_CHECKING:  # importing it takes seconds, and a pool is started before it is needed
+if TYPE_CHECKING:  # importing it takes seconds
     from parallel.process_groups import Runtime
 
 _GRACE = 10.0
-"""Seconds between asking a rank to stop and killing it."""
+"""Seconds between asking a rank to exit and killing it."""
 
 
 class RankFailed(RuntimeError):
-    """The first failure among the ranks: its message is that rank's traceback."""
+    """A rank failed; the message is the traceback of the first one."""
 
 
 def free_port() -> int:
@@ -40,7 +42,7 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """No rank outlives the process that asked for it, not even one that was killed."""
+    """Kills this rank's process group when the parent process ends, even if that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -48,33 +50,34 @@ def _end_with_parent() -> None:
 
 
 _THREADS = 32
-"""Threads that finished tasks may leave in a rank. Gloo has some for every process group, which wake 100 times a
-second until the group is freed; an engine holds its groups in reference cycles, which the garbage collector may not
-look for in minutes, and looking for them takes a quarter of a second."""
+"""Number of threads that finished tasks may leave behind before garbage is collected. Every gloo process group has
+threads that wake up 100 times a second until the group is freed. An engine holds its groups in reference cycles, which
+the garbage collector may not visit for minutes; a collection takes a quarter of a second."""
 
 
 def _threads() -> int:
-    """Threads of this process, those of libraries included."""
+    """Number of threads of this process, including those of libraries."""
     return len(os.listdir("/proc/self/task"))
 
 
 _parent: Connection | None = None
-"""Of a simulated rank, to the process that asked for it."""
+"""The connection of a simulated rank to its parent process."""
 
 
 def send_to_parent(kind: str, value: Any) -> bool:
-    """From a simulated rank: "watched" once its end will be explained by parallel.watchdog, "verdict" with that
-    explanation. Elsewhere nothing happens; returns whether it was told."""
+    """Sends a message from a simulated rank to its parent: "watched" once parallel.watchdog will explain failures,
+    "diagnosis" with that explanation. Returns False, and does nothing, in other processes."""
     if _parent is not None:
         _parent.send((kind, value))
     return _parent is not None
 
 
 def _serve(connection: Connection) -> None:
-    """A rank's life: take (function, world, arguments), answer ("ok", result) or ("error", traceback), until None."""
+    """The main loop of a rank: receives (function, world, arguments) and sends ("ok", result) or ("error", traceback),
+    until it receives None."""
     global _parent
     _parent = connection
-    os.setpgrp()  # a Ctrl-C at the terminal goes to the parent alone, which decides what the ranks are told
+    os.setpgrp()  # a Ctrl-C at the terminal goes to the parent only, which signals the ranks
     threading.Thread(target=_end_with_parent, daemon=True).start()
     kept = _threads()
     while (task := connection.recv()) is not None:
@@ -90,15 +93,15 @@ def _serve(connection: Connection) -> None:
 
 
 class RankPool:
-    """Up to `size` rank processes, started when first needed and used again. A context manager: leaving it ends them.
+    """Context manager for up to `size` rank processes, which are started when first needed and reused.
 
-    Where there may be a GPU, every rank is a new interpreter, which imports the engine for itself: some import may
-    have initialised the GPU's driver, and no process that is forked after that can use it.
+    Where there may be a GPU, every rank is spawned as a new interpreter: an import may have initialized the GPU's
+    driver, which then cannot be used in forked processes.
 
     Args:
-        preload: modules that the fork server, where there is one, imports before the first fork.
-        held_signals: blocked in the ranks from their birth on, so that one which comes early is not lost and kills
-            nobody; the function that runs there unblocks them.
+        preload: modules that the fork server imports before the first fork.
+        held_signals: signals that are blocked in new ranks, so that an early one is neither lost nor fatal; the
+            function that runs there unblocks them.
     """
 
     def __init__(
@@ -119,8 +122,8 @@ class RankPool:
         self.close()
 
     def _grow(self, n: int) -> None:
-        # The mask is inherited by the fork server and from it by the ranks, or by the ranks at once. The resource
-        # tracker goes first, since starting it unblocks signals.
+        # The ranks inherit the mask, directly or through the fork server. The resource tracker is started first, since
+        # starting it unblocks signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._held_signals)
         try:
             resource_tracker.ensure_running()
@@ -136,7 +139,7 @@ class RankPool:
     def _start_up_to(self, n: int) -> None:
         while len(self._ranks) < n:
             here, there = self._context.Pipe()
-            # Not daemons: a checkpoint writer is a child of its rank.
+            # Not daemonic, so that ranks may have child processes.
             process = self._context.Process(target=_serve, args=(there,), daemon=False)
             process.start()
             there.close()
@@ -148,11 +151,12 @@ class RankPool:
         """Calls function(world, *args) on n ranks and returns their results in rank order.
 
         Args:
-            function: importable by name; its world has the rank, the size and a fresh rendezvous port.
-            timeout: seconds; None waits forever.
+            function: importable by name. Its `world` has the rank, the world size and an unused rendezvous port.
+            timeout: seconds; None: no limit.
 
         Raises:
-            RankFailed: a rank raised or died, or the time was up. All ranks are ended; the next run starts new ones.
+            RankFailed: a rank raised or died, or the timeout expired. All ranks are ended; the next run starts new
+            ones.
         """
         assert n <= self.size, (n, self.size)
         self._grow(n)
@@ -175,11 +179,11 @@ class RankPool:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = wait(list(waiting), left)
             if not ready:
-                raise RankFailed(death or f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
+                raise RankFailed(death or f"ranks {sorted(waiting.values())} did not finish within {timeout:g} s")
             for connection in ready:
                 rank = waiting[connection]
                 try:
-                    verdict, value = connection.recv()
+                    kind, value = connection.recv()
                 except EOFError:
                     del waiting[connection]
                     process = ranks[rank][0]
@@ -187,16 +191,16 @@ class RankPool:
                     death = death or f"rank {rank} died (exit code {process.exitcode})"
                     if not watched or not waiting:
                         raise RankFailed(death) from None
-                    # The others will tell what it left them waiting in.
+                    # The others report what they were waiting for.
                     deadline = min(deadline or math.inf, time.monotonic() + _GRACE)
                     continue
-                if verdict == "watched":
+                if kind == "watched":
                     watched = True
                     continue
                 del waiting[connection]
-                if verdict == "error":
+                if kind == "error":
                     raise RankFailed(f"{death + chr(10) if death else ''}rank {rank} failed:\n{value}")
-                if verdict == "verdict":
+                if kind == "diagnosis":
                     raise RankFailed(f"{death + '; ' if death else ''}{value}")
                 results[rank] = value
         if death:
@@ -204,33 +208,32 @@ class RankPool:
         return [results[rank] for rank in range(len(ranks))]
 
     def signal(self, number: int) -> None:
-        """Sends a signal to every rank, also to those that are still to be started. May be called by a signal handler,
-        at any moment."""
+        """Sends a signal to every rank, including those that are started later. May be called from a signal handler."""
         self._sent.add(number)
         for process, _ in self._ranks:
             if not wait([process.sentinel], 0):
                 os.kill(process.pid, number)
 
     def kill(self) -> None:
-        """Ends every rank and what it started, and waits for nothing. May be called by another thread."""
+        """Kills every rank and its child processes without waiting. May be called from another thread."""
         for process, _ in self._ranks:
             for end, target in ((os.killpg, process.pid), (os.kill, process.pid)):
-                with contextlib.suppress(OSError):  # gone, or too young to have a group
+                with contextlib.suppress(OSError):  # it has ended, or has no process group yet
                     end(target, signal.SIGKILL)
 
     def close(self, *, at_once: bool = False) -> None:
-        """Ends every rank and whatever it started."""
+        """Ends every rank and its child processes."""
         for process, connection in self._ranks:
             if process.is_alive() and not at_once:
                 try:
                     connection.send(None)
                     process.join(_GRACE)
-                except OSError:  # it died meanwhile
+                except OSError:  # it has died
                     pass
-            # Also when the rank itself is gone: what it started is still in its process group.
+            # Also if the rank itself has ended: its child processes are in its process group.
             try:
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # nobody is left, or it was too young to have a group
+            except ProcessLookupError:  # all have ended, or it has no process group yet
                 process.kill()
             process.join()
             connection.close()
@@ -239,8 +242,8 @@ class RankPool:
 
 
 def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
-    """Calls function(world, *args) on n ranks of their own and returns their results in rank order. When it returns or
-    raises, none of their processes is left.
+    """Calls function(world, *args) on n new ranks and returns their results in rank order. All processes have ended
+    when it returns or raises.
 
     Args:
         timeout: seconds.
@@ -254,8 +257,8 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) 
 
 @contextlib.contextmanager
 def fake_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
-    """One rank of a world of any size, without peers: its groups know their sizes and exchange nothing, and what is
-    built while this is entered has shapes but no memory. For counting what a rank of a layout would hold."""
+    """One rank of a world of any size, without peers. Its process groups have their sizes but communicate nothing, and
+    modules built inside are on the meta device. For counting what a rank of a layout would hold."""
     import torch
     import torch.distributed as dist
 
@@ -264,7 +267,7 @@ def fake_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
     from parallel.torch_private import fake_store
 
     def group(*axes: str) -> dist.ProcessGroup:
-        # Megatron-Core's own function would make every group of the world, not this rank's alone.
+        # Megatron-Core's own function would create every group of the world, not only this rank's.
         return dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
 
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=layout.world)

@@ -1,13 +1,13 @@
-"""Every change to Megatron-Core, or made for it, and every use of what it keeps private: nothing is patched elsewhere,
-and a test looks. Tested with 0.16.1 and 0.19.2.
+"""All patches of Megatron-Core, or for it, and all uses of its private names. No other module patches anything, which a
+test checks. Tested with versions 0.16.1 and 0.19.2.
 
-- Without CUDA, Megatron-Core runs on CPU tensors and gloo, so that tests, laptops and CI execute the code that clusters
-  execute. It names CUDA directly in hundreds of places; CPU_PATCHES covers those that training meets. They are
-  installed only where CUDA is absent, and `undo` takes every one of them back.
-- What Megatron-Core has no argument for is patched for the length of a `with` block.
-- Where versions differ, a function of this file hides the difference.
+- Without CUDA, CPU_PATCHES make Megatron-Core run on CPU tensors and gloo, so that tests, laptops and CI execute the
+  same code as clusters. Megatron-Core names CUDA directly in hundreds of places; the patches cover those that training
+  reaches. They are installed only where CUDA is absent, and `undo` removes them.
+- What has no argument in Megatron-Core is patched inside a `with` block.
+- Functions hide the differences between versions.
 
-Each change has a test that fails once Megatron-Core no longer needs it.
+Each patch has a test that fails once Megatron-Core no longer needs it.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    """A function that ignores its arguments; a new one for each name, since torch's compiler insists that no two of
-    torch's names are the same function."""
+    """A new function that ignores its arguments. Each patched name gets its own, since torch.compile requires that no
+    two names in torch are the same function."""
     return lambda *args, **kwargs: value
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """The same factory with device="cuda" read as the CPU. A wrapper per factory costs far less than a
-    TorchFunctionMode, which sits in the way of every torch call."""
+    """The factory with device="cuda" replaced by the CPU. A wrapper per factory costs far less than a
+    TorchFunctionMode, which intercepts every torch call."""
 
     @functools.wraps(factory)
     def make(*args: Any, device: Any = None, **kwargs: Any) -> Any:
@@ -48,8 +48,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Leaves out a collective in place over a single rank. NCCL does that by itself; gloo copies the whole bucket to
-    another place and back."""
+    """Skips an in-place collective over a single rank, as NCCL does; gloo would copy the whole bucket twice."""
 
     @functools.wraps(collective)
     def call(output: Tensor, given: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
@@ -66,16 +65,16 @@ Saved = list[tuple[Any, str, Any]]
 
 @dataclass(frozen=True)
 class Patch:
-    """Attributes of a module or class that are replaced."""
+    """A replacement of attributes of a module or class."""
 
     owner: str
     names: tuple[str, ...]
     replace: Callable[[Any], Any]
-    """original -> replacement, called for each name."""
+    """Original -> replacement; called for each name."""
     why: str
 
     def apply(self) -> Saved:
-        """Returns (owner, name, original) of what was replaced."""
+        """Installs the patch. Returns (owner, name, original) of each attribute."""
         owner = pkgutil.resolve_name(self.owner)
         saved = [(owner, name, getattr(owner, name)) for name in self.names]
         for _, name, original in saved:
@@ -91,28 +90,28 @@ def _restore(saved: Saved) -> None:
 _RANDOM = "megatron.core.tensor_parallel.random"
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 CPU_PATCHES = (
-    Patch("torch.cuda", ("current_device",), lambda _: _returning(CPU), "Buffers and scalars are made there."),
-    Patch("torch.cuda", ("current_stream",), lambda _: _returning(None), "0.19 asks before it reduces gradients."),
-    Patch("torch", ("tensor", "zeros"), _on_cpu, 'Literal device="cuda" in the optimizer and the schedules.'),
+    Patch("torch.cuda", ("current_device",), lambda _: _returning(CPU), "Device of buffers and scalars."),
+    Patch("torch.cuda", ("current_stream",), lambda _: _returning(None), "Called by 0.19 before it reduces gradients."),
+    Patch("torch", ("tensor", "zeros"), _on_cpu, 'device="cuda" is literal in the optimizer and the schedules.'),
     Patch(
         "torch.cuda",
         ("get_rng_state",),
         lambda _: lambda *a, **k: torch.get_rng_state(),
-        "The tensor-parallel random tracker keeps states of the CUDA generator.",
+        "The tensor-parallel RNG tracker keeps states of the CUDA generator.",
     ),
-    Patch("torch.cuda", ("manual_seed",), lambda _: torch.manual_seed, "It makes each of them from a seed."),
+    Patch("torch.cuda", ("manual_seed",), lambda _: torch.manual_seed, "The RNG tracker seeds each of its states."),
     Patch(
         _RANDOM,
         ("_get_cuda_rng_state",),
         lambda _: lambda *a, **k: torch.get_rng_state(),
-        "It reads and writes the generator by its index, past torch.cuda.",
+        "The RNG tracker accesses the default CUDA generator by index.",
     ),
     Patch(_RANDOM, ("_set_cuda_rng_state",), lambda _: lambda state, *a, **k: torch.set_rng_state(state), "The same."),
     Patch(
         _BUFFERS,
         ("dist_reduce_scatter_func", "dist_all_gather_func"),
         _unless_alone,
-        "Speed: a rank that reduces with itself alone copies nothing.",
+        "Speed: no copies for groups of one rank.",
     ),
 )
 
@@ -136,7 +135,7 @@ def install(patches: Sequence[Patch] = CPU_PATCHES) -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
-        # `with torch.device(...)` knows the factories by identity, from the first time on: it is to know the real ones.
+        # `with torch.device(...)` recognizes factories by identity and caches them at first use: cache the originals.
         _device_constructors()
         for patch in patches:
             _installed.extend(patch.apply())
@@ -144,7 +143,7 @@ def install(patches: Sequence[Patch] = CPU_PATCHES) -> bool:
 
 
 def undo() -> None:
-    """Takes the patches back, if there are any."""
+    """Removes the patches that `install` has installed."""
     _restore(_installed)
     _installed.clear()
 
@@ -162,22 +161,22 @@ IMPORT_PATCHES = (
         "torch",
         ("compile",),
         lambda _: _no_compile,
-        "Megatron-Core decorates layers that we do not use, which alone would load torch's compiler: half of the "
-        "import's time.",
+        "Megatron-Core decorates layers that are not used here; loading torch's compiler for them would double the "
+        "import time.",
     ),
     Patch(
         "torch.cuda",
         ("is_available",),
         _not_for_megatron,
-        "0.19 asks at import (dist_checkpointing/strategies/torch.py) whether to look for TransformerEngine's FP8 "
-        "tensors, which no checkpoint of ours holds; the answer may initialise the driver.",
+        "0.19 calls it at import (dist_checkpointing/strategies/torch.py) to decide on support for TransformerEngine's "
+        "FP8 tensors, which is not used here; the call may initialize the CUDA driver.",
     ),
 )
 
 
 def import_core() -> ModuleType:
-    """Imports Megatron-Core, quickly, and what the CPU patches need of it. Touches no device, so that a process which
-    has called it can still be forked: a CUDA driver that was initialised before a fork is unusable after it."""
+    """Imports Megatron-Core and the modules that the CPU patches change. Does not initialize CUDA, so that the process
+    can still be forked."""
     with _patched(*IMPORT_PATCHES):
         import megatron.core
         from megatron.core.distributed import param_and_grad_buffer  # noqa: F401
@@ -186,8 +185,8 @@ def import_core() -> ModuleType:
 
 
 def load() -> ModuleType:
-    """Imports Megatron-Core and installs the CPU patches where they are needed. Called before anything else imports
-    the engine; late, it only costs time."""
+    """Imports Megatron-Core and installs the CPU patches if CUDA is absent. Call it before anything else imports
+    Megatron-Core; a later call only makes the import slower."""
     core = import_core()
     install()
     return core
@@ -234,14 +233,14 @@ def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **def
 
 @contextlib.contextmanager
 def layers_made_on(device: torch.device) -> Iterator[None]:
-    """Megatron-Core's layers name the device that they are made on, torch.cuda.current_device(); inside, it is this."""
+    """Inside, Megatron-Core's layers are created on `device` instead of torch.cuda.current_device()."""
     with _patched(Patch("torch.cuda", ("current_device",), lambda _: _returning(device), "Shapes without memory.")):
         yield
 
 
 def name_missing_gemm() -> None:
-    """Lets Megatron-Core's own router run without TransformerEngine: 0.16.1 compares this name with None, but defines
-    it only where TransformerEngine is installed. 0.19 defines it."""
+    """Lets Megatron-Core's own router run without TransformerEngine: 0.16.1 compares `te_general_gemm` with None, but
+    defines it only if TransformerEngine is installed. 0.19 always defines it."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -249,8 +248,8 @@ def name_missing_gemm() -> None:
 
 
 def moe_layer(config: Any) -> nn.Module:
-    """Megatron-Core's own sparse layer, to compare ours with. Its specification is a ModuleSpec in 0.16 and a function
-    in 0.19."""
+    """Megatron-Core's own MoE layer, for comparisons. Its specification is a ModuleSpec in 0.16 and a function in
+    0.19."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -261,11 +260,12 @@ def moe_layer(config: Any) -> nn.Module:
 
 
 def replace_linear_product(module: nn.Module, product: Callable[..., Tensor]) -> None:
-    """Every tensor-parallel linear layer inside `module` computes with `product`, for which its class has no argument.
+    """Makes every tensor-parallel linear layer in `module` compute its matrix product with `product`. The layers have
+    no argument for it.
 
     Args:
-        product: (x [S, B, K], w [N, K], whether to gather x over the group first, whether to add up its gradient over
-            the group, the group) -> [S, B, N].
+        product: (x [S, B, K], w [N, K], whether to all-gather x over the group first, whether to all-reduce the
+            gradient of x over the group, the group) -> [S, B, N].
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -280,32 +280,32 @@ def replace_linear_product(module: nn.Module, product: Callable[..., Tensor]) ->
 
 @functools.cache
 def is_since(major: int, minor: int) -> bool:
-    """Whether Megatron-Core is of this version or newer."""
+    """Whether Megatron-Core's version is at least this."""
     import megatron.core
 
     return tuple(int(n) for n in megatron.core.__version__.split(".")[:2]) >= (major, minor)
 
 
 def parameters_in_norm(optimizer: Any) -> list[nn.Parameter]:
-    """The shards of a distributed optimizer that count in the gradient norm on this rank: of parameters that several
-    ranks hold, one rank's. Its own function is of another name in 0.19 and takes each shard's `grad` only."""
+    """The shards of a distributed optimizer that count in the gradient norm on this rank: replicated parameters count
+    on one rank. Megatron-Core's own function has another name in 0.19 and reads only each shard's `grad`."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate as is_counted
     from megatron.core.transformer.module import param_is_not_shared
 
     names = ("tp_group", "expert_tp_group") if is_since(0, 19) else ("tp_group",)
-    groups = {name: getattr(optimizer, name, None) for name in names}  # an optimizer of no parameters has none
+    groups = {name: getattr(optimizer, name, None) for name in names}  # an optimizer without parameters has no groups
     return [p for p in optimizer.get_parameters() if param_is_not_shared(p) and is_counted(p, **groups)]
 
 
 def replace_inner_optimizer(optimizer: Any, inner: torch.optim.Optimizer) -> None:
-    """Gives a distributed optimizer another one to step with, which writes the model's weights itself: what it would
-    copy there from its fp32 shards has no argument to turn it off."""
+    """Replaces the optimizer that a distributed optimizer steps with by one that writes the model weights itself. The
+    copy from fp32 shards to model weights, which has no argument to turn it off, is disabled."""
     optimizer.optimizer = inner
     optimizer._copy_main_params_to_model_params = lambda: None
 
 
 def optimizer_range(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
-    """(start, end) of the part of the flattened parameter that a distributed optimizer keeps on this rank. Private
-    there, and not in any sharded state that it gives out."""
+    """(start, end) of this rank's shard of a flattened parameter in a distributed optimizer. Only a private method
+    returns it."""
     found = optimizer._get_model_param_range_map(parameter)["param"]
     return found.start, found.end

@@ -305,7 +305,7 @@ class Watchdog:
         """Ends this process, unless its main thread is about to end by itself."""
         if self._leaving.wait(self._period):
             return
-        if not local_launcher.send_to_parent("verdict", told) and should_print(self.world, told):
+        if not local_launcher.send_to_parent("diagnosis", told) and should_print(self.world, told):
             print(f"switchyard: error: {visible(told)}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(FAILED)

@@ -215,7 +215,7 @@ def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) 
     except ValueError as error:
         return BAD_CONFIGURATION, str(error)
     except RankError as error:
-        local_launcher.send_to_parent("verdict", str(error))
+        local_launcher.send_to_parent("diagnosis", str(error))
         return FAILED, ""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from parallel import file_lock
 file_lock._BEAT = 0.05
 path = Path(sys.argv[1])
-with file_lock.held(os.open(path, os.O_RDWR | os.O_CREAT), path, timeout=60):
+with file_lock.hold_lock(os.open(path, os.O_RDWR | os.O_CREAT), path, timeout=60):
     while not Path(f"{path}-holder").exists():
         time.sleep(0.01)
     print("held", flush=True)
@@ -55,7 +55,7 @@ def test_a_frozen_holder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     with holder(path) as process:
         process.send_signal(signal.SIGSTOP)
-        told = rf"process {process.pid} on {os.uname().nodename} holds {path} and has given no sign of life for 1 s"
+        told = rf"process {process.pid} on {os.uname().nodename} holds {path} and has sent no heartbeat for 1 s"
         with pytest.raises(LockTimeout, match=told), locked(path, timeout=1):
             pass
         process.kill()

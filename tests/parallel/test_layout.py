@@ -53,7 +53,7 @@ def test_groups_are_megatrons(sizes, etp, data):
         assert {tuple(layout.group(rank, *axes)) for rank in range(world)} == {tuple(g) for g in wanted}, kind
         if len(axes) == 1:
             for members in wanted:
-                assert [layout.place(rank)[axes[0]] for rank in members] == list(range(len(members)))
+                assert [layout.coordinates(rank)[axes[0]] for rank in members] == list(range(len(members)))
 
 
 def test_layers_of_chunks():
@@ -73,7 +73,7 @@ def test_nodes_by_hand():
     assert groups_across_nodes(layout, 4) == [] == groups_across_nodes(layout, 16)
     assert layout.nodes_of("tp", 2) == 2 and layout.nodes_of("tp", 6) == 2  # 0-5 | 6-11: 4-7 is on both
     told = groups_across_nodes(layout, 6)
-    assert len(told) == 2 and told[0].startswith("a tp group lies within 4 neighbours, a node has 6: it crosses 2")
+    assert len(told) == 2 and told[0].startswith("a tp group lies within 4 consecutive ranks, a node has 6: it spans 2")
     # Context ranks are tp apart: with tp4 a pair of them never fits into a node of four.
     assert [text[:10] for text in groups_across_nodes(Layout(16, tp=4, cp=2), 4)] == ["a cp group"]
 

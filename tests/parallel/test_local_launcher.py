@@ -107,7 +107,7 @@ def wait_for_ever(world: World, marks: Path) -> None:
 
 def test_time_out_names_who_is_late(pool, tmp_path):
     pool.run(3, who)  # so that the time is not spent on starting
-    with pytest.raises(RankFailed, match=r"ranks \[1, 2\] gave no answer within 1 s"):
+    with pytest.raises(RankFailed, match=r"ranks \[1, 2\] did not finish within 1 s"):
         pool.run(3, wait_for_ever, tmp_path, timeout=1)
     assert wait_until(lambda: not left_alive(tmp_path))
     assert len(pool.run(3, who)) == 3
@@ -169,7 +169,7 @@ def leave_a_child_and_sleep(world: World, marks: Path) -> None:
 
 def test_ranks_of_their_own(tmp_path):
     assert run_ranks(2, with_arguments, 7, "x", timeout=60) == ["0 7 x", "1 7 x"]
-    with pytest.raises(RankFailed, match=r"ranks \[1\] gave no answer within 3 s"):
+    with pytest.raises(RankFailed, match=r"ranks \[1\] did not finish within 3 s"):
         run_ranks(2, leave_a_child_and_sleep, tmp_path, timeout=3)
     assert wait_until(lambda: not left_alive(tmp_path))
 

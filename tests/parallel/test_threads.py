@@ -39,9 +39,9 @@ def test_an_environment_that_says_how_to_wait_is_left_alone() -> None:
 
 LOOPS = """
 import sys, time
-from parallel.threads import wait_briefly
+from parallel.threads import limit_spinning
 if sys.argv[1] == "briefly":
-    wait_briefly()
+    limit_spinning()
 import torch
 torch.set_num_threads(2)
 x = torch.zeros(2**16)

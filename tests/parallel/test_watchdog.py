@@ -94,7 +94,7 @@ def test_trouble_ends_all_and_is_explained(pool, tmp_path, how, culprit, told, l
     )
     for rank in logs:
         text = (tmp_path / str(rank)).read_text()
-        assert "trouble in step 3" in text and "in steps" in text and 'test_watch.py", line' in text
+        assert "trouble in step 3" in text and "in steps" in text and 'test_watchdog.py", line' in text
         assert ("in go_wrong" in text) == (how == "stall" and rank == culprit)
 
 
