@@ -87,7 +87,10 @@ def simulated_ranks(env: Mapping[str, str] = os.environ) -> int:
 def should_print(world: World, message: str) -> bool:
     """Whether this rank prints a message that all ranks have: rank 0 does, or one rank per node if the message says
     that rank 0 has failed."""
-    without_0 = any(words in message for words in ("rank 0 is gone", "rank 0 did not come", "does not answer"))
+    without_0 = any(
+        words in message
+        for words in ("rank 0 has died", "rank 0 did not open", "rank 0 does not respond", "does not answer")
+    )
     return world.rank == 0 or (without_0 and (world.rank == 1 or world.local_rank == 0))
 
 

@@ -1,9 +1,10 @@
-"""Weights and Adam's moments as logical tensors, whatever shards the distributed optimizer keeps.
+"""Converts between the shards of Megatron-Core's distributed optimizer and logical tensors (weights and Adam's
+moments).
 
-Megatron-Core's distributed optimizer gives every data-parallel rank a contiguous piece of the flattened gradient
-bucket: a parameter may lie on one rank, on several, or on none but this one. To save, the pieces of a parameter are
-brought together on one rank of its group, a different one for each parameter, so that memory and writing are shared.
-To load, every rank reads the parameters that its pieces come from.
+The distributed optimizer gives every data-parallel rank a contiguous shard of the flattened gradient bucket, so that a
+parameter may lie on one or on several ranks. To save, the shards of a parameter are gathered on one rank of its group,
+a different one for each parameter, which distributes memory and writing. To load, every rank reads the parameters that
+its shards belong to.
 """
 
 from collections.abc import Iterator
@@ -30,18 +31,18 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every parameter that this rank holds a part of."""
+    """The logical shape of every parameter of which this rank holds a shard."""
     return {name: p.sharding.logical_shape(p.shape) for name, p in _named(engine)}
 
 
 def states(engine: Engine) -> list[str]:
-    """Those among this rank's parameters that are set by rule (Placement.is_state)."""
+    """Names of this rank's parameters that are set by a rule (Sharding.is_state)."""
     return [name for name, p in _named(engine) if p.sharding.is_state]
 
 
 def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every tensor of a checkpoint that this rank has a part in. What no gradient moves has no
-    moments."""
+    """The logical shape of every checkpoint tensor of which this rank holds a shard. Parameters without a gradient have
+    no moments."""
     return {
         f"{kind}.{name}": p.sharding.logical_shape(p.shape)
         for name, p in _named(engine)
@@ -50,7 +51,7 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 
 
 def counted_updates(engine: Engine) -> int:
-    """The updates that this rank's part of the optimizer has counted; 0 where it holds nothing."""
+    """The number of updates that this rank's part of the optimizer has counted; 0 if it is empty."""
     counts = [0]
     for shard in _optimizer_shards(engine).values():
         group = next((g for g in shard.inner.param_groups if "step" in g), {})  # ours, Apex's, TransformerEngine's
@@ -59,13 +60,13 @@ def counted_updates(engine: Engine) -> int:
 
 
 def first_nonfinite(engine: Engine) -> str | None:
-    """The first tensor of weights or moments that holds a NaN or an infinity, as "exp_avg of layers.0...."; None where
-    all are finite. Every rank looks at its own shards, all call this together, and all get the same answer."""
+    """The first tensor of weights or moments that holds a NaN or an infinity, as "exp_avg of layers.0....", or None.
+    Every rank calls this together, checks its own shards and gets the same answer."""
     shards, mine = _optimizer_shards(engine), None
     for name, parameter in _named(engine):
         shard = shards.get(parameter)
         state = shard.inner.state.get(shard.master, {}) if shard else {}
-        # Weights in bf16 are rounded from the master copy: where there is one, it is what a checkpoint holds.
+        # A checkpoint holds the master weights where there are any; bf16 weights are rounded from them.
         parts = {"weights": shard.master if shard else parameter, **{m: state[m] for m in MOMENTS if m in state}}
         mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
         if mine:
@@ -76,7 +77,7 @@ def first_nonfinite(engine: Engine) -> str | None:
 
 
 def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
-    """Megatron-Core's description of a box of a logical tensor."""
+    """Megatron-Core's ShardedTensor for this rank's shard of a logical tensor."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     offsets = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
@@ -91,29 +92,29 @@ def _assemble(
     owner: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The whole of a parameter's master weights or moment on the owner of its group; elsewhere the result means
-    nothing."""
+    """Gathers a parameter's master weights or one of its moments on rank `owner` of its group. On the other ranks the
+    result is undefined."""
     groups = engine.runtime.groups
     group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
     whole = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     if part is not None and shard is not None:
         whole[shard.start : shard.end] = part
     if group.size() > 1:
-        # Every element comes from exactly one rank, so the sum is exact.
+        # Every element is nonzero on one rank at most, so the sum is exact.
         dist.reduce(whole, group_dst=owner % group.size(), group=group)
     return whole.view(parameter.shape)
 
 
 def to_save(engine: Engine) -> dict[str, Any]:
-    """What this rank writes: the parameters that it owns, assembled, on the CPU."""
+    """The tensors that this rank writes to a checkpoint, on the CPU: those of the parameters that it owns."""
     shards, tensors = _optimizer_shards(engine), {}
     groups = engine.runtime.groups
     moment_dtype = torch.bfloat16 if engine.optim is not None and engine.optim.state_dtype == "bf16" else torch.float32
     for index, (name, parameter) in enumerate(_named(engine)):
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
-        if not parameter.requires_grad:  # whole on every rank, and in no optimizer
+        if not parameter.requires_grad:  # complete on every rank, and in no optimizer
             if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
-                copy = parameter.detach().cpu().clone()  # it is written while training goes on
+                copy = parameter.detach().cpu().clone()  # written while training continues
                 tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
             continue
         shard = shards.get(parameter)
@@ -128,13 +129,13 @@ def to_save(engine: Engine) -> dict[str, Any]:
 
 
 def weights_to_load(engine: Engine) -> dict[str, Any]:
-    """Empty fp32 tensors for this rank's part of every parameter."""
+    """Uninitialized fp32 tensors for this rank's shard of every parameter."""
     keys = {f"weights.{name}": p for name, p in _named(engine)}
     return {key: _sharded(key, torch.empty(p.shape), p) for key, p in keys.items()}
 
 
 def to_load(engine: Engine) -> dict[str, Any]:
-    """Empty fp32 tensors for the moments of the parameters that this rank keeps pieces of."""
+    """Uninitialized fp32 tensors for the moments of the parameters of which this rank holds optimizer shards."""
     shards, tensors = _optimizer_shards(engine), {}
     for name, parameter in _named(engine):
         if parameter in shards:
@@ -157,10 +158,10 @@ def restore_master(engine: Engine, loaded: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
-    """Gives the optimizer its moments back.
+    """Restores the optimizer's moments.
 
     Args:
-        updates: updates applied so far, which Adam's bias correction counts.
+        updates: number of updates applied so far, used in Adam's bias correction.
     """
     if updates == 0:
         return
@@ -174,10 +175,10 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
             continue
         state = {m: moment.to(parameter.device) for m, moment in state.items()}
         if isinstance(shard.inner, torch.optim.AdamW):
-            # A tensor of its own for every parameter: AdamW advances it in place.
+            # A separate tensor for every parameter: AdamW increments it in place.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
         shard.inner.state[shard.master] = {k: v.clone() for k, v in state.items()}
     for inner in {shard.inner for shard in shards.values()}:
-        if not isinstance(inner, torch.optim.AdamW):  # ours, Apex's and TransformerEngine's count per group
+        if not isinstance(inner, torch.optim.AdamW):  # the others count updates per parameter group
             for group in inner.param_groups:
                 group["step"] = updates

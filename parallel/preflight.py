@@ -1,5 +1,5 @@
-"""Looks at every node before training starts and names those that would slow the run down or end it. One slow node
-among hundreds slows them all, and in training they all look alike."""
+"""Checks every node before training starts: compute and link speed, free memory, and access to the storage. One slow
+node slows down all others, and during training it cannot be told apart from them."""
 
 import os
 import statistics
@@ -16,33 +16,33 @@ import torch.distributed as dist
 from parallel.process_groups import Runtime
 
 SLOW = 0.5
-"""A rank with less than this share of the median rank's rate is bad."""
+"""A rank is reported if its rate is below this fraction of the median rank's."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank found. Rates are None where there is nothing to compare or to measure."""
+    """The measurements of one rank."""
 
     rank: int
     host: str
     free_memory: float
-    """Bytes: of its GPU, or its share of what the machine has left."""
+    """Bytes of its GPU, or its share of the machine's available memory."""
     free_disk: float
-    """Bytes where the run is kept."""
+    """Bytes on the file system of the run directory."""
     disk_error: str | None
-    """Why nothing can be written there."""
+    """Why the run directory cannot be written; None: it can."""
     flops: float
-    """Of a matrix product, per second."""
+    """FLOP/s of a matrix product."""
     bandwidth: float | None
-    """Bytes per second to another node, or to another rank where there is one node."""
+    """Bytes per second to another node, or to another rank if there is one node; None: there is no other rank."""
 
 
 def inspect(runtime: Runtime, folder: Path) -> list[Report]:
-    """Measures and gathers the reports of all ranks, in rank order. Every rank calls this together; takes about a
-    second, plus what it takes NCCL to connect.
+    """Measures and gathers the reports of all ranks, in rank order. Every rank calls this together. Takes about a
+    second, plus the time NCCL needs to connect.
 
     Args:
-        folder: where the run will be kept; it or a folder above it exists.
+        folder: the run directory; it or one of its parents exists.
     """
     folder = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     device, world = runtime.device, runtime.world
@@ -62,10 +62,10 @@ def inspect(runtime: Runtime, folder: Path) -> list[Report]:
 
 
 def find_problems(reports: list[Report], *, memory: float, disk: float) -> dict[str, list[str]]:
-    """What is wrong with which node, nothing for those that are well.
+    """Node -> problems found on it; nodes without problems are left out.
 
     Args:
-        memory: bytes that a rank will take.
+        memory: bytes that a rank needs.
         disk: bytes that the run will write.
     """
     found: dict[str, list[str]] = {}
@@ -93,20 +93,20 @@ def find_problems(reports: list[Report], *, memory: float, disk: float) -> dict[
 
 
 def medians(reports: list[Report]) -> str:
-    """The rates of the median rank, in words."""
+    """The rates of the median rank, as text."""
     rates = [(what, unit, statistics.median(rate.values())) for what, unit, rate in _rates(reports) if rate]
     return ", ".join(f"{what} {median / 1e9:.3g} {unit}" for what, unit, median in rates)
 
 
 def _rates(reports: list[Report]) -> list[tuple[str, str, dict[int, float]]]:
     return [
-        ("matrix products run at", "GFLOP/s", {r.rank: r.flops for r in reports}),
-        ("links run at", "GB/s", {r.rank: r.bandwidth for r in reports if r.bandwidth is not None}),
+        ("matrix products", "GFLOP/s", {r.rank: r.flops for r in reports}),
+        ("links", "GB/s", {r.rank: r.bandwidth for r in reports if r.bandwidth is not None}),
     ]
 
 
 def _look_at_disk(folder: Path) -> tuple[float, str | None]:
-    """(bytes free, why nothing can be written). A file system that one node has not mounted shows here."""
+    """(free bytes, why the directory cannot be written). Detects file systems that are not mounted on a node."""
     trial = folder / f".preflight-{uuid.uuid4().hex[:8]}"
     try:
         stat = os.statvfs(folder)
@@ -126,7 +126,7 @@ def _free_memory(device: torch.device, local_size: int) -> float:
 
 
 def _best_seconds(action: Callable[[], Any], device: torch.device, times: int = 4) -> float:
-    """The shortest of several times; the first warms up."""
+    """The shortest duration of several calls; the first is a warm-up."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
@@ -145,7 +145,7 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _bandwidth(runtime: Runtime) -> float:
-    """To the better of two neighbours: a bad neighbour does not make this rank look bad."""
+    """Bytes per second to the faster of two neighbors, so that a slow neighbor does not make this rank look slow."""
     world, device = runtime.world, runtime.device
     bytes_sent = 2**28 if device.type == "cuda" else 2**22
     outgoing = torch.zeros(bytes_sent, dtype=torch.uint8, device=device)
@@ -167,9 +167,9 @@ def _bandwidth(runtime: Runtime) -> float:
 
 
 def neighbours(rank: int, size: int, local_size: int) -> list[int | None]:
-    """The ranks that this one exchanges data with, one round after the other: the same place on the node before and
-    after (rings of nodes), or the rank before and after where there is one node. None: nobody in this round, of an odd
-    number."""
+    """The rank that this one exchanges data with in each of two rounds: the rank with the same local rank on the next
+    and the previous node, or with one node the next and the previous rank. None: no partner in this round, if their
+    number is odd."""
     stride = local_size if local_size < size and size % local_size == 0 else 1
     place, count = rank // stride, size // stride
     found: list[int | None] = []

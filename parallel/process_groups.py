@@ -1,4 +1,4 @@
-"""Starts and stops the ranks of a run: who am I, which device, which process groups."""
+"""Initializes and destroys the process groups of a run, and selects the device of each rank."""
 
 import datetime
 import os
@@ -18,24 +18,24 @@ from parallel.threads import threads_per_rank
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that the layers and the loop use, passed explicitly rather than fetched from globals."""
+    """The process groups of a layout. They are passed explicitly, not read from Megatron-Core's globals."""
 
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
-    """Same model part, other sequences."""
+    """Ranks with the same model shard and different sequences."""
     dp_cp: dist.ProcessGroup
-    """Same model part, other tokens."""
+    """Ranks with the same model shard and different tokens."""
     tp_cp: dist.ProcessGroup
-    """Ranks that share one micro-batch, in sequence order (tp fastest) when the sequence is cut over both."""
+    """Ranks that share a micro-batch, in sequence order (tp fastest) if the sequence is sharded over both."""
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
-    """Same experts, other tokens."""
+    """Ranks with the same experts and different tokens."""
     embedding: dist.ProcessGroup | None
     """The first and the last pipeline stage, over which Megatron-Core sums the gradients of tied embeddings; None on
-    the stages between."""
+    other stages."""
     world: dist.ProcessGroup
 
     def __iter__(self):
@@ -45,36 +45,36 @@ class Groups:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What `start` set up."""
+    """The distributed environment that `start` has set up."""
 
     world: World
     layout: Layout
     groups: Groups
     device: torch.device
     backend: str
-    """What carries the messages: nccl, gloo, or gloo through host memory (parallel.host_staged_gloo)."""
+    """nccl, gloo, or gloo through host memory (parallel.host_staged_gloo)."""
     memory: tuple[str, str] | None = None
-    """What the C library does with freed memory, and why; None on a GPU, whose allocator is torch's."""
+    """(setting of malloc, reason) for the start table; None on a GPU."""
 
 
 def pick_device(world: World) -> tuple[torch.device, str]:
-    """(this rank's GPU, or the CPU where there is none; the backend). Simulated ranks may share GPUs.
+    """(device, backend) of this rank: its GPU, or the CPU if there is none. Simulated ranks may share GPUs.
 
     Raises:
-        ValueError: fewer GPUs than ranks on this machine.
+        ValueError: there are fewer GPUs than ranks on this machine.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu"), "gloo"
     gpus = torch.cuda.device_count()
     if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ and not world.simulated:
-        return torch.device("cuda", 0), "nccl"  # Slurm shows every task its own GPU alone
+        return torch.device("cuda", 0), "nccl"  # with --gpus-per-task, a task sees only its own GPU
     if world.local_size <= gpus:
         return torch.device("cuda", world.local_rank), "nccl"
     if world.simulated:
         return torch.device("cuda", world.local_rank % gpus), host_staged_gloo.BACKEND
     raise ValueError(
         f"{world.local_size} ranks on this machine but {gpus} GPU(s): one rank needs one GPU. Start fewer ranks, "
-        f"or simulate them, sharing what there is, with NPROC={world.local_size} bash launch/train.sh"
+        f"or simulate ranks that share GPUs with NPROC={world.local_size} bash launch/train.sh"
     )
 
 
@@ -88,17 +88,17 @@ def start(
     backend: str | None = None,
     store: dist.Store | None = None,
 ) -> Runtime:
-    """Joins the process group, builds every Megatron-Core group of the layout and sends one message through each, so
-    that a broken link shows here and not in the first optimizer step.
+    """Initializes torch.distributed and Megatron-Core's process groups, and runs one collective over each group, so
+    that a broken link is detected here and not in the first optimizer step.
 
     Args:
         timeout: seconds that a rank waits for the others.
-        threads: CPU threads of this rank; None: what threads_per_rank says.
-        backend: None: what pick_device says.
-        store: of the ranks; None: they meet here.
+        threads: CPU threads of this rank; None: threads_per_rank.
+        backend: None: the one that pick_device returns.
+        store: the ranks' store, if they have met already; None: rendezvous here.
 
     Raises:
-        RendezvousError: they did not meet within the time limit.
+        RendezvousError: the rendezvous timed out.
     """
     device, picked = pick_device(world)
     backend = backend or picked
@@ -110,12 +110,12 @@ def start(
     else:
         memory = allocator.keep_freed_memory()
     wait = datetime.timedelta(seconds=timeout)
-    # One rank alone needs no port.
+    # A single rank needs no port.
     store = store or (dist.HashStore() if world.size == 1 else rendezvous.join(world, timeout))
     if backend == host_staged_gloo.BACKEND:
         host_staged_gloo.register()
     if world.simulated and (loopback := _loopback()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # not on a network that others can reach
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # not reachable from the network
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=wait)
     groups = _build_groups(layout, wait)
     _warm_up(groups, device)
@@ -163,8 +163,8 @@ def _warm_up(groups: Groups, device: torch.device) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds every generator that a library might draw from. The model's own draws (weights, routing) do not depend on
-    these: they are keyed by name and position."""
+    """Seeds the random number generators of Python, NumPy, PyTorch and Megatron-Core. Initial weights and routing do
+    not depend on them: their random numbers are hashes of names and positions."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     random.seed(seed)
@@ -174,7 +174,7 @@ def seed_all(seed: int) -> None:
 
 
 def stop() -> None:
-    """Leaves the process groups; a later `start` in the same process is possible."""
+    """Destroys the process groups. `start` may be called again in the same process."""
     from megatron.core import parallel_state as ps
 
     ps.destroy_model_parallel()

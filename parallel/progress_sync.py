@@ -1,5 +1,8 @@
-"""Work on files that takes each rank another time, such as hashing a checkpoint: the ranks meet every second, so that
-nobody waits in one collective for as long as the slowest file takes, and the watch sees that all of them get on."""
+"""Synchronizes ranks during file operations that take each rank a different time, such as hashing a checkpoint.
+
+The ranks run a collective every second. None of them waits in one collective for as long as the slowest file takes, and
+the watchdog sees progress.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,22 +12,22 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 1.0
-"""Between two meetings."""
+"""Interval of the collectives."""
 
 
 class ProgressSync:
     """Args:
-    device: where the ranks' collectives expect their tensors.
-    progress: called on every rank after a round in which any rank got on.
+    device: device of the tensors in collectives.
+    progress: called on every rank after each interval in which any rank has made progress.
     """
 
     def __init__(self, device: torch.device, progress: Callable[[], None]):
         self.device, self.progress = device, progress
 
     def run(self, work: Iterator[int]) -> list[Any]:
-        """Runs a generator that yields the bytes of each piece that it has done. Every rank calls this together;
-        returns what each rank's generator returned, by rank. A rank whose generator hangs keeps the others waiting,
-        which is a stall; one that yields nothing but zeros everywhere as well."""
+        """Runs a generator that yields the number of bytes processed. Every rank calls this together. Returns the
+        return values of all ranks' generators, in rank order. A generator that hangs stalls all ranks; so the watchdog
+        also treats generators that yield only zeros."""
         result, over, done, seen = None, False, 0, -1
         while True:
             end = time.monotonic() + SECONDS

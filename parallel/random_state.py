@@ -1,4 +1,5 @@
-"""Every generator of a rank as plain tensors. The model draws nothing from them; a library that a user adds may."""
+"""Saves and restores the states of a rank's random number generators as tensors. The model does not use these
+generators; libraries may."""
 
 import random
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 _TRACKER = "tracker."
-"""Before the name of one of Megatron-Core's generators."""
+"""Prefix of the names of Megatron-Core's generators."""
 
 
 def random_state() -> dict[str, Tensor]:
-    """{name: int64, float64 or uint8 tensor}."""
+    """Name of each generator's state -> int64, float64 or uint8 tensor."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     version, internal, gauss = random.getstate()
@@ -31,7 +32,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type of one of these tensors."""
+    """The dtype of a state by its name."""
     return {"python": torch.int64, "numpy": torch.int64}.get(name, torch.float64 if "gauss" in name else torch.uint8)
 
 

@@ -1,6 +1,6 @@
-"""What is called of PyTorch although its name is private: nothing public gives the same. In one place, so that a new
-version of PyTorch is tried here first (tests/parallel/test_torch_private.py). Imports torch only when something is
-asked for: a login node imports this module too."""
+"""All uses of PyTorch's private names, for which there is no public equivalent. A new version of PyTorch is tried with
+the tests that reach them (tests/parallel/test_foreign_changes.py lists the uses). Imports torch only when a function is
+called."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def default_store() -> "dist.Store":
-    """The store over which the ranks of the default process group met."""
+    """The store of the default process group."""
     import torch.distributed as dist
 
     return dist.distributed_c10d._get_default_store()
 
 
 def ranks_of_groups() -> dict[str, list[int]]:
-    """{name of a process group: its ranks in the world, sorted}, as the flight recorder names them."""
+    """Name of each process group, as in the flight recorder -> its global ranks, sorted."""
     import torch.distributed as dist
 
     world = dist.distributed_c10d._world
@@ -24,7 +24,7 @@ def ranks_of_groups() -> dict[str, list[int]]:
 
 
 def flight_recorder_dump() -> str | bytes | None:
-    """The flight recorder's collectives as JSON, without stacks; None where this build has no recorder."""
+    """The flight recorder's collectives as JSON, without stack traces; None if this build has no recorder."""
     import torch
 
     calls = torch._C._distributed_c10d
@@ -35,7 +35,8 @@ def flight_recorder_dump() -> str | bytes | None:
 
 
 def fake_store() -> Any:
-    """For init_process_group("fake", ...): a world of any size in one process, whose collectives do nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import makes the backend known
+    """The store for init_process_group("fake", ...): a world of any size in one process, whose collectives do
+    nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import registers the backend
 
     return FakeStore()

@@ -1,10 +1,10 @@
-"""Ends a job of many ranks when one of them stalls, dies or fails, within the time limit, with a message that names the
-rank, its step and the collective that the others wait in, and with every rank's stack in its log.
+"""A watchdog that ends all ranks of a job when one of them stalls, dies or fails.
 
-A thread per rank looks at the training's progress and into the rendezvous store. Whoever sees trouble first, be it an
-exception or a lack of progress, says so there; all ranks then write down where they are and end. What a rank waits in
-is read off its stack, so that watching costs a collective nothing; under NCCL, whose calls return at once, it comes
-from torch's flight recorder (parallel/flight_recorder.py).
+A thread on every rank monitors the progress of training and the rendezvous store. The rank that first detects a
+failure, which is an exception or a lack of progress, announces it in the store. All ranks then log their stack traces,
+report what they were doing and end. The message names the failed rank, its step and the collective that the others wait
+for. That collective is read from the stack trace; under NCCL, whose calls return immediately, from torch's flight
+recorder (parallel/flight_recorder.py).
 """
 
 import contextlib
@@ -33,31 +33,31 @@ from parallel.rendezvous import StoreTimeout, TimeoutStore
 from parallel.torch_private import default_store
 
 FAILED = 1
-"""Exit code of a rank that is ended here."""
+"""Exit code of a rank that the watchdog ends."""
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG = logging.getLogger("switchyard")
-# Messages that are waited for outside of torch.distributed, by the file of the innermost frame.
+# What Megatron-Core waits for outside of torch.distributed, by the file of the innermost frame.
 _WAITS = {
-    "p2p_communication.py": "a message between pipeline stages",
-    "param_and_grad_buffer.py": "the reduction of gradients or the gathering of weights",
+    "p2p_communication.py": "point-to-point communication between pipeline stages",
+    "param_and_grad_buffer.py": "the reduction of gradients or the all-gather of weights",
 }
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank was doing when the trouble was told."""
+    """What a rank was doing when the failure was announced."""
 
     step: int
     at: str
-    """File, line and function, the innermost of ours."""
+    """File, line and function of the innermost frame of this project."""
     collective: str | None
-    """What it waits in, with the ranks that take part; None: nothing that torch or Megatron-Core knows of."""
+    """The collective that it waits for and the ranks that take part; None: it waits for none."""
     error: str | None = None
     """The exception that it failed with."""
     pending: Pending | None = None
-    """What it waits in by torch's record; None: nothing, or there is no record."""
+    """The pending collective according to the flight recorder; None: there is none, or no recorder."""
     launched: dict[str, int] = field(default_factory=dict)
-    """Collectives that it has launched in each process group, where there is a record."""
+    """Process group -> number of launched collectives; empty without a recorder."""
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "RankStatus":
@@ -75,19 +75,19 @@ def rank_status(
 ) -> RankStatus:
     """Args:
     frames: a thread's stack, innermost first.
-    trace: torch's record; None: the stack says what is waited in.
+    trace: from the flight recorder; None: the collective is read from the stack.
     """
     pending, launched = (trace.pending, trace.launched) if trace else (None, {})
     collective = (pending and str(pending)) if trace else _collective(frames)
     ours = next((f for f in frames if _is_ours(f)), frames[0])
     at = f"{_short(ours.f_code.co_filename)}:{ours.f_lineno} ({ours.f_code.co_name})"
-    told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return RankStatus(step, at, collective, told if error else None, pending, launched)
+    message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return RankStatus(step, at, collective, message if error else None, pending, launched)
 
 
 def _collective(frames: list[FrameType]) -> str | None:
-    """What a stack, innermost first, waits in: the outermost function of torch.distributed at its end, or a wait of
-    Megatron-Core's."""
+    """The collective that a stack, innermost first, waits for: the outermost function of torch.distributed among the
+    innermost frames, or a wait in Megatron-Core."""
     inside = list(itertools.takewhile(_is_torchs, frames))
     public = [frame.f_code.co_name for frame in inside if not frame.f_code.co_name.startswith(("_", "wrapper"))]
     files = (Path(frame.f_code.co_filename).name for frame in frames[: len(inside) + 2])
@@ -97,7 +97,7 @@ def _collective(frames: list[FrameType]) -> str | None:
 
 
 def _is_torchs(frame: FrameType) -> bool:
-    # A context manager of torch.distributed sends when it is left.
+    # Context managers of torch.distributed communicate when they exit.
     return frame.f_globals.get("__name__", "").startswith(("torch.distributed", "contextlib"))
 
 
@@ -112,7 +112,7 @@ def _short(file: str) -> str:
 
 
 def _members(group: Any) -> str:
-    with contextlib.suppress(Exception):  # a group that is being taken down
+    with contextlib.suppress(Exception):  # the group is being destroyed
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         return f"ranks {', '.join(map(str, ranks[:8]))}{' and more' if len(ranks) > 8 else ''}"
     return "unknown ranks"
@@ -130,52 +130,60 @@ def _frames_of_error(trace: TracebackType | None) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(trace)][::-1]
 
 
-def verdict(told: dict[int, RankStatus], ranks: int) -> str:
-    """Who is to blame and who waits for it, from what the ranks told; those that told nothing are gone."""
-    gone = [rank for rank in range(ranks) if rank not in told]
-    failed = {rank: place for rank, place in told.items() if place.error}
-    stalled = {rank: place for rank, place in told.items() if not place.error and not place.collective}
-    waiting = {rank: place for rank, place in told.items() if not place.error and place.collective}
-    parts = [f"{format_ranks(gone)} {'is' if len(gone) == 1 else 'are'} gone or frozen, without a word"] if gone else []
-    parts += [f"rank {rank} {_failure(place)}" for rank, place in [*failed.items()][:3]]
-    if not gone and not failed:
-        parts += [f"rank {rank} stalled in {place}, in no collective" for rank, place in [*stalled.items()][:3]]
-    launched = {rank: place.launched for rank, place in told.items() if place.launched}
-    parts += [f"rank {rank} waits in {place}{_not_joined(place, launched)}" for rank, place in [*waiting.items()][:3]]
+def diagnose(reports: dict[int, RankStatus], ranks: int) -> str:
+    """Which ranks have failed and which wait for them.
+
+    Args:
+        reports: the statuses of the ranks that have reported; the others are taken for dead or frozen.
+        ranks: the world size.
+    """
+    silent = [rank for rank in range(ranks) if rank not in reports]
+    failed = {rank: status for rank, status in reports.items() if status.error}
+    stalled = {rank: status for rank, status in reports.items() if not status.error and not status.collective}
+    waiting = {rank: status for rank, status in reports.items() if not status.error and status.collective}
+    verb = "does" if len(silent) == 1 else "do"
+    parts = [f"{format_ranks(silent)} {verb} not respond (dead or frozen)"] if silent else []
+    parts += [f"rank {rank} {_failure(status)}" for rank, status in [*failed.items()][:3]]
+    if not silent and not failed:
+        parts += [f"rank {rank} stalled in {status}, in no collective" for rank, status in [*stalled.items()][:3]]
+    launched = {rank: status.launched for rank, status in reports.items() if status.launched}
+    parts += [
+        f"rank {rank} waits in {status}{_not_joined(status, launched)}" for rank, status in [*waiting.items()][:3]
+    ]
     return "the job ends: " + "; ".join(parts)
 
 
-def _failure(place: RankStatus) -> str:
-    """A closed connection is what the end of another rank looks like; gloo's words for it say nothing else."""
-    if place.error and "gloo/transport" in place.error:
-        return f"lost its connection in {place}"
-    return f"failed in {place}: {place.error}"
+def _failure(status: RankStatus) -> str:
+    """Describes an exception. A closed gloo connection is what the end of another rank looks like."""
+    if status.error and "gloo/transport" in status.error:
+        return f"lost its connection in {status}"
+    return f"failed in {status}: {status.error}"
 
 
-def _not_joined(place: RankStatus, launched: dict[int, dict[str, int]]) -> str:
-    """Who keeps a collective from ending, where torch has a record of it."""
-    missing = missing_from(place.pending, launched) if place.pending else []
+def _not_joined(status: RankStatus, launched: dict[int, dict[str, int]]) -> str:
+    """The ranks that have not joined a collective, if the flight recorder has it."""
+    missing = missing_from(status.pending, launched) if status.pending else []
     return f", which {format_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not joined" if missing else ""
 
 
 def _trace() -> Trace | None:
-    """torch's record under NCCL; None under gloo, whose stacks say more: its calls wait where they are made."""
-    with contextlib.suppress(Exception):  # a record that cannot be read must not hide the trouble itself
+    """The flight recorder's state under NCCL; None under gloo, whose blocking calls are visible in the stack."""
+    with contextlib.suppress(Exception):  # a broken recorder must not hide the failure itself
         if dist.get_backend() == "nccl":
             return flight_recorder.trace()
     return None
 
 
 class Watchdog:
-    """While entered, this rank's training is watched, and trouble on other ranks ends it. Every rank enters and leaves
-    together; a world of one rank has nobody to wait for and is not watched.
+    """Context manager that monitors this rank, and ends it after a failure on another rank. All ranks enter and leave
+    it together. A world of one rank is not monitored.
 
     Args:
         timeout: seconds without progress on any rank after which the job has ended.
-        progress: (step under way, anything that changes while the training goes on); None: the ranks are still being
-            built, each at its own pace, which collectives limit, until `follow` is called.
-        store: of the ranks; None: the default process group's.
-        expected: exceptions that every rank raises alike while it is built: nobody has to be told.
+        progress: returns (current step, a value that changes while training makes progress); None: the ranks are still
+            being built, and only the timeouts of collectives apply until `follow` is called.
+        store: the ranks' store; None: that of the default process group.
+        expected: exceptions that all ranks raise alike while they are built; they are not announced.
     """
 
     def __init__(
@@ -187,22 +195,22 @@ class Watchdog:
         store: dist.Store | None = None,
         expected: tuple[type[Exception], ...] = (ValueError,),
     ) -> None:
-        self.world, self._given, self._expected = world, store, expected
-        self._followed = progress
+        self.world, self._given_store, self._expected = world, store, expected
+        self._progress = progress
         self._period = min(1.0, timeout / 20)
         self._grace = min(5.0, timeout / 5)
-        self._patience = timeout - 2 * self._grace - self._period
-        self._backstop = 2 * timeout
+        self._stall_limit = timeout - 2 * self._grace - self._period
+        self._hard_limit = 2 * timeout
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._main = threading.get_ident()
 
     def __enter__(self) -> Self:
         if self.world.size > 1:
-            # Its own connection: a thread that waits must not keep the main thread from the store.
-            given = self._given or default_store()
+            # A separate connection: a waiting thread must not block the main thread's use of the store.
+            given = self._given_store or default_store()
             self._store = TimeoutStore(lambda: dist.PrefixStore("watch", given.clone()))
-            with contextlib.suppress(StoreTimeout):  # connects now, while the store is sure to be there
+            with contextlib.suppress(StoreTimeout):  # connects now, while the store exists
                 self._ask(lambda store: None)
             local_launcher.send_to_parent("watched", None)
             faulthandler.enable(file=1)  # in a run, train.log
@@ -210,102 +218,105 @@ class Watchdog:
         return self
 
     def follow(self, progress: Callable[[], tuple[int, Any]]) -> None:
-        """From now on a rank without progress is in trouble."""
-        self._followed = progress
+        """Starts monitoring progress."""
+        self._progress = progress
 
     def progress(self) -> tuple[int, Any]:
-        return self._followed() if self._followed else (0, None)
+        return self._progress() if self._progress else (0, None)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.world.size == 1:
             return
         self._leaving.set()
-        alike = self._followed is None and isinstance(error, self._expected)
+        alike = self._progress is None and isinstance(error, self._expected)
         if error is not None and not alike:
-            place = rank_status(self.progress()[0], _frames_of_error(trace), error, _trace())
-            told = self._tell(place)
-            if told:
-                error.add_note(told)
+            status = rank_status(self.progress()[0], _frames_of_error(trace), error, _trace())
+            message = self._report(status)
+            if message:
+                error.add_note(message)
         self._thread.join()
         self._store.close()
         faulthandler.cancel_dump_traceback_later()
         if error is None:
-            dist.barrier()  # nobody may take the store down while others still look into it
+            dist.barrier()  # the store must exist until no rank reads it any more
 
     def _run(self) -> None:
         seen, since = self.progress(), time.monotonic()
         answered = since
         while not self._leaving.wait(self._period):
-            # Where even this thread is held up, by native code that keeps Python's lock, one without Python ends it.
-            faulthandler.dump_traceback_later(self._backstop, exit=True, file=1)
+            # If native code that holds the GIL blocks this thread too, faulthandler's C thread ends the process.
+            faulthandler.dump_traceback_later(self._hard_limit, exit=True, file=1)
             try:
-                troubled = self._store.ask(lambda store: store.check(["trouble"]), self._period)
+                failed = self._store.ask(lambda store: store.check(["failure"]), self._period)
                 answered = time.monotonic()
-            except StoreTimeout:  # it may be busy; what it takes to be in trouble is decided below
-                troubled = False
-            except Exception:  # the store is gone; _tell will say so
-                troubled = True
+            except StoreTimeout:  # it may be busy; whether this is a failure is decided below
+                failed = False
+            except Exception:  # the store has ended; _report will say so
+                failed = True
             now = self.progress()
             if now != seen:
                 seen, since = now, time.monotonic()
-            waited = time.monotonic() - (since if self._followed else answered)
-            if troubled or waited > self._patience:
+            waited = time.monotonic() - (since if self._progress else answered)
+            if failed or waited > self._stall_limit:
                 frames = _frames_of_thread(sys._current_frames().get(self._main))
-                place = rank_status(now[0], frames, trace=_trace())
-                return self._end(self._tell(place))
+                status = rank_status(now[0], frames, trace=_trace())
+                return self._end(self._report(status))
 
-    def _tell(self, place: RankStatus) -> str:
-        """Tells the others of trouble and where this rank is, writes its stack down, and returns what all of it comes
-        to. Empty: every rank failed by itself."""
+    def _report(self, status: RankStatus) -> str:
+        """Announces a failure with this rank's status, logs its stack traces, and returns the diagnosis of all ranks'
+        reports. Empty: every rank failed with an exception of its own."""
         stacks = [
             f"thread {threading._active[ident].name if ident in threading._active else ident}:\n"
             + "".join(traceback.format_stack(frame))
             for ident, frame in sys._current_frames().items()
         ]
         me = f"rank {self.world.rank} was"
-        _LOG.error("trouble in %s: %s\n%s", place, place.error or "no progress, or another rank's", "\n".join(stacks))
+        what = status.error or "no progress on this rank, or a failure on another"
+        _LOG.error("failure in %s: %s\n%s", status, what, "\n".join(stacks))
         try:
-            self._ask(lambda store: store.set(f"rank {self.world.rank}", json.dumps(asdict(place))))
-            self._ask(lambda store: store.set("trouble", ""))
-            if self._ask(lambda store: store.add("witnesses", 1)) == 1:
-                told = self._collect()
-                self._ask(lambda store: store.set("verdict", told))
+            self._ask(lambda store: store.set(f"rank {self.world.rank}", json.dumps(asdict(status))))
+            self._ask(lambda store: store.set("failure", ""))
+            if self._ask(lambda store: store.add("reports", 1)) == 1:
+                message = self._collect()
+                self._ask(lambda store: store.set("diagnosis", message))
             end = time.monotonic() + 2 * self._grace
-            while not (known := self._ask(lambda store: store.check(["verdict"]))) and time.monotonic() < end:
+            while not (diagnosed := self._ask(lambda store: store.check(["diagnosis"]))) and time.monotonic() < end:
                 time.sleep(self._period / 4)
-            told = self._ask(lambda store: store.get("verdict")).decode() if known else f"the job ends; {me} in {place}"
+            message = f"the job ends; {me} in {status}"
+            if diagnosed:
+                message = self._ask(lambda store: store.get("diagnosis")).decode()
         except StoreTimeout:
-            store_host = rendezvous.store_host(self.world)
-            told = f"the job ends: {store_host} does not answer (dead, frozen or out of reach); {me} in {place}"
+            host = rendezvous.store_host(self.world)
+            message = f"the job ends: {host} does not answer (dead, frozen or out of reach); {me} in {status}"
         except Exception:
-            told = f"the job ends: rank 0 is gone, and with it the store of the ranks; {me} in {place}"
-        if told:
-            _LOG.error(told)
-        return told
+            message = f"the job ends: rank 0 has died, and with it the store of the ranks; {me} in {status}"
+        if message:
+            _LOG.error(message)
+        return message
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         return self._store.ask(question, self._grace)
 
     def _collect(self) -> str:
-        """The verdict, once all ranks have told where they are or had the time to."""
-        told: dict[int, RankStatus] = {}
+        """The diagnosis, after all ranks have reported or the grace period has expired."""
+        reports: dict[int, RankStatus] = {}
         end = time.monotonic() + self._grace
-        while len(told) < self.world.size and time.monotonic() < end:
-            for rank in {*range(self.world.size)} - told.keys():
+        while len(reports) < self.world.size and time.monotonic() < end:
+            for rank in {*range(self.world.size)} - reports.keys():
                 key = f"rank {rank}"
                 if self._ask(lambda store, key=key: store.check([key])):
-                    told[rank] = RankStatus.from_json(self._ask(lambda store, key=key: store.get(key)))
+                    reports[rank] = RankStatus.from_json(self._ask(lambda store, key=key: store.get(key)))
             time.sleep(self._period / 4)
-        told = dict(sorted(told.items()))
-        if len(told) == self.world.size and all(place.error for place in told.values()):
+        reports = dict(sorted(reports.items()))
+        if len(reports) == self.world.size and all(status.error for status in reports.values()):
             return ""
-        return verdict(told, self.world.size)
+        return diagnose(reports, self.world.size)
 
-    def _end(self, told: str) -> None:
-        """Ends this process, unless its main thread is about to end by itself."""
+    def _end(self, message: str) -> None:
+        """Ends this process, unless its main thread is already leaving."""
         if self._leaving.wait(self._period):
             return
-        if not local_launcher.send_to_parent("diagnosis", told) and should_print(self.world, told):
-            print(f"switchyard: error: {visible(told)}", file=sys.stderr, flush=True)
+        if not local_launcher.send_to_parent("diagnosis", message) and should_print(self.world, message):
+            print(f"switchyard: error: {visible(message)}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(FAILED)

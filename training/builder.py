@@ -28,7 +28,7 @@ from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap
 from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
-from parallel.threads import waiting
+from parallel.threads import thread_wait_policy
 from training import expert_backend
 from training.flops import Cost, model_cost
 from training.memory_estimate import Memory, memory_per_rank, memory_row
@@ -239,7 +239,7 @@ def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
             ("environment", device_variables(), "read by CUDA and its allocator when they start"),
         ]
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    wait, why = waiting()
+    wait, why = thread_wait_policy()
     rows = [
         ("device", f"CPU ({name})", "no CUDA device; gloo"),
         ("threads", f"{torch.get_num_threads()} a rank, {wait}", why),

@@ -14,7 +14,7 @@ from parallel import flight_recorder, watchdog
 from parallel.env import World
 from parallel.flight_recorder import Pending, Trace, missing_from, read_trace
 from parallel.local_launcher import RankFailed, RankPool
-from parallel.watchdog import RankStatus, Watchdog, verdict
+from parallel.watchdog import RankStatus, Watchdog, diagnose
 from tests.parallel.helpers import started
 
 
@@ -54,7 +54,7 @@ def test_the_verdict_names_who_has_not_joined() -> None:
     waits = RankStatus(7, at, str(pending), None, pending, {"0": 57})
     told = {0: waits, 1: RankStatus(7, "corpus/stream.py:9 (sample)", None, None, None, {"0": 56}), 2: waits}
     assert missing_from(pending, {rank: place.launched for rank, place in told.items()}) == [1]
-    assert verdict(told, 3).startswith(
+    assert diagnose(told, 3).startswith(
         "the job ends: rank 1 stalled in step 7, at corpus/stream.py:9 (sample), in no collective; "
         f"rank 0 waits in step 7 in all_reduce number 57 over ranks 0, 1, 2, at {at}, which rank 1 has not joined; "
     )
@@ -64,7 +64,9 @@ def test_the_verdict_names_who_has_not_joined() -> None:
         0: RankStatus(7, at, str(pending), None, Pending("0", 57, "nccl:all_reduce", [0, 1]), {"0": 57, "1": 3}),
         1: RankStatus(7, at, str(other), None, other, {"0": 56, "1": 4}),
     }
-    assert "which rank 1 has not joined" in verdict(crossed, 2) and "which rank 0 has not joined" in verdict(crossed, 2)
+    assert "which rank 1 has not joined" in diagnose(crossed, 2) and "which rank 0 has not joined" in diagnose(
+        crossed, 2
+    )
 
 
 def test_whereabouts_travel_as_json() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from parallel.threads import SPINS, limit_spinning, threads_per_rank, waiting
+from parallel.threads import SPINS, limit_spinning, thread_wait_policy, threads_per_rank
 from tests.training.helpers import ROOT
 
 
@@ -33,8 +33,8 @@ def test_an_environment_that_says_how_to_wait_is_left_alone() -> None:
     mine = {"OMP_WAIT_POLICY": "active"}
     limit_spinning(mine)
     assert mine == {"OMP_WAIT_POLICY": "active"}
-    assert waiting(mine) == ("wait as set", "OMP_WAIT_POLICY=active is in the environment")
-    assert waiting({})[0] == "wait as OpenMP has it"
+    assert thread_wait_policy(mine) == ("spin as configured", "OMP_WAIT_POLICY=active is set in the environment")
+    assert thread_wait_policy({})[0] == "OpenMP default"
 
 
 LOOPS = """
@@ -65,4 +65,4 @@ def test_threads_that_wait_leave_the_processor() -> None:
         done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True, timeout=60)
         seconds[how] = float(done.stdout)
     assert seconds["briefly"] < 0.3 * seconds["as installed"], seconds
-    assert waiting({"GOMP_SPINCOUNT": SPINS})[0] == "wait briefly"
+    assert thread_wait_policy({"GOMP_SPINCOUNT": SPINS})[0] == "short spin"

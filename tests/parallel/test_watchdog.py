@@ -14,7 +14,7 @@ import torch.distributed as dist
 from conf.schema import ParallelConfig
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
-from parallel.watchdog import RankStatus, Watchdog, verdict
+from parallel.watchdog import RankStatus, Watchdog, diagnose
 from tests.parallel.helpers import started
 
 TIMEOUT = 5.0
@@ -79,8 +79,8 @@ def test_nothing_happens_when_all_is_well(pool, tmp_path):
             r"rank 2 failed in step 3, at tests/parallel/test_watchdog.py:\d+ \(steps\): RuntimeErr",
             [0, 1, 2],
         ),
-        ("kill", 1, r"rank 1 died \(exit code -9\)(.|\n)*rank 1 is gone", [0, 2]),
-        ("kill", 0, r"rank 0 died \(exit code -9\)(.|\n)*rank 0 is gone", []),
+        ("kill", 1, r"rank 1 died \(exit code -9\)(.|\n)*rank 1 does not respond", [0, 2]),
+        ("kill", 0, r"rank 0 died \(exit code -9\)(.|\n)*rank 0 has died", []),
     ],
 )
 def test_trouble_ends_all_and_is_explained(pool, tmp_path, how, culprit, told, logs):
@@ -94,26 +94,26 @@ def test_trouble_ends_all_and_is_explained(pool, tmp_path, how, culprit, told, l
     )
     for rank in logs:
         text = (tmp_path / str(rank)).read_text()
-        assert "trouble in step 3" in text and "in steps" in text and 'test_watchdog.py", line' in text
+        assert "failure in step 3" in text and "in steps" in text and 'test_watchdog.py", line' in text
         assert ("in go_wrong" in text) == (how == "stall" and rank == culprit)
 
 
-def test_verdict_by_hand():
+def test_diagnosis_by_hand():
     waits = RankStatus(7, "a.py:1 (f)", "all_gather over ranks 0, 1")
     stalls, fails = RankStatus(7, "b.py:2 (g)", None), RankStatus(6, "c.py:3 (h)", None, "KeyError: 'x'")
     waiting = "rank 0 waits in step 7 in all_gather over ranks 0, 1, at a.py:1 (f)"
-    assert verdict({0: waits, 1: stalls}, 2) == (
+    assert diagnose({0: waits, 1: stalls}, 2) == (
         f"the job ends: rank 1 stalled in step 7, at b.py:2 (g), in no collective; {waiting}"
     )
-    assert verdict({0: waits}, 3) == f"the job ends: ranks 1, 2 are gone or frozen, without a word; {waiting}"
+    assert diagnose({0: waits}, 3) == f"the job ends: ranks 1, 2 do not respond (dead or frozen); {waiting}"
     closed = "RuntimeError: [/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45775: Connection reset"
     lost = RankStatus(7, "a.py:1 (f)", "all_gather over ranks 0, 1", closed)
-    assert verdict({0: lost}, 2) == (
-        "the job ends: rank 1 is gone or frozen, without a word; "
+    assert diagnose({0: lost}, 2) == (
+        "the job ends: rank 1 does not respond (dead or frozen); "
         "rank 0 lost its connection in step 7 in all_gather over ranks 0, 1, at a.py:1 (f)"
     )
     failed = "rank 1 failed in step 6, at c.py:3 (h): KeyError: 'x'"
-    assert verdict({0: waits, 1: fails, 2: stalls}, 3) == f"the job ends: {failed}; {waiting}"
+    assert diagnose({0: waits, 1: fails, 2: stalls}, 3) == f"the job ends: {failed}; {waiting}"
 
 
 def alone(world: World) -> None:
