@@ -32,7 +32,7 @@ from ops.grouped_mlp import forget_weights, use_tools
 from ops.permute import PLAIN_ROWS, Rows
 from ops.registry import Norm, torch_rms_norm
 from ops.routing import FusedRoute
-from parallel.activation_checkpoint import checkpointed, checkpoint_without_output
+from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
 from parallel.sharding import set_sharding

@@ -23,7 +23,7 @@ from moe.shared_experts import SharedExperts
 from ops.gemm_backend import Tools
 from ops.permute import PLAIN_ROWS, Rows
 from ops.routing import FusedRoute, Routing, count_loads
-from parallel.activation_checkpoint import save_for_recompute, checkpointed
+from parallel.activation_checkpoint import checkpointed, save_for_recompute
 from parallel.batch_context import DEFAULT_CONTEXT, EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.collectives import all_gather
 from parallel.process_groups import Groups

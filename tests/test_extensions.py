@@ -28,7 +28,7 @@ from moe.router_metrics import ROUTER_METRICS, RouterMetric
 from moe.score_functions import SCORE_FUNCTIONS, ScoreFunction, Scores
 from ops.activations import ACTIVATIONS, Activation
 from ops.gemm_backend import Reference
-from parallel.batch_context import TRAIN, ForwardPass
+from parallel.batch_context import TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, run_layer, sparse_layer, tiny
@@ -310,7 +310,7 @@ def test_a_router_metric(runtime: Runtime, tmp_path: Path) -> None:
         gates.append(logits_TE.softmax(1).amax(1).mean().item())
         logits.append(logits_TE.max().item())
         run_layer(layer, batches[0])
-        run_layer(layer, batches[1], ForwardPass(padding_BS=padding_BS))
+        run_layer(layer, batches[1], BatchContext(padding_BS=padding_BS))
     statistics = {index: layer.statistics for index, layer in layers.items()}
     load = collect(statistics, [1, 3], 4, runtime.layout, 2, runtime.device)
     assert load is not None

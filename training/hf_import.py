@@ -15,7 +15,7 @@ from models.hf.configuration import model_of, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, keep_settings, model_name, atomic_directory
+from training.hf_runs import BESIDE, atomic_directory, keep_settings, model_name
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
 

@@ -15,7 +15,7 @@ from typing import Any
 from conf.commands import Here
 from corpus.tokenizer import Tokenizer
 from parallel.env import World
-from training.load_checkpoint import LoadedModel, on_every_rank, load_model
+from training.load_checkpoint import LoadedModel, load_model, on_every_rank
 from training.output_redirect import redirect_output
 from training.run_dir import load_config
 
@@ -145,7 +145,7 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
             _round_weights(loaded)
         theirs = load_file(comparison.reference)
         ids = theirs[IDS].tolist()
-        ours_SV, theirs_SV = _our_logits(loaded, ids), theirs[LOGITS]
+        ours_SV, theirs_SV = our_logits(loaded, ids), theirs[LOGITS]
         largest = theirs_SV.abs().max().item()
         apart = (ours_SV - theirs_SV).abs().max().item() / largest
         losses = [_loss(logits_SV, ids) for logits_SV in (ours_SV, theirs_SV)]
@@ -163,7 +163,8 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
     return 0 if same else 1
 
 
-def _our_logits(loaded: LoadedModel, ids: list[int]) -> Any:
+def our_logits(loaded: LoadedModel, ids: list[int]) -> Any:
+    """fp32 logits [S, V] on the CPU, the same on every rank."""
     from models.logits import sequence_logits
 
     return sequence_logits(loaded.built.engine, loaded.built.config.model.vocab_size, ids)
@@ -209,7 +210,7 @@ def _layers_apart(loaded: LoadedModel, ids: list[int], theirs: dict[str, Any]) -
     if layout.sequence_parallel or layout.cp > 1:
         return None
     with outputs_kept(loaded) as kept:
-        _our_logits(loaded, ids)
+        our_logits(loaded, ids)
     mine = {}
     for layer, output_SD in kept.items():
         other_SD = theirs[f"{LAYER}{layer}"]

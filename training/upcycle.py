@@ -13,8 +13,8 @@ from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER
 from parallel.env import World, started_ranks
 from training import hf_verify
 from training.hf_import import STEP
-from training.hf_runs import keep_settings, model_name, written_aside
-from training.load_checkpoint import open_trained
+from training.hf_runs import atomic_directory, keep_settings, model_name
+from training.load_checkpoint import load_model
 from training.run_dir import load_config
 
 EXACT = (1e-5, 1e-5)
@@ -42,7 +42,7 @@ def upcycle(config: UpcycleConfig) -> int:
     rules.check(run, 1)
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
-        with written_aside(output) as aside:
+        with atomic_directory(output) as aside:
             write_weights(config, source, aside / STEP, run.model)
             keep_settings(aside, run)
             _keep_tokenizer(source.parent.parent, aside)
@@ -137,11 +137,11 @@ def _write_reference(config: UpcycleConfig, dense: Path, path: Path) -> str:
     from safetensors.torch import save_file
 
     here = dataclasses.replace(config, parallel=ParallelConfig())
-    with open_trained(str(dense), here, World()) as trained:
-        run = trained.session.config
-        ids, text = hf_verify.tokens_for(trained.tokenizer, run.model.vocab_size, run.train.sequence_length)
-        with hf_verify.outputs_kept(trained) as kept:
-            logits_SV = trained.session.engine.logits(ids)
+    with load_model(str(dense), here, World()) as loaded:
+        run = loaded.built.config
+        ids, text = hf_verify.tokens_for(loaded.tokenizer, run.model.vocab_size, run.train.sequence_length)
+        with hf_verify.outputs_kept(loaded) as kept:
+            logits_SV = hf_verify.our_logits(loaded, ids)
         layers = {f"{hf_verify.LAYER}{i}": output[: len(ids)].contiguous() for i, output in kept.items()}
     save_file({**layers, hf_verify.LOGITS: logits_SV.contiguous(), hf_verify.IDS: torch.tensor(ids)}, path)
     return text

@@ -13,7 +13,7 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from models.hf.files import INDEX, SINGLE, Source
 from models.hf.mapping import HEAD, Parameter
-from parallel.checkpoint_format import DTYPES, TensorShard, StoredTensor, TensorFile, read_tensors, write_stream
+from parallel.checkpoint_format import DTYPES, StoredTensor, TensorFile, TensorShard, read_tensors, write_stream
 from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manifest
 
 WEIGHTS = "weights."
@@ -65,7 +65,8 @@ def write_step(
 
     directory.mkdir(parents=True)
     written = write_stream(directory / _FILE, kinds, pieces)
-    stored = {name: StoredTensor(shape, [TensorShard(_FILE, (0,) * len(shape), shape)]) for name, (_, shape) in kinds.items()}
+    shapes = {name: shape for name, (_, shape) in kinds.items()}
+    stored = {name: StoredTensor(s, [TensorShard(_FILE, (0,) * len(s), s)]) for name, s in shapes.items()}
     counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
     write_manifest(directory, counters, {_FILE: written}, stored)
 
