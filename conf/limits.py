@@ -16,6 +16,7 @@ from conf.schema import (
     FP8_KERNELS,
     FP8_RECIPES,
     FP8_WEIGHT_GRADIENTS,
+    GROUP_SCORES,
     LOAD_BALANCING,
     OPTIM_DTYPES,
     PRECISIONS,
@@ -35,6 +36,7 @@ CHOICES = {
     "model.moe.backend": BACKENDS,
     "model.moe.dispatcher": DISPATCHERS,
     "model.moe.drop_policy": DROP_POLICIES,
+    "model.moe.group_score": GROUP_SCORES,
     "model.moe.load_balancing": LOAD_BALANCING,
     "model.moe.score_function": SCORE_FUNCTIONS,
     "model.moe.softmax_order": SOFTMAX_ORDERS,
@@ -165,7 +167,11 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.moe.load_balancing"] != "expert_choice",
         "model.moe.softmax_order model.moe.renormalize model.moe.drop_policy model.moe.eval_capacity_factor",
     ),
-    ("model.moe.num_expert_groups > 1", lambda c: c["model.moe.num_expert_groups"] > 1, "model.moe.top_k_groups"),
+    (
+        "model.moe.num_expert_groups > 1",
+        lambda c: c["model.moe.num_expert_groups"] > 1,
+        "model.moe.top_k_groups model.moe.group_score",
+    ),
     (
         "a model.moe.load_balancing by a loss, with a bias_update_rate or num_expert_groups > 1",
         lambda c: (

@@ -14,6 +14,7 @@ BACKENDS = ("auto", "loop", "fused", "native", "grouped_mm", "triton", "te")
 CAPACITY_PER = ("micro_batch", "sequence")
 DISPATCHERS = ("auto", "all_to_all", "all_gather", "deep_ep")
 DROP_POLICIES = ("position", "probability", "random")
+GROUP_SCORES = ("top2", "max")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 QK_NORMS = (None, "head", "full")
 RECOMPUTE = ("norm", "activation", "moe", "full")
@@ -76,10 +77,13 @@ class MoeConfig:
     """Factor applied to the gates after renormalisation (DeepSeek-V3: 2.5)."""
     num_expert_groups: int = 1
     """Number of groups of consecutive experts for group-limited routing: a token selects top_k_groups groups, then its
-    experts within these (DeepSeek-V3, section 2.1.2, with one group per node to limit the nodes per token). The score
-    of a group is the sum of its two highest expert scores. 1: no groups."""
+    experts within these (DeepSeek-V3, section 2.1.2, with one group per node to limit the nodes per token). 1: no
+    groups."""
     top_k_groups: int = 1
     """Number of groups that a token may use. Needs num_expert_groups > 1."""
+    group_score: str = "top2"
+    """Score of a group of experts. top2: the sum of its two highest expert scores (DeepSeek-V3, section 2.1.2). max:
+    its highest expert score (DeepSeek-V2, arXiv:2405.04434, section 2.2.2). Needs num_expert_groups > 1."""
     capacity_factor: float | None = resumable(1.25)
     """Expert capacity in training: an expert accepts at most ceil(capacity_factor * tokens * top_k / num_experts)
     assignments of a micro-batch. Assignments beyond that are dropped; the token is then carried by the residual

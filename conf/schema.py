@@ -13,6 +13,7 @@ from conf.model_schema import (  # noqa: F401 - all names of the schema are impo
     CAPACITY_PER,
     DISPATCHERS,
     DROP_POLICIES,
+    GROUP_SCORES,
     LOAD_BALANCING,
     QK_NORMS,
     RECOMPUTE,

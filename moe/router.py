@@ -189,10 +189,10 @@ class Router(nn.Module):
         return experts_MK.narrow(0, group.rank() * len(scores_TE), len(scores_TE))
 
     def _in_best_groups(self, scores_TE: Tensor) -> Tensor:
-        """bool [T, E]: experts of the top_k_groups groups whose two best scores add up to most (DeepSeek-V3,
-        arXiv:2412.19437, section 2.1.2)."""
-        groups = self.moe.num_expert_groups
-        score_TG = scores_TE.unflatten(1, (groups, -1)).topk(2, dim=-1).values.sum(-1)
+        """bool [T, E]: experts of the top_k_groups groups with the highest scores: the sum of a group's two best
+        (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), or its best (DeepSeek-V2, arXiv:2405.04434, section 2.2.2)."""
+        groups, best = self.moe.num_expert_groups, {"top2": 2, "max": 1}[self.moe.group_score]
+        score_TG = scores_TE.unflatten(1, (groups, -1)).topk(best, dim=-1).values.sum(-1)
         chosen = score_TG.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k_groups]
         allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, chosen, True)
         return allowed_TG.repeat_interleave(scores_TE.shape[1] // groups, dim=1)

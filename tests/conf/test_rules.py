@@ -216,6 +216,7 @@ BROKEN = [
     ),
     ({"model.moe.routed_scaling_factor": 0.0, **SPARSE}, 1, "routed_scaling_factor > 0", "routed_scaling_factor=1.0"),
     ({"model.moe.top_k_groups": 2, **SPARSE}, 1, "needs model.moe.num_expert_groups > 1", "top_k_groups=1"),
+    ({"model.moe.group_score": "max", **SPARSE}, 1, "needs model.moe.num_expert_groups > 1", "group_score=top2"),
     ({"model.moe.num_expert_groups": 3, **SPARSE}, 1, "8 % 3 = 2", "num_expert_groups=2 or model.moe.num_experts=9"),
     ({"model.moe.num_expert_groups": 8, **SPARSE}, 1, "8 / 8 = 1", "num_expert_groups=4 or model.moe.num_experts=16"),
     (

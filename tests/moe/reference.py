@@ -72,13 +72,13 @@ def softmax(h: Tensor) -> Tensor:
     return torch.exp(h) / torch.exp(h).sum()
 
 
-def choose(scores_E: Tensor, top_k: int, groups: int = 1, top_k_groups: int = 1) -> list[int]:
-    """The k best experts, of the groups whose two best add up to most; among equals the lower one first."""
+def choose(scores_E: Tensor, top_k: int, groups: int = 1, top_k_groups: int = 1, of_group: int = 2) -> list[int]:
+    """The k best experts, of the groups whose two best (of_group) add up to most; among equals the lower one first."""
     score = scores_E.tolist()
     size = len(score) // groups
     members = [range(first, first + size) for first in range(0, len(score), size)]
     if groups > 1:
-        best = sorted(members, key=lambda group: (-sum(sorted(score[e] for e in group)[-2:]), group[0]))
+        best = sorted(members, key=lambda group: (-sum(sorted(score[e] for e in group)[-of_group:]), group[0]))
         members = best[:top_k_groups]
     return sorted((e for group in members for e in group), key=lambda e: (-score[e], e))[:top_k]
 
@@ -105,7 +105,8 @@ def route(
     scores_E = scores_of(logits_E, moe)
     if chosen is None:
         ranked_E = logits_E if moe.softmax_order == "after" else scores_E + bias_E
-        chosen = choose(ranked_E, moe.top_k, moe.num_expert_groups, moe.top_k_groups)
+        of_group = 1 if moe.group_score == "max" else 2
+        chosen = choose(ranked_E, moe.top_k, moe.num_expert_groups, moe.top_k_groups, of_group)
     if moe.load_balancing == "expert_choice":
         gates = [scores_E[e] for e in chosen]
     elif moe.softmax_order == "after":

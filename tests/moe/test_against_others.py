@@ -226,6 +226,26 @@ TRANSFORMERS = {
         {"top_k": 4, "renormalize": False, "num_shared_experts": 2, "shared_expert_gate": True},
         {"num_experts": EXPERTS, "shared_expert_intermediate_size": 2 * FFN},
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            "top_k": 3,
+            "num_shared_experts": 2,
+            "renormalize": False,
+            "routed_scaling_factor": 16.0,
+            "group_score": "max",
+            **GROUPS,
+        },
+        {
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 2,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "num_attention_heads": 4,
+            "routed_scaling_factor": 16.0,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3",
         {
@@ -259,7 +279,7 @@ def transformers_block(name: str, prefix: str, layer: MoELayer, settings: dict[s
         hidden_act="silu",
         **settings,
     )
-    kind = "MoE" if name == "deepseek_v3" else "SparseMoeBlock"
+    kind = {"deepseek_v3": "MoE", "deepseek_v2": "Moe"}.get(name, "SparseMoeBlock")
     block = getattr(modelling, prefix + kind)(config).to(layer.router.weight.device)
     into, down = as_linear(layer.experts.w_in, layer.experts.w_out)
     with torch.no_grad():

@@ -90,6 +90,15 @@ FIELD = {
     "sigmoid_switch": {"top_k": 1, "score_function": "sigmoid"},
     "sigmoid_as_it_is": {"top_k": 3, "score_function": "sigmoid", "renormalize": False},
     "groups": {"top_k": 2, "num_expert_groups": 3, "top_k_groups": 2},
+    # DeepSeek-V2, arXiv:2405.04434, section 2.2.2
+    "deepseek_v2": {
+        "top_k": 3,
+        "renormalize": False,
+        "num_expert_groups": 4,
+        "top_k_groups": 2,
+        "group_score": "max",
+        "routed_scaling_factor": 16.0,
+    },
     "groups_by_logits": {"top_k": 3, "softmax_order": "after", "num_expert_groups": 4, "top_k_groups": 1},
 }
 
