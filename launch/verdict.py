@@ -1,5 +1,5 @@
-"""`python -m launch.verdict [--asked] [--interactive] RUN_DIR`: what launch/job.sh does after a life of a run. Prints
-`requeue`, or the exit code to end with; tells why on standard error.
+"""`python -m launch.verdict [--asked] [--interactive] RUN_DIR`: what launch/job.sh does after an attempt of a run.
+Prints `requeue` or the exit code of the job, and the reason on standard error.
 
 --asked: Slurm had announced the end of the job. --interactive: nobody but the person who is there starts it again.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--interactive", action="store_true")
     given = parser.parse_args()
     limit = None if given.interactive else _max_requeues(given.run_dir)
-    verdict = record_attempt(given.run_dir, asked=given.asked, max_requeues=limit)
+    verdict = record_attempt(given.run_dir, stop_requested=given.asked, max_requeues=limit)
     print("requeue" if verdict.requeue else verdict.code, flush=True)
     print(f"switchyard: {visible(verdict.message)}", file=sys.stderr)  # after the answer: the job's output may be full
 

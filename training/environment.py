@@ -1,5 +1,5 @@
-"""What a run was made with: a line of environment.jsonl in the run directory for each of its lives. Of the
-environment's variables only those listed here are kept: others may hold keys and passwords."""
+"""Records the environment of a run: a line of environment.jsonl in the run directory for each of its attempts. Of the
+environment variables only those listed here are kept: others may hold keys and passwords."""
 
 import datetime
 import importlib.metadata
@@ -39,7 +39,7 @@ def describe(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 
 def record(run_dir: Path) -> None:
-    """Adds this life's line. Rank 0 calls it."""
+    """Appends the line of this attempt. Called by rank 0."""
     with (run_dir / "environment.jsonl").open("a") as file:
         file.write(json.dumps(describe()) + "\n")
 

@@ -1,11 +1,11 @@
-"""The lives of a run. A job that is requeued, or a command that is given again, goes on in the same run directory; what
-passes from one life to the next is kept there:
+"""Attempts of a run, and the decision whether Slurm requeues it. A requeued job, or the same command given again,
+continues in the same run directory. These files pass information from one attempt to the next:
 
-    owner         the process that may write: the one that started last
-    stop.json     how a life ended, written by its rank 0; absent when it was killed
-    lives.jsonl   a line for each life under Slurm that the batch script saw end
+    owner           the process that may write: the one that started last
+    stop.json       how an attempt ended, written by its rank 0; absent if it was killed
+    attempts.jsonl  a line for each attempt under Slurm whose end the batch script has seen
 
-Imports nothing heavy: the batch script asks too."""
+Does not import torch: the batch script uses this module."""
 
 import contextlib
 import json
@@ -21,63 +21,65 @@ from conf.override_text import setting
 from training.run_files import METRICS, json_lines, write_whole
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
-"""Exit codes: the run has reached its last step (or stop_after); it cannot go on; the settings are wrong; it stopped
-early with a checkpoint, please requeue (EX_TEMPFAIL)."""
+"""Exit codes: the run has reached its last step (or stop_after); it cannot continue; the settings are wrong; it stopped
+early with a checkpoint and is to be requeued (EX_TEMPFAIL)."""
 
 _TAIL_BYTES = 2**16  # holds several rows of metrics.jsonl
-_OWNER, _STOP, _LIVES = "owner", "stop.json", "lives.jsonl"
+_OWNER, _STOP, _ATTEMPTS = "owner", "stop.json", "attempts.jsonl"
+_FORMER_ATTEMPTS = "lives.jsonl"
+"""The name of attempts.jsonl in run directories of earlier versions."""
 
 
 def attempt_id(env: Mapping[str, str] = os.environ) -> str:
-    """Job and restart, `1234.0`; empty without Slurm."""
+    """Job id and restart count, `1234.0`; empty without Slurm."""
     return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}" if "SLURM_JOB_ID" in env else ""
 
 
 def restarts(env: Mapping[str, str] = os.environ) -> int:
-    """How often Slurm has started this job again."""
+    """How often Slurm has restarted this job."""
     return int(env.get("SLURM_RESTART_COUNT") or 0)
 
 
 class Ownership:
-    """A run directory has one writer. A rank can outlive its job: Slurm gives a node up that does not answer and
-    requeues the job, while on that node the ranks go on. The later process takes the directory over, the earlier one
-    sees it after its step and writes no more."""
+    """Ensures that one process writes to a run directory. A rank can outlive its job: Slurm requeues a job if a node
+    does not answer, while the ranks on that node continue. The process that starts last takes the directory over; the
+    earlier one notices it after its current step and stops writing."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Takes the directory over."""
+        """Takes the directory over from any earlier process."""
         self._path = run_dir / _OWNER
         self._token = f"{attempt_id()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
         write_whole(self._path, self._token.encode())
         (run_dir / _STOP).unlink(missing_ok=True)
 
     def holds(self) -> bool:
-        """Whether nobody has taken the directory over since."""
+        """Whether no other process has taken the directory over since."""
         try:
             return self._path.read_bytes() == self._token.encode()
-        except OSError:  # a file system that hesitates is no other process
+        except OSError:  # an error of the file system does not mean another process
             return True
 
 
 def write_stop(run_dir: Path, *, code: int, reason: str) -> None:
-    """Says how this life ended. Rank 0 calls this once every rank has come as far; a rank that cannot even begin, and
-    that the others will wait for in vain, calls it by itself."""
-    ended = {"life": attempt_id(), "code": code, "reason": reason}
+    """Writes how this attempt ended. Rank 0 calls this after all ranks have ended; a rank that fails before it can join
+    the others calls it by itself."""
+    ended = {"attempt": attempt_id(), "code": code, "reason": reason}
     write_whole(run_dir / _STOP, (json.dumps(ended) + "\n").encode())
 
 
 def forget_stop(run_dir: Path) -> None:
-    """Before ranks are started: what stop.json says from now on, it says of them."""
+    """Removes stop.json before ranks are started, so that it can only be written by them."""
     (run_dir / _STOP).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A life that has ended."""
+    """An attempt that has ended."""
 
-    life: str
+    attempt: str
     end: str
-    """done, stopped (with a checkpoint), failed (by its own account), cut off (asked to stop, and did not get that
-    far) or died."""
+    """done, stopped (with a checkpoint), failed (with an error), cut off (asked to stop, but killed before the
+    checkpoint was written) or died."""
     step: int
     """The last step in metrics.jsonl."""
     checkpoint: int
@@ -87,7 +89,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the batch script does after a life."""
+    """What the batch script does after an attempt."""
 
     requeue: bool
     code: int
@@ -96,89 +98,91 @@ class Verdict:
 
 
 def record_attempt(
-    run_dir: Path, *, asked: bool, max_requeues: int | None, env: Mapping[str, str] = os.environ
+    run_dir: Path, *, stop_requested: bool, max_requeues: int | None, env: Mapping[str, str] = os.environ
 ) -> Verdict:
-    """Adds a line to lives.jsonl and decides how to go on.
+    """Adds a line to attempts.jsonl and decides whether to requeue.
 
     Args:
-        asked: Slurm had sent the signal that announces the end of the job.
-        max_requeues: None: nobody but a person starts it again.
+        stop_requested: whether Slurm has sent the signal that announces the end of the job.
+        max_requeues: limit of requeues; None: an interactive job, which is never requeued.
     """
     earlier = read_attempts(run_dir)
-    life, code = _ended(run_dir, asked=asked, env=env)
-    with contextlib.suppress(OSError):  # a full disk: decided all the same
-        _append(run_dir / _LIVES, json.dumps(asdict(life)))
-    told = f"after step {life.step}: {life.reason}"
-    if life.end == "done":
-        return Verdict(False, DONE, f"done {told}")
-    if life.end == "failed":
-        return Verdict(False, code, f"failed {told}")
+    attempt, code = _last_attempt(run_dir, stop_requested=stop_requested, env=env)
+    with contextlib.suppress(OSError):  # a full disk does not change the decision
+        _append(run_dir / _ATTEMPTS, json.dumps(asdict(attempt)))
+    what = f"after step {attempt.step}: {attempt.reason}"
+    if attempt.end == "done":
+        return Verdict(False, DONE, f"done {what}")
+    if attempt.end == "failed":
+        return Verdict(False, code, f"failed {what}")
     if max_requeues is None:
         return Verdict(
             False,
             code,
-            f"{life.end} {told}; the same command with {setting('run.dir', str(run_dir))} goes on",
+            f"{attempt.end} {what}; the same command with {setting('run.dir', str(run_dir))} continues it",
         )
-    if stuck(earlier, life):
+    if stuck(earlier, attempt):
         return Verdict(
             False,
             FAILED,
-            f"{life.end} {told}. So did the life before, and no checkpoint is newer than step {life.checkpoint}: "
-            "not requeued, since a third would do the same. Mend it and submit again with the same run.dir",
+            f"{attempt.end} {what}. The previous attempt ended in the same way, without a checkpoint newer than step "
+            f"{attempt.checkpoint}: not requeued. Fix the cause and submit again with the same run.dir",
         )
     if restarts(env) >= max_requeues:
         return Verdict(
             False,
             code,
-            f"{life.end} {told}; requeued {restarts(env)} times already (slurm.max_requeues={max_requeues})",
+            f"{attempt.end} {what}; requeued {restarts(env)} times already (slurm.max_requeues={max_requeues})",
         )
-    return Verdict(True, code, f"{life.end} {told}; goes on from step {life.checkpoint}")
+    return Verdict(True, code, f"{attempt.end} {what}; continues from step {attempt.checkpoint}")
 
 
-def stuck(earlier: list[Attempt], life: Attempt) -> bool:
-    """Whether this life and the one before ended against their will at the same step, with nothing kept between."""
-    if not earlier or life.end not in ("died", "cut off"):
+def stuck(earlier: list[Attempt], attempt: Attempt) -> bool:
+    """Whether this attempt and the previous one were killed at the same step, with no new checkpoint in between."""
+    if not earlier or attempt.end not in ("died", "cut off"):
         return False
     before = earlier[-1]
-    same_step = before.step == life.step or life.end == "cut off"
-    return before.end == life.end and before.checkpoint == life.checkpoint and same_step
+    same_step = before.step == attempt.step or attempt.end == "cut off"
+    return before.end == attempt.end and before.checkpoint == attempt.checkpoint and same_step
 
 
-def _ended(run_dir: Path, *, asked: bool, env: Mapping[str, str]) -> tuple[Attempt, int]:
+def _last_attempt(run_dir: Path, *, stop_requested: bool, env: Mapping[str, str]) -> tuple[Attempt, int]:
     checkpoint, step = newest_checkpoint(run_dir), last_step(run_dir)
-    told = _read_stop(run_dir)
+    stop = _read_stop(run_dir)
     name = attempt_id(env)
-    if told.get("life") != name:
-        if asked:
+    if stop.get("attempt") != name:
+        if stop_requested:
             reason = "asked to stop, but the checkpoint was not written in time: send the signal earlier (--signal)"
             return Attempt(name, "cut off", step, checkpoint, reason), STOPPED
-        return Attempt(name, "died", step, checkpoint, "a rank died or was killed; its own words are above"), FAILED
-    end = {DONE: "done", STOPPED: "stopped"}.get(told["code"], "failed")
-    return Attempt(name, end, step, checkpoint, told["reason"]), told["code"]
+        return Attempt(name, "died", step, checkpoint, "a rank died or was killed; see its output above"), FAILED
+    end = {DONE: "done", STOPPED: "stopped"}.get(stop["code"], "failed")
+    return Attempt(name, end, step, checkpoint, stop["reason"]), stop["code"]
 
 
 def _read_stop(run_dir: Path) -> dict[str, Any]:
-    """stop.json; empty where it is absent, torn, or says it in a way that this version does not know."""
-    kinds = {"life": str, "code": int, "reason": str}
+    """stop.json; empty if it is absent, truncated or of another format."""
+    kinds = {"attempt": str, "code": int, "reason": str}
     return next((_fields(entry, kinds) for entry in json_lines(run_dir / _STOP)), None) or {}
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """The lives that have ended, oldest first. Lines that are torn or of another form are passed over, and so is what
-    a later version adds to a line."""
-    kinds = {"life": str, "end": str, "step": int, "checkpoint": int, "reason": str}
-    return [Attempt(**found) for entry in json_lines(run_dir / _LIVES) if (found := _fields(entry, kinds))]
+    """The attempts that have ended, oldest first. Truncated lines, lines of another format and unknown fields are
+    ignored."""
+    kinds = {"attempt": str, "end": str, "step": int, "checkpoint": int, "reason": str}
+    entries = [*json_lines(run_dir / _FORMER_ATTEMPTS), *json_lines(run_dir / _ATTEMPTS)]
+    return [Attempt(**found) for entry in entries if (found := _fields(entry, kinds))]
 
 
 def _fields(entry: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any] | None:
-    """These fields of an entry; None where it lacks one."""
+    """These fields of an entry; None if one is missing."""
+    entry = {"attempt": entry.get("life"), **entry}  # its name in earlier versions
     if any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
         return None
     return {name: entry[name] for name in kinds}
 
 
 def _append(path: Path, line: str) -> None:
-    """Adds a line, on a new one even where the last was torn."""
+    """Appends a line to a file whose last line may be truncated."""
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -187,12 +191,12 @@ def _append(path: Path, line: str) -> None:
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """The newest checkpoint's step, 0 for none. Its files are not looked at."""
+    """The step of the newest checkpoint, without verifying it; 0 for none."""
     names = (re.fullmatch(r"step_(\d{8})", path.name) for path in run_dir.glob("checkpoints/step_*"))
     return max((int(name[1]) for name in names if name), default=0)
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step in metrics.jsonl, 0 for none."""
+    """The last step in metrics.jsonl; 0 for none."""
     steps = (row.get("step") for row in reversed(json_lines(run_dir / METRICS, _TAIL_BYTES)))
     return next((step for step in steps if type(step) is int), 0)

@@ -37,9 +37,9 @@ class RunDir:
     created: bool
     """It did not exist before."""
     continued: bool
-    """It holds checkpoints of an earlier life."""
+    """It holds checkpoints of an earlier attempt."""
     changed: list[str]
-    """`key: old -> new` for settings that differ from the earlier life's."""
+    """`key: old -> new` for settings that differ from those of the earlier attempt."""
     overrides: list[str]
     """What the command line said."""
 

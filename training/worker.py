@@ -205,7 +205,7 @@ def _announce(console: Console, built: "BuiltModel", run_dir: RunDir, prepared: 
     for note in prepared.notes:
         console.note(note)
     if run_dir.changed:
-        console.warning(f"settings differ from the earlier life of this run: {'; '.join(run_dir.changed)}")
+        console.warning(f"settings differ from the previous attempt of this run: {'; '.join(run_dir.changed)}")
 
 
 def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) -> tuple[int, str]:

@@ -33,7 +33,7 @@ def test_elements_of_an_array_are_stopped_and_requeued_one_by_one(
     shown = [cluster.wait(element, "COMPLETED") for element in elements]
     assert [element["Restarts"] for element in shown] == ["0", "1", "1"]
     assert [len(rows(run)) for run in runs] == [2, 20, 20]
-    ends = [[(life.life, life.end) for life in read_attempts(run)] for run in runs]
+    ends = [[(attempt.attempt, attempt.end) for attempt in read_attempts(run)] for run in runs]
     assert ends == [
         [(f"{numbers[0]}.0", "done")],
         [(f"{numbers[1]}.0", "stopped"), (f"{numbers[1]}.1", "done")],

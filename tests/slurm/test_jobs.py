@@ -62,10 +62,10 @@ def test_four_nodes_compute_what_one_rank_computes(four_nodes: tuple[Path, str],
 
 def test_a_job_submitted_inside_another_takes_none_of_its_variables_over(four_nodes: tuple[Path, str]) -> None:
     run_dir, log = four_nodes
-    (life,) = read_attempts(run_dir)
-    job, _, restart = life.life.partition(".")
+    (attempt,) = read_attempts(run_dir)
+    job, _, restart = attempt.attempt.partition(".")
     kept = json.loads((run_dir / "environment.jsonl").read_text())["variables"]
-    assert restart == kept["SLURM_RESTART_COUNT"] == "0" and life.end == "done" and f"job {job}, restart 0" in log
+    assert restart == kept["SLURM_RESTART_COUNT"] == "0" and attempt.end == "done" and f"job {job}, restart 0" in log
     assert "SLURM_ARRAY_JOB_ID" not in kept and kept["MASTER_ADDR"] == "node1"
 
 
@@ -86,7 +86,10 @@ def test_told_that_time_is_up_it_is_requeued_and_goes_on_bit_for_bit(
     log = cluster.log(job)
     assert log.count("got USR1") == 1 and "restart 0" in log and "restart 1" in log and "continuing from" in log
     first, second = read_attempts(run_dir)
-    assert [(life.life, life.end) for life in (first, second)] == [(f"{job}.0", "stopped"), (f"{job}.1", "done")]
+    assert [(a.attempt, a.end) for a in (first, second)] == [
+        (f"{job}.0", "stopped"),
+        (f"{job}.1", "done"),
+    ]
     assert 3 <= first.step < 20 and first.checkpoint == first.step
 
 
@@ -150,7 +153,7 @@ def test_failing_twice_at_one_step_is_enough(cluster: Cluster, corpus: Path, tmp
     job = cluster.submit("--ntasks=2", *overrides(corpus, tmp_path / "run"), PYTHONPATH=str(tmp_path))
     shown = cluster.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("1", "1:0")
-    assert "not requeued, since a third would do the same" in cluster.log(job)
+    assert "The previous attempt ended in the same way" in cluster.log(job)
 
 
 def test_a_job_is_requeued_only_so_often(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
@@ -188,9 +191,9 @@ def test_a_preempted_job_stops_with_a_checkpoint_and_waits_for_its_turn(
     wait_for_steps(run_dir, 1)
     cluster.call("srun", "--partition=urgent", "--nodes=4", "--exclusive", "true")  # returns when it has had its turn
     assert cluster.show(job)["Restarts"] == "1"
-    (life,) = read_attempts(run_dir)
-    assert (life.life, life.end, life.reason) == (f"{job}.0", "stopped", "SIGUSR1")
-    assert 0 <= life.checkpoint - life.step < 5  # of a life's steps only every fifth is logged
+    (attempt,) = read_attempts(run_dir)
+    assert (attempt.attempt, attempt.end, attempt.reason) == (f"{job}.0", "stopped", "SIGUSR1")
+    assert 0 <= attempt.checkpoint - attempt.step < 5  # of a life's steps only every fifth is logged
     cluster.call("scancel", job)
     cluster.settle()
 
@@ -212,7 +215,7 @@ def test_neither_a_full_disk_nor_a_verdict_that_fails_loses_the_requeue(
     kill(rank_0, signal.SIGCONT)
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"
     assert len(rows(run_dir)) == 6
-    assert [(life.life, life.end) for life in read_attempts(run_dir)] == [(f"{job}.1", "done")]
+    assert [(attempt.attempt, attempt.end) for attempt in read_attempts(run_dir)] == [(f"{job}.1", "done")]
 
 
 def test_a_layout_that_does_not_fit_the_allocation_is_told_at_once(

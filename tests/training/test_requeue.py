@@ -1,4 +1,4 @@
-"""What is decided between two lives of a run."""
+"""What is decided between two attempts of a run."""
 
 import json
 import subprocess
@@ -33,13 +33,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Run":
 
 
 class Run:
-    """A run directory in which lives begin and end."""
+    """A run directory in which attempts begin and end."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.monkeypatch = path, monkeypatch
 
-    def live(self, restart: int, *, step: int, checkpoint: int = 0, code: int | None = None) -> None:
-        """A life that takes steps, keeps a checkpoint, and says how it ended (None: it was killed)."""
+    def attempt(self, restart: int, *, step: int, checkpoint: int = 0, code: int | None = None) -> None:
+        """An attempt that takes steps, keeps a checkpoint, and says how it ended (None: it was killed)."""
         self.monkeypatch.setenv("SLURM_JOB_ID", "7")
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         Ownership(self.path)
@@ -51,66 +51,66 @@ class Run:
         if code is not None:
             write_stop(self.path, code=code, reason="because")
 
-    def end(self, *, asked: bool = False, limit: int | None = 5) -> tuple[bool, int, str]:
-        verdict = record_attempt(self.path, asked=asked, max_requeues=limit)
+    def end(self, *, stop_requested: bool = False, limit: int | None = 5) -> tuple[bool, int, str]:
+        verdict = record_attempt(self.path, stop_requested=stop_requested, max_requeues=limit)
         return verdict.requeue, verdict.code, verdict.message
 
 
 def test_a_run_that_is_done_or_wrong_is_not_requeued(run: Run) -> None:
-    run.live(0, step=20, checkpoint=20, code=DONE)
+    run.attempt(0, step=20, checkpoint=20, code=DONE)
     assert run.end()[:2] == (False, 0)
     for code in (FAILED, BAD_CONFIGURATION):
-        run.live(0, step=3, code=code)
+        run.attempt(0, step=3, code=code)
         again, exit_code, message = run.end()
         assert (again, exit_code) == (False, code) and "failed after step 3: because" in message
 
 
 def test_a_stopped_run_is_requeued_up_to_the_limit(run: Run) -> None:
     for restart in range(3):
-        run.live(restart, step=5, checkpoint=5, code=STOPPED)
+        run.attempt(restart, step=5, checkpoint=5, code=STOPPED)
         assert run.end(limit=3)[0], "stopping at one step, as when preempted at once, is no failure"
-    run.live(3, step=6, checkpoint=6, code=STOPPED)
+    run.attempt(3, step=6, checkpoint=6, code=STOPPED)
     again, code, message = run.end(limit=3)
     assert (again, code) == (False, STOPPED) and "slurm.max_requeues=3" in message
-    assert [life.end for life in read_attempts(run.path)] == ["stopped"] * 4
+    assert [attempt.end for attempt in read_attempts(run.path)] == ["stopped"] * 4
     assert run.end(limit=None)[0] is False  # where a person is there, nothing is requeued
 
 
 def test_dying_twice_at_one_step_is_the_end(run: Run) -> None:
-    run.live(0, step=7, checkpoint=5)
+    run.attempt(0, step=7, checkpoint=5)
     assert run.end()[:2] == (True, FAILED)
-    run.live(1, step=7, checkpoint=5)
+    run.attempt(1, step=7, checkpoint=5)
     again, code, message = run.end()
     assert (again, code) == (False, FAILED) and "no checkpoint is newer than step 5" in message
 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(8, 5), (7, 6)])
 def test_dying_twice_elsewhere_is_not(run: Run, step: int, checkpoint: int) -> None:
-    run.live(0, step=7, checkpoint=5)
+    run.attempt(0, step=7, checkpoint=5)
     run.end()
-    run.live(1, step=step, checkpoint=checkpoint)
+    run.attempt(1, step=step, checkpoint=checkpoint)
     assert run.end()[0]
 
 
 def test_a_life_between_that_stopped_begins_the_count_again(run: Run) -> None:
     for restart, code in enumerate((None, STOPPED, None)):
-        run.live(restart, step=7, checkpoint=5, code=code)
+        run.attempt(restart, step=7, checkpoint=5, code=code)
         assert run.end()[0]
 
 
 def test_never_in_time_is_the_end_too(run: Run) -> None:
     """Asked to stop, twice, and no checkpoint either time: the third would not be quicker."""
-    run.live(0, step=4)
-    again, _, message = run.end(asked=True)
+    run.attempt(0, step=4)
+    again, _, message = run.end(stop_requested=True)
     assert again and "send the signal earlier" in message
-    run.live(1, step=6)
-    assert run.end(asked=True)[0] is False
+    run.attempt(1, step=6)
+    assert run.end(stop_requested=True)[0] is False
 
 
-def test_what_an_earlier_life_said_is_not_this_ones_word(run: Run) -> None:
-    run.live(0, step=7, checkpoint=5, code=DONE)
+def test_the_stop_file_of_an_earlier_attempt_does_not_count(run: Run) -> None:
+    run.attempt(0, step=7, checkpoint=5, code=DONE)
     stop = (run.path / "stop.json").read_text()
-    run.live(1, step=8, checkpoint=5)
+    run.attempt(1, step=8, checkpoint=5)
     assert not (run.path / "stop.json").exists()
     (run.path / "stop.json").write_text(stop)  # as if the earlier rank 0 had been late
     assert run.end()[2].startswith("died after step 8")
@@ -122,20 +122,20 @@ TORN = [b'{"life": "7.0", "end": "di', b"\xff\xfe", b"[]", b"null", b'{"life": "
 @pytest.mark.parametrize("torn", TORN)
 def test_a_torn_or_foreign_line_is_passed_over(run: Run, torn: bytes) -> None:
     """As a kill or another version leaves it, in either file; the next line is not glued to it."""
-    run.live(0, step=7, checkpoint=5)
+    run.attempt(0, step=7, checkpoint=5)
     run.end()
     with (run.path / "lives.jsonl").open("ab") as file:
         file.write(b'{"life": "7.0", "end": "died", "step": 7, "checkpoint": 5, "reason": "", "new": 1}\n' + torn)
-    run.live(1, step=8, checkpoint=8)
+    run.attempt(1, step=8, checkpoint=8)
     (run.path / "stop.json").write_bytes(torn)
     again, _, message = run.end()
     assert again and message.startswith("died after step 8")
-    assert [(life.step, life.end) for life in read_attempts(run.path)] == [(7, "died")] * 2 + [(8, "died")]
+    assert [(attempt.step, attempt.end) for attempt in read_attempts(run.path)] == [(7, "died")] * 2 + [(8, "died")]
 
 
 def test_the_verdict_needs_no_readable_settings(run: Run) -> None:
     for content in (b"slurm: {max_requeues: 3}\nnewer: {setting: 1}\n", b"\xff\xfe", b"slurm: 3", b""):
-        run.live(4, step=7, checkpoint=7, code=STOPPED)
+        run.attempt(4, step=7, checkpoint=7, code=STOPPED)
         (run.path / "config.yaml").write_bytes(content)
         command = [sys.executable, "-m", "launch.verdict", str(run.path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -159,11 +159,11 @@ def test_the_later_owner_holds_the_directory(tmp_path: Path) -> None:
 
 def taken_over(world: World, config: Config) -> int:
     """A run whose directory another process takes over during step 3 (rank function for the pool)."""
-    holds, asked = Ownership.holds, []
+    holds, calls = Ownership.holds, []
 
     def counted(owner: Ownership) -> bool:
-        asked.append(owner)
-        if len(asked) == 3:
+        calls.append(owner)
+        if len(calls) == 3:
             Ownership(Path(config.run.dir))
         return holds(owner)
 
@@ -220,3 +220,13 @@ def test_last_step_of_a_long_file(tmp_path: Path) -> None:
         rows.writelines(json.dumps({"step": s, "loss": "x" * 400}) + "\n" for s in range(1, 1001))
     assert requeue.last_step(tmp_path) == 1000
     assert requeue.last_step(tmp_path / "nothing") == 0
+
+
+def test_attempts_of_earlier_versions_count(run: Run) -> None:
+    """lives.jsonl was their file, and `life` the name of an attempt."""
+    line = {"life": "7.0", "end": "died", "step": 7, "checkpoint": 5, "reason": ""}
+    (run.path / "lives.jsonl").write_text(json.dumps(line) + "\n")
+    run.attempt(1, step=7, checkpoint=5)
+    again, _, message = run.end()
+    assert not again and "The previous attempt ended in the same way" in message
+    assert [(attempt.attempt, attempt.step) for attempt in read_attempts(run.path)] == [("7.0", 7), ("7.1", 7)]
