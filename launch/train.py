@@ -21,8 +21,8 @@ from launch.cli import command
 from parallel.env import World, should_print, started_ranks
 from parallel.local_launcher import RankFailed
 from training.console import Console
+from training.errors import RankError
 from training.initial_weights import data_settings
-from training.nonfinite import RankError
 from training.output_redirect import redirect_output
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.run_dir import RunDir, open_run_dir

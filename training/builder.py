@@ -30,9 +30,9 @@ from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
 from parallel.threads import thread_wait_policy
 from training import expert_backend
+from training.errors import RunFailed
 from training.flops import Cost, model_cost
 from training.memory_estimate import Memory, memory_per_rank, memory_row
-from training.nonfinite import RunFailed
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,11 @@
-"""What can go wrong while a run goes on: updates that are not finite, another process in the run directory."""
+"""Counts updates that are skipped because the loss or a gradient is not finite."""
 
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why. Exit code 1."""
-
-
-class RankError(RuntimeError):
-    """This rank failed, or has seen another fail, as nobody foresaw. The message is for the screen; the traceback is in
-    train.log."""
-
-
-class RunDirTakenOver(RunFailed):
-    """Another process goes on in the run directory, so this one must not write there any more."""
+from training.errors import RunFailed
 
 
 class SkipCounter:
-    """Counts updates that were left out because the loss or a gradient was not finite.
-
-    Args:
-        limit: how many in a row end the run.
+    """Args:
+    limit: number of consecutive skipped updates that the run tolerates.
     """
 
     def __init__(self, limit: int):
@@ -30,10 +17,10 @@ class SkipCounter:
         self.in_row = 0
 
     def skipped(self, step: int, culprits: list[str]) -> str:
-        """Counts one and says it in a sentence.
+        """Counts a skipped update and returns a message about it.
 
         Raises:
-            RunFailed: it was one too many in a row.
+            RunFailed: more than `limit` updates in a row were skipped.
         """
         self.in_row += 1
         self.total += 1

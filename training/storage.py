@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from training.nonfinite import RunFailed
+from training.errors import RunFailed
 
 _LOG = logging.getLogger(__name__)
 

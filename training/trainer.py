@@ -22,12 +22,13 @@ from parallel.optimizer_state import first_nonfinite
 from parallel.weight_loading import load_weights
 from training.builder import BuiltModel
 from training.console import Console
+from training.errors import RunDirTakenOver, RunFailed
 from training.evaluate import EvalResult, evaluate
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.lr_schedule import learning_rate, schedule_jump
 from training.metrics import RunLog, mfu, peak_flops
-from training.nonfinite import RunDirTakenOver, RunFailed, SkipCounter
+from training.nonfinite import SkipCounter
 from training.profiler import Profiler
 from training.requeue import DONE, STOPPED
 from training.run_dir import RunDir

@@ -14,7 +14,7 @@ from parallel.env import World
 from parallel.local_launcher import RankPool
 from training import environment, noncausal
 from training.console import Console
-from training.nonfinite import RankError, RunDirTakenOver, RunFailed
+from training.errors import RankError, RunDirTakenOver, RunFailed
 from training.output_redirect import OutputRedirection, redirect_output
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED, attempt_id, write_stop
 from training.run_dir import RunDir, expected_path, open_run_dir

@@ -2,7 +2,8 @@
 
 import pytest
 
-from training.nonfinite import RunFailed, SkipCounter
+from training.errors import RunFailed
+from training.nonfinite import SkipCounter
 
 
 def test_skipped_updates_are_counted_in_a_row() -> None:

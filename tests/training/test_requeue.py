@@ -81,7 +81,7 @@ def test_dying_twice_at_one_step_is_the_end(run: Run) -> None:
     assert run.end()[:2] == (True, FAILED)
     run.attempt(1, step=7, checkpoint=5)
     again, code, message = run.end()
-    assert (again, code) == (False, FAILED) and "no checkpoint is newer than step 5" in message
+    assert (again, code) == (False, FAILED) and "without a checkpoint newer than step 5" in message
 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(8, 5), (7, 6)])
