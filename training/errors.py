@@ -6,8 +6,8 @@ class RunFailed(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """An unexpected exception on this rank, or a failure of another rank. The message is for the terminal; the traceback
-    is in train.log."""
+    """An unexpected exception on this rank, or a failure of another rank. The message is for the terminal; the
+    traceback is in train.log."""
 
 
 class RunDirTakenOver(RunFailed):
