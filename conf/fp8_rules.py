@@ -9,6 +9,11 @@ FP8_BLOCK = 128
 """Rows and columns of a weight that share a scale (ops.fp8_numerics.BLOCK)."""
 
 
+def fp8_layers(first_layers_high: int, last_layers_high: int, num_layers: int) -> range:
+    """The layers that compute in FP8: all but the first and the last ones, which the settings keep in bf16."""
+    return range(first_layers_high, num_layers - last_layers_high)
+
+
 def fp8_rules(case: Case) -> Iterator[Violation]:
     """Rules of the FP8 layers and of the blocks that share a scale."""
     if case["precision"] != "fp8":
@@ -21,7 +26,7 @@ def fp8_rules(case: Case) -> Iterator[Violation]:
             {key: range(case[key] - 1, -1, -1) for key in (first, last) if case[key]} | {"precision": ["bf16"]},
         )
     linear = case["fp8.linear_layers"]
-    inside = range(case[first], case[layers] - case[last])
+    inside = fp8_layers(case[first], case[last], case[layers])
     if not linear and not any(layer in inside for layer in case["model.sparse_layers"]):
         yield Violation(
             "fp8.linear_layers=true where no layer in FP8 has experts (else no layer would be in FP8)",

@@ -24,10 +24,10 @@ from launch.train import prepare_run
 from parallel.env import simulated_ranks
 from parallel.layout import Layout, describe
 from training.console import Console
-from training.memory_estimate import preview
 from training.output_redirect import redirect_output
 from training.requeue import FAILED, forget_stop, restarts
 from training.run_dir import checkpoint_dirs, expected_path, open_run_dir
+from training.run_summary import summarize_run
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
 from training.sweep import without_idle
 
@@ -62,7 +62,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
         tokens = sum(source.num_tokens for source in prepared.train)
         if run.checkpoint.load and not in_job and not checkpoint_dirs(expected_path(run)):
             _check_files(run.checkpoint.load)
-        table, warnings = preview(run, layout, tokens)
+        table, warnings = summarize_run(run, layout, tokens)
         console.start_table(table)
         if ranks > 1:
             console.note(describe(layout, _ranks_per_node(run, ranks, job)) + "\n")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from conf.fp8_rules import fp8_layers
 from conf.schema import Fp8Config, ModelConfig
 from ops.fp8_numerics import RECIPES
 from ops.gemm_backend import Reference, Tools
@@ -37,7 +38,7 @@ def choose_float8(fp8: Fp8Config, model: ModelConfig, device: torch.device) -> t
         ValueError: the kernels that were asked for cannot run here.
     """
     (experts, linear), name, why = _choose_tools(fp8, device)
-    layers = range(fp8.first_layers_high, model.num_layers - fp8.last_layers_high)
+    layers = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
     gradient = "" if fp8.weight_gradient == "fp8" else ", weight gradients in bf16"
     which = "every layer" if len(layers) == model.num_layers else f"layers {layers[0]} to {layers[-1]}"
     if not fp8.linear_layers:

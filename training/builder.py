@@ -32,7 +32,8 @@ from parallel.threads import thread_wait_policy
 from training import expert_backend
 from training.errors import RunFailed
 from training.flops import Cost, model_cost
-from training.memory_estimate import Memory, memory_per_rank, memory_row
+from training.memory_estimate import Memory, memory_per_rank
+from training.run_summary import memory_row
 
 
 @dataclass(frozen=True)

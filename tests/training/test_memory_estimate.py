@@ -22,7 +22,8 @@ from parallel.env import World
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from tests.moe.helpers import fp8_weight_bytes
-from training.memory_estimate import Memory, _fp8_weights, memory_per_rank, preview
+from training.memory_estimate import Memory, _fp8_weights, memory_per_rank
+from training.run_summary import summarize_run
 
 LATE = {"every": 1, "first_dense_layers": 1}
 KEPT = ("weights", "gradients", "optimizer", "fp8_weights")
@@ -160,8 +161,8 @@ def test_offloaded_states_are_the_hosts() -> None:
     assert (memory.optimizer, memory.host) == (0, plain.optimizer) and plain.host == 0
     assert memory.total == plain.total - plain.optimizer
     assert memory_per_rank(settings, Layout(2), bf16=True, on_gpu=False) == plain  # a CPU's memory is the host's
-    (row,) = [row for row in preview(settings, Layout(2), 10**9)[0] if row[0] == "memory"]
-    assert row[2].endswith(f"; and {plain.optimizer / 1e9:.3g} GB of the host's for the optimizer")
+    (row,) = [row for row in summarize_run(settings, Layout(2), 10**9)[0] if row[0] == "memory"]
+    assert row[2].endswith(f"; and {plain.optimizer / 1e9:.3g} GB of host memory for the optimizer")
 
 
 @pytest.mark.parametrize(("recipe", "linear_layers"), [("blockwise", True), ("rowwise", True), ("blockwise", False)])
@@ -194,26 +195,26 @@ H100 = ClusterConfig("h100", 8, True, 80.0, 14, 450.0, 50.0)
 def test_what_cannot_fit_is_refused_and_what_may_not_is_told() -> None:
     model = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=14336)
     settings = replace(config("bf16"), model=model, cluster=H100)
-    with pytest.raises(ValueError, match=r"weights, gradients and optimizer take \d+ GB a rank, more than the 80 GB"):
-        preview(settings, Layout(1), 10**9)
+    with pytest.raises(ValueError, match=r"weights, gradients and optimizer take \d+ GB per rank, more than the 80 GB"):
+        summarize_run(settings, Layout(1), 10**9)
     settings.optim = replace(SMALL)
-    with pytest.raises(ValueError, match=r"more ranks; these take less: optim.cpu_offload=true$"):
-        preview(settings, Layout(1), 10**9)
+    with pytest.raises(ValueError, match=r"more ranks; settings that reduce memory: optim.cpu_offload=true$"):
+        summarize_run(settings, Layout(1), 10**9)
     settings = replace(settings, parallel=ParallelConfig(tp=8))
     settings.train.micro_batch_size = settings.train.global_batch_size = 64
     settings.train.sequence_length = 4096
-    _, warnings = preview(settings, Layout(8, tp=8), 10**9)
+    _, warnings = summarize_run(settings, Layout(8, tp=8), 10**9)
     assert len(warnings) == 1 and "memory is likely to run out" in warnings[0]
-    assert "80 GB (h100)" in str(preview(settings, Layout(8, tp=8), 10**9)[0])
+    assert "80 GB (h100)" in str(summarize_run(settings, Layout(8, tp=8), 10**9)[0])
 
 
 def test_links_are_told() -> None:
     settings = replace(config("bf16"), cluster=H100, parallel=ParallelConfig(tp=16))
-    rows, _ = preview(settings, Layout(16, tp=16), 10**9)
+    rows, _ = summarize_run(settings, Layout(16, tp=16), 10**9)
     assert not any(row[0] == "gradients" for row in rows)
     # 2 (n - 1) / n of the bytes over the slowest link, worked out by hand for two nodes of eight.
     settings = replace(settings, parallel=ParallelConfig())
     memory = memory_per_rank(settings, Layout(16), bf16=True)
     milliseconds = 1e3 * 2 * 15 / 16 * memory.gradients / 50e9
-    (row,) = [row for row in preview(settings, Layout(16), 10**9)[0] if row[0] == "gradients"]
+    (row,) = [row for row in summarize_run(settings, Layout(16), 10**9)[0] if row[0] == "gradients"]
     assert row[2] == f"{milliseconds:.3g} ms at the 50 GB/s of the network"
