@@ -95,7 +95,7 @@ class Weights:
 
     def dtype(self, ours: str) -> torch.dtype:
         """The type that a parameter is stored in."""
-        file = self.stored[WEIGHTS + ours].boxes[0].file
+        file = self.stored[WEIGHTS + ours].shards[0].file
         if file not in self._types:
             with TensorFile(self.directory / file) as opened:
                 self._types[file] = opened.entries()
