@@ -161,6 +161,10 @@ class OptimConfig:
     """Term added to the square root of the second moment."""
     clip_grad: float = 1.0
     """Maximum global gradient norm. 0: no clipping."""
+    frozen: list[str] = field(default_factory=list)
+    """Parameters that are not trained: patterns of their names in a checkpoint, such as 'layers.*.attention.*' or
+    'embedding.weight'. '!PATTERN' exempts parameters of an earlier pattern: ['*', '!*.router.*'] trains the routers
+    alone. Frozen parameters need no gradients and no optimizer states."""
     grad_dtype: str = "fp32"
     """Type in which gradients are accumulated and reduced: fp32, or bf16 (2 instead of 4 bytes per parameter). Applies
     to parameters in bf16; the router's gradients stay in fp32. The measured effect on the loss, of this and of

@@ -22,6 +22,7 @@ from parallel.env import World, should_print, started_ranks
 from parallel.local_launcher import RankFailed
 from training.console import Console
 from training.errors import RankError
+from training.frozen import frozen_parameters
 from training.initial_weights import data_settings
 from training.output_redirect import redirect_output
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
@@ -41,6 +42,7 @@ def main(config: Config, stop: StopRequest) -> int:
     world, simulated = started_ranks()
     config, warnings = without_idle(config, max(world.size, simulated))
     rules.check(config, max(world.size, simulated))
+    frozen_parameters(config)
     # srun kills a step in which a task ends with anything but 0, and says little then: stop.json says how it ended.
     in_step = world.size > 1 and "SLURM_STEP_ID" in os.environ
     try:

@@ -8,7 +8,7 @@ Legend: B batch, S sequence.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from parallel import block_adamw
 from parallel.batch_context import EVALUATE, TRAIN, BatchContext
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
+from parallel.freezing import freeze
 from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
 from parallel.process_groups import Runtime
 
@@ -99,12 +100,14 @@ class Engine:
         build_chunk: Callable[[int], torch.nn.Module],
         overlap: Overlap = NO_OVERLAP,
         adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        frozen: Collection[str] = (),
     ):
         """Args:
         config: Megatron-Core's TransformerConfig.
         optim: None: no gradient buckets and no optimizer (evaluation, generation).
         build_chunk: builds this rank's i-th pipeline chunk.
         adam: the class of the optimizer.
+        frozen: logical names of parameters that are not trained.
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -117,6 +120,7 @@ class Engine:
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
         if optim is not None:
+            freeze(self.modules, frozen)
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=optim.grad_dtype == "fp32",
@@ -263,7 +267,8 @@ class Engine:
                     part.optimizer.grad_scale = scale
         elif scale != 1.0:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, scale)
+            if grads:  # a stage may be frozen altogether
+                torch._foreach_mul_(grads, scale)
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases

@@ -32,6 +32,7 @@ from parallel.threads import thread_wait_policy
 from training import expert_backend
 from training.errors import RunFailed
 from training.flops import Cost, model_cost
+from training.frozen import frozen_parameters
 from training.memory_estimate import Memory, memory_per_rank
 from training.run_summary import memory_row
 
@@ -112,6 +113,7 @@ def start(
         ValueError: a setting that this device cannot serve.
     """
     import_extensions(config.extensions)
+    frozen = frozen_parameters(config)  # before ranks meet
     set_deterministic(config.train.deterministic)
     layout = Layout.of(config.parallel, world.size)
     run = process_groups.start(
@@ -154,9 +156,11 @@ def start(
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     optim = config.optim if train else None
-    engine = Engine(core, run, optim, build_chunk, overlap, adam)
+    engine = Engine(core, run, optim, build_chunk, overlap, adam, frozen.names)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
+    if train and frozen.names:
+        rows += [("trained", *frozen.describe())]
     if train and config.cluster.memory_gb:
         rows += [memory_row(_memory(config, run, dtype), config.cluster)]
     return BuiltModel(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))

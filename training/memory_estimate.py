@@ -7,6 +7,7 @@ from conf.fp8_rules import FP8_BLOCK, fp8_layers
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
 from training.flops import attention_vectors, experts_per_token
+from training.frozen import frozen_parameters
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_
     sparse, dense = _layers_of(model, layout, stage)
     is_last = stage == layout.pp - 1
     spread, experts = _parameters(model, layout, sparse, dense, is_first=stage == 0, is_last=is_last)
+    frozen = frozen_parameters(config)
+    trained_spread, trained_experts = spread * frozen.dense_share, experts * frozen.expert_share
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
     states = (4 if bf16 else 0) + (4 if config.optim.state_dtype == "bf16" else 8)
-    optimizer = states * (spread / (layout.dp * layout.cp) + experts / layout.edp)
+    optimizer = states * (trained_spread / (layout.dp * layout.cp) + trained_experts / layout.edp)
     offload = on_gpu and config.optim.cpu_offload
     tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
@@ -65,7 +68,7 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_
     head = value * (2 * model.hidden_size + model.vocab_size / layout.tp)
     return Memory(
         weights=value * (spread + experts),
-        gradients=float(gradient * (spread + experts)),
+        gradients=float(gradient * (trained_spread + trained_experts)),
         optimizer=0.0 if offload else optimizer,
         activations=tokens * (in_flight * value * _kept_per_token(config, layout, sparse, dense) + is_last * head),
         fp8_weights=_fp8_weights(config, layout, stage) if config.precision == "fp8" else 0.0,

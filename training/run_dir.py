@@ -170,6 +170,11 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
                 f"run.dir={path} holds a run of another model ({told(fatal)}). "
                 f"Restore these settings ({restored(fatal)}), or choose another run.dir"
             )
+        if frozen := {k: v for k, v in differences(old, new).items() if k == "optim.frozen"}:
+            raise ValueError(
+                f"run.dir={path} has optimizer states of other parameters ({told(frozen)}). Restore this setting "
+                f"({restored(frozen)}), or start another run with checkpoint.load={path}"
+            )
         changed = [told({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
     return RunDir(path, created, continued, changed, _typed())
 

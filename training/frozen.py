@@ -1,0 +1,72 @@
+"""What optim.frozen leaves untrained, known before a model is built."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from conf.schema import Config
+from training.model_shapes import logical_shapes
+from training.output_redirect import redirect_output
+
+_STATE = (".router.bias", ".router.last_load")
+"""Set by a rule and not by a gradient, frozen or not."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Parameters without a gradient, by optim.frozen."""
+
+    names: frozenset[str] = frozenset()
+    """Logical names."""
+    trained: int = 0
+    """Number of parameters that are trained."""
+    total: int = 0
+    """Number of parameters."""
+    dense_share: float = 1.0
+    """Trained fraction of the parameters outside of the experts."""
+    expert_share: float = 1.0
+    """Trained fraction of the experts' parameters."""
+
+    def describe(self) -> tuple[str, str]:
+        """(choice, reason) for the start table."""
+        return (
+            f"{self.trained / 1e6:.4g} of {self.total / 1e6:.4g} M parameters",
+            "optim.frozen: the others are constant",
+        )
+
+
+_known: dict[str, Frozen] = {}
+
+
+def frozen_parameters(config: Config) -> Frozen:
+    """What optim.frozen means for this model. The first call with these settings builds the model on meta tensors, and
+    must come before ranks meet in this process.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left to train.
+    """
+    if not config.optim.frozen:
+        return Frozen()
+    key = json.dumps([asdict(config.model), config.optim.frozen], default=str)
+    if key not in _known:
+        _known[key] = _find(config)
+    return _known[key]
+
+
+def _find(config: Config) -> Frozen:
+    from parallel.freezing import frozen_names
+
+    redirection = redirect_output(0)
+    try:
+        shapes = logical_shapes(config.model)
+    finally:
+        redirection.undo()
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(_STATE)}
+    frozen = frozen_names(config.optim.frozen, sizes)
+    trained = {name: 0 if name in frozen else size for name, size in sizes.items()}
+
+    def share(experts: bool) -> float:
+        names = [name for name in sizes if (".experts." in name) == experts]
+        return sum(trained[n] for n in names) / max(1, sum(sizes[n] for n in names))
+
+    return Frozen(frozenset(frozen), sum(trained.values()), sum(sizes.values()), share(False), share(True))
