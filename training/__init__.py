@@ -1,1 +1,1 @@
-"""What happens over time: the loop, metrics, guards and what a person sees of them."""
+"""Training, evaluation and generation: the training loop, metrics, run directories and console output."""

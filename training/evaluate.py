@@ -1,4 +1,4 @@
-"""Loss and bits per byte on held-out text."""
+"""Evaluation: loss and bits per byte of held-out text."""
 
 import math
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ def evaluate(
     """
     train, groups = built.config.train, built.runtime.groups
     dp = groups.dp.size()
-    # A micro-batch always holds the same windows: its capacity must not depend on the number of ranks. The last one is
-    # filled up with padding, which counts in no capacity and no load.
+    # Micro-batches have the same windows for any number of ranks, since capacity is defined per micro-batch. The last
+    # one is padded; padding does not count in capacity and load.
     micro, layout = train.micro_batch_size, built.runtime.layout
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
@@ -48,7 +48,7 @@ def evaluate(
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
-        if layout.vpp > 1:  # the interleaved schedule takes multiples of the number of stages
+        if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp
         batch = list(
             micro_batches(

@@ -1,5 +1,4 @@
-"""Text from a model, one token at a time. Each token is a forward pass over the whole context: there is no key/value
-cache, which is fine for samples and not meant for serving."""
+"""Text generation for samples. There is no key/value cache: each token takes a forward pass over the whole context."""
 
 from collections.abc import Iterator
 
@@ -22,12 +21,12 @@ def generate(
     seed: int,
     eod_id: int | None,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, until max_tokens or the end of the document. Every rank calls this together
-    and gets the same tokens. Routing is dropless, so a token does not depend on what else is in the batch.
+    """Generates the tokens that follow a prompt, until max_tokens or the end of the document. Every rank calls this
+    together and gets the same tokens. Routing is dropless, so that a token does not depend on the rest of the batch.
 
     Args:
         prompt: at least one token.
-        temperature: 0 takes the likeliest token.
+        temperature: 0: always the most likely token.
     """
     assert prompt
     generator = torch.Generator().manual_seed(seed)
@@ -42,14 +41,14 @@ def generate(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's tokens; for an empty one the end-of-document token, after which a document begins.
+    """The tokens of a prompt; for an empty prompt the end-of-document token, which precedes every document.
 
     Raises:
-        ValueError: empty, and the tokenizer has no such token.
+        ValueError: the prompt is empty and the tokenizer has no such token.
     """
     ids = tokenizer.encode(prompt)
     if ids:
         return ids
     if tokenizer.eod_id is None:
-        raise ValueError("prompt is empty and the tokenizer has no end-of-document token to begin with; give a prompt")
+        raise ValueError("prompt is empty and the tokenizer has no end-of-document token to start from; set a prompt")
     return [tokenizer.eod_id]

@@ -1,4 +1,4 @@
-"""A trained model, opened from a checkpoint by the ranks of a command that does not train."""
+"""Loads a trained model from a checkpoint, for commands that do not train."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from parallel.local_launcher import RankPool
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
-if TYPE_CHECKING:  # importing it loads the engine, which warns: see redirect_output
+if TYPE_CHECKING:  # imports Megatron-Core, which warns: see redirect_output
     from training.builder import BuiltModel
 
 
@@ -25,22 +25,22 @@ class LoadedModel:
     built: "BuiltModel"
     run_dir: Path
     directory: Path
-    """The step's directory."""
+    """Of the checkpoint."""
     step: int
     tokenizer: Tokenizer | None
     """None for a run on token files without a tokenizer."""
 
 
 def on_every_rank(run: Callable[[World, Any], int], config: Any) -> int:
-    """Calls run(world, config) as a rank of a torchrun or Slurm job, as each of N simulated ranks (NPROC=N), or as the
+    """Calls run(world, config) as a rank of a torchrun or Slurm job, on each of N simulated ranks (NPROC=N), or as the
     only rank. Returns the exit code.
 
     Args:
         run: importable by name; the ranks call it together.
 
     Raises:
-        ValueError: what run raises, and what is wrong with the ranks asked for.
-        RankFailed: a simulated rank raised anything else, or died.
+        ValueError: raised by `run`, or the environment of the ranks is wrong.
+        RankFailed: a simulated rank raised another exception, or died.
     """
     world, simulated = started_ranks()
     if simulated == 1:
@@ -62,8 +62,8 @@ def _outcome(world: World, run: Callable[[World, Any], int], config: Any) -> tup
 
 
 def configured_here(recorded: Config, here: Here) -> Config:
-    """The configuration of a run with what a command says of this machine and its ranks in place of what the run was
-    trained with."""
+    """The configuration of a run, with the layout, precision and runtime settings of this command instead of those of
+    training."""
     backend, timeout, threads = here.model.moe.backend, here.runtime.timeout, here.runtime.threads
     moe, runtime = recorded.model.moe, recorded.runtime
     return replace(
@@ -82,13 +82,13 @@ def configured_here(recorded: Config, here: Here) -> Config:
 
 @contextlib.contextmanager
 def load_model(path: str, here: Here, world: World | None = None) -> Iterator[LoadedModel]:
-    """The model of a `checkpoint=` setting on this machine, whatever layout it was trained under.
+    """Context manager that loads the model of a `checkpoint=` setting under any layout.
 
     Args:
-        world: every rank of it calls this together; None: this process alone.
+        world: every rank of it calls this together; None: a single process.
 
     Raises:
-        ValueError: no whole checkpoint there, or not of this version; a layout or backend that cannot work here.
+        ValueError: there is no complete checkpoint, it is of another version, or a layout or backend is not supported.
     """
     import_extensions(here.extensions)
     world = world or World()

@@ -1,11 +1,11 @@
-"""The parameters of a model by name and logical shape, without the memory for one."""
+"""The names and logical shapes of a model's parameters, computed without allocating them."""
 
 from conf.schema import ModelConfig
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter that a gradient or a rule sets, under the name that a checkpoint has for it. To be called while
-    no ranks have met in this process, with what the engine prints redirected."""
+    """Name in a checkpoint -> logical shape of every parameter, including those that are set by a rule. Call it in a
+    process without process groups, with output redirected (training.output_redirect)."""
     import torch
 
     from parallel import megatron_compat

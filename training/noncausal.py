@@ -1,24 +1,24 @@
-"""Models whose experts choose their tokens among later ones too: what that means for their figures and their text."""
+"""Restrictions of models with expert-choice routing, which is not causal."""
 
 from conf.schema import ModelConfig
 
 
 def warning(model: ModelConfig) -> str | None:
-    """What a person should know of the figures of such a model; None for any other."""
+    """A warning about the metrics of such a model; None for other models."""
     if not _looks_ahead(model):
         return None
     return (
-        "model.moe.load_balancing=expert_choice looks ahead: which tokens an expert takes hangs on later ones, in "
-        "evaluation too. Held-out losses come out lower than what the model can predict, and it cannot write text"
+        "model.moe.load_balancing=expert_choice is not causal: which tokens an expert selects depends on later tokens, "
+        "also in evaluation. Held-out losses are lower than in causal prediction, and the model cannot generate text"
     )
 
 
 def check_can_generate(model: ModelConfig) -> None:
-    """Raises ValueError where no text can be generated."""
+    """Raises ValueError if the model cannot generate text."""
     if _looks_ahead(model):
         raise ValueError(
-            "the model was trained with model.moe.load_balancing=expert_choice: its experts choose among all tokens of "
-            "a micro-batch, and a text being written has no later ones yet. It can be evaluated, not generate"
+            "the model was trained with model.moe.load_balancing=expert_choice: its experts select among all tokens of "
+            "a micro-batch, and in generation there are no later tokens. It can be evaluated but cannot generate text"
         )
 
 

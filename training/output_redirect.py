@@ -1,4 +1,4 @@
-"""Keeps what the engine says off the screen and in train.log: warnings, log records, what C libraries print."""
+"""Redirects warnings, log records and the output of C libraries from the terminal to train.log."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class OutputRedirection:
-    """Keeps off the screen what the engine says; `redirect_output` makes one."""
+    """An active redirection; created by `redirect_output`."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -28,21 +28,22 @@ class OutputRedirection:
         root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         logging.captureWarnings(True)
         self._undo.callback(logging.captureWarnings, False)
-        # What torch says while it is imported goes to a handler of its own and so to the screen; that is this alone: of
-        # a CUDA toolkit without a GPU, which is what a login node has.
+        # The only record that torch logs to a handler of its own while it is imported: about a CUDA toolkit without a
+        # GPU, as on login nodes.
         compiler = logging.getLogger("torch.utils.cpp_extension")
         self._undo.callback(compiler.setLevel, compiler.level)
         compiler.setLevel(logging.ERROR)
-        # C++ warnings of torch bypass Python and share standard error with its fatal errors, which must stay visible.
+        # torch's C++ warnings bypass Python and go to standard error, as its fatal errors, which must stay visible.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self._take_c_output()
 
     def _take_c_output(self) -> None:
-        """Parts Python's sys.stdout, which stays on the screen, from file descriptor 1, where C libraries print."""
+        """Separates Python's sys.stdout, which still goes to the terminal, from file descriptor 1, to which C libraries
+        print."""
         before = sys.stdout
         try:
             before.flush()
-        except OSError:  # its reader is gone, or the disk is full
+        except OSError:  # a closed pipe or a full disk
             discard_output(before)
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=before.encoding, errors=before.errors)
         self._undo.callback(sys.stdout.close)
@@ -52,9 +53,8 @@ class OutputRedirection:
         os.dup2(self._held_output.fileno(), 1)
 
     def attach(self, log_path: Path) -> None:
-        """Appends what was held, and from now on everything, to `log_path`. Call it when the run directory is known and
-        the engine imported: torch gives loggers handlers of their own, which are replaced here. A second call does
-        nothing.
+        """Writes the buffered output, and all later output, to `log_path`. Call it after the run directory is known and
+        torch is imported: torch adds handlers to its loggers, which are replaced here. A second call has no effect.
 
         Raises:
             OSError: `log_path` cannot be written.
@@ -85,14 +85,14 @@ class OutputRedirection:
             raise
 
     def undo(self) -> None:
-        """Puts everything back but TORCH_CPP_LOG_LEVEL. What is still held, without `attach`, is dropped. A `Console`
-        made in between must be closed before."""
+        """Ends the redirection, except for TORCH_CPP_LOG_LEVEL. Output that is still buffered, without `attach`, is
+        discarded. A `Console` created in between must be closed first."""
         self._undo.close()
 
 
 class _LogFile(logging.FileHandler):
-    """A disk that takes no more records is not worth a traceback for each: `Console`, which writes to the same file,
-    reports it."""
+    """Ignores write errors, which would print a traceback for every record: `Console`, which writes to the same file,
+    reports them."""
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
@@ -104,8 +104,8 @@ class _LogFile(logging.FileHandler):
 
 
 def discard_output(stream: TextIO) -> None:
-    """Points a stream that cannot be written any more at /dev/null, so that what is left in its buffer fails nobody
-    later on, at the interpreter's exit for example."""
+    """Redirects a stream that cannot be written to any more to /dev/null, so that flushing its buffer, for example at
+    exit, does not fail."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: closed, or no descriptor beneath
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -113,10 +113,10 @@ def discard_output(stream: TextIO) -> None:
 
 
 def redirect_output(rank: int) -> OutputRedirection:
-    """From now on Python warnings, logging records and what C libraries print on standard output are held, and go to
-    train.log once `attach` names it. Call it before torch and megatron-core are imported, since the imports warn, and
-    before a `Console` is made. Standard error and Python's own output, tracebacks included, stay on the screen.
+    """Buffers Python warnings, log records and the standard output of C libraries until `attach` names a log file. Call
+    it before torch and megatron-core are imported, since the imports warn, and before a `Console` is created. Standard
+    error and Python's own output, including tracebacks, still go to the terminal.
 
-    Rank 0 keeps records from INFO upwards, the others from WARNING; each record names its rank.
+    Rank 0 logs records from level INFO, other ranks from WARNING; each record names its rank.
     """
     return OutputRedirection(rank)

@@ -1,4 +1,4 @@
-"""A torch profiler trace of some steps."""
+"""Records a torch.profiler trace of some training steps."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ class Profiler:
 
     Args:
         steps: [a, b], both included; None traces nothing.
-        enabled: False on ranks that shall not trace.
+        enabled: whether this rank records a trace.
     """
 
     def __init__(self, steps: list[int] | None, directory: Path, *, enabled: bool):

@@ -1,5 +1,5 @@
-"""Small files of a run directory: written whole, and read whatever a kill or a full disk has left of them. Imports
-nothing heavy: the batch script reads them too."""
+"""Atomic writes of small files in a run directory, and readers that tolerate truncated files. Does not import torch:
+the batch script uses this module."""
 
 import json
 import os
@@ -11,7 +11,7 @@ METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Written aside and renamed: a reader never sees half of it, nor a mixture of two writers."""
+    """Writes a file atomically, through a temporary file that is renamed."""
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         aside.write_bytes(content)
@@ -21,7 +21,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def json_object(text: str | bytes) -> dict[str, Any] | None:
-    """None: it is torn, or other JSON than an object."""
+    """Parses a JSON object; None if it is invalid or not an object."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -30,10 +30,10 @@ def json_object(text: str | bytes) -> dict[str, Any] | None:
 
 
 def json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line. Other lines are passed over; a file that cannot be read has none.
+    """The JSON objects of a file with one per line. Other lines are ignored; a file that cannot be read has none.
 
     Args:
-        last_bytes: only the end of the file is read.
+        last_bytes: read only this many bytes at the end of the file.
     """
     try:
         with path.open("rb") as file:

@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop. Imports nothing heavy: the handlers are installed before anything else is imported,
-so that none of them is lost."""
+"""Handles signals that request the end of a run. Does not import torch: the handlers are installed before anything else
+is imported, so that no signal is lost."""
 
 import contextlib
 import os
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GO_ON, STOP, FAIL, LEAVE = 0, 1, 2, 3
-"""What the ranks agree on after a step: the next one; an end with a checkpoint; a failure, with a checkpoint if there
-is room for one; an end without writing anything."""
+"""What the ranks agree on after a step: continue; stop with a checkpoint; fail, with a checkpoint if it can be written;
+leave without writing anything."""
 INTERRUPTED, STOPPED = 130, 75
-"""Exit codes: Ctrl-C before the first step, or a second one at any time; another signal, please requeue."""
+"""Exit codes: Ctrl-C before the first step, or a second one at any time; another signal, to be requeued."""
 _PROMPT = 5.0
-"""Seconds within which data preparation has ended, whatever it is at."""
+"""Seconds after a signal within which data preparation is ended."""
 
 
 class EndedEarly(KeyboardInterrupt):
-    """Raised by `StopRequest.check`: a signal asked for an end while there was nothing to save."""
+    """Raised by `StopRequest.check` if a signal was received while there was nothing to save."""
 
 
 class StopRequest:
-    """While entered, a signal that asks for an end is remembered instead of obeyed, so that the step in progress can
-    be finished and a checkpoint written. Enter it in the main thread.
+    """Context manager that records signals instead of ending the process, so that the current step can be finished and
+    a checkpoint be written. Enter it in the main thread.
 
-    A second Ctrl-C, or one that follows another signal, ends the process at once with one line and exit code 130, also
-    while the main thread is held up in a collective or by the disk: checkpoints are complete or not there at all.
+    A second Ctrl-C, or a Ctrl-C after another signal, ends the process immediately with a message and exit code 130,
+    even if the main thread is blocked in a collective or by the disk. Checkpoints are written atomically.
 
     Args:
-        signals: those to remember. SIGHUP stays ignored where it is: under nohup.
-        received: the name of one that came earlier.
-        urgent: whether this process ends itself at a second Ctrl-C; not a simulated rank, which its parent ends.
-        speaks: whether it says so; not the ranks after the first.
+        signals: the signals to record. SIGHUP stays ignored if it is (nohup).
+        received: name of a signal that was received earlier.
+        urgent: whether this process ends itself at a second Ctrl-C; False for simulated ranks, which their parent ends.
+        is_main_process: whether this process prints the message.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if self._urgent:
-            # The C part of a signal handler writes here, whatever the main thread is at.
+            # Python's C signal handler writes to this descriptor, whatever the main thread is doing.
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -71,7 +71,7 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._remember)
-        # A rank is born with them blocked (parallel.local_launcher): those that came meanwhile are delivered here.
+        # Ranks start with these signals blocked (parallel.local_launcher): pending ones are delivered here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
@@ -97,8 +97,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def preparing(self, last_act: Callable[[], None]) -> Iterator[None]:
-        """While entered, there is nothing to save: `check` raises, and what does not call it is ended within seconds
-        all the same, after `last_act`."""
+        """While entered, there is nothing to save: after a signal `check` raises, and the process is ended within
+        seconds even if nothing calls it. `last_act` is called before that."""
         self._last_acts.append(last_act)
         self._preparing = True
         try:
@@ -110,18 +110,18 @@ class StopRequest:
             self._last_acts.remove(last_act)
 
     def check(self) -> None:
-        """Between two pieces of work.
+        """Called regularly during data preparation.
 
         Raises:
-            EndedEarly: a signal has asked for an end.
+            EndedEarly: a signal was received.
         """
         if self._preparing and self.received is not None:
             raise EndedEarly(self.received)
 
     @contextlib.contextmanager
     def forwarded(self, send: Callable[[int], None], end: Callable[[], None]) -> Iterator[None]:
-        """While entered, the first signal, also one that came before, is passed on with `send`; `end` is called before
-        this process ends at once."""
+        """While entered, the first signal, including one received before, is forwarded with `send`; `end` is called
+        before this process ends immediately."""
         self._last_acts.append(end)
         try:
             self._forward = send
@@ -133,26 +133,26 @@ class StopRequest:
             self._last_acts.remove(end)
 
     def end_early(self, code: int | None = None) -> NoReturn:
-        """Ends this process, and with it every thread of data preparation, before the first step. `code`: None:
-        INTERRUPTED or STOPPED."""
+        """Ends this process and all threads of data preparation before the first step. `code`: None: INTERRUPTED or
+        STOPPED, depending on the signal."""
         usual = INTERRUPTED if self.received == signal.SIGINT.name else STOPPED
         self._end(usual if code is None else code, f"stopped by {self.received} before the first step")
 
     def _end(self, code: int, why: str) -> NoReturn:
         if not self._ending.acquire(blocking=False):
-            time.sleep(_PROMPT)  # the other thread is at it
+            time.sleep(_PROMPT)  # another thread is ending the process
         for act in self._last_acts:
             with contextlib.suppress(Exception):
                 act()
         if self._is_main_process:
             line = f"switchyard: {why}\n"
             with contextlib.suppress(OSError):
-                # On a terminal a progress line may be in the way. Not through sys.stderr, which others may hold.
+                # Clears a progress line on a terminal. Not through sys.stderr, whose lock another thread may hold.
                 os.write(2, f"\r\x1b[K{line}".encode() if os.isatty(2) else line.encode())
         os._exit(code)
 
     def _listen(self) -> None:
-        """A thread's work: what cannot wait for the main thread."""
+        """Main loop of the thread that handles what cannot wait for the main thread."""
         asked, limit = self.received is not None, None
         while True:
             ready = select.select([self._read], [], [], None if limit is None else max(0.0, limit - time.monotonic()))
@@ -162,8 +162,10 @@ class StopRequest:
                 if number not in self._signals:
                     continue
                 if asked and number == signal.SIGINT:
-                    self._end(INTERRUPTED, "interrupted again: ended at once, without a checkpoint of these last steps")
-                # The main thread may be in a library for long, before Python's part of the handler has its turn.
+                    self._end(
+                        INTERRUPTED, "interrupted again: ended immediately, without a checkpoint of the last steps"
+                    )
+                # The main thread may be blocked in a library and not run the Python handler for a long time.
                 asked, self.received = True, self.received or signal.Signals(number).name
                 limit = time.monotonic() + _PROMPT
             if limit is not None and time.monotonic() >= limit:
@@ -172,8 +174,9 @@ class StopRequest:
                     self.end_early()
 
     def agreed(self, device: "torch.device", *, fail: bool = False, leave: bool = False) -> int:
-        """GO_ON, STOP when any rank was asked to stop, FAIL when one cannot go on, LEAVE when one has to. Every rank
-        calls this after every step, so all stop after the same."""
+        """The most severe of all ranks' states: GO_ON, STOP if a rank has received a signal, FAIL if one cannot
+        continue, LEAVE if one must not write any more. Every rank calls this after every step, so that all stop after
+        the same step."""
         import torch
         import torch.distributed as dist
 

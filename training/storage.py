@@ -1,5 +1,5 @@
-"""What happens to a run whose directory cannot be written any more: rank 0 notices, all ranks write a checkpoint where
-there is room for one, and the run ends with exit code 1 and one message."""
+"""Handles storage errors during a run: all ranks write a last checkpoint if possible, and the run ends with exit code 1
+and one message."""
 
 import contextlib
 import logging
@@ -12,15 +12,15 @@ _LOG = logging.getLogger(__name__)
 
 
 class StorageFailure:
-    """What has kept rank 0 from writing the run's files, if anything has."""
+    """Records errors with which rank 0 failed to write the run's files."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.message: str | None = None
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """An OSError of the block is remembered instead of raised: one rank must not end alone."""
+    def recording_errors(self) -> Iterator[None]:
+        """Records an OSError instead of raising it: no rank may end alone."""
         try:
             yield
         except OSError as error:
@@ -31,19 +31,19 @@ class StorageFailure:
         self.message = self.message or f"{error.filename or self._run_dir}: {error.strerror or error}"
 
     def look_for_directory(self, make_again: Callable[[], None]) -> None:
-        """Where the run directory was deleted, calls `make_again`, so that a checkpoint can be kept."""
+        """If the run directory was deleted, creates it and calls `make_again`, so that a checkpoint can be written."""
         try:
             self._run_dir.stat()
         except FileNotFoundError:
-            self.message = f"{self._run_dir} was deleted or moved while the run went on"
+            self.message = f"{self._run_dir} was deleted or moved during the run"
             with contextlib.suppress(OSError, ValueError):
                 self._run_dir.mkdir(parents=True)
                 make_again()
-        except OSError:  # a file system that hesitates
+        except OSError:  # the directory may still exist
             pass
 
     def failed(self, step: int) -> RunFailed:
-        """What ends the run, on every rank, after the checkpoint of `step` was written; of step 0 there is none."""
+        """The exception that ends the run on every rank, after a checkpoint of `step` was written (none for step 0)."""
         kept = f"with a checkpoint of step {step}" if step else "before its first step"
         return RunFailed(
             f"{self.message or 'rank 0 cannot write the files of the run'}. The run ends {kept}; once the storage "
@@ -51,8 +51,8 @@ class StorageFailure:
         )
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Around the writing of a checkpoint, which fails on all ranks alike.
+    def failing_the_run(self) -> Iterator[None]:
+        """Context manager around saving a checkpoint, which fails on all ranks alike.
 
         Raises:
             RunFailed: it could not be written.

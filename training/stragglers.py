@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting. Legend: R ranks."""
+"""Detects ranks that slow down the others. Legend: R ranks."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,19 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 SLOW = 1.5
-"""Times the median: a rank that takes so much longer is worth a line."""
+"""A rank is slow if its time per step exceeds the median rank's by this factor."""
 LINES = 10
-"""Logged lines in a row in which one rank must be slow before a person is told."""
+"""Number of consecutive logged steps in which a rank must be slow before a warning."""
 
 
 @dataclass
 class Stragglers:
-    """Collects what a rank did with its time, and compares the ranks when a line is logged. Every rank has one and
-    calls every method together with the others.
+    """Measures the time of this rank per step and compares the ranks at every logged step. Every rank has an instance
+    and calls every method together with the others.
 
-    A rank's own time is what it took to read its data and to go forward and backward, up to the moment where it waits
-    for the other data-parallel ranks. Until then it has waited only for the ranks that share its replica (tensor,
-    pipeline, context and expert parallelism): all of a slow replica look slow, and the slowest of them is named.
+    The time of a rank covers loading data, forward and backward, up to where it waits for other data-parallel ranks.
+    Until then it waits only for the ranks of its replica (tensor, pipeline, context and expert parallelism): all ranks
+    of a slow replica are slow, and the slowest of them is reported.
     """
 
     device: torch.device
@@ -30,20 +30,20 @@ class Stragglers:
     _data: float = 0.0
     _steps: int = 0
     _suspect: tuple[int, int] = (-1, 0)
-    """A rank and in how many lines in a row it was slow."""
+    """A rank and the number of consecutive logged steps in which it was slow."""
 
     def __post_init__(self) -> None:
         self.hosts = [""] * dist.get_world_size()
         dist.all_gather_object(self.hosts, os.uname().nodename)
 
     def add(self, *, data: float, compute: float) -> None:
-        """A step's seconds."""
+        """Adds the seconds of a step."""
         self._own += data + compute
         self._data += data
         self._steps += 1
 
     def compare(self, memory_bytes: float) -> dict[str, float | int]:
-        """The figures of metrics.jsonl since the last call, and the largest of the ranks' memory_bytes."""
+        """The metrics of the ranks since the last call, and the maximum of memory_bytes over the ranks."""
         steps = max(self._steps, 1)
         mine = torch.tensor([self._own / steps, self._data / steps, memory_bytes], dtype=torch.float64)
         every_R3 = torch.empty(len(self.hosts), 3, dtype=torch.float64, device=self.device)
@@ -52,7 +52,7 @@ class Stragglers:
         return figures(every_R3.cpu())
 
     def straggler_warning(self, row: dict[str, float | int]) -> str | None:
-        """What a person should be told of a logged line: once, when one rank has been slow for LINES lines."""
+        """A warning when a rank has been slow for exactly LINES logged steps in a row, else None."""
         rank, own, middle = int(row["slowest_rank"]), row["slowest_seconds"], row["rank_seconds"]
         slow = len(self.hosts) > 1 and own > SLOW * middle
         lines = self._suspect[1] + 1 if slow and self._suspect[0] == rank else int(slow)
@@ -60,13 +60,13 @@ class Stragglers:
         if lines != LINES:
             return None
         return (
-            f"rank {rank} on {self.hosts[rank]} keeps the others waiting: {own:.3g} s a step where the median rank "
-            f"takes {middle:.3g} s, {LINES} lines in a row"
+            f"rank {rank} on {self.hosts[rank]} slows down the others: {own:.3g} s per step, the median rank takes "
+            f"{middle:.3g} s, in {LINES} consecutive logged steps"
         )
 
 
 def figures(every_R3: Tensor) -> dict[str, float | int]:
-    """[own seconds, seconds of it spent on data, memory] of each rank, in short."""
+    """Metrics from [seconds, seconds spent on data, bytes of memory] of each rank."""
     own_R, data_R, memory_R = every_R3.unbind(1)
     slowest = int(own_R.argmax())
     return {

@@ -175,7 +175,7 @@ class Trainer:
     def _open_log(self) -> RunLog | None:
         log = None
         if self.is_main:
-            with self.storage.noted():
+            with self.storage.recording_errors():
                 log = RunLog(
                     self.run_dir.path,
                     restored_step=self.progress.step,
@@ -302,7 +302,7 @@ class Trainer:
         }
         if skipped:
             row["skipped"] = skipped
-        with self.storage.noted():
+        with self.storage.recording_errors():
             log.step(row, self.load)
         self.console.step(row, train.steps)
         if self.load and not self.explained_drops:
@@ -314,7 +314,7 @@ class Trainer:
 
     def _log_evaluation(self, log: RunLog | None, evaluation: EvalResult) -> None:
         if log:
-            with self.storage.noted():
+            with self.storage.recording_errors():
                 log.evaluation(evaluation.row(self.progress.step))
 
     def _evaluate(self, batches: int | None) -> EvalResult:
@@ -331,7 +331,7 @@ class Trainer:
         self._finalize_save(wait=True)
         started = time.perf_counter()
         try:
-            with self.storage.explained():
+            with self.storage.failing_the_run():
                 self.checkpointer.begin_save(dataclasses.asdict(self.progress))
         except NonFiniteState as failure:
             raise RunFailed(f"{failure}. Lower optim.lr, or look for what the data of this step hold") from None
@@ -342,7 +342,7 @@ class Trainer:
     def _finalize_save(self, *, wait: bool) -> None:
         """Completes a checkpoint that was begun, if it is written or shall be waited for."""
         started = time.perf_counter()
-        with self.storage.explained():
+        with self.storage.failing_the_run():
             path = self.checkpointer.finalize_save(wait=wait)
         if path is not None:
             waited = self.waited + time.perf_counter() - started

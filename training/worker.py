@@ -128,7 +128,7 @@ def _train_rank(
                 _announce(console, built, run_dir, prepared)
             trainer = Trainer(built, run_dir, prepared, console)
             if world.rank == 0:
-                with trainer.storage.noted():
+                with trainer.storage.recording_errors():
                     expert_backend.remember(config, run_dir.path, built.backend)
                     environment.record(run_dir.path)
             watch.follow(trainer.progress_counters)

@@ -92,9 +92,9 @@ def test_experts_that_choose_are_warned_of_and_write_no_text(corpus: Path, ranks
     config = tiny_config(corpus, tmp_path / "run", steps=2)
     config.model.moe.load_balancing, config.eval.sample_tokens = "expert_choice", 0
     assert ranks.run(1, train, config, timeout=LIMIT) == [0]
-    assert "warning: model.moe.load_balancing=expert_choice looks ahead" in (tmp_path / "run/train.log").read_text()
+    assert "warning: model.moe.load_balancing=expert_choice is not causal" in (tmp_path / "run/train.log").read_text()
     settings = {"checkpoint": str(tmp_path / "run"), "precision": "fp32"}
-    assert "looks ahead" in ranks.run(1, printed, "evaluate", EvaluateConfig(**settings), timeout=LIMIT)[0]
+    assert "is not causal" in ranks.run(1, printed, "evaluate", EvaluateConfig(**settings), timeout=LIMIT)[0]
     with pytest.raises(RankFailed, match="no later ones yet"):
         ranks.run(1, printed, "generate", GenerateConfig(**settings, prompt="The "), timeout=LIMIT)
 

@@ -119,7 +119,7 @@ def train_and_delete(world: World, config: Config) -> int:
 def test_a_deleted_run_directory_is_made_again_for_a_checkpoint(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(corpus, tmp_path / "run", steps=4)
     assert ranks.run(2, train_and_delete, config, timeout=LIMIT) == [1, 1]
-    assert "was deleted or moved while the run went on" in (tmp_path / "run" / "stop.json").read_text()
+    assert "was deleted or moved during the run" in (tmp_path / "run" / "stop.json").read_text()
     assert checkpoints(tmp_path / "run") == ["step_00000002"]
     assert ranks.run(2, train, config, timeout=LIMIT) == [0, 0]
     whole = tiny_config(corpus, tmp_path / "whole", steps=4)

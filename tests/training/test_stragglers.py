@@ -1,4 +1,4 @@
-"""Who keeps the others waiting."""
+"""Ranks that slow down the others are reported."""
 
 import time
 
@@ -48,7 +48,7 @@ def test_only_one_that_stays_slow_is_told(runtime: object) -> None:
     told += [line(1, 1, 2) for _ in range(LINES + 3)]
     assert [n for n, text in enumerate(told) if text] == [2 * LINES - 1]
     assert told[2 * LINES - 1] == (
-        "rank 2 on c keeps the others waiting: 2 s a step where the median rank takes 1 s, 10 lines in a row"
+        "rank 2 on c slows down the others: 2 s per step, the median rank takes 1 s, in 10 consecutive logged steps"
     )
 
 
