@@ -1,5 +1,4 @@
-"""Runs side by side: how far they came, how well, how fast, and which settings make the difference. Imports nothing
-heavy."""
+"""Compares runs: steps, losses, speed, size, and the settings in which they differ. Does not import torch."""
 
 import json
 import os
@@ -15,38 +14,38 @@ from training.flops import Cost, model_cost
 from training.run_dir import load_config, read_settings
 from training.run_files import METRICS, json_lines
 
-# Where a run is kept and on how many steps it was told to stop say nothing of what it is.
+# Settings that do not affect what a run computes.
 _NOT_COMPARED = ("run.", "train.stop_after", "slurm.", "runtime.", "cluster.")
 _WIDEST_SETTING = 30  # characters
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in one line. None where the run has not come that far."""
+    """The figures of a run. None: not available yet."""
 
     path: Path
     settings: dict[str, Any]
     steps: str
-    """Taken and wanted: 20/200."""
+    """Steps done and configured: 20/200."""
     loss: float | None
-    """Of the last logged step, nats per token."""
+    """Of the last logged step, in nats per token."""
     val_loss: float | None
     bits_per_byte: float | None
     tokens_per_second: float | None
-    """The median of its steps."""
+    """Median over the logged steps."""
     dropped: float | None
-    """A fraction, of the last logged step."""
+    """Dropped fraction of the last logged step."""
     parameters: int | None
     active_parameters: int | None
-    """Those that one token meets."""
+    """Parameters that a token uses on average."""
     flops_per_token: float | None
     """Forward and backward."""
     flops: float | None
-    """Of all tokens so far."""
+    """Total over all tokens so far."""
 
 
 def summarise(path: Path) -> Summary:
-    """Raises ValueError: the directory is not a run's."""
+    """Raises ValueError: not a run directory."""
     settings = flatten(read_settings(path))
     steps: list[dict[str, Any]] = []
     evaluation: dict[str, Any] = {}
@@ -75,7 +74,7 @@ def summarise(path: Path) -> Summary:
 
 
 def _cost(path: Path) -> Cost | None:
-    """None: the settings are of another version."""
+    """None: the settings were written by another version."""
     try:
         config = load_config(path)
     except ValueError:
@@ -84,14 +83,14 @@ def _cost(path: Path) -> Cost | None:
 
 
 def differing(runs: Sequence[Summary]) -> list[str]:
-    """The settings that are not the same in all runs."""
+    """The settings in which the runs differ."""
     keys = {key: None for run in runs for key in run.settings if not key.startswith(_NOT_COMPARED)}
     return [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
 
 
 def as_json(runs: Sequence[Summary]) -> str:
-    """A list with an object per run; `settings` are those in which the runs differ. null where a run has not come that
-    far, or its settings are not known to this version."""
+    """A JSON list with an object per run. `settings` are those in which the runs differ. Figures are null if not
+    available yet, or if the settings were written by another version."""
     keys = differing(runs)
     shown = []
     for run in runs:
@@ -103,8 +102,8 @@ def as_json(runs: Sequence[Summary]) -> str:
 def comparison(runs: Sequence[Summary], width: int | None = None) -> str:
     """A table with a row per run and a column per setting in which they differ and per figure.
 
-    width: in columns of the terminal. Where the table is wider it comes in several blocks, and the runs are numbered.
-        None: one block, however wide.
+    width: columns of the terminal. A wider table is split into several blocks, and the runs are numbered. None: no
+    limit.
     """
     names = _shortest({run.path.parts: run.path.name or str(run.path) for run in runs}, os.sep)
     names = {parts: one_line(name) for parts, name in names.items()}
@@ -131,7 +130,7 @@ def comparison(runs: Sequence[Summary], width: int | None = None) -> str:
 
 
 Column = tuple[str, list[str], bool]
-"""Title, a cell per run, whether it is aligned to the right."""
+"""Title, a cell per run, whether it is right-aligned."""
 
 
 def _width_of(column: Column) -> int:
@@ -139,13 +138,13 @@ def _width_of(column: Column) -> int:
 
 
 def _block(columns: Sequence[Column], width: int | None) -> str:
-    """The columns side by side. One that is wider than the terminal by itself is shortened in its middle."""
-    room = width - 2 - 2 * (len(columns) - 1) if width else 10**6
+    """The columns side by side. Cells of a column that is wider than the terminal are shortened in the middle."""
+    widest = width - 2 - 2 * (len(columns) - 1) if width else 10**6
     lines = []
     for row in zip(*([title, *cells] for title, cells, _ in columns), strict=True):
         cells = []
         for cell, column in zip(row, columns, strict=True):
-            size = min(_width_of(column), room)
+            size = min(_width_of(column), widest)
             short = _shortened(cell, size)
             cells.append(short.rjust(size) if column[2] else short.ljust(size))
         lines.append("  ".join(cells).rstrip())
@@ -153,7 +152,7 @@ def _block(columns: Sequence[Column], width: int | None) -> str:
 
 
 def _shortest(names: Mapping[tuple[str, ...], str], separator: str) -> dict[tuple[str, ...], str]:
-    """For each of several paths as many of its last parts as tell it from the others."""
+    """For each path, the shortest suffix that is unique among the paths."""
     short = {}
     for parts, last in names.items():
         length = next(
@@ -193,5 +192,5 @@ def _setting(value: Any) -> str:
 
 
 def _shortened(text: str, size: int) -> str:
-    """At most `size` characters, without the middle where there are more."""
+    """At most `size` characters; a longer text is shortened in the middle."""
     return text if len(text) <= size else f"{text[: (size - 1) // 2]}…{text[len(text) - size // 2 :]}"

@@ -1,5 +1,5 @@
-"""Which settings of a model give trained weights another meaning: compared when a run is continued and when it starts
-from another run's weights. conf/model_schema.py says beside each setting which of its changes do not (`resumable`)."""
+"""Compares model settings when a run is resumed or starts from another run's weights: some changes make trained weights
+invalid. The `resumable` metadata in conf/model_schema.py says which changes are allowed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
-    """The settings that differ. A key that only one side has belongs to another version and is left out."""
+    """The settings that differ. Keys that only one side has belong to another version and are ignored."""
     old, new = flatten(old), flatten(new)
     return {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key]}
 
 
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differences:
-    """The differences with which weights of the old settings would mean something else under the new ones."""
+    """The differences with which weights trained under the old settings are invalid under the new ones."""
     changes = differences(_without_null(old), _without_null(new))
-    raw = differences(old, new)  # widths that are null on both sides follow from settings that are told themselves
+    raw = differences(old, new)  # widths that are null on both sides follow from other settings, which are reported
     return {
         key: change
         for key, change in changes.items()
@@ -40,12 +40,12 @@ def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differe
     }
 
 
-def told(changes: Differences) -> str:
+def describe_changes(changes: Differences) -> str:
     """`key: old -> new; ...`"""
     return "; ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items())
 
 
-def restored(changes: Differences) -> str:
+def overrides_to_restore(changes: Differences) -> str:
     """The overrides that undo the changes."""
     words = [f"{key}={shown(old)}" for key, (old, _) in changes.items()]
     if "model.moe.bias_update_rate" in changes:
@@ -64,7 +64,8 @@ def _resumable() -> dict[str, Change]:
 
 
 def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings flat, with what null means written out, and without those of experts that there are none of."""
+    """The settings flattened, with null replaced by what it means, and without expert settings if there are no
+    experts."""
     flat = flatten(settings)
     if flat.get("model.num_query_groups", 0) is None:
         flat["model.num_query_groups"] = flat.get("model.num_attention_heads")

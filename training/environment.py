@@ -24,7 +24,7 @@ _PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "CUDA_DEVICE_")
 
 
 def describe(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Time, code, versions, machine, and the variables that are known to matter."""
+    """Time, commit, versions, machine, and relevant environment variables."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": _git("rev-parse", "HEAD"),
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the repository; None where there is none."""
+    """The output of a git command in the repository; None if there is none."""
     root = Path(__file__).resolve().parent.parent
     try:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10)

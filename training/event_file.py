@@ -1,5 +1,5 @@
-"""TensorBoard's event files, written in the calling thread: an error of the disk shows at the call that meets it, and
-all values of a step are one record. torch's SummaryWriter writes from a thread, whose traceback goes to the screen."""
+"""Writes TensorBoard event files in the calling thread, so that disk errors are raised by the call, with one record for
+all values of a step. torch's SummaryWriter writes in a thread, whose traceback would go to the terminal."""
 
 import io
 import os
@@ -14,17 +14,17 @@ _FLUSH_SECONDS = 30.0
 
 
 class EventFile:
-    """An event file of its own in `folder`, which is made.
+    """A new event file in `folder`, which is created if needed.
 
     Args:
-        purge_step: TensorBoard leaves out what earlier event files of the folder say of this step and later ones.
+        purge_step: TensorBoard ignores values of earlier event files in the folder from this step on.
 
     Raises:
-        OSError: by every method: the disk does not take it.
+        OSError: by every method, if the file cannot be written.
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
-        # Here rather than above: only a run that starts should pay for the import.
+        # Imported here, since the import is slow.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -39,7 +39,7 @@ class EventFile:
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Tag -> value, all of one step."""
+        """Writes values of one step, by tag."""
         found = [self._summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
         self._write(self._new_event(step=step, summary=self._summary(value=found)))
 
@@ -57,7 +57,8 @@ class EventFile:
         self._write(self._new_event(step=step, summary=self._summary(value=[value])))
 
     def layout(self, charts: Mapping[str, Mapping[str, str]]) -> None:
-        """Charts of several series each, on the page "custom scalars": category -> title -> pattern of the tags."""
+        """Defines charts with several series each on the page "custom scalars": category -> title -> pattern of
+        tags."""
         from torch.utils.tensorboard.summary import custom_scalars
 
         pages = {name: {title: ["Multiline", [tags]] for title, tags in page.items()} for name, page in charts.items()}

@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone.
+"""Computes the parameter count and FLOPs of a model from its configuration.
 
 Legend: L layers, D hidden, V vocabulary, E experts, K choices per token, S sequence, H heads, N width of a
 head.
@@ -12,12 +12,12 @@ from conf.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and arithmetic of a model."""
+    """Parameters and FLOPs of a model."""
 
     total: int
     """All parameters."""
     active: int
-    """Parameters that a token meets on average: all but the experts that do not compute it."""
+    """Parameters that a token uses on average: all but those of experts that it is not routed to."""
     flops_per_token: float
     """Forward and backward, at the given sequence length."""
 
@@ -32,15 +32,16 @@ def experts_per_token(model: ModelConfig) -> float:
 
 
 def attention_vectors(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of an attention layer outside its matrices: (cut over the tensor-parallel ranks, on each of them)."""
-    cut = model.query_width + model.key_width if model.qk_norm == "full" else 0
-    cut += model.query_width + 2 * model.key_width if model.attention_bias else 0
-    return cut, 2 * model.head_width if model.qk_norm == "head" else 0
+    """Parameters of an attention layer outside its matrices: (sharded over tensor-parallel ranks, replicated on
+    them)."""
+    sharded = model.query_width + model.key_width if model.qk_norm == "full" else 0
+    sharded += model.query_width + 2 * model.key_width if model.attention_bias else 0
+    return sharded, 2 * model.head_width if model.qk_norm == "head" else 0
 
 
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
-    """Counts parameters layer by layer. Arithmetic is 6 per active parameter that takes part in a matrix product, plus
-    12 L H N S for the attention scores (PaLM, arXiv:2204.02311, appendix B); activation recompute is not counted."""
+    """Counts parameters and FLOPs. FLOPs per token are 6 per active parameter in a matrix product, plus 12 L H N S for
+    attention scores (PaLM, arXiv:2204.02311, appendix B). Recomputation of activations is not counted."""
     d, moe = model.hidden_size, model.moe
     attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
     gates = input_projections(model.activation)
@@ -59,6 +60,6 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     total = outside + sparse * moe.num_experts * (expert + biases) + not_multiplied
     visited = experts_per_token(model)
     active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
-    # The embedding is a lookup, the head a product; the norms' few thousand multiplications are left in.
+    # The embedding is a lookup, the output layer a product. The small contribution of norms is included.
     multiplied = outside + sparse * visited * expert + table
     return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * model.query_width * sequence_length)

@@ -8,7 +8,7 @@ from conf.extensions import yields_documents
 from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from corpus.tokenizer_files import tokenizer_json
-from training.compatibility import model_differences, restored, told
+from training.compatibility import describe_changes, model_differences, overrides_to_restore
 from training.run_dir import TOKENIZER, RunDir, checkpoint_dirs, expected_path, read_settings
 from training.run_files import json_object
 
@@ -97,8 +97,8 @@ def check_model(config: Config, source: Source) -> None:
     fatal = {key: change for key, change in changes.items() if key not in named}
     if fatal:
         raise ValueError(
-            f"checkpoint.load={config.checkpoint.load} is of another model ({told(fatal)}). "
-            f"Take its settings ({restored(fatal)}), or name what may differ: "
+            f"checkpoint.load={config.checkpoint.load} is of another model ({describe_changes(fatal)}). "
+            f"Take its settings ({overrides_to_restore(fatal)}), or name what may differ: "
             f"checkpoint.load_except=[{','.join([*named, *fatal])}]"
         )
 

@@ -20,7 +20,7 @@ from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
 from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER, companions
-from training.compatibility import differences, model_differences, restored, told
+from training.compatibility import describe_changes, differences, model_differences, overrides_to_restore
 from training.requeue import Ownership
 from training.run_files import EXPERT_LOAD, METRICS, write_whole
 from training.sweep import name_in_sweep
@@ -167,8 +167,8 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
         old, new = read_settings(path), dataclasses.asdict(config)
         if fatal := model_differences(old, new):
             raise ValueError(
-                f"run.dir={path} holds a run of another model ({told(fatal)}). "
-                f"Restore these settings ({restored(fatal)}), or choose another run.dir"
+                f"run.dir={path} holds a run of another model ({describe_changes(fatal)}). "
+                f"Restore these settings ({overrides_to_restore(fatal)}), or choose another run.dir"
             )
         if frozen := {k: v for k, v in differences(old, new).items() if k == "optim.frozen"}:
             raise ValueError(

@@ -1,15 +1,15 @@
-"""The choice of the next token when text is generated. Shapes: V vocabulary, K kept tokens."""
+"""Sampling of the next token in text generation. Shapes: V vocabulary, K kept tokens."""
 
 import math
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command is to answer a wrong setting before PyTorch is loaded
+if TYPE_CHECKING:  # settings are validated before PyTorch is imported
     import torch
     from torch import Tensor
 
 
 def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for settings that no distribution corresponds to."""
+    """Raises ValueError for invalid sampling settings."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature} must be 0 (always the likeliest token) or above, for example 0.8")
     if top_k is not None and top_k < 1:
@@ -21,12 +21,12 @@ def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None
 def next_token(
     logits_V: "Tensor", *, temperature: float, top_k: int | None, top_p: float | None, generator: "torch.Generator"
 ) -> int:
-    """Draws a token from the logits `[V]`; the same generator state gives the same token.
+    """Samples a token from the logits `[V]`; the same generator state gives the same token.
 
-    The temperature divides the logits, `top_k` keeps the k likeliest tokens, and `top_p` keeps the smallest set of the
-    likeliest of these whose probability, among these, reaches p (Holtzman et al. 2020, arXiv:1904.09751, eq. 2 and 3).
-    Of equally likely tokens the one with the lower id comes first. Temperature 0 gives the likeliest token and uses
-    nothing of the generator, which must be on the device of the logits.
+    The logits are divided by the temperature. `top_k` keeps the k most likely tokens. `top_p` then keeps the smallest
+    set of the most likely of these whose probability among them reaches p (Holtzman et al. 2020, arXiv:1904.09751, eq.
+    2 and 3). Ties are broken in favor of the lower id. Temperature 0 returns the most likely token and does not use the
+    generator, which must be on the device of the logits.
 
     Raises ValueError for settings that `check_sampling` refuses and for logits that are NaN or +inf. A logit of -inf
     forbids its token.
@@ -35,7 +35,7 @@ def next_token(
 
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     sorted_V, token_V = torch.sort(logits_V.double(), descending=True, stable=True)
-    # The sort puts NaN first, so that the first logit tells of every NaN and +inf; -inf there means no token is left.
+    # The sort puts NaN first, so that checking the first logit detects any NaN or +inf; -inf means no token is allowed.
     if not torch.isfinite(sorted_V[0]):
         raise ValueError(f"no token can be drawn: the largest logit is {sorted_V[0].item()}")
     if temperature == 0:
@@ -45,7 +45,7 @@ def next_token(
     # The largest logit is subtracted before the division, which could otherwise overflow at low temperatures.
     probability_K = torch.softmax((kept_K - kept_K[0]) / temperature, dim=0)
     if top_p is not None:
-        before_K = torch.cumsum(probability_K, dim=0).roll(1)  # of the likelier tokens together
+        before_K = torch.cumsum(probability_K, dim=0).roll(1)  # total probability of the more likely tokens
         before_K[0] = 0.0
         probability_K = torch.where(before_K < top_p, probability_K, 0.0)
     return int(token_V[torch.multinomial(probability_K, 1, generator=generator)])

@@ -162,9 +162,7 @@ class StopRequest:
                 if number not in self._signals:
                     continue
                 if asked and number == signal.SIGINT:
-                    self._end(
-                        INTERRUPTED, "interrupted again: ended immediately, without a checkpoint of the last steps"
-                    )
+                    self._end(INTERRUPTED, "interrupted again: ended immediately, without a checkpoint of these steps")
                 # The main thread may be blocked in a library and not run the Python handler for a long time.
                 asked, self.received = True, self.received or signal.Signals(number).name
                 limit = time.monotonic() + _PROMPT

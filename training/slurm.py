@@ -1,4 +1,4 @@
-"""What a run and Slurm have to say to each other before it starts. Imports nothing heavy."""
+"""Checks a Slurm allocation and builds sbatch command lines. Does not import torch."""
 
 import math
 import os
@@ -13,14 +13,14 @@ SCRIPT = "launch/train.sh"
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm has given to the job that this process runs in."""
+    """The Slurm allocation of the job that this process runs in."""
 
     tasks: int
     nodes: int
     gpus_per_node: int
 
     def check(self, ranks: int) -> None:
-        """Raises ValueError when there are fewer GPUs than ranks on a node. None at all is a run on CPUs."""
+        """Raises ValueError if a node has fewer GPUs than ranks. Without any GPUs the run is on CPUs."""
         per_node = math.ceil(ranks / self.nodes)
         if 0 < self.gpus_per_node < per_node:
             raise ValueError(
@@ -32,14 +32,14 @@ class Allocation:
         per_node = ranks // self.nodes
         if per_node < self.gpus_per_node:
             return [
-                f"{self.gpus_per_node - per_node} GPU(s) of every node have nothing to do: one task uses one GPU "
+                f"{self.gpus_per_node - per_node} GPU(s) of every node are not used: one task uses one GPU "
                 f"(--ntasks-per-node={self.gpus_per_node})"
             ]
         return []
 
 
 def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
-    """The allocation around this process, if there is one."""
+    """The allocation of this process; None outside of a Slurm job."""
     if "SLURM_JOB_ID" not in env:
         return None
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or 1)
@@ -48,7 +48,7 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """The nodes and tasks that a number of ranks takes on a cluster."""
+    """The nodes and tasks for a number of ranks on a cluster."""
 
     nodes: int
     tasks_per_node: int
@@ -56,7 +56,7 @@ class Shape:
 
     @classmethod
     def of(cls, cluster: ClusterConfig, ranks: int) -> "Shape":
-        """Raises ValueError: the cluster is not known, or its nodes would not be filled alike."""
+        """Raises ValueError: the cluster is unknown, or the ranks cannot be distributed evenly over its nodes."""
         if cluster.name is None:
             raise ValueError(
                 "--slurm needs to know the nodes: cluster=h100 (or a100, b200, cpu, h200), or cluster.name=mine "
@@ -66,13 +66,13 @@ class Shape:
         nodes = math.ceil(ranks / per_node)
         if ranks % nodes:
             raise ValueError(
-                f"{ranks} ranks do not fill {nodes} nodes of {per_node} alike; "
+                f"{ranks} ranks cannot be distributed evenly over {nodes} nodes of {per_node}; "
                 f"nearest: ranks={(nodes - 1) * per_node} or ranks={nodes * per_node}"
             )
         return cls(nodes, ranks // nodes, cluster)
 
     def options(self) -> list[str]:
-        """sbatch's."""
+        """The options of sbatch."""
         words = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks_per_node}"]
         if self.cluster.gpus:
             words.append(f"--gpus-per-node={self.tasks_per_node}")
@@ -82,18 +82,18 @@ class Shape:
 
 
 def sbatch_command(shape: Shape, options: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The command that submits a run; `options` come last and so win."""
+    """The command that submits a run. `options` come last and take precedence."""
     return ["sbatch", *shape.options(), *options, SCRIPT, *overrides]
 
 
 def ask_slurm(words: Sequence[str]) -> tuple[bool, str]:
-    """Whether Slurm would take such a job now, and what it said; nothing is submitted."""
+    """(whether Slurm would accept the job, its answer), from sbatch --test-only; nothing is submitted."""
     try:
         asked = subprocess.run(
             [words[0], "--test-only", *words[1:]], capture_output=True, text=True, timeout=60, check=False
         )
     except FileNotFoundError:
-        return True, "(there is no sbatch here to ask)"
+        return True, "(sbatch is not available)"
     except subprocess.TimeoutExpired:
         return False, "sbatch --test-only gave no answer within 60 s"
     return asked.returncode == 0, (asked.stderr or asked.stdout).strip()

@@ -51,7 +51,7 @@ class StorageFailure:
         )
 
     @contextlib.contextmanager
-    def failing_the_run(self) -> Iterator[None]:
+    def as_run_failure(self) -> Iterator[None]:
         """Context manager around saving a checkpoint, which fails on all ranks alike.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A run as one of several that `--multirun` makes: what tells it from the others, and settings that only they read."""
+"""Runs of a sweep (`--multirun`): their names, and settings that a run of the sweep does not use."""
 
 import hashlib
 import re
@@ -20,14 +20,17 @@ _LONGEST = 100  # characters of a directory's name, which may have 255 bytes
 
 
 def sweeping() -> bool:
-    """Whether this process runs the combinations of a sweep."""
+    """Whether this process runs a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def without_idle(config: Config, world_size: int) -> tuple[Config, list[str]]:
-    """In a sweep, the configuration without settings that other runs of the sweep read and this one does not, and a
-    warning for each: `model.moe.num_experts=0,2 model.moe.top_k=2`. They have their defaults then, and the overrides
-    that Hydra keeps say so. Outside of a sweep everything is left for `rules.check` to judge.
+    """In a sweep, resets settings to their defaults that other runs of the sweep use and this one does not, as in
+    `model.moe.num_experts=0,2 model.moe.top_k=2`; Hydra's recorded overrides are adjusted. Outside of a sweep nothing
+    is changed, and `rules.check` rejects such settings.
+
+    Returns:
+        (the configuration, a warning for each setting that was reset).
     """
     if not sweeping():
         return config, []
@@ -40,8 +43,7 @@ def without_idle(config: Config, world_size: int) -> tuple[Config, list[str]]:
 
 
 def name_in_sweep() -> str | None:
-    """What tells this run from the others of its sweep, for the name of a directory. None: nothing does, or there is no
-    sweep."""
+    """The swept settings of this run, for the name of its directory. None: nothing is swept."""
     if not sweeping():
         return None
     options, _ = parse_options(sys.argv[1:])
@@ -49,12 +51,12 @@ def name_in_sweep() -> str | None:
 
 
 def arm_name(typed: Sequence[str], arm: Sequence[str], parameters: Iterable[str] = ()) -> str | None:
-    """`lr=0.001,top_k=2`: the swept settings, with the last part of their names where that is enough.
+    """The swept settings as `lr=0.001,top_k=2`, with the last part of their names where that is unique.
 
     Args:
         typed: the overrides of the whole sweep.
-        arm: those of one run of it.
-        parameters: settings that are swept without being typed (hydra.sweeper.params).
+        arm: the overrides of one of its runs.
+        parameters: settings that are swept through hydra.sweeper.params.
     """
     parse = OverridesParser.create().parse_overrides
     keys = {found.key_or_group for found in parse(list(typed)) if found.is_sweep_override()} | set(parameters)
@@ -66,6 +68,6 @@ def arm_name(typed: Sequence[str], arm: Sequence[str], parameters: Iterable[str]
             parts.append(f"{short if last.count(short) == 1 else key}={word.partition('=')[2]}")
     text = ",".join(parts)
     safe = re.sub(r"[^A-Za-z0-9._+=,-]", "_", text)
-    if safe != text or len(safe) > _LONGEST:  # shortened, two could be the same
+    if safe != text or len(safe) > _LONGEST:  # a hash keeps changed or shortened names unique
         safe = f"{safe[: _LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return safe or None

@@ -1,4 +1,4 @@
-"""The training loop: from a configuration to a finished, stopped or failed run."""
+"""The training loop."""
 
 import dataclasses
 import resource
@@ -40,19 +40,19 @@ from training.stragglers import Stragglers
 
 @dataclasses.dataclass
 class Progress:
-    """The loop's counters: all that a checkpoint keeps besides tensors."""
+    """The counters of the training loop, which a checkpoint stores besides tensors."""
 
     step: int = 0
     samples: int = 0
-    """Sequences consumed: the position in the training stream."""
+    """Number of sequences consumed: the position in the training stream."""
     tokens: int = 0
     updates: int = 0
-    """Steps whose update was applied."""
+    """Number of steps whose update was applied."""
     world_size: int = 1
 
 
 class Trainer:
-    """One rank's view of a run. Every rank calls every method together."""
+    """Trains a model on this rank. Every rank calls every method together."""
 
     def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console):
         self.built, self.config, self.run_dir, self.console = built, built.config, run_dir, console
@@ -61,7 +61,7 @@ class Trainer:
         self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
-        # Bytes are known for text that was tokenised here; a .bin made elsewhere with a given tokenizer counts as well.
+        # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
         self.stream = TrainStream(
             prepared,
@@ -83,12 +83,12 @@ class Trainer:
         self.explained_drops: str | None = None
         self.saved_step: int | None = None
         self.waited = 0.0
-        """Seconds that the training stood still for the checkpoint under way."""
+        """Seconds for which the pending checkpoint has blocked training."""
         self.logged = 0, 0
-        """Step and skipped updates at the last logged line."""
+        """Step and number of skipped updates at the last logged step."""
 
     def restore(self) -> None:
-        """Continues from the newest whole checkpoint, or starts from given weights."""
+        """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load)."""
         settings = self.config.checkpoint
         resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
         if resumed is not None:
@@ -115,20 +115,20 @@ class Trainer:
             self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
     def _last_rate(self) -> float | None:
-        """The learning rate of the restored step, where it was logged."""
+        """The learning rate of the restored step, if it was logged."""
         rows = [row for row in json_lines(self.run_dir.path / METRICS) if row.get("step") == self.progress.step]
         return next((row["lr"] for row in reversed(rows) if isinstance(row.get("lr"), float)), None)
 
     def progress_counters(self) -> tuple[int, tuple[int, int]]:
-        """(step under way, counters that grow while this rank gets on)."""
+        """(current step, counters that increase while this rank makes progress), for the watchdog."""
         return self.progress.step + 1, (self.built.engine.forward_passes, self.checkpointer.stages)
 
     def run(self, stop: StopRequest) -> int:
         """Trains to the last step. Returns DONE or STOPPED.
 
         Raises:
-            RunFailed: too many updates in a row were not finite, another process took the run directory over, or the
-                run directory cannot be written any more.
+            RunFailed: too many consecutive updates were not finite, another process took over the run directory, or it
+                cannot be written any more.
         """
         log = self._open_log()
         try:
@@ -153,8 +153,8 @@ class Trainer:
             if step % train.log_every == 0 or step == last:
                 self._log(log, loss=loss, norm=norm, lr=lr, seconds=self.clock.read())
             interrupted = self._agree(stop)
-            # Before an evaluation, which may fail. Not while updates are being skipped: what led there must not push
-            # the good checkpoints out.
+            # Before an evaluation, which may fail. Not while updates are being skipped, so that good checkpoints are
+            # not replaced.
             if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
                 self.save()
             if config.eval.every and step % config.eval.every == 0 and step < last:
@@ -186,11 +186,11 @@ class Trainer:
         return log
 
     def _agree(self, stop: StopRequest) -> bool:
-        """Whether the ranks stop here.
+        """Whether the ranks stop after this step.
 
         Raises:
-            RunFailed: another process took the run directory over, or it cannot be written any more; a checkpoint of
-                this step is then written first.
+            RunFailed: another process took over the run directory; or it cannot be written any more, in which case a
+                checkpoint of this step is written first.
         """
         if self.is_main:
             if self.console.log_error:
@@ -200,12 +200,10 @@ class Trainer:
         failed = self.storage.message is not None
         agreed = stop.agreed(self.built.runtime.device, fail=failed, leave=lost)
         if agreed == LEAVE:
-            raise RunDirTakenOver(
-                f"another process goes on in {self.run_dir.path}: this one ends and writes nothing more"
-            )
+            raise RunDirTakenOver(f"another process has taken over {self.run_dir.path}: this one ends without writing")
         if agreed == FAIL:
             if self.progress.step:
-                self.saved_step = None  # it may have been in a directory that was deleted
+                self.saved_step = None  # the directory of that checkpoint may have been deleted
                 self.save()
                 self._finalize_save(wait=True)
             raise self.storage.failed(self.progress.step)
@@ -216,7 +214,7 @@ class Trainer:
         self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
     def _step(self) -> tuple[float, float, float]:
-        """One optimizer step: (loss, gradient norm, learning rate)."""
+        """Runs one optimizer step. Returns (loss, gradient norm, learning rate)."""
         train, groups = self.config.train, self.built.runtime.groups
         step = self.progress.step + 1
         micro, dp = train.micro_batch_size, groups.dp.size()
@@ -252,22 +250,21 @@ class Trainer:
         return loss, norm, lr
 
     def _check_state(self, step: int) -> None:
-        """After an update that was skipped: whether a later one could be applied.
+        """Checks the model after a skipped update.
 
         Raises:
-            RunFailed: weights or moments are not finite.
+            RunFailed: weights or moments are not finite, so that no later update can be applied.
         """
         broken = first_nonfinite(self.built.engine)
         if broken:
             good = f"is step {self.saved_step}" if self.saved_step else "is none"
             raise RunFailed(
                 f"step {step}: {broken} is not finite, so that every later update would be skipped. The last good "
-                f"checkpoint {good}: the same command goes on from there; lower optim.lr if it happens again"
+                f"checkpoint {good}: the same command continues from there; lower optim.lr if it happens again"
             )
 
     def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
-        """A line for the step just taken; the routers' figures and the seconds a step are those since the line
-        before."""
+        """Logs the current step. Router metrics and seconds per step cover the time since the previous logged step."""
         train, built = self.config.train, self.built
         parts = {i: layer.statistics for m in built.engine.modules for i, layer in m.sparse().items()}
         steps, skipped = self.progress.step - self.logged[0], self.skips.total - self.logged[1]
@@ -321,7 +318,7 @@ class Trainer:
         return evaluate(self.built, self.windows, self.byte_lengths, batches=batches)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, begins to.
+        """Saves a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, starts saving.
 
         Raises:
             RunFailed: weights or moments are not finite.
@@ -331,26 +328,26 @@ class Trainer:
         self._finalize_save(wait=True)
         started = time.perf_counter()
         try:
-            with self.storage.failing_the_run():
+            with self.storage.as_run_failure():
                 self.checkpointer.begin_save(dataclasses.asdict(self.progress))
         except NonFiniteState as failure:
-            raise RunFailed(f"{failure}. Lower optim.lr, or look for what the data of this step hold") from None
+            raise RunFailed(f"{failure}. Lower optim.lr, or inspect the data of this step") from None
         self.saved_step, self.waited = self.progress.step, time.perf_counter() - started
         if not self.config.checkpoint.asynchronous:
             self._finalize_save(wait=True)
 
     def _finalize_save(self, *, wait: bool) -> None:
-        """Completes a checkpoint that was begun, if it is written or shall be waited for."""
+        """Completes the pending checkpoint if it is written, or waits for it."""
         started = time.perf_counter()
-        with self.storage.failing_the_run():
+        with self.storage.as_run_failure():
             path = self.checkpointer.finalize_save(wait=wait)
         if path is not None:
             waited = self.waited + time.perf_counter() - started
-            told = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
-            self.console.note(f"checkpoint {path}{told}")
+            blocked = f"; training waited {waited:.2f} s for it" if self.config.checkpoint.asynchronous else ""
+            self.console.note(f"checkpoint {path}{blocked}")
 
     def _finish(self, log: RunLog | None) -> None:
-        """The end of a run: held-out loss, expert load, a sample, the paths."""
+        """Evaluates and prints the summary of the run: held-out loss, expert load, a sample, paths."""
         held_out = self._evaluate(self.config.eval.final_batches)
         self._log_evaluation(log, held_out)
         sample = self._sample()
@@ -389,7 +386,7 @@ class Trainer:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of this process, at their highest."""
+    """Peak memory in bytes: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The life of one rank of a training run."""
+"""Runs one rank of a training run, from setup to its exit code."""
 
 import contextlib
 import logging
@@ -41,15 +41,15 @@ def train_rank(
     """Trains as one rank and returns the exit code.
 
     Args:
-        run_dir: adopted; None when several processes were started by a launcher: rank 0 then opens it for all.
+        run_dir: an initialized run directory; None under a launcher, where rank 0 opens it for all ranks.
         redirection: the active redirection of the engine's output; None: this call redirects it.
-        stop: what remembers signals already; None: this call sees to it.
+        stop: the active handler of signals; None: this call installs one.
 
     Raises:
-        EndedEarly: a signal came before the first step of a rank that nobody waits for.
-        RankError: anything that nobody foresaw; its traceback is in train.log.
-        ValueError: what the user can mend (a run directory of another model).
-        OSError: a file that cannot be read or written, of a rank that is alone.
+        EndedEarly: a signal was received before the first step, in a world of one rank.
+        RankError: an unexpected exception; its traceback is in train.log.
+        ValueError: an error that the user can fix, such as a run directory of another model.
+        OSError: a file cannot be read or written, in a world of one rank.
     """
     with contextlib.ExitStack() as own:
         if redirection is None:
@@ -68,14 +68,14 @@ def train_rank(
         except Exception as error:
             if world.size == 1 and isinstance(error, OSError):
                 _LOG.exception("this rank ends")
-                raise  # a file that cannot be read or written: the command says which
+                raise  # the command reports the file
             raise RankError(_summary(world, config, run_dir, redirection, error)) from error
 
 
 def _summary(
     world: World, config: Config, run_dir: RunDir | None, redirection: OutputRedirection, error: Exception
 ) -> str:
-    """What the screen gets of an error that nobody foresaw; train.log gets the traceback."""
+    """The message of an unexpected exception for the terminal; logs the traceback to train.log."""
     from parallel.rendezvous import RendezvousError
 
     if isinstance(error, RendezvousError):
@@ -102,11 +102,11 @@ def _train_rank(
     redirection: OutputRedirection,
     stop: StopRequest,
 ) -> int:
-    # A rank that others wait for agrees with them on an end, before the first step too.
+    # With several ranks, signals before the first step are handled when the ranks agree to stop.
     alone = stop.preparing(lambda: tell_batch_script(config, STOPPED, stop.reason))
     with contextlib.ExitStack() as started:
         with alone if world.size == 1 else contextlib.nullcontext():
-            # Here, after the redirection: importing the engine prints warnings.
+            # After the redirection: importing Megatron-Core prints warnings.
             from parallel import megatron_compat
 
             megatron_compat.load()
@@ -137,7 +137,7 @@ def _train_rank(
 
 
 def _train(trainer: "Trainer", stop: StopRequest) -> int:
-    """Runs to an end and writes down what it was. Returns the exit code."""
+    """Trains and writes stop.json. Returns the exit code."""
     import torch.distributed as dist
 
     try:
@@ -145,25 +145,25 @@ def _train(trainer: "Trainer", stop: StopRequest) -> int:
         reason = "all steps are taken" if code == DONE else stop.reason
     except RunDirTakenOver as lost:
         trainer.console.warning(str(lost))
-        # An srun that has outlived its job would have the job's new step of the same number killed for a failure.
+        # If an srun that has outlived its job failed, Slurm would kill the job's new step of the same number.
         return DONE if "SLURM_STEP_ID" in os.environ else FAILED
     except RunFailed as failure:
         trainer.console.failure(str(failure))
         code, reason = FAILED, str(failure)
-    dist.barrier()  # what stop.json says is true of every rank
+    dist.barrier()  # stop.json must hold for every rank
     if trainer.is_main:
         try:
             write_stop(trainer.run_dir.path, code=code, reason=reason)
         except OSError as error:
-            trainer.console.warning(f"the end of the run cannot be written down: {error}")
+            trainer.console.warning(f"cannot write how the run ended: {error}")
     return code
 
 
 def tell_batch_script(config: Config, code: int, reason: str) -> None:
-    """Of what ends a rank of a Slurm job before it can train."""
+    """Writes stop.json for an error that ends a rank of a Slurm job before training."""
     path = expected_path(config)
     if "SLURM_STEP_ID" in os.environ and path.is_dir():
-        with contextlib.suppress(OSError):  # a full disk must not take the place of the message
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
             write_stop(path, code=code, reason=reason)
 
 
@@ -220,12 +220,12 @@ def _outcome(world: World, config: Config, run_dir: RunDir, prepared: Prepared) 
 
 
 def train_simulated(ranks: int, config: Config, run_dir: RunDir, prepared: Prepared, stop: StopRequest) -> int:
-    """Trains as N ranks on this machine and returns the exit code. A signal that asks for an end, also one that came
-    before this call, goes to every rank.
+    """Trains as N ranks on this machine and returns the exit code. Signals, including one received before this call,
+    are forwarded to every rank.
 
     Raises:
         ValueError: as train_rank.
-        RankFailed: a rank died, or failed as nobody foresaw.
+        RankFailed: a rank died, or failed with an unexpected exception.
     """
     with RankPool(ranks, PRELOAD, held_signals=STOP_SIGNALS) as pool, stop.forwarded(pool.signal, pool.kill):
         outcomes = pool.run(ranks, _outcome, config, run_dir, prepared)

@@ -138,7 +138,7 @@ def test_a_lost_node_and_a_rank_that_outlives_its_job(
     assert [row["loss"] for row in rows(run_dir)] == pytest.approx(one_rank, rel=1e-5)
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000016", "step_00000020"]
     deadline = time.monotonic() + 60
-    while "another process goes on in" not in (run_dir / "train.log").read_text():
+    while "another process has taken over" not in (run_dir / "train.log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     cluster.call("bash", "slurm/local_cluster.sh", "start", node)

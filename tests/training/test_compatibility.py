@@ -11,7 +11,7 @@ from conf.schema import Config
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, write_corpus
-from training.compatibility import flatten, model_differences, restored, told
+from training.compatibility import describe_changes, flatten, model_differences, overrides_to_restore
 from training.load_checkpoint import load_model
 
 LIMIT = 120.0
@@ -95,10 +95,10 @@ def test_settings_of_other_versions_are_left_out() -> None:
 
 def test_words() -> None:
     differences = {"model.tie_embeddings": (False, True), "model.num_query_groups": (None, 2)}
-    assert told(differences) == "model.tie_embeddings: false -> true; model.num_query_groups: null -> 2"
+    assert describe_changes(differences) == "model.tie_embeddings: false -> true; model.num_query_groups: null -> 2"
     rate = {"model.moe.bias_update_rate": (0.01, None)}
-    assert restored(rate).startswith("model.moe.bias_update_rate=0.01 or model.moe.bias_update_rate=0, ")
-    assert restored(differences) == "model.tie_embeddings=false model.num_query_groups=null"
+    assert overrides_to_restore(rate).startswith("model.moe.bias_update_rate=0.01 or model.moe.bias_update_rate=0, ")
+    assert overrides_to_restore(differences) == "model.tie_embeddings=false model.num_query_groups=null"
 
 
 def test_flatten() -> None:

@@ -179,7 +179,7 @@ def test_a_run_that_was_taken_over_ends_without_writing(ranks: RankPool, tmp_pat
     config.checkpoint.every = 3
     assert ranks.run(2, taken_over, config, timeout=120) == [FAILED] * 2
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "stop.json").exists()
-    assert "another process goes on in" in (tmp_path / "run" / "train.log").read_text()
+    assert "another process has taken over" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_a_run_says_how_it_ended(ranks: RankPool, tmp_path: Path) -> None:

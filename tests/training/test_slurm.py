@@ -31,7 +31,7 @@ def test_own_options_come_last_and_overrides_after_the_script() -> None:
 
 
 def test_nodes_that_would_not_be_alike() -> None:
-    with pytest.raises(ValueError, match=r"17 ranks do not fill 3 nodes of 8 alike; nearest: ranks=16 or ranks=24"):
+    with pytest.raises(ValueError, match=r"17 ranks cannot be distributed evenly over 3 nodes of 8; nearest: ranks=16 or ranks=24"):
         Shape.of(H100, 17)
     with pytest.raises(ValueError, match="cluster=h100"):
         Shape.of(ClusterConfig(), 8)
@@ -44,6 +44,6 @@ def test_a_task_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"8 tasks on a node share 4 GPU.*--gpus-per-node=8.*--ntasks-per-node=4"):
         given.check(16)
     given.check(8)
-    assert given.notes(8) == [] and "2 GPU(s) of every node have nothing to do" in given.notes(4)[0]
+    assert given.notes(8) == [] and "2 GPU(s) of every node are not used" in given.notes(4)[0]
     Allocation(16, 2, 0).check(16)  # on CPUs
     assert allocation({}) is None
