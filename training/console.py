@@ -1,4 +1,4 @@
-"""What a person sees of a run, and train.log, which keeps the same lines. Shapes: L sparse layers, E experts."""
+"""Console output of a run, also written to train.log. Shapes: L sparse layers, E experts."""
 
 import contextlib
 import os
@@ -16,27 +16,27 @@ from training.expert_load_log import load_lines
 from training.metrics import Row
 from training.output_redirect import discard_output
 
-if TYPE_CHECKING:  # rich is imported where it is used: a rank that prints nothing does not need it
+if TYPE_CHECKING:  # rich is imported where it is used: ranks that print nothing do not need it
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-_PLAIN_WIDTH = 120  # columns that a table of expert load may take where there is no terminal to ask
-_NOTICEABLE_SECONDS = 0.5  # a stage of the preparation that took less is not worth a line
-_REFRESH_SECONDS = 0.1  # between two drawings of the progress line
+_PLAIN_WIDTH = 120  # columns of the expert load table without a terminal
+_NOTICEABLE_SECONDS = 0.5  # shorter stages of the preparation are not printed
+_REFRESH_SECONDS = 0.1  # between two updates of the progress line
 
 
 class Console:
-    """Prints a run. On a terminal a progress line stays at the bottom and everything else scrolls above it; elsewhere
-    there are only plain lines, without control characters and never wrapped. train.log gets the plain lines.
+    """Prints the output of a run. On a terminal a progress line stays at the bottom and everything else scrolls above
+    it. Otherwise, and in train.log, there are plain lines without control characters or wrapping.
 
-    Standard output that cannot be written any more, since its reader is gone or its disk is full, is left: with
-    `log_path` or `may_lose_output` nothing else happens. `log_error` says what keeps train.log from being written.
+    If standard output cannot be written any more (closed pipe, full disk), it is abandoned; this is an error only
+    without `log_path` and `may_lose_output`. `log_error` is the error with which train.log could not be written.
 
-    Any rank may call every method: ranks other than 0 print and write nothing. Use it as a context manager: leaving it
-    removes the progress line and gives the terminal its cursor back.
+    Every rank may call every method; ranks other than 0 print nothing. Use it as a context manager: leaving it removes
+    the progress line and restores the cursor.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class Console:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`log_path`: train.log, appended to; None: no log. `may_lose_output`: what is printed is not all that the
-        command is for. `stream`: standard output unless a test says otherwise. `clock`: seconds. Create it after
-        `redirect_output`, which exchanges sys.stdout.
+        """`log_path`: train.log, appended to; None: no log. `may_lose_output`: losing standard output is not an error.
+        `stream`: None: standard output. `clock`: seconds. Create it after `redirect_output`, which replaces sys.stdout.
 
         Raises:
             OSError: train.log cannot be opened.
@@ -59,15 +58,15 @@ class Console:
         self._output_error: OSError | None = None  # of a progress line
         self._may_lose_output = may_lose_output or log_path is not None
         self._terminal: RichConsole | None = None
-        self._stream: TextIO | None = None  # standard output; None: it is not rank 0's, or lost
+        self._stream: TextIO | None = None  # standard output; None: not rank 0, or abandoned
         self._log_file: TextIO | None = None
         self._live: Live | None = None
         self._drawn = float("-inf")
         self._clock = clock
         self._pace = _Pace(clock)
-        self._stage: tuple[str, float] | None = None  # name and start of what `progress` shows
+        self._stage: tuple[str, float] | None = None  # name and start of the stage that `progress` shows
         self._first: tuple[int, float] | None = None  # step and time of the first row
-        self._last_step: tuple[Text, bool] | None = None  # its line, and whether the plain files have it
+        self._last_step: tuple[Text, bool] | None = None  # its line, and whether it was written as a plain line
         self._is_main = rank == 0
         if self._is_main:
             self._open(stream or sys.stdout, log_path)
@@ -77,11 +76,11 @@ class Console:
 
         class Terminal(RichConsole):
             def on_broken_pipe(self) -> None:
-                raise  # the BrokenPipeError being handled; rich would end the process
+                raise  # the current BrokenPipeError; rich would end the process
 
         self._stream = stream
         if hasattr(stream, "reconfigure"):
-            # A sample may hold characters that the job's locale cannot print.
+            # A sample may contain characters that the job's locale cannot encode.
             stream.reconfigure(errors="backslashreplace")
         literal: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
         if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
@@ -97,32 +96,32 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Prints the last step where it is still owed, and ends the progress line and train.log."""
+        """Prints the last step if it was not printed, removes the progress line and closes train.log."""
         self._end_steps()
         if self._log_file is not None:
-            with contextlib.suppress(OSError):  # of what could not be written before
+            with contextlib.suppress(OSError):  # flushing may fail as before
                 self._log_file.close()
 
     def note(self, text: str) -> None:
-        """A line for what happened: a checkpoint written, a run continued."""
+        """Prints an event: a checkpoint was written, a run was resumed."""
         self._print(_text((text, "")))
 
     def warning(self, text: str) -> None:
-        """A line that a person should act on."""
+        """Prints a warning."""
         self._print(_text(("warning: ", "bold yellow"), (text, "yellow")))
 
     def failure(self, text: str) -> None:
-        """The last line of a run that cannot go on: on standard error, as every error, whatever standard output is."""
+        """Prints the error that ends a run, on standard error."""
         self._end_steps()
         self._hide_progress()
         if self._is_main:
-            with contextlib.suppress(OSError, ValueError):  # it is full or closed as well
+            with contextlib.suppress(OSError, ValueError):  # it may be full or closed as well
                 print(f"switchyard: error: {visible(text)}", file=sys.stderr, flush=True)
         self._print(_text(("error: ", ""), (text, "")), in_stream=False)
 
     def start_table(self, rows: Sequence[tuple[str, str, str]], shown: Collection[str] | None = None) -> None:
-        """What was chosen, and why: (what, choice, why) per row. `shown`: what standard output gets of it, None: all;
-        train.log gets every row."""
+        """Prints rows of (what, choice, why). `shown`: the rows, by `what`, for standard output, None: all; train.log
+        gets all rows."""
         short = [row for row in rows if shown is None or row[0] in shown]
         self._print(self._table(short), in_log=len(short) == len(rows))
         if len(short) < len(rows):
@@ -141,9 +140,9 @@ class Console:
         return table
 
     def progress(self, stage: str, fraction: float) -> None:
-        """How much of a stage of the preparation is done, from 0 to 1; at 1 a line tells the time it took, if it was
-        long enough to be noticed. Whoever calls this is at work on files of its own, and would take an error of the
-        output for one of theirs: it is raised by the next line that is an answer."""
+        """Shows the progress of a stage of data preparation, from 0 to 1; at 1 its duration is printed, if it was
+        noticeable. Callers handle OSErrors of their own files; an OSError of the output is therefore raised by the next
+        method that prints."""
         try:
             self._progress(stage, fraction)
         except OSError as error:
@@ -167,8 +166,8 @@ class Console:
         self._show_progress(stage, fraction, detail)
 
     def step(self, row: Row, steps: int) -> None:
-        """A logged step of `steps`. A terminal shows it in the progress line. As plain lines the first step and the
-        last are always printed, and those between as often as a person can read them."""
+        """Shows a logged step of `steps`: on a terminal in the progress line; as plain lines the first and the last
+        step, and those between at a limited rate."""
         now, step = self._clock(), row["step"]
         is_first = self._first is None
         if self._first is None:
@@ -188,14 +187,14 @@ class Console:
         self._show_progress(f"step {step}/{steps}", step / steps, detail)
 
     def evaluation(self, row: Row) -> None:
-        """A line for an evaluation during training: step, val_loss, val_bits_per_byte (or None)."""
+        """Prints an evaluation during training: step, val_loss, val_bits_per_byte (or None)."""
         loss, bits = row["val_loss"], row["val_bits_per_byte"]
         compression = "" if bits is None else f"  bits/byte {bits:.3f}"
         line = f"step {row['step']}  held-out loss {loss:.4f}  perplexity {_perplexity(loss)}{compression}"
         self._print(_text((line, "cyan")))
 
     def held_out(self, row: Row, gzip_bits_per_byte: float | None) -> None:
-        """Loss, perplexity and bits per byte of held-out text, without the last where the text's bytes are unknown."""
+        """Prints loss, perplexity and, if known, bits per byte of held-out text."""
         loss, bits = row["val_loss"], row["val_bits_per_byte"]
         self._print(_text())
         self._pair("held-out loss", f"{loss:.4f} nats/token")
@@ -205,7 +204,7 @@ class Console:
             self._pair("bits per byte", f"{bits:.3f}{compared}")
 
     def sample(self, prompt: str, text: str) -> None:
-        """Text of the model after its prompt, indented."""
+        """Prints generated text after its prompt, indented."""
         from rich.padding import Padding
 
         self._print(_text(("\nsample", "dim")))
@@ -220,8 +219,9 @@ class Console:
         sample: tuple[str, str] | None,
         paths: list[tuple[str, str]],
     ) -> None:
-        """The end of a run. `evaluation`: the last one's row. `load`: None for a dense model. `sample`: prompt and
-        what the model wrote after it. `paths`: (what, path or command) per line, each kept whole for copying."""
+        """Prints the summary at the end of a run. `evaluation`: the row of the last one. `load`: None for a dense
+        model. `sample`: prompt and generated text. `paths`: (what, path or command) per line, not wrapped, for
+        copying."""
         self._end_steps()
         self.held_out(evaluation, gzip_bits_per_byte)
         if load is not None:
@@ -247,7 +247,7 @@ class Console:
         in_stream: bool = True,
         in_log: bool = True,
     ) -> None:
-        """`whole`: no line break of ours inside a long line, so that a command can be copied from a terminal."""
+        """`whole`: do not wrap long lines, so that commands can be copied from a terminal."""
         if self._output_error is not None:
             raise self._output_error
         if self._terminal and on_terminal and in_stream:
@@ -278,10 +278,10 @@ class Console:
 
     @contextlib.contextmanager
     def _output(self) -> Iterator[None]:
-        """Around everything that writes to standard output.
+        """Context manager around every write to standard output.
 
         Raises:
-            OSError: it cannot be written, and is all that there is.
+            OSError: it cannot be written, and losing it is an error.
         """
         try:
             yield
@@ -292,10 +292,10 @@ class Console:
                 discard_output(stream)
             if live is not None:
                 with contextlib.suppress(OSError):
-                    live.stop()  # it had put itself in the place of sys.stdout
+                    live.stop()  # restores sys.stdout, which it had replaced
             if not self._may_lose_output:
                 raise
-            self._log(f"standard output cannot be written any more ({error.strerror}): the run goes on without it\n")
+            self._log(f"standard output cannot be written any more ({error.strerror}): the run continues without it\n")
 
     def _show_progress(self, label: str, fraction: float, detail: str) -> None:
         if not self._terminal or self._clock() - self._drawn < _REFRESH_SECONDS:
@@ -305,18 +305,18 @@ class Console:
         from rich.table import Table
 
         line = Table.grid(padding=(0, 2, 0, 0))
-        room = self._terminal.width - len(label) - len(detail) - 5
-        if room >= 5:
-            bar = ProgressBar(total=1, completed=fraction, width=min(room, 40), complete_style="cyan")
+        width = self._terminal.width - len(label) - len(detail) - 5
+        if width >= 5:
+            bar = ProgressBar(total=1, completed=fraction, width=min(width, 40), complete_style="cyan")
             line.add_row(_text((label, "")), bar, _text((detail, "")))
         else:
             line.add_row(_text((detail, "")))
         if self._live is None:
-            # Drawn when there is something new rather than by a thread: no thread to meet a fork or a signal.
+            # Refreshed explicitly: a refresh thread would interfere with forks and signals.
             self._live = Live(console=self._terminal, auto_refresh=False, transient=True)
             with self._output():
                 self._live.start()
-        if self._live is not None:  # not lost meanwhile
+        if self._live is not None:  # output was not lost in the meantime
             with self._output():
                 self._live.update(line, refresh=True)
         self._drawn = self._clock()
@@ -337,8 +337,8 @@ class Console:
 
 
 class _Pace:
-    """When the next plain line is due: a second after the last; in a long run, when the time so far has grown by half a
-    percent; after a minute in any case. A log of three days has some 5,000 lines."""
+    """Limits the rate of plain lines: one per second; in a long run, one each time the elapsed time has grown by half a
+    percent, but at least one per minute. The log of a run of three days has some 5,000 lines."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -13,7 +13,7 @@ from corpus.cache import Cache, ReadOnlyCache
 from moe.experts import BACKENDS, available_backends, choose_backend, native_left_out
 from ops.autotune import Shapes, TooSlow, measure
 from parallel.process_groups import Runtime
-from training.run_files import json_lines, write_whole
+from training.run_files import json_lines, write_atomically
 
 FILE = "expert_backend.json"
 WORTH = 0.95
@@ -61,7 +61,7 @@ def _available_everywhere(model: ModelConfig, device: torch.device, dtype: torch
 def remember(config: Config, run_dir: Path, backend: str | None) -> None:
     """For the run's next life. None: this one had no use for a backend."""
     if backend and config.model.moe.backend == "auto":
-        write_whole(run_dir / FILE, json.dumps({"backend": backend}).encode())
+        write_atomically(run_dir / FILE, json.dumps({"backend": backend}).encode())
 
 
 def shapes_of(config: Config, run: Runtime, dtype: torch.dtype) -> Shapes:

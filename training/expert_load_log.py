@@ -1,5 +1,4 @@
-"""The load of every expert of every layer: as rows of expert_load.jsonl, as TensorBoard's series, as a heat map, as a
-table.
+"""Formats the load of every expert: rows of expert_load.jsonl, TensorBoard series, a heat map and a table.
 
 Legend: L sparse layers, E experts."""
 
@@ -16,7 +15,7 @@ VALUES_PER_LINE = 1024
 every ceil(L * E / VALUES_PER_LINE) logged steps, so that a run's files stay of a size that can be read."""
 
 HIGH_DROPS = 0.2
-"""A dropped fraction above which a run explains once what it means."""
+"""Dropped fraction above which a run prints an explanation, once."""
 
 
 def recorded_every(load: ExpertLoad) -> int:
@@ -25,7 +24,7 @@ def recorded_every(load: ExpertLoad) -> int:
 
 
 def has_heat_map(logged: int) -> bool:
-    """Whether logged step number `logged`, counted from 0, is drawn: every tenth, and after the hundredth every
+    """Whether a heat map is drawn for the logged step with this index from 0: every tenth, after the hundredth every
     hundredth."""
     return logged % (10 if logged <= 100 else 100) == 0
 
@@ -54,7 +53,7 @@ def load_lines(load: ExpertLoad, width: int) -> list[str]:
 
 
 def explain_drops(moe: MoeConfig, dropped: float) -> str | None:
-    """What a person should know of a dropped fraction that is high; None of one that is not."""
+    """An explanation of a high dropped fraction; None if it is not high."""
     if dropped <= HIGH_DROPS or moe.capacity_factor is None:
         return None
     return (

@@ -23,8 +23,8 @@ class Cost:
 
 
 def experts_per_token(model: ModelConfig) -> float:
-    """Experts that compute a token while training: top_k at most, since capacity_factor * top_k are what all experts
-    together have room for, or where experts choose just so many."""
+    """Average number of experts that compute a token in training: top_k, unless the capacity of all experts together is
+    less; with expert-choice routing capacity_factor * top_k."""
     moe = model.moe
     if moe.load_balancing == "expert_choice" and moe.capacity_factor is not None:
         return min(moe.num_experts, moe.top_k * moe.capacity_factor)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.override_text import setting
-from training.run_files import METRICS, json_lines, write_whole
+from training.run_files import METRICS, json_lines, write_atomically
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 """Exit codes: the run has reached its last step (or stop_after); it cannot continue; the settings are wrong; it stopped
@@ -49,7 +49,7 @@ class Ownership:
         """Takes the directory over from any earlier process."""
         self._path = run_dir / _OWNER
         self._token = f"{attempt_id()} {os.uname().nodename} {os.getpid()} {uuid.uuid4().hex}".strip()
-        write_whole(self._path, self._token.encode())
+        write_atomically(self._path, self._token.encode())
         (run_dir / _STOP).unlink(missing_ok=True)
 
     def holds(self) -> bool:
@@ -64,7 +64,7 @@ def write_stop(run_dir: Path, *, code: int, reason: str) -> None:
     """Writes how this attempt ended. Rank 0 calls this after all ranks have ended; a rank that fails before it can join
     the others calls it by itself."""
     ended = {"attempt": attempt_id(), "code": code, "reason": reason}
-    write_whole(run_dir / _STOP, (json.dumps(ended) + "\n").encode())
+    write_atomically(run_dir / _STOP, (json.dumps(ended) + "\n").encode())
 
 
 def forget_stop(run_dir: Path) -> None:

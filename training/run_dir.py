@@ -22,7 +22,7 @@ from corpus.prepare import Prepared
 from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER, companions
 from training.compatibility import describe_changes, differences, model_differences, overrides_to_restore
 from training.requeue import Ownership
-from training.run_files import EXPERT_LOAD, METRICS, write_whole
+from training.run_files import EXPERT_LOAD, METRICS, write_atomically
 from training.sweep import name_in_sweep
 
 CONFIG = "config.yaml"
@@ -78,7 +78,7 @@ class RunDir:
         with self._explained(), _locked(self.path / ".lock"):
             if owner.holds():
                 self._keep(config, prepared.tokenizer)
-                write_whole(self.path / DATA, (prepared.to_json() + "\n").encode())
+                write_atomically(self.path / DATA, (prepared.to_json() + "\n").encode())
 
     def changed_data(self, prepared: Prepared) -> str | None:
         """What differs between the data and those that the run has been trained on: files at the same place may have
@@ -106,11 +106,11 @@ class RunDir:
 
     def _keep(self, config: Config, tokenizer: str | None) -> None:
         if tokenizer:
-            write_whole(self.path / TOKENIZER, Path(tokenizer).read_bytes())
+            write_atomically(self.path / TOKENIZER, Path(tokenizer).read_bytes())
             for file in companions(tokenizer):
                 (self.path / COMPANION_DIR).mkdir(exist_ok=True)
-                write_whole(self.path / COMPANION_DIR / file.name, file.read_bytes())
-        write_whole(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
+                write_atomically(self.path / COMPANION_DIR / file.name, file.read_bytes())
+        write_atomically(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
     def _check_tokenizer(self, tokenizer: str | None) -> None:
         kept = self.path / TOKENIZER

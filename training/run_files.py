@@ -10,7 +10,7 @@ from typing import Any
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file atomically, through a temporary file that is renamed."""
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:

@@ -306,8 +306,8 @@ class Trainer:
             self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])
             if self.explained_drops:
                 self.console.note(f"step {self.progress.step}: {self.explained_drops}")
-        if told := self.stragglers.straggler_warning(of_ranks):
-            self.console.warning(told)
+        if warning := self.stragglers.straggler_warning(of_ranks):
+            self.console.warning(warning)
 
     def _log_evaluation(self, log: RunLog | None, evaluation: EvalResult) -> None:
         if log:

@@ -23,7 +23,7 @@ from training import run_dir as run_dirs
 from training.console import Console
 from training.metrics import trim_rows
 from training.run_dir import RunDir, default_name, load_config, open_run_dir
-from training.run_files import write_whole
+from training.run_files import write_atomically
 
 
 def test_default_names() -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_named_before_anything_changes(
     for file in ("metrics.jsonl", "train.log"):
         (tmp_path / file).write_text('{"step": 5}\n')
     config = Config(run=RunConfig(dir=str(tmp_path)))
-    write_whole(tmp_path / "config.yaml", b"model: {}\n")
+    write_atomically(tmp_path / "config.yaml", b"model: {}\n")
     (tmp_path / "checkpoints" / "step_00000004").write_text("not a directory, and found to be damage later")
     assert open_run_dir(config).continued
     access, listdir, closed = os.access, os.listdir, tmp_path / name

@@ -6,7 +6,7 @@ import pytest
 
 from conf.schema import Config, RunConfig
 from training import trainer
-from training.run_files import json_lines, json_object, write_whole
+from training.run_files import json_lines, json_object, write_atomically
 from training.worker import tell_batch_script
 
 TORN = b'{"step": 1, "lr": 0.5}\n' + b"[" * 100_000 + b'\nnull\n3\n\xff\n{"step": 2, "val_loss": 1.0}\n{"step"'
@@ -36,8 +36,8 @@ def test_the_last_learning_rate_among_torn_lines(tmp_path: Path, step: int, rate
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):
-        write_whole(tmp_path / "folder", b"new")
-    write_whole(tmp_path / "file", b"new")
+        write_atomically(tmp_path / "folder", b"new")
+    write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
