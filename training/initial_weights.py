@@ -1,4 +1,4 @@
-"""`checkpoint.load`: the weights that a run starts from, looked at before anything is prepared or written."""
+"""Checks `checkpoint.load`, the weights that a run starts from, before data are prepared or anything is written."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from training.run_files import json_object
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from."""
+    """The checkpoint that the weights are loaded from."""
 
     run_dir: Path
     directory: Path
-    """The newest step's directory, or the one that was named."""
+    """The newest checkpoint, or the one that was specified."""
 
     @property
     def tokenizer(self) -> Path | None:
@@ -31,15 +31,15 @@ def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
     """The data settings of a run, with the tokenizer of the weights that it starts from.
 
     Args:
-        run_dir: None where it is not opened yet, or not by this process.
+        run_dir: None if it is not opened yet, or not by this process.
 
     Raises:
-        ValueError: checkpoint.load holds no checkpoint, or one of another model or with another tokenizer.
+        ValueError: checkpoint.load has no checkpoint, or one of another model or with another tokenizer.
     """
     if not config.checkpoint.load:
         return config.data
     path = run_dir.path if run_dir else expected_path(config)
-    if checkpoint_dirs(path):  # the run goes on from its own weights; the source may be gone by now
+    if checkpoint_dirs(path):  # the run resumes from its own checkpoint; the source may not exist any more
         kept = path / TOKENIZER
         return _with_tokenizer(config.data, kept if kept.exists() else None)
     source = find_source(config.checkpoint.load)
@@ -51,8 +51,8 @@ def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
 
 
 def find_source(load: str) -> Source:
-    """The checkpoint that `checkpoint.load` means, with all its files in their full sizes. Whether their bytes are
-    intact is not looked at: that takes the ranks together.
+    """The checkpoint that `checkpoint.load` means. Checks that its files have their full sizes; the ranks verify their
+    content later.
 
     Raises:
         ValueError: there is none.
@@ -65,15 +65,15 @@ def find_source(load: str) -> Source:
     for directory in found:
         if _is_complete(directory):
             return Source(directory.absolute().parent.parent, directory)
-    what = f"no whole one among {', '.join(p.name for p in found)}" if found else "no checkpoint"
+    what = f"only incomplete ones ({', '.join(p.name for p in found)})" if found else "no checkpoint"
     raise ValueError(f"checkpoint.load={load}: found {what}; a run directory or one of its step_NNNNNNNN is needed")
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether every file of the manifest is there in its full size."""
+    """Whether every file of the manifest exists in its full size."""
     path = directory / "manifest.json"
     try:
-        manifest = json_object(path.read_bytes()) if path.is_file() else None  # reading a pipe would wait for a writer
+        manifest = json_object(path.read_bytes()) if path.is_file() else None  # reading a named pipe would block
         if manifest is None:
             return False
         files = manifest.get("files", {}).items()
@@ -83,10 +83,10 @@ def _is_complete(directory: Path) -> bool:
 
 
 def check_model(config: Config, source: Source) -> None:
-    """Compares the settings of the model with those that the source was trained with.
+    """Compares the settings of the model with those of the source.
 
     Raises:
-        ValueError: they differ where checkpoint.load_except does not name it.
+        ValueError: they differ in settings that are not in checkpoint.load_except.
     """
     try:
         settings = read_settings(source.run_dir)
@@ -104,7 +104,7 @@ def check_model(config: Config, source: Source) -> None:
 
 
 def check_tokenizer(data: DataConfig, source: Source) -> None:
-    """Raises ValueError where the text would be cut into other tokens than those that the weights were trained on."""
+    """Raises ValueError if text would be tokenized differently from the data that the weights were trained on."""
     kept = source.tokenizer
     if kept is None:
         if data.tokenizer is None and yields_documents(data.kind):

@@ -1,4 +1,4 @@
-"""What is kept of a run's figures: metrics.jsonl, expert_load.jsonl and TensorBoard; and what is behind `mfu`.
+"""Writes the metrics of a run: metrics.jsonl, expert_load.jsonl and loggers; and computes `mfu`.
 
 Shapes: L sparse layers."""
 
@@ -36,23 +36,23 @@ _KEYS_BEFORE_ROUTERS = (
     "grad_norm",  # before clipping
     "tokens",  # since the beginning of the run
     "tokens_per_second",  # over all ranks
-    "step_seconds",  # mean since the line before, optimizer and wait for data included
+    "step_seconds",  # mean since the previous row, including the optimizer and loading data
     "mfu",  # model FLOPs utilisation, a fraction; None where the peak is unknown
     "world_size",
 )
 _KEYS_AFTER_ROUTERS = (
-    "rank_seconds",  # a rank's own time in a step, without the wait for other data-parallel ranks: the median rank's
+    "rank_seconds",  # time of the median rank in a step, without waiting for other data-parallel ranks
     "slowest_seconds",  # the slowest rank's
     "slowest_rank",
-    "data_seconds",  # waited for data in a step: the rank that waited longest
+    "data_seconds",  # time of loading data in a step, on the rank where it took longest
     "memory_bytes",  # the largest peak of any rank
 )
-OPTIONAL_STEP_KEYS = ("skipped",)  # updates skipped since the line before; absent when there are none
+OPTIONAL_STEP_KEYS = ("skipped",)  # updates skipped since the previous row; absent if there are none
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
 
-# FLOP/s in bf16 as the data sheets print them, which is with 2:4 sparsity; a dense product reaches half. The names are
-# those that CUDA reports, whole, so that a MIG slice or a relative of the same name (GH200, H100 for other markets) is
-# unknown rather than wrong. Data sheets: "NVIDIA A100 Tensor Core GPU", "NVIDIA H100 Tensor Core GPU" (its first
+# Peak FLOP/s in bf16 from the data sheets, which assume 2:4 sparsity; a dense product reaches half. The names are the
+# complete ones that CUDA reports, so that MIG slices and variants (GH200, H100 for other markets) are unknown rather
+# than wrong. Data sheets: "NVIDIA A100 Tensor Core GPU", "NVIDIA H100 Tensor Core GPU" (its first
 # edition for PCIe, later ones for NVL), "NVIDIA H200 Tensor Core GPU", "NVIDIA HGX B200".
 _SPARSE_BF16_FLOPS = {
     "A100-SXM4-40GB": 624e12,
@@ -89,14 +89,13 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, wo
 
 
 class RunLog:
-    """metrics.jsonl and expert_load.jsonl of a run directory, and its loggers; rank 0 alone owns one.
+    """Writes metrics.jsonl and expert_load.jsonl of a run directory, and calls its loggers. Only rank 0 has one.
 
-    Opening one trims what an earlier process wrote past `restored_step` (0: all of it), since those steps are about to
-    be taken again. `warn` is told once of a logger that fails; it is left out from then on, as metrics.jsonl has the
-    same figures.
+    The constructor removes rows past `restored_step` (0: all rows), since those steps are run again. A logger that
+    fails is reported once with `warn` and not used any more; metrics.jsonl has the same values.
 
     Raises:
-        OSError: when it is opened, and by `step` and `evaluation`: one of the .jsonl files cannot be written.
+        OSError: by the constructor, `step` and `evaluation`: one of the .jsonl files cannot be written.
     """
 
     def __init__(
@@ -188,8 +187,8 @@ def _open_rows(path: Path, restored_step: int) -> TextIO:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """A row as one line of strict JSON, its newline included. JSON knows no NaN and no infinity: such a value becomes
-    null and its key is listed under "non_finite"."""
+    """A row as a line of strict JSON with a newline. JSON has no NaN or infinity: such values become null, and their
+    keys are listed under "non_finite"."""
     # numpy scalars and tensors of one element have .item()
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     non_finite = [key for key, value in plain.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -199,7 +198,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def trim_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of a .jsonl file past `last_step` and the lines that a killed process left torn."""
+    """Removes the rows of a .jsonl file past `last_step`, and truncated lines that a killed process has left."""
     torn = 0
 
     def keep(line: bytes) -> bool:
@@ -216,10 +215,10 @@ def trim_rows(path: Path, last_step: int) -> None:
 
 
 def rewrite_rows(path: Path, keep: Callable[[bytes], bool]) -> None:
-    """Drops lines. The old file stays whole until the new one replaces it."""
+    """Removes lines from a file, atomically."""
     aside = path.with_name(path.name + ".tmp")
     with path.open("rb") as rows, aside.open("wb") as kept:
-        # The newline may be all that a torn line lacks.
+        # A truncated line may lack only its newline.
         kept.writelines(line.rstrip(b"\n") + b"\n" for line in rows if keep(line))
         kept.flush()
         os.fsync(kept.fileno())

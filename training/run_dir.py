@@ -1,4 +1,4 @@
-"""The run directory: its name, its configuration, and whether a run may go on in it."""
+"""The run directory: its name, its recorded configuration, and whether a run may be resumed in it."""
 
 import contextlib
 import dataclasses
@@ -35,16 +35,16 @@ class RunDir:
 
     path: Path
     created: bool
-    """It did not exist before."""
+    """Whether it was created by this start."""
     continued: bool
-    """It holds checkpoints of an earlier attempt."""
+    """Whether it holds checkpoints of an earlier attempt."""
     changed: list[str]
     """`key: old -> new` for settings that differ from those of the earlier attempt."""
     overrides: list[str]
-    """What the command line said."""
+    """The overrides on the command line."""
 
     def command(self, steps: int) -> str:
-        """The command that takes this run on to another number of steps."""
+        """The command that continues this run to another number of steps."""
         replaced = ("run.dir", "train.steps", "train.stop_after", "checkpoint.resume")  # false would refuse run.dir
         kept = [o for o in self.overrides if o.split("=")[0].lstrip("+") not in replaced]
         words = [*kept, override("run.dir", str(self.path)), override("train.steps", steps)]
@@ -66,23 +66,23 @@ class RunDir:
                 self._keep(config, tokenizer)
 
     def take_over(self, tokenizer: str | None) -> Ownership:
-        """Makes this process the one that writes here; of several that start at the same time it is the last. Arguments
+        """Makes this process the only writer; of several processes that start at the same time, the last one. Arguments
         and errors as for `adopt`."""
         with self._explained(), _locked(self.path / ".lock"):
             self._check_tokenizer(tokenizer)
             return Ownership(self.path)
 
     def keep_settings(self, owner: Ownership, config: Config, prepared: Prepared) -> None:
-        """As `adopt`, of a run that has found its checkpoint, with what data it reads; unless another process has taken
-        the directory over."""
+        """Records the settings, the tokenizer and the data of a run that has restored its checkpoint, unless another
+        process has taken over the directory."""
         with self._explained(), _locked(self.path / ".lock"):
             if owner.holds():
                 self._keep(config, prepared.tokenizer)
                 write_atomically(self.path / DATA, (prepared.to_json() + "\n").encode())
 
     def changed_data(self, prepared: Prepared) -> str | None:
-        """What differs between the data and those that the run has been trained on: files at the same place may have
-        another content. None: nothing, or it is not known."""
+        """How the data differ from those that the run was trained on: files with the same path may have changed. None:
+        they do not differ, or it is unknown."""
         try:
             before = Prepared.from_json((self.path / DATA).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn, or another version's
@@ -98,8 +98,7 @@ class RunDir:
         return f"{what} ({tokens[0]} -> {tokens[1]} tokens to train on)"
 
     def discard(self) -> None:
-        """Removes the directory after a start that failed, where this process made it and nothing is in it: whatever
-        is there by now belongs to a run."""
+        """Removes the directory after a failed start, if this process has created it and it is empty."""
         if self.created:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
@@ -133,7 +132,7 @@ class RunDir:
 
 
 def default_name(config: Config, env: Mapping[str, str] = os.environ) -> str:
-    """NAME-<array job and task, or job, or timestamp>; in a sweep NAME-SWEPT-...: lr=0.001,top_k=2."""
+    """NAME-<array job and task, or job, or timestamp>; in a sweep NAME-SWEPT-..., with SWEPT as lr=0.001,top_k=2."""
     name = "-".join(filter(None, (config.run.name or config.model.name, name_in_sweep())))
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{name}-{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -141,12 +140,12 @@ def default_name(config: Config, env: Mapping[str, str] = os.environ) -> str:
 
 
 def expected_path(config: Config, env: Mapping[str, str] = os.environ) -> Path:
-    """Where a run is kept, unless another of the same second is there."""
+    """The run directory, unless another run of the same second has that name."""
     return Path(config.run.dir).expanduser() if config.run.dir else Path("runs") / default_name(config, env)
 
 
 def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
-    """Makes or reopens the run directory. One process of a run calls this, and `adopt` once the data is known.
+    """Creates or reopens the run directory. One process of a run calls this, and `adopt` after the data are prepared.
 
     Raises:
         ValueError: it cannot be written, or holds a run of another model.
@@ -172,15 +171,15 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
             )
         if frozen := {k: v for k, v in differences(old, new).items() if k == "optim.frozen"}:
             raise ValueError(
-                f"run.dir={path} has optimizer states of other parameters ({told(frozen)}). Restore this setting "
-                f"({restored(frozen)}), or start another run with checkpoint.load={path}"
+                f"run.dir={path} has optimizer states of other parameters ({describe_changes(frozen)}). Restore "
+                f"this setting ({overrides_to_restore(frozen)}), or start another run with checkpoint.load={path}"
             )
-        changed = [told({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
+        changed = [describe_changes({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
     return RunDir(path, created, continued, changed, _typed())
 
 
 def _typed() -> list[str]:
-    """What the command line said: the settings, and before them the folders of presets that they may name."""
+    """The arguments on the command line: directories of presets, then overrides."""
     if not HydraConfig.initialized():
         return []
     hydra = HydraConfig.get()
@@ -190,8 +189,8 @@ def _typed() -> list[str]:
 
 
 def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
-    """(the run's directory, whether this call made it). Without run.dir, -2, -3, ... is appended until the name is
-    new, so that runs of one second stay apart; but a job's directory is meant to be found again."""
+    """(the run directory, whether this call created it). Without run.dir, -2, -3, ... is appended until the name is
+    new, since several runs may start in the same second. In a Slurm job the directory is reused after a restart."""
     path = expected_path(config, env)
     path.parent.mkdir(parents=True, exist_ok=True)
     named = config.run.dir or "SLURM_JOB_ID" in env
@@ -209,10 +208,10 @@ def _make(config: Config, env: Mapping[str, str]) -> tuple[Path, bool]:
 
 
 def checkpoint_dirs(path: Path) -> list[Path]:
-    """The checkpoints in a run directory, oldest first, whole or not.
+    """The checkpoints in a run directory, oldest first, without verifying them.
 
     Raises:
-        ValueError: there are some that cannot be read.
+        ValueError: the directory of checkpoints cannot be read.
     """
     root = path / "checkpoints"
     try:
@@ -224,7 +223,7 @@ def checkpoint_dirs(path: Path) -> list[Path]:
 
 
 def _check_access(path: Path, steps: list[Path]) -> None:
-    """Raises ValueError where something that a start reads or changes cannot be: before anything is changed."""
+    """Checks the permissions of all files that a start reads or writes, before it changes any. Raises ValueError."""
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
     needed = {path / CONFIG: read, path / "train.log": write}
     needed |= dict.fromkeys((path / METRICS, path / EXPERT_LOAD), read | write)
@@ -236,16 +235,16 @@ def _check_access(path: Path, steps: list[Path]) -> None:
 
 
 _LOCK_PATIENCE = 30.0
-"""Seconds that a start waits for another that is writing a few small files."""
+"""Seconds that a start waits for another process that is writing a few small files."""
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """While one process is in here, others wait. On a file system without locks they do not: each file is whole there
-    too, and there is one owner.
+    """Context manager for an exclusive lock. File systems without locks are used without: files are written atomically,
+    and there is one owner.
 
     Raises:
-        ValueError: another process keeps the lock.
+        ValueError: another process holds the lock.
     """
     with path.open("w") as lock:
         deadline = time.monotonic() + _LOCK_PATIENCE
@@ -267,7 +266,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The configuration that a run directory was trained with, as it was written.
+    """The recorded configuration of a run directory, as a dictionary.
 
     Raises:
         ValueError: not a run directory.
@@ -286,10 +285,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> Config:
-    """The configuration that a run directory was trained with: what later commands need of it.
+    """The recorded configuration of a run directory.
 
     Raises:
-        ValueError: not a run directory, or of a version with other settings.
+        ValueError: not a run directory, or it was written by a version with other settings.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

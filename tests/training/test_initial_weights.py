@@ -92,7 +92,7 @@ def test_a_source_without_all_its_bytes_is_refused(config: Config, source: Path,
     else:
         shard.write_bytes(shard.read_bytes()[:-1])
     config.checkpoint.load = str(copied)
-    refused(config, f"found no whole one among {step.name}")
+    refused(config, f"found only incomplete ones ({step.name})")
 
 
 def test_what_means_the_same_is_taken(config: Config, ranks: RankPool, source: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_check_reads_every_file(config: Config, source: Path, tmp_path: Path
     check._check_files(str(tmp_path / "copy"))
     (step / "manifest.json").rename(step / "manifest")
     config.checkpoint.load = str(tmp_path / "copy")
-    refused(config, "found no whole one among step_00000012")
+    refused(config, "found only incomplete ones (step_00000012)")
     (step / "manifest").rename(step / "manifest.json")
     largest = max(step.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
