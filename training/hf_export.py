@@ -1,4 +1,4 @@
-"""A model of Hugging Face from a checkpoint."""
+"""Exports a checkpoint as a Hugging Face model."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from training.load_checkpoint import configured_here
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
-if TYPE_CHECKING:  # importing them loads PyTorch, before a wrong setting is answered
+if TYPE_CHECKING:  # they import PyTorch; settings are validated before that
     from models.hf.convert import Weights
     from models.hf.mapping import Parameter
 
@@ -28,7 +28,7 @@ _TRANSIENT, _BIAS = ".last_load", ".router.bias"
 
 
 def export_model(config: ExportConfig) -> int:
-    """Converts, compares and puts the directory in its place. Returns the exit code: 1 where the models differ.
+    """Converts and verifies a checkpoint. Returns the exit code: 1 if the models differ.
 
     Raises:
         ValueError: no whole checkpoint, a model or a router's state that no family has room for, or `output` is taken.
@@ -36,7 +36,7 @@ def export_model(config: ExportConfig) -> int:
     """
     world, ranks = started_ranks()
     if world.size > 1:
-        raise ValueError("one process converts: start it by itself, with NPROC=N to compare on N simulated ranks")
+        raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     if not config.shard_gib > 0:
@@ -62,7 +62,7 @@ def export_model(config: ExportConfig) -> int:
             if config.verify:
                 hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=config.dtype == "bf16")
             else:
-                print("verify=false: nothing was proven of these weights")
+                print("verify=false: the converted weights were not verified")
     except hf_verify.Different as found:
         print(f"{found}: {output} is not written")
         return 1
@@ -71,7 +71,7 @@ def export_model(config: ExportConfig) -> int:
 
 
 def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: Family, run: Config) -> str:
-    """Returns the type that holds them all, as config.json has it."""
+    """Writes the weights. Returns the widest of their dtypes, as in config.json."""
     import torch
 
     from models.hf.convert import Weights, write_shards
@@ -97,10 +97,10 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
 def _parameters(
     family: Family, run: Config, shapes: dict[str, tuple[int, ...]], weights: "Weights"
 ) -> "list[Parameter]":
-    """Every parameter of the checkpoint, unless it is one that means nothing to another step.
+    """The parameters of the checkpoint, without transient state.
 
     Raises:
-        ValueError: one that the family has no place for, or that is missing.
+        ValueError: a parameter has no counterpart in the family, or is missing.
     """
     from models.hf.mapping import parameters_of
 

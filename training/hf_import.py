@@ -1,4 +1,4 @@
-"""A run directory from a model of Hugging Face."""
+"""Imports a Hugging Face model as a run directory."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ STEP = "checkpoints/step_00000000"
 
 
 def import_model(config: ImportConfig) -> int:
-    """Converts, compares and puts the run in its place. Returns the exit code: 1 where the models differ.
+    """Converts and verifies a model. Returns the exit code: 1 if the models differ.
 
     Raises:
         ValueError: something of the source is not understood, missing or too much, or `output` is taken. Nothing is
@@ -32,7 +32,7 @@ def import_model(config: ImportConfig) -> int:
     source, output = Path(config.source).expanduser(), Path(config.output).expanduser()
     world, ranks = started_ranks()
     if world.size > 1:
-        raise ValueError("one process converts: start it by itself, with NPROC=N to compare on N simulated ranks")
+        raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
     if config.verify:
         hf_verify.check_available(config.precision)
     if not (source / THEIR_CONFIG).is_file():
@@ -50,7 +50,7 @@ def import_model(config: ImportConfig) -> int:
             if config.verify:
                 hf_verify.check_same(config, source, aside / STEP, tokenizer, aside)
             else:
-                print("verify=false: nothing was proven of these weights")
+                print("verify=false: the converted weights were not verified")
     except hf_verify.Different as found:
         print(f"{found}: {output} is not written")
         return 1
@@ -65,10 +65,10 @@ def import_model(config: ImportConfig) -> int:
 
 
 def _tokenizer(source: Path, theirs: dict[str, Any], eod_token: str | None) -> Tokenizer | None:
-    """The source's, with the token that ends documents: what was asked for, else its end of sequence.
+    """The source's tokenizer. Its end-of-document token is `eod_token`, else the source's end-of-sequence token.
 
     Raises:
-        ValueError: it has no such token, or does not say which one it is.
+        ValueError: the tokenizer has no such token, or the source does not define one.
     """
     path = source / TOKENIZER
     if not path.is_file():
@@ -100,7 +100,7 @@ def _run_config(
 
 
 def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> str:
-    """Writes the checkpoint. Returns what was converted, in words."""
+    """Writes the checkpoint. Returns a description of what was converted."""
     from models.hf.convert import check_tied_head, write_checkpoint
     from models.hf.files import Source
     from models.hf.mapping import HEAD, account, parameters_of

@@ -34,7 +34,7 @@ def keep_settings(aside: Path, run: Config) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(output: Path) -> Iterator[Path]:
-    """A new directory beside `output` that gets its name when this is left without an exception; else it is removed.
+    """Context manager for a new temporary directory that is renamed to `output` on success and removed after an error.
 
     Raises:
         ValueError: `output` exists, or cannot be written.
@@ -56,8 +56,8 @@ def atomic_directory(output: Path) -> Iterator[Path]:
 
 
 def origin_of(run_dir: Path) -> Path | None:
-    """The folder of files that came beside the weights of a run: its own, or that of the run that it was started from
-    (checkpoint.load); None where it began at random."""
+    """The directory with the files that came with the weights of a run: its own, or that of the run that it was started
+    from (checkpoint.load); None if it started from random weights."""
     seen: set[Path] = set()
     while run_dir not in seen:
         seen.add(run_dir)

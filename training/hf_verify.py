@@ -1,4 +1,4 @@
-"""A model of ours and one of Transformers on the same tokens: how far their logits and losses are apart.
+"""Compares a model with its Transformers counterpart: logits and losses on the same tokens.
 
 Legend: S sequence, V vocabulary, D hidden, L layers.
 """
@@ -20,8 +20,8 @@ from training.output_redirect import redirect_output
 from training.run_dir import load_config
 
 BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (1e-1, 2e-2)}
-"""Largest difference allowed of the logits, relative to the largest logit, and of the loss in nats per token. In bf16
-the two implementations round at different places, and a token near a tie may choose another expert."""
+"""Tolerances: of the logits, relative to the largest logit, and of the loss in nats per token. In bf16 the two
+implementations round at different places, and a token near a tie may be routed to another expert."""
 TOKENS = 256
 LOGITS, LAYER, IDS = "logits", "layer.", "ids"
 
@@ -32,7 +32,7 @@ class Different(Exception):
 
 @dataclass
 class Comparison:
-    """What every rank is told of the other model."""
+    """The arguments of a comparison, for every rank."""
 
     here: Here
     checkpoint: str
@@ -48,18 +48,18 @@ class Comparison:
 
 
 def check_available(precision: str) -> None:
-    """Raises ValueError where nothing can be compared."""
+    """Raises ValueError if the models cannot be compared here."""
     if precision not in BOUNDS:
         raise ValueError(f"precision={precision}: both models are compared in {' or '.join(BOUNDS)}; nearest: fp32")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(
             "verify=true compares with Transformers, which is not installed: `bash launch/setup.sh` installs it (the "
-            "extra dev of pyproject.toml), or verify=false converts without a proof"
+            "extra dev of pyproject.toml), or verify=false converts without verification"
         )
 
 
 def tokens_for(tokenizer: Tokenizer | None, vocab_size: int, length: int) -> tuple[list[int], str]:
-    """(token ids, what they are): of a module of Python's standard library, or without a tokenizer random ones."""
+    """(token ids, description): of a module of Python's standard library, or random ids without a tokenizer."""
     import torch
 
     length = min(length, TOKENS)
@@ -68,14 +68,14 @@ def tokens_for(tokenizer: Tokenizer | None, vocab_size: int, length: int) -> tup
         if len(ids) >= min(length, 16):
             return ids[:length], "Python's textwrap.py"
     drawn = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    return drawn.tolist(), "random ids, for want of a tokenizer"
+    return drawn.tolist(), "random ids, since there is no tokenizer"
 
 
 def write_reference(directory: Path, ids: list[int], precision: str, path: Path) -> None:
-    """What Transformers' model in `directory` computes: logits and the output of each layer, as safetensors.
+    """Writes the logits and the output of each layer of Transformers' model in `directory` to a safetensors file.
 
     Raises:
-        ValueError: Transformers cannot load it, or finds other weights there than it has.
+        ValueError: Transformers cannot load it, or its weights do not match its model.
     """
     import torch
     from safetensors.torch import save_file
@@ -90,7 +90,7 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"Transformers cannot load {directory}: {error}") from None
     if wrong := {what: names for what, names in loading.items() if names}:
-        raise ValueError(f"Transformers finds other weights in {directory} than its model has: {wrong}")
+        raise ValueError(f"the weights in {directory} do not match the model of Transformers: {wrong}")
     kept: dict[str, torch.Tensor] = {}
 
     def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
@@ -132,8 +132,8 @@ def check_same(
 
 
 def compare(comparison: Comparison) -> int:
-    """Runs our model on the ranks that the environment asks for and prints what is apart. Returns the exit code: 1
-    where more than the bounds is."""
+    """Runs our model on all ranks and prints the differences. Returns the exit code: 1 if they exceed the
+    tolerances."""
     return on_every_rank(_compare_rank, comparison)
 
 
@@ -203,7 +203,7 @@ def outputs_kept(loaded: LoadedModel) -> Iterator[dict[int, Any]]:
 
 
 def _layers_apart(loaded: LoadedModel, ids: list[int], theirs: dict[str, Any]) -> dict[int, float] | None:
-    """Layer -> largest difference of its output, relative to the largest value; None where the sequence is sharded."""
+    """Layer -> largest difference of its output, relative to the largest value; None if the sequence is sharded."""
     import torch.distributed as dist
 
     layout = loaded.built.runtime.layout

@@ -32,7 +32,7 @@ def upcycle(config: UpcycleConfig) -> int:
 
     world, ranks = started_ranks()
     if world.size > 1:
-        raise ValueError("one process converts: start it by itself, with NPROC=N to compare on N simulated ranks")
+        raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
     if config.precision not in hf_verify.BOUNDS:
         raise ValueError(f"precision={config.precision} is not one of {', '.join(hf_verify.BOUNDS)}; nearest: fp32")
     source, output = resolve(config.checkpoint), Path(config.output).expanduser()
@@ -49,7 +49,7 @@ def upcycle(config: UpcycleConfig) -> int:
             if config.verify:
                 _compare(config, source, aside, run)
             else:
-                print("verify=false: nothing was proven of these weights")
+                print("verify=false: the converted weights were not verified")
     except hf_verify.Different as found:
         print(f"{found}: {output} is not written")
         return 1

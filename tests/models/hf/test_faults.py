@@ -198,7 +198,7 @@ def trained_message(world, config) -> str:
 
 def test_without_transformers_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_verify.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bash launch/setup.sh.*verify=false converts without a proof"):
+    with pytest.raises(ValueError, match=r"bash launch/setup.sh.*verify=false converts without verification"):
         hf_verify.check_available("fp32")
 
 
