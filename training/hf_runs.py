@@ -1,4 +1,4 @@
-"""Run directories that begin with weights of Hugging Face: what import and export share."""
+"""Helpers shared by the import and export of Hugging Face models."""
 
 import contextlib
 import dataclasses
