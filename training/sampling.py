@@ -28,8 +28,8 @@ def next_token(
     2 and 3). Ties are broken in favor of the lower id. Temperature 0 returns the most likely token and does not use the
     generator, which must be on the device of the logits.
 
-    Raises ValueError for settings that `check_sampling` rejects and for logits that are NaN or +inf. A token with a logit
-    of -inf is never sampled.
+    Raises ValueError for settings that `check_sampling` rejects and for logits that are NaN or +inf. A token with a
+    logit of -inf is never sampled.
     """
     import torch
 
