@@ -1,126 +1,61 @@
-"""What each setting by itself must satisfy, as tables: its choices, its bounds, and what it needs to have an effect."""
+"""Choices and bounds of the settings, from the schema, and the conditions under which a setting has an effect."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from conf.config_view import WORLD_SIZE
 from conf.extensions import schedule_reads, takes_files, yields_documents
-from conf.schema import (
-    ACTIVATIONS,
-    AUX_LOSS_COUNTS,
-    BACKENDS,
-    CAPACITY_PER,
-    DATA_KINDS,
-    DISPATCHERS,
-    DROP_POLICIES,
-    FP8_KERNELS,
-    FP8_RECIPES,
-    FP8_WEIGHT_GRADIENTS,
-    GROUP_SCORES,
-    LOAD_BALANCING,
-    OPTIM_DTYPES,
-    PRECISIONS,
-    QK_NORMS,
-    SCHEDULES,
-    SCORE_FUNCTIONS,
-    SOFTMAX_ORDERS,
-)
+from conf.schema import Config
+from conf.setting import Bounds
 
-CHOICES = {
-    "precision": PRECISIONS,
-    "fp8.kernels": FP8_KERNELS,
-    "fp8.recipe": FP8_RECIPES,
-    "fp8.weight_gradient": FP8_WEIGHT_GRADIENTS,
-    "model.activation": ACTIVATIONS,
-    "model.qk_norm": QK_NORMS,
-    "model.moe.backend": BACKENDS,
-    "model.moe.dispatcher": DISPATCHERS,
-    "model.moe.drop_policy": DROP_POLICIES,
-    "model.moe.group_score": GROUP_SCORES,
-    "model.moe.load_balancing": LOAD_BALANCING,
-    "model.moe.score_function": SCORE_FUNCTIONS,
-    "model.moe.softmax_order": SOFTMAX_ORDERS,
-    "model.moe.aux_loss_counts": AUX_LOSS_COUNTS,
-    "model.moe.capacity_per": CAPACITY_PER,
-    "data.kind": DATA_KINDS,
-    "optim.schedule": SCHEDULES,
-    "optim.grad_dtype": OPTIM_DTYPES,
-    "optim.state_dtype": OPTIM_DTYPES,
-    "checkpoint.resume": (True, False, "fresh"),
+
+def _fields(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """The dotted key and the field of every setting."""
+    for field in dataclasses.fields(section):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    key: field.metadata["choices"] for key, field in _fields(Config) if "choices" in field.metadata
 }
-MEANT = {
+BOUNDS: dict[str, Bounds] = {
+    key: field.metadata["bounds"] for key, field in _fields(Config) if "bounds" in field.metadata
+} | {WORLD_SIZE: Bounds(ge=1)}
+
+ALTERNATIVES = {
     ("precision", "fp16"): ("bf16", "is not available"),
     ("model.moe.backend", "triton_fp8"): (
         "auto",
         "is asked for by precision=fp8 fp8.kernels=triton, and fp8.linear_layers=false for the experts alone",
     ),
 }
-"""Choices that other trainers have: what comes nearest, where another is spelt more like it, and what to say."""
+"""(setting, value that it does not have) -> the value to suggest instead of the most similarly spelled one, and why."""
 
 
-def _copies_differ_over(case: Any) -> int:
-    """Ranks of a stage that hold different parts of the parameters that are cut least."""
-    experts = case["parallel.etp"] * case["parallel.ep"] if case["model.moe.num_experts"] else math.inf
-    return min(case["parallel.tp"], experts)
+def _min_sharding(cfg: Any) -> float:
+    """Over how many ranks of a pipeline stage the parameters with the most replicas are sharded."""
+    experts = cfg["parallel.etp"] * cfg["parallel.ep"] if cfg["model.moe.num_experts"] else math.inf
+    return min(cfg["parallel.tp"], experts)
 
 
-BOUNDS: list[tuple[str, Callable[[Any], bool], Any, str]] = [
-    # what must hold of a value, as text and as code; the nearest value, None for the default; the settings
-    (
-        ">= 1",
-        lambda x: x >= 1,
-        1,
-        "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.ffn_hidden_size "
-        "model.head_dim model.vocab_size model.moe.every model.moe.top_k model.moe.num_expert_groups "
-        "model.moe.top_k_groups model.moe.expert_chunk_rows "
-        "model.moe.ffn_hidden_size model.moe.shared_ffn_hidden_size "
-        "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp data.tokenizer_sample_mib train.steps "
-        "train.micro_batch_size train.global_batch_size train.sequence_length train.stop_after train.log_every "
-        "eval.batches eval.final_batches checkpoint.keep runtime.threads cluster.ranks_per_node cluster.cpus_per_rank "
-        "world_size",
-    ),
-    (
-        ">= 0",
-        lambda x: 0 <= x < math.inf,
-        0,
-        "model.moe.num_experts model.moe.first_dense_layers model.moe.num_shared_experts "
-        "model.moe.aux_loss_coeff model.moe.bias_update_rate "
-        "model.moe.z_loss_coeff train.seed fp8.first_layers_high fp8.last_layers_high "
-        "optim.min_lr optim.warmup_steps optim.weight_decay optim.clip_grad eval.every eval.sample_tokens "
-        "checkpoint.every guard.max_skipped slurm.max_requeues",
-    ),
-    (
-        "> 0",
-        lambda x: 0 < x < math.inf,
-        None,
-        "model.rope_theta model.norm_eps model.init_scale model.moe.capacity_factor model.moe.eval_capacity_factor "
-        "model.clip_qkv model.moe.routed_scaling_factor optim.lr optim.eps runtime.timeout cluster.memory_gb "
-        "cluster.link_gb_per_s cluster.network_gb_per_s",
-    ),
-    (
-        ">= 0 and < 1",
-        lambda x: 0 <= x < 1,
-        None,
-        "optim.beta1 optim.beta2 model.moe.expert_dropout model.moe.jitter",
-    ),
-    ("> 0 and < 1", lambda x: 0 < x < 1, None, "data.valid_fraction"),
-    ("> 0 and <= 1", lambda x: 0 < x <= 1, None, "optim.decay_fraction"),
-    (">= 2", lambda x: x >= 2, 2, "parallel.vpp"),
-]
-
-IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
-    # when the settings on the right have an effect, as text and as code
+CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
+    # (condition as text, condition as code, settings that have no effect unless it holds)
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
     (
         "data parallelism",
-        lambda c: c["world_size"] > c["parallel.pp"] * _copies_differ_over(c),
+        lambda c: c["world_size"] > c["parallel.pp"] * _min_sharding(c),
         "parallel.overlap_grad_reduce parallel.overlap_param_gather",
     ),
     (
         "model.moe.num_experts > 0",
         lambda c: c["model.moe.num_experts"] > 0,
-        # `every` is not here: num_experts=0 alone makes the dense twin of a sparse preset
+        # Not `every`: num_experts=0 alone must turn a sparse preset into its dense counterpart.
         "parallel.ep parallel.etp model.moe.top_k model.moe.score_function model.moe.softmax_order "
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
@@ -158,12 +93,12 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
     (
-        "a model.moe.load_balancing by a loss (aux_loss, seq_aux_loss, global_aux_loss)",
+        "model.moe.load_balancing=aux_loss, seq_aux_loss or global_aux_loss",
         lambda c: c["model.moe.load_balancing"] not in ("sinkhorn", "expert_choice"),
         "model.moe.aux_loss_coeff model.moe.bias_update_rate model.moe.num_expert_groups",
     ),
     (
-        "another model.moe.load_balancing than expert_choice",
+        "model.moe.load_balancing other than expert_choice",
         lambda c: c["model.moe.load_balancing"] != "expert_choice",
         "model.moe.softmax_order model.moe.renormalize model.moe.drop_policy model.moe.eval_capacity_factor",
     ),
@@ -173,7 +108,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.top_k_groups model.moe.group_score",
     ),
     (
-        "a model.moe.load_balancing by a loss, with a bias_update_rate or num_expert_groups > 1",
+        "a load-balancing loss, with model.moe.bias_update_rate or model.moe.num_expert_groups > 1",
         lambda c: (
             c["model.moe.load_balancing"] in ("aux_loss", "seq_aux_loss", "global_aux_loss")
             and (c["model.moe.bias_update_rate"] is not None or c["model.moe.num_expert_groups"] > 1)
@@ -181,7 +116,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.aux_loss_counts",
     ),
     (
-        "a model.moe.load_balancing other than expert_choice, and a capacity factor",
+        "model.moe.load_balancing other than expert_choice, and a capacity factor",
         lambda c: (
             c["model.moe.load_balancing"] != "expert_choice"
             and not (c["model.moe.capacity_factor"] is None and c["model.moe.eval_capacity_factor"] is None)
@@ -205,7 +140,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "optim.decay_fraction",
     ),
     (
-        "another optim.schedule than constant",
+        "optim.schedule other than constant",
         lambda c: schedule_reads(c["optim.schedule"], "min_lr"),
         "optim.min_lr",
     ),
@@ -214,7 +149,7 @@ IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
     ("data=text or data=megatron", lambda c: takes_files(c["data.kind"]), "data.files"),
-    ("other data than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
+    ("data other than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
     ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend"),
     (
         "data=text or data=blend",

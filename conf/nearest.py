@@ -1,67 +1,69 @@
-"""The nearest whole layouts: all degrees of parallelism chosen anew for the same number of ranks."""
+"""Suggests the valid layouts that are nearest to an invalid one, for the same number of ranks."""
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from conf.case import Case, shown
-from conf.layout_rules import cut_widths
+from conf.config_view import ConfigView, format_value
+from conf.layout_rules import sharded_widths
 
 DEGREES = ("tp", "pp", "cp", "ep", "etp")
-_TRIED = 64
-"""Layouts that fit the world, nearest first, for which all rules are asked."""
+_MAX_CANDIDATES = 64
+"""Maximum number of candidate layouts that are checked against all rules."""
 
 
-def nearest_layouts(case: Case, holds: Callable[[Case], bool], count: int = 2) -> list[str]:
-    """The overrides of up to `count` layouts that satisfy every rule with the model, the batch and the number of ranks
-    as they are, nearest first: the fewest doublings and halvings of degrees away.
+def nearest_layouts(cfg: ConfigView, is_valid: Callable[[ConfigView], bool], count: int = 2) -> list[str]:
+    """The overrides of up to `count` layouts that satisfy all rules with the given model, batch and number of ranks,
+    nearest first: with the fewest doublings and halvings of degrees.
 
     Args:
-        holds: whether a case violates no rule.
+        is_valid: whether a configuration violates no rule.
     """
     found: list[str] = []
-    for degrees in itertools.islice(_fitting(case), _TRIED):
-        other, changed = _with(case, degrees)
-        if holds(other):
-            found.append(" ".join(f"parallel.{key}={shown(value)}" for key, value in changed.items()))
+    for degrees in itertools.islice(_candidates(cfg), _MAX_CANDIDATES):
+        other, changed = _apply(cfg, degrees)
+        if is_valid(other):
+            found.append(" ".join(f"parallel.{key}={format_value(value)}" for key, value in changed.items()))
             if len(found) == count:
                 break
     return found
 
 
-def _fitting(case: Case) -> Iterator[dict[str, int]]:
-    """Degrees that divide what they cut and multiply to a divisor of the world, nearest first."""
-    world, experts = case["world_size"], case["model.moe.num_experts"]
-    layers, widths = case["model.num_layers"], cut_widths(case)
+def _candidates(cfg: ConfigView) -> Iterator[dict[str, int]]:
+    """Degrees that divide the sizes that they shard, and whose products divide the world size, nearest first."""
+    world, experts = cfg["world_size"], cfg["model.moe.num_experts"]
+    layers, widths = cfg["model.num_layers"], sharded_widths(cfg)
     dense, routed = (
-        math.gcd(*(case[key] for key, degree in widths if degree == f"parallel.{name}")) for name in ("tp", "etp")
+        math.gcd(*(cfg[key] for key, degree in widths if degree == f"parallel.{name}")) for name in ("tp", "etp")
     )
-    heads = math.gcd(case["model.num_attention_heads"], case["model.num_query_groups"] or 0)
-    cut = {"tp": math.gcd(heads, dense, case["model.vocab_size"]), "pp": layers, "cp": case["train.sequence_length"]}
-    cut |= {"ep": experts or 1, "etp": routed if experts else 1}
-    options = [[d for d in range(1, min(world, cut[key]) + 1) if world % d == 0 == cut[key] % d] for key in DEGREES]
-    fitting = []
-    for chosen in itertools.product(*options):
-        tp, pp, cp, ep, etp = chosen
+    heads = math.gcd(cfg["model.num_attention_heads"], cfg["model.num_query_groups"] or 0)
+    sharded = {"tp": math.gcd(heads, dense, cfg["model.vocab_size"]), "pp": layers, "cp": cfg["train.sequence_length"]}
+    sharded |= {"ep": experts or 1, "etp": routed if experts else 1}
+    options = [
+        [d for d in range(1, min(world, sharded[key]) + 1) if world % d == 0 == sharded[key] % d] for key in DEGREES
+    ]
+    candidates = []
+    for degrees in itertools.product(*options):
+        tp, pp, cp, ep, etp = degrees
         if world % (tp * pp * cp) == 0 and world % (etp * ep * pp) == 0:
-            was = (max(1, case[f"parallel.{key}"]) for key in DEGREES)
-            away = sum(abs(math.log2(new / old)) for new, old in zip(chosen, was, strict=True))
-            fitting.append((away, chosen))
-    return (dict(zip(DEGREES, chosen, strict=True)) for _, chosen in sorted(fitting))
+            was = (max(1, cfg[f"parallel.{key}"]) for key in DEGREES)
+            distance = sum(abs(math.log2(new / old)) for new, old in zip(degrees, was, strict=True))
+            candidates.append((distance, degrees))
+    return (dict(zip(DEGREES, degrees, strict=True)) for _, degrees in sorted(candidates))
 
 
-def _with(case: Case, degrees: dict[str, int]) -> tuple[Case, dict[str, Any]]:
-    """(the case under other degrees, what changed). What the degrees leave without an effect or without a sense goes
-    back to its default."""
+def _apply(cfg: ConfigView, degrees: dict[str, int]) -> tuple[ConfigView, dict[str, Any]]:
+    """(the configuration with other degrees, the changed settings). Settings that the degrees make invalid or unused
+    are reset to their defaults."""
     settings: dict[str, Any] = dict(degrees)
-    chunks = degrees["pp"] * (case["parallel.vpp"] or 1)
-    if degrees["pp"] == 1 or case["model.num_layers"] % chunks:
+    chunks = degrees["pp"] * (cfg["parallel.vpp"] or 1)
+    if degrees["pp"] == 1 or cfg["model.num_layers"] % chunks:
         settings["vpp"] = None
     settings["pp_layers"] = None
     if degrees["tp"] == 1:
         settings["sequence_parallel"] = False
-    changed = {key: value for key, value in settings.items() if case[f"parallel.{key}"] != value}
+    changed = {key: value for key, value in settings.items() if cfg[f"parallel.{key}"] != value}
     for key, value in changed.items():
-        case = case.replaced(f"parallel.{key}", value)
-    return case, changed
+        cfg = cfg.replace(f"parallel.{key}", value)
+    return cfg, changed

@@ -8,28 +8,16 @@ from dataclasses import dataclass, field
 
 from conf.model_schema import (  # noqa: F401 - all names of the schema are importable from this module
     ACTIVATIONS,
-    AUX_LOSS_COUNTS,
-    BACKENDS,
-    CAPACITY_PER,
-    DISPATCHERS,
     DROP_POLICIES,
-    GROUP_SCORES,
     LOAD_BALANCING,
-    QK_NORMS,
     RECOMPUTE,
-    SCORE_FUNCTIONS,
-    SOFTMAX_ORDERS,
-    Change,
     ModelConfig,
     MoeConfig,
 )
+from conf.setting import setting
 
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
-FP8_KERNELS = ("auto", "reference", "triton")
-FP8_RECIPES = ("blockwise", "rowwise", "tensorwise")
-FP8_WEIGHT_GRADIENTS = ("bf16", "fp8")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-OPTIM_DTYPES = ("fp32", "bf16")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -38,23 +26,23 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 class ParallelConfig:
     """Degrees of parallelism. The data-parallel size is world_size / (tp * pp * cp)."""
 
-    tp: int = 1
+    tp: int = setting(1, ge=1)
     """Tensor-parallel size: attention heads, dense feed-forward layers and the vocabulary are sharded over tp ranks."""
     sequence_parallel: bool = False
     """Shard activations outside of the tensor-parallel layers along the sequence over the tp ranks. Needs tp > 1."""
-    pp: int = 1
+    pp: int = setting(1, ge=1)
     """Pipeline-parallel size: the number of pipeline stages."""
-    vpp: int | None = None
+    vpp: int | None = setting(None, ge=2)
     """Virtual pipeline size: model chunks per stage in the interleaved schedule. Needs pp > 1. null: no
     interleaving."""
     pp_layers: list[int] | None = None
     """Number of layers of each pipeline stage, for example [3, 5]. With vpp, one number for each of the pp * vpp model
     chunks, in model order. null: the same number in each. Needs pp > 1."""
-    cp: int = 1
+    cp: int = setting(1, ge=1)
     """Context-parallel size: each sequence is sharded over cp ranks."""
-    ep: int = 1
+    ep: int = setting(1, ge=1)
     """Expert-parallel size: the experts of a layer are distributed over ep ranks of the same pipeline stage."""
-    etp: int = 1
+    etp: int = setting(1, ge=1)
     """Expert-tensor-parallel size: the hidden dimension of each expert is sharded over etp ranks."""
     overlap_grad_reduce: bool | None = None
     """Reduce gradient buckets over the data-parallel ranks during the backward pass. null: on GPUs only."""
@@ -77,7 +65,7 @@ class BlendPart:
 
 @dataclass
 class DataConfig:
-    kind: str = "stdlib"
+    kind: str = setting("stdlib", choices=DATA_KINDS)
     """Source of the data: stdlib, text, megatron or blend. stdlib: the source files of the running Python's standard
     library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files (.bin/.idx pairs).
     blend: a weighted mixture of these."""
@@ -85,7 +73,7 @@ class DataConfig:
     """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
     valid_files: list[str] = field(default_factory=list)
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
-    valid_fraction: float = 0.02
+    valid_fraction: float = setting(0.02, gt=0, lt=1)
     """Fraction of the documents that is held out. They are selected by a hash of the path (stdlib) or of the document
     (text), or are the last ones (megatron). If the hash selects no document of a text corpus, the document with the
     smallest hash is held out if it is short, otherwise only its end: this fraction of all characters, at least 4,096
@@ -99,7 +87,7 @@ class DataConfig:
     """Path of a Hugging Face tokenizer.json, or of a directory that holds one, as `save_pretrained` writes it. The run
     keeps the directory's settings and chat template too, and an export gives them back. null: train a byte-level BPE of
     model.vocab_size tokens on the training documents and cache it."""
-    tokenizer_sample_mib: int = 64
+    tokenizer_sample_mib: int = setting(64, ge=1)
     """Maximum size of the text that the tokenizer is trained on, in MiB. Every file contributes in proportion to its
     size."""
     eod_token: str = "<|endoftext|>"
@@ -116,21 +104,21 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 200
+    steps: int = setting(200, ge=1)
     """Optimizer steps of the whole schedule."""
-    micro_batch_size: int = 4
+    micro_batch_size: int = setting(4, ge=1)
     """Sequences per micro-batch and data-parallel rank."""
-    global_batch_size: int = 32
+    global_batch_size: int = setting(32, ge=1)
     """Sequences per optimizer step, over all data-parallel ranks and micro-batches."""
-    sequence_length: int = 256
+    sequence_length: int = setting(256, ge=1)
     """Sequence length in tokens."""
-    seed: int = 1234
+    seed: int = setting(1234, ge=0)
     """Seed of the initial weights, sample order, dropout and router noise."""
     deterministic: bool = False
     """Use deterministic algorithms only: repeated runs give bitwise equal results."""
-    stop_after: int | None = None
+    stop_after: int | None = setting(None, ge=1)
     """Write a checkpoint and stop after this step; the learning-rate schedule still spans `steps`. null: never."""
-    log_every: int = 1
+    log_every: int = setting(1, ge=1)
     """Optimizer steps between lines of metrics.jsonl."""
     profile: list[int] | None = None
     """[first, last]: record a torch profiler trace of these steps, both included. null: no trace."""
@@ -140,36 +128,36 @@ class TrainConfig:
 class OptimConfig:
     """AdamW (arXiv:1711.05101). Norm weights and biases have no weight decay."""
 
-    lr: float = 2e-3
+    lr: float = setting(2e-3, gt=0)
     """Peak learning rate."""
-    min_lr: float | None = None
+    min_lr: float | None = setting(None, ge=0)
     """Learning rate at the end of the schedule. null: lr / 10."""
-    warmup_steps: int = 30
+    warmup_steps: int = setting(30, ge=0)
     """Steps of linear warm-up from 0. May exceed train.steps."""
-    schedule: str = "cosine"
+    schedule: str = setting("cosine", choices=SCHEDULES)
     """Decay after the warm-up: cosine, linear, wsd (constant, then linear over the last decay_fraction of the steps) or
     constant."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = setting(0.2, gt=0, le=1)
     """Fraction of the steps over which schedule=wsd decays."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, ge=0)
     """Decoupled weight decay."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, ge=0, lt=1)
     """Decay rate of the first moment."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95, ge=0, lt=1)
     """Decay rate of the second moment."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, gt=0)
     """Term added to the square root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: float = setting(1.0, ge=0)
     """Maximum global gradient norm. 0: no clipping."""
     frozen: list[str] = field(default_factory=list)
     """Parameters that are not trained: patterns of their names in a checkpoint, such as 'layers.*.attention.*' or
-    'embedding.weight'. '!PATTERN' exempts parameters of an earlier pattern: ['*', '!*.router.*'] trains the routers
-    alone. Frozen parameters need no gradients and no optimizer states."""
-    grad_dtype: str = "fp32"
+    'embedding.weight'. '!PATTERN' exempts parameters of an earlier pattern: ['*', '!*.router.*'] trains only the
+    routers. Frozen parameters need no gradients and no optimizer states."""
+    grad_dtype: str = setting("fp32", choices=("fp32", "bf16"))
     """Type in which gradients are accumulated and reduced: fp32, or bf16 (2 instead of 4 bytes per parameter). Applies
     to parameters in bf16; the router's gradients stay in fp32. The measured effect on the loss, of this and of
     state_dtype, is below 0.25 % (docs/stability.md)."""
-    state_dtype: str = "fp32"
+    state_dtype: str = setting("fp32", choices=("fp32", "bf16"))
     """Type of Adam's moments: fp32, or bf16 (4 instead of 8 bytes per parameter) with the update computed in fp32 and
     rounded stochastically, equally under every layout. Master weights stay in fp32. Checkpoints hold the type of the
     run that wrote them and are converted on load."""
@@ -180,13 +168,13 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = 50
+    every: int = setting(50, ge=0)
     """Optimizer steps between evaluations on the held-out text. 0: only at the end."""
-    batches: int = 2
+    batches: int = setting(2, ge=1)
     """Global batches per evaluation during training."""
-    final_batches: int | None = None
+    final_batches: int | None = setting(None, ge=1)
     """Global batches of the final evaluation. null: all of the held-out text."""
-    sample_tokens: int = 96
+    sample_tokens: int = setting(96, ge=0)
     """Tokens of the sample text generated at the end of the run. 0: none."""
     sample_prompt: str = "    def __init__(self"
     """Prompt of the sample text."""
@@ -194,14 +182,14 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = 50
+    every: int = setting(50, ge=0)
     """Optimizer steps between checkpoints. 0: only at the end. A run that is stopped always writes one."""
-    keep: int = 2
+    keep: int = setting(2, ge=1)
     """Number of checkpoints to keep; older ones are deleted."""
     asynchronous: bool = False
     """Write checkpoints in the background: training waits only until the tensors are copied to host memory. The last
     checkpoint of a run is always waited for."""
-    resume: bool | str = True
+    resume: bool | str = setting(True, choices=(True, False, "fresh"))
     """Whether to resume from the checkpoints in run.dir. true: from the newest intact one. false: refuse a run.dir that
     has checkpoints. fresh: as true, but if all checkpoints are damaged, set them aside and start from step 0."""
     load: str | None = None
@@ -219,15 +207,15 @@ class Fp8Config:
     feed-forward layers take E4M3 operands and accumulate in fp32. Router, norms, embedding, output layer, scaled
     dot-product attention, optimizer states and gradient buckets stay in higher precision."""
 
-    recipe: str = "blockwise"
+    recipe: str = setting("blockwise", choices=("blockwise", "rowwise", "tensorwise"))
     """Granularity of the scales: blockwise, rowwise or tensorwise. blockwise: 1 x 128 for activations and gradients,
     128 x 128 for weights (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). rowwise: one per row or column of an operand.
     tensorwise: one per operand. Only blockwise gives the same rounding under every layout, since the others scale by
     the values that one rank holds."""
-    weight_gradient: str = "bf16"
+    weight_gradient: str = setting("bf16", choices=("bf16", "fp8"))
     """Operand type of the weight gradients' products: bf16 or fp8. fp8 scales blocks of 128 rows, which depend on the
     rows that a rank receives."""
-    kernels: str = "auto"
+    kernels: str = setting("auto", choices=("auto", "reference", "triton"))
     """Implementation of the FP8 matrix products: reference, triton or auto. reference: plain PyTorch; operands are
     rounded to FP8 and multiplied in bf16, which is exact but not faster. triton: FP8 tensor cores. auto: reference on
     CPUs; on GPUs triton, and PyTorch's scaled_mm for linear layers if it supports the recipe and matches the
@@ -235,15 +223,15 @@ class Fp8Config:
     linear_layers: bool = True
     """Use FP8 for the linear layers of attention and of dense and shared feed-forward layers. false: only for the
     experts, which account for most of a sparse model's FLOPs."""
-    first_layers_high: int = 0
+    first_layers_high: int = setting(0, ge=0)
     """Number of layers at the beginning of the model that stay in bf16."""
-    last_layers_high: int = 0
+    last_layers_high: int = setting(0, ge=0)
     """Number of layers at the end of the model that stay in bf16."""
 
 
 @dataclass
 class GuardConfig:
-    max_skipped: int = 5
+    max_skipped: int = setting(5, ge=0)
     """Maximum number of consecutive updates that are skipped because of a non-finite loss or gradient; more end the
     run."""
 
@@ -267,9 +255,9 @@ class RunConfig:
 
 @dataclass
 class RuntimeConfig:
-    timeout: float = 600.0
+    timeout: float = setting(600.0, gt=0)
     """Seconds that a rank waits for the other ranks before the job is aborted."""
-    threads: int | None = None
+    threads: int | None = setting(None, ge=1)
     """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that Slurm gave the task, else the cores of the
     machine divided by its ranks."""
     verbose: bool = False
@@ -287,17 +275,17 @@ class ClusterConfig:
 
     name: str | None = None
     """Name shown in tables. null: unspecified machine."""
-    ranks_per_node: int = 1
+    ranks_per_node: int = setting(1, ge=1)
     """GPUs per node; on nodes without GPUs, ranks per node."""
     gpus: bool = False
     """Whether each rank has a GPU."""
-    memory_gb: float | None = None
+    memory_gb: float | None = setting(None, gt=0)
     """Memory per rank in GB (1e9 bytes): of its GPU, or its share of the node's. null: unknown."""
-    cpus_per_rank: int | None = None
+    cpus_per_rank: int | None = setting(None, ge=1)
     """CPUs per task to request from Slurm. null: no request."""
-    link_gb_per_s: float | None = None
+    link_gb_per_s: float | None = setting(None, gt=0)
     """Bandwidth between two ranks of a node, per direction, in GB/s (1e9 bytes). null: unknown."""
-    network_gb_per_s: float | None = None
+    network_gb_per_s: float | None = setting(None, gt=0)
     """Bandwidth between ranks of different nodes, per rank and direction, in GB/s (1e9 bytes). null: unknown."""
 
 
@@ -305,7 +293,7 @@ class ClusterConfig:
 class SlurmConfig:
     """Slurm jobs (slurm/README.md)."""
 
-    max_requeues: int = 20
+    max_requeues: int = setting(20, ge=0)
     """Maximum number of times a job is requeued, for any reason: time limit, preemption, failure. A job submitted with
     the same run.dir continues the run."""
 
@@ -330,6 +318,6 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     extensions: list[str] = field(default_factory=list)
     """Python modules that every rank imports, and that add to the extension points (CONTRIBUTING.md, Extending)."""
-    precision: str = "auto"
+    precision: str = setting("auto", choices=PRECISIONS)
     """fp32, bf16 (with fp32 master weights and gradients), fp8 (bf16 with most matrix products in FP8, see fp8;
     emulated on CPUs) or auto: bf16 if the device supports it, otherwise fp32."""

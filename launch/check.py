@@ -29,7 +29,7 @@ from training.requeue import FAILED, forget_stop, restarts
 from training.run_dir import checkpoint_dirs, expected_path, open_run_dir
 from training.run_summary import summarize_run
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
-from training.sweep import without_idle
+from training.sweep import reset_unused
 
 
 def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None) -> int:
@@ -44,7 +44,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     ranks = config.ranks
     if ranks is None:
         ranks = job.tasks if job else max(simulated_ranks(), fewest_ranks(run))
-    run, ignored = without_idle(run, ranks)
+    run, ignored = reset_unused(run, ranks)
     rules.check(run, ranks)
     layout = Layout.of(run.parallel, ranks)
     shape = Shape.of(run.cluster, ranks) if slurm is not None else None

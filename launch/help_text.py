@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from conf.case import shown
+from conf.config_view import format_value
 from conf.limits import CHOICES
 from launch.overrides import CONF, preset_groups
 
@@ -91,7 +91,7 @@ def documented_settings(schema: type, prefix: str = "") -> Iterator[tuple[str, s
         has_factory = field.default_factory is not dataclasses.MISSING
         value = field.default_factory() if has_factory else field.default
         docstring = next((d[field.name] for c in schema.__mro__ if field.name in (d := _docstrings(c))), "")
-        yield key, "VALUE" if value == "???" else shown(value), docstring
+        yield key, "VALUE" if value == "???" else format_value(value), docstring
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from training.initial_weights import data_settings
 from training.output_redirect import redirect_output
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.run_dir import RunDir, open_run_dir
-from training.sweep import without_idle
+from training.sweep import reset_unused
 from training.worker import tell_batch_script, train_rank, train_simulated
 
 
@@ -40,7 +40,7 @@ def main(config: Config, stop: StopRequest) -> int:
         ValueError: a configuration or data that cannot work; no rank has started then.
     """
     world, simulated = started_ranks()
-    config, warnings = without_idle(config, max(world.size, simulated))
+    config, warnings = reset_unused(config, max(world.size, simulated))
     rules.check(config, max(world.size, simulated))
     frozen_parameters(config)
     # srun kills a step in which a task ends with anything but 0, and says little then: stop.json says how it ended.

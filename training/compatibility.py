@@ -5,8 +5,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from conf.case import shown
-from conf.schema import Change, ModelConfig, MoeConfig
+from conf.config_view import format_value
+from conf.schema import ModelConfig, MoeConfig
+from conf.setting import Change
 
 Differences = dict[str, tuple[Any, Any]]
 """{setting: (old value, new value)}"""
@@ -42,12 +43,12 @@ def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Differe
 
 def describe_changes(changes: Differences) -> str:
     """`key: old -> new; ...`"""
-    return "; ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changes.items())
+    return "; ".join(f"{key}: {format_value(old)} -> {format_value(new)}" for key, (old, new) in changes.items())
 
 
 def overrides_to_restore(changes: Differences) -> str:
     """The overrides that undo the changes."""
-    words = [f"{key}={shown(old)}" for key, (old, _) in changes.items()]
+    words = [f"{key}={format_value(old)}" for key, (old, _) in changes.items()]
     if "model.moe.bias_update_rate" in changes:
         words.append("or model.moe.bias_update_rate=0, which keeps the trained bias as it is")
     return " ".join(words)

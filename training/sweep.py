@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import read_write
 
 from conf import rules
-from conf.case import shown
+from conf.config_view import format_value
 from conf.hydra_private import parse_options
 from conf.override_text import override
 from conf.schema import Config
@@ -24,7 +24,7 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def without_idle(config: Config, world_size: int) -> tuple[Config, list[str]]:
+def reset_unused(config: Config, world_size: int) -> tuple[Config, list[str]]:
     """In a sweep, resets settings to their defaults that other runs of the sweep use and this one does not, as in
     `model.moe.num_experts=0,2 model.moe.top_k=2`; Hydra's recorded overrides are adjusted. Outside of a sweep nothing
     is changed, and `rules.check` rejects such settings.
@@ -34,12 +34,14 @@ def without_idle(config: Config, world_size: int) -> tuple[Config, list[str]]:
     """
     if not sweeping():
         return config, []
-    fitting, reset = rules.without_idle(config, world_size)
+    fitting, reset = rules.reset_unused(config, world_size)
     task = HydraConfig.instance().cfg.hydra.overrides
     with read_write(task):
         kept = [word for word in task.task if word.partition("=")[0].lstrip("+") not in reset]
         task.task = [*kept, *(override(key, value) for key, (value, _) in reset.items())]
-    return fitting, [f"{why}; this run of the sweep has {key}={shown(value)}" for key, (value, why) in reset.items()]
+    return fitting, [
+        f"{why}; this run of the sweep has {key}={format_value(value)}" for key, (value, why) in reset.items()
+    ]
 
 
 def name_in_sweep() -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conf.case import shown
+from conf.config_view import format_value
 from conf.override_text import command, override
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
@@ -110,7 +110,7 @@ class Trainer:
             )
             self.console.note(f"weights from {source}")
             if mismatch:
-                self.console.warning(f"checkpoint.load_except={shown(settings.load_except)}: {mismatch}")
+                self.console.warning(f"checkpoint.load_except={format_value(settings.load_except)}: {mismatch}")
         if self.owner:
             self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 

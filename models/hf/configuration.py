@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.case import shown
+from conf.config_view import format_value
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
@@ -93,11 +93,11 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
     known = {*INERT, *family.inert, *_ROPE, *(_key_in(config, field) for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):
-        wrong.append(f"architectures={shown(config['architectures'])}: only {family.architecture}")
+        wrong.append(f"architectures={format_value(config['architectures'])}: only {family.architecture}")
     for key, value in config.items():
         if key in family.off:
             if value != family.off[key] and value is not None:
-                wrong.append(f"{key}={shown(value)}: only {shown(family.off[key])}")
+                wrong.append(f"{key}={format_value(value)}: only {format_value(family.off[key])}")
         elif key == "layer_types":
             if others := sorted({str(kind) for kind in value or []} - {FULL}):
                 wrong.append(f"{key} has {', '.join(others)}: only {FULL}")
@@ -157,7 +157,7 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
                 continue
             meant = family.settings.get(key, (field.default,))
             if value not in meant:
-                wrong.append(f"model.{key}={shown(value)}, there only {' or '.join(map(shown, meant))}")
+                wrong.append(f"model.{key}={format_value(value)}, there only {' or '.join(map(format_value, meant))}")
     for field in family.fields:
         value = _get(model, field.ours)
         if field.values is not None and value not in field.values.values():

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.rules import violations
-from tests.conf.test_rules import FURTHER, SPARSE, advice, case, complaint, parsed
+from tests.conf.test_rules import FURTHER, SPARSE, advice, complaint, parsed, view
 
 
 def test_where_no_single_setting_helps_whole_layouts_are_named():
     changes = {"parallel.tp": 16, "parallel.pp": 12, "parallel.ep": 100, "parallel.vpp": 3, "model.num_layers": 48}
     changes |= {"model.num_attention_heads": 32, "model.hidden_size": 4096, "model.moe.num_experts": 128}
-    broken = case(changes | {"train.global_batch_size": 16384, "train.micro_batch_size": 1}, 16384)
+    broken = view(changes | {"train.global_batch_size": 16384, "train.micro_batch_size": 1}, 16384)
     told = complaint(broken).splitlines()[-1]
     assert told.startswith("  nearest layouts of 16384 ranks: ")
     layouts = told.partition(": ")[2].split(", or ")
@@ -22,7 +22,7 @@ def test_where_no_single_setting_helps_whole_layouts_are_named():
         mended = broken
         for override in layout.split():
             key, _, value = override.partition("=")
-            mended = mended.replaced(key, parsed(value))
+            mended = mended.replace(key, parsed(value))
         assert complaint(mended) == ""
     # Drawn by hand: 12 stages become 16 (a third up) rather than 8 (a third down is further in doublings), 100 experts'
     # ranks 128; tensor parallelism and the chunks of a stage may stay.
@@ -30,8 +30,8 @@ def test_where_no_single_setting_helps_whole_layouts_are_named():
 
 
 def test_one_setting_that_helps_is_advice_enough():
-    assert "nearest layouts" not in complaint(case({"parallel.vpp": 2}, 4))
-    assert "nearest layouts" in complaint(case({"parallel.tp": 2, "parallel.pp": 3}, 8))
+    assert "nearest layouts" not in complaint(view({"parallel.vpp": 2}, 4))
+    assert "nearest layouts" in complaint(view({"parallel.tp": 2, "parallel.pp": 3}, 8))
 
 
 def can_deal(amount: int, *hands: int) -> bool:
@@ -60,7 +60,7 @@ def test_layouts_against_dealing_things_out():
             and can_deal(4, pp)
             and can_deal(256, cp, tp)
         )
-        assert (violations(case(changes, world)) == []) == possible, (world, sizes)
+        assert (violations(view(changes, world)) == []) == possible, (world, sizes)
         accepted += possible
     assert accepted > 20
 
@@ -76,11 +76,11 @@ def test_layouts_against_dealing_things_out():
 def test_every_advice_mends_its_rule_and_breaks_no_other(world, degrees, heads, experts, batch):
     changes = dict(zip((f"parallel.{key}" for key in ("tp", "pp", "cp", "ep", "etp")), degrees, strict=True))
     changes |= {"model.num_attention_heads": heads, "model.moe.num_experts": experts, "train.global_batch_size": batch}
-    broken = case(changes, world)
+    broken = view(changes, world)
     rules = {violation.rule for violation in violations(broken)}
     for line in complaint(broken).splitlines():
         rule = line.strip().split(", but ")[0]
         for key, value in advice(line):
-            left = {violation.rule for violation in violations(broken.replaced(key, value))}
+            left = {violation.rule for violation in violations(broken.replace(key, value))}
             assert rule not in left
             assert line.endswith(FURTHER) or left < rules

@@ -49,7 +49,7 @@ BROKEN = [
     ),
     ({"model.clip_qkv": 0.0}, 1, "model.clip_qkv > 0, but it is 0.0", "model.clip_qkv=null"),
     ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
-    ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary positions turn pairs), but it is 63", "head_dim=64"),
+    ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary embeddings rotate pairs), but it is 63", "head_dim=64"),
     ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
     ({**FP8, "model.hidden_size": 192, "model.head_dim": 64}, 1, "model.hidden_size % 128 == 0", "hidden_size=128"),
     (

@@ -1,12 +1,14 @@
-"""The rules of a configuration: each with a bad configuration drawn by hand, and every advice taken at its word."""
+"""The rules of a configuration: each with an invalid configuration written by hand, and every suggestion applied."""
 
 import math
 import re
+from typing import get_args
 
 import pytest
 
-from conf.limits import BOUNDS, CHOICES, IDLE
-from conf.rules import Case, check
+from conf.config_view import ConfigView
+from conf.limits import BOUNDS, CONDITIONS
+from conf.rules import check
 from conf.schema import BlendPart, Config
 from launch.settings import setting_types
 
@@ -15,18 +17,18 @@ SPARSE = {"model.moe.num_experts": 8}
 EXPERT_CHOICE = {"model.moe.load_balancing": "expert_choice", "eval.sample_tokens": 0, **SPARSE}
 
 
-def case(changes: dict, world_size: int = 1) -> Case:
+def view(changes: dict, world_size: int = 1) -> ConfigView:
     """The default configuration with some settings changed."""
-    result = Case(Config(), world_size)
+    result = ConfigView(Config(), world_size)
     for key, value in changes.items():
-        result = result.replaced(key, value)
+        result = result.replace(key, value)
     return result
 
 
-def complaint(case: Case) -> str:
+def complaint(cfg: ConfigView) -> str:
     """What check says; empty when it says nothing."""
     try:
-        check(case.config, case.world_size)
+        check(cfg.config, cfg.world_size)
     except ValueError as error:
         return str(error)
     return ""
@@ -84,10 +86,10 @@ BROKEN = [
     (
         {"model.recompute": ["norms"]},
         1,
-        "is made of norm, activation, moe, full, but it is [norms]",
+        "contains only norm, activation, moe, full, but it is [norms]",
         "model.recompute=[norm]",
     ),
-    ({"model.recompute": ["norm", "full"]}, 1, "[full] goes alone", "model.recompute=[full]"),
+    ({"model.recompute": ["norm", "full"]}, 1, "[full] excludes all others", "model.recompute=[full]"),
     ({"model.recompute": ["norm", "moe"]}, 1, "the model is dense", "model.recompute=[norm]"),
     ({"model.moe.backend": "triton_fp8", **SPARSE}, 1, "precision=fp8 fp8.kernels=triton", "model.moe.backend=auto"),
     ({"model.moe.backend": "groupedmm", **SPARSE}, 1, "groupedmm is not available", "model.moe.backend=grouped_mm"),
@@ -169,9 +171,14 @@ BROKEN = [
         "model.hidden_size % parallel.etp == 0, but 260 % 8 = 4",
         "parallel.etp=4",
     ),
-    ({**EXPERT_CHOICE, "eval.sample_tokens": 96}, 1, "it is 96: experts choose among all", "eval.sample_tokens=0 or"),
-    ({**EXPERT_CHOICE, "model.moe.capacity_factor": None}, 1, "how many each takes", "capacity_factor=1.25 or"),
-    ({**EXPERT_CHOICE, "model.moe.drop_policy": "random"}, 1, "load_balancing than expert_choice", "=position"),
+    ({**EXPERT_CHOICE, "eval.sample_tokens": 96}, 1, "it is 96: experts select among all", "eval.sample_tokens=0 or"),
+    (
+        {**EXPERT_CHOICE, "model.moe.capacity_factor": None},
+        1,
+        "how many tokens each expert selects",
+        "capacity_factor=1.25 or",
+    ),
+    ({**EXPERT_CHOICE, "model.moe.drop_policy": "random"}, 1, "load_balancing other than expert_choice", "=position"),
     (
         {**EXPERT_CHOICE, "model.moe.top_k": 2, "model.moe.renormalize": True},
         1,
@@ -190,13 +197,13 @@ BROKEN = [
     (
         {"model.moe.load_balancing": "sinkhorn", "model.moe.aux_loss_coeff": 0.1, **SPARSE},
         1,
-        "model.moe.aux_loss_coeff needs a model.moe.load_balancing by a loss",
+        "model.moe.aux_loss_coeff needs model.moe.load_balancing=aux_loss, seq_aux_loss or global_aux_loss",
         "model.moe.aux_loss_coeff=0.01",
     ),
     (
         {"model.moe.load_balancing": "sinkhorn", "model.moe.num_expert_groups": 2, **SPARSE},
         1,
-        "num_expert_groups needs a model.moe.load_balancing by a loss",
+        "num_expert_groups needs model.moe.load_balancing=aux_loss, seq_aux_loss or global_aux_loss",
         "model.moe.num_expert_groups=1",
     ),
     ({"model.moe.jitter": 1.0, **SPARSE}, 1, "jitter >= 0 and < 1, but it is 1.0", "model.moe.jitter=0.0"),
@@ -271,7 +278,7 @@ BROKEN = [
     (
         {"parallel.pp": 2, "parallel.vpp": 2, "parallel.pp_layers": [2, 2]},
         2,
-        "parallel.pp_layers has parallel.pp * parallel.vpp numbers, but 2 != 4",
+        "parallel.pp_layers has parallel.pp * parallel.vpp elements, but 2 != 4",
         "parallel.pp_layers=[1,1,1,1]",
     ),
     ({"train.global_batch_size": 30}, 2, "30 % (4 * 2) = 6", "train.global_batch_size=32"),
@@ -288,7 +295,7 @@ BROKEN = [
     (
         {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": False},
         2,
-        "needs parallel.overlap_grad_reduce=true (their buckets are the same), but it is false",
+        "needs parallel.overlap_grad_reduce=true (both use the same buckets), but it is false",
         "parallel.overlap_grad_reduce=true or parallel.overlap_param_gather=null",
     ),
     ({"parallel.ep": 2}, 2, "parallel.ep needs model.moe.num_experts > 0", "parallel.ep=1"),
@@ -303,18 +310,18 @@ BROKEN = [
     ({"train.profile": [3, 8], "train.stop_after": 5}, 1, "b <= 5", "train.profile=[3,5]"),
     ({"data.kind": "text"}, 1, "data=text needs data.files", "data.kind=stdlib"),
     ({"data.files": ["a.txt"]}, 1, "data.files needs data=text or data=megatron", "data.files=[]"),
-    ({"data.valid_files": ["a.txt"]}, 1, "data.valid_files needs other data than stdlib", "data.valid_files=[]"),
+    ({"data.valid_files": ["a.txt"]}, 1, "data.valid_files needs data other than stdlib", "data.valid_files=[]"),
 ]
 
 
 def assert_violation_names_rule_numbers_and_a_repair_that_works(changes, world_size, numbers, repair):
-    broken = case(changes, world_size)
+    broken = view(changes, world_size)
     message = complaint(broken)
     lines = [line for line in message.splitlines() if numbers in line and repair in line]
     assert len(lines) == 1, message
     others = len(message.splitlines()) > 1
     for key, value in advice(lines[0]):
-        left = complaint(broken.replaced(key, value))
+        left = complaint(broken.replace(key, value))
         assert lines[0].strip().split(", but ")[0] not in left
         assert others or not left
 
@@ -325,15 +332,15 @@ def test_violation_names_rule_numbers_and_a_repair_that_works(changes, world_siz
 
 
 def test_a_nearer_value_would_not_have_worked():
-    broken = case({"parallel.tp": 4, "model.vocab_size": 50257}, 4)
+    broken = view({"parallel.tp": 4, "model.vocab_size": 50257}, 4)
     suggested = dict(advice(complaint(broken)))["model.vocab_size"]
     distance = abs(suggested - 50257)
     assert distance == 1
-    assert all(complaint(broken.replaced("model.vocab_size", 50257 + d)) for d in range(-distance + 1, distance))
+    assert all(complaint(broken.replace("model.vocab_size", 50257 + d)) for d in range(-distance + 1, distance))
 
 
 def test_all_violations_in_one_message():
-    broken = case({"train.steps": 0, "model.activation": "silu", "model.hidden_size": 255, "optim.eps": -1.0})
+    broken = view({"train.steps": 0, "model.activation": "silu", "model.hidden_size": 255, "optim.eps": -1.0})
     message = complaint(broken)
     assert message.startswith("4 rules are violated:\n")
     assert all(key in message for key in ("train.steps", "model.activation", "255 % 4 = 3", "optim.eps"))
@@ -351,12 +358,12 @@ def test_all_violations_in_one_message():
     ],
 )
 def test_blend_parts(parts, expected):
-    assert expected in complaint(case({"data.kind": "blend", "data.blend": parts}))
+    assert expected in complaint(view({"data.kind": "blend", "data.blend": parts}))
 
 
 def test_good_blend_passes():
     parts = [BlendPart(kind="stdlib"), BlendPart(weight=2, kind="text", files=["a.txt"])]
-    assert complaint(case({"data.kind": "blend", "data.blend": parts})) == ""
+    assert complaint(view({"data.kind": "blend", "data.blend": parts})) == ""
 
 
 @pytest.mark.parametrize(
@@ -374,9 +381,13 @@ def test_good_blend_passes():
     ],
 )
 def test_unusual_but_sound(changes):
-    assert complaint(case(changes, changes.get("parallel.pp", 1))) == ""
+    assert complaint(view(changes, changes.get("parallel.pp", 1))) == ""
 
 
 def test_tables_name_settings_that_exist():
-    named = {key for *_, keys in [*BOUNDS, *IDLE] for key in keys.split()} | set(CHOICES)
-    assert named - {"world_size"} <= set(setting_types(Config))
+    assert {key for *_, keys in CONDITIONS for key in keys.split()} <= set(setting_types(Config))
+
+
+def test_every_number_has_bounds():
+    numbers = {key for key, hint in setting_types(Config).items() if {int, float} & {hint, *get_args(hint)}}
+    assert BOUNDS.keys() == {*numbers - {"train.profile", "parallel.pp_layers"}, "world_size"}

@@ -82,7 +82,7 @@ def test_a_finished_schedule_that_is_extended_is_warned_of(schedule: str) -> Non
     # What it proposes is taken and goes on at the last rate; a run that goes on as it began is not warned of.
     proposed = OmegaConf.from_dotlist(told.split("at the last rate: ")[1].split())
     flat = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(longer), proposed))
-    assert not rules.without_idle(flat, 1)[1]
+    assert not rules.reset_unused(flat, 1)[1]
     assert schedule_jump(last, 12, flat) is None
     assert schedule_jump(learning_rate(12, optim, 24), 12, longer) is None
     assert schedule_jump(None, 12, longer) is None and schedule_jump(0.9, 24, longer) is None

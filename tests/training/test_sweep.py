@@ -36,7 +36,7 @@ def test_what_one_run_of_a_sweep_does_not_read_has_its_default() -> None:
     config = Config()
     config.model.moe.top_k, config.model.moe.num_shared_experts, config.model.moe.shared_expert_gate = 2, 1, True
     config.model.recompute = ["norm", "moe"]
-    fitting, reset = rules.without_idle(config, 1)
+    fitting, reset = rules.reset_unused(config, 1)
     rules.check(fitting, 1)
     assert {key: value for key, (value, _) in reset.items()} == {
         "model.recompute": ["norm"],
@@ -45,7 +45,7 @@ def test_what_one_run_of_a_sweep_does_not_read_has_its_default() -> None:
         "model.moe.shared_expert_gate": False,
     }
     config.model.moe.num_experts = 4
-    assert rules.without_idle(config, 1) == (config, {})
+    assert rules.reset_unused(config, 1) == (config, {})
 
 
 def test_a_sweep_over_dense_and_sparse_runs_all_in_directories_of_their_own(tmp_path: Path) -> None:
