@@ -1,4 +1,4 @@
-"""The settings of the commands beside training, each with its default, as conf/schema.py has those of a run."""
+"""The typed settings of the commands other than training, as conf/schema.py has those of a run."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,163 +8,163 @@ from conf.schema import Config, ParallelConfig
 
 @dataclass
 class CheckConfig(Config):
-    """python -m launch.check: a training run, before it is one."""
+    """python -m launch.check: validates a training run before it is submitted."""
 
     ranks: int | None = None
-    """How many there are to be. null: the tasks of the Slurm job that this runs in, else NPROC, else the fewest that
-    hold the layout."""
+    """Number of ranks. null: the tasks of the surrounding Slurm job, else NPROC, else the smallest number that fits the
+    layout."""
 
 
 @dataclass
 class PrepareConfig:
-    """python -m launch.prepare: text files to Megatron's .bin/.idx."""
+    """python -m launch.prepare: tokenises text files into Megatron token files (.bin/.idx)."""
 
     input: Any = "???"
-    """A file, a glob, or a list of them."""
+    """Text files: a path, a glob, or a list of these."""
     output: str = "???"
-    """Prefix of the .bin and .idx files; the tokenizer goes beside them as PREFIX.tokenizer.json."""
+    """Prefix of the .bin and .idx files; the tokenizer is written to PREFIX.tokenizer.json."""
     tokenizer: str | None = None
-    """A tokenizer.json, or a directory that holds one. null: train one of vocab_size entries on the input."""
+    """Path of a tokenizer.json, or of a directory with one. null: train one of vocab_size tokens on the input."""
     vocab_size: int = 4096
-    """Entries of the tokenizer that is trained."""
+    """Vocabulary size of a tokenizer that is trained."""
     tokenizer_sample_mib: int = 64
-    """At most this much text trains the tokenizer, in MiB."""
+    """Maximum size of the text that the tokenizer is trained on, in MiB."""
     text_key: str = "text"
-    """The field of .jsonl and .parquet rows that holds the text."""
+    """Name of the field that holds the text in .jsonl and .parquet rows."""
     strict: bool = False
-    """Stop at the first row that has no text, as data.strict does."""
+    """Stop at the first row without text, as data.strict."""
     eod_token: str = "<|endoftext|>"
-    """Token at the end of each document; added to a tokenizer that is trained."""
+    """End-of-document token, appended to every document and part of a tokenizer that is trained."""
 
 
 @dataclass
-class HereMoe:
+class InferenceMoeConfig:
     backend: str | None = None
-    """How the experts' matrix products run here, as in training. null: as recorded in the run."""
+    """Implementation of the experts' matrix products, as in training. null: that of the run."""
 
 
 @dataclass
-class HereModel:
-    moe: HereMoe = field(default_factory=HereMoe)
+class InferenceModelConfig:
+    moe: InferenceMoeConfig = field(default_factory=InferenceMoeConfig)
 
 
 @dataclass
-class HereRuntime:
+class InferenceRuntimeConfig:
     timeout: float | None = None
-    """Seconds that a rank waits for the others. null: as recorded in the run."""
+    """Seconds that a rank waits for the other ranks. null: that of the run."""
     threads: int | None = None
-    """CPU threads per rank. null: as recorded in the run."""
+    """CPU threads per rank. null: that of the run."""
 
 
 @dataclass
-class Here:
-    """How a trained model is computed here, whatever the layout it was trained under. Ranks are started as for
-    training: NPROC=N, torchrun or srun."""
+class InferenceConfig:
+    """How a trained model is run, independent of the layout that it was trained with. Ranks are started as in training:
+    NPROC=N, torchrun or srun."""
 
-    model: HereModel = field(default_factory=HereModel)
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    runtime: HereRuntime = field(default_factory=HereRuntime)
+    runtime: InferenceRuntimeConfig = field(default_factory=InferenceRuntimeConfig)
     extensions: list[str] = field(default_factory=list)
     """As in training: modules to import. Those that the run was trained with are not imported by themselves."""
     precision: str = "auto"
-    """As in training, and independent of what the run was trained in: fp32, bf16, fp8 or auto."""
+    """fp32, bf16, fp8 or auto, as in training; independent of the precision of the run."""
 
 
 @dataclass
-class OwnText:
+class EvaluateDataConfig:
     files: list[str] = field(default_factory=list)
-    """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on, all of each. Empty: the run's held-out
-    text."""
+    """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on. Empty: the held-out text of the run."""
     text_key: str = "text"
-    """The field of .jsonl and .parquet rows that holds the text."""
+    """Name of the field that holds the text in .jsonl and .parquet rows."""
     cache_dir: str | None = None
-    """Where tokenised text is kept. null: as recorded in the run."""
+    """Directory in which tokenised text is cached. null: that of the run."""
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Here):
+class EvaluateConfig(InferenceConfig):
     """python -m launch.evaluate: loss, perplexity and bits per byte of a checkpoint on held-out text."""
 
     checkpoint: str = "???"
-    """A run directory (its newest whole checkpoint) or one step's directory."""
-    data: OwnText = field(default_factory=OwnText)
+    """Run directory (its newest intact checkpoint is used), or the directory of one step."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     batches: int | None = None
-    """Global batches of the run's size; null: all of the text."""
+    """Number of global batches of the run's size. null: all of the text."""
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(Here):
-    """python -m launch.generate: text from a checkpoint."""
+class GenerateConfig(InferenceConfig):
+    """python -m launch.generate: generates text from a checkpoint."""
 
     checkpoint: str = "???"
-    """A run directory (its newest whole checkpoint) or one step's directory."""
+    """Run directory (its newest intact checkpoint is used), or the directory of one step."""
     prompt: str = ""
-    """What the text begins with, taken as it is typed."""
+    """Beginning of the text; taken literally."""
     max_tokens: int = 128
-    """Tokens to write at most; the text ends earlier with its document."""
+    """Maximum number of tokens to generate; generation stops earlier at the end-of-document token."""
     temperature: float = 0.8
-    """0: greedy, always the likeliest token."""
+    """Sampling temperature. 0: greedy decoding."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample from the k most likely tokens. null: from all tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this probability."""
+    """Sample from the smallest set of most likely tokens with at least this total probability. null: from all
+    tokens."""
     seed: int = 1234
-    """Of the sampling."""
+    """Seed of the sampling."""
 
 
 @dataclass(kw_only=True)
-class ImportConfig(Here):
-    """python -m launch.import_hf: a run directory from a Hugging Face model."""
+class ImportConfig(InferenceConfig):
+    """python -m launch.import_hf: converts a Hugging Face model to a run directory."""
 
     source: str = "???"
-    """A directory with config.json and safetensors, as `hf download` and save_pretrained make it."""
+    """Directory with config.json and safetensors files, as written by `hf download` and save_pretrained."""
     output: str = "???"
-    """The run directory to make; it must not exist. Nothing is there until all of it is right."""
+    """Run directory to create; it must not exist. It appears only when the conversion has succeeded."""
     verify: bool = True
-    """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
+    """Compare logits and loss of both models, and fail if they differ. false: do not compare."""
     precision: str = "fp32"
-    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats),
-    which needs half the memory."""
+    """Precision of the comparison: fp32 (tolerance 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats), which needs
+    half the memory."""
     eod_token: str | None = None
-    """The token put after documents of text. null: the source's end of sequence."""
+    """End-of-document token. null: the end-of-sequence token of the source."""
     sequence_length: int = 2048
-    """Tokens of a sequence when the run is evaluated or writes text; fewer where the source's positions end before."""
+    """Sequence length in tokens for evaluation and generation, limited to the maximum position of the source."""
 
 
 @dataclass(kw_only=True)
-class ExportConfig(Here):
-    """python -m launch.export_hf: a Hugging Face model from a checkpoint."""
+class ExportConfig(InferenceConfig):
+    """python -m launch.export_hf: converts a checkpoint to a Hugging Face model."""
 
     checkpoint: str = "???"
-    """A run directory (its newest whole checkpoint) or one step's directory."""
+    """Run directory (its newest intact checkpoint is used), or the directory of one step."""
     output: str = "???"
-    """The directory to make; it must not exist. Nothing is there until all of it is right."""
+    """Directory to create; it must not exist. It appears only when the conversion has succeeded."""
     verify: bool = True
-    """Compute logits and loss of both models and fail where they differ. false: nothing is proven."""
+    """Compare logits and loss of both models, and fail if they differ. false: do not compare."""
     precision: str = "fp32"
-    """What both models are compared in: fp32 (differences up to 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats),
-    which needs half the memory."""
+    """Precision of the comparison: fp32 (tolerance 1e-4), or bf16 (1e-1 of the largest logit, 2e-2 nats), which needs
+    half the memory."""
     family: str | None = None
-    """The model_type to write. null: that of the model that the run was imported from, else the first that fits."""
+    """model_type to write. null: that of the model that the run was imported from, else the first one that fits."""
     dtype: str = "stored"
-    """Of the weights: fp32, bf16, or stored, in which an import comes back bit for bit and a trained model is fp32."""
+    """Type of the weights: fp32, bf16, or stored: imported weights keep their type, trained ones are fp32."""
     shard_gib: float = 5.0
-    """Largest file of weights, in GiB."""
+    """Maximum size of a weight file, in GiB."""
 
 
 @dataclass(kw_only=True)
-class UpcycleConfig(Here):
+class UpcycleConfig(InferenceConfig):
     """python -m launch.upcycle: a sparse model whose experts are copies of a dense model's feed-forward layers (sparse
     upcycling, arXiv:2212.05055; fine-grained experts as in arXiv:2410.07524)."""
 
     checkpoint: str = "???"
-    """A run directory (its newest whole checkpoint) or one step's directory, of a dense model."""
+    """Run directory (its newest intact checkpoint is used), or the directory of one step, of a dense model."""
     output: str = "???"
-    """The run directory to make; it must not exist."""
+    """Run directory to create; it must not exist."""
     num_experts: int = 8
-    """Experts of a sparse layer: num_experts / granularity copies of the dense layer."""
+    """Number of experts per sparse layer: num_experts / granularity copies of the dense layer."""
     top_k: int = 2
-    """Experts that a token visits. A multiple of granularity."""
+    """Number of experts that each token is routed to. A multiple of granularity."""
     granularity: int = 1
     """Divides each copy into this many experts of ffn_hidden_size / granularity. The experts of a copy begin with the
     same router weights, so that a token visits whole copies at first (a virtual group, arXiv:2410.07524)."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conf.commands import Here
+from conf.commands import InferenceConfig
 from corpus.tokenizer import Tokenizer
 from parallel.env import World
 from training.load_checkpoint import LoadedModel, load_model, on_every_rank
@@ -34,7 +34,7 @@ class Different(Exception):
 class Comparison:
     """The arguments of a comparison, for every rank."""
 
-    here: Here
+    here: InferenceConfig
     checkpoint: str
     """A step's directory of ours."""
     reference: str
@@ -104,7 +104,13 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
 
 
 def check_same(
-    config: Here, theirs: Path, ours: Path, tokenizer: Tokenizer | None, folder: Path, *, rounded: bool = False
+    config: InferenceConfig,
+    theirs: Path,
+    ours: Path,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    *,
+    rounded: bool = False,
 ) -> None:
     """Compares the model in the directory `theirs` with the checkpoint `ours` and prints what is apart.
 

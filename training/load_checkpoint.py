@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf import rules
-from conf.commands import Here
+from conf.commands import InferenceConfig
 from conf.extensions import import_extensions
 from conf.schema import Config
 from corpus.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def _outcome(world: World, run: Callable[[World, Any], int], config: Any) -> tup
         return 0, str(error)
 
 
-def configured_here(recorded: Config, here: Here) -> Config:
+def configured_here(recorded: Config, here: InferenceConfig) -> Config:
     """The configuration of a run, with the layout, precision and runtime settings of this command instead of those of
     training."""
     backend, timeout, threads = here.model.moe.backend, here.runtime.timeout, here.runtime.threads
@@ -81,7 +81,7 @@ def configured_here(recorded: Config, here: Here) -> Config:
 
 
 @contextlib.contextmanager
-def load_model(path: str, here: Here, world: World | None = None) -> Iterator[LoadedModel]:
+def load_model(path: str, here: InferenceConfig, world: World | None = None) -> Iterator[LoadedModel]:
     """Context manager that loads the model of a `checkpoint=` setting under any layout.
 
     Args:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from conf import rules
-from conf.case import shown
 from conf.commands import UpcycleConfig
+from conf.config_view import format_value
 from conf.override_text import command, override
 from conf.schema import CheckpointConfig, Config, ModelConfig, MoeConfig, ParallelConfig, RunConfig
 from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER
@@ -80,7 +80,7 @@ def _check(config: UpcycleConfig, dense: ModelConfig) -> None:
             nearest = max(1, round(value / n)) * n
             raise ValueError(f"{name}={value} must be a multiple of granularity={n}; nearest: {name}={nearest}")
     if not config.noise >= 0:
-        raise ValueError(f"noise={shown(config.noise)} must be >= 0")
+        raise ValueError(f"noise={format_value(config.noise)} must be >= 0")
 
 
 def _run_of(config: UpcycleConfig, dense: Config, output: Path) -> Config:

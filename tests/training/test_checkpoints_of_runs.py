@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conf.commands import Here
+from conf.commands import InferenceConfig
 from conf.schema import CheckpointConfig, Config
 from parallel.checkpoint_manifest import _digest_of
 from parallel.env import World
@@ -118,7 +118,7 @@ def read_in_every_way(world: World, run_dir: Path, corpus: Path, marker: Path) -
             config.run.dir, config.checkpoint.load = str(copy.with_name(f"{copy.name}-new")), str(copy)
         try:
             if read == "open":
-                with load_model(str(copy), Here(precision="fp32")):
+                with load_model(str(copy), InferenceConfig(precision="fp32")):
                     pass
             else:
                 assert train(world, config) == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conf.commands import Here
+from conf.commands import InferenceConfig
 from conf.schema import Config
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
@@ -107,7 +107,7 @@ def test_flatten() -> None:
 
 def biases(world: World, run_dir: str) -> list[list[float]]:
     """Of the newest checkpoint (rank function for the pool)."""
-    with load_model(run_dir, Here(precision="fp32")) as loaded:
+    with load_model(run_dir, InferenceConfig(precision="fp32")) as loaded:
         (module,) = loaded.built.engine.modules
         return [p.tolist() for name, p in module.named_parameters() if name.endswith("router.bias")]
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from conf.commands import EvaluateConfig, GenerateConfig, HereModel, HereMoe
+from conf.commands import EvaluateConfig, GenerateConfig, InferenceModelConfig, InferenceMoeConfig
 from conf.schema import ParallelConfig
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
@@ -58,7 +58,7 @@ def command_of_rank(world: World, name: str, settings: Any) -> tuple[str, list[f
         return file.read().decode(), losses
 
 
-HERE = {"precision": "fp32", "model": HereModel(moe=HereMoe(backend="loop"))}
+HERE = {"precision": "fp32", "model": InferenceModelConfig(moe=InferenceMoeConfig(backend="loop"))}
 LAYOUTS = [(1, ParallelConfig()), (2, ParallelConfig()), (2, ParallelConfig(tp=2))]
 
 
@@ -100,6 +100,6 @@ def test_a_backend_that_only_the_training_machine_has(ranks: RankPool, trained: 
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     asked = EvaluateConfig(checkpoint=str(run), batches=1, **HERE)
     with pytest.raises(RankFailed, match=r"triton.*model\.moe\.backend="):
-        ranks.run(1, command_of_rank, "evaluate", replace(asked, model=HereModel()), timeout=LIMIT)
+        ranks.run(1, command_of_rank, "evaluate", replace(asked, model=InferenceModelConfig()), timeout=LIMIT)
     ((text, _),) = ranks.run(1, command_of_rank, "evaluate", asked, timeout=LIMIT)
     assert "held-out loss" in text

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conf.commands import EvaluateConfig, GenerateConfig, OwnText
+from conf.commands import EvaluateConfig, EvaluateDataConfig, GenerateConfig
 from conf.schema import CheckpointConfig, GuardConfig, OptimConfig
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
@@ -264,7 +264,9 @@ def printed(world: World, command: str, settings: Any) -> str:
 
 def test_evaluate_repeats_the_run_and_takes_own_text(ranks: RankPool, undisturbed: Path, tmp_path: Path) -> None:
     def text(checkpoint: Path, *files: Path) -> str:
-        settings = EvaluateConfig(checkpoint=str(checkpoint), data=OwnText([str(f) for f in files]), precision="fp32")
+        settings = EvaluateConfig(
+            checkpoint=str(checkpoint), data=EvaluateDataConfig([str(f) for f in files]), precision="fp32"
+        )
         return ranks.run(1, printed, "evaluate", settings, timeout=LIMIT)[0]
 
     lines = (undisturbed / "metrics.jsonl").read_text().splitlines()

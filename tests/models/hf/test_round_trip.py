@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.commands import Here
+from conf.commands import InferenceConfig
 from conf.schema import ParallelConfig
 from parallel.env import World
 from parallel.local_launcher import RankPool
@@ -25,7 +25,7 @@ def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits [S, V], the mean loss and its gradients, of an imported run."""
     from training.load_checkpoint import load_model
 
-    with load_model(run, Here(precision="fp32"), world) as loaded:
+    with load_model(run, InferenceConfig(precision="fp32"), world) as loaded:
         (stage,) = loaded.built.engine.modules
         tokens = torch.tensor([IDS])
         positions = torch.arange(LENGTH)[None]
@@ -112,7 +112,7 @@ def test_two_ranks_compute_what_transformers_does(
     degrees: dict[str, Any], sources, runs, ranks: RankPool, tmp_path: Path
 ) -> None:
     write_reference(sources["mixtral"], IDS, "fp32", tmp_path / "reference.safetensors")
-    here = Here(precision="fp32", parallel=ParallelConfig(**degrees))
+    here = InferenceConfig(precision="fp32", parallel=ParallelConfig(**degrees))
     task = Comparison(here, str(runs["mixtral"]), str(tmp_path / "reference.safetensors"), BOUNDS["fp32"], "ids")
     assert ranks.run(2, _compare_rank, task, timeout=120.0) == [0, 0]
 
