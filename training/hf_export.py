@@ -20,7 +20,7 @@ from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
 if TYPE_CHECKING:  # they import PyTorch; settings are validated before that
-    from models.hf.convert import Weights
+    from models.hf.convert import CheckpointWeights
     from models.hf.mapping import Parameter
 
 DTYPES = ("stored", "fp32", "bf16")
@@ -74,7 +74,7 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
     """Writes the weights. Returns the widest of their dtypes, as in config.json."""
     import torch
 
-    from models.hf.convert import Weights, write_shards
+    from models.hf.convert import CheckpointWeights, write_shards
     from parallel.checkpoint_manifest import read_manifest
     from training.model_shapes import logical_shapes
 
@@ -83,7 +83,7 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
         shapes = logical_shapes(run.model)
     finally:
         redirection.undo()
-    weights = Weights(directory, read_manifest(directory)["tensors"])
+    weights = CheckpointWeights(directory, read_manifest(directory)["tensors"])
     parameters = _parameters(family, run, shapes, weights)
     dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     limit = int(config.shard_gib * 2**30)
@@ -95,7 +95,7 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
 
 
 def _parameters(
-    family: Family, run: Config, shapes: dict[str, tuple[int, ...]], weights: "Weights"
+    family: Family, run: Config, shapes: dict[str, tuple[int, ...]], weights: "CheckpointWeights"
 ) -> "list[Parameter]":
     """The parameters of the checkpoint, without transient state.
 
@@ -121,9 +121,9 @@ def _write_files(
     aside: Path, run_dir: Path, origin: Path | None, tokenizer: Tokenizer | None, theirs: dict[str, Any], run: Config
 ) -> None:
     """config.json, generation_config.json and the tokenizer."""
-    from models.hf.files import files_beside
+    from models.hf.files import companion_files
 
-    for path in files_beside(origin) if origin else ():
+    for path in companion_files(origin) if origin else ():
         shutil.copyfile(path, aside / path.name)
     theirs.pop("torch_dtype", None)
     if tokenizer is not None:

@@ -103,7 +103,7 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> s
     """Writes the checkpoint. Returns a description of what was converted."""
     from models.hf.convert import check_tied_head, write_checkpoint
     from models.hf.files import Source
-    from models.hf.mapping import HEAD, account, parameters_of
+    from models.hf.mapping import HEAD, check_tensors, parameters_of
     from training.model_shapes import logical_shapes
 
     redirection = redirect_output(0)
@@ -114,9 +114,9 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> s
     parameters, unknown = parameters_of(family, model, shapes)
     assert not unknown, unknown
     with Source(source) as opened:
-        idle = account(family, model, parameters, opened.entries)
+        idle = check_tensors(family, model, parameters, opened.entries)
         if HEAD in idle:
-            check_tied_head(opened, next(p.pieces[0][0] for p in parameters if p.ours == "embedding.weight"))
+            check_tied_head(opened, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
         write_checkpoint(aside / STEP, opened, parameters, model)
         types = sorted({kind for name, (kind, _) in opened.entries.items() if name not in idle})
         used = len(opened.entries) - len(idle)
@@ -125,10 +125,10 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> s
 
 
 def _keep_files(source: Path, aside: Path, run: Config) -> None:
-    from models.hf.files import files_beside
+    from models.hf.files import companion_files
 
     (aside / BESIDE).mkdir()
-    for path in files_beside(source):
+    for path in companion_files(source):
         shutil.copyfile(path, aside / BESIDE / path.name)
     if (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, aside / TOKENIZER)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conf.commands import UpcycleConfig
 from conf.schema import ModelConfig, MoeConfig
-from models.hf.convert import Weights, write_step
+from models.hf.convert import CheckpointWeights, write_step
 from parallel.checkpoint_manifest import read_manifest
 
 
@@ -39,7 +39,7 @@ def write_weights(config: UpcycleConfig, source: Path, directory: Path, model: M
         source: a step's directory of the dense model.
         directory: the step's directory to make.
     """
-    weights = Weights(source, read_manifest(source)["tensors"])
+    weights = CheckpointWeights(source, read_manifest(source)["tensors"])
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     parts: dict[str, Callable[[], Iterator[Tensor]]] = {}
     for name, shape in weights.shapes().items():
@@ -57,7 +57,7 @@ def write_weights(config: UpcycleConfig, source: Path, directory: Path, model: M
 class _Experts:
     """The parameters of one sparse layer."""
 
-    def __init__(self, config: UpcycleConfig, model: ModelConfig, weights: Weights, layer: int):
+    def __init__(self, config: UpcycleConfig, model: ModelConfig, weights: CheckpointWeights, layer: int):
         self.config, self.model, self.weights, self.layer = config, model, weights, layer
         self.dense = f"layers.{layer}.ffn"
         gated = f"{self.dense}.gate.weight" in weights.shapes()

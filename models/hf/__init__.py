@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints, both ways: a declarative file per family, and what reads and writes the files."""
+"""Conversion from and to Hugging Face checkpoints: a declarative file per model family, and readers and writers."""

@@ -1,4 +1,4 @@
-"""config.json <-> the settings of a model. What a file says and nobody understands is refused by name."""
+"""Converts config.json to the settings of a model and back. Unsupported or unknown keys are refused by name."""
 
 import dataclasses
 import difflib
@@ -13,111 +13,111 @@ from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
 
 CONFIG = "config.json"
-INERT = (
+NEUTRAL_KEYS = (
     *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
 )
-"""Keys of any config.json that change no number of the model. (Whether router logits are given out decides in
-Transformers whether the balancing loss is added; here the coefficient alone does.)"""
+"""Keys of any config.json that do not change what the model computes. (In Transformers output_router_logits determines
+whether the load-balancing loss is added; here only its coefficient does.)"""
 FULL = "full_attention"
-"""The one of layer_types that we have."""
+"""The only supported value in layer_types."""
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is missing or holds no JSON object."""
+    """The JSON object in a file. Raises ValueError if it is missing or something else."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return found
 
 
 def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfig]:
-    """The family of a config.json and our settings for its model.
+    """The family and the settings of the model that a config.json describes.
 
     Raises:
-        ValueError: an unknown family, or a feature that is turned on and that we do not have: all of them by name.
+        ValueError: an unknown family, or unsupported features; the message names all of them.
     """
     family = family_named(config.get("model_type"), f"{where}: model_type")
     wrong = _unsupported(family, config)
-    full = {field.theirs: config.get(_key_in(config, field), field.default) for field in family.fields}
-    values: dict[str, Any] = {ours: meant[0] for ours, meant in family.settings.items()} | dict(family.training)
-    wrong += [told for field in family.fields if (told := _misfit(field, full[field.theirs]))]
+    full = {field.key: config.get(_key_in(config, field), field.default) for field in family.fields}
+    values: dict[str, Any] = {key: allowed[0] for key, allowed in family.settings.items()} | dict(family.training)
+    wrong += [error for field in family.fields if (error := _value_error(field, full[field.key]))]
     if wrong:
-        raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
+        raise ValueError(f"{where} has unsupported settings: {'; '.join(wrong)}")
     for field in family.fields:
-        value = full[field.theirs]
+        value = full[field.key]
         try:
-            values[field.ours] = field.to_ours(value if field.values is None else field.values[value], full)
+            values[field.setting] = field.from_hf(value if field.values is None else field.values[value], full)
         except ValueError as error:
-            wrong.append(f"{field.theirs}={json.dumps(value)}: {error}")
+            wrong.append(f"{field.key}={json.dumps(value)}: {error}")
     theta, rope_wrong = _rope(config, family)
     wrong += rope_wrong
     if wrong:
-        raise ValueError(f"{where} has what is not supported: {'; '.join(wrong)}")
+        raise ValueError(f"{where} has unsupported settings: {'; '.join(wrong)}")
     return family, _settings(values | {"rope_theta": theta, "name": family.name})
 
 
 def _key_in(config: Mapping[str, Any], field: Field) -> str:
-    """The name that a config.json has for a field."""
-    return next((name for name in (field.theirs, *field.aliases) if name in config), field.theirs)
+    """The name that a config.json uses for a field."""
+    return next((name for name in (field.key, *field.aliases) if name in config), field.key)
 
 
-def _misfit(field: Field, value: Any) -> str | None:
-    """Why a value of config.json has no counterpart; None: it has."""
+def _value_error(field: Field, value: Any) -> str | None:
+    """Why a value of config.json is invalid or unsupported. None: it is not."""
     number, whole = isinstance(value, int | float) and not isinstance(value, bool), type(value) is int and value >= 1
-    told = f"{field.theirs}={json.dumps(value)}"
+    item = f"{field.key}={json.dumps(value)}"
     if field.values is not None:
         known = isinstance(value, str) and value in field.values
-        return None if known else f"{told}: only {', '.join(field.values)}"
+        return None if known else f"{item}: only {', '.join(field.values)}"
     if isinstance(field.default, list):
-        return None if value is None or isinstance(value, list) else f"{told}: must be a list"
+        return None if value is None or isinstance(value, list) else f"{item}: must be a list"
     if field.fractional:
-        return None if value is None or number else f"{told}: must be a number, or null"
+        return None if value is None or number else f"{item}: must be a number, or null"
     if field.default is None:
-        return None if value is None or whole else f"{told}: must be a whole number from 1, or null"
+        return None if value is None or whole else f"{item}: must be a positive integer, or null"
     if type(field.default) is int:
-        # null stands for the default that depends on other keys, where there is one.
-        return None if whole or (value is None and field.nullable) else f"{told}: must be a whole number from 1"
+        # null means a default that depends on other keys, for fields that have one.
+        return None if whole or (value is None and field.nullable) else f"{item}: must be a positive integer"
     if isinstance(field.default, bool):
-        return None if isinstance(value, bool) else f"{told}: must be true or false"
-    return None if number else f"{told}: must be a number"
+        return None if isinstance(value, bool) else f"{item}: must be true or false"
+    return None if number else f"{item}: must be a number"
 
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """Keys that are turned on and that nobody here understands."""
-    known = {*INERT, *family.inert, *_ROPE, *(_key_in(config, field) for field in family.fields)}
+    """Keys of config.json that enable unsupported features or are unknown."""
+    known = {*NEUTRAL_KEYS, *family.neutral_keys, *_ROPE, *(_key_in(config, field) for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):
         wrong.append(f"architectures={format_value(config['architectures'])}: only {family.architecture}")
     for key, value in config.items():
-        if key in family.off:
-            if value != family.off[key] and value is not None:
-                wrong.append(f"{key}={format_value(value)}: only {format_value(family.off[key])}")
+        if key in family.disabled:
+            if value != family.disabled[key] and value is not None:
+                wrong.append(f"{key}={format_value(value)}: only {format_value(family.disabled[key])}")
         elif key == "layer_types":
             if others := sorted({str(kind) for kind in value or []} - {FULL}):
                 wrong.append(f"{key} has {', '.join(others)}: only {FULL}")
         elif key not in known and value not in (None, False, 0, "", [], {}):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             meant = f" (did you mean {near[0]}?)" if near else ""
-            wrong.append(f"{key}={json.dumps(value)}: no such key is known of {family.name}{meant}")
+            wrong.append(f"{key}={json.dumps(value)}: unknown key of {family.name}{meant}")
     return wrong
 
 
 def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, list[str]]:
-    """(base of the frequencies, what is not supported). Transformers 5 writes rope_parameters; before it, rope_theta
-    and rope_scaling."""
+    """(base of the frequencies, unsupported settings). Transformers 5 writes rope_parameters, earlier versions
+    rope_theta and rope_scaling."""
     wrong = []
     parameters = config.get("rope_parameters") or {}
     for name, found in (("rope_parameters", parameters), ("rope_scaling", config.get("rope_scaling") or {})):
         kind = found.get("rope_type", found.get("type", "default"))
         others = {k: v for k, v in found.items() if k not in ("rope_theta", "rope_type", "type")}
         if kind != "default" or (others and others != {"partial_rotary_factor": 1.0}):
-            wrong.append(f"{name}={json.dumps(found)}: only unscaled rotary positions over the whole head")
+            wrong.append(f"{name}={json.dumps(found)}: only unscaled rotary embeddings over the whole head")
     return float(parameters.get("rope_theta") or config.get("rope_theta") or family.rope_theta), wrong
 
 
@@ -127,13 +127,13 @@ def _settings(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def family_for(model: ModelConfig, wanted: str | None) -> Family:
-    """The family that a model of ours can be written as.
+    """The family that a model can be exported as.
 
     Args:
-        wanted: its name; None: the first that fits.
+        wanted: the name of the family. None: the first one that fits.
 
     Raises:
-        ValueError: none does, or not the one that is wanted, and for which settings.
+        ValueError: none fits, or not the wanted one; the message names the settings.
     """
     tried = [family_named(wanted, "family")] if wanted else list(FAMILIES.values())
     reasons = []
@@ -141,12 +141,12 @@ def family_for(model: ModelConfig, wanted: str | None) -> Family:
         if not (wrong := differences(family, model)):
             return family
         reasons.append(f"{family.name}: {'; '.join(wrong)}")
-    raise ValueError("the model is of no family that can be written. " + " | ".join(reasons))
+    raise ValueError("the model fits no supported family. " + " | ".join(reasons))
 
 
 def differences(family: Family, model: ModelConfig) -> list[str]:
-    """The settings of a model with which it is not of a family, with what they would have to be."""
-    mapped = {field.ours for field in family.fields}
+    """The settings that prevent a model from being exported as a family, with the values that they would need."""
+    mapped = {field.setting for field in family.fields}
     wrong = []
     for prefix, part in (("", model), ("moe.", model.moe)):
         if prefix and not model.moe.num_experts and "moe.num_experts" not in mapped:
@@ -155,36 +155,38 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
             key, value = prefix + field.name, getattr(part, field.name)
             if key in mapped or key in ("moe", "rope_theta") or "resumable" in field.metadata:
                 continue
-            meant = family.settings.get(key, (field.default,))
-            if value not in meant:
-                wrong.append(f"model.{key}={format_value(value)}, there only {' or '.join(map(format_value, meant))}")
+            allowed = family.settings.get(key, (field.default,))
+            if value not in allowed:
+                supported = " or ".join(map(format_value, allowed))
+                wrong.append(f"model.{key}={format_value(value)}, but the family has only {supported}")
     for field in family.fields:
-        value = _get(model, field.ours)
+        value = _get(model, field.setting)
         if field.values is not None and value not in field.values.values():
-            wrong.append(f"model.{field.ours}={value}, there only {', '.join(dict.fromkeys(field.values.values()))}")
+            supported = ", ".join(dict.fromkeys(field.values.values()))
+            wrong.append(f"model.{field.setting}={value}, but the family has only {supported}")
     if "moe.num_experts" in mapped and not model.moe.num_experts:
-        wrong.append("model.moe.num_experts=0, and every layer there has experts")
+        wrong.append("model.moe.num_experts=0, but every layer of the family has experts")
     if model.moe.num_experts and model.moe.load_balancing == "expert_choice":
-        wrong.append("model.moe.load_balancing=expert_choice, and there tokens choose")
+        wrong.append("model.moe.load_balancing=expert_choice, but in the family tokens select experts")
     if reason := None if wrong else family.refuse(model):
         wrong.append(reason)
     return wrong
 
 
 def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model of ours.
+    """The config.json of a model.
 
     Args:
-        base: of the model that it comes from, whose other keys are kept; empty: there is none.
+        base: the config.json of the model that it was imported from, whose other keys are kept. Empty: there is none.
     """
     config = dict(base) or {"architectures": [family.architecture], "model_type": family.name}
     for field in family.fields:
-        value = _get(model, field.ours)
+        value = _get(model, field.setting)
         if field.values is not None:
-            value = next(theirs for theirs, ours in field.values.items() if ours == value)
-        new = field.to_theirs(value, model)
+            value = next(in_hf for in_hf, in_setting in field.values.items() if in_setting == value)
+        new = field.to_hf(value, model)
         key = _key_in(base, field)
-        # A key that the base leaves out stays out where what Transformers takes then is right.
+        # A key that the base does not have is added only if Transformers' default would be wrong.
         if not _same(base.get(key, field.default), new) or (not base and new is not None):
             config[key] = new
     theta = dict(config.get("rope_parameters") or {})
@@ -196,7 +198,7 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Numbers may have been multiplied and divided again."""
+    """Whether two values are equal up to the rounding of a multiplication and division."""
     numbers = isinstance(old, int | float) and isinstance(new, int | float)
     return old == new or (numbers and abs(old - new) <= 1e-9 * abs(new))
 

@@ -1,5 +1,5 @@
-"""Tensors of theirs to a checkpoint of ours and back: one piece in memory at a time, which is a tensor or the part of
-one expert."""
+"""Converts Hugging Face tensors to a checkpoint and back, with one tensor, or one expert's part of one, in memory at a
+time."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from parallel.checkpoint_format import DTYPES, StoredTensor, TensorFile, TensorS
 from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manifest
 
 WEIGHTS = "weights."
-"""Before a parameter's name in a checkpoint of ours."""
+"""Prefix of the names of parameters in a checkpoint."""
 _FILE = "rank_00000.safetensors"
 
 
@@ -29,15 +29,15 @@ def write_checkpoint(directory: Path, source: Source, parameters: list[Parameter
         directory: its final place, step_00000000; it does not exist yet.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
         ValueError: the source cannot be read, or a tied head differs from its embedding.
     """
-    by_name = {p.ours: p for p in parameters}
+    by_name = {p.name: p for p in parameters}
     kinds = {name: (_common_type(p, source), p.shape) for name, p in by_name.items()}
 
     def parts(name: str) -> Iterator[Tensor]:
         for piece in by_name[name].pieces:
-            tensors = [source.read(theirs).to(kinds[name][0]) for theirs in piece]
+            tensors = [source.read(tensor).to(kinds[name][0]) for tensor in piece]
             yield by_name[name].join(tensors, model)
 
     write_step(directory, kinds, parts)
@@ -56,7 +56,7 @@ def write_step(
         parts: name -> the parameter in pieces along its first axis.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
     """
     kinds = {WEIGHTS + name: kind for name, kind in weights.items()} | {UPDATES: (torch.int64, (1,))}
 
@@ -72,18 +72,18 @@ def write_step(
 
 
 def check_tied_head(source: Source, embedding: str) -> None:
-    """Raises ValueError where a tied model's second copy of its embedding is another matrix."""
+    """Raises ValueError if the output layer of a model with tied embeddings differs from the embedding."""
     if not torch.equal(source.read(HEAD), source.read(embedding)):
         raise ValueError(f"tie_word_embeddings=true, but {HEAD} differs from {embedding}: set it to false")
 
 
 def _common_type(parameter: Parameter, source: Source) -> torch.dtype:
-    """The type that holds all of the tensors exactly."""
+    """The smallest type that represents all of the tensors exactly."""
     return reduce(torch.promote_types, {source.dtype(name) for piece in parameter.pieces for name in piece})
 
 
-class Weights:
-    """The weights of a checkpoint of ours, read a piece at a time."""
+class CheckpointWeights:
+    """The weights of a checkpoint, read one piece at a time."""
 
     def __init__(self, directory: Path, stored: Mapping[str, StoredTensor]):
         self.directory, self.stored = directory, stored
@@ -93,34 +93,34 @@ class Weights:
         """Parameter -> its logical shape."""
         return {k.removeprefix(WEIGHTS): t.shape for k, t in self.stored.items() if k.startswith(WEIGHTS)}
 
-    def dtype(self, ours: str) -> torch.dtype:
-        """The type that a parameter is stored in."""
-        file = self.stored[WEIGHTS + ours].shards[0].file
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a parameter."""
+        file = self.stored[WEIGHTS + name].shards[0].file
         if file not in self._types:
             with TensorFile(self.directory / file) as opened:
                 self._types[file] = opened.entries()
-        return DTYPES[self._types[file][WEIGHTS + ours][0]]
+        return DTYPES[self._types[file][WEIGHTS + name][0]]
 
-    def read(self, ours: str, first: int | None = None) -> Tensor:
-        """A parameter, or one slice along its first axis."""
-        shape = self.stored[WEIGHTS + ours].shape
+    def read(self, name: str, first: int | None = None) -> Tensor:
+        """A parameter, or one slice along its first dimension."""
+        shape = self.stored[WEIGHTS + name].shape
         wanted = shape if first is None else (1, *shape[1:])
-        target = torch.empty(wanted, dtype=self.dtype(ours))
+        target = torch.empty(wanted, dtype=self.dtype(name))
         offset = (first or 0, *(0,) * (len(shape) - 1))
-        run_to_completion(read_tensors(self.directory, self.stored, {WEIGHTS + ours: (target, offset)}))
+        run_to_completion(read_tensors(self.directory, self.stored, {WEIGHTS + name: (target, offset)}))
         return target if first is None else target[0]
 
 
 def write_shards(
     directory: Path,
-    weights: Weights,
+    weights: CheckpointWeights,
     parameters: list[Parameter],
     model: ModelConfig,
     *,
     dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> dict[str, torch.dtype]:
-    """Writes the tensors of theirs as safetensors, sharded with an index where they do not fit one file.
+    """Writes Hugging Face tensors as safetensors files, sharded with an index if they do not fit into one.
 
     Args:
         dtype: of all tensors; None: each as it is stored.
@@ -129,18 +129,18 @@ def write_shards(
         The type of each tensor.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
         CheckpointDamaged: the checkpoint cannot be read.
     """
     origin: dict[str, tuple[Parameter, int, int]] = {}
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for parameter in parameters:
-        kept, shapes = dtype or weights.dtype(parameter.ours), parameter.theirs(model)
+        kept, shapes = dtype or weights.dtype(parameter.name), parameter.tensors(model)
         for number, piece in enumerate(parameter.pieces):
             for part, name in enumerate(piece):
                 origin[name], kinds[name] = (parameter, number, part), (kept, shapes[name])
     made = _split_pieces(weights, origin, model)
-    shards = _deal(kinds, shard_bytes)
+    shards = _group_into_shards(kinds, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
         write_stream(directory / file, {n: kinds[n] for n in shard}, made, metadata={"format": "pt"})
@@ -154,18 +154,18 @@ def write_shards(
 
 
 def _split_pieces(
-    weights: Weights, origin: Mapping[str, tuple[Parameter, int, int]], model: ModelConfig
+    weights: CheckpointWeights, origin: Mapping[str, tuple[Parameter, int, int]], model: ModelConfig
 ) -> Callable[[str], list[Tensor]]:
-    """name -> [the tensor]. The piece that was read last is kept: its tensors follow one another."""
+    """name -> [the tensor]. The last piece is cached, since its tensors are written one after the other."""
     last: tuple[tuple[str, int], list[Tensor]] | None = None
 
     def make(name: str) -> list[Tensor]:
         nonlocal last
         parameter, number, part = origin[name]
-        if last is None or last[0] != (parameter.ours, number):
+        if last is None or last[0] != (parameter.name, number):
             last = None  # frees it before the next is read
-            whole = weights.read(parameter.ours, number if parameter.per_expert else None)
-            last = (parameter.ours, number), parameter.layout.split(whole, model)
+            whole = weights.read(parameter.name, number if parameter.per_expert else None)
+            last = (parameter.name, number), parameter.layout.split(whole, model)
         return [last[1][part]]
 
     return make
@@ -175,8 +175,8 @@ def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _deal(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    """The tensors in order, a new shard where one would grow past the limit."""
+def _group_into_shards(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    """The names of the tensors of each shard, in order; a shard exceeds the limit only if it has a single tensor."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, kind in kinds.items():

@@ -1,12 +1,12 @@
-"""What the families share: Llama's decoder, whose names most of them kept (transformers/models/llama)."""
+"""The parts that families share: the fields and tensors of Llama's decoder (transformers/models/llama)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, Weights
+from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, WeightMapping
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-"""hidden_act of gated feed-forward layers; the first of two names is written."""
+"""hidden_act -> activation of gated feed-forward layers; an export writes the first matching name."""
 
 
 def decoder_fields(
@@ -30,13 +30,11 @@ def decoder_fields(
             "num_query_groups",
             groups,
             nullable=True,
-            to_ours=lambda value, config: value or config["num_attention_heads"],
-            to_theirs=lambda _, model: model.query_groups,
+            from_hf=lambda value, config: value or config["num_attention_heads"],
+            to_hf=lambda _, model: model.query_groups,
         ),
-        # Where Transformers has a number of its own for a key that is not there, the width is written out.
-        Field(
-            "head_dim", "head_dim", head_dim, to_theirs=lambda value, model: value or (head_dim and model.head_width)
-        ),
+        # Written explicitly if the default of Transformers is a number.
+        Field("head_dim", "head_dim", head_dim, to_hf=lambda value, model: value or (head_dim and model.head_width)),
         Field("hidden_act", "activation", "silu", values=ACTIVATIONS),
         Field("rms_norm_eps", "norm_eps", eps),
         Field("tie_word_embeddings", "tie_embeddings", False),
@@ -49,81 +47,82 @@ def _count_sparse(config: Mapping[str, Any]) -> int:
 
 
 def balancing_field(default: float) -> Field:
-    """The coefficient of the balancing loss. Theirs counts a token top_k times and pools the sparse layers, over which
-    ours is added up."""
+    """The coefficient of the load-balancing loss. Transformers counts a token top_k times and pools the sparse layers;
+    here a token counts once and layers are summed."""
     return Field(
         "router_aux_loss_coef",
         "moe.aux_loss_coeff",
         default,
-        to_ours=lambda value, config: value * config["num_experts_per_tok"] / max(1, _count_sparse(config)),
-        to_theirs=lambda value, model: value * len(model.sparse_layers) / model.moe.top_k,
+        from_hf=lambda value, config: value * config["num_experts_per_tok"] / max(1, _count_sparse(config)),
+        to_hf=lambda value, model: value * len(model.sparse_layers) / model.moe.top_k,
     )
 
 
 def _first_layers(value: list[int] | None, config: Mapping[str, Any]) -> int:
-    """mlp_only_layers as a number of dense layers at the beginning."""
+    """mlp_only_layers as the number of dense layers at the beginning."""
     count = len(value or [])
     if (value or []) != list(range(count)):
         raise ValueError("only the first layers, [0, 1, ...]")
     return count
 
 
-WHICH_LAYERS = (
+SPARSE_LAYERS = (
     Field("decoder_sparse_step", "moe.every", 1),
     Field(
         "mlp_only_layers",
         "moe.first_dense_layers",
         [],
-        to_ours=_first_layers,
-        to_theirs=lambda value, _: list(range(value)),
+        from_hf=_first_layers,
+        to_hf=lambda value, _: list(range(value)),
     ),
 )
 NORM_TOPK = Field(
     "norm_topk_prob",
     "moe.renormalize",
     False,
-    to_theirs=lambda value, model: model.moe.top_k > 1 if value is None else value,
+    to_hf=lambda value, model: model.moe.top_k > 1 if value is None else value,
 )
 DROPLESS = {"moe.capacity_factor": None, "moe.eval_capacity_factor": None, "moe.z_loss_coeff": 0.0}
-"""What an import of a sparse model sets."""
+"""Settings of an imported sparse model."""
 
-OUTSIDE = (
-    Weights("embedding.weight", ("model.embed_tokens.weight",)),
-    Weights("final_norm.weight", ("model.norm.weight",)),
-    Weights("head.weight", ("lm_head.weight",)),
+EMBEDDING_AND_HEAD = (
+    WeightMapping("embedding.weight", ("model.embed_tokens.weight",)),
+    WeightMapping("final_norm.weight", ("model.norm.weight",)),
+    WeightMapping("head.weight", ("lm_head.weight",)),
 )
 LAYER = "layers.{layer}."
 ATTENTION = (
-    Weights(
+    WeightMapping(
         LAYER + "attention.qkv.weight",
         tuple(f"model.{LAYER}self_attn.{part}_proj.weight" for part in ("q", "k", "v")),
         QKV,
     ),
-    Weights(LAYER + "attention.out.weight", (f"model.{LAYER}self_attn.o_proj.weight",)),
+    WeightMapping(LAYER + "attention.out.weight", (f"model.{LAYER}self_attn.o_proj.weight",)),
 )
-QKV_BIAS = Weights(
+QKV_BIAS = WeightMapping(
     LAYER + "attention.qkv.bias", tuple(f"model.{LAYER}self_attn.{part}_proj.bias" for part in ("q", "k", "v")), QKV
 )
 NORMS = (
-    Weights(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),
-    Weights(LAYER + "ffn_norm.weight", (f"model.{LAYER}post_attention_layernorm.weight",)),
+    WeightMapping(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),
+    WeightMapping(LAYER + "ffn_norm.weight", (f"model.{LAYER}post_attention_layernorm.weight",)),
 )
 DENSE_FFN = tuple(
-    Weights(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",)) for part in ("gate", "up", "down")
+    WeightMapping(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",))
+    for part in ("gate", "up", "down")
 )
 QK_NORMS = tuple(
-    Weights(f"{LAYER}attention.{part}_layernorm.weight", (f"model.{LAYER}self_attn.{part}_norm.weight",))
+    WeightMapping(f"{LAYER}attention.{part}_layernorm.weight", (f"model.{LAYER}self_attn.{part}_norm.weight",))
     for part in ("q", "k")
 )
 
 
-def sparse_ffn(block: str, gate: str, up: str, down: str) -> tuple[Weights, ...]:
-    """A router and experts, which a family calls by these names."""
+def sparse_ffn(block: str, gate: str, up: str, down: str) -> tuple[WeightMapping, ...]:
+    """The router and the experts, with a family's names of the block and of the projections."""
     expert = f"model.{LAYER}{block}.experts.{{expert}}."
     return (
-        Weights(LAYER + "ffn.router.weight", (f"model.{LAYER}{block}.gate.weight",)),
-        Weights(LAYER + "ffn.experts.w_in", (f"{expert}{gate}.weight", f"{expert}{up}.weight"), GATE_AND_UP),
-        Weights(LAYER + "ffn.experts.w_out", (f"{expert}{down}.weight",), TRANSPOSED),
+        WeightMapping(LAYER + "ffn.router.weight", (f"model.{LAYER}{block}.gate.weight",)),
+        WeightMapping(LAYER + "ffn.experts.w_in", (f"{expert}{gate}.weight", f"{expert}{up}.weight"), GATE_AND_UP),
+        WeightMapping(LAYER + "ffn.experts.w_out", (f"{expert}{down}.weight",), TRANSPOSED),
     )
 
 

@@ -1,4 +1,4 @@
-"""The families that are known. A new one is a file beside this one and a line here (docs/hugging_face.md)."""
+"""The supported model families. A new one is a file in this folder and an entry here (docs/hugging_face.md)."""
 
 from models.hf.family import Family
 from models.hf.llama import LLAMA
@@ -13,7 +13,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_named(name: object, where: str) -> Family:
-    """Raises ValueError where there is none of that name. `where`: what said the name."""
+    """The family of that name. Raises ValueError if there is none; `where`: where the name comes from, for the
+    message."""
     if name not in FAMILIES:
-        raise ValueError(f"{where} is {name!r}, which is not a family that is known: {', '.join(FAMILIES)}")
+        raise ValueError(f"{where} is {name!r}, which is not a supported family: {', '.join(FAMILIES)}")
     return FAMILIES[str(name)]

@@ -1,6 +1,6 @@
-"""What a family of models is made of: its config.json, its tensors, and where each of both is in our terms.
+"""Describes a Hugging Face model family: how config.json maps to settings, and its tensors to parameters.
 
-Legend: D hidden, F hidden width of a feed-forward layer, H query heads, G key/value groups, N width of a head.
+Legend: D hidden size, F hidden size of a feed-forward layer, H query heads, G key/value heads, N head dimension.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from conf.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter of ours, or the slice of it that belongs to one expert, is made of tensors of theirs. Both
-    directions move elements and change none, and work on meta tensors too."""
+    """How a parameter, or the slice of it that belongs to one expert, is composed of Hugging Face tensors. Both
+    directions only rearrange elements, and also work on meta tensors."""
 
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
     split: Callable[[Tensor, ModelConfig], list[Tensor]]
@@ -48,36 +48,38 @@ GATE_AND_UP = Layout(
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A parameter of ours and the tensors of theirs that it is made of. {layer} in names counts layers; where theirs
-    have {expert}, ours holds one slice per expert along its first axis. A rule whose parameter a model does not have is
-    not used for that model."""
+class WeightMapping:
+    """A parameter and the Hugging Face tensors that it is composed of. {layer} in a name is the number of the layer; if
+    the tensors have {expert}, the parameter has one slice per expert along its first dimension. Mappings of parameters
+    that a model does not have are not used."""
 
-    ours: str
-    theirs: tuple[str, ...]
+    parameter: str
+    tensors: tuple[str, ...]
     layout: Layout = AS_IS
 
 
 @dataclass(frozen=True)
 class Field:
-    """A key of config.json and the setting of ours that means the same."""
+    """A key of config.json and the setting with the same meaning."""
 
-    theirs: str
-    ours: str
-    """Below `model.`, with dots."""
+    key: str
+    setting: str
+    """Dotted key below `model.`."""
     default: Any = None
-    """What Transformers takes where config.json does not say."""
+    """The default of Transformers if config.json does not have the key."""
     aliases: tuple[str, ...] = ()
-    """Other names of the key, which some versions of Transformers write."""
+    """Other names of the key, written by some versions of Transformers."""
     nullable: bool = False
-    """Whether null may stand where the default is a number; the setting of ours then knows what it means."""
+    """Whether null is allowed although the default is a number; from_hf handles it."""
     fractional: bool = False
-    """Whether it is any number where the default is null; else a whole one from 1."""
+    """If the default is null: whether other values are any number instead of a positive integer."""
     values: Mapping[Any, Any] | None = None
-    """Their value -> ours; others are refused. None: the same values."""
-    to_ours: Callable[[Any, Mapping[str, Any]], Any] = lambda value, _: value
-    """(their value, config.json with defaults) -> ours. A ValueError says what else than the value would do."""
-    to_theirs: Callable[[Any, ModelConfig], Any] = lambda value, _: value
+    """Value in config.json -> value of the setting; others are refused. None: the same values."""
+    from_hf: Callable[[Any, Mapping[str, Any]], Any] = lambda value, _: value
+    """(value in config.json, config.json with defaults) -> value of the setting. Raises ValueError, whose message is
+    what would be supported."""
+    to_hf: Callable[[Any, ModelConfig], Any] = lambda value, _: value
+    """(value of the setting, model) -> value in config.json."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,21 @@ class Family:
 
     name: str
     architecture: str
-    """The class that config.json names."""
+    """The class that config.json names in `architectures`."""
     fields: tuple[Field, ...]
-    weights: tuple[Weights, ...]
+    weights: tuple[WeightMapping, ...]
     rope_theta: float
-    """Base of the rotary frequencies where config.json does not say."""
-    off: Mapping[str, Any]
-    """Features that we do not have, each with the value that turns it off: refused by name with any other."""
+    """Base of the rotary embedding's frequencies if config.json does not have it."""
+    disabled: Mapping[str, Any]
+    """Unsupported features: key -> the value that disables it. Any other value is refused."""
     settings: Mapping[str, tuple[Any, ...]]
-    """Settings of ours, below `model.`, that every model of the family has: what an import sets, then further values
-    that mean the same. Every setting that is neither here nor in a field must have its default."""
+    """Settings, below `model.`, that all models of the family have in common: the value that an import sets, then
+    further equivalent values. Every setting that is neither here nor in `fields` must have its default."""
     training: Mapping[str, Any]
-    """What an import sets besides: of training and evaluation alone."""
-    inert: tuple[str, ...] = ()
-    """Further keys of config.json that change no number."""
-    ignored: tuple[str, ...] = ()
-    """Patterns of tensors (fnmatch) that carry no weights."""
+    """Further settings of an import, which affect only training and evaluation."""
+    neutral_keys: tuple[str, ...] = ()
+    """Further keys of config.json that do not change what the model computes."""
+    ignored_tensors: tuple[str, ...] = ()
+    """Patterns (fnmatch) of tensors that are not weights."""
     refuse: Callable[[ModelConfig], str | None] = lambda model: None
-    """Why a model of ours is not of the family though every single setting is; None: it is."""
+    """Why a model does not belong to the family although each of its settings does. None: it does."""

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model: which shard holds which tensor, and which files travel with the weights."""
+"""Reads the files of a Hugging Face model: tensors from sharded safetensors, and the files that accompany them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,11 +12,11 @@ from parallel.checkpoint_format import DTYPES, CheckpointDamaged, TensorFile, Te
 from parallel.checkpoint_manifest import run_to_completion
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BESIDE = (
+COMPANION_FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-"""Files that a run keeps of the model that it was imported from, and an export gives back."""
+"""Files that an import copies to the run, and an export copies back."""
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -24,7 +24,7 @@ class Source:
     """The tensors of a model directory, read one at a time. Use it as a context manager.
 
     Raises:
-        ValueError: no safetensors there, a shard that is missing or damaged, or an index that does not fit its shards.
+        ValueError: no safetensors files, a missing or damaged shard, or an index that does not match the shards.
     """
 
     def __init__(self, directory: Path):
@@ -52,7 +52,7 @@ class Source:
             found = read_json(self.directory / INDEX).get("weight_map")
             texts = isinstance(found, dict) and all(isinstance(v, str) and Path(v).name == v for v in found.values())
             if not texts:
-                raise ValueError(f"{self.directory / INDEX} has no weight_map of names and files")
+                raise ValueError(f"{self.directory / INDEX} has no weight_map from tensors to files")
             self._index = found
             return [self.directory / name for name in sorted(set(found.values()))]
         if (self.directory / SINGLE).is_file():
@@ -70,16 +70,16 @@ class Source:
         except CheckpointDamaged as error:
             raise ValueError(f"{self.directory}: {error}") from None
         if twice := sorted(entries.keys() & self.entries.keys()):
-            raise ValueError(f"{shard} holds {twice[0]}, which another shard holds too")
+            raise ValueError(f"{shard} has {twice[0]}, which is also in another shard")
         if self._index is not None:
             listed = {name for name, where in self._index.items() if where == shard.name}
             if lost := sorted(listed - entries.keys()):
-                raise ValueError(f"{shard} lacks {', '.join(lost[:5])}, which {INDEX} says that it holds")
+                raise ValueError(f"{shard} lacks {', '.join(lost[:5])}, which {INDEX} lists there")
             if extra := sorted(entries.keys() - listed):
                 raise ValueError(f"{shard} holds {', '.join(extra[:5])}, which {INDEX} does not list there")
         for name, (dtype, _) in entries.items():
             if dtype not in FLOATS:
-                raise ValueError(f"{shard}: {name} is of type {dtype}; {', '.join(FLOATS)} can be read")
+                raise ValueError(f"{shard}: {name} is of type {dtype}; supported are {', '.join(FLOATS)}")
         self.entries |= entries
         self._of |= dict.fromkeys(entries, file)
 
@@ -87,7 +87,7 @@ class Source:
         return DTYPES[self.entries[name][0]]
 
     def read(self, name: str) -> Tensor:
-        """In the type that it is stored in."""
+        """A tensor, in the type that it is stored in."""
         shape = self.entries[name][1]
         target = torch.empty(shape, dtype=self.dtype(name))
         origin = (0,) * len(shape)
@@ -98,6 +98,6 @@ class Source:
         return target
 
 
-def files_beside(directory: Path) -> Iterator[Path]:
-    """Those of BESIDE that there are."""
-    return (directory / name for name in BESIDE if (directory / name).is_file())
+def companion_files(directory: Path) -> Iterator[Path]:
+    """The COMPANION_FILES of a model directory that exist."""
+    return (directory / name for name in COMPANION_FILES if (directory / name).is_file())

@@ -1,4 +1,4 @@
-"""Which tensors of theirs make which parameter of ours, and whether the account of both comes out even."""
+"""Maps the parameters of a model to Hugging Face tensors, and checks that each is used exactly once."""
 
 import fnmatch
 import re
@@ -18,33 +18,34 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a model of ours, with what it is made of."""
+    """A parameter of the model and the tensors that it is composed of."""
 
-    ours: str
+    name: str
     shape: Shape
     pieces: tuple[tuple[str, ...], ...]
-    """The tensors of theirs that make each slice along the first axis; a single piece: the whole."""
+    """The names of the tensors of each slice along the first dimension; if there is one piece, of the whole
+    parameter."""
     layout: Layout
     per_expert: bool
 
     def piece_shape(self) -> Shape:
         return self.shape[1:] if self.per_expert else self.shape
 
-    def theirs(self, model: ModelConfig) -> dict[str, Shape]:
-        """name -> shape of every tensor of theirs."""
+    def tensors(self, model: ModelConfig) -> dict[str, Shape]:
+        """name -> shape of its Hugging Face tensors."""
         shapes = [
             tuple(part.shape) for part in self.layout.split(torch.empty(self.piece_shape(), device="meta"), model)
         ]
         return {name: shape for piece in self.pieces for name, shape in zip(piece, shapes, strict=True)}
 
     def join(self, parts: list[Tensor], model: ModelConfig) -> Tensor:
-        """A piece, as it lies in the parameter."""
+        """A piece of the parameter from its tensors."""
         whole = self.layout.join(parts, model)
         return whole[None] if self.per_expert else whole
 
 
 def parameters_of(family: Family, model: ModelConfig, shapes: Mapping[str, Shape]) -> tuple[list[Parameter], list[str]]:
-    """(the parameters that the family has tensors for, the names of those that it has none for).
+    """(the parameters that the family has tensors for, the names of the others).
 
     Args:
         shapes: logical name -> shape of every parameter of the model.
@@ -53,41 +54,41 @@ def parameters_of(family: Family, model: ModelConfig, shapes: Mapping[str, Shape
     for name, shape in shapes.items():
         layer = re.match(r"layers\.(\d+)\.", name)
         number = layer[1] if layer else ""
-        rules = [rule for rule in family.weights if rule.ours.replace("{layer}", number) == name]
+        rules = [rule for rule in family.weights if rule.parameter.replace("{layer}", number) == name]
         if not rules:
             unknown.append(name)
             continue
         (rule,) = rules
-        names = [theirs.replace("{layer}", number) for theirs in rule.theirs]
-        per_expert = "{expert}" in rule.theirs[0]
+        names = [tensor.replace("{layer}", number) for tensor in rule.tensors]
+        per_expert = "{expert}" in rule.tensors[0]
         experts = range(shape[0]) if per_expert else range(1)
-        pieces = tuple(tuple(theirs.replace("{expert}", str(e)) for theirs in names) for e in experts)
+        pieces = tuple(tuple(tensor.replace("{expert}", str(e)) for tensor in names) for e in experts)
         found.append(Parameter(name, shape, pieces, rule.layout, per_expert))
     return found, unknown
 
 
-def account(
+def check_tensors(
     family: Family, model: ModelConfig, parameters: list[Parameter], entries: Mapping[str, tuple[str, Shape]]
 ) -> list[str]:
-    """Every tensor of the source must be used once, and every parameter filled once.
+    """Checks that every tensor of the source is used exactly once and every parameter is set exactly once.
 
     Args:
         entries: name -> (type, shape) of every tensor of the source.
 
     Returns:
-        The names that carry nothing: ignored, or a second copy of the embedding.
+        The names of unused tensors: ignored ones, and a second copy of the embedding.
 
     Raises:
-        ValueError: with the list of what is missing, too much or of another shape.
+        ValueError: tensors are missing, unexpected or of another shape; the message lists them.
     """
-    wanted = [item for parameter in parameters for item in parameter.theirs(model).items()]
+    wanted = [item for parameter in parameters for item in parameter.tensors(model).items()]
     shapes = dict(wanted)
     assert len(shapes) == len(wanted), "two parameters take the same tensor"
     copies = [HEAD] if model.tie_embeddings and HEAD in entries else []
-    idle = [name for name in entries if any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored)]
+    ignored = [name for name in entries if any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)]
     lists = {
         "missing": [name for name in shapes if name not in entries],
-        "not of this model": sorted(entries.keys() - shapes.keys() - {*idle, *copies}),
+        "unexpected": sorted(entries.keys() - shapes.keys() - {*ignored, *copies}),
         "of another shape": [
             f"{name} {list(entries[name][1])} instead of {list(shape)}"
             for name, shape in shapes.items()
@@ -95,9 +96,9 @@ def account(
         ],
     }
     if any(lists.values()):
-        told = (f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
-        raise ValueError(f"the tensors are not those of this {family.name}. {'; '.join(told)}")
-    return [*copies, *idle]
+        problems = (f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
+        raise ValueError(f"the tensors do not match this {family.name} model: {'; '.join(problems)}")
+    return [*copies, *ignored]
 
 
 def _some(names: list[str]) -> str:

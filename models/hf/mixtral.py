@@ -1,15 +1,23 @@
-"""Mixtral (transformers/models/mixtral/configuration_mixtral.py, modeling_mixtral.py; the names on disk are those of
-conversion_mapping.py, which Transformers 5 reads and writes)."""
+"""Mixtral (transformers/models/mixtral/configuration_mixtral.py, modeling_mixtral.py; the names of stored tensors are
+those of conversion_mapping.py)."""
 
 from conf.schema import ModelConfig
-from models.hf.decoder import ATTENTION, DROPLESS, NORMS, OUTSIDE, balancing_field, decoder_fields, sparse_ffn
+from models.hf.decoder import (
+    ATTENTION,
+    DROPLESS,
+    EMBEDDING_AND_HEAD,
+    NORMS,
+    balancing_field,
+    decoder_fields,
+    sparse_ffn,
+)
 from models.hf.family import Family, Field
 
 
 def _one_expert(model: ModelConfig) -> str | None:
     if model.moe.top_k > 1:
         return None
-    return "model.moe.top_k=1: a Mixtral divides the chosen probabilities by their sum, which leaves a gate of 1"
+    return "model.moe.top_k=1: Mixtral divides the selected probabilities by their sum, so that the gate would be 1"
 
 
 MIXTRAL = Family(
@@ -22,9 +30,9 @@ MIXTRAL = Family(
         Field("num_experts_per_tok", "moe.top_k", 2),
         balancing_field(0.001),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, *sparse_ffn("block_sparse_moe", "w1", "w3", "w2")),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *sparse_ffn("block_sparse_moe", "w1", "w3", "w2")),
     rope_theta=1e6,
-    off={"sliding_window": None, "attention_dropout": 0.0, "router_jitter_noise": 0.0},
+    disabled={"sliding_window": None, "attention_dropout": 0.0, "router_jitter_noise": 0.0},
     settings={"moe.softmax_order": ("after", "before"), "moe.renormalize": (None, True)},
     training=DROPLESS,
     refuse=_one_expert,

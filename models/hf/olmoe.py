@@ -3,9 +3,9 @@
 from models.hf.decoder import (
     ATTENTION,
     DROPLESS,
+    EMBEDDING_AND_HEAD,
     NORM_TOPK,
     NORMS,
-    OUTSIDE,
     QK_NORMS,
     SPARSE_FFN,
     balancing_field,
@@ -25,9 +25,9 @@ OLMOE = Family(
         NORM_TOPK,
         balancing_field(0.01),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *SPARSE_FFN),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *QK_NORMS, *SPARSE_FFN),
     rope_theta=10000.0,
-    off={"attention_bias": False, "attention_dropout": 0.0},
+    disabled={"attention_bias": False, "attention_dropout": 0.0},
     settings={"qk_norm": ("full",)},
     training=DROPLESS,
 )

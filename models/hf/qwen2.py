@@ -4,26 +4,26 @@ from models.hf.decoder import (
     ATTENTION,
     DENSE_FFN,
     DROPLESS,
+    EMBEDDING_AND_HEAD,
     LAYER,
     NORM_TOPK,
     NORMS,
-    OUTSIDE,
     QKV_BIAS,
     SPARSE_FFN,
-    WHICH_LAYERS,
+    SPARSE_LAYERS,
     balancing_field,
     decoder_fields,
 )
-from models.hf.family import Family, Field, Weights
-from models.hf.qwen3 import OFF, WINDOW
+from models.hf.family import Family, Field, WeightMapping
+from models.hf.qwen3 import DISABLED, WINDOW
 
 SHARED = f"model.{LAYER}mlp.shared_expert"
 SHARED_FFN = (
     *(
-        Weights(f"{LAYER}ffn.shared.ffn.{part}.weight", (f"{SHARED}.{part}_proj.weight",))
+        WeightMapping(f"{LAYER}ffn.shared.ffn.{part}.weight", (f"{SHARED}.{part}_proj.weight",))
         for part in ("gate", "up", "down")
     ),
-    Weights(f"{LAYER}ffn.shared.gate", (f"{SHARED}_gate.weight",)),
+    WeightMapping(f"{LAYER}ffn.shared.gate", (f"{SHARED}_gate.weight",)),
 )
 
 QWEN2 = Family(
@@ -33,12 +33,12 @@ QWEN2 = Family(
         *decoder_fields(vocab_size=151936, hidden_size=4096, layers=32, heads=32, groups=32, eps=1e-6),
         Field("intermediate_size", "ffn_hidden_size", 22016),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, QKV_BIAS, *DENSE_FFN),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, QKV_BIAS, *DENSE_FFN),
     rope_theta=10000.0,
-    off=OFF,
+    disabled=DISABLED,
     settings={"attention_bias": (True,)},
     training={},
-    inert=WINDOW,
+    neutral_keys=WINDOW,
 )
 
 QWEN2_MOE = Family(
@@ -48,23 +48,23 @@ QWEN2_MOE = Family(
         *decoder_fields(vocab_size=151936, hidden_size=2048, layers=24, heads=16, groups=16, eps=1e-6),
         Field("qkv_bias", "attention_bias", True),
         Field("intermediate_size", "ffn_hidden_size", 5632),
-        Field("moe_intermediate_size", "moe.ffn_hidden_size", 1408, to_theirs=lambda _, model: model.expert_width),
+        Field("moe_intermediate_size", "moe.ffn_hidden_size", 1408, to_hf=lambda _, model: model.expert_width),
         Field(
             "shared_expert_intermediate_size",
             "moe.shared_ffn_hidden_size",
             5632,
-            to_theirs=lambda _, model: model.shared_width,
+            to_hf=lambda _, model: model.shared_width,
         ),
-        *WHICH_LAYERS,
+        *SPARSE_LAYERS,
         Field("num_experts", "moe.num_experts", 60, aliases=("num_local_experts",)),
         Field("num_experts_per_tok", "moe.top_k", 4),
         NORM_TOPK,
         balancing_field(0.001),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, QKV_BIAS, *DENSE_FFN, *SPARSE_FFN, *SHARED_FFN),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, QKV_BIAS, *DENSE_FFN, *SPARSE_FFN, *SHARED_FFN),
     rope_theta=10000.0,
-    off=OFF,
+    disabled=DISABLED,
     settings={"moe.num_shared_experts": (1,), "moe.shared_expert_gate": (True,)},
     training=DROPLESS,
-    inert=WINDOW,
+    neutral_keys=WINDOW,
 )

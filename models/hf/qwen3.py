@@ -4,20 +4,20 @@ from models.hf.decoder import (
     ATTENTION,
     DENSE_FFN,
     DROPLESS,
+    EMBEDDING_AND_HEAD,
     NORM_TOPK,
     NORMS,
-    OUTSIDE,
     QK_NORMS,
     SPARSE_FFN,
-    WHICH_LAYERS,
+    SPARSE_LAYERS,
     balancing_field,
     decoder_fields,
 )
 from models.hf.family import Family, Field
 
-OFF = {"attention_dropout": 0.0, "use_sliding_window": False}
+DISABLED = {"attention_dropout": 0.0, "use_sliding_window": False}
 WINDOW = ("sliding_window", "max_window_layers")
-"""Without use_sliding_window they say nothing."""
+"""Keys without effect unless use_sliding_window is set."""
 NORMED_HEADS = {"qk_norm": ("head",)}
 
 QWEN3 = Family(
@@ -27,12 +27,12 @@ QWEN3 = Family(
         *decoder_fields(vocab_size=151936, hidden_size=4096, layers=32, heads=32, groups=32, eps=1e-6, head_dim=128),
         Field("intermediate_size", "ffn_hidden_size", 22016),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN),
     rope_theta=10000.0,
-    off={**OFF, "attention_bias": False},
+    disabled={**DISABLED, "attention_bias": False},
     settings=NORMED_HEADS,
     training={},
-    inert=WINDOW,
+    neutral_keys=WINDOW,
 )
 
 QWEN3_MOE = Family(
@@ -41,17 +41,17 @@ QWEN3_MOE = Family(
     fields=(
         *decoder_fields(vocab_size=151936, hidden_size=2048, layers=24, heads=32, groups=4, eps=1e-6),
         Field("intermediate_size", "ffn_hidden_size", 6144),
-        Field("moe_intermediate_size", "moe.ffn_hidden_size", 768, to_theirs=lambda _, model: model.expert_width),
-        *WHICH_LAYERS,
+        Field("moe_intermediate_size", "moe.ffn_hidden_size", 768, to_hf=lambda _, model: model.expert_width),
+        *SPARSE_LAYERS,
         Field("num_experts", "moe.num_experts", 128, aliases=("num_local_experts",)),
         Field("num_experts_per_tok", "moe.top_k", 8),
         NORM_TOPK,
         balancing_field(0.001),
     ),
-    weights=(*OUTSIDE, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN, *SPARSE_FFN),
+    weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *QK_NORMS, *DENSE_FFN, *SPARSE_FFN),
     rope_theta=10000.0,
-    off={**OFF, "attention_bias": False},
+    disabled={**DISABLED, "attention_bias": False},
     settings=NORMED_HEADS,
     training=DROPLESS,
-    inert=WINDOW,
+    neutral_keys=WINDOW,
 )

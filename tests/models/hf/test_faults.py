@@ -1,4 +1,4 @@
-"""What is wrong with a source or has no place in the other model is said by name, and nothing is written."""
+"""Invalid or unsupported sources and models are refused by name, and nothing is written."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def unlisted(folder: Path) -> None:
     ("damage", "told"),
     [
         (edited(lambda t: t.pop(Q)), f"1 missing: {Q}"),
-        (edited(lambda t: t.update(odd=torch.zeros(2))), "1 not of this model: odd"),
+        (edited(lambda t: t.update(odd=torch.zeros(2))), "1 unexpected: odd"),
         (edited(lambda t: t.update({Q: torch.zeros(16, 15)})), f"1 of another shape: {Q} [16, 15] instead of [16, 16]"),
         (edited(lambda t: t.update({Q: t[Q].to(torch.int32)})), f"{Q} is of type I32"),
         (truncated, f"{SHARD} is truncated: "),
@@ -84,22 +84,22 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters="),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "only unscaled rotary positions"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "only unscaled rotary embeddings"),
         ({"hidden_act": "relu"}, 'hidden_act="relu": only silu'),
         ({"head_dim": -7}, "head_dim=-7: must be"),
-        ({"num_local_experts": "8"}, 'num_local_experts="8": must be a whole number from 1'),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0: must be a whole number from 1"),
+        ({"num_local_experts": "8"}, 'num_local_experts="8": must be a positive integer'),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0: must be a positive integer"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1: no such key is known of mixtral"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1: unknown key of mixtral"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "only MixtralForCausalLM"),
-        ({"model_type": "mamba"}, "model_type is 'mamba', which is not a family that is known: mixtral, "),
+        ({"model_type": "mamba"}, "model_type is 'mamba', which is not a supported family: mixtral, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
     config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     model_of(config, Path("config.json"))
-    with pytest.raises(ValueError, match=r"what is not supported|model_type") as caught:
+    with pytest.raises(ValueError, match=r"unsupported settings|model_type") as caught:
         model_of(config | changes, Path("config.json"))
     assert told in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
     ids=str,
 )
 def test_a_feature_of_one_family(name: str, changes: dict, told: str) -> None:
-    with pytest.raises(ValueError, match="what is not supported") as caught:
+    with pytest.raises(ValueError, match="unsupported settings") as caught:
         model_of({"model_type": name} | changes, Path("config.json"))
     assert told in str(caught.value)
 
@@ -134,9 +134,9 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
     written = config_of(family, model, {})
     assert getattr(theirs, "head_dim", None) in (None, model.head_width)
     for field in family.fields:
-        if field.theirs == "head_dim":
+        if field.key == "head_dim":
             continue
-        assert written.get(field.theirs) == getattr(theirs, field.theirs), field.theirs
+        assert written.get(field.key) == getattr(theirs, field.key), field.key
     assert written["rope_theta"] == theirs.rope_parameters["rope_theta"]
     assert model_of(written, Path("config.json"))[1] == model
     assert family_for(model, None) is family
@@ -146,9 +146,9 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
     ("settings", "moe", "told"),
     [
         ({"activation": "relu2"}, {"num_experts": 4, "top_k": 2}, "model.activation=relu2"),
-        ({}, {"num_experts": 4, "top_k": 2, "every": 2}, "model.moe.every=2, there only 1"),
+        ({}, {"num_experts": 4, "top_k": 2, "every": 2}, "model.moe.every=2, but the family has only 1"),
         ({}, {"num_experts": 4, "top_k": 2, "score_function": "sigmoid"}, "model.moe.score_function=sigmoid"),
-        ({}, {"num_experts": 4, "top_k": 1}, "model.moe.top_k=1: a Mixtral divides"),
+        ({}, {"num_experts": 4, "top_k": 1}, "model.moe.top_k=1: Mixtral divides"),
         ({}, {"num_experts": 4, "top_k": 2, "load_balancing": "expert_choice"}, "load_balancing=expert_choice"),
     ],
     ids=str,
@@ -156,7 +156,7 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
 def test_a_model_that_no_family_has(settings: dict, moe: dict, told: str) -> None:
     model = ModelConfig(**{"activation": "swiglu"} | settings, moe=MoeConfig(**moe))
     assert any(told in reason for reason in differences(FAMILIES["mixtral"], model))
-    with pytest.raises(ValueError, match="of no family that can be written") as caught:
+    with pytest.raises(ValueError, match="fits no supported family") as caught:
         family_for(model, None)
     assert told in str(caught.value)
 
