@@ -1,1 +1,1 @@
-"""What a run is: the typed schema, the rules between its values, and the Hydra groups of presets."""
+"""The configuration of a run: typed settings, their validation, and Hydra presets."""

@@ -1,4 +1,4 @@
-"""What is called of Hydra although its name is private: nothing public gives the same."""
+"""Private functions of Hydra that have no public equivalent."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from hydra.core.override_parser.types import Override
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(Hydra's options and `overrides`, what it does not know) of a command line."""
+    """(Hydra's options with `overrides`, unknown arguments) of a command line."""
     return get_args_parser().parse_known_args(list(arguments))
 
 
 def unconverted_value(override: Override) -> Any:
-    """The value of an override as it was parsed: Override.value() takes the quotes off."""
+    """The parsed value of an override. Unlike Override.value(), it keeps the quotes."""
     return override._value

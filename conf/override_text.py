@@ -1,4 +1,4 @@
-"""Text in overrides: what a person types as it is, and what a command prints to be copied, in Hydra's grammar."""
+"""Quotes text in overrides for Hydra's grammar: text as typed on the command line, and commands printed for copying."""
 
 import re
 import shlex
@@ -13,32 +13,32 @@ from hydra.errors import HydraException
 from conf.hydra_private import unconverted_value
 
 FREE_TEXT = ("prompt", "eval.sample_prompt")
-"""Settings whose text is never an interpolation: what looks like `${...}` is part of it."""
+"""Settings whose text is taken literally: `${...}` in it is not an interpolation."""
 _PLAIN = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][A-Za-z0-9_./-]*")
 _ELEMENT = re.compile(r"""(\s*'(?:\\.|[^'\\])*'\s*|\s*"(?:\\.|[^"\\])*"\s*|[^,]*),""")
 _OTHER_THAN_TEXT = ("null", "true", "false", "nan", "inf")
 
 
 def override(key: str, value: Any) -> str:
-    """`key=value` for Hydra, whatever characters a text (or a list of texts) has; not yet quoted for a shell."""
+    """`key=value` in Hydra's grammar, for any characters in a text or list of texts. Not quoted for a shell."""
     if isinstance(value, list):
         return f"{key}=[{','.join(_element(element) for element in value)}]"
     return f"{key}={_element(value)}"
 
 
 def command(words: Sequence[str], overrides: Sequence[str], env: Mapping[str, str] | None = None) -> str:
-    """A line for copying into a shell. `overrides`: as `override` makes them, or as they were typed."""
-    set_first = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
-    return " ".join([*set_first, *(shell_word(word) for word in [*words, *overrides])])
+    """A command line for a shell. `overrides`: as returned by `override`, or as typed."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
+    return " ".join([*assignments, *(shell_word(word) for word in [*words, *overrides])])
 
 
 def setting(key: str, value: Any) -> str:
-    """`override`, quoted for a shell: for a message that says what to type."""
+    """`override`, quoted for a shell: for messages that suggest an override."""
     return shell_word(override(key, value))
 
 
 def shell_word(word: str) -> str:
-    """Quoted for a shell where it must be; in double quotes where these do, since Hydra's own are single ones."""
+    """Quoted for a shell if necessary; in double quotes if possible, since Hydra's quotes are single ones."""
     plain = shlex.quote(word)
     return plain if plain == word or set('"$`\\!') & set(word) else f'"{word}"'
 
@@ -52,19 +52,19 @@ def _element(value: Any) -> str:
 
 
 def _quoted(text: str, *, literal: bool) -> str:
-    """Quoted for Hydra. `literal`: no part of it is an interpolation."""
+    """Quoted for Hydra. `literal`: escape interpolations."""
     if literal:
         text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def as_typed(word: str, hints: Mapping[str, Any], *, sweep: bool) -> str:
-    """An override as Hydra must get it so that a text setting takes what was typed: `prompt=def f(x):` becomes
-    `prompt='def f(x):'`. What is quoted already stays, and so does whatever is no text setting.
+    """An override in Hydra's grammar that sets a text setting to what was typed: `prompt=def f(x):` becomes
+    `prompt='def f(x):'`. Quoted values and overrides of other settings are returned unchanged.
 
     Args:
         hints: the type of every setting.
-        sweep: commas may separate the values of a sweep (--multirun).
+        sweep: whether commas may separate the values of a sweep (--multirun).
     """
     name, equals, value = word.partition("=")
     key = name.lstrip("+")
@@ -80,13 +80,13 @@ def as_typed(word: str, hints: Mapping[str, Any], *, sweep: bool) -> str:
 
 
 def _takes_text(hint: Any) -> tuple[bool, bool]:
-    """Whether a setting takes a text, and whether it takes a list of texts."""
+    """Whether a setting may be a text, and whether it may be a list of texts."""
     kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
     return str in kinds or Any in kinds, list[str] in kinds or Any in kinds
 
 
 def _parsed(value: str) -> Any:
-    """What Hydra makes of a value, None for null; ValueError where it cannot read it."""
+    """A value as Hydra parses it, None for null. Raises ValueError if it cannot be parsed."""
     try:
         (found,) = OverridesParser.create().parse_overrides([f"key={value}"])
     except (HydraException, ValueError):
@@ -109,7 +109,7 @@ def _text(value: str, *, literal: bool, sweep: bool, optional: bool) -> str:
 
 
 def _list(value: str, *, sweep: bool, or_text: bool) -> str:
-    """A list of texts; a single one may be without brackets."""
+    """A list of texts, quoted; a single text needs no brackets."""
     try:
         found = _parsed(value)
     except ValueError:

@@ -1,1 +1,1 @@
-"""The doors: thin commands that read a configuration and call the rooms behind them."""
+"""The entry points: one thin module per command."""

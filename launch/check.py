@@ -1,10 +1,10 @@
-"""`python -m launch.check [--slurm[=OPTIONS]] [overrides] [ranks=N]`: everything about a run that can be known on a
-login node, without a GPU: layout, batch, data, memory. Exit code 2 and one message when it cannot work.
+"""`python -m launch.check [--slurm[=OPTIONS]] [overrides] [ranks=N]`: validates a run on a login node, without a GPU:
+layout, batch, data and memory. Exits with 2 and one message if the run cannot work.
 
---slurm prints the sbatch command of the run and asks Slurm whether it would take such a job; OPTIONS are sbatch's own
+--slurm prints the sbatch command of the run and asks Slurm whether it would accept the job; OPTIONS are those of sbatch
 (--slurm='--partition=gpu --time=1-0').
---job is launch/train.sh's, inside a job: as before, and the run directory is made and its path alone printed on
-standard output.
+--job is used by launch/train.sh inside a job: it also creates the run directory, and prints only its path on standard
+output.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from training.sweep import reset_unused
 
 
 def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None) -> int:
-    """Prints what the run would be. Returns the exit code 0, or 1 when the job has been started again too often or
-    Slurm would not take it.
+    """Prints a summary of the run. Returns the exit code: 0, or 1 if the job has been requeued too often or Slurm would
+    not accept it.
 
     Raises:
-        ValueError: a configuration, data or an allocation that cannot work.
+        ValueError: an invalid configuration, data or allocation.
     """
     run = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     job = allocation()
@@ -52,9 +52,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
         assert job is not None
         job.check(ranks)
         if restarts() > run.slurm.max_requeues:
-            _say(
-                f"this job has been started again {restarts()} times, more than slurm.max_requeues allows: it ends here"
-            )
+            _say(f"this job has been requeued {restarts()} times, more than slurm.max_requeues allows: it ends here")
             return FAILED
     run_dir = open_run_dir(run) if in_job else None
     with Console(stream=sys.stderr if in_job else None, may_lose_output=in_job) as console:
@@ -77,10 +75,10 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
 
 
 def _check_files(load: str) -> None:
-    """Reads the whole checkpoint, as the run will when it starts. Raises ValueError where a file is damaged."""
+    """Reads the whole checkpoint, as the run does when it starts. Raises ValueError if a file is damaged."""
     redirection = redirect_output(0)
     try:
-        from parallel import checkpoint  # which loads the engine
+        from parallel import checkpoint  # imports PyTorch and Megatron-Core
 
         checkpoint.resolve(load)
     finally:
@@ -94,7 +92,7 @@ def _ranks_per_node(config: Config, ranks: int, job: Allocation | None) -> int:
 
 
 def fewest_ranks(config: Config) -> int:
-    """The smallest world that both grids of the layout divide."""
+    """The smallest world size that fits the layout of the dense layers and that of the experts."""
     p = config.parallel
     experts = p.etp * p.ep * p.pp if config.model.moe.num_experts else 1
     return math.lcm(p.tp * p.pp * p.cp, experts)
@@ -114,7 +112,7 @@ def _say(message: str) -> None:
 
 
 def _flags(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
-    """This command's own flags, and what is left for Hydra."""
+    """The flags of this command, and the remaining arguments for Hydra."""
     flags: dict[str, object] = {}
     rest = []
     for word in arguments:

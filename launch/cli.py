@@ -1,6 +1,6 @@
-"""The door that the commands share: Hydra reads the settings, mistakes in them end in one line and exit code 2.
+"""Runs a command: Hydra composes the settings, and errors in them end in one message and exit code 2.
 
-Imports nothing heavy, so that a mistake is answered within the first second, on a login node too."""
+Imports nothing heavy, so that errors are reported within a second, on a login node too."""
 
 import contextlib
 import functools
@@ -30,14 +30,16 @@ CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, Value
 
 
 def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
-    """Runs a command and ends the process.
+    """Runs a command and exits the process.
 
-    schema: the dataclass of its settings; conf/<config_name>.yaml lists it first in its defaults, as `schema`.
-    run: gets an instance of schema; returns the exit code. A ValueError that it raises is the user's to mend.
+    Exit code: the return value of `run` (with --multirun, the first one that is not 0); 2 and one message on stderr for
+    a configuration error or a ValueError; 1 and one message if a file, or standard output, cannot be read or written; 1
+    and a traceback for any other exception.
 
-    Exit code: what run returned (of several runs with --multirun, the first that is not 0); 2 and one message on
-    stderr for a configuration error or a ValueError; 1 and one message for a file, or standard output, that cannot be
-    read or written; 1 and a traceback for any other exception.
+    Args:
+        schema: the dataclass of the settings; conf/<config_name>.yaml lists it first in its defaults, as `schema`.
+        config_name: Hydra's primary config.
+        run: takes an instance of schema and returns the exit code. It raises ValueError for errors of the user.
     """
     threads.limit_spinning()
     device_env.set_device_variables()
@@ -46,10 +48,10 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     exit_codes: list[int] = []
 
     def fail(error: Exception) -> None:
-        # First: Hydra's error about a preset that does not exist is an OSError too.
+        # Configuration errors first: Hydra's error about a missing preset is an OSError too.
         exit_codes.append(BAD_CONFIGURATION if isinstance(error, CONFIGURATION_ERRORS) else FAILED)
-        if not isinstance(error, BrokenPipeError):  # the reader of standard output has seen enough
-            with contextlib.suppress(OSError):  # nobody reads standard error either
+        if not isinstance(error, BrokenPipeError):  # the reader of standard output has closed it
+            with contextlib.suppress(OSError):  # standard error is closed too
                 print(f"switchyard: error: {visible(explain(error, keys))}", file=sys.stderr)
         try:
             sys.stdout.flush()
@@ -58,7 +60,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
 
     @functools.wraps(run)  # Hydra takes the command's name, shown by --help, from the wrapped function's module
     def task(config: DictConfig) -> None:
-        # Caught here and not outside of Hydra, so that the other runs of --multirun go on.
+        # Caught here and not outside of Hydra, so that the other runs of --multirun continue.
         try:
             import_extensions(config.get("extensions", ()))
             exit_codes.append(run(OmegaConf.to_object(config)))
@@ -71,7 +73,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
         if not help_text.answered(sys.argv[1:], schema, config_name, run):
             sys.argv[1:] = checked_arguments(sys.argv[1:], keys)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
-        sys.stdout.flush()  # what is left for the interpreter's exit fails there
+        sys.stdout.flush()  # at the exit of the interpreter, errors could not be handled
     except (*CONFIGURATION_ERRORS, OSError) as error:
         fail(error)
     sys.exit(next((code for code in exit_codes if code != 0), 0))

@@ -1,6 +1,5 @@
-"""`python -m launch.compare RUN... [format=json]`: a table of runs, with the settings in which they differ, as wide as
-the terminal (or COLUMNS). A folder that is no run but holds some stands for these. format=json: the same as a list of
-objects."""
+"""`python -m launch.compare RUN... [format=json]`: a table of runs and of the settings in which they differ, as wide as
+the terminal (or COLUMNS). A directory that contains runs stands for these. format=json prints a list of objects."""
 
 import os
 import shutil
@@ -14,7 +13,8 @@ from training.run_dir import CONFIG
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; returns the exit code: 2 when something is not a run, 1 when standard output is lost."""
+    """Prints the table. Returns the exit code: 2 if an argument is not a run, 1 if standard output cannot be
+    written."""
     if not arguments or arguments[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"switchyard: error: {visible(str(error))}", file=sys.stderr)
         return 2
-    # Into a file or a pipe a row is one line, however long.
+    # In a file or a pipe, a row is a single line of any length.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     try:
         print(as_json(runs) if formats[-1:] == ["json"] else visible(comparison(runs, width)), flush=True)

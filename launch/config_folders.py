@@ -1,5 +1,5 @@
-"""Folders of presets that may be somebody else's (`--config-dir`, `hydra.searchpath`): presets of our own groups are
-taken from them, and nothing that runs a program or reads what the run's settings should not tell."""
+"""Validates directories of presets, which may be untrusted (`--config-dir`, `hydra.searchpath`): they may contain only
+presets of the existing groups, and nothing that runs a program or reads other environment variables or files."""
 
 import argparse
 import re
@@ -13,28 +13,28 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 RESOLVERS = ("now", "oc.select")
-"""Resolvers that a file of such a folder may use, beside ENVIRONMENT and interpolations of other settings."""
+"""Resolvers that a preset may use, besides `oc.env` of ENVIRONMENT and interpolations of other settings."""
 ENVIRONMENT = ("HOME", "PROJECT", "SCRATCH", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "TMPDIR", "USER", "WORK")
-"""Variables that a file of such a folder may read by `${oc.env:NAME}`."""
+"""Environment variables that a preset may read by `${oc.env:NAME}`."""
 _RESOLVER = re.compile(r"\$\{\s*([^\s:${}]+)\s*:(?=\s*([^,}]*))")
 
 
 def check_folders(options: argparse.Namespace, overrides: Iterable[Override], groups: set[str]) -> None:
-    """Looks at every folder that the command line names.
+    """Validates every directory of presets that the command line names.
 
     Args:
-        options: as Hydra parses them.
-        groups: our groups of presets.
+        options: Hydra's options.
+        groups: the groups of presets.
 
     Raises:
-        ValueError: a file there holds more than presets of these groups, or something else than a folder is named.
+        ValueError: a file there is not a preset of these groups, or something other than a directory is named.
     """
     for name in ("config_path", "config_name", "experimental_rerun"):
         if value := getattr(options, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{option}={value} is not taken here. Presets of your own are files FOLDER/GROUP/NAME.yaml, with GROUP "
-                f"one of {', '.join(sorted(groups))}, asked for by --config-dir=FOLDER GROUP=NAME"
+                f"{option}={value} is not supported. Your own presets are files FOLDER/GROUP/NAME.yaml, with GROUP "
+                f"one of {', '.join(sorted(groups))}, selected by --config-dir=FOLDER GROUP=NAME"
             )
     folders = [options.config_dir] if options.config_dir else []
     for override in overrides:
@@ -62,12 +62,12 @@ def _check_file(file: Path, groups: set[str]) -> None:
         text = file.read_text()
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OSError, ValueError, OmegaConfBaseException, YAMLError):
-        return  # Hydra says what is wrong when it is asked for
+        return  # Hydra reports the error if the preset is used
     if re.search(r"^\s*#\s*@package", text, re.MULTILINE):
-        raise ValueError(f"{file}: @package is not taken here: a preset sets its own group alone")
+        raise ValueError(f"{file}: @package is not supported: a preset sets only its own group")
     for key, value in _walk(content):
         if key in ("_target_", "hydra") or key.startswith(("hydra/", "/hydra", "override hydra", "override /hydra")):
-            raise ValueError(f"{file}: {key} is not taken from a preset: it can run programs")
+            raise ValueError(f"{file}: {key} is not allowed in a preset: it can run programs")
         if key == "defaults":
             _check_defaults(file, value, groups)
         if isinstance(value, str):
@@ -75,15 +75,15 @@ def _check_file(file: Path, groups: set[str]) -> None:
 
 
 def _check_defaults(file: Path, defaults: Any, groups: set[str]) -> None:
-    """The presets that a preset builds on are of our groups too, so they are looked at as well: a name is of the same
-    group, /GROUP: NAME of another one. A path could lead anywhere."""
+    """Allows only presets of the existing groups in a defaults list, which are validated too: NAME of the same group,
+    or /GROUP: NAME. A path could lead anywhere."""
     for entry in defaults if isinstance(defaults, list) else [defaults]:
         for group, names in entry.items() if isinstance(entry, dict) else [(None, entry)]:
             path = str(group).removeprefix("override ").removeprefix("optional ")
             wrong = [group] if group is not None and (path[:1] != "/" or path[1:] not in groups) else []
             wrong += [name for name in (names if isinstance(names, list) else [names]) if set("/@$") & set(str(name))]
             if wrong:
-                raise ValueError(f"{file}: defaults: {wrong[0]} is not taken from a preset; name presets alone")
+                raise ValueError(f"{file}: defaults: {wrong[0]} is not allowed in a preset; only names of presets are")
 
 
 def _check_interpolations(file: Path, key: str, text: str) -> None:
@@ -93,8 +93,8 @@ def _check_interpolations(file: Path, key: str, text: str) -> None:
         if resolver not in RESOLVERS:
             allowed = ", ".join([*(f"${{{name}:...}}" for name in RESOLVERS), "${oc.env:NAME}"])
             raise ValueError(
-                f"{file}: {key}: ${{{resolver}:{argument}}} is not taken from a preset. There are {allowed} with NAME "
-                f"one of {', '.join(ENVIRONMENT)}; anything else can be given on the command line"
+                f"{file}: {key}: ${{{resolver}:{argument}}} is not allowed in a preset. Allowed are {allowed}, NAME "
+                f"being one of {', '.join(ENVIRONMENT)}; use the command line for anything else"
             )
 
 

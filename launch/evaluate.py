@@ -14,16 +14,16 @@ from training.run_dir import TOKENIZER
 
 
 def main(config: EvaluateConfig) -> int:
-    """Prints the figures for the run's held-out text, or for the given files. Returns the exit code 0.
+    """Prints loss, perplexity and bits per byte of the run's held-out text, or of the given files. Returns exit code 0.
 
     Raises:
-        ValueError: no such checkpoint, text that cannot be read, or a layout that cannot work.
+        ValueError: no such checkpoint, unreadable text, or an invalid layout.
     """
     return on_every_rank(evaluate_rank, config)
 
 
 def evaluate_rank(world: World, config: EvaluateConfig) -> int:
-    """As `main`, by one of the ranks; the first one prints."""
+    """`main` on one rank; rank 0 prints."""
     with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
         from corpus.stream import ValidWindows
         from training.evaluate import evaluate
@@ -56,7 +56,7 @@ def _data(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
     if not config.data.files:
         return data
     if loaded.tokenizer is None:
-        raise ValueError(f"data.files: {loaded.run_dir} has no {TOKENIZER}, so text cannot be turned into its tokens")
+        raise ValueError(f"data.files: {loaded.run_dir} has no {TOKENIZER}, so that text cannot be tokenised")
     own = replace(data, kind="text", files=config.data.files, text_key=config.data.text_key, valid_files=[], blend=[])
     return own
 

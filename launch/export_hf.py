@@ -1,15 +1,15 @@
-"""`python -m launch.export_hf checkpoint=RUN output=DIR`: a Hugging Face model from a checkpoint, for
-AutoModelForCausalLM.from_pretrained and whatever else reads the hub's names (docs/hugging_face.md)."""
+"""`python -m launch.export_hf checkpoint=RUN output=DIR`: converts a checkpoint to a Hugging Face model, for
+AutoModelForCausalLM.from_pretrained and other programs that read the format (docs/hugging_face.md)."""
 
 from conf.commands import ExportConfig
 from launch.cli import command
 
 
 def main(config: ExportConfig) -> int:
-    """Returns the exit code: 1 where the two models turn out not to compute the same.
+    """Exports the model. Returns the exit code: 1 if the two models compute different results.
 
     Raises:
-        ValueError: no such checkpoint, or a model that no family of Transformers has.
+        ValueError: no such checkpoint, or a model that fits no supported family.
     """
     from training.hf_export import export_model
 

@@ -1,4 +1,4 @@
-"""`python -m launch.generate checkpoint=DIR prompt=TEXT`: text from a checkpoint."""
+"""`python -m launch.generate checkpoint=DIR prompt=TEXT`: generates text from a checkpoint."""
 
 import functools
 
@@ -12,10 +12,10 @@ from training.sampling import check_sampling
 
 
 def main(config: GenerateConfig) -> int:
-    """Writes the prompt and what follows it to standard output. Returns the exit code 0.
+    """Prints the prompt and the generated text. Returns the exit code 0.
 
     Raises:
-        ValueError: no such checkpoint, one that cannot write text, or settings that cannot be sampled with.
+        ValueError: no such checkpoint, a model that cannot generate text, or invalid sampling settings.
     """
     check_sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if config.max_tokens < 1:
@@ -24,7 +24,7 @@ def main(config: GenerateConfig) -> int:
 
 
 def generate_rank(world: World, config: GenerateConfig) -> int:
-    """As `main`, by one of the ranks, which all make the same text; the first one prints."""
+    """`main` on one rank. All ranks generate the same text; rank 0 prints."""
     write = functools.partial(print, end="", flush=True) if world.rank == 0 else lambda text: None
     with load_model(config.checkpoint, config, world) as loaded:
         check_can_generate(loaded.built.config.model)
@@ -32,7 +32,7 @@ def generate_rank(world: World, config: GenerateConfig) -> int:
 
         tokenizer = loaded.tokenizer
         if tokenizer is None:
-            raise ValueError(f"{loaded.run_dir} has no tokenizer.json, so its tokens cannot be read as text")
+            raise ValueError(f"{loaded.run_dir} has no tokenizer.json, so that its tokens cannot be decoded")
         tokens = generate(
             loaded.built,
             encode_prompt(tokenizer, config.prompt),
@@ -49,7 +49,7 @@ def generate_rank(world: World, config: GenerateConfig) -> int:
         for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the token ends within a character
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # otherwise the token ends within a character
                 write(visible(text[shown:]))
                 shown = len(text)
         write("\n")

@@ -1,15 +1,15 @@
-"""`python -m launch.import_hf source=DIR output=RUN`: a run directory from a Hugging Face model, which
-checkpoint.load, launch.evaluate and launch.generate take (docs/hugging_face.md)."""
+"""`python -m launch.import_hf source=DIR output=RUN`: converts a Hugging Face model to a run directory, for
+checkpoint.load, launch.evaluate and launch.generate (docs/hugging_face.md)."""
 
 from conf.commands import ImportConfig
 from launch.cli import command
 
 
 def main(config: ImportConfig) -> int:
-    """Returns the exit code: 1 where the two models turn out not to compute the same.
+    """Imports the model. Returns the exit code: 1 if the two models compute different results.
 
     Raises:
-        ValueError: the source has something that is not understood, lacks something or has too much.
+        ValueError: the source has unsupported settings, or missing or unexpected tensors.
     """
     from training.hf_import import import_model
 

@@ -1,4 +1,4 @@
-"""The command line before Hydra sees it: text as it was typed, and keys that do not exist refused."""
+"""Prepares the command line for Hydra: quotes text settings and rejects unknown keys."""
 
 import re
 from pathlib import Path
@@ -16,23 +16,23 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def preset_groups() -> set[str]:
-    """`model`, `data`, `cluster` and so on: the folders of presets."""
+    """The groups of presets: `model`, `data`, `cluster` and so on."""
     return {path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")}
 
 
 def checked_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
-    """The arguments for Hydra: text settings quoted for its grammar.
+    """The arguments for Hydra, with text settings quoted for its grammar.
 
     Raises:
-        ValueError: what Hydra would accept (`+unknown=1`) or reject without naming what works, and what it would take
-            from another's folder.
+        ValueError: unknown settings, including those that Hydra would accept (`+unknown=1`), and presets that are not
+            allowed (see launch/config_folders.py).
     """
     options, unknown = parse_options(arguments)
     if options.shell_completion:
         return arguments
     if unknown:
         hint = "settings are given as key=value, without dashes" if unknown[0].startswith("-") else "put options first"
-        raise ValueError(f"{unknown[0]} is not understood here: {hint}; --help shows what there is")
+        raise ValueError(f"{unknown[0]} is not a valid argument: {hint}; see --help")
     groups = preset_groups()
     typed = {word: as_typed(word, keys, sweep=options.multirun) for word in options.overrides}
     overrides = OverridesParser.create().parse_overrides(list(typed.values()))
@@ -43,7 +43,7 @@ def checked_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
 
 
 def check_override(override: Override, keys: dict[str, Any], groups: set[str]) -> None:
-    """Raises ValueError where the setting or preset group does not exist or is added or removed as if it did not."""
+    """Raises ValueError if the setting or preset group does not exist, or is added (+) or removed (~)."""
     key = override.key_or_group
     if re.match(r"hydra\b", key):
         return

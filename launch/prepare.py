@@ -1,4 +1,4 @@
-"""Text files to Megatron's token files.
+"""Tokenises text files into Megatron token files.
 
     python -m launch.prepare input=FILES output=PREFIX [tokenizer=tokenizer.json] [vocab_size=4096]
 
@@ -49,8 +49,8 @@ def main(config: PrepareConfig) -> int:
 
 
 def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str, Any]:
-    """Writes the three files and returns the corpus's manifest."""
-    # Written aside, in the same file system: an interrupted command leaves no file that looks finished.
+    """Writes the three files and returns the manifest of the corpus."""
+    # Written to a temporary directory on the same file system: an interrupted command leaves no incomplete output.
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as temporary:
         folder = Path(temporary)
         with Console() as console:
@@ -60,14 +60,14 @@ def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str,
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
         manifest = json.loads((folder / "manifest.json").read_text())
         if "train" not in manifest["splits"]:
-            raise ValueError(f"{', '.join(corpus.ingredient.files)} hold no text")
+            raise ValueError(f"{', '.join(corpus.ingredient.files)} contain no text")
         for name, suffix in _OUTPUTS.items():
             os.rename(folder / name, f"{prefix}{suffix}")
     return manifest
 
 
 def _check_output(output: str) -> Path:
-    """The absolute prefix of the output, in a folder that exists."""
+    """The absolute prefix of the output, whose parent directory is created."""
     if output.endswith((".bin", ".idx")):
         raise ValueError(f"output={output} is a prefix: name it without the suffix, output={output[:-4]}")
     prefix = Path(output).expanduser().absolute()
@@ -84,12 +84,12 @@ def _check_output(output: str) -> Path:
 
 
 def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) -> None:
-    """Puts the named tokenizer, or one trained on the corpus, at `path`."""
+    """Writes the given tokenizer, or one trained on the corpus, to `path`."""
     from corpus.tokenizer import Tokenizer
 
     if config.tokenizer is not None:
         given = tokenizer_json(config.tokenizer, "tokenizer")
-        Tokenizer.load(given, config.eod_token)  # a wrong one must not be found out after it was copied
+        Tokenizer.load(given, config.eod_token)  # validates it before copying
         shutil.copyfile(given, path)
     else:
         sample = tokenizer_sample([corpus], config.tokenizer_sample_mib * 2**20)

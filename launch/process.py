@@ -1,21 +1,21 @@
-"""What a process needs before it opens anything: standard streams and file descriptors. Imports nothing heavy."""
+"""Sets up standard streams and the limit of open files of a process. Imports nothing heavy."""
 
 import os
 import resource
 import sys
 
-FEWEST_FILES = 256
-"""Open files that one rank needs, generously: gloo opens an epoll instance per process group and a socket per peer."""
+MIN_OPEN_FILES = 256
+"""Open files that a rank may need: gloo opens an epoll instance per process group and a socket per peer."""
 
 
 def prepare() -> None:
-    """Opens standard streams that were closed (`>&-`) on /dev/null, and raises the limit of open files as far as this
-    process may.
+    """Opens closed standard streams (`>&-`) on /dev/null, and raises the limit of open files as far as the hard limit
+    allows.
 
     Raises:
-        ValueError: fewer than FEWEST_FILES files may be open at a time.
+        ValueError: the limit is lower than MIN_OPEN_FILES.
     """
-    # A file that is opened while descriptor 1 is free becomes standard output, and what C libraries print goes into it.
+    # Otherwise the next opened file would become standard output, and C libraries would print into it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -26,11 +26,11 @@ def prepare() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and (hard == unlimited or soft < hard):
-        # Not to the highest values that some systems allow: programs that close all descriptors would take minutes.
+        # Not higher: programs that close all descriptors would take minutes.
         soft = max(soft, 65536 if hard == unlimited else min(hard, 65536))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft != unlimited and soft < FEWEST_FILES:
+    if soft != unlimited and soft < MIN_OPEN_FILES:
         raise ValueError(
-            f"only {soft} files may be open at a time here, and a run needs up to {FEWEST_FILES}: raise the limit with "
+            f"the limit of open files is {soft}, but a run needs up to {MIN_OPEN_FILES}: raise it with "
             f"`ulimit -n 1024`, or ask the administrator for a higher hard limit (`ulimit -Hn` says {hard})"
         )

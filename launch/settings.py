@@ -1,4 +1,4 @@
-"""The settings of a command by their dotted paths, and which of them a mistyped one was probably meant to be."""
+"""The settings of a command by their dotted keys, and suggestions for mistyped ones."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """The dotted path of every setting and section of a dataclass, with its type."""
+    """The dotted key of every setting and section of a dataclass, with its type."""
     found = {}
     for name, hint in get_type_hints(schema).items():
         found[prefix + name] = hint
@@ -17,7 +17,7 @@ def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest_settings(key: str, known: Iterable[str]) -> str:
-    """Says what was probably meant: `lr` -> optim.lr, `model.moe.topk` -> model.moe.top_k."""
+    """The end of a message about an unknown key: suggests optim.lr for `lr`, model.moe.top_k for `model.moe.topk`."""
     known = list(dict.fromkeys(known))
     section, _, name = key.rpartition(".")
 
@@ -26,12 +26,12 @@ def nearest_settings(key: str, known: Iterable[str]) -> str:
         return max(difflib.SequenceMatcher(None, one, other).ratio(), 0.85 * part)
 
     def near(candidate: str) -> float:
-        """How alike the last parts are; less where the sections before them have nothing in common."""
+        """The similarity of the last parts, reduced if the sections before them are different."""
         other_section, _, other = candidate.rpartition(".")
         alike = not section or section == other_section or similarity(section, other_section) >= 0.6
         return similarity(name, other) if alike else 0.8 * similarity(name, other)
 
-    # The last part says what is meant; the path before it decides between equals.
+    # The last part of the key counts first, the sections before it break ties.
     ranked = sorted(known, key=lambda k: (near(k), similarity(key, k)), reverse=True)
     same_name = [candidate for candidate in ranked if candidate.rpartition(".")[2] == name]
     if same_name:

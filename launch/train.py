@@ -1,4 +1,4 @@
-"""`python -m launch.train [overrides]`: trains. `bash launch/train.sh` is the way in for people."""
+"""`python -m launch.train [overrides]`: trains a model. Users run `bash launch/train.sh`."""
 # ruff: noqa: E402
 
 import os
@@ -32,18 +32,18 @@ from training.worker import tell_batch_script, train_rank, train_simulated
 
 
 def main(config: Config, stop: StopRequest) -> int:
-    """Checks everything that can be checked, then trains: as a rank of a torchrun or Slurm job, as N simulated ranks
-    (NPROC=N), or alone in this process. Returns the exit code. A signal before the first step of a rank that nobody
-    waits for ends the process.
+    """Validates the configuration, then trains: as a rank of a torchrun or Slurm job, as N simulated ranks (NPROC=N) or
+    in this process alone. Returns the exit code. A signal before the first step ends a process that no other rank
+    waits for.
 
     Raises:
-        ValueError: a configuration or data that cannot work; no rank has started then.
+        ValueError: an invalid configuration or data, before any rank is started.
     """
     world, simulated = started_ranks()
     config, warnings = reset_unused(config, max(world.size, simulated))
     rules.check(config, max(world.size, simulated))
     frozen_parameters(config)
-    # srun kills a step in which a task ends with anything but 0, and says little then: stop.json says how it ended.
+    # srun kills a step in which a task exits with a code other than 0; stop.json records how the run ended.
     in_step = world.size > 1 and "SLURM_STEP_ID" in os.environ
     try:
         code = _train(world, simulated, config, stop, warnings)
@@ -56,7 +56,7 @@ def main(config: Config, stop: StopRequest) -> int:
             print(f"switchyard: error: {visible(message)}", file=sys.stderr)
         return FAILED
     except ValueError as error:
-        # A wrong setting that only the rank itself could see, such as a GPU without bf16.
+        # An error that only the rank itself can detect, such as a GPU without bf16.
         tell_batch_script(config, BAD_CONFIGURATION, str(error))
         raise
     return DONE if code == STOPPED and in_step else code
@@ -85,12 +85,12 @@ def _train(world: World, simulated: int, config: Config, stop: StopRequest, warn
 
 
 def prepare_run(config: Config, run_dir: RunDir | None, console: Console, stop: StopRequest | None = None) -> Prepared:
-    """Prepares the data; the run directory takes the configuration over when the data fits it.
+    """Prepares the data, then writes the configuration to the run directory.
 
     Raises:
-        EndedEarly: `stop` was asked for. A run directory that was made for it is gone again, unless another run is in
-            it.
-        ValueError: the data is wrong, or checkpoint.load is of another model. The same.
+        EndedEarly: `stop` was requested. A run directory that was created for this run is removed, unless another run
+            uses it.
+        ValueError: invalid data, or checkpoint.load is of another model. The run directory is removed as well.
     """
 
     def progress(what: str, done: float) -> None:

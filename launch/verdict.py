@@ -1,7 +1,7 @@
 """`python -m launch.verdict [--asked] [--interactive] RUN_DIR`: what launch/job.sh does after an attempt of a run.
 Prints `requeue` or the exit code of the job, and the reason on standard error.
 
---asked: Slurm had announced the end of the job. --interactive: nobody but the person who is there starts it again.
+--asked: Slurm had announced the end of the job. --interactive: the job cannot be requeued.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from training.run_dir import read_settings
 
 
 def _max_requeues(run_dir: Path) -> int:
-    """The run's slurm.max_requeues, and its default where the recorded settings cannot be read or are of another
-    version: a job that could go on is not lost for that."""
+    """The run's slurm.max_requeues, or its default if the recorded settings cannot be read or are of another version:
+    the job can still be requeued then."""
     try:
         section = read_settings(run_dir).get("slurm")
     except ValueError as error:
-        with contextlib.suppress(OSError):  # the job's output may be full
+        with contextlib.suppress(OSError):  # the disk of the job's output may be full
             print(f"switchyard: warning: {visible(str(error))}", file=sys.stderr)
         section = None
     limit = section.get("max_requeues") if isinstance(section, dict) else None

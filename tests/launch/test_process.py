@@ -33,7 +33,7 @@ def test_the_limit_of_open_files() -> None:
     assert shell(f"ulimit -Sn 64; ulimit -Hn 1000; {limit}").stdout == "1000\n"
     done = shell(f"ulimit -n 64; {sys.executable} -m launch.check")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("switchyard: error: only 64 files may be open at a time") and "ulimit" in done.stderr
+    assert done.stderr.startswith("switchyard: error: the limit of open files is 64") and "ulimit" in done.stderr
 
 
 @pytest.mark.parametrize(
