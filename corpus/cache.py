@@ -1,4 +1,4 @@
-"""The cache on disk: entries, which are folders that exist whole or not at all, and facts about files."""
+"""The on-disk cache: entries, which are directories that are created atomically, and facts about files."""
 
 import errno
 import hashlib
@@ -16,16 +16,16 @@ from parallel import file_lock
 from parallel.cache_dir import ROOT, make_private, untrusted_reason
 
 _CLOCK_TICK_NS = 20_000_000
-"""Longer than the steps in which file systems count time: two changes further apart than this have different times."""
+"""Longer than the time resolution of file systems: changes further apart than this have different timestamps."""
 
 
 class ReadOnlyCache(ValueError):
-    """What was asked for is not in the cache, and this user cannot write there."""
+    """The entry is not in the cache, and this user cannot write to it."""
 
 
 class Cache:
-    """Safe to share: several processes, also on several nodes and of several users, may use one folder at once. Who
-    may not write there can read what others have put in."""
+    """A cache that several processes, nodes and users can share. Users without write permission can read the entries of
+    others."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class Cache:
         timeout: float = 600.0,
         waiting: Callable[[str], None] = lambda what: None,
     ) -> None:
-        """Creates the folder when it is absent.
+        """Creates the directory if it does not exist.
 
         Args:
-            note: called with what the user should know, such as that a damaged entry was made again.
-            timeout, waiting: of another process that builds an entry, as in parallel.file_lock.
+            note: called with messages for the user, such as that a damaged entry was rebuilt.
+            timeout, waiting: for another process that builds an entry, as in parallel/file_lock.py.
 
         Raises:
-            ValueError: it cannot be created or read.
+            ValueError: the directory cannot be created or read.
         """
         self._folder = Path(cache_dir).expanduser().absolute()
         self._note = note
@@ -55,7 +55,7 @@ class Cache:
                 f"data.cache_dir {self._folder} cannot be used: {error.strerror}; "
                 "set data.cache_dir to a folder that can be written to"
             ) from None
-        # A folder that was chosen may be meant to be shared; the one in the user's home is not.
+        # A directory that the user chose may be shared deliberately; the default one in the home directory is not.
         if self._folder == Path(ROOT).expanduser() and (reason := untrusted_reason(self._folder)):
             note(f"tokenizers and token files are not safe from other users: {reason}")
         self.writable = os.access(self._folder, os.W_OK | os.X_OK)
@@ -64,24 +64,24 @@ class Cache:
         self._facts_changed = False
 
     def entry(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
-        """The folder of an entry, which `build` fills when it is not there yet.
+        """The directory of an entry, which is built if it does not exist.
 
-        `build` gets an empty folder, which is moved to its place once it is complete. Of several processes one builds
-        and the others wait for it. An entry whose files are not as they were written is built again, with a note.
+        `build` fills an empty directory, which is renamed once it is complete. If several processes need the entry, one
+        builds it and the others wait. An entry whose files have changed is rebuilt, with a note.
 
         Args:
-            kind: the folder that holds such entries.
-            key: all that the content depends on, JSON-serialisable.
+            kind: the subdirectory for entries of this kind.
+            key: everything that the content depends on, JSON-serialisable.
 
         Raises:
-            ReadOnlyCache: the entry is not there, or is damaged, and the cache cannot be written to.
+            ReadOnlyCache: the entry does not exist, or is damaged, and the cache cannot be written to.
             ValueError: the file system has no locks, or no space is left.
-            LockTimeout: the process that builds the entry gives no sign of life.
+            LockTimeout: the process that builds the entry does not respond.
         """
         place = self._folder / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         with suppress(OSError, ValueError):
             if not integrity.unverified(place):
-                return place  # without a lock, which not everybody can take
+                return place  # without a lock, which needs write permission
         if not os.access(_nearest_folder(place.parent), os.W_OK | os.X_OK):
             if damage := _damage(place, record=False):
                 raise ReadOnlyCache(
@@ -93,12 +93,12 @@ class Cache:
             _make_shared(place.parent)
             with self._locked(place.with_suffix(".lock")):
                 if damage := _damage(place, record=True):
-                    if place.exists() and damage != _UNFINISHED:
-                        self._note(f"{place} {damage}; it has been made again")
+                    if place.exists() and damage != _MISSING:
+                        self._note(f"{place} {damage}; it was rebuilt")
                     _build(place, build)
         except OSError as error:
             elsewhere = error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(self._folder)
-            if error.errno not in _NO_ROOM_OR_RIGHT or elsewhere:
+            if error.errno not in _NOT_WRITABLE or elsewhere:
                 raise
             raise ValueError(
                 f"data.cache_dir {self._folder} cannot be written to: {error.strerror}"
@@ -111,9 +111,9 @@ class Cache:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
-            lock = os.open(path, os.O_RDONLY)  # made by another user before the folder was shared
+            lock = os.open(path, os.O_RDONLY)  # created by another user before the directory was shared
         with ExitStack() as stack:
-            stack.callback(os.close, lock)  # which releases it
+            stack.callback(os.close, lock)  # this releases the lock
             shared = path.parent.stat().st_mode & 0o22
             if os.fstat(lock).st_uid == os.geteuid() and shared:
                 os.fchmod(lock, 0o644 | shared)
@@ -129,8 +129,8 @@ class Cache:
             yield
 
     def fact(self, path: str, name: str, compute: Callable[[str], Any]) -> Any:
-        """What `compute(path)` says about a file's content, JSON-serialisable; remembered under the file's path, inode,
-        size, modification and change time, so that a second start need not read the file again.
+        """The JSON-serialisable result of `compute(path)` for a file's content, cached under the file's path, inode,
+        size, modification and change time, so that later starts need not read the file again.
 
         Raises:
             ValueError: the file cannot be read.
@@ -138,7 +138,7 @@ class Cache:
         try:
             status = os.stat(path)
             if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_TICK_NS:
-                time.sleep(_CLOCK_TICK_NS / 1e9)  # an edit from now on shows in the change time
+                time.sleep(_CLOCK_TICK_NS / 1e9)  # so that a later edit changes the timestamp
                 status = os.stat(path)
             key = f"{name} {os.path.abspath(path)} {' '.join(map(str, integrity.stamp(status)))}"
             if key not in self._facts:
@@ -149,12 +149,12 @@ class Cache:
         return self._facts[key]
 
     def sha256(self, path: str) -> str:
-        """Hexadecimal SHA-256 of a file's bytes, remembered."""
+        """Hexadecimal SHA-256 of a file, cached."""
         return self.fact(path, "sha256", integrity.sha256)
 
     def save_facts(self) -> None:
-        """Writes what was learned about files, where that is possible: it can be computed again. Of two processes that
-        save at once one may win; what the other learned is then computed again when it is next needed."""
+        """Saves the facts about files, if possible. If two processes save at once, the facts of one may be lost; they
+        are recomputed when they are needed."""
         if self._facts_changed and self.writable:
             with suppress(OSError):
                 integrity.write_sealed(self._facts_path, self._facts)
@@ -163,20 +163,20 @@ class Cache:
         try:
             return integrity.read_sealed(self._facts_path)
         except (OSError, ValueError):
-            return {}  # all of it can be computed again
+            return {}  # they can be recomputed
 
 
-_UNFINISHED = "is not there"
-_NO_ROOM_OR_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MISSING = "is not there"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _damage(place: Path, *, record: bool) -> str | None:
-    """What is wrong with an entry, after reading all of it that was touched since it was last read; None: nothing."""
+    """What is wrong with an entry, after reading all files that changed since they were last read. None: nothing."""
     try:
         integrity.verify(place, integrity.unverified(place), record=record)
         return None
     except FileNotFoundError:
-        return _UNFINISHED
+        return _MISSING
     except ValueError as error:
         return f"is damaged ({error})"
     except OSError as error:
@@ -185,7 +185,7 @@ def _damage(place: Path, *, record: bool) -> str | None:
 
 def _build(place: Path, build: Callable[[Path], None]) -> None:
     partial = place.with_suffix(".partial")
-    for leftover in (partial, place):  # of a process that died: nobody else is here while the lock is held
+    for leftover in (partial, place):  # of a process that died; the lock excludes others
         if leftover.exists():
             shutil.rmtree(leftover)
     _make_shared(partial)
@@ -203,9 +203,9 @@ def _nearest_folder(path: Path) -> Path:
 
 
 def _make_shared(folder: Path) -> None:
-    """Makes a folder in which those who may write to its parent may write, whatever this user's umask."""
+    """Creates a directory with the write permissions of its parent, independent of the umask."""
     if not folder.is_dir():
         folder.mkdir(mode=0o755, exist_ok=True)
-        shared = folder.parent.stat().st_mode & 0o1022  # and the bit that keeps users from each other's files
+        shared = folder.parent.stat().st_mode & 0o1022  # including the sticky bit
         if shared & ~folder.stat().st_mode:
             folder.chmod(folder.stat().st_mode & 0o7777 | shared)

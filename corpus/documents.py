@@ -1,4 +1,4 @@
-"""Files of text, read as a stream of documents: a .txt file is one document, a row of the other kinds is one."""
+"""Reads text files as a stream of documents: a .txt file, or a row of the other formats, is one document."""
 
 import difflib
 import glob
@@ -15,8 +15,8 @@ from typing import Any
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _BLOCK = 256 * 1024
-_MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` makes
-_NAMED_ROWS = 3
+_MAX_ZSTD_WINDOW = 2**31  # bytes, as of `zstd --long=31`
+_MAX_NAMED_ROWS = 3
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -24,36 +24,36 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Document:
     text: str
     replaced: int
-    """Invalid UTF-8 sequences of the file that became U+FFFD in `text`."""
+    """Number of invalid UTF-8 sequences that were replaced by U+FFFD in `text`."""
     done: float
-    """Share of the file read so far, 0 to 1."""
+    """Fraction of the file read so far."""
 
 
 @dataclass(frozen=True)
 class _BadRow:
-    """A row without usable text."""
+    """A row without valid text."""
 
     where: str
     why: str
 
 
 @dataclass
-class LeftOut:
-    """The rows of a file that have no usable text."""
+class SkippedRows:
+    """The rows of a file that were skipped because they have no valid text."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-    """Where the first few are, and what is wrong with each."""
+    """Positions and problems of the first ones."""
 
     def note(self, path: str) -> str:
-        """What to tell the user."""
+        """The message for the user."""
         more = self.count - len(self.first)
         rows = "; ".join(self.first) + (f"; and {more} more" if more else "")
-        return f"{path}: {self.count} row{'s' if self.count > 1 else ''} left out, strict=true stops at them: {rows}"
+        return f"{path}: {self.count} row{'s' if self.count > 1 else ''} skipped (an error with strict=true): {rows}"
 
 
 def is_text_file(path: str) -> bool:
-    """Whether the suffix is one that `read_documents` knows."""
+    """Whether the suffix is one of TEXT_SUFFIXES."""
     return path.endswith(TEXT_SUFFIXES)
 
 
@@ -61,7 +61,7 @@ def standard_library_files() -> list[str]:
     """Absolute paths of the source files of the running Python's standard library, without its tests, sorted.
 
     Raises:
-        ValueError: this Python came without sources.
+        ValueError: this Python is installed without sources.
     """
     root = sysconfig.get_path("stdlib")
     files = []
@@ -69,19 +69,19 @@ def standard_library_files() -> list[str]:
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
         files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise ValueError(f"data=stdlib: {root} holds no .py files; use data=text data.files=[...]")
+        raise ValueError(f"data=stdlib: {root} contains no .py files; use data=text data.files=[...]")
     return sorted(files)
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """Absolute paths of the text files that paths and globs name: in the order given, sorted within a glob, each once.
+    """Absolute paths of the text files that match paths and globs, without duplicates, sorted within each glob.
 
     Raises:
-        ValueError: nothing there, an empty or unreadable file, or a suffix that is not one of TEXT_SUFFIXES.
+        ValueError: no such file, an empty or unreadable file, or a suffix that is not one of TEXT_SUFFIXES.
     """
     paths = []
     for pattern in map(os.path.expanduser, patterns):
-        # A file may itself be called `a[1].txt`, so a name that exists is not taken for a glob.
+        # A file may itself be called `a[1].txt`: an existing path is not a glob.
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             what = "matches no file" if glob.has_magic(pattern) else "does not exist"
@@ -91,18 +91,18 @@ def expand(patterns: list[str]) -> list[str]:
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder; name its files, for example {path}/*.txt")
         if not is_text_file(path):
-            raise ValueError(f"{path}: unknown kind of file; known are {' '.join(TEXT_SUFFIXES)}")
+            raise ValueError(f"{path}: unknown file format; supported are {' '.join(TEXT_SUFFIXES)}")
         if os.path.getsize(path) == 0:
             raise ValueError(f"{path} is empty")
         if not os.access(path, os.R_OK):
-            raise ValueError(f"{path} may not be read by this user")
+            raise ValueError(f"{path} cannot be read by this user")
     return list(dict.fromkeys(paths))
 
 
 def nearest_existing(path: str) -> str:
-    """The end of a message about a missing file: the most similar name beside it, or the folder that is missing."""
+    """The end of a message about a missing file: the most similar name in its directory, or the missing directory."""
     try:
-        os.stat(path)  # is there, but something else than was wanted; or the name itself is impossible
+        os.stat(path)  # exists, but is not a file; or the name is invalid
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -115,25 +115,25 @@ def nearest_existing(path: str) -> str:
     try:
         similar = difflib.get_close_matches(Path(path).name, os.listdir(folder), n=1, cutoff=0.5)
     except OSError:
-        return ""  # a folder that this user may enter but not list
+        return ""  # a directory that this user cannot list
     return f"; did you mean {folder / similar[0]}?" if similar else ""
 
 
 def read_documents(
-    path: str, text_key: str, *, strict: bool = False, left_out: LeftOut | None = None
+    path: str, text_key: str, *, strict: bool = False, skipped: SkippedRows | None = None
 ) -> Iterator[Document]:
-    """The documents of one file, in order; those without text are left out. Whatever the size of the file, no more
-    than one document (.txt, .jsonl) or one row group (.parquet) is in memory.
+    """The documents of a file, in order, without empty ones. At most one document (.txt, .jsonl) or one row group
+    (.parquet) is in memory.
 
     Args:
         path: one of TEXT_SUFFIXES; any other suffix is read like .txt.
-        text_key: the field of a row that holds its text.
-        strict: stop at a row that is not JSON, has no such field, or has something other than a string there.
-        left_out: where such rows are counted otherwise.
+        text_key: the field of a row that has its text.
+        strict: raise an error for a row that is not JSON, has no such field, or whose field is not a string.
+        skipped: counts such rows otherwise.
 
     Raises:
-        ValueError: the file cannot be read or is damaged, or no row (`strict`: a row) has no text; names the file and
-            the line.
+        ValueError: the file cannot be read or is damaged, or no row (with `strict`: not every row) has text; the
+            message names the file and the line.
     """
     if path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         rows = _read_jsonl(path, text_key)
@@ -141,7 +141,7 @@ def read_documents(
         rows = _read_parquet(path, text_key)
     else:
         rows = _read_plain(path)
-    left_out = LeftOut() if left_out is None else left_out
+    skipped = SkippedRows() if skipped is None else skipped
     usable = False
     try:
         for row in rows:
@@ -152,14 +152,14 @@ def read_documents(
                 continue
             if strict:
                 raise ValueError(f"{path} {row.where}{row.why}")
-            left_out.count += 1
-            if len(left_out.first) < _NAMED_ROWS:
-                left_out.first.append(f"{row.where}{row.why}")
+            skipped.count += 1
+            if len(skipped.first) < _MAX_NAMED_ROWS:
+                skipped.first.append(f"{row.where}{row.why}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    if left_out.count and not usable:
-        others = f"; none of its {left_out.count} rows can be used" if left_out.count > 1 else ""
-        raise ValueError(f"{path} {left_out.first[0]}{others}")
+    if skipped.count and not usable:
+        others = f"; none of its {skipped.count} rows can be used" if skipped.count > 1 else ""
+        raise ValueError(f"{path} {skipped.first[0]}{others}")
 
 
 def _read_plain(path: str) -> Iterator[Document]:
@@ -167,10 +167,10 @@ def _read_plain(path: str) -> Iterator[Document]:
 
 
 def _without_mark(start: bytes, path: str) -> bytes:
-    """The beginning of a file without a byte-order mark, which is no part of its text.
+    """The beginning of a file without its byte-order mark.
 
     Raises:
-        ValueError: the mark is that of UTF-16.
+        ValueError: the byte-order mark of UTF-16.
     """
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in start:
         raise ValueError(f"{path} is in UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
@@ -221,7 +221,7 @@ def _parse(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # an integer of more digits than Python converts, and a field that is not looked at
+    except ValueError:  # an integer with more digits than Python converts, in a field that is not used
         return json.loads(line, parse_int=float)
 
 
@@ -236,7 +236,7 @@ def _read_parquet(path: str, text_key: str) -> Iterator[Document | _BadRow]:
             names = ", ".join(file.schema_arrow.names)
             raise ValueError(f"{path} has no column {text_key!r}; set text_key to one that it has: {names}")
         for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-            # As bytes, since Arrow does not check that its strings are valid UTF-8.
+            # As bytes, since Arrow does not validate UTF-8.
             for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                 number += 1
                 if value is None:
@@ -250,7 +250,7 @@ def _read_parquet(path: str, text_key: str) -> Iterator[Document | _BadRow]:
 
 
 def _decode(data: bytes) -> tuple[str, int]:
-    """Text of UTF-8 bytes, and how many invalid sequences were replaced by U+FFFD."""
+    """Text of UTF-8 bytes, and the number of invalid sequences replaced by U+FFFD."""
     try:
         return data.decode(), 0
     except UnicodeDecodeError:
@@ -259,7 +259,7 @@ def _decode(data: bytes) -> tuple[str, int]:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """JSON may escape half of a surrogate pair, which no UTF-8 text can hold; it becomes U+FFFD."""
+    """Replaces lone surrogates, which JSON can escape but UTF-8 cannot encode, by U+FFFD."""
     try:
         text.encode()
         return text
@@ -268,7 +268,7 @@ def _without_lone_surrogates(text: str) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[bytes, float]]:
-    """Lines of a plain or compressed file, without their newline, and the share of the file read so far."""
+    """Lines of a plain or compressed file, without their newline, and the fraction of the file read so far."""
     if path.endswith(".gz"):
         blocks = _decompressed(path, partial(zlib.decompressobj, wbits=31))
     elif path.endswith(".zst"):
@@ -277,7 +277,7 @@ def _lines(path: str) -> Iterator[tuple[bytes, float]]:
         blocks = _decompressed(path, zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).decompressobj)
     else:
         blocks = _blocks(path)
-    begun: list[bytes] = []  # parts of a line that has not ended: joined once, so that a long line takes linear time
+    begun: list[bytes] = []  # parts of an incomplete line, joined once so that long lines take linear time
     for block, done in blocks:
         first, *others = block.split(b"\n")
         begun.append(first)
@@ -298,10 +298,10 @@ def _blocks(path: str) -> Iterator[tuple[bytes, float]]:
 
 
 def _decompressed(path: str, new_frame: Callable[[], Any]) -> Iterator[tuple[bytes, float]]:
-    """The content of the frames (zstd) or members (gzip) that follow each other in the file.
+    """The decompressed content of the concatenated frames (zstd) or members (gzip) of a file.
 
     Raises:
-        EOFError: the last one is cut short.
+        EOFError: the last one is truncated.
         zlib.error, zstandard.ZstdError: one is damaged.
     """
     frame = None
@@ -309,7 +309,7 @@ def _decompressed(path: str, new_frame: Callable[[], Any]) -> Iterator[tuple[byt
         while block:
             frame = frame or new_frame()
             yield frame.decompress(block), done
-            block = frame.unused_data.lstrip(b"\0") if frame.eof else b""  # tapes pad with zeros
+            block = frame.unused_data.lstrip(b"\0") if frame.eof else b""  # some files are padded with zeros
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("it ends in the middle of the compressed data")

@@ -1,6 +1,8 @@
-"""Token files in Megatron's format: PREFIX.bin holds the token ids of all documents one after the other, PREFIX.idx
-their lengths. Written by Megatron-Core's own builder; read and checked here without importing it, since a damaged file
-must be found on a login node and at once."""
+"""Megatron token files: PREFIX.bin has the concatenated token ids of all documents, PREFIX.idx their lengths.
+
+They are written with Megatron-Core's builder, and read and validated here without importing it, so that a damaged file
+is found immediately and on a login node.
+"""
 
 import contextlib
 import logging
@@ -26,36 +28,36 @@ _SCAN_TOKENS = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Index:
-    """A checked .idx file."""
+    """A validated .idx file."""
 
     dtype: type[np.integer]
     lengths: np.ndarray
-    """Tokens of each sequence, int32 [N]."""
+    """Number of tokens of each sequence, int32 [N]."""
     documents: np.ndarray
-    """The first sequence of each document, then N; int64 [documents + 1]. Mostly a document is one sequence."""
+    """The first sequence of each document, then N; int64 [documents + 1]. A document usually is one sequence."""
 
     @property
     def num_documents(self) -> int:
         return len(self.documents) - 1
 
     def num_tokens(self, first_document: int, num_documents: int) -> int:
-        """Tokens of a range of documents."""
+        """Number of tokens of a range of documents."""
         first, end = self.documents[first_document], self.documents[first_document + num_documents]
         return int(self.lengths[first:end].sum(dtype=np.int64))
 
 
 def read_index(prefix: str) -> Index:
-    """Opens PREFIX.idx (memory-mapped) and compares it with PREFIX.bin.
+    """Opens PREFIX.idx (memory-mapped) and validates it against PREFIX.bin.
 
     Raises:
-        ValueError: a file is missing, or is not what Megatron's tools write, or the two do not belong together.
+        ValueError: a file is missing or is not in Megatron's format, or the two do not match.
     """
     bin_path, idx_path = prefix + ".bin", prefix + ".idx"
     for path in (bin_path, idx_path):
         if not os.path.isfile(path):
             hint = nearest_existing(path)
             if prefix.endswith((".bin", ".idx")):
-                hint = f"; name the prefix alone: {prefix[:-4]}"
+                hint = f"; give the prefix only: {prefix[:-4]}"
             raise ValueError(f"{path} does not exist{hint}")
     with open(idx_path, "rb") as file:
         header = file.read(_HEADER.size)
@@ -63,17 +65,17 @@ def read_index(prefix: str) -> Index:
         raise ValueError(f"{idx_path} is not a Megatron index: it does not begin with {_MAGIC!r}")
     _, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{idx_path}: version {version} and type code {code} are not those of an index of token ids")
+        raise ValueError(f"{idx_path}: version {version} and type code {code} are not supported")
     size = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
     if os.path.getsize(idx_path) == size + num_sequences and num_sequences:
         raise ValueError(
             f"{idx_path} is a multimodal index, with a mode for each of its {num_sequences} sequences; "
-            "only token files of text can be trained on: make the pair again without modes"
+            "only text is supported: create the pair again without modes"
         )
     if os.path.getsize(idx_path) != size:
         raise ValueError(
             f"{idx_path} is truncated or damaged: {os.path.getsize(idx_path)} bytes instead of {size} "
-            f"for {num_sequences} sequences; make it again"
+            f"for {num_sequences} sequences; create it again"
         )
     raw = np.memmap(idx_path, mode="r", offset=0)
     lengths = np.frombuffer(raw, np.int32, num_sequences, _HEADER.size)
@@ -88,7 +90,7 @@ def read_index(prefix: str) -> Index:
 def _check_index(index: Index, prefix: str) -> None:
     documents, itemsize = index.documents, np.dtype(index.dtype).itemsize
     if (index.lengths < 0).any() or len(documents) == 0 or documents[0] != 0 or (np.diff(documents) < 0).any():
-        raise ValueError(f"{prefix}.idx is damaged: lengths are negative or documents out of order; make it again")
+        raise ValueError(f"{prefix}.idx is damaged: lengths are negative or documents out of order; create it again")
     if documents[-1] != len(index.lengths):
         raise ValueError(f"{prefix}.idx is damaged: its last document ends at sequence {documents[-1]}")
     expected = int(index.lengths.sum(dtype=np.int64)) * itemsize
@@ -96,13 +98,13 @@ def _check_index(index: Index, prefix: str) -> None:
     if expected != actual:
         why = "the .bin is truncated" if actual < expected else "the .idx belongs to another file"
         raise ValueError(
-            f"{prefix}.bin has {actual} bytes, but {prefix}.idx describes {expected}: {why}; make the pair again"
+            f"{prefix}.bin has {actual} bytes, but {prefix}.idx describes {expected}: {why}; create the pair again"
         )
 
 
 class OpenTokens:
-    """PREFIX.bin, kept open to be asked, before it is read through a mapping, whether all of it is still there: a page
-    past the end of a file that was truncated would end the process (SIGBUS), without a message.
+    """PREFIX.bin, kept open to check its size before it is read through a memory mapping: reading a page beyond the end
+    of a truncated file would kill the process (SIGBUS) without a message.
 
     Raises:
         ValueError: as `read_index`.
@@ -115,29 +117,29 @@ class OpenTokens:
         self._file = open(self.path, "rb")  # noqa: SIM115 (open as long as the mapping is)
 
     def check(self) -> None:
-        """Raises OSError: the file has become smaller."""
+        """Raises OSError if the file has become smaller."""
         size = os.fstat(self._file.fileno()).st_size
         if size < self._size:
             raise OSError(
-                f"{self.path} was truncated while it was in use: {size} bytes instead of {self._size}. Whatever writes "
-                "to it must stop. Make the file again (one in data.cache_dir is made again by itself), then continue "
+                f"{self.path} was truncated while it was in use: {size} bytes instead of {self._size}. Stop whatever "
+                "writes to it, create the file again (files in data.cache_dir are rebuilt automatically), then resume "
                 "the run with the same run.dir"
             )
 
 
 def _check_pointers(index: Index, pointers: np.ndarray, prefix: str) -> None:
-    """Megatron-Core reads where the pointers (bytes, int64 [N]) say: each sequence begins where the one before ends."""
+    """Checks that each sequence begins where the previous one ends; pointers are byte offsets, int64 [N]."""
     expected, itemsize = 0, np.dtype(index.dtype).itemsize
     for start in range(0, len(pointers), _SCAN_TOKENS):
         chunk = slice(start, start + _SCAN_TOKENS)
         ends = expected + np.cumsum(index.lengths[chunk], dtype=np.int64) * itemsize
         if pointers[start] != expected or (pointers[chunk][1:] != ends[:-1]).any():
-            raise ValueError(f"{prefix}.idx is damaged: its sequences do not follow each other; make it again")
+            raise ValueError(f"{prefix}.idx is damaged: its sequences do not follow each other; create it again")
         expected = int(ends[-1])
 
 
 def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndarray:
-    """The tokens of a range of documents, one after the other, memory-mapped; [tokens] of the file's type."""
+    """The concatenated tokens of a range of documents, memory-mapped; [tokens], in the type of the file."""
     index = read_index(prefix)
     start = index.num_tokens(0, first_document)
     tokens = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
@@ -145,7 +147,7 @@ def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndar
 
 
 def extreme_ids(prefix: str) -> tuple[int, int]:
-    """Smallest and largest token id of a whole file that is not empty; reads all of it, in chunks."""
+    """Smallest and largest token id of a non-empty file; reads all of it, in chunks."""
     tokens = np.memmap(prefix + ".bin", dtype=read_index(prefix).dtype, mode="r")
     chunks = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
@@ -153,8 +155,8 @@ def extreme_ids(prefix: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """While Megatron-Core is imported: it warns about packages that have nothing to do with data, and torch, when it is
-    asked for its compiler, about a CUDA toolkit without a GPU, which is what a login node has."""
+    """Suppresses warnings while Megatron-Core is imported: its own about optional packages, and PyTorch's about a CUDA
+    toolkit without a GPU, as on a login node."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -167,12 +169,12 @@ def quiet_import() -> Iterator[None]:
 
 
 class TokenWriter:
-    """Writes documents to a .bin/.idx pair: texts are collected and encoded many at a time, on all cores."""
+    """Writes documents to a .bin/.idx pair. Texts are tokenised in batches, on all cores."""
 
     def __init__(self, prefix: str, tokenizer: Tokenizer, *, measure: bool) -> None:
         """
         Args:
-            measure: count the bytes of the text, and those of its `gzip -9`.
+            measure: whether to count the bytes of the text, and of its `gzip -9`.
         """
         assert tokenizer.eod_id is not None
         with quiet_import():
@@ -181,16 +183,16 @@ class TokenWriter:
         self._prefix = prefix
         self._tokenizer = tokenizer
         self._builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        self._segments: list[tuple[str, bool]] = []  # not encoded yet; whether a document ends with it
+        self._segments: list[tuple[str, bool]] = []  # not yet tokenised; whether it is the end of a document
         self._characters = 0
-        self._encoded: list[np.ndarray] = []  # of a document that has not ended yet
+        self._encoded: list[np.ndarray] = []  # of an incomplete document
         self._gzip = zlib.compressobj(9, wbits=31) if measure else None
         self.num_documents = 0
         self.num_bytes = 0
         self.gzip_bytes = 0
 
     def add(self, text: str) -> None:
-        """Appends a document; its end-of-document token is added."""
+        """Appends a document and its end-of-document token."""
         parts = self._tokenizer.segments(text)
         for number, part in enumerate(parts, start=1):
             self._segments.append((part, number == len(parts)))
@@ -204,7 +206,7 @@ class TokenWriter:
         self.num_documents += 1
 
     def finish(self) -> None:
-        """Writes what is left and the .idx file."""
+        """Writes the remaining documents and the .idx file."""
         self._encode()
         self._builder.finalize(self._prefix + ".idx")
         if self._gzip:

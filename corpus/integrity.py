@@ -1,4 +1,4 @@
-"""Whether the files of a cache entry are those that were written: sizes and SHA-256 of each, kept beside them."""
+"""Verifies the files of a cache entry by their sizes and SHA-256, which are stored in the entry."""
 
 import hashlib
 import json
@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import Any
 
 _HASHES = "files.json"
-"""Size and SHA-256 of every file of an entry, under a hash of its own; written last, so that a folder with it was
-finished."""
+"""Size and SHA-256 of every file of an entry, with a hash of its own. Written last: its existence marks a complete
+entry."""
 _STAMPS = "verified.json"
-"""What the file system said of the large files when they were last hashed."""
+"""File system metadata of the large files when they were last hashed."""
 ALWAYS_HASHED = 1024 * 1024
-"""Bytes. Files up to this size are hashed whenever an entry is opened, larger ones once and then only when their inode,
-size, modification or change time is another: 1.2 GiB/s on one core, so that a start does not read a large corpus."""
+"""Bytes. Files up to this size are hashed whenever an entry is opened; larger ones (1.2 GiB/s on one core) once, and
+again only if their inode, size, modification or change time differs, so that a start does not read a large corpus."""
 
 
 def stamp(status: os.stat_result) -> list[int]:
-    """What differs once a file was written to or replaced: unlike the modification time, no user can set the change
-    time back. The device is left out, since nodes may number the same file system differently."""
+    """Metadata that changes if a file is written to or replaced: unlike the modification time, users cannot set the
+    change time. Without the device, since nodes may number the same file system differently."""
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sealed(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all, with a hash by which `read_sealed` finds damage."""
+    """Writes JSON atomically, with a hash by which `read_sealed` detects damage."""
     text = json.dumps(content)
-    # Not a process number, which other nodes have too.
+    # Not a process id, which is not unique across nodes.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(json.dumps({"sha256": _digest(text), "content": content}))
@@ -44,11 +44,11 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path) -> Any:
-    """What `write_sealed` wrote.
+    """Reads a file written by `write_sealed`.
 
     Raises:
         ValueError: the file is damaged.
-        OSError: there is none, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
     """
     try:
         sealed = json.loads(path.read_bytes())
@@ -61,7 +61,7 @@ def read_sealed(path: Path) -> Any:
 
 
 def seal(folder: Path) -> None:
-    """Records what is in an entry that has just been written."""
+    """Records sizes and hashes of the files of a new entry."""
     hashes, stamps = {}, {}
     for file in sorted(folder.iterdir()):
         status = file.stat()
@@ -79,11 +79,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def unverified(folder: Path) -> list[str]:
-    """The large files of an entry that have been touched since they were last hashed; the others are as written.
+    """The large files of an entry that may have changed since they were last hashed; the others are verified.
 
     Raises:
-        ValueError: one is not as written; the message says which and how.
-        OSError: the entry is not there, or cannot be read.
+        ValueError: a file has changed; the message names it.
+        OSError: the entry does not exist or cannot be read.
     """
     hashes, stamps, unknown = read_sealed(folder / _HASHES), _stamps(folder), []
     for name, (size, digest) in hashes.items():
@@ -98,16 +98,16 @@ def unverified(folder: Path) -> list[str]:
 
 
 def verify(folder: Path, names: list[str], *, record: bool) -> None:
-    """Hashes files of an entry.
+    """Verifies the hashes of files of an entry.
 
     Args:
-        record: keep what was found out, for the next time that the entry is opened.
+        record: whether to save the result, for the next time that the entry is opened.
 
     Raises:
         ValueError, OSError: as `unverified`.
     """
     hashes = read_sealed(folder / _HASHES)
-    stamps = {name: stamp(_status(folder / name)) for name in names}  # as they are before they are read
+    stamps = {name: stamp(_status(folder / name)) for name in names}  # before the files are read
     for name in names:
         _compare(folder / name, hashes[name][1])
     if record and stamps:
@@ -133,7 +133,7 @@ def _status(path: Path) -> os.stat_result:
 
 def _compare(path: Path, digest: str) -> None:
     if sha256(path) != digest:
-        raise ValueError(f"{path.name} holds other bytes than were written")
+        raise ValueError(f"{path.name} has different content than was written")
 
 
 def _digest(text: str) -> str:

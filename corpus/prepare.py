@@ -1,7 +1,7 @@
-"""What a run reads: checks and tokenises its data once, and describes the result for every rank.
+"""Prepares the data of a run: validates and tokenises it once, and describes the result for every rank.
 
-Cold, this trains the tokenizer and writes token files into the cache. Warm, it reads a few small JSON files: neither
-PyTorch nor Megatron-Core is imported, and no data is read.
+With an empty cache this trains the tokenizer and writes token files. With a warm cache it reads a few small JSON files:
+neither PyTorch nor Megatron-Core is imported, and no data is read.
 """
 
 import hashlib
@@ -14,33 +14,33 @@ from typing import Any
 
 from conf.schema import DataConfig
 from corpus.cache import Cache
-from corpus.ingredients import Ingredient, ingredients
+from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
 _POLL_SECONDS = 0.5
-_FORMAT = 2  # of the cache; to be raised when the same settings come to mean other token files
+_FORMAT = 2  # version of the cache; incremented when the same settings lead to different token files
 
 
 @dataclass(frozen=True)
 class Source:
-    """One token file and the range of its documents that belongs here."""
+    """A range of documents of a token file."""
 
     prefix: str
     """Path without .bin/.idx."""
     weight: float
-    """Share of the samples; the weights of the sources that train add up to 1."""
+    """Share of the samples; the weights of the training sources add up to 1."""
     first_document: int
     num_documents: int
     num_tokens: int
     sha256: str = field(default="", compare=False)
-    """Of both files."""
+    """Hash of both files."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a rank needs to open the data."""
+    """The description of prepared data: everything that a rank needs to open it."""
 
     train: list[Source]
     valid: list[Source]
@@ -54,16 +54,16 @@ class Prepared:
     valid_gzip_bytes: int | None
     """The same after `gzip -9`, added up over the parts of a blend."""
     notes: list[str]
-    """What the user should be told."""
+    """Messages for the user."""
 
     @property
     def key(self) -> str:
-        """What is trained on and held out: the same for token files of the same bytes in the same order with the same
-        weights, wherever they lie."""
+        """Identifies the training and held-out data: equal for equal token files in the same order with the same
+        weights, independent of their paths."""
         return _key([[asdict(source) | {"prefix": ""} for source in split] for split in (self.train, self.valid)])
 
     def gzip_bits_per_byte(self) -> float | None:
-        """What `gzip -9` makes of the held-out text; None where that is not known."""
+        """Bits per byte of `gzip -9` on the held-out text. None: unknown."""
         if not self.valid_bytes or self.valid_gzip_bytes is None:
             return None
         return 8 * self.valid_gzip_bytes / self.valid_bytes
@@ -80,7 +80,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Part:
-    """What became of an ingredient. Weights are not normalised yet."""
+    """The sources of a data set. Weights are not yet normalised."""
 
     train: list[Source]
     valid: list[Source]
@@ -105,42 +105,42 @@ def prepare(
     held_out_only: bool = False,
     timeout: float = 600.0,
 ) -> Prepared:
-    """Checks the data, tokenises what is not in the cache yet, and describes the result.
+    """Validates the data, tokenises what is not in the cache, and describes the result.
 
-    Several processes may call this at once: one does the work, the others wait.
+    Several processes may call this concurrently: one does the work, the others wait.
 
     Args:
         vocab_size: rows of the model's embedding; also the size of a tokenizer trained here.
         sequence_length: tokens per sample.
-        progress: called with what is being done and the share of it that is done, between any two pieces of work. What
-            it raises ends the preparation.
-        held_out_only: all of the data is held-out text, and may be shorter than a sequence: evaluation of own text.
-        timeout: seconds without a sign of life of a process that does the work.
+        progress: called regularly with the current activity and the fraction of it that is done. An exception that it
+            raises ends the preparation.
+        held_out_only: all of the data is held out, and may be shorter than a sequence: evaluation on given files.
+        timeout: seconds to wait for another process that does the work without making progress.
 
     Raises:
-        LockTimeout: that time is up.
-        ValueError: the settings or the files are wrong; one message that names the place and what would work.
+        LockTimeout: the timeout has expired.
+        ValueError: invalid settings or files; the message names them and what would work.
     """
     progress = progress or (lambda what, done: None)
-    found = ingredients(data, held_out_only)
+    found = dataset_specs(data, held_out_only)
     notes: list[str] = []
     cache = Cache(data.cache_dir, notes.append, timeout=timeout, waiting=lambda what: progress(what, 0.0))
     try:
         corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.source.yields == "documents"}
-        _hash_files([path for ingredient in corpora for path in ingredient.files], cache, progress)
+        _hash_files([path for spec in corpora for path in spec.files], cache, progress)
         vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
         parts = []
-        for ingredient in found:
-            if ingredient in corpora:
-                folder = _tokenise(corpora[ingredient], vocabulary, data.eod_token, cache, progress)
-                parts.append(_read_manifest(folder, ingredient.weight))
+        for spec in found:
+            if spec in corpora:
+                folder = _tokenise(corpora[spec], vocabulary, data.eod_token, cache, progress)
+                parts.append(_read_manifest(folder, spec.weight))
             else:
-                vocabulary = _check_token_ids(ingredient.files, vocabulary, vocab_size, cache)
-                pairs = [prefix + suffix for prefix in ingredient.files for suffix in (".idx", ".bin")]
+                vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
+                pairs = [prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")]
                 _hash_files(pairs, cache, progress)
-                parts.append(_read_megatron(ingredient, cache))
+                parts.append(_read_megatron(spec, cache))
     finally:
-        cache.save_facts()  # hashes of a large corpus are worth keeping even when something else is wrong
+        cache.save_facts()  # even after an error: hashing a large corpus is expensive
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
     prepared = _combine(parts, vocabulary, notes)
@@ -153,12 +153,12 @@ def prepare(
 
 
 def _hash_files(paths: list[str], cache: Cache, progress: Progress) -> None:
-    pool = ThreadPoolExecutor()  # hashing releases the interpreter lock
+    pool = ThreadPoolExecutor()  # hashing releases the GIL
     try:
         hashing = [pool.submit(cache.sha256, path) for path in paths]
         for number, future in enumerate(hashing):
             while not wait([future], _POLL_SECONDS).done:
-                progress("hashing files", number / len(paths))  # raises when an end is asked for
+                progress("hashing files", number / len(paths))  # raises if a stop was requested
             future.result()
             progress("hashing files", (number + 1) / len(paths))
     finally:
@@ -167,19 +167,19 @@ def _hash_files(paths: list[str], cache: Cache, progress: Progress) -> None:
 
 def _vocabulary(
     data: DataConfig,
-    found: list[Ingredient],
+    found: list[DatasetSpec],
     corpora: list[TextCorpus],
     vocab_size: int,
     cache: Cache,
     progress: Progress,
 ) -> _Vocabulary:
-    """The tokenizer that was named, or one trained on the training text, or none when there is no text."""
+    """The given tokenizer, or one trained on the training text, or none if there is no text."""
     if data.tokenizer is not None:
         path = tokenizer_json(data.tokenizer, "data.tokenizer")
     elif not corpora:
         return _Vocabulary(None, 0, None)
     elif len(corpora) < len(found):
-        raise ValueError("text beside megatron data needs data.tokenizer: the tokenizer.json that made the token files")
+        raise ValueError("text together with megatron data needs data.tokenizer: the tokenizer.json of the token files")
     else:
         path = str(_train_tokenizer(data, corpora, vocab_size, cache, progress) / "tokenizer.json")
 
@@ -200,10 +200,12 @@ def _vocabulary(
 def _train_tokenizer(
     data: DataConfig, corpora: list[TextCorpus], vocab_size: int, cache: Cache, progress: Progress
 ) -> Path:
-    """The cache's folder with the tokenizer.json trained on the training text of these corpora."""
-    training = [corpus for corpus in corpora if corpus.ingredient.valid_share < 1]
+    """The cache entry with the tokenizer.json trained on the training text of these corpora."""
+    training = [corpus for corpus in corpora if corpus.spec.valid_share < 1]
     if not training:
-        raise ValueError("held-out text alone needs data.tokenizer; a tokenizer is trained on training text only")
+        raise ValueError(
+            "data.tokenizer is needed if all text is held out; a tokenizer is trained on training text only"
+        )
 
     def build(folder: Path) -> None:
         from corpus.tokenizer import Tokenizer
@@ -222,7 +224,7 @@ def _train_tokenizer(
 
 
 def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, eod_token: str, cache: Cache, progress: Progress) -> Path:
-    """The cache's folder with the corpus's token files and its manifest."""
+    """The cache entry with the token files of the corpus and its manifest."""
     path = vocabulary.path
     assert path is not None
     key = [_FORMAT, corpus.identity(cache), cache.sha256(path), eod_token]
@@ -242,51 +244,51 @@ def _key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_megatron(ingredient: Ingredient, cache: Cache) -> _Part:
-    """Checks the pairs and holds out the last documents of each."""
+def _read_megatron(spec: DatasetSpec, cache: Cache) -> _Part:
+    """Validates the pairs and holds out the last documents of each."""
     from corpus.indexed import read_index
 
     train, valid = [], []
-    for prefix in ingredient.files:
+    for prefix in spec.files:
         index, digest = read_index(prefix), _key([cache.sha256(prefix + ".idx"), cache.sha256(prefix + ".bin")])
-        documents, share = index.num_documents, ingredient.valid_share
+        documents, share = index.num_documents, spec.valid_share
         held_out = round(documents * share)
-        if 0 < share < 1:  # something of each, where there are two documents or more
+        if 0 < share < 1:  # at least one document of each split, if there are two or more
             held_out = min(max(held_out, 1), documents - 1)
         kept = documents - held_out
         if held_out:
             valid.append(Source(prefix, 0.0, kept, held_out, index.num_tokens(kept, held_out), digest))
         if kept:
             train.append(Source(prefix, 0.0, 0, kept, index.num_tokens(0, kept), digest))
-    # One epoch of the ingredient is one of each file.
+    # One epoch of the data set is one epoch of each file.
     tokens = sum(source.num_tokens for source in train)
-    train = [replace(source, weight=ingredient.weight * source.num_tokens / max(tokens, 1)) for source in train]
+    train = [replace(source, weight=spec.weight * source.num_tokens / max(tokens, 1)) for source in train]
     return _Part(train, valid, None if valid else 0, None if valid else 0, [])
 
 
 def _check_token_ids(prefixes: list[str], vocabulary: _Vocabulary, vocab_size: int, cache: Cache) -> _Vocabulary:
-    """Compares the ids in token files with the vocabulary; without a tokenizer, widens the vocabulary to hold them."""
+    """Checks the ids in token files against the vocabulary; without a tokenizer, extends the vocabulary to them."""
     from corpus.indexed import extreme_ids, read_index
 
     for prefix in prefixes:
         index = read_index(prefix)
         if index.lengths.sum() == 0:
-            raise ValueError(f"{prefix}.bin holds no tokens")
+            raise ValueError(f"{prefix}.bin contains no tokens")
         fact = f"extreme ids as {index.dtype.__name__}"
         lowest, highest = cache.fact(prefix + ".bin", fact, lambda _, prefix=prefix: extreme_ids(prefix))
         if lowest < 0:
-            raise ValueError(f"{prefix}.bin holds the token id {lowest}; ids cannot be negative")
+            raise ValueError(f"{prefix}.bin contains the token id {lowest}; ids cannot be negative")
         if highest >= vocab_size:
             raise ValueError(
-                f"{prefix}.bin holds the token id {highest}, past model.vocab_size={vocab_size}; "
+                f"{prefix}.bin contains the token id {highest}, beyond model.vocab_size={vocab_size}; "
                 f"set model.vocab_size={highest + 1} or more"
             )
         if vocabulary.path is None:
             vocabulary = replace(vocabulary, size=max(vocabulary.size, highest + 1))
         elif highest >= vocabulary.size:
             raise ValueError(
-                f"{prefix}.bin holds the token id {highest}, but {vocabulary.path} has only {vocabulary.size} tokens; "
-                "set data.tokenizer to the one that made the file"
+                f"{prefix}.bin contains the token id {highest}, but {vocabulary.path} has {vocabulary.size} tokens; "
+                "set data.tokenizer to the one that the file was created with"
             )
     return vocabulary
 

@@ -1,4 +1,4 @@
-"""The kinds of data that a run can read: where each finds its files, and what they hold."""
+"""The data sources of a run: how each finds its files, and what they contain."""
 
 import os
 import sysconfig
@@ -13,22 +13,23 @@ from corpus.documents import expand, standard_library_files
 
 @dataclass(frozen=True)
 class DataSource:
-    """A value of data.kind, and of the kind of a part of a blend."""
+    """A data source, selected by data.kind or by the kind of a part of a blend."""
 
     name: str
     find: Callable[[Sequence[str]], list[str]]
-    """data.files -> absolute paths, of token files without .bin/.idx. Raises ValueError where there are none."""
+    """data.files -> absolute paths; of token files without .bin/.idx. Raises ValueError if there are none."""
     files: str | None
-    """What data.files are, for messages; None: it takes none."""
+    """Description of data.files for messages. None: the source has no files."""
     yields: Literal["documents", "tokens"] = "documents"
-    """Text that is to be tokenised, or pairs of .bin/.idx."""
+    """Text to be tokenised, or .bin/.idx pairs."""
     read: Callable[[str, str], Iterator[str]] | None = None
-    """(path, data.text_key) -> the text of each document, in order. None: by the file's suffix, as data=text does."""
+    """(path, data.text_key) -> the text of each document, in order. None: read by the suffix of the file, as
+    data=text."""
     version: int = 0
-    """Raised when `read` comes to give other documents for the same file, so that cached token files are made anew."""
+    """Incremented when `read` returns different documents for the same file, so that cached token files are rebuilt."""
     name_of: Callable[[str], str] | None = None
-    """A name of a file that is the same on every machine, whose hash decides whether all of it is held out. None: a
-    hash of the text decides, for each document."""
+    """path -> a name of the file that is the same on every machine, whose hash determines whether all of it is held
+    out. None: the hash of each document's text determines it."""
 
 
 def _library_name(path: str) -> str:

@@ -1,10 +1,10 @@
-"""The batches of a run. Sample i of the training stream depends on the data, the sequence length and the seed alone,
-not on how long the run is, where it resumed or which rank asks. Legend: B batch, S sequence.
+"""The samples and batches of a run. Sample i of the training stream depends only on the data, the sequence length and
+the seed, not on the length of the run, on where it resumed or on the rank. Legend: B batch, S sequence.
 
-One epoch of one source is one Megatron-Core GPTDataset: documents are shuffled and joined, cut into samples of S + 1
-tokens that overlap by one, and the samples are shuffled. An index over several epochs would be shuffled differently
-when a run gets longer, so there is one per epoch, with its own seed, built when the first of its samples is wanted. The
-tokens after an epoch's last whole sample, less than S, are left out of that epoch.
+One epoch of a source is a Megatron-Core GPTDataset: documents are shuffled and concatenated, split into samples of S +
+1 tokens that overlap by one, and the samples are shuffled. An index over several epochs would be shuffled differently
+in a longer run. Therefore each epoch has an index with its own seed, built when its first sample is needed. The
+remaining tokens of an epoch after its last complete sample, fewer than S, are dropped.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ with quiet_import():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-# It warns of every index built in memory, which is what is wanted here.
+# It warns about every index that is built in memory, as it is here.
 logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
 
 _BLEND_BLOCK = 1 << 16
@@ -40,7 +40,7 @@ class Stream(Protocol):
 
 
 class TrainStream:
-    """The training samples: a weighted blend of sources, without end."""
+    """The infinite stream of training samples, a weighted blend of sources."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class TrainStream:
     ) -> None:
         """
         Args:
-            seed: 0 or more; another seed is another order.
-            document_mask: positions start again after each end-of-document token.
-            note: called with what the user should know, such as that a damaged index was built again.
+            seed: seed of the order of the samples, >= 0.
+            document_mask: whether positions restart after each end-of-document token.
+            note: called with messages for the user, such as that a damaged index was rebuilt.
         """
         assert prepared.train and (prepared.eod_id is not None or not document_mask)
         cache = Cache(cache_dir, note)
@@ -67,9 +67,9 @@ class TrainStream:
         self._eod_id = prepared.eod_id if document_mask else None
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`, any number from 0: tokens, labels, positions int64 [S] and loss_mask float32 [S]."""
-        source, of_source = self._blend.locate(index)
-        item = self._epochs[source].sample(of_source)
+        """Sample `index` >= 0: tokens, labels, positions int64 [S] and loss_mask float32 [S]."""
+        source, index_in_source = self._blend.locate(index)
+        item = self._epochs[source].sample(index_in_source)
         return {
             "tokens": item["tokens"],
             "labels": item["labels"],
@@ -79,13 +79,13 @@ class TrainStream:
 
 
 class _Epochs:
-    """The samples of one source, epoch after epoch."""
+    """The samples of one source, over all epochs."""
 
     def __init__(self, source: Source, sequence_length: int, seed: list[int], cache: Cache) -> None:
         index = read_index(source.prefix)
         first, end = index.documents[[source.first_document, source.first_document + source.num_documents]]
         self._sequences = np.arange(first, end)
-        # All that the order of an epoch depends on, beside its number.
+        # Everything that the order of an epoch depends on, except its number.
         lengths = hashlib.sha256(index.lengths[first:end].tobytes()).hexdigest()
         self._key = [lengths, int(first), sequence_length, *seed]
         self._prefix = source.prefix
@@ -99,18 +99,18 @@ class _Epochs:
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         self._file.check()
-        epoch, of_epoch = divmod(index, self._samples_per_epoch)
+        epoch, index_in_epoch = divmod(index, self._samples_per_epoch)
         if self._open is None or self._open[0] != epoch:
             self._open = (epoch, self._dataset(epoch))
-        return self._open[1][of_epoch]
+        return self._open[1][index_in_epoch]
 
     def _dataset(self, epoch: int) -> GPTDataset:
         """The epoch's samples, its index memory-mapped from the cache.
 
-        Megatron-Core writes an index on global rank 0 only, and reads it on the others whether it is finished or not.
-        So the first rank that wants the epoch builds its index in memory (path_to_cache="") and leaves the files to
-        our cache, whose lock holds the others; then all put these files in the place of an index that is deferred.
-        Where the cache cannot be written to, every rank builds the same index in memory.
+        Megatron-Core writes an index on global rank 0 only, and reads it on the other ranks even if it is incomplete.
+        Therefore the first rank that needs the epoch builds the index in memory (path_to_cache="") and saves it in
+        `Cache`, whose lock makes the others wait; all ranks then load these files into a dataset with a deferred index.
+        If the cache cannot be written to, every rank builds the same index in memory.
         """
 
         def build(folder: Path) -> None:
@@ -145,7 +145,7 @@ class _Epochs:
 
 
 class _NoTokenizer:
-    """GPTDataset asks its tokenizer for ids that it needs only for masks, which are not made there."""
+    """GPTDataset needs ids of the tokenizer only for masks, which are not created there."""
 
     eod = None
     vocab_size = None
@@ -153,9 +153,9 @@ class _NoTokenizer:
 
 
 class _Blend:
-    """Which source a sample comes from: always the one furthest behind its weight, by Megatron-Core's compiled helper.
-    The choice for sample i depends on those before it alone, so that a longer table begins like a shorter one. The
-    table takes 10 bytes per sample of the run."""
+    """The source of each sample: the one that is furthest behind its weight, computed by Megatron-Core's compiled
+    helper. The source of sample i depends only on the samples before it, so that a longer table begins with the shorter
+    one. The table takes 10 bytes per sample of the run."""
 
     def __init__(self, weights: list[float]) -> None:
         self._weights = np.array(weights, dtype=np.float64)
@@ -163,21 +163,23 @@ class _Blend:
 
     def _grow(self, size: int) -> None:
         self._source = np.zeros(size, dtype=np.int16)
-        self._of_source = np.zeros(size, dtype=np.int64)
-        helpers.build_blending_indices(self._source, self._of_source, self._weights, len(self._weights), size, False)
+        self._index_in_source = np.zeros(size, dtype=np.int64)
+        helpers.build_blending_indices(
+            self._source, self._index_in_source, self._weights, len(self._weights), size, False
+        )
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of sample `index`, and which of that source's samples it is."""
+        """The source of sample `index`, and its index within that source."""
         if len(self._weights) == 1:
             return 0, index
         if index >= len(self._source):
             self._grow(1 << index.bit_length())
-        return int(self._source[index]), int(self._of_source[index])
+        return int(self._source[index]), int(self._index_in_source[index])
 
 
 class ValidWindows:
-    """The held-out tokens in file order, cut into windows of S that do not overlap. The last window of a source is
-    padded; each token but the first of a source is a label exactly once."""
+    """The held-out tokens in file order, split into windows of S tokens that do not overlap. The last window of a
+    source is padded; each token except the first of a source is a label exactly once."""
 
     def __init__(self, prepared: Prepared, *, sequence_length: int, document_mask: bool) -> None:
         assert prepared.eod_id is not None or not document_mask
@@ -189,12 +191,13 @@ class ValidWindows:
         self._eod_id = prepared.eod_id if document_mask else None
 
     def __len__(self) -> int:
-        """Windows that hold a label."""
+        """Number of windows with at least one label."""
         return int(self._ends[-1])
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """Window `index`: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding bool [S]. Windows past
-        the last one are padding with a loss_mask of 0, so that the last batch can be as large as the others."""
+        """Window `index`: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding bool [S]. Windows
+        beyond the last one are padding with a loss_mask of 0, so that the last batch has the same size as the
+        others."""
         size = self._sequence_length
         text = np.empty(0, dtype=np.int64)
         if index < len(self):
@@ -215,7 +218,7 @@ class ValidWindows:
 
 
 def positions_within(tokens: torch.Tensor, eod_id: int | None) -> torch.Tensor:
-    """Positions int64 [S] of tokens [S], from 0 again after each end-of-document token; None: from 0 to S - 1."""
+    """Positions int64 [S] of tokens [S], restarting at 0 after each end-of-document token. eod_id None: 0 to S - 1."""
     positions = torch.arange(len(tokens))
     if eod_id is None:
         return positions
@@ -233,10 +236,10 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A data-parallel rank's micro-batches of one step, tensors [B, S].
+    """The micro-batches of one step for a data-parallel rank, tensors [B, S].
 
-    Samples are dealt out in order: global micro-batch j * dp_size + dp_rank is this rank's j-th, and global
-    micro-batch g holds the B samples from first_sample + g * B.
+    Samples are assigned in order: global micro-batch j * dp_size + dp_rank is this rank's j-th, and global
+    micro-batch g has the B samples from first_sample + g * B.
     """
     for j in range(num_micro_batches):
         start = first_sample + (j * dp_size + dp_rank) * micro_batch_size

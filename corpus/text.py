@@ -1,4 +1,4 @@
-"""A corpus of text files: which documents are held out, and turning it into token files."""
+"""A corpus of text files: which of its documents are held out, and tokenising it."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from corpus.cache import Cache
-from corpus.documents import Document, LeftOut, read_documents
-from corpus.ingredients import Ingredient
+from corpus.dataset_specs import DatasetSpec
+from corpus.documents import Document, SkippedRows, read_documents
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it is done, 0 to 1."""
+"""Called with the current activity and the fraction of it that is done."""
 
 
 _SHORT = 4096  # characters
@@ -27,98 +27,99 @@ class Split:
     """Which documents are held out."""
 
     threshold: float
-    """Those that draw less, whole."""
+    """Documents with a smaller hash value are held out."""
     smallest: float = 1.0
     tail: int = 0
-    """Of those that draw `smallest`, about this many characters at the end; 0: none."""
+    """Of the documents with the hash value `smallest`, about this many characters at the end are held out."""
 
 
 class TextCorpus:
-    """The documents of an ingredient of text."""
+    """The documents of a data set of text files."""
 
-    def __init__(self, ingredient: Ingredient, text_key: str, *, strict: bool = False) -> None:
+    def __init__(self, spec: DatasetSpec, text_key: str, *, strict: bool = False) -> None:
         """
         Args:
-            text_key: the field of a row that holds its text.
-            strict: stop at a row without text, which is left out otherwise.
+            text_key: the field of a row that has its text.
+            strict: raise an error for a row without text instead of skipping it.
         """
-        self.ingredient = ingredient
-        self.left_out: dict[str, LeftOut] = {}
-        """Of the files that `documents` has read."""
+        self.spec = spec
+        self.skipped: dict[str, SkippedRows] = {}
+        """Skipped rows, by file that `documents` has read."""
         self._text_key = text_key
         self._strict = strict
 
     def identity(self, cache: Cache) -> list[Any]:
-        """All that decides which documents there are and which of them are held out, JSON-serialisable."""
-        kind, files, source = self.ingredient.kind, self.ingredient.files, self.ingredient.source
+        """Everything that determines the documents and which of them are held out, JSON-serialisable."""
+        kind, files, source = self.spec.kind, self.spec.files, self.spec.source
         names = [(source.name_of or os.path.basename)(path) for path in files]
         contents = [cache.sha256(path) for path in files]
-        # What was read without `strict` may hold rows that it stops at.
+        # Data that was read without `strict` may have rows that are errors with it.
         version = [source.version] if source.version else []
-        return [kind, names, contents, self.ingredient.valid_share, self._text_key, self._strict, *version]
+        return [kind, names, contents, self.spec.valid_share, self._text_key, self._strict, *version]
 
     def documents(self, path: str) -> Iterator[tuple[Document, bool]]:
-        """The documents of one of the files, in order, and whether each is held out. One of which only the tail is held
-        out comes as two."""
-        split, self.left_out[path] = self.split, LeftOut()
-        for document in self._read(path, self.left_out[path]):
-            draw = self._draw(path, document)
-            if split.tail and draw == split.smallest:
+        """The documents of a file, in order, and whether each is held out. A document whose end is held out is returned
+        as two."""
+        split, self.skipped[path] = self.split, SkippedRows()
+        for document in self._read(path, self.skipped[path]):
+            hash_value = self._hash_value(path, document)
+            if split.tail and hash_value == split.smallest:
                 begin = _tail_begin(document.text, split.tail)
                 yield replace(document, text=document.text[:begin]), False
                 yield replace(document, text=document.text[begin:], replaced=0), True
             else:
-                yield document, draw < split.threshold
+                yield document, hash_value < split.threshold
 
-    def _read(self, path: str, left_out: LeftOut | None = None) -> Iterator[Document]:
-        read = self.ingredient.source.read
+    def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
+        read = self.spec.source.read
         if read is None:
-            return read_documents(path, self._text_key, strict=self._strict, left_out=left_out)
+            return read_documents(path, self._text_key, strict=self._strict, skipped=skipped)
         return (Document(text, 0, 0.0) for text in read(path, self._text_key))
 
-    def _draw(self, path: str, document: Document) -> float:
-        """A number in [0, 1) that depends on nothing but the file's name or the text, so that equal documents never end
-        up on both sides and a corpus that grows keeps its held-out documents."""
-        name_of = self.ingredient.source.name_of
+    def _hash_value(self, path: str, document: Document) -> float:
+        """A number in [0, 1) that depends only on the name of the file or on the text, so that equal documents are in
+        the same split and a growing corpus keeps its held-out documents."""
+        name_of = self.spec.source.name_of
         key = document.text if name_of is None else name_of(path)
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
     @cached_property
     def split(self) -> Split:
-        """Documents that draw less than valid_share are held out; where none would be, the one with the smallest draw:
-        whole, when others are left and it is short, otherwise its tail."""
-        share = self.ingredient.valid_share
+        """Documents with a hash value below valid_share are held out; if there are none, the document with the smallest
+        hash value: all of it if there are others and it is short, otherwise its end."""
+        share = self.spec.valid_share
         if share in (0.0, 1.0):
             return Split(share)
         smallest, length, characters, others = 1.0, 0, 0, False
-        for path in self.ingredient.files:
+        for path in self.spec.files:
             for document in self._read(path):
-                draw = self._draw(path, document)
-                if draw < share:
+                hash_value = self._hash_value(path, document)
+                if hash_value < share:
                     return Split(share)
-                others |= characters > 0 and draw != smallest
+                others |= characters > 0 and hash_value != smallest
                 characters += len(document.text)
-                if draw < smallest:
-                    smallest, length = draw, len(document.text)
+                if hash_value < smallest:
+                    smallest, length = hash_value, len(document.text)
         if others and length <= max(_SHORT, characters * _SMALL_SHARE):
             return Split(math.nextafter(smallest, 1.0))
         return Split(0.0, smallest, min(max(math.ceil(share * characters), _SHORT), length // 4))
 
 
 def _tail_begin(text: str, size: int) -> int:
-    """Where the last `size` characters or a little less begin: with a line, or else with a word."""
+    """The index at which the last `size` characters or slightly fewer begin, at the start of a line or else of a
+    word."""
     begin = len(text) - size
     newline, space = (text.find(character, begin, begin + size // 2) for character in "\n ")
     return newline + 1 if newline >= 0 else space if space >= 0 else begin
 
 
 def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]:
-    """Training text of at most `max_bytes`. Each file gives from its beginning, in proportion to its size on disk, so
-    that all are represented and little more than the sample is read."""
-    total = sum(os.path.getsize(path) for corpus in corpora for path in corpus.ingredient.files)
+    """Training text of at most `max_bytes`. Each file contributes its beginning, in proportion to its size on disk, so
+    that all files are represented and little more than the sample is read."""
+    total = sum(os.path.getsize(path) for corpus in corpora for path in corpus.spec.files)
     allowed = used = 0
     for corpus in corpora:
-        for path in corpus.ingredient.files:
+        for path in corpus.spec.files:
             allowed += max_bytes * os.path.getsize(path) / total
             for document, held_out in corpus.documents(path):
                 room = int(allowed) - used
@@ -127,7 +128,7 @@ def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]
                 if not held_out:
                     piece = document.text.encode()[:room]
                     used += len(piece)
-                    yield piece.decode(errors="ignore")  # the last character may have been cut
+                    yield piece.decode(errors="ignore")  # the last character may be incomplete
 
 
 def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder: Path, progress: Progress) -> None:
@@ -156,24 +157,24 @@ def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder
         splits[split] = {"num_documents": writer.num_documents, "num_tokens": tokens}
     if "valid" in writers:
         measured = {"valid_bytes": writers["valid"].num_bytes, "valid_gzip_bytes": writers["valid"].gzip_bytes}
-    left_out = [rows.note(path) for path, rows in corpus.left_out.items() if rows.count]
-    notes = [*left_out, *_replacement_notes(replaced), *_tail_notes(tails)]
+    skipped = [rows.note(path) for path, rows in corpus.skipped.items() if rows.count]
+    notes = [*skipped, *_replacement_notes(replaced), *_tail_notes(tails)]
     manifest = {"splits": splits, "held_out": measured, "notes": notes}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _all_documents(corpus: TextCorpus) -> Iterator[tuple[Document, str, bool, float]]:
-    """Documents, their files, whether they are held out, and the share of the corpus read so far."""
-    sizes = [os.path.getsize(path) for path in corpus.ingredient.files]
+    """Documents, their files, whether they are held out, and the fraction of the corpus read so far."""
+    sizes = [os.path.getsize(path) for path in corpus.spec.files]
     before, total = 0, sum(sizes)
-    for path, size in zip(corpus.ingredient.files, sizes, strict=True):
+    for path, size in zip(corpus.spec.files, sizes, strict=True):
         for document, held_out in corpus.documents(path):
             yield document, path, held_out, (before + document.done * size) / total
         before += size
 
 
 def _replacement_notes(replaced: dict[str, int]) -> list[str]:
-    """What to tell the user about the invalid UTF-8 sequences that were replaced in each file."""
+    """Messages about invalid UTF-8 sequences that were replaced."""
     return [
         f"{count} invalid UTF-8 sequence{'s' if count > 1 else ''} replaced in {path}"
         for path, count in replaced.items()
@@ -181,9 +182,9 @@ def _replacement_notes(replaced: dict[str, int]) -> list[str]:
 
 
 def _tail_notes(tails: dict[str, int]) -> list[str]:
-    """What to tell the user about documents that were split."""
+    """Messages about documents that were split."""
     return [
         f"the last {count:,} characters of {path} are held out, since there are too few documents to hold out a whole "
-        "one; data.valid_files names others"
+        "one; set data.valid_files to choose others"
         for path, count in tails.items()
     ]

@@ -1,4 +1,4 @@
-"""The tokenizer: any Hugging Face tokenizer.json, or a byte-level BPE trained here."""
+"""The tokenizer: any Hugging Face tokenizer.json, or a byte-level BPE trained on the data."""
 
 import json
 import re
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _SEGMENT = 256 * 1024  # characters
 _BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)")
 _BEFORE_SPACE_OR_LINE = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
-# GPT-4's (cl100k_base), which is Llama 3's, and Qwen's: like GPT-2's, they end a token before a single space and after
-# a single newline.
+# The patterns of GPT-4 (cl100k_base), also used by Llama 3, and of Qwen. Like GPT-2's, they end a token before a single
+# space and after a single newline.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,8 +27,8 @@ _KNOWN_SPLITS = {f"{_CONTRACTIONS}|{_WORDS}|{numbers}|{_OTHERS}" for numbers in 
 class Tokenizer:
     """Text to token ids and back.
 
-    Text is only ever text: an end-of-document token spelled out in a document is encoded letter by letter, and
-    nothing (such as a beginning-of-sentence token) is added.
+    Special tokens are not parsed in text: the end-of-document token in a document is encoded as ordinary characters. No
+    tokens (such as a beginning-of-sentence token) are added.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eod_id: int | None) -> None:
@@ -36,7 +36,7 @@ class Tokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True
         self._inner = inner
-        self._cut = _harmless_cut(json.loads(inner.to_str()))
+        self._split_pattern = _safe_split_pattern(json.loads(inner.to_str()))
         self.eod_id = eod_id
         """Id of the end-of-document token."""
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -47,7 +47,7 @@ class Tokenizer:
         """Reads a tokenizer.json.
 
         Raises:
-            ValueError: there is no such file, it is not a tokenizer, or it has no token `eod_token`.
+            ValueError: the file does not exist, is not a tokenizer, or has no token `eod_token`.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -56,7 +56,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer {path} does not exist{nearest_existing(path)}") from None
         except OSError as error:
             raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from None
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         eod_id = None if eod_token is None else inner.token_to_id(eod_token)
         if eod_token is not None and eod_id is None:
@@ -65,11 +65,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, eod_token: str) -> "Tokenizer":
-        """A byte-level BPE (GPT-2's) of at most `vocab_size` tokens, the end-of-document token included. All 256 bytes
-        are tokens, so that every text can be encoded.
+        """Trains a byte-level BPE (as GPT-2's) of at most `vocab_size` tokens, including the end-of-document token. All
+        256 bytes are tokens, so that every text can be encoded.
 
         Raises:
-            ValueError: `vocab_size` has no room for the bytes.
+            ValueError: `vocab_size` is too small for the bytes.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 1:
@@ -91,37 +91,38 @@ class Tokenizer:
         self._inner.save(path)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with no end-of-document token."""
+        """Token ids of a text, without an end-of-document token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
+        """`encode` of many texts, on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def segments(self, text: str) -> list[str]:
-        """Cuts a long text every _SEGMENT characters or a little more, where the tokens stay the same, so that it can
-        be encoded on all cores and in little memory; not at all where no such place is known for this tokenizer."""
-        if self._cut is None:
+        """Splits a long text every _SEGMENT characters or slightly more, at positions that do not change the tokens, so
+        that it can be encoded on all cores and in little memory. Returns it whole if no such positions are known for
+        this tokenizer."""
+        if self._split_pattern is None:
             return [text]
         parts, start = [], 0
-        while cut := self._cut.search(text, start + _SEGMENT):
+        while cut := self._split_pattern.search(text, start + _SEGMENT):
             parts.append(text[start : cut.start()])
             start = cut.start()
         return [*parts, text[start:]]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens are spelled out."""
+        """Text of token ids, including special tokens."""
         return self._inner.decode(ids, skip_special_tokens=False)
 
     def token(self, i: int) -> str | None:
-        """The token of an id, as the vocabulary spells it; None: there is none."""
+        """The token of an id, as in the vocabulary. None: there is none."""
         return self._inner.id_to_token(i)
 
     def byte_lengths(self) -> "np.ndarray":
-        """UTF-8 bytes that each token stands for, int32 [V]; 0 for special tokens and unused ids.
+        """Number of UTF-8 bytes of each token, int32 [V]; 0 for special tokens and unused ids.
 
-        Exact for byte-level tokenizers: there the lengths of a text's tokens add up to the bytes of the text. For
-        others, the bytes that a token adds to decoded text, which is exact as far as the tokenizer loses nothing.
+        Exact for byte-level tokenizers: the lengths of a text's tokens add up to the bytes of the text. For others, the
+        bytes that a token adds to decoded text, which is exact if the tokenizer is lossless.
         """
         import numpy as np
 
@@ -130,7 +131,7 @@ class Tokenizer:
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         ordinary = sorted(set(self._inner.get_vocab(with_added_tokens=True).values()) - set(added))
         if '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]]):
-            # Each character of a byte-level token is the printable stand-in of one byte.
+            # Each character of a byte-level token represents one byte.
             lengths[ordinary] = [len(self._inner.id_to_token(i)) for i in ordinary]
         else:
             lengths[ordinary] = self._decoded_lengths(ordinary)
@@ -139,7 +140,8 @@ class Tokenizer:
         return lengths
 
     def _decoded_lengths(self, ids: list[int]) -> list[int]:
-        """Bytes that each token adds to the text of a token before it: the first token of a text may lose a space."""
+        """Bytes that each token adds to the text of a preceding token, since the first token of a text may lose a
+        space."""
         decode_batch = self._inner.decode_batch
         before = ids[-1]
         alone = len(decode_batch([[before]])[0].encode())
@@ -150,17 +152,17 @@ class Tokenizer:
         return lengths
 
 
-def _harmless_cut(state: dict[str, Any]) -> re.Pattern[str] | None:
-    """Where a text may be cut so that the tokens of the parts are those of the whole; None: nowhere that is known.
+def _safe_split_pattern(state: dict[str, Any]) -> re.Pattern[str] | None:
+    """Positions at which a text can be split without changing its tokens. None: no such positions are known.
 
-    Pre-tokenizers end a token at certain characters whatever follows. But those that put a space before a text would
-    put one before every part, unless it begins with one; and an added token may reach over the cut.
+    Pre-tokenizers end a token at certain characters regardless of what follows. But those that insert a space before a
+    text would insert one before every part that does not begin with one, and an added token may span the split.
 
     Args:
         state: content of the tokenizer.json.
     """
     normalizer, pre_tokenizer = state["normalizer"], state["pre_tokenizer"] or {}
-    if normalizer is not None and normalizer["type"] != "NFC":  # a space and a newline do not compose
+    if normalizer is not None and normalizer["type"] != "NFC":  # spaces and newlines do not compose
         return None
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     kinds = [part.get("type") for part in parts]
@@ -173,7 +175,7 @@ def _harmless_cut(state: dict[str, Any]) -> re.Pattern[str] | None:
     else:
         cut = None
     for token in state["added_tokens"]:
-        # Special tokens are not looked for in text.
+        # Special tokens are not parsed in text.
         if not token["special"] and (token["lstrip"] or token["rstrip"] or re.search(r"\s\S|\S\s", token["content"])):
             return None
     return cut

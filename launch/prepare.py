@@ -15,8 +15,8 @@ from typing import Any
 
 from conf.commands import PrepareConfig
 from conf.override_text import command, override
+from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
-from corpus.ingredients import Ingredient
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 from launch import cli
@@ -34,7 +34,7 @@ def main(config: PrepareConfig) -> int:
     patterns = config.input if isinstance(config.input, list) else [config.input]
     files = expand([str(pattern) for pattern in patterns])
     prefix = _check_output(config.output)
-    corpus = TextCorpus(Ingredient("text", files, weight=1.0, valid_share=0.0), config.text_key, strict=config.strict)
+    corpus = TextCorpus(DatasetSpec("text", files, weight=1.0, valid_share=0.0), config.text_key, strict=config.strict)
     try:
         manifest = _write(config, corpus, prefix)
     except OSError as error:
@@ -60,7 +60,7 @@ def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str,
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
         manifest = json.loads((folder / "manifest.json").read_text())
         if "train" not in manifest["splits"]:
-            raise ValueError(f"{', '.join(corpus.ingredient.files)} contain no text")
+            raise ValueError(f"{', '.join(corpus.spec.files)} contain no text")
         for name, suffix in _OUTPUTS.items():
             os.rename(folder / name, f"{prefix}{suffix}")
     return manifest

@@ -101,7 +101,7 @@ def test_a_flipped_byte_is_found_and_the_entry_built_again(tmp_path, size):
         file.write(b"b")
     os.utime(place / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (cache.entry("things", "key", write("new")) / "a.txt").read_text() == "new"
-    assert notes == [f"{place} is damaged (a.txt holds other bytes than were written); it has been made again"]
+    assert notes == [f"{place} is damaged (a.txt has different content than was written); it was rebuilt"]
 
 
 def test_a_large_file_is_hashed_once_after_it_was_copied(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_an_entry_with_a_damaged_list_of_files_is_built_again(tmp_path, content)
     place = cache.entry("things", "key", write("whole"))
     (place / "files.json").write_bytes(content)
     assert (cache.entry("things", "key", write("again")) / "a.txt").read_text() == "again"
-    assert notes == [f"{place} is damaged (files.json is damaged); it has been made again"]
+    assert notes == [f"{place} is damaged (files.json is damaged); it was rebuilt"]
 
 
 AS_ANOTHER_USER = """

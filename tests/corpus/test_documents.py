@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from corpus import documents
-from corpus.documents import LeftOut, expand, read_documents, standard_library_files
+from corpus.documents import SkippedRows, expand, read_documents, standard_library_files
 
 TEXTS = ["one", "zwei\nLinien", "", "trois é\U0001f389", "four " * 200]
 LINES = [json.dumps({"id": i, "text": text}).encode() for i, text in enumerate(TEXTS)]
@@ -78,10 +78,10 @@ BAD_LINES = {
 def test_a_bad_line_is_left_out_and_named(tmp_path, line):
     path = tmp_path / "file.jsonl"
     path.write_bytes(LINES[0] + b"\n" + LINES[1] + b"\n" + line + b"\n" + LINES[3] + b"\n")
-    left_out = LeftOut()
-    documents = list(read_documents(str(path), "text", left_out=left_out))
+    skipped = SkippedRows()
+    documents = list(read_documents(str(path), "text", skipped=skipped))
     assert [document.text for document in documents] == [TEXTS[0], TEXTS[1], TEXTS[3]]
-    assert left_out.note("file") == f"file: 1 row left out, strict=true stops at them: {BAD_LINES[line]}"
+    assert skipped.note("file") == f"file: 1 row skipped (an error with strict=true): {BAD_LINES[line]}"
     with pytest.raises(ValueError, match=re.escape(f"{path} {BAD_LINES[line]}")):
         list(read_documents(str(path), "text", strict=True))
     path.write_bytes(b"\n\n" + line + b"\n" + line)
@@ -92,9 +92,9 @@ def test_a_bad_line_is_left_out_and_named(tmp_path, line):
 def test_many_bad_lines_are_counted(tmp_path):
     path = tmp_path / "file.jsonl"
     path.write_bytes(b'{"text": "x"}\n' + b'{"text": null}\n' * 9)
-    left_out = LeftOut()
-    list(read_documents(str(path), "text", left_out=left_out))
-    assert left_out.count == 9 and left_out.note("file").endswith(
+    skipped = SkippedRows()
+    list(read_documents(str(path), "text", skipped=skipped))
+    assert skipped.count == 9 and skipped.note("file").endswith(
         "line 4: field 'text' is null, not a string; and 6 more"
     )
 
@@ -155,9 +155,9 @@ def test_damaged_compressed_files(tmp_path, suffix):
 def test_damaged_and_unsuitable_parquet(tmp_path):
     path = tmp_path / "file.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["a", None]}), path)
-    left_out = LeftOut()
-    assert [document.text for document in read_documents(str(path), "text", left_out=left_out)] == ["a"]
-    assert left_out.note("file").endswith("1 row left out, strict=true stops at them: row 2: column 'text' is null")
+    skipped = SkippedRows()
+    assert [document.text for document in read_documents(str(path), "text", skipped=skipped)] == ["a"]
+    assert skipped.note("file").endswith("1 row skipped (an error with strict=true): row 2: column 'text' is null")
     with pytest.raises(ValueError, match=r"file.parquet row 2: column 'text' is null"):
         list(read_documents(str(path), "text", strict=True))
     with pytest.raises(ValueError, match="no column 'body'; set text_key to one that it has: n, text"):
@@ -185,7 +185,7 @@ def test_files_that_cannot_be_used(tmp_path):
         "nowhere/deep/a.txt": "does not exist; there is no nowhere in ",
         "*.jsonl": r"\*\.jsonl matches no file",
         "empty.txt": "empty.txt is empty",
-        "table.csv": r"table\.csv: unknown kind of file; known are \.txt \.jsonl",
+        "table.csv": r"table\.csv: unknown file format; supported are \.txt \.jsonl",
         "": "is a folder; name its files, for example",
         "a" * 300 + ".txt": "does not exist: file name too long",
         "a" * 300 + "/b.txt": "does not exist: file name too long",

@@ -81,7 +81,7 @@ def test_pairs_that_cannot_be_used(tmp_path):
 
     good = pair("good")
     refuse(f"{tmp_path}/god", r"god\.bin does not exist; did you mean .*good\.bin\?")
-    refuse(f"{good}.bin", rf"name the prefix alone: {good}$")
+    refuse(f"{good}.bin", rf"give the prefix only: {good}$")
 
     content = (tmp_path / "good.bin").read_bytes()
     truncated = pair("truncated")

@@ -114,7 +114,7 @@ def test_rows_without_text(text_data, tmp_path):
     prepared = run(text_data)
     assert sorted(documents_of(prepared, prepared.train + prepared.valid)) == sorted(sentences(200))
     (note,) = prepared.notes
-    assert note.startswith(f"{text_data.files[0]}: 2 rows left out") and "line 201: field 'text' is null" in note
+    assert note.startswith(f"{text_data.files[0]}: 2 rows skipped") and "line 201: field 'text' is null" in note
     refused(replace(text_data, strict=True), r"line 201: field 'text' is null, not a string")
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_cache_is_made_again(text_data):
         file.write_bytes(whole[:9] + bytes([whole[9] ^ 0x80]) + whole[10:])
         again = run(text_data)
         (note,) = again.notes
-        assert str(file.parent) in note and file.name in note and "it has been made again" in note
+        assert str(file.parent) in note and file.name in note and "it was rebuilt" in note
         assert replace(again, notes=[]) == prepared and again.key == prepared.key and file.read_bytes() == whole
     (Path(text_data.cache_dir) / "facts.json").write_bytes(b"\xff")
     assert run(text_data) == prepared
@@ -347,7 +347,7 @@ def test_text_and_tokenizers_that_do_not_fit(text_data, tmp_path):
 
 def test_settings_that_do_not_fit(text_data, pairs):
     a, _ = pairs
-    refused(replace(text_data, kind="stdlib"), "the stdlib corpus takes no files; .* data=text")
+    refused(replace(text_data, kind="stdlib"), "data=stdlib has no files; .* data=text")
     refused(replace(text_data, files=[]), "data of kind text needs files: paths or globs")
     refused(replace(text_data, kind="texts"), "'texts' is not one of stdlib, text, megatron")
     refused(replace(text_data, kind="blend"), "data=blend needs its parts")
@@ -355,24 +355,26 @@ def test_settings_that_do_not_fit(text_data, pairs):
     blend = replace(text_data, kind="blend", files=[])
     refused(replace(blend, blend=[BlendPart(kind="stdlib", weight=0)]), "weight 0 of the stdlib part must be positive")
     mixed = [BlendPart(kind="megatron", files=[a]), BlendPart(files=text_data.files)]
-    refused(replace(blend, blend=mixed), "text beside megatron data needs data.tokenizer")
+    refused(replace(blend, blend=mixed), "text together with megatron data needs data.tokenizer")
     refused(replace(text_data, valid_fraction=0.0), "data.valid_fraction=0.0 must lie between 0 and 1")
 
 
 def test_token_files_that_do_not_fit(text_data, pairs, tmp_path):
     a, _ = pairs
     data = replace(text_data, kind="megatron", files=[a])
-    refused(data, r"a\.bin holds the token id 99, past model\.vocab_size=99; set model\.vocab_size=100", vocab_size=99)
+    refused(
+        data, r"a\.bin contains the token id 99, beyond model\.vocab_size=99; set model\.vocab_size=100", vocab_size=99
+    )
     refused(replace(data, document_mask=True), "data.document_mask=true needs data.tokenizer", sequence_length=8)
     negative = write_pair(tmp_path / "negative", [[1, -1]], dtype=np.int32)
-    refused(replace(data, files=[negative]), "holds the token id -1; ids cannot be negative")
+    refused(replace(data, files=[negative]), "contains the token id -1; ids cannot be negative")
     large = write_pair(tmp_path / "large", [[1, 450]])
     tokenizer = run(text_data).tokenizer
     refused(
         replace(data, files=[large], tokenizer=tokenizer),
-        r"holds the token id 450, but .* has only 400 tokens; set data\.tokenizer",
+        r"contains the token id 450, but .* has 400 tokens; set data\.tokenizer",
         vocab_size=1000,
     )
     single = write_pair(tmp_path / "single", [[1] * 100])
     refused(replace(data, files=[single]), "a single document cannot be split")
-    refused(replace(data, files=[write_pair(tmp_path / "none", [[]])]), "holds no tokens")
+    refused(replace(data, files=[write_pair(tmp_path / "none", [[]])]), "contains no tokens")

@@ -110,7 +110,7 @@ def test_a_damaged_epoch_is_indexed_again(single, tmp_path):
     notes: list[str] = []
     reader = new_stream(single, tmp_path / "cache", note=notes.append)
     assert all(torch.equal(reader.sample(i)["labels"], expected[i]) for i in range(15))
-    assert len(notes) == 1 and "shuffle_index.npy holds other bytes than were written" in notes[0]
+    assert len(notes) == 1 and "shuffle_index.npy has different content than was written" in notes[0]
 
 
 RANK = """

@@ -1,4 +1,4 @@
-"""From the settings to the files that make up the data, checked for what does not fit together."""
+"""Resolves the data settings to files, and checks that they are consistent."""
 
 import os
 from dataclasses import dataclass
@@ -8,45 +8,45 @@ from corpus.documents import is_text_file
 from corpus.sources import SOURCES, DataSource
 
 
-@dataclass(frozen=True, eq=False)  # two alike parts of a blend are two ingredients
-class Ingredient:
-    """Text files or token files with one weight and one rule for what is held out."""
+@dataclass(frozen=True, eq=False)  # equal parts of a blend are different data sets
+class DatasetSpec:
+    """Text files or token files with a common weight and held-out fraction."""
 
     kind: str
-    """Of corpus.sources.SOURCES."""
+    """Name of a data source (corpus/sources.py)."""
     files: list[str]
     """Absolute paths; of token files without .bin/.idx."""
     weight: float
-    """Share of the training samples, relative to the other ingredients."""
+    """Share of the training samples, relative to the other data sets."""
     valid_share: float
-    """Share of the documents held out, 0 to 1."""
+    """Fraction of the documents that is held out, 0 to 1."""
 
     @property
     def source(self) -> DataSource:
         return SOURCES[self.kind]
 
 
-def ingredients(data: DataConfig, held_out_only: bool) -> list[Ingredient]:
-    """The parts of the data, then those of data.valid_files. A file that is named as held out does not train, even
-    where a glob of data.files matches it.
+def dataset_specs(data: DataConfig, held_out_only: bool) -> list[DatasetSpec]:
+    """The data sets of the data, then those of data.valid_files. Files of data.valid_files are not trained on, even if
+    a glob of data.files matches them.
 
     Args:
-        held_out_only: all of the data is held out, and data.valid_files is not looked at.
+        held_out_only: all of the data is held out, and data.valid_files is ignored.
 
     Raises:
-        ValueError: settings that contradict each other, or files that are not there.
+        ValueError: inconsistent settings, or missing files.
     """
     if not 0 < data.valid_fraction < 1:
         raise ValueError(f"data.valid_fraction={data.valid_fraction} must lie between 0 and 1, for example 0.02")
     held_out = [] if held_out_only else _held_out(data)
-    named = {os.path.realpath(path) for ingredient in held_out for path in ingredient.files}
+    named = {os.path.realpath(path) for spec in held_out for path in spec.files}
     valid_share = 1.0 if held_out_only else 0.0 if held_out else data.valid_fraction
     result = []
     for part in _parts(data):
         files = [path for path in _files(part) if os.path.realpath(path) not in named]
         if not files:
-            raise ValueError("data.valid_files names all the files of the data; none is left to train on")
-        result.append(Ingredient(part.kind, files, part.weight, valid_share))
+            raise ValueError("data.valid_files names all files of the data; none is left to train on")
+        result.append(DatasetSpec(part.kind, files, part.weight, valid_share))
     return result + held_out
 
 
@@ -63,17 +63,17 @@ def _parts(data: DataConfig) -> list[BlendPart]:
     return list(data.blend)
 
 
-def _held_out(data: DataConfig) -> list[Ingredient]:
-    """data.valid_files by kind: for megatron data and blends those without the suffix of a text file are prefixes. Of a
-    source that was added they are what its data.files are."""
+def _held_out(data: DataConfig) -> list[DatasetSpec]:
+    """data.valid_files by kind: for megatron data and blends, those without the suffix of a text file are prefixes. For
+    sources of extensions they are like data.files."""
     if data.valid_files and data.kind not in DATA_KINDS:
         files = _files(BlendPart(kind=data.kind, files=data.valid_files))
-        return [Ingredient(data.kind, files, weight=0.0, valid_share=1.0)]
+        return [DatasetSpec(data.kind, files, weight=0.0, valid_share=1.0)]
     may_be_prefix = data.kind in ("megatron", "blend")
     prefixes = [path for path in data.valid_files if may_be_prefix and not is_text_file(path)]
     texts = [path for path in data.valid_files if path not in prefixes]
     return [
-        Ingredient(kind, _files(BlendPart(kind=kind, files=files)), weight=0.0, valid_share=1.0)
+        DatasetSpec(kind, _files(BlendPart(kind=kind, files=files)), weight=0.0, valid_share=1.0)
         for kind, files in (("text", texts), ("megatron", prefixes))
         if files
     ]
@@ -84,7 +84,7 @@ def _files(part: BlendPart) -> list[str]:
         raise ValueError(f"kind of data {part.kind!r} is not one of {', '.join(SOURCES)}")
     source = SOURCES[part.kind]
     if source.files is None and part.files:
-        raise ValueError(f"the {part.kind} corpus takes no files; for your own text use data=text data.files=[...]")
+        raise ValueError(f"data={part.kind} has no files; for your own text use data=text data.files=[...]")
     if source.files is not None and not part.files:
         raise ValueError(f"data of kind {part.kind} needs files: {source.files}")
     return source.find(part.files)
