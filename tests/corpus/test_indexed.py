@@ -104,7 +104,7 @@ def test_pairs_that_cannot_be_used(tmp_path):
     (tmp_path / "short.idx").write_bytes(b"PK\x03\x04 something else altogether, but long enough")
     refuse(short, r"short\.idx is not a Megatron index")
     (tmp_path / "short.idx").write_bytes(index[:17] + b"\x07" + index[18:])  # float32
-    refuse(short, r"type code 7 are not those of an index of token ids")
+    refuse(short, r"type code 7 are not supported")
     (tmp_path / "short.idx").write_bytes(index[:-8] + (2).to_bytes(8, "little"))
     refuse(short, r"short\.idx is damaged: its last document ends at sequence 2")
 
