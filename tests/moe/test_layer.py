@@ -192,7 +192,7 @@ def test_equals_the_reference_for_any_shape(case: dict[str, Any], runtime: Runti
 
 
 def sparse_layer_of(case: dict[str, Any], runtime: Runtime) -> MoELayer:
-    """The layer of a case, without the settings that do not go together (conf.limits.IDLE)."""
+    """The layer of a case, without the settings that do not go together (CONDITIONS in conf/limits.py)."""
     balancing = case["load_balancing"]
     by_loss, chooses = balancing not in ("sinkhorn", "expert_choice"), balancing == "expert_choice"
     groups = case["groups"] if by_loss else 1
