@@ -1,5 +1,5 @@
-"""`python -m benchmarks.checkpoint`: how long training stands still for a checkpoint, written at once and written while
-training goes on (`checkpoint.asynchronous`). One rank; weights and both of Adam's moments are fp32, 12 bytes a
+"""`python -m benchmarks.checkpoint`: measures how long a checkpoint blocks training, written synchronously and in the
+background (`checkpoint.asynchronous`). One rank; weights and both of Adam's moments are fp32, 12 bytes per
 parameter."""
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contest import quietly
+from benchmarks.measurement import quietly
 from conf.schema import Config, ModelConfig, MoeConfig, TrainConfig
 
 SEQUENCE = 64
@@ -25,8 +25,8 @@ def configuration(hidden: int, layers: int) -> Config:
 
 
 def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, float, float]:
-    """(MiB of a checkpoint, median seconds that training stands still: written at once, in the background, and until
-    the latter is whole)."""
+    """(MiB of a checkpoint, median seconds for which training is blocked by a synchronous one, by an asynchronous one,
+    and until the latter is complete)."""
     from parallel.checkpoint import Checkpointer
     from parallel.env import World
     from training import builder
@@ -35,7 +35,7 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
     engine, folder = started.engine, Path(tempfile.mkdtemp())
     tokens_BS = torch.randint(0, 8192, (1, SEQUENCE))
     batch = {"tokens": tokens_BS, "labels": tokens_BS, "positions": torch.arange(SEQUENCE)[None]}
-    engine.update(1e-4, loss=engine.forward_backward([batch], step=1).item())  # Adam has moments from here on
+    engine.update(1e-4, loss=engine.forward_backward([batch], step=1).item())  # creates Adam's moments
     saver, at_once, stalls, wholes = Checkpointer(folder, engine, keep=1), [], [], []
     try:
         for repetition in range(2 * repetitions + 2):
@@ -48,7 +48,7 @@ def measure(hidden: int, layers: int, repetitions: int) -> tuple[float, float, f
             saver.begin_save(state)
             stall = time.perf_counter() - begun
             while not saver._pending_save[0].is_done():
-                time.sleep(0.01)  # training, as far as the disk is concerned
+                time.sleep(0.01)  # stands for training
             wholes.append(time.perf_counter() - begun)
             settled = time.perf_counter()
             saver.finalize_save(wait=True)
@@ -68,9 +68,9 @@ def main() -> None:
     given = parser.parse_args()
     with quietly():
         size, at_once, stall, whole = measure(given.hidden, given.layers, given.repetitions)
-    print(f"checkpoint of {size:,.0f} MiB, median of {given.repetitions}: training stands still")
-    print(f"  written at once           {at_once:7.3f} s")
-    print(f"  written in the background {stall:7.3f} s  ({stall / at_once:.2f} of it; on the disk after {whole:.3f} s)")
+    print(f"checkpoint of {size:,.0f} MiB, median of {given.repetitions}: training is blocked for")
+    print(f"  synchronous               {at_once:7.3f} s")
+    print(f"  in the background         {stall:7.3f} s  ({stall / at_once:.2f} of it; complete after {whole:.3f} s)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.fp8_training`: does a model survive FP8? Trains the same model on the same batches in bf16 and
-in FP8, and compares the mean loss of the last steps, over several seeds where one run says too little. On a CPU FP8 is
-emulated: right numbers, no gain in time."""
+"""`python -m benchmarks.fp8_training`: the effect of FP8 on the loss. Trains the same model on the same batches in bf16
+and in FP8, and compares the mean loss of the last steps over one or more seeds. On a CPU FP8 is emulated, which has the
+same numerics but is not faster."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-BAR = 0.0025
-"""Largest relative difference of the mean losses."""
-CALM = ("optim.lr=5e-4", "train.global_batch_size=8")
-"""What a run has unless it is told otherwise. At tiny_switch's own learning rate of 2e-3 the router falls on one expert
-and recovers, when and how is a matter of rounding, and fp32 itself ends half a percent or more from bf16: such a run
-tells nothing of FP8. At this one fp32 ends within the bar (docs/kernels.md), and a small batch is enough."""
+LIMIT = 0.0025
+"""Maximum relative difference of the mean losses."""
+STABLE = ("optim.lr=5e-4", "train.global_batch_size=8")
+"""The default settings of the runs. At tiny_switch's learning rate of 2e-3 the router collapses onto one expert and
+recovers; when and how depends on rounding, and even fp32 ends half a percent or more from bf16, so that nothing can be
+said about FP8. At this learning rate fp32 ends within the limit (docs/kernels.md), and a small batch is enough."""
 
 
 def train(precision: str, steps: int, overrides: list[str], directory: Path) -> list[float]:
@@ -24,7 +24,7 @@ def train(precision: str, steps: int, overrides: list[str], directory: Path) -> 
     settings += ["eval.every=0", "eval.final_batches=1", "eval.sample_tokens=0", "checkpoint.every=0"]
     if precision != "fp8":
         overrides = [o for o in overrides if not o.startswith("fp8.")]
-    command = [sys.executable, "-m", "launch.train", *settings, *CALM, *overrides]
+    command = [sys.executable, "-m", "launch.train", *settings, *STABLE, *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
@@ -41,13 +41,13 @@ def mean_of_last(steps: list[float], last: int) -> float:
 
 
 def difference(losses: Losses, precision: str, last: int) -> float:
-    """Relative, of the mean loss of the last steps from bf16's."""
+    """The relative difference of the mean loss of the last steps from bf16."""
     return mean_of_last(losses[precision], last) / mean_of_last(losses["bf16"], last) - 1
 
 
 def summary(runs: list[Losses], last: int) -> dict[str, object]:
-    """Means over the seeds: the losses of the last steps, and the relative difference of each precision from bf16's.
-    standard_error is that of the mean difference; null for a single seed, from which nothing is known about it."""
+    """Means over the seeds of the loss of the last steps, and of the relative difference of each precision from bf16.
+    standard_error is that of the mean difference; null for a single seed."""
     shown: dict[str, object] = {"seeds": len(runs)}
     for precision in runs[0]:
         shown[f"loss_{precision}"] = round(statistics.fmean(mean_of_last(r[precision], last) for r in runs), 5)
@@ -57,7 +57,7 @@ def summary(runs: list[Losses], last: int) -> dict[str, object]:
         shown[f"difference_{precision}"] = round(statistics.fmean(each), 5)
         shown[f"standard_error_{precision}"] = error and round(error, 5)
     mean = statistics.fmean(difference(r, "fp8", last) for r in runs)
-    return shown | {"within_bar": abs(mean) <= BAR}
+    return shown | {"within_bar": abs(mean) <= LIMIT}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,10 +66,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--last", type=int, default=50, help="steps over which the losses are averaged")
     parser.add_argument("--seeds", type=int, default=1, help="train.seed = 1, 2, ...: initial weights and batches")
     parser.add_argument(
-        "--spread", action="store_true", help="train in fp32 as well: how far rounding alone takes a run that routes"
+        "--spread", action="store_true", help="train in fp32 as well, to show the effect of rounding alone"
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object and nothing else")
-    parser.add_argument("overrides", nargs="*", help="settings of both runs; fp8.* of the second")
+    parser.add_argument("overrides", nargs="*", help="settings of all runs; fp8.* only of the FP8 run")
     return parser.parse_args(argv)
 
 

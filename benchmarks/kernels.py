@@ -1,6 +1,6 @@
-"""`python -m benchmarks.kernels`: our grouped products, FP8 rounding and whole experts beside torch's, on a GPU. Every
-figure is a ratio to a dense bf16 product of as much arithmetic (cuBLAS) or, for rounding, to a copy of as many bytes,
-timed in turns in the same run on random data: medians. Above 1 is faster.
+"""`python -m benchmarks.kernels`: compares grouped GEMMs, FP8 casts and whole experts with PyTorch's, on a GPU. Figures
+are ratios to a dense bf16 product (cuBLAS) with the same FLOPs or, for casts, to a copy of the same size: medians of
+alternating measurements in the same process on random data. Above 1 is faster.
 
 Legend: R rows of all experts, K inner and N outer dimension, L experts.
 """
@@ -18,16 +18,16 @@ from ops.fp8_numerics import RECIPES
 from ops.gemm_backend import Tools
 
 SHAPES = ((8, 2048, 4096, 4096), (64, 256, 2048, 2048))
-"""(experts, rows of each, K, N)."""
-Contest = dict[str, Callable[[], object]]
+"""(experts, rows per expert, K, N)."""
+Benchmark = dict[str, Callable[[], object]]
 
 
-def median_seconds(contest: Contest, repetitions: int) -> dict[str, float | None]:
-    """A B C A B C ...; the first three rounds, which compile, do not count. None for what does not run here."""
-    seconds: dict[str, list[float]] = {name: [] for name in contest}
+def median_seconds(entries: Benchmark, repetitions: int) -> dict[str, float | None]:
+    """Median seconds, measured in the order A B C A B C ..., after three warm-up rounds. None: not supported here."""
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
     failed: dict[str, str] = {}
     for repetition in range(repetitions + 3):
-        for name, step in contest.items():
+        for name, step in entries.items():
             if name in failed:
                 continue
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,25 +47,27 @@ def median_seconds(contest: Contest, repetitions: int) -> dict[str, float | None
 
 
 MAY_FAIL = ("torch scaled_grouped_mm", "linear layer, torch scaled_mm")
-"""torch's FP8 products, which not every GPU and version has."""
+"""PyTorch's FP8 products, which not every GPU and version supports."""
 
 
-def products(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
-    """Forward, input gradient and weight gradient: the same arithmetic each, as the dense product has."""
+def products(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
+    """Forward, input gradient and weight gradient, each with the same FLOPs as the dense product."""
     counts, total = [rows] * experts, experts * rows
     x_RK, dy_RN = (torch.randn(total, n, device=device).bfloat16() for n in (inner, outer))
     w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
     ends = torch.arange(rows, total + 1, rows, dtype=torch.int32, device=device)
-    contest: Contest = {
+    entries: Benchmark = {
         "dense": lambda: x_RK @ w_LKN[0],
         "torch grouped_mm": lambda: F.grouped_mm(x_RK, w_LKN, offs=ends),
     }
     for kind, tools in _bf16_and_fp8().items():
-        contest |= _three_products(kind, tools, counts, x_RK, dy_RN, w_LKN)
-    return contest | _torch_fp8(x_RK, w_LKN, ends)
+        entries |= _three_products(kind, tools, counts, x_RK, dy_RN, w_LKN)
+    return entries | _torch_fp8(x_RK, w_LKN, ends)
 
 
-def _three_products(kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy_RN: Tensor, w_LKN: Tensor) -> Contest:
+def _three_products(
+    kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy_RN: Tensor, w_LKN: Tensor
+) -> Benchmark:
     groups, weight = tools.groups(counts, x_RK.device), tools.weight(w_LKN)
     x, dy = tools.rows(x_RK), tools.rows(dy_RN)
     columns = tools.columns(x_RK, groups), tools.columns(dy_RN, groups)
@@ -76,24 +78,24 @@ def _three_products(kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy
     }
 
 
-def in_place(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
-    """Forward product and weight gradient, rounding included, of tokens that two experts each read: from a gathered
-    copy, which is made before the forward product, or from where the tokens lie."""
+def in_place(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
+    """Forward product and weight gradient, including the FP8 cast, of tokens that are routed to two experts each: from
+    a gathered copy, which is created before the forward product, or read in place."""
     total = experts * rows
     token_R = torch.randperm(total, device=device) // 2
     x_TK = torch.randn(-(-total // 2), inner, device=device).bfloat16()
     dy_RN = torch.randn(total, outer, device=device).bfloat16()
     w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
     x_RK = x_TK[token_R]
-    contest: Contest = {"dense": lambda: x_RK @ w_LKN[0]}
+    entries: Benchmark = {"dense": lambda: x_RK @ w_LKN[0]}
     for kind, tools in _bf16_and_fp8().items():
-        contest |= _two_ways(kind, tools, [rows] * experts, x_TK, token_R, dy_RN, w_LKN)
-    return contest
+        entries |= _two_ways(kind, tools, [rows] * experts, x_TK, token_R, dy_RN, w_LKN)
+    return entries
 
 
 def _two_ways(
     kind: str, tools: Tools, counts: list[int], x_TK: Tensor, token_R: Tensor, dy_RN: Tensor, w_LKN: Tensor
-) -> Contest:
+) -> Benchmark:
     groups, weight, x_RK = tools.groups(counts, x_TK.device), tools.weight(w_LKN), x_TK[token_R]
     dy = tools.columns(dy_RN, groups)
 
@@ -117,7 +119,7 @@ def _bf16_and_fp8() -> dict[str, Tools]:
     return {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
 
 
-def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
+def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Benchmark:
     from torch.nn.functional import ScalingType
 
     x, w = x_RK.to(torch.float8_e4m3fn), w_LKN.transpose(1, 2).contiguous().to(torch.float8_e4m3fn).transpose(1, 2)
@@ -128,22 +130,22 @@ def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Contest:
     }
 
 
-def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Contest:
-    """The three products of a blockwise FP8 linear layer, on our kernels and on torch's."""
+def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
+    """The three products of a blockwise FP8 linear layer, with Triton and with PyTorch's scaled_mm."""
     from ops.triton.gemm_backend import Float8Tools
     from ops.triton.scaled_mm import ScaledTools
 
     x_RK, dy_RN = (torch.randn(rows, n, device=device).bfloat16() for n in (inner, outer))
     w_LKN = torch.randn(1, inner, outer, device=device).bfloat16() * inner**-0.5
-    contest: Contest = {"dense": lambda: x_RK @ w_LKN[0]}
+    entries: Benchmark = {"dense": lambda: x_RK @ w_LKN[0]}
     for name, kind in {"Triton": Float8Tools, "torch scaled_mm": ScaledTools}.items():
         tools = kind(RECIPES["blockwise"], narrow_weight_gradient=True)
-        contest |= _three_products(f"linear layer, {name},", tools, [rows], x_RK, dy_RN, w_LKN)
-    return contest
+        entries |= _three_products(f"linear layer, {name},", tools, [rows], x_RK, dy_RN, w_LKN)
+    return entries
 
 
-def rounding(total: int, inner: int, device: torch.device) -> Contest:
-    """Rounding reads two bytes and writes one per element; so does the copy."""
+def rounding(total: int, inner: int, device: torch.device) -> Benchmark:
+    """The FP8 cast of rows, and a copy that reads and writes the same number of bytes."""
     from ops.triton.gemm_backend import Float8Tools
 
     tools, x_RK = Float8Tools(RECIPES["blockwise"]), torch.randn(total, inner, device=device).bfloat16()
@@ -151,8 +153,8 @@ def rounding(total: int, inner: int, device: torch.device) -> Contest:
     return {"copy": lambda: target.copy_(source), "round rows": lambda: tools.rows(x_RK)}
 
 
-def experts_contest(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Contest:
-    """Whole SwiGLU experts, forward and backward, with rounding but that of the weights, which is done once a step."""
+def whole_experts(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
+    """Whole SwiGLU experts, forward and backward, including FP8 casts except that of the weights (once per step)."""
     from moe.experts import grouped_experts
     from ops.grouped_mlp import experts_with
     from ops.triton.gemm_backend import Float8Tools, TritonTools
@@ -176,19 +178,19 @@ def experts_contest(experts: int, rows: int, inner: int, outer: int, device: tor
 
 
 def ratios(seconds: dict[str, float | None]) -> dict[str, float | None]:
-    """How many times as fast as the first contender."""
+    """Speed relative to the first entry."""
     first = next(iter(seconds.values()))
     assert first is not None
     return {name: None if s is None else round(first / s, 3) for name, s in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Grouped products and FP8 rounding beside torch's, on a GPU.")
+    parser = argparse.ArgumentParser(description="Compares grouped GEMMs and FP8 casts with PyTorch's, on a GPU.")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--repetitions", type=int, default=30)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.kernels: there is no GPU here, and on a CPU these kernels are only interpreted")
+        raise SystemExit("benchmarks.kernels: needs a GPU; on a CPU these kernels are only interpreted")
     device, report = torch.device("cuda"), {}
     for shape in SHAPES:
         parts = (
@@ -196,14 +198,14 @@ def main(argv: list[str] | None = None) -> None:
             in_place(*shape, device),
             linear_layers(shape[0] * shape[1], *shape[2:], device),
             rounding(shape[0] * shape[1], shape[2], device),
-            experts_contest(*shape, device),
+            whole_experts(*shape, device),
         )
         found = [ratios(median_seconds(part, args.repetitions)) for part in parts]
         report["x".join(map(str, shape))] = {name: ratio for part in found for name, ratio in part.items()}
     if not args.json:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; experts x rows x K x N")
         for name, part in report.items():
-            print("\n".join([name, *(f"  {contender:40} {ratio}" for contender, ratio in part.items())]))
+            print("\n".join([name, *(f"  {entry:40} {ratio}" for entry, ratio in part.items())]))
     print(json.dumps(report))
 
 

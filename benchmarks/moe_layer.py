@@ -1,5 +1,6 @@
-"""`python -m benchmarks.moe_layer`: one sparse layer, forward and backward, beside a dense layer of the same active
-size, Megatron-Core's own MoELayer and Transformers' Mixtral block, all dropless top-1 SwiGLU on the same tokens.
+"""`python -m benchmarks.moe_layer`: compares a sparse layer, forward and backward, with a dense layer of the same
+active parameters, Megatron-Core's MoELayer and Transformers' Mixtral block, all dropless top-1 SwiGLU on the same
+tokens.
 
 Legend: T tokens, D hidden, F expert hidden.
 """
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
-from benchmarks.contest import Contender, Result, kept_bytes, peak_bytes, table, version
+from benchmarks.measurement import Implementation, Result, peak_bytes, saved_bytes, table, version
 from benchmarks.peers import megatron_config
+from benchmarks.workers import AS_OURS, Measurements, alternate, start_workers, timed
 from conf.schema import ModelConfig, MoeConfig
 from parallel.megatron_compat import moe_layer
 
@@ -27,7 +28,7 @@ TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
 
 
 class SwiGLU(nn.Module):
-    """The dense layer that costs a token as much as its one expert."""
+    """The dense layer with the same FLOPs per token as one expert."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
@@ -90,24 +91,24 @@ def build_transformers(model: ModelConfig, dtype: torch.dtype, implementation: s
     return block
 
 
-def contender(layer: nn.Module, inputs: list[Tensor], grad_SBD: Tensor) -> Contender:
-    """Each step takes the next of the inputs [S, B, D], so that experts have other numbers of rows, as in training:
-    kernels that fit one number of rows alone are built anew."""
-    turns = itertools.cycle(inputs)
+def implementation(layer: nn.Module, inputs: list[Tensor], grad_SBD: Tensor) -> Implementation:
+    """Each step uses the next of the inputs [S, B, D], so that row counts per expert differ between steps, as in
+    training: kernels that are compiled per shape are compiled again."""
+    next_inputs = itertools.cycle(inputs)
 
     def forward() -> Tensor:
-        out = layer(next(turns).detach().requires_grad_())
+        out = layer(next(next_inputs).detach().requires_grad_())
         return out[0] if isinstance(out, tuple) else out
 
     def step() -> None:
         layer.zero_grad(set_to_none=True)
         forward().backward(grad_SBD)
 
-    return Contender(step, forward)
+    return Implementation(step, forward)
 
 
 def half_to_one_expert(layer: nn.Module, x_SBD: Tensor) -> Tensor:
-    """Inputs of which every second token chooses expert 0 and no other does, by their first feature."""
+    """Inputs of which exactly every second token is routed to expert 0, by their first feature."""
     router = layer.gate if hasattr(layer, "gate") else layer.router
     with torch.no_grad():
         router.weight[:, 0] = 0
@@ -120,15 +121,15 @@ def half_to_one_expert(layer: nn.Module, x_SBD: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Bytes that a forward and backward pass takes at most, inputs and weights aside."""
+    """Peak bytes of a forward and backward pass, without inputs and weights."""
 
     even: int
     skewed: int | None
-    """When one expert gets half of the tokens; None: there are no experts."""
+    """If one expert gets half of the tokens. None: there are no experts."""
 
 
-def build(name: str, args: argparse.Namespace) -> Questions:
-    """One contender with each number of experts, in the process that calls this."""
+def build(name: str, args: argparse.Namespace) -> Measurements:
+    """Builds an implementation with each number of experts, in the calling process."""
     from parallel import process_groups
     from parallel.env import World
     from parallel.layout import Layout
@@ -139,14 +140,14 @@ def build(name: str, args: argparse.Namespace) -> Questions:
         torch.randn(args.tokens, 1, args.hidden, generator=generator).to(run.device, torch.bfloat16)
         for _ in range(args.repetitions + 2)
     )
-    questions: dict[str, Callable[[], Any]] = {}
+    measurements: dict[str, Callable[[], Any]] = {}
     for experts in args.experts:
         layer = build_layer(name, args, experts, run).to(run.device)
-        case = contender(layer, inputs, grad_SBD)
-        questions[f"seconds {experts}"] = timed(case.step)
-        questions[f"kept {experts}"] = functools.partial(kept_bytes, case.forward)
-        questions[f"peak {experts}"] = functools.partial(peak, layer, inputs[0], grad_SBD)
-    return questions
+        built = implementation(layer, inputs, grad_SBD)
+        measurements[f"seconds {experts}"] = timed(built.step)
+        measurements[f"saved {experts}"] = functools.partial(saved_bytes, built.forward)
+        measurements[f"peak {experts}"] = functools.partial(peak, layer, inputs[0], grad_SBD)
+    return measurements
 
 
 def build_layer(name: str, args: argparse.Namespace, experts: int, run: Any) -> nn.Module:
@@ -164,42 +165,42 @@ def build_layer(name: str, args: argparse.Namespace, experts: int, run: Any) -> 
 
 
 def peak(layer: nn.Module, x_SBD: Tensor, grad_SBD: Tensor) -> Peak:
-    """Changes the router's weight."""
+    """Measures the peak memory. Changes the router's weight."""
 
-    def most(x: Tensor) -> int:
-        layer.zero_grad(set_to_none=True)  # giving back what an earlier pass left would count against this one
-        return peak_bytes(contender(layer, [x], grad_SBD).step)
+    def measured(x: Tensor) -> int:
+        layer.zero_grad(set_to_none=True)  # otherwise freeing gradients of an earlier pass would count
+        return peak_bytes(implementation(layer, [x], grad_SBD).step)
 
-    return Peak(most(x_SBD), None if isinstance(layer, SwiGLU) else most(half_to_one_expert(layer, x_SBD)))
-
-
-Contest = tuple[dict[str, Result], dict[str, Peak]]
+    return Peak(measured(x_SBD), None if isinstance(layer, SwiGLU) else measured(half_to_one_expert(layer, x_SBD)))
 
 
-def contests(args: argparse.Namespace) -> dict[int, Contest]:
-    """All contenders, by number of experts."""
+Outcome = tuple[dict[str, Result], dict[str, Peak]]
+
+
+def compare(args: argparse.Namespace) -> dict[int, Outcome]:
+    """The results of all implementations, by number of experts."""
     names = (OURS, DENSE, *MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
     builds = {name: functools.partial(build, name, args) for name in (*names, BOUNDED)}
-    found: dict[int, Contest] = {}
-    with apart(builds, (OURS, DENSE, BOUNDED), peers_as_ours=args.peers_as_ours) as players:
-        racing = {name: players[name] for name in names}
-        seconds = {n: take_turns(racing, f"seconds {n}", args.repetitions) for n in args.experts}
+    found: dict[int, Outcome] = {}
+    with start_workers(builds, (OURS, DENSE, BOUNDED), peers_as_ours=args.peers_as_ours) as workers:
+        timed_workers = {name: workers[name] for name in names}
+        seconds = {n: alternate(timed_workers, f"seconds {n}", args.repetitions) for n in args.experts}
         for n in args.experts:
-            results = {name: Result(seconds[n][name], players[name].ask(f"kept {n}")) for name in names}
-            peaks = {name: player.ask(f"peak {n}") for name, player in players.items()}
+            results = {name: Result(seconds[n][name], workers[name].measure(f"saved {n}")) for name in names}
+            peaks = {name: worker.measure(f"peak {n}") for name, worker in workers.items()}
             peaks[f"{OURS}, {BOUNDED}={args.chunk_rows}"] = peaks.pop(BOUNDED)
             found[n] = results, peaks
     return found
 
 
 def fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
-    """Seconds of a peer's fastest variant; None when it did not run."""
+    """Seconds of the fastest of several variants. None: none of them ran."""
     return min((results[n].seconds for n in names if n in results), default=None)
 
 
 def summary(by_experts: dict[int, dict[str, Result]]) -> dict[str, object]:
-    """ratio_dense: our time over the dense layer's, by number of experts. The others: the time of the peer's fastest
-    variant over ours, at the first number of experts; null when the peer is not installed."""
+    """ratio_dense: our time over the dense layer's, by number of experts. The others: the time of the fastest variant
+    of another implementation over ours, at the first number of experts; null if it is not installed."""
     first = next(iter(by_experts.values()))
     peers = {"ratio_megatron": fastest(first, MEGATRON), "ratio_transformers": fastest(first, TRANSFORMERS)}
     dense = {str(n): round(r[OURS].seconds / r[DENSE].seconds, 3) for n, r in by_experts.items()}
@@ -211,11 +212,11 @@ def mib(size: int) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One sparse layer, forward and backward, beside its peers.")
+    parser = argparse.ArgumentParser(description="Compares a sparse layer with other implementations.")
     parser.add_argument("--json", action="store_true", help="print the ratios as one JSON object and nothing else")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=2048, help="hidden width of an expert")
+    parser.add_argument("--width", type=int, default=2048, help="hidden size of an expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--chunk-rows", type=int, default=512, help="model.moe.expert_chunk_rows of the bounded layer")
@@ -226,21 +227,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    found = contests(args)
+    found = compare(args)
     if not args.json:
         print(f"{args.tokens} tokens, hidden {args.hidden}, width {args.width}, top-1, bf16")
         for experts, (results, memory) in found.items():
             print(f"{experts} experts\n{table(results, lambda s: f'{s * 1e3:.1f} ms')}")
-            print("  peak of a forward and backward pass: tokens spread, and half of them to one expert")
+            print("  peak memory of a forward and backward pass: tokens distributed, and half of them to one expert")
             for name, peak in memory.items():
                 skewed = "" if peak.skewed is None else f"{mib(peak.skewed):8.0f} MiB"
                 print(f"  {name:36} {mib(peak.even):8.0f} MiB {skewed}".rstrip())
         if not version("transformers"):
-            print("transformers: left out, not installed (pip install transformers)")
-    told = summary({experts: results for experts, (results, _) in found.items()})
+            print("transformers: skipped, not installed (pip install transformers)")
+    report = summary({experts: results for experts, (results, _) in found.items()})
     first = next(iter(found.values()))[1]
-    told["peak_mib"] = {name: [mib(peak.even), peak.skewed and mib(peak.skewed)] for name, peak in first.items()}
-    print(json.dumps(told))
+    report["peak_mib"] = {name: [mib(peak.even), peak.skewed and mib(peak.skewed)] for name, peak in first.items()}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.optimizer_states`: what gradients and moments in bf16 do to the loss. Trains the same model on
-the same batches with `optim.grad_dtype` and `optim.state_dtype` in fp32 and in bf16, and compares the mean loss of the
-last steps over several seeds. `fp32 again` has a learning rate larger by a millionth: how far rounding alone takes a
-run.
+"""`python -m benchmarks.optimizer_states`: the effect of gradients and moments in bf16 on the loss. Trains the same
+model on the same batches with `optim.grad_dtype` and `optim.state_dtype` in fp32 and in bf16, and compares the mean
+loss of the last steps over several seeds. `fp32 again` has a learning rate larger by a millionth, to show the effect of
+rounding alone.
 
-Where the processor has no bf16 arithmetic the runs are in fp32; their gradients are then added up in bf16 buckets all
-the same, the router's too.
+On processors without bf16 arithmetic the runs are in fp32; gradients, including the router's, are then still
+accumulated in bf16 buckets.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.fp8_training import CALM, mean_of_last
+from benchmarks.fp8_training import STABLE, mean_of_last
 
-BAR = 0.0025
-"""Largest relative difference of the mean losses."""
+LIMIT = 0.0025
+"""Maximum relative difference of the mean losses."""
 GRADIENTS, MOMENTS = "optim.grad_dtype=bf16", "optim.state_dtype=bf16"
 VARIANTS = {
     "fp32": [],
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def with_bf16_buckets() -> None:
-    """`python -m launch.train` with the process's arguments, gradients of fp32 parameters being kept in bf16."""
+    """Runs launch.train with the arguments of the process, with gradients of fp32 parameters accumulated in bf16."""
     import torch
 
     from parallel import megatron_compat
@@ -60,7 +60,7 @@ def losses(variant: str, precision: str, settings: list[str]) -> list[float]:
     """The loss of every step."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"precision={precision}", f"run.dir={folder}/run", "eval.every=0", "eval.final_batches=1"]
-        fixed += ["eval.sample_tokens=0", "checkpoint.every=0", *CALM, *settings]
+        fixed += ["eval.sample_tokens=0", "checkpoint.every=0", *STABLE, *settings]
         changes = [change for change in fixed if not any(change.split("=")[0] in own for own in VARIANTS[variant])]
         whole = [*command(VARIANTS[variant], precision), *changes]
         done = subprocess.run(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -71,15 +71,15 @@ def losses(variant: str, precision: str, settings: list[str]) -> list[float]:
 
 
 def summary(means: dict[str, list[float]]) -> dict[str, dict[str, object]]:
-    """By variant: the mean loss of the last steps with each seed, its relative difference from fp32's, and of the
-    differences the mean, its standard error (null for a single seed) and whether the mean is within the bar."""
+    """By variant: the mean loss of the last steps for each seed, its relative difference from fp32, and the mean of the
+    differences, its standard error (null for a single seed) and whether the mean is within the limit."""
     shown: dict[str, dict[str, object]] = {}
     for variant, found in means.items():
         each = [mine / base - 1 for mine, base in zip(found, means["fp32"], strict=True)]
         mean = statistics.fmean(each)
         error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
         shown[variant] = {"losses": found, "differences": each, "difference": mean, "standard_error": error}
-        shown[variant]["within_bar"] = abs(mean) <= BAR
+        shown[variant]["within_bar"] = abs(mean) <= LIMIT
     return shown
 
 
@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--last", type=int, default=50, help="steps over which the losses are averaged")
     parser.add_argument("--seeds", type=int, default=3, help="train.seed = 1, 2, ...: initial weights and batches")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="beside fp32")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the arithmetic")
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="variants besides fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the arithmetic")
+    parser.add_argument("--at-once", type=int, default=1, help="number of concurrent runs")
     parser.add_argument("overrides", nargs="*", help="settings of all runs")
     args = parser.parse_args(argv)
     variants = list(dict.fromkeys(["fp32", *args.only]))

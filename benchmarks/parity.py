@@ -1,9 +1,9 @@
-"""`python -m benchmarks.parity`: every layout is the same model. Trains a tiny model for three steps under many layouts
-and holds losses, every parameter's gradient, gradient norms, routing, drops, held-out loss and next-token logits
-against those of one rank. Prints the largest deviation of each cell; ends with exit code 1 if any deviates.
+"""`python -m benchmarks.parity`: verifies that every layout trains the same model. Trains a tiny model for three steps
+under many layouts and compares losses, the gradient of every parameter, gradient norms, routing, drops, held-out loss
+and next-token logits with those of a single rank. Prints the largest deviation of each cell; exits with 1 if any
+deviates.
 
-Simulated ranks: on the CPU, or sharing the GPU where there is one. Legend: S steps, L sparse layers, E experts, V
-vocabulary.
+Runs simulated ranks on the CPU, or sharing a GPU. Legend: S steps, L sparse layers, E experts, V vocabulary.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
 
 LIMIT = 1e-5
-"""Largest relative deviation that the order of fp32 sums explains; loads and drops have to be equal."""
+"""Maximum relative deviation, from the order of fp32 sums; loads and drops must be equal."""
 SECONDS = 300.0
-"""Time limit of a layout, generous for a busy machine."""
+"""Time limit per layout."""
 
-# What is decided over the whole micro-batch, or could depend on the order of its tokens, other than in Switch.
+# Methods other than Switch's that decide over the whole micro-batch, or could depend on the order of its tokens.
 DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
 DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
 GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
@@ -75,7 +75,7 @@ class Layouts:
     degrees: dict[str, Any]
     variants: list[str]
     tested: str = ""
-    """The variants, with spaces between, that the tests run as well."""
+    """The variants, separated by spaces, that the tests run as well."""
 
 
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
@@ -155,7 +155,7 @@ MATRIX = [
 
 @dataclass
 class Outcome:
-    """What every layout has to agree on."""
+    """The results that must agree between layouts."""
 
     losses: list[float]
     norms: list[float]
@@ -167,11 +167,11 @@ class Outcome:
     evaluation: tuple[float, int]
     logits_V: np.ndarray
     gradients: dict[str, np.ndarray] | None
-    """Of step 1, on rank 0 alone."""
+    """Gradients of step 1, on rank 0 only."""
 
 
 def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant], steps: int = 3) -> dict[str, Outcome]:
-    """Trains each variant for some steps, then evaluates it and asks it for a next token. A rank function."""
+    """Trains each variant for some steps, evaluates it and computes next-token logits. Runs on each rank."""
     with started(world, parallel) as runtime:
         overlap = Overlap.of(parallel, runtime.backend)
         return {name: _measure(runtime, variant, overlap, steps) for name, variant in variants.items()}
@@ -180,14 +180,14 @@ def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant]
 def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -> Outcome:
     engine = build_engine(runtime, variant, overlap=overlap)
     batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
-    told, loads, first = [], [], None
+    results, loads, first = [], [], None
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()
         if step == 0:
             first = gradients(engine)
-        told.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
+        results.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
         loads.append(_expert_load(engine, variant.config()))
-    losses, norms = (list(column) for column in zip(*told, strict=True))
+    losses, norms = (list(column) for column in zip(*results, strict=True))
     sparse, averaged = [load for load in loads if load is not None], ("router_entropy", "aux_loss", "z_loss")
     return Outcome(
         losses,
@@ -196,7 +196,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for name in averaged for x in load.metric(name)],
         engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
-        # 11 tokens: a number that neither context nor tensor parallelism divides.
+        # 11 tokens: not divisible by the degrees of context and tensor parallelism.
         next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
@@ -211,14 +211,14 @@ def _expert_load(engine: Engine, model: ModelConfig) -> Any:
 
 
 def relative(got: object, wanted: object) -> float:
-    """The norm of the difference over the norm of what is wanted."""
+    """The norm of the difference relative to the norm of `wanted`."""
     got, wanted = np.asarray(got, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30)) if wanted.size else 0.0
 
 
 def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
-    """How far a layout is from one rank; what has to be equal deviates by infinity when it is not."""
+    """The deviations of a layout from a single rank; infinity for results that must be equal and are not."""
 
     def equal(same: bool) -> float:
         return 0.0 if same else float("inf")
@@ -240,7 +240,7 @@ def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
 
 
 def agreement(every: list[Outcome]) -> float:
-    """0 when all ranks of a layout tell the same, else infinity."""
+    """0 if all ranks of a layout have the same results, else infinity."""
     first = every[0]
     same = all(
         (other.losses, other.norms, other.evaluation) == (first.losses, first.norms, first.evaluation)
@@ -256,7 +256,7 @@ def one_rank(pool: RankPool, variants: dict[str, Variant]) -> dict[str, Outcome]
 
 
 def cells(pool: RankPool, layouts: Layouts, names: list[str]) -> Iterator[tuple[str, list[Outcome]]]:
-    """Every rank's outcome of each named variant under a layout."""
+    """The outcomes of all ranks for each named variant under a layout."""
     parallel, chosen = ParallelConfig(**layouts.degrees), {name: VARIANTS[name] for name in names}
     every = pool.run(layouts.ranks, measure, parallel, chosen, timeout=SECONDS)
     for name in names:
@@ -264,10 +264,10 @@ def cells(pool: RankPool, layouts: Layouts, names: list[str]) -> Iterator[tuple[
 
 
 def control(pool: RankPool, wanted: Outcome) -> float:
-    """The smallest deviation of a model with other initial weights: far above LIMIT, or the comparison sees nothing."""
+    """The smallest deviation of a model with other initial weights, which must be far above LIMIT."""
     other = one_rank(pool, {"other": dataclasses.replace(VARIANTS["drops"], seed=2)})["other"]
-    told = deviations(other, wanted)
-    return min(value for what, value in told.items() if what not in ("held-out tokens", "drops"))
+    found = deviations(other, wanted)
+    return min(value for what, value in found.items() if what not in ("held-out tokens", "drops"))
 
 
 def main(arguments: list[str]) -> int:
@@ -277,23 +277,26 @@ def main(arguments: list[str]) -> int:
     matrix = [layouts for layouts in MATRIX if wanted_name in layouts.name]
     count = sum(len(layouts.variants) for layouts in matrix)
     bad = 0
-    print(f"{count} cells; largest relative deviation from one rank, at most {LIMIT:g}")
+    print(f"{count} cells; largest relative deviation from a single rank, at most {LIMIT:g}")
     with RankPool(max((layouts.ranks for layouts in matrix), default=1)) as pool:
         alone = one_rank(pool, VARIANTS)
         for layouts in matrix:
             for name, every in cells(pool, layouts, layouts.variants):
-                told = {**deviations(every[0], alone[name]), "agreement of the ranks": agreement(every)}
-                what = max(told, key=lambda key: told[key])
-                good = told[what] <= LIMIT
+                found = {**deviations(every[0], alone[name]), "agreement of the ranks": agreement(every)}
+                what = max(found, key=lambda key: found[key])
+                good = found[what] <= LIMIT
                 bad += not good
                 print(
-                    f"{layouts.name:<32} {name:<17} {told[what]:8.1e}  {'' if good else 'DEVIATES '}{what}", flush=True
+                    f"{layouts.name:<32} {name:<17} {found[what]:8.1e}  {'' if good else 'DEVIATES '}{what}", flush=True
                 )
         seen = control(pool, alone["drops"])
     print(f"{'control: other initial weights':<32} {'drops':<17} {seen:8.1e}  at least")
-    blind = seen < 100 * LIMIT
-    print(f"{bad} of {count} cells deviate" + ("; the control does not: the comparison is blind" if blind else ""))
-    return 1 if bad or blind else 0
+    insensitive = seen < 100 * LIMIT
+    print(
+        f"{bad} of {count} cells deviate"
+        + ("; the control does not: the comparison is not sensitive" if insensitive else "")
+    )
+    return 1 if bad or insensitive else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Megatron-Core as the benchmarks set it up."""
+"""The configuration of Megatron-Core in the benchmarks."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from conf.schema import ModelConfig
 
 
 def megatron_config(model: ModelConfig) -> Any:
-    """Megatron-Core's configuration of our model in bf16, with what it can do without CUDA and other packages."""
+    """Megatron-Core's configuration of a model in bf16, with the features that need neither CUDA nor other packages."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.train_step`: whole training steps (forward, backward, clipping, AdamW) beside Transformers'
-Mixtral and Megatron-Core's own GPTModel, on random tokens. All are bf16, dropless, top-2 SwiGLU. Ours and
-Megatron-Core's keep fp32 master weights and gradients; Transformers' weights and moments are bf16, which is less work.
+"""`python -m benchmarks.train_step`: compares training steps (forward, backward, clipping, AdamW) with Transformers'
+Mixtral and Megatron-Core's GPTModel, on random tokens. All are bf16, dropless, top-2 SwiGLU. Switchyard and
+Megatron-Core keep fp32 master weights and gradients; Transformers' weights and moments are bf16, which is less work.
 
 Legend: B batch, S sequence.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.apart import AS_OURS, Questions, apart, take_turns, timed
-from benchmarks.contest import Contender, Result, kept_bytes, table, version
+from benchmarks.measurement import Implementation, Result, saved_bytes, table, version
 from benchmarks.peers import megatron_config
+from benchmarks.workers import AS_OURS, Measurements, alternate, start_workers, timed
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
 from parallel.megatron_compat import name_missing_gemm
 
@@ -42,15 +42,15 @@ def configuration(args: argparse.Namespace) -> Config:
     return Config(model=model, train=train, optim=OptimConfig(lr=LR), precision="bf16")
 
 
-def ours(config: Config, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
-    """The very calls of training.trainer."""
+def ours(config: Config, tokens_BS: Tensor, labels_BS: Tensor) -> Implementation:
+    """A training step with the same calls as training/trainer.py."""
     from parallel.env import World
     from training import builder
 
-    return contender(builder.start(config, World(), train=True).engine, tokens_BS, labels_BS)
+    return implementation(builder.start(config, World(), train=True).engine, tokens_BS, labels_BS)
 
 
-def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
+def implementation(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Implementation:
     device = engine.runtime.device
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     batch = {"tokens": tokens_BS, "positions": positions_BS, "labels": labels_BS}
@@ -60,11 +60,11 @@ def contender(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
         loss = engine.forward_backward([batch], step=1).item()
         engine.update(LR, loss=loss)
 
-    return Contender(step, lambda: engine.modules[0](*batch.values()))
+    return Implementation(step, lambda: engine.modules[0](*batch.values()))
 
 
-def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Contender:
-    """GPTModel with its local layers, under the same gradient buckets, distributed optimizer and schedule as ours."""
+def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Implementation:
+    """GPTModel with its local layers, with the same gradient buckets, distributed optimizer and schedule as ours."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -90,12 +90,12 @@ def megatron(config: Config, runtime: Any, tokens_BS: Tensor, labels_BS: Tensor)
     sequence = tokens_BS.shape[1]
     hidden = torch.ones(sequence, sequence, dtype=torch.bool, device=runtime.device).triu(1)[None, None]
     engine = Engine(core, runtime, config.optim, build)
-    return contender(engine, tokens_BS, labels_BS)
+    return implementation(engine, tokens_BS, labels_BS)
 
 
 def transformers(
     config: Config, device: torch.device, implementation: str, tokens_BS: Tensor, labels_BS: Tensor
-) -> Contender:
+) -> Implementation:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model, optim = config.model, config.optim
@@ -129,11 +129,11 @@ def transformers(
         torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip_grad)
         adam.step()
 
-    return Contender(step, forward)
+    return Implementation(step, forward)
 
 
-def build(name: str, args: argparse.Namespace) -> Questions:
-    """One contender, in the process that calls this."""
+def build(name: str, args: argparse.Namespace) -> Measurements:
+    """Builds an implementation in the calling process."""
     from parallel import process_groups
     from parallel.env import World
     from parallel.layout import Layout
@@ -143,25 +143,25 @@ def build(name: str, args: argparse.Namespace) -> Questions:
     text = torch.randint(0, args.vocabulary, (args.batch, args.sequence + 1), generator=generator)
     batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     if name == OURS:
-        case = ours(config, *batch)
+        built = ours(config, *batch)
     elif name == MEGATRON:
-        case = megatron(config, process_groups.start(World(), Layout(1), seed=1, timeout=60), *batch)
+        built = megatron(config, process_groups.start(World(), Layout(1), seed=1, timeout=60), *batch)
     else:
-        case = transformers(config, process_groups.pick_device(World())[0], name.split()[1], *batch)
-    return {"seconds": timed(case.step), "kept": lambda: kept_bytes(case.forward)}
+        built = transformers(config, process_groups.pick_device(World())[0], name.split()[1], *batch)
+    return {"seconds": timed(built.step), "saved": lambda: saved_bytes(built.forward)}
 
 
-def contest(args: argparse.Namespace) -> dict[str, Result]:
-    """Results by contender."""
+def compare(args: argparse.Namespace) -> dict[str, Result]:
+    """Results by implementation."""
     names = (OURS, MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
     builds = {name: functools.partial(build, name, args) for name in names}
-    with apart(builds, (OURS,), peers_as_ours=args.peers_as_ours) as players:
-        seconds = take_turns(players, "seconds", args.repetitions)
-        return {name: Result(seconds[name], player.ask("kept")) for name, player in players.items()}
+    with start_workers(builds, (OURS,), peers_as_ours=args.peers_as_ours) as workers:
+        seconds = alternate(workers, "seconds", args.repetitions)
+        return {name: Result(seconds[name], worker.measure("saved")) for name, worker in workers.items()}
 
 
 def summary(results: dict[str, Result], tokens: int) -> dict[str, object]:
-    """How many times as many tokens per second as the peer (its fastest variant); null when it is not installed."""
+    """Ratios of our tokens per second to those of the others (their fastest variant); null if not installed."""
     speed = {name: tokens / r.seconds for name, r in results.items()}
 
     def ratio(names: tuple[str, ...]) -> float | None:
@@ -176,7 +176,7 @@ def summary(results: dict[str, Result], tokens: int) -> dict[str, object]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Whole training steps beside Transformers and Megatron-Core.")
+    parser = argparse.ArgumentParser(description="Compares training steps with Transformers and Megatron-Core.")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     sizes = {"layers": 4, "hidden": 512, "heads": 8, "width": 1024, "vocabulary": 8192, "sequence": 512, "batch": 8}
     for name, default in (sizes | {"repetitions": 5}).items():
@@ -188,8 +188,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
-    results = contest(args)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads
+    results = compare(args)
     tokens = args.batch * args.sequence
     if not args.json:
         print(
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(table(results, lambda seconds: f"{tokens / seconds:.0f} tokens/s"))
         if not version("transformers"):
-            print("transformers: left out, not installed (pip install transformers)")
+            print("transformers: skipped, not installed (pip install transformers)")
     print(json.dumps(summary(results, tokens)))
 
 

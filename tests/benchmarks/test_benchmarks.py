@@ -1,4 +1,4 @@
-"""The benchmarks run at a toy size and say what they measured."""
+"""The benchmarks run at a small size and print their results."""
 
 import functools
 import importlib.util
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks import fp8_training, kernels, optimizer_states
-from benchmarks.apart import apart, take_turns, timed
-from benchmarks.contest import Result, kept_bytes, peak_bytes
+from benchmarks.measurement import Result, peak_bytes, saved_bytes
 from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
 from benchmarks.moe_layer import summary as layer_summary
 from benchmarks.train_step import summary as step_summary
+from benchmarks.workers import alternate, start_workers, timed
 from conf.schema import MoeConfig
 from parallel.threads import SPINS
 from tests.moe.helpers import random, sparse_layer, tiny
@@ -62,62 +62,62 @@ def test_step_benchmark_prints_its_ratios() -> None:
     assert (printed["ratio_transformers"] is None) == (importlib.util.find_spec("transformers") is None)
 
 
-def test_checkpoint_benchmark_prints_what_training_waits() -> None:
+def test_checkpoint_benchmark_prints_how_long_training_is_blocked() -> None:
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--hidden=16", "--layers=1", "--repetitions=1"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, env=environment)
-    assert re.search(r"written at once +[\d.]+ s\n +written in the background +[\d.]+ s  \([\d.]+ of it", done.stdout)
+    assert re.search(r"synchronous +[\d.]+ s\n +in the background +[\d.]+ s  \([\d.]+ of it", done.stdout)
 
 
-class Played:
-    """Stands for a contender in another process."""
+class FakeWorker:
+    """Stands for an implementation in another process."""
 
     def __init__(self, name: str, log: list[str], seconds: list[float]):
         self.name, self.log, self.seconds = name, log, iter(seconds)
 
-    def ask(self, question: str) -> float:
-        self.log.append(self.name + question)
+    def measure(self, name: str) -> float:
+        self.log.append(self.name + name)
         return next(self.seconds)
 
 
-def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
+def test_measurements_alternate_and_the_first_round_is_a_warm_up() -> None:
     log: list[str] = []
-    players = {"a": Played("a", log, [90.0, 1.0, 5.0, 2.0]), "b": Played("b", log, [0.0, 7.0, 8.0, 9.0])}
-    assert take_turns(players, "?", repetitions=3) == {"a": 2.0, "b": 8.0}
+    workers = {"a": FakeWorker("a", log, [90.0, 1.0, 5.0, 2.0]), "b": FakeWorker("b", log, [0.0, 7.0, 8.0, 9.0])}
+    assert alternate(workers, "?", repetitions=3) == {"a": 2.0, "b": 8.0}
     assert log == ["a?", "b?"] * 4
 
 
-def who_keeps_memory(trouble: bool) -> dict[str, Callable[[], object]]:
-    if trouble:
+def build_fake(fails: bool) -> dict[str, Callable[[], object]]:
+    if fails:
         raise FileNotFoundError("no such peer")
-    told = {name: functools.partial(os.environ.get, name) for name in ("GLIBC_TUNABLES", "GOMP_SPINCOUNT")}
-    return {"process": os.getpid, "sum": timed(lambda: sum([1, 2])), **told}
+    variables = {name: functools.partial(os.environ.get, name) for name in ("GLIBC_TUNABLES", "GOMP_SPINCOUNT")}
+    return {"process": os.getpid, "sum": timed(lambda: sum([1, 2])), **variables}
 
 
-def test_contenders_live_in_processes_of_their_own() -> None:
-    """Only ours keep memory and wait briefly; what goes wrong in one is told with its name."""
+def test_each_implementation_has_its_own_process() -> None:
+    """Only ours keeps memory and waits briefly; errors name the implementation."""
     if {"GLIBC_TUNABLES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        pytest.skip("settings of the C library or of OpenMP are in the environment, which contenders inherit")
-    builds = {name: functools.partial(who_keeps_memory, False) for name in ("ours", "peer")}
-    with apart(builds, ("ours",), peers_as_ours=False) as players:
-        assert len({os.getpid(), *(player.ask("process") for player in players.values())}) == 3
-        assert [player.ask("GLIBC_TUNABLES") for player in players.values()] == [None, ""]
-        assert [player.ask("GOMP_SPINCOUNT") for player in players.values()] == [SPINS, None]
-        assert players["ours"].ask("sum") > 0
-        with pytest.raises(RuntimeError, match=r"(?s)peer, asked for 'colour'.*KeyError"):
-            players["peer"].ask("colour")
-    broken = apart({"peer": functools.partial(who_keeps_memory, True)}, (), peers_as_ours=False)
+        pytest.skip("settings of the C library or of OpenMP are in the environment, which processes inherit")
+    builds = {name: functools.partial(build_fake, False) for name in ("ours", "peer")}
+    with start_workers(builds, ("ours",), peers_as_ours=False) as workers:
+        assert len({os.getpid(), *(worker.measure("process") for worker in workers.values())}) == 3
+        assert [worker.measure("GLIBC_TUNABLES") for worker in workers.values()] == [None, ""]
+        assert [worker.measure("GOMP_SPINCOUNT") for worker in workers.values()] == [SPINS, None]
+        assert workers["ours"].measure("sum") > 0
+        with pytest.raises(RuntimeError, match=r"(?s)peer, 'colour'.*KeyError"):
+            workers["peer"].measure("colour")
+    broken = start_workers({"peer": functools.partial(build_fake, True)}, (), peers_as_ours=False)
     with pytest.raises(RuntimeError, match=r"(?s)peer.*no such peer"), broken:
         pass
 
 
-def test_kept_bytes_are_those_held_after_the_forward_pass() -> None:
+def test_saved_bytes_are_those_allocated_after_the_forward_pass() -> None:
     """Of 100 fp32 values: exp keeps its result, sin its input, cos goes; a view and the caller's own do not count."""
     x = torch.ones(100, requires_grad=True)
-    assert kept_bytes(lambda: x.exp().view(10, 10).sin().sum() + x.detach().cos().sum()) == 100 * 4 + 4
+    assert saved_bytes(lambda: x.exp().view(10, 10).sin().sum() + x.detach().cos().sum()) == 100 * 4 + 4
 
 
-def test_peak_is_the_most_that_is_held_at_a_time() -> None:
+def test_peak_bytes() -> None:
     """1000 fp32 values and, one after the other, 2000 and 500 more."""
 
     def step() -> None:

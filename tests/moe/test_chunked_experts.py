@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.contest import peak_bytes
+from benchmarks.measurement import peak_bytes
 from conf.schema import MoeConfig
 from models.init import initialise
 from moe.chunked_experts import pieces

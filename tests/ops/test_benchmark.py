@@ -13,16 +13,16 @@ SHAPE = (1, 130, 256, 128)
 FP8, BF16 = 0.04, 5e-3  # how far a product is from the dense one
 
 
-def run(contest: kernels.Contest) -> dict[str, Tensor]:
-    return {name: step() for name, step in contest.items() if not name.startswith(kernels.MAY_FAIL)}
+def run(entries: kernels.Benchmark) -> dict[str, Tensor]:
+    return {name: step() for name, step in entries.items() if not name.startswith(kernels.MAY_FAIL)}
 
 
-@pytest.mark.parametrize("contest", [kernels.products, kernels.in_place])
-def test_forward_products_are_the_dense_one(contest, device: torch.device) -> None:
+@pytest.mark.parametrize("benchmark", [kernels.products, kernels.in_place])
+def test_forward_products_are_the_dense_one(benchmark, device: torch.device) -> None:
     torch.manual_seed(0)
-    results = run(contest(*SHAPE, device))
+    results = run(benchmark(*SHAPE, device))
     forward = {name: y for name, y in results.items() if "forward" in name or "grouped_mm" in name}
-    assert len(forward) == {kernels.products: 3, kernels.in_place: 4}[contest]
+    assert len(forward) == {kernels.products: 3, kernels.in_place: 4}[benchmark]
     for name, y in forward.items():
         assert relative(y.float(), results["dense"].float()) < (FP8 if name.startswith("fp8") else BF16), name
 
@@ -45,7 +45,7 @@ def test_gradients_in_fp8_are_those_in_bf16(device: torch.device) -> None:
 
 def test_whole_experts_agree(device: torch.device) -> None:
     torch.manual_seed(0)
-    results = run(kernels.experts_contest(2, 130, 128, 128, device))
+    results = run(kernels.whole_experts(2, 130, 128, 128, device))
     first = results.pop("experts, torch grouped_mm")
     assert len(results) == 3
     for name, other in results.items():

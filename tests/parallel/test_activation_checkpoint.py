@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import kept_bytes
+from benchmarks.measurement import saved_bytes
 from conf.schema import MoeConfig, ParallelConfig
 from moe.router import Router
 from parallel.activation_checkpoint import checkpoint_without_output
@@ -33,7 +33,7 @@ def run(recompute: list[str], runtime: Runtime) -> tuple[dict[str, Tensor], dict
     return (
         gradients,
         {n: b.clone() for n, b in counted.items() if "statistics" in n},
-        kept_bytes(lambda: model(*inputs)),
+        saved_bytes(lambda: model(*inputs)),
     )
 
 
@@ -60,7 +60,7 @@ def test_no_activation_of_an_expert_is_kept(activation: str, backend: str, runti
         model = tiny(MOE, hidden_size=8, ffn_hidden_size=64, activation=activation, recompute=recompute)
         layer = sparse_layer(model, runtime, backend=backend)
         x_SBD = random(12, 2, 8).to(runtime.device).requires_grad_()
-        held.append(kept_bytes(partial(run_layer, layer, x_SBD)))
+        held.append(saved_bytes(partial(run_layer, layer, x_SBD)))
     hidden_bytes, gates = 48 * 64 * 4, 2 if activation == "swiglu" else 1
     assert held[1] < (gates + 1) * hidden_bytes < held[0]
 
@@ -108,8 +108,8 @@ def test_a_recomputed_output_is_the_consumers_only_copy(runtime: Runtime) -> Non
     for _ in range(2):
         got = torch.autograd.grad(loss, [other, *norm.parameters(), *linear.parameters()], retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    plain = kept_bytes(lambda: consumer(norm(x)))
-    assert kept_bytes(lambda: checkpoint_without_output(norm, x, consumer)) <= plain - x.numel() * 4
+    plain = saved_bytes(lambda: consumer(norm(x)))
+    assert saved_bytes(lambda: checkpoint_without_output(norm, x, consumer)) <= plain - x.numel() * 4
 
 
 def test_recompute_under_a_layout(ranks: RankPool) -> None:

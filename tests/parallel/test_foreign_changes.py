@@ -25,8 +25,8 @@ ALLOWED = {
         "torch._fused_adamw_",
     ): "what torch's fused AdamW calls, of which there is no other way",
     ("benchmarks/optimizer_states.py", "ddp._ParamAndGradBuffer"): "a control, wrong on purpose",
-    ("benchmarks/contest.py", "torch.utils._python_dispatch.TorchDispatchMode"): "counts bytes; no part of a run",
-    ("benchmarks/contest.py", "torch.utils._pytree.tree_leaves"): "counts bytes; no part of a run",
+    ("benchmarks/measurement.py", "torch.utils._python_dispatch.TorchDispatchMode"): "counts bytes; no part of a run",
+    ("benchmarks/measurement.py", "torch.utils._pytree.tree_leaves"): "counts bytes; no part of a run",
     ("benchmarks/train_step.py", "MixtralForCausalLM._from_config"): "another project's, which is timed",
 }
 

@@ -16,11 +16,11 @@ ROWS = 64 if REHEARSE else 16384
 """Of all experts of a rank."""
 
 
-def timed(contest: kernels.Contest, flops: float) -> dict[str, object]:
+def timed(entries: kernels.Benchmark, flops: float) -> dict[str, object]:
     """TFLOP/s of each contender and its ratio to the first, which does as much arithmetic; None where it fails."""
     failed: dict[str, str] = {}
     able: dict[str, Callable[[], object]] = {}
-    for name, step in contest.items():
+    for name, step in entries.items():
         try:
             step()
             able[name] = step
@@ -39,19 +39,19 @@ def products(model: str, direction: str) -> dict[str, object]:
     experts, hidden, width = SHAPES[model]
     inner, outer = (hidden, width) if direction == "up" else (width, hidden)
     rows = ROWS // experts
-    contest = kernels.products(experts, rows, inner, outer, DEVICE)
+    entries = kernels.products(experts, rows, inner, outer, DEVICE)
     if REHEARSE:
-        contest = {name: step for name, step in contest.items() if not name.startswith("torch scaled")}
+        entries = {name: step for name, step in entries.items() if not name.startswith("torch scaled")}
     return {"experts": experts, "rows": rows, "K": inner, "N": outer} | timed(
-        contest, 2 * experts * rows * inner * outer
+        entries, 2 * experts * rows * inner * outer
     )
 
 
 def whole_experts(model: str) -> dict[str, object]:
     experts, hidden, width = SHAPES[model]
     rows = ROWS // experts
-    contest = kernels.experts_contest(experts, rows, hidden, width, DEVICE)
-    return timed(contest, 3 * 2 * 3 * experts * rows * hidden * width)
+    entries = kernels.whole_experts(experts, rows, hidden, width, DEVICE)
+    return timed(entries, 3 * 2 * 3 * experts * rows * hidden * width)
 
 
 def in_place(model: str) -> dict[str, object]:

@@ -83,7 +83,7 @@ def contender(name: str, shape: dict[str, int]) -> tuple[Any, dict[str, Any]]:
 def measure(name: str, shape: dict[str, int]) -> dict[str, Any]:
     import torch
 
-    from benchmarks.contest import quietly
+    from benchmarks.measurement import quietly
 
     begin = time.perf_counter()
     with quietly():

@@ -83,7 +83,7 @@ def continued(folder: Path) -> dict[str, Any]:
 def checkpoints() -> dict[str, float]:
     """Seconds that training stands still for a checkpoint, written at once and in the background."""
     from benchmarks.checkpoint import measure
-    from benchmarks.contest import quietly
+    from benchmarks.measurement import quietly
 
     hidden, layers, repetitions = (16, 1, 1) if REHEARSE else (512, 4, 5)
     with quietly():

@@ -1,4 +1,4 @@
-"""What the benchmarks measure of a contender: the bytes that autograd keeps, and the most that a step takes."""
+"""What the benchmarks measure of an implementation: the bytes that autograd saves, and the peak memory of a step."""
 
 import importlib.metadata
 import os
@@ -17,19 +17,19 @@ from training.output_redirect import redirect_output
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     step: Callable[[], None]
-    """One repetition, everything included that training would pay for."""
+    """One repetition, with everything that training does."""
     forward: Callable[[], Tensor]
-    """The forward pass alone, whose kept tensors are counted."""
+    """The forward pass alone, whose saved tensors are counted."""
 
 
 @dataclass(frozen=True)
 class Result:
     seconds: float
     """Median of the repetitions."""
-    kept_bytes: int
-    """What the forward pass leaves behind for the backward pass, its output included."""
+    saved_bytes: int
+    """Bytes that the forward pass saves for the backward pass, including its output."""
 
 
 def synchronise() -> None:
@@ -37,8 +37,8 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass allocates and that are still held when it is over."""
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass allocates and that are still allocated at its end."""
     with _Allocations() as made:
         output = forward()
     held = sum(size for storage, size in made.storages.values() if not storage.expired())
@@ -47,7 +47,7 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Every storage that an operation returns, watched without holding it."""
+    """Weak references to every storage that an operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """The most memory that a repetition had at a time, beyond what was there before it."""
+    """Peak memory of a repetition, beyond what was allocated before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         synchronise()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # else the profiler announces every start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # otherwise the profiler prints a message at every start and end
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
@@ -95,7 +95,7 @@ def version(package: str) -> str | None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what the engines say about themselves. Their imports belong inside."""
+    """Suppresses messages of the frameworks. Import them inside of this context."""
     redirection = redirect_output(0)
     try:
         yield
@@ -104,5 +104,7 @@ def quietly() -> Iterator[None]:
 
 
 def table(results: dict[str, Result], unit: Callable[[float], str]) -> str:
-    """One line per contender: its time in the caller's words, and what it keeps for backward."""
-    return "\n".join(f"  {n:32} {unit(r.seconds):>20} {r.kept_bytes / 2**20:8.0f} MiB kept" for n, r in results.items())
+    """One line per implementation: its time, formatted by `unit`, and the memory that it saves for backward."""
+    return "\n".join(
+        f"  {n:32} {unit(r.seconds):>20} {r.saved_bytes / 2**20:8.0f} MiB saved" for n, r in results.items()
+    )
