@@ -1,1 +1,1 @@
-"""Speed beside peers: every benchmark times all contenders alternately in one process and reports ratios."""
+"""Benchmarks: comparisons with other implementations, in alternating measurements, reported as ratios."""
