@@ -1,38 +1,39 @@
 # shellcheck shell=bash disable=SC2154,SC2329
-# What launch/train.sh does in a Slurm job, in a batch script as in salloc's shell: check, start one task per GPU, stop
-# them when Slurm says that time is nearly up, and then go by what stop.json says. srun's own exit code says little:
-# with --kill-on-bad-exit, ranks that end a moment apart are reported as killed.
+# Runs training in a Slurm job, for launch/train.sh in a batch script or in salloc's shell: validates the run, starts
+# one task per GPU, stops them when Slurm signals the time limit, and decides from stop.json whether to requeue. The
+# exit code of srun is not reliable: with --kill-on-bad-exit, ranks that exit one after the other are reported as
+# killed.
 #
 #   python           array: the command that starts Python
-#   SWITCHYARD_SRUN  further options for every srun, such as a container's
+#   SWITCHYARD_SRUN  further options for every srun, such as those of a container
 
-# A full disk under the job's output, or a reader that has left, ends nothing.
+# Failing to write the job's output, to a full disk or a closed pipe, does not end the job.
 trap : PIPE
 say() { echo "train.sh: $*" >&2 || true; }
 
 if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
-    say "error: this is a heterogeneous job of $SLURM_HET_SIZE components (--het-group, or : between sbatch's options)," \
-        "but ranks run in one: submit without the others"
+    say "error: this is a heterogeneous job of $SLURM_HET_SIZE components (--het-group, or : in sbatch's options)," \
+        "which is not supported: submit a single component"
     exit 2
 fi
 interactive=()
 [ "${ENVIRONMENT-}" = BATCH ] || interactive=(--interactive)
 
-# What Slurm says of this job: its name (JOB, or ARRAY_ELEMENT: the number of an array's last element is the array's as
-# well), how often it was started again, its state, and the time it has left. Empty where nobody answers.
+# Asks Slurm for the name of this job (JOB, or ARRAY_ELEMENT, since the last element of an array has the job id of the
+# array), its number of restarts, its state and the time left. The variables are empty if Slurm does not answer.
 ask_slurm() {
     local id n c s l
     name='' count='' state='' left=''
     while read -r id n c s l; do
         [ "$id" != "$SLURM_JOB_ID" ] || name=$n count=$c state=$s left=$l
     done < <(
-        unset "${!SQUEUE_@}" # the user's own filters
+        unset "${!SQUEUE_@}" # filters in the user's environment
         squeue --noheader --job="$SLURM_JOB_ID" --Format='JobID: ,JobArrayID: ,RestartCnt: ,State: ,TimeLeft: ' \
             2>/dev/null
     )
 }
 
-# A job that is submitted inside another inherits what that one was: an element of an array, a restart, a step.
+# A job that is submitted inside another one inherits its variables: of an array element, a restart, a step.
 unset "${!SLURM_STEP_@}" SLURM_STEPID SLURM_CLUSTERS
 ask_slurm
 if [ -n "$name" ]; then
@@ -43,19 +44,19 @@ restarts=${SLURM_RESTART_COUNT:-0}
 
 nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
 tasks=${SLURM_NTASKS:-$((nodes * (gpus > 0 ? gpus : 1)))}
-# ALL: the ranks have what this script has, whatever sbatch --export said.
+# ALL: the ranks have the environment of this script, regardless of sbatch --export.
 split_words "${SWITCHYARD_SRUN-}"
 srun_options=(--export=ALL "${words[@]}")
-[ -z "${SLURM_CPUS_PER_TASK-}" ] || # srun does not take this over from sbatch by itself
+[ -z "${SLURM_CPUS_PER_TASK-}" ] || # srun does not inherit this from sbatch
     srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores)
-# Megatron-Core counts on kernels starting in the order in which they were given.
+# Megatron-Core relies on kernels starting in the order of their launches.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Here, since ranks in a container have none of Slurm's commands.
+# Set here, since Slurm's commands may be missing in a container.
 if hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST-}" 2>/dev/null) && [ -n "$hosts" ]; then
     export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
 fi
-# Names in the ranks' store begin with it: only who can read this job's environment can read or change what is there.
+# Prefix of the keys in the ranks' store: only processes that can read this job's environment can access them.
 SWITCHYARD_STORE_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export SWITCHYARD_STORE_SECRET
 
@@ -63,13 +64,13 @@ say "job ${name:-$SLURM_JOB_ID}, restart $restarts, on ${SLURM_JOB_NODELIST-?}: 
     "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE-?} on the node} CPU(s) a task, srun ${srun_options[*]}"
 say "$(env | grep -E '^(NCCL|GLOO|UCX|TORCH_NCCL|CUDA|MASTER)_' | sort | tr '\n' ' ')"
 
-# A command of ours, once, before or after the ranks; inside the container where there is one. Its last line of output
-# is the answer: a container may have words of its own before.
+# Runs a command of the project once, in the container if there is one, and prints the last line of its output: a
+# container may print other lines before.
 once() {
     local output code=0
     if [ -n "${SWITCHYARD_SRUN-}" ]; then
         output=$(
-            unset SLURM_LABELIO # the user's wish for the ranks' output
+            unset SLURM_LABELIO # meant for the output of the ranks
             srun --nodes=1 --ntasks=1 --input=none --output=all "${srun_options[@]}" "${python[@]}" "$@"
         ) || code=$?
     else
@@ -81,7 +82,7 @@ once() {
 
 asked=() ranks_pid='' interrupted=''
 ranks_run() { [ -n "$ranks_pid" ] && [[ " $(jobs -pr | tr '\n' ' ')" == *" $ranks_pid "* ]]; }
-# Not TERM: srun answers that by killing the tasks.
+# Not TERM, on which srun kills the tasks.
 tell_ranks() { ! ranks_run || kill -USR1 "$ranks_pid" 2>/dev/null || true; }
 on_signal() {
     if [ "$1" = INT ] && [ -n "$interrupted" ]; then
@@ -90,40 +91,41 @@ on_signal() {
         exit 130
     fi
     [ "$1" != INT ] || interrupted=yes
-    say "got $1: the ranks are to finish their step and write a checkpoint"
+    say "got $1: the ranks finish their step and write a checkpoint"
     asked=(--asked)
     tell_ranks
 }
 trap 'on_signal USR1' USR1
 trap 'on_signal INT' INT
-# Slurm tells the tasks itself, and more may be at work than a stop: a job that is cancelled is not to be requeued.
+# Slurm signals the tasks itself; the job may have been cancelled and is then not requeued.
 trap 'say "got TERM"' TERM
 
 for word in "$@"; do
     case $word in
         -m | --multirun)
-            say "error: a job trains one run, and $word asks for several: sbatch --array=... slurm/array.sh, a run per element"
+            say "error: a job trains one run; for several ($word) use sbatch --array=... slurm/array.sh"
             exit 2
             ;;
     esac
 done
 
-# The overrides come before the number of ranks, and first of all the run directory is made: a wrong setting ends here.
+# Validates the run and creates the run directory: an invalid setting ends the job here.
 run_dir=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
 
-# A step is known by its number in the job. An srun that outlives an earlier life, on a node that Slurm has given up, ends
-# "its" step when its ranks die; so that this is not the step of the ranks below, each life counts on from a later one.
+# Steps are identified by their number in the job. An srun that outlives an earlier attempt, on a node that Slurm has
+# given up, kills "its" step when its ranks exit. Empty steps make the number of the step below different in each
+# attempt.
 for ((step = 0; step < restarts; step++)); do
     srun --export=ALL --nodes=1 --ntasks=1 true || true
 done
 
 if [ "${#asked[@]}" = 0 ]; then
-    # Block: the ranks of a node are neighbours, whatever the site's default.
+    # Block distribution: consecutive ranks on a node, regardless of the site's default.
     srun --kill-on-bad-exit=1 --wait=120 --mpi=none --distribution=block --nodes="$nodes" --ntasks="$tasks" \
         "${srun_options[@]}" "${python[@]}" -m launch.train "$@" &
     ranks_pid=$!
-    # A signal that is trapped ends `wait`, and not what is waited for. srun passes none on to tasks that it has not
-    # started yet, as while a container's image is fetched: it is repeated, and the ranks count it once.
+    # A trapped signal ends `wait`, but not srun. srun does not forward signals to tasks that it has not started yet,
+    # for example while a container image is downloaded: the signal is repeated, and the ranks count it once.
     while ranks_run; do
         if [ "${#asked[@]}" = 0 ]; then
             wait "$ranks_pid" || true
@@ -136,10 +138,10 @@ if [ "${#asked[@]}" = 0 ]; then
     done
 fi
 
-# A batch script can outlive its job too, on a node that Slurm has given up.
+# A batch script can outlive its job, too, on a node that Slurm has given up.
 ask_slurm
 if [ "${count:-$restarts}" != "$restarts" ]; then
-    say "this job goes on elsewhere (restart $count): this is restart $restarts, which ends here"
+    say "this job was restarted elsewhere (restart $count): restart $restarts ends here"
     exit 1
 fi
 
@@ -148,19 +150,18 @@ case $verdict in
 requeue) ;;
 [0-9] | [0-9][0-9]) exit "$verdict" ;;
 *)
-    # What the run has been through may be unreadable, or the disk full; that Slurm had asked for this end is certain.
-    # launch.check counts the restarts, so that this has an end.
+    # The state of the run may be unreadable, or the disk full, but Slurm did signal the end of the job. launch.check
+    # limits the number of restarts.
     [ "${#asked[@]}" != 0 ] && [ "${#interactive[@]}" = 0 ] || exit 1
-    say "there is no verdict on how the run ended, but it was asked to stop: requeued"
+    say "it is unknown how the run ended, but it was signalled to stop: requeued"
     ;;
 esac
 
 answer="the controller does not answer"
-for _ in {1..30}; do # the controller may be restarting
+for _ in {1..30}; do # while the controller may be restarting
     ask_slurm
-    [ "${count:-$restarts}" = "$restarts" ] || exit 75 # somebody has requeued it already
-    # Slurm itself may be ending the job: because its time is up, which is what requeueing is for, or for reasons of its
-    # own: cancelled, or preempted.
+    [ "${count:-$restarts}" = "$restarts" ] || exit 75 # already requeued
+    # Slurm itself may be ending the job, not because of the time limit: it was cancelled or preempted.
     if [ "${state:-RUNNING}" != RUNNING ] && [ "$left" != INVALID ] && [ "$left" != 0:00 ]; then
         say "Slurm is ending this job ($state): not requeued"
         exit 75
@@ -171,9 +172,9 @@ for _ in {1..30}; do # the controller may be restarting
         wait
         exit 75
     fi
-    # Anything else, such as a time-out between here and the controller, may be better in a moment.
+    # Other errors, such as a time-out of the controller, may be temporary.
     [[ $answer != *@(disabled|denied|nvalid|not\ supported|already)* ]] || break
     sleep 10
 done
-say "$answer; submit again with run.dir=$run_dir to go on"
+say "$answer; submit again with run.dir=$run_dir to resume"
 exit 75

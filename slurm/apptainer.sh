@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# In a container through Apptainer: IMAGE=/path/to/image.sif sbatch slurm/apptainer.sh [overrides]
-# The image needs what pyproject.toml lists; .venv is not used.
+# Trains in an Apptainer container: IMAGE=/path/to/image.sif sbatch slurm/apptainer.sh [overrides]
+# The image must have the dependencies of pyproject.toml; .venv is not used.
 #SBATCH --job-name=switchyard --time=1-0
 #SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A sweep: a run, with a run directory, for each word after `--`; what comes before `--` is common to all. A word may
-# hold several overrides. Then: python -m launch.compare runs/NAME-JOB_*
+# A sweep: one run, with its own run directory, per word after `--`; overrides before `--` are common to all runs. A
+# word may have several overrides. Compare the runs with: python -m launch.compare runs/NAME-JOB_*
 #   sbatch --array=0-1 slurm/array.sh train.steps=500 -- optim.lr=1e-3 'optim.lr=3e-3 optim.warmup_steps=60'
 #SBATCH --job-name=switchyard-sweep --time=4:00:00
 #SBATCH --nodes=1
@@ -13,7 +13,7 @@ done
 shift || true
 if [ "${SLURM_ARRAY_TASK_ID:-$#}" -ge $# ]; then
     wanted="--array=0-$(($# - 1))"
-    [ $# -gt 0 ] || wanted="nothing to do (COMMON -- A B C)"
+    [ $# -gt 0 ] || wanted="no run is given (COMMON -- A B C)"
     echo "switchyard: error: $# words after --, so $wanted;" \
         "but this is element ${SLURM_ARRAY_TASK_ID-none}" >&2
     exit 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# For a cluster that does not requeue: N jobs of one run, each waiting for the one before. When one reaches the run's
-# last step, those after it are cancelled. On the login node:
+# A chain of N jobs of one run, for clusters without requeueing: each job waits for the previous ones. When one reaches
+# the last step of the run, the remaining ones are cancelled. On the login node:
 #   bash slurm/chain.sh N RUN_DIR [sbatch options] launch/train.sh [overrides]
 set -euo pipefail
 jobs=${1-} run_dir=${2-}
@@ -9,19 +9,19 @@ fail() {
     exit 2
 }
 [[ $jobs =~ ^[1-9][0-9]{0,3}$ ]] || fail "the number of jobs must be 1 to 9999, not '$jobs'"
-[ -n "$run_dir" ] || fail "which run directory?"
-[ $# -gt 2 ] || fail "what is to be submitted?"
+[ -n "$run_dir" ] || fail "no run directory is given"
+[ $# -gt 2 ] || fail "no command to submit is given"
 shift 2
 for word in "$@"; do
-    [[ $word != --dependency* && $word != -d* ]] || fail "$word: what each job waits for is what a chain is"
+    [[ $word != --dependency* && $word != -d* ]] || fail "$word: the chain sets the dependencies itself"
 done
-# In quotes, for Hydra: a path may hold spaces, commas and the rest. Of the backslashes only those count that stand
-# before a quote, or at the end.
+# Quoted for Hydra, since a path may have spaces, commas and so on. Only backslashes before a quote, or at the end, are
+# special.
 quoted=$(printf '%s' "$run_dir" | sed -E "s/(\\\\*)('|\$)/\1\1\\\\\2/g; s/\\\\$//")
 before=()
 for ((number = 1; number <= jobs; number++)); do
-    # A job that stops at its time limit ends with 75, which is "not ok"; one that is done ends with 0. Every earlier one
-    # must be "not ok": so is a job that was cancelled because the one before it was done.
+    # A job that stops at its time limit ends with 75, which is "not ok"; a finished run ends with 0. All earlier jobs
+    # must be "not ok": so is a job that was cancelled because the previous one finished the run.
     after=()
     [ "$number" = 1 ] || after=(--dependency="afternotok:$(IFS=: && echo "${before[*]}")")
     job=$(sbatch --parsable --no-requeue --kill-on-invalid-dep=yes "${after[@]}" "$@" \

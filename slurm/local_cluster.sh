@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A Slurm of four virtual nodes on this machine, for tests and for trying things out. Listens on loopback only.
+# A Slurm cluster of four virtual nodes on this machine, for tests and experiments. Listens on loopback only.
 #
-#   bash slurm/local_cluster.sh run CMD...     starts it, runs CMD on it, ends it
-#   bash slurm/local_cluster.sh up             starts it; prints the export that points sbatch and the rest at it
-#   bash slurm/local_cluster.sh down           ends it
+#   bash slurm/local_cluster.sh run CMD...     starts it, runs CMD on it, stops it
+#   bash slurm/local_cluster.sh up             starts it; prints the export that makes sbatch use it
+#   bash slurm/local_cluster.sh down           stops it
 #   bash slurm/local_cluster.sh start NODE     starts a node's daemon again, after it was killed
 #   bash slurm/local_cluster.sh start          the same for the controller
 #
-# Everything that it starts lives in a process namespace of its own and ends with it, jobs included. Needs root and
-# Debian's packages slurm-wlm and munge.
+# All its processes, including jobs, run in a process namespace and end with it. Needs root and Debian's packages
+# slurm-wlm and munge.
 #
-#   CLUSTER_DIR   where its state is kept; default: /tmp/switchyard-slurm
+#   CLUSTER_DIR   directory of its state; default: /tmp/switchyard-slurm
 #   NODES, CPUS   nodes, and CPUs of each; default: 4 and 16. CPUs are counted, not bound: all nodes share this machine
-#   GPUS          GPUs of each node, default 0. They are fakes that only show in CUDA_VISIBLE_DEVICES
+#   GPUS          GPUs of each node, default 0. They are fake and only appear in CUDA_VISIBLE_DEVICES
 #   PORT          first of NODES + 1 free ports; default: found
-#   NODE_TIMEOUT  seconds until a silent node counts as failed; default: 15
+#   NODE_TIMEOUT  seconds until an unresponsive node counts as failed; default: 15
 set -euo pipefail
 dir=${CLUSTER_DIR:-/tmp/switchyard-slurm}
 nodes=${NODES:-4} cpus=${CPUS:-16} gpus=${GPUS:-0} node_timeout=${NODE_TIMEOUT:-15}
@@ -36,7 +36,7 @@ check_machine() {
     ! running || fail "one is running in $dir: bash slurm/local_cluster.sh down ends it; or choose another CLUSTER_DIR"
 }
 
-# Whether the process is there that holds the namespace.
+# Whether the process that holds the namespace exists.
 running() { [ "$(cat "/proc/$(cat "$dir/holder" 2>/dev/null)/comm" 2>/dev/null)" = unshare ]; }
 
 free_ports() {
@@ -119,14 +119,14 @@ fake_gpus() { # character devices: for anything else CUDA_VISIBLE_DEVICES stays 
     echo "NodeName=node[1-$nodes] Name=gpu File=$dir/dev/gpu[0-$((gpus - 1))]" >"$dir/gres.conf"
 }
 
-# A node sees its own host name, and every node's name in /etc/hosts; the machine around it sees neither.
+# A node sees its own host name, and the names of all nodes in /etc/hosts; outside of it they are not visible.
 start_node() {
     # shellcheck disable=SC2016  # expanded inside
     PATH=$PATH:/usr/sbin unshare --mount --uts --propagation private bash -c \
         'mount --bind "$0/hosts" /etc/hosts && hostname "$1" && exec slurmd -N "$1" -f "$0/slurm.conf"' "$dir" "$1"
 }
 
-# It takes its jobs over from the one before, if there was one, as soon as that has gone.
+# A restarted controller takes over the jobs of the previous one, once that has exited.
 start_controller() {
     for _ in $(seq 60); do
         if PATH=$PATH:/usr/sbin slurmctld -f "$SLURM_CONF"; then return; fi
@@ -135,7 +135,7 @@ start_controller() {
     fail "slurmctld does not start: $(tail -n 3 "$dir/log/slurmctld.log")"
 }
 
-# As the first process of the namespace: the daemons, then CMD.
+# The first process of the namespace: starts the daemons, then runs CMD.
 inside() {
     local node
     export PATH=$PATH:/usr/sbin
@@ -143,7 +143,7 @@ inside() {
         --log-file="$dir/log/munged.log" --seed-file="$dir/munge.seed" --num-threads=2
     start_controller
     for node in $(seq "$nodes"); do start_node "node$node"; done
-    # That sinfo calls them idle is not enough: the first step may still fail.
+    # Not sinfo: the first step can still fail when it shows the nodes as idle.
     for _ in $(seq 60); do
         if timeout 10 srun --nodes="$nodes" --ntasks="$nodes" --time=1 true >/dev/null 2>&1; then
             touch "$dir/ready"
@@ -156,13 +156,13 @@ inside() {
     fail "it did not start"
 }
 
-# Runs a function of this file in a namespace of its own, whose end is the end of everything in it.
+# Runs a function of this file in a new namespace; all processes in it end with it.
 isolated() {
     echo $BASHPID >"$dir/holder"
     exec unshare --mount --uts --pid --fork --mount-proc --kill-child bash "$self" "$@"
 }
 
-# Runs a function of this file in that namespace, from outside.
+# Runs a function of this file in the existing namespace, from outside.
 enter() {
     local holder first
     running || fail "none is running in $dir"
@@ -173,7 +173,7 @@ enter() {
 
 case ${1-} in
 run)
-    [ $# -ge 2 ] || fail "run what? bash slurm/local_cluster.sh run CMD..."
+    [ $# -ge 2 ] || fail "no command is given: bash slurm/local_cluster.sh run CMD..."
     check_machine
     write_configuration
     trap 'rm -rf -- "$dir"' EXIT

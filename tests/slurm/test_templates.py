@@ -128,8 +128,8 @@ def test_a_chain_goes_on_until_the_run_is_done(cluster: Cluster, tmp_path: Path)
     [
         (["abc", "runs/x", "launch/train.sh"], "the number of jobs must be 1 to 9999, not 'abc'"),
         (["0", "runs/x", "launch/train.sh"], "must be 1 to 9999, not '0'"),
-        (["2"], "which run directory?"),
-        (["2", "runs/x"], "what is to be submitted?"),
+        (["2"], "no run directory is given"),
+        (["2", "runs/x"], "no command to submit is given"),
         (["2", "runs/x", "--dependency=afterok:7", "launch/train.sh"], "--dependency=afterok:7: what each job waits"),
     ],
 )
