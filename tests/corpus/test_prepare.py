@@ -342,7 +342,7 @@ def test_text_and_tokenizers_that_do_not_fit(text_data, tmp_path):
     )
     blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
     refused(replace(text_data, files=[blank]), "no document is left to train on")
-    refused(replace(text_data, valid_files=text_data.files), "data.valid_files names all the files")
+    refused(replace(text_data, valid_files=text_data.files), "data.valid_files names all files of the data")
 
 
 def test_settings_that_do_not_fit(text_data, pairs):
