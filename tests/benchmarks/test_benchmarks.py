@@ -149,26 +149,26 @@ def test_ratios_take_the_fastest_variant_of_a_peer() -> None:
 def test_kernel_benchmark_needs_a_gpu_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(SystemExit, match="there is no GPU here"):
+    with pytest.raises(SystemExit, match="needs a GPU"):
         kernels.main([])
 
 
 def test_kernel_benchmark_calls_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear layers and rounding at a toy size, in Triton's interpreter where there is no GPU, and with a stand-in for
+    """Linear layers and FP8 casts at a small size, in Triton's interpreter without a GPU, and with a stand-in for
     torch's scaled_mm. The other parts are in tests/ops/test_benchmark.py."""
     pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", OnGPU())
-    for contest in (kernels.linear_layers(16, 128, 128, device), kernels.rounding(16, 64, device)):
-        for call in contest.values():
+    for benchmark in (kernels.linear_layers(16, 128, 128, device), kernels.rounding(16, 64, device)):
+        for call in benchmark.values():
             call()
     assert kernels.ratios({"a": 1.0, "b": 0.5, "c": None}) == {"a": 1.0, "b": 2.0, "c": None}
 
 
 def test_fp8_training_compares_the_last_steps() -> None:
     losses = {"bf16": [9.0, 4.0, 2.0], "fp8": [1.0, 4.01, 2.02]}
-    told = fp8_training.summary([losses], last=2)
-    assert told == {
+    found = fp8_training.summary([losses], last=2)
+    assert found == {
         "seeds": 1,
         "loss_bf16": 3.0,
         "loss_fp8": 3.015,
@@ -181,18 +181,18 @@ def test_fp8_training_compares_the_last_steps() -> None:
 def test_fp8_training_averages_over_seeds() -> None:
     """Differences of 3 % and -2.6 %: their mean is 0.2 %, the standard error of two values half their distance."""
     runs = [{"bf16": [2.0], "fp8": [2.06], "fp32": [2.02]}, {"bf16": [5.0], "fp8": [4.87], "fp32": [5.05]}]
-    told = fp8_training.summary(runs, last=1)
-    assert told["difference_fp8"] == 0.002 and told["within_bar"]
-    assert told["standard_error_fp8"] == 0.028
-    assert told["difference_fp32"] == 0.01 and told["standard_error_fp32"] == 0.0
+    found = fp8_training.summary(runs, last=1)
+    assert found["difference_fp8"] == 0.002 and found["within_bar"]
+    assert found["standard_error_fp8"] == 0.028
+    assert found["difference_fp32"] == 0.01 and found["standard_error_fp32"] == 0.0
 
 
 def test_optimizer_states_compares_every_seed_with_its_own() -> None:
     """Differences of 3 % and -2.6 %, as above; nothing beside itself."""
-    told = optimizer_states.summary({"fp32": [2.0, 5.0], "moments bf16": [2.06, 4.87]})
-    assert told["fp32"]["difference"] == 0 and told["fp32"]["within_bar"]
-    assert told["moments bf16"]["difference"] == pytest.approx(0.002) and told["moments bf16"]["within_bar"]
-    assert told["moments bf16"]["standard_error"] == pytest.approx(0.028)
+    found = optimizer_states.summary({"fp32": [2.0, 5.0], "moments bf16": [2.06, 4.87]})
+    assert found["fp32"]["difference"] == 0 and found["fp32"]["within_bar"]
+    assert found["moments bf16"]["difference"] == pytest.approx(0.002) and found["moments bf16"]["within_bar"]
+    assert found["moments bf16"]["standard_error"] == pytest.approx(0.028)
 
 
 def test_optimizer_states_asks_for_what_it_says() -> None:

@@ -1,4 +1,4 @@
-"""The presets of clusters."""
+"""The cluster presets."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conf.test_rules import FP8, SPARSE, assert_violation_names_rule_numbers_and_a_repair_that_works
+from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
 # as tests.conf.test_rules.BROKEN
 BROKEN = [
@@ -62,6 +62,6 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "world_size", "numbers", "repair"), BROKEN, ids=lambda value: str(value)[:60])
-def test_violation_of_a_model(changes, world_size, numbers, repair):
-    assert_violation_names_rule_numbers_and_a_repair_that_works(changes, world_size, numbers, repair)
+@pytest.mark.parametrize(("changes", "world_size", "numbers", "suggestion"), BROKEN, ids=lambda value: str(value)[:60])
+def test_violation_of_a_model(changes, world_size, numbers, suggestion):
+    assert_violation_has_a_suggestion_that_works(changes, world_size, numbers, suggestion)

@@ -25,8 +25,8 @@ def view(changes: dict, world_size: int = 1) -> ConfigView:
     return result
 
 
-def complaint(cfg: ConfigView) -> str:
-    """What check says; empty when it says nothing."""
+def error_message(cfg: ConfigView) -> str:
+    """The message of check; empty if the configuration is valid."""
     try:
         check(cfg.config, cfg.world_size)
     except ValueError as error:
@@ -34,8 +34,8 @@ def complaint(cfg: ConfigView) -> str:
     return ""
 
 
-def advice(line: str) -> list[tuple[str, object]]:
-    """The repairs that one line of a message names, as (key, value)."""
+def suggestions(line: str) -> list[tuple[str, object]]:
+    """The suggestions in one line of a message, as (key, value)."""
     found: list[tuple[str, object]] = []
     for text in line.partition("; nearest: ")[2].removesuffix(FURTHER).split(" or "):
         if ranks := re.match(r"(\d+) ranks", text):
@@ -62,7 +62,7 @@ def parsed(value: str) -> object:
 
 FP8 = {"precision": "fp8"}
 
-# settings, world size, what the message must hold: the rule's numbers and, after that, the advice
+# settings, world size, and what the message must contain: the actual values and the suggestion
 BROKEN = [
     ({"precision": "fp16"}, 1, "precision is one of auto, fp32, bf16, fp8, but fp16", "precision=bf16"),
     ({"checkpoint.resume": "frsh"}, 1, "checkpoint.resume is one of true, false, fresh", "checkpoint.resume=fresh"),
@@ -314,34 +314,34 @@ BROKEN = [
 ]
 
 
-def assert_violation_names_rule_numbers_and_a_repair_that_works(changes, world_size, numbers, repair):
+def assert_violation_has_a_suggestion_that_works(changes, world_size, numbers, suggestion):
     broken = view(changes, world_size)
-    message = complaint(broken)
-    lines = [line for line in message.splitlines() if numbers in line and repair in line]
+    message = error_message(broken)
+    lines = [line for line in message.splitlines() if numbers in line and suggestion in line]
     assert len(lines) == 1, message
     others = len(message.splitlines()) > 1
-    for key, value in advice(lines[0]):
-        left = complaint(broken.replace(key, value))
+    for key, value in suggestions(lines[0]):
+        left = error_message(broken.replace(key, value))
         assert lines[0].strip().split(", but ")[0] not in left
         assert others or not left
 
 
-@pytest.mark.parametrize(("changes", "world_size", "numbers", "repair"), BROKEN, ids=lambda value: str(value)[:60])
-def test_violation_names_rule_numbers_and_a_repair_that_works(changes, world_size, numbers, repair):
-    assert_violation_names_rule_numbers_and_a_repair_that_works(changes, world_size, numbers, repair)
+@pytest.mark.parametrize(("changes", "world_size", "numbers", "suggestion"), BROKEN, ids=lambda value: str(value)[:60])
+def test_violation_has_a_suggestion_that_works(changes, world_size, numbers, suggestion):
+    assert_violation_has_a_suggestion_that_works(changes, world_size, numbers, suggestion)
 
 
 def test_a_nearer_value_would_not_have_worked():
     broken = view({"parallel.tp": 4, "model.vocab_size": 50257}, 4)
-    suggested = dict(advice(complaint(broken)))["model.vocab_size"]
+    suggested = dict(suggestions(error_message(broken)))["model.vocab_size"]
     distance = abs(suggested - 50257)
     assert distance == 1
-    assert all(complaint(broken.replace("model.vocab_size", 50257 + d)) for d in range(-distance + 1, distance))
+    assert all(error_message(broken.replace("model.vocab_size", 50257 + d)) for d in range(-distance + 1, distance))
 
 
 def test_all_violations_in_one_message():
     broken = view({"train.steps": 0, "model.activation": "silu", "model.hidden_size": 255, "optim.eps": -1.0})
-    message = complaint(broken)
+    message = error_message(broken)
     assert message.startswith("4 rules are violated:\n")
     assert all(key in message for key in ("train.steps", "model.activation", "255 % 4 = 3", "optim.eps"))
 
@@ -358,12 +358,12 @@ def test_all_violations_in_one_message():
     ],
 )
 def test_blend_parts(parts, expected):
-    assert expected in complaint(view({"data.kind": "blend", "data.blend": parts}))
+    assert expected in error_message(view({"data.kind": "blend", "data.blend": parts}))
 
 
 def test_good_blend_passes():
     parts = [BlendPart(kind="stdlib"), BlendPart(weight=2, kind="text", files=["a.txt"])]
-    assert complaint(view({"data.kind": "blend", "data.blend": parts})) == ""
+    assert error_message(view({"data.kind": "blend", "data.blend": parts})) == ""
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_good_blend_passes():
         {"model.num_layers": 5, "parallel.pp": 2, "parallel.pp_layers": [2, 3]},
     ],
 )
-def test_unusual_but_sound(changes):
-    assert complaint(view(changes, changes.get("parallel.pp", 1))) == ""
+def test_unusual_but_valid(changes):
+    assert error_message(view(changes, changes.get("parallel.pp", 1))) == ""
 
 
-def test_tables_name_settings_that_exist():
+def test_conditions_name_existing_settings():
     assert {key for *_, keys in CONDITIONS for key in keys.split()} <= set(setting_types(Config))
 
 

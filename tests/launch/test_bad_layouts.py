@@ -1,4 +1,4 @@
-"""A layout that cannot work ends with exit code 2 and its equation before PyTorch is even imported."""
+"""An invalid layout ends with exit code 2 and the violated rule before PyTorch is imported."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ runpy.run_module("launch.train", run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "overrides", "told"),
+    ("ranks", "overrides", "expected"),
     [
         (6, ["parallel.tp=4"], "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 6 % 4 = 2"),
         (8, ["parallel.tp=8"], "model.num_attention_heads % parallel.tp == 0, but 4 % 8 = 4"),
@@ -32,7 +32,7 @@ runpy.run_module("launch.train", run_name="__main__")
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_bad_layout_is_its_equation_and_exit_code_2(tmp_path, ranks, overrides, told):
+def test_an_invalid_layout_ends_with_the_rule_and_exit_code_2(tmp_path, ranks, overrides, expected):
     result = subprocess.run(
         [sys.executable, "-c", TRAIN, f"run.dir={tmp_path / 'run'}", *overrides],
         env={**os.environ, "NPROC": str(ranks)},
@@ -42,6 +42,6 @@ def test_a_bad_layout_is_its_equation_and_exit_code_2(tmp_path, ranks, overrides
         timeout=120,
     )
     assert result.returncode == 2, result.stderr
-    assert told in result.stderr and "nearest" in result.stderr and "Traceback" not in result.stderr
+    assert expected in result.stderr and "nearest" in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == "torch imported: False\n"
     assert not (tmp_path / "run").exists()

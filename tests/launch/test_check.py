@@ -90,7 +90,7 @@ def test_fewest_ranks_hold_both_grids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["ranks=0"], "world_size >= 1, but it is 0"),
         (["parallel.tp=2", "ranks=3"], "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 3 % 2 = 1"),
@@ -101,10 +101,10 @@ def test_fewest_ranks_hold_both_grids() -> None:
         (["--slurm", "cluster=h100", "ranks=9", "train.global_batch_size=18"], "nearest: ranks=8 or ranks=16"),
     ],
 )
-def test_what_cannot_work_is_one_message_and_exit_2(corpus: Path, words: list[str], told: str) -> None:
+def test_what_cannot_work_is_one_message_and_exit_2(corpus: Path, words: list[str], expected: str) -> None:
     done = check(corpus, *words)
     assert done.returncode == 2
-    assert done.stderr.startswith("switchyard: error: ") and told in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("switchyard: error: ") and expected in done.stderr and "Traceback" not in done.stderr
 
 
 def test_it_asks_slurm_about_the_very_command_that_it_prints(corpus: Path, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_inside_salloc_it_starts_the_ranks_and_is_not_requeued(cluster: Cluster,
     wait_for_steps(run_dir, 1)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
     assert process.wait(60) == 75, (tmp_path / "log").read_text()
-    told = (tmp_path / "log").read_text()
-    assert "the same command with run.dir=" in told and rows(run_dir)[-1]["world_size"] == 2
+    log = (tmp_path / "log").read_text()
+    assert "the same command with run.dir=" in log and rows(run_dir)[-1]["world_size"] == 2
     assert len(list((run_dir / "checkpoints").iterdir())) == 1
 
 

@@ -48,7 +48,7 @@ def unlisted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "expected"),
     [
         (edited(lambda t: t.pop(Q)), f"1 missing: {Q}"),
         (edited(lambda t: t.update(odd=torch.zeros(2))), "1 unexpected: odd"),
@@ -61,11 +61,11 @@ def unlisted(folder: Path) -> None:
     ],
     ids=["missing", "extra", "shape", "type", "truncated", "unlisted", "lost", "config"],
 )
-def test_a_damaged_source(damage: Callable, told: str, sources, ranks: RankPool, tmp_path: Path) -> None:
+def test_a_damaged_source(damage: Callable, expected: str, sources, ranks: RankPool, tmp_path: Path) -> None:
     shutil.copytree(sources["hub"], tmp_path / "source")
     damage(tmp_path / "source")
     code, message = run_import(ranks, tmp_path / "source", tmp_path / "run")
-    assert code == 2 and told in message, message
+    assert code == 2 and expected in message, message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -78,7 +78,7 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"sliding_window": 4096}, "sliding_window=4096: only null"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
@@ -96,16 +96,16 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
+def test_an_unsupported_feature(changes: dict, expected: str) -> None:
     config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     model_of(config, Path("config.json"))
     with pytest.raises(ValueError, match=r"unsupported settings|model_type") as caught:
         model_of(config | changes, Path("config.json"))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "expected"),
     [
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=true: only false"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
@@ -118,10 +118,10 @@ def test_a_feature_that_we_do_not_have(changes: dict, told: str) -> None:
     ],
     ids=str,
 )
-def test_a_feature_of_one_family(name: str, changes: dict, told: str) -> None:
+def test_an_unsupported_feature_of_one_family(name: str, changes: dict, expected: str) -> None:
     with pytest.raises(ValueError, match="unsupported settings") as caught:
         model_of({"model_type": name} | changes, Path("config.json"))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -143,7 +143,7 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "moe", "told"),
+    ("settings", "moe", "expected"),
     [
         ({"activation": "relu2"}, {"num_experts": 4, "top_k": 2}, "model.activation=relu2"),
         ({}, {"num_experts": 4, "top_k": 2, "every": 2}, "model.moe.every=2, but the family has only 1"),
@@ -153,12 +153,12 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
     ],
     ids=str,
 )
-def test_a_model_that_no_family_has(settings: dict, moe: dict, told: str) -> None:
+def test_a_model_that_fits_no_family(settings: dict, moe: dict, expected: str) -> None:
     model = ModelConfig(**{"activation": "swiglu"} | settings, moe=MoeConfig(**moe))
-    assert any(told in reason for reason in differences(FAMILIES["mixtral"], model))
+    assert any(expected in reason for reason in differences(FAMILIES["mixtral"], model))
     with pytest.raises(ValueError, match="fits no supported family") as caught:
         family_for(model, None)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_balancing_bias_has_no_place_unless_it_is_zero(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
