@@ -1,9 +1,9 @@
-"""What each safeguard against instability and overfitting does when it is taken away, on small whole runs.
+"""Ablation of the measures against instability and overfitting, on small complete runs.
 
     python -m benchmarks.stability [--group NAME] [--seeds N] [--steps N] [--only NAME ...] [--json]
 
-The first group trains on Python's own source at five times the default learning rate, where safeguards have something
-to do. The second repeats a small text until it is overfitted, as fine-tuning does.
+The first group trains on the source of Python's standard library at five times the default learning rate, which makes
+instabilities likely. The second repeats a small text until the model overfits, as in fine-tuning.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from training.worker import train_rank
 
 @dataclass(frozen=True)
 class Variant:
-    """A run that differs from its group's base."""
+    """A run with changes to the base configuration of its group."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     low_precision_router: bool = False
@@ -79,7 +79,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def small_text(folder: Path) -> DataConfig:
-    """A hundred kilobytes that are the same for everyone with this Python: argparse, held out optparse."""
+    """A hundred kilobytes that only depend on the version of Python: argparse; optparse is held out."""
     library = Path(sysconfig.get_path("stdlib"))
     names = {"argparse": folder / "argparse.txt", "optparse": folder / "optparse.txt"}
     for name, path in names.items():
@@ -88,7 +88,7 @@ def small_text(folder: Path) -> DataConfig:
 
 
 def run(config: Config, *, low_precision_router: bool) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl of a whole run."""
+    """The rows of metrics.jsonl of a complete run."""
     rules.check(config, 1)
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
     run_dir = open_run_dir(config)
@@ -100,7 +100,7 @@ def run(config: Config, *, low_precision_router: bool) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Closes the screen: a run takes hold of the descriptor, not of sys.stdout."""
+    """Suppresses the output of a run, which writes to the file descriptor and not to sys.stdout."""
     sys.stdout.flush()
     screen, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -126,7 +126,7 @@ def _router(low_precision: bool) -> Iterator[None]:
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What a run is judged by."""
+    """The figures by which runs are compared."""
     steps, held_out = [r for r in rows if "loss" in r], [r["val_loss"] for r in rows if "val_loss" in r]
     losses = [row["loss"] if row["loss"] is not None else float("inf") for row in steps]
     lowest = [min(losses[: i + 1]) for i in range(len(losses))]

@@ -1,5 +1,5 @@
-"""A tiny model under any layout, what it is trained on, and its whole logical tensors gathered from all ranks. The
-parity matrix and the tests of parallel/ are made of it."""
+"""A tiny model under any layout, its training data, and its logical tensors gathered from all ranks, for the parity
+matrix and the tests of parallel/."""
 
 import logging
 import warnings
@@ -23,17 +23,17 @@ from parallel.sharding import logical_name
 
 SEQUENCE, VOCABULARY, MICRO_BATCH, MICRO_BATCHES = 16, 64, 2, 4
 
-# One sequence ends before its middle, so that a rank may hold nothing of it but padding.
+# One sequence ends before its middle, so that a rank may hold only padding of it.
 PADDING_BS = torch.stack([torch.arange(SEQUENCE) >= 6, torch.zeros(SEQUENCE, dtype=torch.bool)])
 
-# Adam divides by the root of the second moment: with the usual eps a gradient that is zero but for rounding would
-# move a weight by a whole learning rate, and layouts would drift apart for no fault of theirs.
+# Adam divides by the square root of the second moment: with the usual eps, a gradient that is zero up to rounding would
+# change a weight by the whole learning rate, and layouts would differ for this reason alone.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which of the model's features a case exercises."""
+    """The features of a model in a cell of the matrix."""
 
     model: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Variant:
 
 @contextmanager
 def started(world: World, parallel: ParallelConfig, backend: str | None = None) -> Iterator[Runtime]:
-    """This rank joined to the others, without Megatron-Core's warnings on the screen."""
+    """Initialises the process groups of this rank, without Megatron-Core's warnings."""
     from parallel import process_groups
 
     logging.disable(logging.WARNING)
