@@ -130,7 +130,7 @@ def test_a_chain_goes_on_until_the_run_is_done(cluster: Cluster, tmp_path: Path)
         (["0", "runs/x", "launch/train.sh"], "must be 1 to 9999, not '0'"),
         (["2"], "no run directory is given"),
         (["2", "runs/x"], "no command to submit is given"),
-        (["2", "runs/x", "--dependency=afterok:7", "launch/train.sh"], "--dependency=afterok:7: what each job waits"),
+        (["2", "runs/x", "--dependency=afterok:7", "launch/train.sh"], "--dependency=afterok:7: the chain sets"),
     ],
 )
 def test_a_chain_that_cannot_be(words: list[str], message: str) -> None:
