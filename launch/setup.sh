@@ -133,7 +133,7 @@ esac
 mkdir -p .venv
 exec 9>"$lock"
 flock --nonblock --conflict-exit-code 75 9 || case $? in
-75) say "waiting for another set-up of this .venv" && flock 9 ;;
+75) say "another set-up of this .venv is running: waiting for it" && flock 9 ;;
 *) say "this file system has no locks: make sure that no other set-up runs here" ;;
 esac
 read_request "$@"
