@@ -85,7 +85,7 @@ def test_who_does_not_know_the_secret_meets_nobody(joining) -> None:
         except ConnectionRefusedError:
             time.sleep(0.05)
     told = joining(1, port, 2, "guessed").answer()
-    assert told.startswith(f"rank 0 did not open the rendezvous at 127.0.0.1:{port} within 2 s (runtime.time")
+    assert told.startswith(f"rank 0 did not join the rendezvous at 127.0.0.1:{port} within 2 s (runtime.time")
 
 
 def test_rank_1_is_missing(joining) -> None:
