@@ -14,6 +14,7 @@ REGISTRIES = {
     "model.activation": ("ops.activations", "ACTIVATIONS"),
     "model.moe.score_function": ("moe.score_functions", "SCORE_FUNCTIONS"),
     "logging.loggers": ("training.loggers", "LOGGERS"),
+    "optim.name": ("parallel.optimizers", "OPTIMIZERS"),
     "optim.schedule": ("training.lr_schedule", "SCHEDULES"),
 }
 """Of each setting that an extension can add a value to: the module and its registry."""
@@ -44,6 +45,12 @@ def yields_documents(data_kind: str) -> bool:
     """Whether a data source gives text that is to be tokenised."""
     entry = registered("data.kind").get(data_kind)
     return data_kind != "megatron" if entry is None else entry.yields == "documents"
+
+
+def kept_tensors(optimizer: str) -> int:
+    """How many tensors of a parameter's size an optimizer keeps besides the weights."""
+    entry = registered("optim.name").get(optimizer)
+    return 2 if entry is None else len(entry.state)
 
 
 def missing_package(logger: str) -> str | None:

@@ -18,6 +18,7 @@ from conf.setting import setting
 
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+OPTIMIZERS = ("adamw",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -128,6 +129,8 @@ class TrainConfig:
 class OptimConfig:
     """AdamW (arXiv:1711.05101). Norm weights and biases have no weight decay."""
 
+    name: str = setting("adamw", choices=OPTIMIZERS)
+    """adamw, or one that an extension adds (CONTRIBUTING.md, Extending)."""
     lr: float = setting(2e-3, gt=0)
     """Peak learning rate."""
     min_lr: float | None = setting(None, ge=0)

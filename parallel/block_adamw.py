@@ -1,6 +1,7 @@
-"""AdamW with less GPU memory: moments in bf16, gradients in bf16, or optimizer states in host memory.
+"""The optimizers of parallel/optimizers.py, with less GPU memory if wanted: moments in bf16, gradients in bf16, or
+optimizer states in host memory.
 
-Each shard is updated block by block in fp32, with the arithmetic of torch's fused AdamW.
+Each shard is updated block by block in fp32; AdamW has the arithmetic of torch's fused AdamW.
 """
 
 import hashlib
@@ -15,16 +16,16 @@ from torch import Tensor, nn
 from conf.schema import OptimConfig
 from parallel.chunked_ops import rows_at_once
 from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
+from parallel.optimizers import OPTIMIZERS, Update
 from parallel.sharding import Sharding, logical_name
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 GPU_BLOCK = 2**22
 """Elements of a block on a GPU: large enough to hide the launches behind the copies, with 0.2 GB of temporaries."""
 
 
 def is_needed(optim: OptimConfig) -> bool:
     """Whether the settings require BlockAdamW instead of torch's fused AdamW."""
-    return optim.grad_dtype != "fp32" or optim.state_dtype != "fp32" or optim.cpu_offload
+    return optim.name != "adamw" or optim.grad_dtype != "fp32" or optim.state_dtype != "fp32" or optim.cpu_offload
 
 
 def describe(optim: OptimConfig) -> tuple[str, str]:
@@ -32,7 +33,8 @@ def describe(optim: OptimConfig) -> tuple[str, str]:
     parts = [f"{what} in bf16" for what in ("grad", "state") if getattr(optim, f"{what}_dtype") == "bf16"]
     words = [part.replace("grad", "gradients").replace("state", "moments") for part in parts]
     words += ["states in host memory"] if optim.cpu_offload else []
-    return "BlockAdamW", "configured: " + ", ".join(words)
+    name = "BlockAdamW" if optim.name == "adamw" else optim.name
+    return name, ": ".join(filter(None, ["configured", ", ".join(words)]))
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class BlockAdamW(torch.optim.Optimizer):
         super().__init__([{"params": []}], {})
         self.param_groups = groups  # the constructor rejects fp32 masters, which are views of parameters
         self._targets, self._streams = targets, streams
+        self._optimizer = OPTIMIZERS[optim.name]
         self._dtype = torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32
         self._offload = optim.cpu_offload
         if self._offload:
@@ -102,7 +105,9 @@ class BlockAdamW(torch.optim.Optimizer):
     def set_moments(self, master: Tensor, moments: dict[str, Tensor]) -> None:
         """Sets the moments [n] of a shard from tensors of any dtype, rounded to nearest if moments are kept in bf16."""
         target = self._targets[master]
-        self.state[master] = {name: self._stored(moments[name].to(self._dtype), target) for name in MOMENTS}
+        self.state[master] = {
+            name: self._stored(moments[name].to(self._dtype), target) for name in self._optimizer.state
+        }
 
     def _stored(self, tensor: Tensor, target: _Target) -> Tensor:
         """A copy on the device that keeps the states."""
@@ -121,7 +126,7 @@ class BlockAdamW(torch.optim.Optimizer):
                 target = self._targets[master]
                 device = target.gradient.device
                 if not self.state[master]:
-                    self.set_moments(master, dict.fromkeys(MOMENTS, torch.zeros(()).expand(master.shape)))
+                    self.set_moments(master, dict.fromkeys(self._optimizer.state, torch.zeros(()).expand(master.shape)))
                 size = GPU_BLOCK if device.type != "cpu" else rows_at_once(1, device)
                 for start in range(0, len(master), size):
                     with self._streams.next():
@@ -130,23 +135,19 @@ class BlockAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], master: Tensor, target: _Target, at: slice) -> None:
         device = target.gradient.device
-        kept = [master.data, *(self.state[master][name] for name in MOMENTS)]
+        kept = [master.data, *(self.state[master][name] for name in self._optimizer.state)]
         # An fp32 tensor on this device is updated in place.
         here = (t[at].to(device, non_blocking=True, copy=self._offload) for t in kept)
         weight, *moments = (t.float() for t in here)
         gradient = target.gradient[at].float()
         if self.grad_scale != 1.0:
             gradient = gradient * self.grad_scale
-        beta1, beta2 = group["betas"]
-        count = torch.full((), group["step"], dtype=torch.float32, device=device)
-        torch._fused_adamw_(
-            [weight], [gradient], [moments[0]], [moments[1]], [], [count],
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
+        state = dict(zip(self._optimizer.state, moments, strict=True))
+        settings = {name: group[name] for name in ("step", "lr", "weight_decay", "betas", "eps")}
+        self._optimizer.update(Update(weight, gradient, state, **settings))
         if self._dtype == torch.bfloat16:
             bits = random_bits(target, group["step"], at)
-            moments = [round_to_bf16(moments[0], bits), round_to_bf16(moments[1], bits >> 16)]
+            moments = [round_to_bf16(moment, bits >> shift) for moment, shift in zip(moments, (0, 16), strict=False)]
         for tensor, new in zip(kept, (weight, *moments), strict=True):
             if tensor[at].data_ptr() != new.data_ptr():
                 tensor[at].copy_(new, non_blocking=True)

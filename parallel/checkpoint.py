@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import optimizer_state
-from parallel.checkpoint_format import CheckpointDamaged, StoredTensor
+from parallel.checkpoint_format import CheckpointDamaged
 from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
@@ -302,7 +302,7 @@ class Checkpointer:
         state, stored = manifest["state"], manifest["tensors"]
         _, weights = find_weights(self.engine, directory, stored, partial=False)
         moments = optimizer_state.to_load(self.engine)
-        self._together(lambda: _check_moments(moments, directory, stored))
+        self._together(lambda: optimizer_state.check_stored(self.engine, moments, directory, stored))
         tensors = {key: (shard.data, tuple(shard.global_offset)) for key, shard in {**weights, **moments}.items()}
         random: dict[str, torch.Tensor] = {}
         if state["world_size"] == self.ranks:
@@ -316,17 +316,6 @@ class Checkpointer:
         if random:
             restore_random_state(random)
         return state
-
-
-def _check_moments(wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
-    if wanted and not any(key.startswith(f"{kind}.") for key in stored for kind in optimizer_state.MOMENTS):
-        raise ValueError(
-            f"{directory} holds weights without optimizer states, as launch.import_hf writes them: start a new run "
-            f"from it with checkpoint.load={directory.parent.parent}"
-        )
-    for key, shard in wanted.items():
-        if key not in stored or stored[key].shape != tuple(shard.global_shape):
-            raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(shard.global_shape)}")
 
 
 def _free_space(root: Path) -> str:

@@ -8,14 +8,17 @@ its shards belong to.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.block_adamw import MOMENTS, BlockAdamW, OptimizerShard, optimizer_shards
+from parallel.block_adamw import BlockAdamW, OptimizerShard, optimizer_shards
+from parallel.checkpoint_format import StoredTensor
 from parallel.engine import Engine
+from parallel.optimizers import OPTIMIZERS
 from parallel.sharding import logical_name
 
 
@@ -28,6 +31,11 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     for module in engine.modules:
         for name, parameter in module.named_parameters():
             yield logical_name(name, parameter), parameter
+
+
+def moments(engine: Engine) -> tuple[str, ...]:
+    """What the optimizer keeps of every parameter, as prefixes of a checkpoint's tensors."""
+    return () if engine.optim is None else OPTIMIZERS[engine.optim.name].state
 
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -46,7 +54,7 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return {
         f"{kind}.{name}": p.sharding.logical_shape(p.shape)
         for name, p in _named(engine)
-        for kind in (("weights", *MOMENTS) if p.requires_grad else ("weights",))
+        for kind in (("weights", *moments(engine)) if p.requires_grad else ("weights",))
     }
 
 
@@ -67,7 +75,10 @@ def first_nonfinite(engine: Engine) -> str | None:
         shard = shards.get(parameter)
         state = shard.inner.state.get(shard.master, {}) if shard else {}
         # A checkpoint holds the master weights where there are any; bf16 weights are rounded from them.
-        parts = {"weights": shard.master if shard else parameter, **{m: state[m] for m in MOMENTS if m in state}}
+        parts = {
+            "weights": shard.master if shard else parameter,
+            **{m: state[m] for m in moments(engine) if m in state},
+        }
         mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
         if mine:
             break
@@ -119,7 +130,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
             continue
         shard = shards.get(parameter)
         state = shard.inner.state.get(shard.master, {}) if shard else {}
-        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in MOMENTS}}
+        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in moments(engine)}}
         for kind, part in parts.items():
             dtype = torch.float32 if kind == "weights" else moment_dtype
             whole = _assemble(engine, parameter, part, shard, index, dtype)
@@ -139,10 +150,31 @@ def to_load(engine: Engine) -> dict[str, Any]:
     shards, tensors = _optimizer_shards(engine), {}
     for name, parameter in _named(engine):
         if parameter in shards:
-            for kind in MOMENTS:
+            for kind in moments(engine):
                 key = f"{kind}.{name}"
                 tensors[key] = _sharded(key, torch.empty(parameter.shape), parameter)
     return tensors
+
+
+def check_stored(engine: Engine, wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
+    """Raises ValueError where a checkpoint does not hold what `to_load` asks for."""
+    named = [key.partition(".") for key in stored]
+    kept = {kind for kind, _, name in named if kind != "weights" and f"weights.{name}" in stored}
+    if wanted and not kept:
+        raise ValueError(
+            f"{directory} holds weights without optimizer states, as launch.import_hf writes them: start a new run "
+            f"from it with checkpoint.load={directory.parent.parent}"
+        )
+    if wanted and kept != set(moments(engine)):
+        assert engine.optim is not None
+        raise ValueError(
+            f"{directory} is of another optimizer, which keeps {', '.join(sorted(kept))}; "
+            f"optim.name={engine.optim.name} keeps {', '.join(moments(engine))}: take the run's optim.name, or start "
+            f"a new run from its weights with checkpoint.load={directory.parent.parent}"
+        )
+    for key, box in wanted.items():
+        if key not in stored or stored[key].shape != tuple(box.global_shape):
+            raise ValueError(f"{directory} is of another model: it has no {key} of shape {tuple(box.global_shape)}")
 
 
 @torch.no_grad()
@@ -169,7 +201,7 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     for name, parameter in _named(engine):
         if not (shard := shards.get(parameter)):
             continue
-        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in MOMENTS}
+        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in moments(engine)}
         if isinstance(shard.inner, BlockAdamW):
             shard.inner.set_moments(shard.master, state)
             continue

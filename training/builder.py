@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conf.extensions import import_extensions
+from conf.extensions import import_extensions, kept_tensors
 from conf.schema import PRECISIONS, Config
 from models.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
 from models.decoder import Parts, Stage
@@ -223,8 +223,8 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
     from parallel.preflight import find_problems, inspect, medians
 
     memory = _memory(config, run, dtype).total
-    # A checkpoint: fp32 weights and two moments in fp32 or bf16.
-    bytes_each = 8.0 if config.optim.state_dtype == "bf16" else 12.0
+    # A checkpoint: fp32 weights, and what the optimizer keeps in fp32 or bf16.
+    bytes_each = 4.0 + kept_tensors(config.optim.name) * (2.0 if config.optim.state_dtype == "bf16" else 4.0)
     disk = bytes_each * model_cost(config.model, config.train.sequence_length).total
     reports = inspect(run, Path(config.run.dir or "runs").expanduser())
     bad = find_problems(reports, memory=memory, disk=disk)

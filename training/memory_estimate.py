@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from conf.extensions import input_projections
+from conf.extensions import input_projections, kept_tensors
 from conf.fp8_rules import FP8_BLOCK, fp8_layers
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
@@ -31,7 +31,7 @@ class Memory:
 
 def memory_per_rank(config: Config, layout: Layout, *, bf16: bool, on_gpu: bool | None = None) -> Memory:
     """The memory of a rank in the pipeline stage that needs most. A parameter has a weight, a gradient and, sharded
-    over the data-parallel ranks, Adam's two moments; with bf16 also an fp32 master weight.
+    over the data-parallel ranks, what the optimizer keeps (AdamW: two moments); with bf16 also an fp32 master weight.
 
     Args:
         on_gpu: None: as config.cluster says.
@@ -54,7 +54,7 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_
     frozen = frozen_parameters(config)
     trained_spread, trained_experts = spread * frozen.dense_share, experts * frozen.expert_share
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
-    states = (4 if bf16 else 0) + (4 if config.optim.state_dtype == "bf16" else 8)
+    states = (4 if bf16 else 0) + kept_tensors(config.optim.name) * (2 if config.optim.state_dtype == "bf16" else 4)
     optimizer = states * (trained_spread / (layout.dp * layout.cp) + trained_experts / layout.edp)
     offload = on_gpu and config.optim.cpu_offload
     tokens = train.micro_batch_size * train.sequence_length / layout.cp

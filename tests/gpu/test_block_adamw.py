@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from parallel import optimizer_state
+from parallel.optimizers import OPTIMIZERS
 from tests.parallel.helpers import OPTIM, Variant, build_engine, optimizer_tensors, train
 from tests.parallel.test_optimizer_state import assert_same_bits
 
@@ -25,7 +26,7 @@ def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkey
     assert_same_bits(found[1][1], found[0][1])
     for parameter, piece in optimizer_state._optimizer_shards(engine).items():
         states = piece.inner.state[piece.master]
-        kept = [states[name] for name in optimizer_state.MOMENTS]
+        kept = [states[name] for name in OPTIMIZERS["adamw"].state]
         kept += [piece.master.data] if parameter.dtype == torch.bfloat16 else []
         assert all(t.device.type == "cpu" and t.is_pinned() for t in kept)
 

@@ -73,6 +73,6 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 def optimizer_tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """The optimizer's fp32 weights and both moments."""
     kept = {"weights": weights(engine)}
-    for moment in optimizer_state.MOMENTS:
+    for moment in optimizer_state.moments(engine):
         kept[moment] = gather(engine, lambda _, piece, key=moment: piece.inner.state[piece.master][key])
     return kept

@@ -16,6 +16,7 @@ from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_format import TensorFile
 from parallel.engine import Overlap
 from parallel.env import World
+from parallel.optimizers import OPTIMIZERS
 from parallel.sharding import Sharding
 from tests.parallel.helpers import (
     OPTIM,
@@ -158,7 +159,7 @@ def test_bf16_moments_are_the_same_under_every_layout(ranks, alone, name):
     told, wanted = alone["moments"]
     again, got = ranks.run(2, trained, ParallelConfig(**LAYOUTS[name]), FP32, MOMENTS, timeout=60)[0]
     np.testing.assert_allclose(again, told, rtol=2e-5)
-    for kind in block_adamw.MOMENTS:
+    for kind in OPTIMIZERS["adamw"].state:
         assert got[kind].keys() == wanted[kind].keys()
         pairs = [(got[kind][key], whole) for key, whole in wanted[kind].items()]
         different = torch.cat([(mine != whole).flatten() for mine, whole in pairs])
@@ -217,7 +218,7 @@ def resumed(world: World, parallel: ParallelConfig, root: Path, optim: OptimConf
 
 
 def _moments(piece: block_adamw.OptimizerShard) -> list[Tensor]:
-    return [piece.inner.state[piece.master][name] for name in block_adamw.MOMENTS]
+    return [piece.inner.state[piece.master][name] for name in OPTIMIZERS["adamw"].state]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -252,7 +253,7 @@ def test_fp32_moments_are_rounded_to_nearest_for_a_bf16_run(runtime, tmp_path):
     Checkpointer(tmp_path, engine, keep=1).save(state(2))
     engine = build_engine(runtime, FP32, MOMENTS)
     assert Checkpointer(tmp_path, engine, keep=1).load(tmp_path / "step_00000002") == state(2)
-    rounded = {kind: {n: t.bfloat16().float() for n, t in wanted[kind].items()} for kind in block_adamw.MOMENTS}
+    rounded = {kind: {n: t.bfloat16().float() for n, t in wanted[kind].items()} for kind in OPTIMIZERS["adamw"].state}
     assert_same_bits(optimizer_tensors(engine), {"weights": wanted["weights"], **rounded})
     assert optimizer_state.counted_updates(engine) == 2
     train(engine, range(2, 3))

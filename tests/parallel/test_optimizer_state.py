@@ -13,6 +13,7 @@ from conf.schema import ParallelConfig
 from parallel import optimizer_state
 from parallel.checkpoint import Checkpointer
 from parallel.env import World
+from parallel.optimizers import OPTIMIZERS
 from parallel.weight_loading import load_weights
 from tests.parallel.helpers import Variant, build_engine, my_batches, optimizer_tensors, started, state, train, weights
 
@@ -146,7 +147,7 @@ def test_weights_alone_are_enough_to_evaluate(runtime, tmp_path):
     assert_same_bits({"weights": weights(starter)}, {"weights": weights(trained)})
 
 
-@pytest.mark.parametrize("kind", ["weights", *optimizer_state.MOMENTS])
+@pytest.mark.parametrize("kind", ["weights", *OPTIMIZERS["adamw"].state])
 def test_what_is_not_finite_is_named(runtime, kind):
     engine = build_engine(runtime, TIED)
     assert optimizer_state.first_nonfinite(engine) is None  # before the first update there are no moments
