@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.fp8_numerics import RECIPES
-from ops.gemm_backend import Tools
+from ops.gemm_backend import GemmBackend
 
 SHAPES = ((8, 2048, 4096, 4096), (64, 256, 2048, 2048))
 """(experts, rows per expert, K, N)."""
@@ -60,21 +60,21 @@ def products(experts: int, rows: int, inner: int, outer: int, device: torch.devi
         "dense": lambda: x_RK @ w_LKN[0],
         "torch grouped_mm": lambda: F.grouped_mm(x_RK, w_LKN, offs=ends),
     }
-    for kind, tools in _bf16_and_fp8().items():
-        entries |= _three_products(kind, tools, counts, x_RK, dy_RN, w_LKN)
+    for kind, gemm in _bf16_and_fp8().items():
+        entries |= _three_products(kind, gemm, counts, x_RK, dy_RN, w_LKN)
     return entries | _torch_fp8(x_RK, w_LKN, ends)
 
 
 def _three_products(
-    kind: str, tools: Tools, counts: list[int], x_RK: Tensor, dy_RN: Tensor, w_LKN: Tensor
+    kind: str, gemm: GemmBackend, counts: list[int], x_RK: Tensor, dy_RN: Tensor, w_LKN: Tensor
 ) -> Benchmark:
-    groups, weight = tools.groups(counts, x_RK.device), tools.weight(w_LKN)
-    x, dy = tools.rows(x_RK), tools.rows(dy_RN)
-    columns = tools.columns(x_RK, groups), tools.columns(dy_RN, groups)
+    groups, weight = gemm.groups(counts, x_RK.device), gemm.weight(w_LKN)
+    x, dy = gemm.rows(x_RK), gemm.rows(dy_RN)
+    columns = gemm.columns(x_RK, groups), gemm.columns(dy_RN, groups)
     return {
-        f"{kind} forward": lambda: tools.product(x, weight.forward, groups, torch.bfloat16),
-        f"{kind} input gradient": lambda: tools.product(dy, weight.back, groups, torch.bfloat16),
-        f"{kind} weight gradient": lambda: tools.weight_gradient(*columns, groups, w_LKN),
+        f"{kind} forward": lambda: gemm.product(x, weight.forward, groups, torch.bfloat16),
+        f"{kind} input gradient": lambda: gemm.product(dy, weight.back, groups, torch.bfloat16),
+        f"{kind} weight gradient": lambda: gemm.weight_gradient(*columns, groups, w_LKN),
     }
 
 
@@ -88,22 +88,22 @@ def in_place(experts: int, rows: int, inner: int, outer: int, device: torch.devi
     w_LKN = torch.randn(experts, inner, outer, device=device).bfloat16() * inner**-0.5
     x_RK = x_TK[token_R]
     entries: Benchmark = {"dense": lambda: x_RK @ w_LKN[0]}
-    for kind, tools in _bf16_and_fp8().items():
-        entries |= _two_ways(kind, tools, [rows] * experts, x_TK, token_R, dy_RN, w_LKN)
+    for kind, gemm in _bf16_and_fp8().items():
+        entries |= _two_ways(kind, gemm, [rows] * experts, x_TK, token_R, dy_RN, w_LKN)
     return entries
 
 
 def _two_ways(
-    kind: str, tools: Tools, counts: list[int], x_TK: Tensor, token_R: Tensor, dy_RN: Tensor, w_LKN: Tensor
+    kind: str, gemm: GemmBackend, counts: list[int], x_TK: Tensor, token_R: Tensor, dy_RN: Tensor, w_LKN: Tensor
 ) -> Benchmark:
-    groups, weight, x_RK = tools.groups(counts, x_TK.device), tools.weight(w_LKN), x_TK[token_R]
-    dy = tools.columns(dy_RN, groups)
+    groups, weight, x_RK = gemm.groups(counts, x_TK.device), gemm.weight(w_LKN), x_TK[token_R]
+    dy = gemm.columns(dy_RN, groups)
 
     def forward(x: Tensor, *row_R: Tensor) -> Tensor:
-        return tools.product(tools.rows(x, *row_R), weight.forward, groups, torch.bfloat16)
+        return gemm.product(gemm.rows(x, *row_R), weight.forward, groups, torch.bfloat16)
 
     def gradient(x: Tensor, *row_R: Tensor) -> Tensor:
-        return tools.weight_gradient(tools.columns(x, groups, *row_R), dy, groups, w_LKN)
+        return gemm.weight_gradient(gemm.columns(x, groups, *row_R), dy, groups, w_LKN)
 
     return {
         f"{kind} forward, gathered before": lambda: forward(x_TK.index_select(0, token_R)),
@@ -113,10 +113,10 @@ def _two_ways(
     }
 
 
-def _bf16_and_fp8() -> dict[str, Tools]:
-    from ops.triton.gemm_backend import Float8Tools, TritonTools
+def _bf16_and_fp8() -> dict[str, GemmBackend]:
+    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
 
-    return {"bf16": TritonTools(), "fp8": Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=True)}
+    return {"bf16": TritonGemmBackend(), "fp8": Float8GemmBackend(RECIPES["blockwise"], narrow_weight_gradient=True)}
 
 
 def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Benchmark:
@@ -132,32 +132,32 @@ def _torch_fp8(x_RK: Tensor, w_LKN: Tensor, ends: Tensor) -> Benchmark:
 
 def linear_layers(rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
     """The three products of a blockwise FP8 linear layer, with Triton and with PyTorch's scaled_mm."""
-    from ops.triton.gemm_backend import Float8Tools
-    from ops.triton.scaled_mm import ScaledTools
+    from ops.triton.gemm_backend import Float8GemmBackend
+    from ops.triton.scaled_mm import ScaledMmBackend
 
     x_RK, dy_RN = (torch.randn(rows, n, device=device).bfloat16() for n in (inner, outer))
     w_LKN = torch.randn(1, inner, outer, device=device).bfloat16() * inner**-0.5
     entries: Benchmark = {"dense": lambda: x_RK @ w_LKN[0]}
-    for name, kind in {"Triton": Float8Tools, "torch scaled_mm": ScaledTools}.items():
-        tools = kind(RECIPES["blockwise"], narrow_weight_gradient=True)
-        entries |= _three_products(f"linear layer, {name},", tools, [rows], x_RK, dy_RN, w_LKN)
+    for name, kind in {"Triton": Float8GemmBackend, "torch scaled_mm": ScaledMmBackend}.items():
+        gemm = kind(RECIPES["blockwise"], narrow_weight_gradient=True)
+        entries |= _three_products(f"linear layer, {name},", gemm, [rows], x_RK, dy_RN, w_LKN)
     return entries
 
 
 def rounding(total: int, inner: int, device: torch.device) -> Benchmark:
     """The FP8 cast of rows, and a copy that reads and writes the same number of bytes."""
-    from ops.triton.gemm_backend import Float8Tools
+    from ops.triton.gemm_backend import Float8GemmBackend
 
-    tools, x_RK = Float8Tools(RECIPES["blockwise"]), torch.randn(total, inner, device=device).bfloat16()
+    gemm, x_RK = Float8GemmBackend(RECIPES["blockwise"]), torch.randn(total, inner, device=device).bfloat16()
     source, target = (torch.empty(total * inner * 3 // 2, dtype=torch.uint8, device=device) for _ in range(2))
-    return {"copy": lambda: target.copy_(source), "round rows": lambda: tools.rows(x_RK)}
+    return {"copy": lambda: target.copy_(source), "round rows": lambda: gemm.rows(x_RK)}
 
 
 def whole_experts(experts: int, rows: int, inner: int, outer: int, device: torch.device) -> Benchmark:
     """Whole SwiGLU experts, forward and backward, including FP8 casts except that of the weights (once per step)."""
-    from moe.experts import grouped_experts
+    from ops.experts import grouped_experts
     from ops.grouped_mlp import experts_with
-    from ops.triton.gemm_backend import Float8Tools, TritonTools
+    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
 
     shapes = ((experts * rows, inner), (experts, inner, 2, outer), (experts, outer, inner))
     tensors = [torch.randn(s, device=device).bfloat16().mul_(0.02).requires_grad_() for s in shapes]
@@ -168,12 +168,13 @@ def whole_experts(experts: int, rows: int, inner: int, outer: int, device: torch
         return lambda: torch.autograd.grad(backend(x, [rows] * experts, w_in, w_out, "swiglu"), tensors, grad)
 
     narrow = {
-        wgrad: Float8Tools(RECIPES["blockwise"], narrow_weight_gradient=wgrad == "fp8") for wgrad in ("bf16", "fp8")
+        wgrad: Float8GemmBackend(RECIPES["blockwise"], narrow_weight_gradient=wgrad == "fp8")
+        for wgrad in ("bf16", "fp8")
     }
     return {
         "experts, torch grouped_mm": step(grouped_experts),
-        "experts, bf16": step(experts_with(TritonTools())),
-        **{f"experts, fp8, weight gradient {w}": step(experts_with(tools)) for w, tools in narrow.items()},
+        "experts, bf16": step(experts_with(TritonGemmBackend())),
+        **{f"experts, fp8, weight gradient {w}": step(experts_with(gemm)) for w, gemm in narrow.items()},
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.measurement import Implementation, Result, peak_bytes, saved_bytes, table, version
 from benchmarks.peers import megatron_config
 from benchmarks.workers import AS_OURS, Measurements, alternate, start_workers, timed
-from conf.schema import ModelConfig, MoeConfig
+from conf.schema import Config, ModelConfig, MoeConfig
 from parallel.megatron_compat import moe_layer
 
 OURS, DENSE, BOUNDED = "switchyard", "dense", "expert_chunk_rows"
@@ -52,20 +52,12 @@ def model_config(args: argparse.Namespace, experts: int) -> ModelConfig:
 
 def build_ours(model: ModelConfig, runtime, dtype: torch.dtype) -> nn.Module:
     from models.init import initialise
-    from moe.experts import choose_backend
+    from models.operations import select_ops
     from moe.layer import MoELayer
-    from moe.router import choose_router, choose_router_logits
-    from ops.permute import choose_rows
+    from ops.run_context import RunContext
 
-    device, groups = runtime.device, runtime.groups
-    chosen = {
-        "backend": choose_backend(model, device, dtype),
-        "rows": choose_rows(device, dtype),
-        "fused_route": choose_router(model, groups, device),
-        "logits": choose_router_logits(model.moe, device, dtype),
-    }
-    parts = {name: implementation for name, (implementation, _) in chosen.items()}
-    layer = MoELayer(model, dtype=dtype, sequence_parallel=False, groups=groups, draws=(1, 0), **parts)
+    ops, _ = select_ops(RunContext(Config(model=model), runtime, dtype, train=False))
+    layer = MoELayer(model, ops=ops, dtype=dtype, sequence_parallel=False, groups=runtime.groups, draws=(1, 0))
     initialise(layer.to(runtime.device), seed=1)
     return layer
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from conf import rules
 from conf.schema import Config, DataConfig, EvalConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig, TrainConfig
 from corpus.prepare import prepare
-from ops.registry import Choice
+from ops.operation import Implementation
+from ops.routing import ROUTER_LOGITS
 from parallel.env import World
 from training.run_dir import open_run_dir
 from training.worker import train_rank
@@ -120,8 +121,8 @@ def _router(low_precision: bool) -> Iterator[None]:
     if not low_precision:
         yield
         return
-    chosen = in_bf16, Choice("router logits", "torch", "in bf16")
-    with mock.patch("training.builder.choose_router_logits", lambda *_: chosen):
+    chosen = Implementation("torch", lambda context: in_bf16, "in bf16")
+    with mock.patch.multiple(ROUTER_LOGITS, reference=lambda context: chosen, implementations=[]):
         yield
 
 

@@ -42,8 +42,8 @@ class Variant:
     """All documents begin with the same token, so that under document_mask the first tokens have equal gates."""
     dtype: torch.dtype = torch.float32
     seed: int = 1
-    tools: Any = None
-    """ops.gemm_backend.Tools for the products of every layer."""
+    gemm: Any = None
+    """ops.gemm_backend.GemmBackend for the products of every layer."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -75,16 +75,23 @@ def build_engine(
     overlap: Overlap = NO_OVERLAP,
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Engine:
-    from models.decoder import Parts, Stage
+    from models.decoder import ModelBuildContext, ModelChunk
     from models.megatron_config import transformer_config
+    from ops.experts import ExpertBackend
     from ops.fp8 import Float8
+    from ops.implementations import Ops
 
     model = variant.config()
     core = transformer_config(model, runtime, variant.dtype, deterministic=False)
-    float8 = Float8(variant.tools, variant.tools, range(model.num_layers)) if variant.tools else None
-    parts = Parts(model, core, runtime, backend="loop", seed=variant.seed, float8=float8)
-    stage = {"sequence_length": SEQUENCE, "document_mask": variant.document_mask}
-    return Engine(core, runtime, optim, lambda chunk: Stage(parts, chunk=chunk, **stage), overlap, adam)
+    gemm, float8 = variant.gemm, None
+    if gemm:
+        float8 = Float8(ExpertBackend.on(gemm), gemm, range(model.num_layers))
+    context = ModelBuildContext(model, core, runtime, variant.seed, Ops(float8=float8))
+
+    def build_chunk(chunk: int) -> ModelChunk:
+        return ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
+
+    return Engine(core, runtime, optim, build_chunk, overlap, adam)
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:

@@ -4,7 +4,7 @@ Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this ra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,21 +17,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from models.attention import Attention, CausalAttention, Rotary, Turn, torch_attention, torch_turn
+from models.attention import Attention
 from models.init import initialise
-from models.loss import TokenLosses, token_losses
 from models.norm import RMSNorm
-from models.varlen_attention import Piece, VarlenAttention, attention_pieces, joined_attention
-from moe.experts import DenseFFN
+from models.rope import Rotary
 from moe.layer import MoELayer
 from moe.metrics import Report
-from moe.router import RouterLogits, router_logits
+from moe.mlp import MLP
 from moe.shared_experts import SharedExperts
-from ops.fp8 import Float8
-from ops.grouped_mlp import forget_weights, use_tools
-from ops.permute import PLAIN_ROWS, Rows
-from ops.registry import Norm, torch_rms_norm
-from ops.routing import FusedRoute
+from ops.grouped_mlp import forget_weights, use_gemm_backend
+from ops.implementations import DEFAULT_OPS, Ops
+from ops.varlen_attention import Piece, attention_pieces
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
@@ -39,42 +35,21 @@ from parallel.sharding import set_sharding
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelBuildContext:
     """What every block is built from."""
 
     model: ModelConfig
     config: TransformerConfig
     runtime: Runtime
-    backend: str | None
-    """How the experts' products run (moe.experts.choose_backend); None: no layer has such experts."""
     seed: int
     """Of the initial weights and of the layers' random numbers."""
-    norm_function: Norm = torch_rms_norm
-    """Which RMSNorm runs (ops.registry.select_norm)."""
-    dispatcher: str | None = None
-    """How rows travel to their experts; None: what moe.dispatcher.choose_dispatcher says."""
-    causal_attention: CausalAttention = torch_attention
-    """What attends where there is no mask (models.attention.choose_attention)."""
-    varlen_attention: VarlenAttention = joined_attention
-    """What attends within documents and to other ranks' keys (models.attention.choose_varlen_attention)."""
-    turn: Turn = torch_turn
-    """What turns queries and keys by their positions (models.attention.choose_turn)."""
-    token_losses: TokenLosses = token_losses
-    """Which cross-entropy runs (models.loss.choose_token_losses)."""
-    rows: Rows = PLAIN_ROWS
-    """How rows are gathered and added on a rank (ops.permute.choose_rows)."""
-    fused_route: FusedRoute | None = None
-    """What routers choose and weigh with (moe.router.choose_router); None: torch's operations."""
-    router_logits: RouterLogits = router_logits
-    """What multiplies tokens with a router's weight (moe.router.choose_router_logits)."""
-    float8: Float8 | None = None
-    """Which layers compute in FP8, and with what (ops.fp8.choose_float8)."""
+    ops: Ops = DEFAULT_OPS
 
     def norm(self) -> RMSNorm:
         return RMSNorm(
             self.model.hidden_size,
             self.model.norm_eps,
-            function=self.norm_function,
+            function=self.ops.rms_norm,
             dtype=self.config.params_dtype,
             sequence_parallel=self.config.sequence_parallel,
             groups=self.runtime.groups,
@@ -82,7 +57,7 @@ class Parts:
 
 
 Attend = tuple[Tensor, Tensor, list[Piece] | None]
-"""Cosines and sines of the positions, and who attends to whom (models.varlen_attention.attention_pieces)."""
+"""Cosines and sines of the positions, and who attends to whom (ops.varlen_attention.attention_pieces)."""
 
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
@@ -91,32 +66,30 @@ Ran = tuple[Tensor, Report | None]
 class Block(nn.Module):
     """Attention and a feed-forward layer, each after a norm and inside a residual."""
 
-    def __init__(self, parts: Parts, layer: int):
+    def __init__(self, context: ModelBuildContext, layer: int):
         super().__init__()
-        groups = parts.runtime.groups
-        self.attention_norm, self.ffn_norm = parts.norm(), parts.norm()
-        attends = parts.causal_attention, parts.turn, parts.varlen_attention, parts.norm_function
-        self.attention = Attention(parts.model, parts.config, groups, *attends)
-        self.sparse, self.recompute = parts.model.is_sparse(layer), parts.model.recompute
-        float8 = parts.float8 if parts.float8 and layer in parts.float8.layers else None
+        groups = context.runtime.groups
+        self.attention_norm, self.ffn_norm = context.norm(), context.norm()
+        ops = context.ops
+        self.attention = Attention(context.model, context.config, groups, ops)
+        self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
+        float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
-                parts.model,
-                backend=float8.experts if float8 else parts.backend,
-                dtype=parts.config.params_dtype,
-                sequence_parallel=parts.config.sequence_parallel,
+                context.model,
+                ops=replace(ops, experts=float8.experts) if float8 else ops,
+                dtype=context.config.params_dtype,
+                sequence_parallel=context.config.sequence_parallel,
                 groups=groups,
-                draws=(parts.seed, layer),
-                dispatcher=parts.dispatcher,
-                rows=parts.rows,
-                fused_route=parts.fused_route,
-                logits=parts.router_logits,
-                shared=SharedExperts(parts.model, parts.config, groups) if parts.model.moe.num_shared_experts else None,
+                draws=(context.seed, layer),
+                shared=SharedExperts(context.model, context.config, groups)
+                if context.model.moe.num_shared_experts
+                else None,
             )
         else:
-            self.ffn = DenseFFN(parts.model, parts.config, groups)
+            self.ffn = MLP(context.model, context.config, groups)
         if float8 is not None and float8.linear is not None:
-            use_tools(self, float8.linear)
+            use_gemm_backend(self, float8.linear)
 
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
         """attend: cosines and sines of the positions, and who attends to whom."""
@@ -137,20 +110,20 @@ class Block(nn.Module):
         return checkpoint_without_output(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
 
 
-class Stage(MegatronModule):
+class ModelChunk(MegatronModule):
     """One pipeline chunk: a run of layers, with the embedding if it is the first and the head if it is the last.
     Layers are named by their index in the whole model, so that a parameter has one name under every layout."""
 
-    def __init__(self, parts: Parts, *, chunk: int, sequence_length: int, document_mask: bool):
-        super().__init__(parts.config)
-        model, layout, groups = parts.model, parts.runtime.layout, parts.runtime.groups
+    def __init__(self, context: ModelBuildContext, *, chunk: int, sequence_length: int, document_mask: bool):
+        super().__init__(context.config)
+        model, layout, groups = context.model, context.runtime.layout, context.runtime.groups
         chunks, index = layout.pp * layout.vpp, chunk * layout.pp + groups.pp.rank()
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.input_tensor: Tensor | None = None
-        self.token_losses = parts.token_losses
+        self.token_losses = context.ops.token_losses
 
         self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
         self.rotary = Rotary(model.head_width, model.rope_theta, sequence_length)
@@ -160,27 +133,27 @@ class Stage(MegatronModule):
                 model.vocab_size,
                 model.hidden_size,
                 init_method=None,
-                config=parts.config,
-                reduce_scatter_embeddings=parts.config.sequence_parallel,
+                config=context.config,
+                reduce_scatter_embeddings=context.config.sequence_parallel,
                 tp_group=groups.tp,
             )
             set_sharding(self.embedding.weight, (0, groups.tp), std=std)
             # Gives it a bucket of its own, cut over data-parallel ranks as on the other stage that holds it.
             self.embedding.weight.shared_embedding = model.tie_embeddings
-        self.layers = nn.ModuleDict({str(i): Block(parts, i) for i in layout.chunk_layers(index, model.num_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:
-            self.final_norm = parts.norm()
-            self._build_head(parts, std)
-        self.to(parts.runtime.device)
-        initialise(self, parts.seed)
+            self.final_norm = context.norm()
+            self._build_head(context, std)
+        self.to(context.runtime.device)
+        initialise(self, context.seed)
 
-    def _build_head(self, parts: Parts, std: float) -> None:
-        model, groups = parts.model, parts.runtime.groups
+    def _build_head(self, context: ModelBuildContext, std: float) -> None:
+        model, groups = context.model, context.runtime.groups
         tied_here = model.tie_embeddings and self.pre_process
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
-            config=parts.config,
+            config=context.config,
             init_method=None,
             bias=False,
             gather_output=False,

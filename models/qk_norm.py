@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
 from models.norm import RMSNorm
-from ops.registry import Norm
+from ops.norm import Norm
 from parallel.chunked_ops import rows_at_once
 from parallel.process_groups import Groups
 from parallel.sharding import set_sharding
@@ -82,7 +82,7 @@ class _ShardedRMSNorms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        """As models.norm._InBlocks, but for the mean of dy * weight * n, which is over all ranks' widths."""
+        """As ops.norm._InBlocks, but for the mean of dy * weight * n, which is over all ranks' widths."""
         q_RW, k_RW, q_weight, k_weight, scales_2R = ctx.saved_tensors
         each = [*zip((q_RW, k_RW), dys, scales_2R, (q_weight.float(), k_weight.float()), strict=True)]
         means_2R, dweights = torch.empty_like(scales_2R), []

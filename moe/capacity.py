@@ -21,25 +21,25 @@ def within_capacity(
     experts_MK: Tensor,
     num_experts: int,
     limit: int | Tensor,
-    urgency_MK: Tensor | None = None,
+    priority_MK: Tensor | None = None,
     sequences: int = 1,
 ) -> Tensor:
     """bool [M, K]: the choices that fit, each expert taking the first `limit` of its own. Index E is no choice and
     does not fit.
 
     Args:
-        urgency_MK: None: first choices of all tokens come before second choices; among equals the earlier token wins.
+        priority_MK: None: first choices of all tokens come before second choices; among equals the earlier token wins.
             Else more urgent choices come first, and that order decides between equals.
         sequences: B, where each sequence has a capacity of its own, `limit` (int64 [B]), and tokens come in the order
             of (position, sequence).
     """
     sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % sequences
     expert_KM = (experts_MK + (num_experts + 1) * sequence_M[:, None]).t().reshape(-1)
-    if urgency_MK is None:
+    if priority_MK is None:
         order = expert_KM.argsort(stable=True)
     else:
-        by_urgency = urgency_MK.t().reshape(-1).argsort(descending=True, stable=True)
-        order = by_urgency[expert_KM[by_urgency].argsort(stable=True)]
+        by_priority = priority_MK.t().reshape(-1).argsort(descending=True, stable=True)
+        order = by_priority[expert_KM[by_priority].argsort(stable=True)]
     counts_E = count(expert_KM, sequences * (num_experts + 1))
     first_E = counts_E.cumsum(0) - counts_E
     place_in_expert = torch.arange(order.numel(), device=order.device) - first_E[expert_KM[order]]

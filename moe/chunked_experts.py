@@ -47,7 +47,7 @@ class InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Run, limit: int, counts: Sequence[int], x_RD: Tensor, *weights: Tensor) -> Tensor:
         ctx.run, ctx.limit, ctx.counts = run, limit, counts
-        # The weights themselves, not what autograd would give back of them: tools keep things on a parameter.
+        # The weights themselves, not what autograd would give back of them: a GEMM backend keeps things on a parameter.
         ctx.weights = weights
         ctx.save_for_backward(x_RD)
         y_RD = torch.empty_like(x_RD)

@@ -14,27 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.schema import MoeConfig
-from moe.dispatcher import AllToAllDispatcher, Choices, Dispatched, Dispatcher, by_expert, choose_dispatcher
-from ops.permute import Origin, Routed, weighted_sum
-from ops.registry import Candidate, select
+from ops.dispatch import Choices, Dispatched, DispatcherFactory
+from ops.operation import Implementation
+from ops.permute import PermutedTokens, PermuteIndices, by_expert, unpermute
+from ops.run_context import RunContext
 from parallel.process_groups import Groups
 
-NAME = "deep_ep"
-TOLERANCE = 2e-2
-"""Sums in bf16, in another order."""
 _buffers: dict[tuple[dist.ProcessGroup, int], Any] = {}
 
 
-def obstacle(moe: MoeConfig, device: torch.device, dtype: torch.dtype, ep: int, etp: int) -> str | None:
+def unsupported_reason(context: RunContext) -> str | None:
     """Why DeepEP cannot serve this run, whether installed or not; None: it can."""
-    if ep == 1:
+    moe = context.model.moe
+    if context.groups.ep.size() == 1:
         return "needs parallel.ep > 1"
-    if device.type != "cuda":
+    if context.device.type != "cuda":
         return "needs GPUs"
-    if dtype != torch.bfloat16:
+    if context.dtype != torch.bfloat16:
         return "needs precision=bf16"
-    if etp > 1:
+    if context.groups.etp.size() > 1:
         return "needs parallel.etp=1"
     if moe.load_balancing == "expert_choice":
         return "needs another model.moe.load_balancing than expert_choice: it takes as many choices from every rank"
@@ -101,7 +99,7 @@ class _Return(torch.autograd.Function):
 
 
 class DeepEPDispatcher:
-    """moe.dispatcher.Dispatcher. The sending is not overlapped with other computing."""
+    """ops.dispatch.Dispatcher. The sending is not overlapped with other computing."""
 
     def __init__(self, num_experts: int, groups: Groups, hidden_size: int):
         self.num_experts, self.local = num_experts, num_experts // groups.ep.size()
@@ -116,7 +114,7 @@ class DeepEPDispatcher:
         # Here experts are counted from this rank's first; -1 is another rank's.
         here = torch.where(experts_NK >= 0, experts_NK, self.local)
         choice_R = by_expert(here.flatten(), self.local)[0][: sum(arrived.counts)]
-        rows = Routed(x_ND, Origin(choice_R, here.shape[1]))
+        rows = PermutedTokens(x_ND, PermuteIndices(choice_R, here.shape[1]))
         return Dispatched(rows, arrived.counts, None, (choice_R, gates_NK, arrived.handle))
 
     def finish(self, started: Dispatched) -> Dispatched:
@@ -124,81 +122,21 @@ class DeepEPDispatcher:
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         choice_R, gates_NK, handle = sent.way_back
-        return _Return.apply(self.buffer, weighted_sum(y_RD, choice_R, gates_NK, padded=False), handle)
+        return _Return.apply(self.buffer, unpermute(y_RD, choice_R, gates_NK, padded=False), handle)
 
 
-def select_dispatcher(
-    moe: MoeConfig, hidden_size: int, groups: Groups, device: torch.device, dtype: torch.dtype
-) -> tuple[str, str]:
-    """(dispatcher, why), the same on every rank: DeepEP where it can serve and equals our all-to-all, output and
-    gradients, else what choose_dispatcher says.
-
-    Raises:
-        ValueError: DeepEP was asked for and cannot serve, is not installed, or differs.
-    """
-    asked, ep, etp = moe.dispatcher == NAME, groups.ep.size(), groups.etp.size()
-    why_not = obstacle(moe, device, dtype, ep, etp)
-    if moe.dispatcher not in ("auto", NAME) or (why_not and not asked):
-        return choose_dispatcher(moe, ep, etp)
-    if why_not is None:
-        agrees, why = prove(moe, hidden_size, groups, device)
-        if agrees:
-            return NAME, why
-        why_not = why
-    if asked:
-        raise ValueError(f"model.moe.dispatcher={NAME}: {why_not}. Use model.moe.dispatcher=auto")
-    name, why = choose_dispatcher(moe, ep, etp)
-    return name, f"{why}; {why_not}"
+def _load(context: RunContext) -> DispatcherFactory:
+    try:
+        import deep_ep  # noqa: F401
+    except Exception as error:
+        raise ImportError("not installed: DeepEP") from error
+    return lambda num_experts, hidden_size, groups, permutation: DeepEPDispatcher(num_experts, groups, hidden_size)
 
 
-def prove(moe: MoeConfig, hidden_size: int, groups: Groups, device: torch.device) -> tuple[bool, str]:
-    """Whether DeepEP is there and does with random tokens what our all-to-all does. All ranks call this together."""
-
-    def load() -> Any:
-        return DeepEPDispatcher(moe.num_experts, groups, hidden_size)
-
-    def installed() -> bool:
-        try:
-            import deep_ep  # noqa: F401
-        except Exception:
-            return False
-        return True
-
-    def all_say(yes: bool) -> bool:
-        word = torch.tensor(int(yes), device=device)
-        dist.all_reduce(word, op=dist.ReduceOp.MIN, group=groups.world)
-        return bool(word)
-
-    # Asked before the trial: ranks without it would leave the others waiting.
-    if not all_say(installed()):
-        return False, "not installed: DeepEP"
-    ours: Dispatcher = AllToAllDispatcher(moe.num_experts, groups)
-    trial = _trial(moe, hidden_size, groups, device)
-    chosen, choice = select("dispatch", [Candidate("DeepEP", load)], ("all_to_all", ours), trial, TOLERANCE)
-    if not all_say(chosen is not ours):
-        return False, choice.why if chosen is ours else "DeepEP differs on another rank and is left out"
-    return True, choice.why.replace("torch's", "all_to_all")
-
-
-def _trial(moe: MoeConfig, hidden_size: int, groups: Groups, device: torch.device) -> Any:
-    """Runs a dispatcher on random tokens, some choices dropped, with experts that multiply by 1, 2, 3, ..."""
-    generator = torch.Generator().manual_seed(groups.ep.rank())
-    tokens = 64
-    x_TD = torch.randn(tokens, hidden_size, generator=generator).to(device, torch.bfloat16)
-    experts_TK = torch.rand(tokens, moe.num_experts, generator=generator).argsort(1)[:, : moe.top_k].to(device)
-    gates_TK = torch.rand(tokens, moe.top_k, generator=generator).to(device)
-    keep_TK = (torch.rand(tokens, moe.top_k, generator=generator) < 0.9).to(device)
-    local = moe.num_experts // groups.ep.size()
-
-    def run(dispatcher: Dispatcher) -> list[Tensor]:
-        x, gates = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-        sent = dispatcher.finish(dispatcher.start(x, Choices(experts_TK, gates, keep_TK)))
-        factors = torch.arange(local, device=device) + 1 + local * groups.ep.rank()
-        per_row = factors.repeat_interleave(torch.tensor(sent.counts, device=device))
-        rows_RD = sent.rows.gather()
-        out = dispatcher.combine(rows_RD * per_row[:, None].to(rows_RD.dtype), sent)
-        out.float().square().sum().backward()
-        assert x.grad is not None and gates.grad is not None
-        return [out.detach(), x.grad, gates.grad]
-
-    return run
+DEEP_EP = Implementation(
+    "deep_ep",
+    _load,
+    is_supported=lambda context: unsupported_reason(context) is None,
+    unsupported_reason=lambda context: unsupported_reason(context),
+    label="DeepEP",
+)

@@ -15,7 +15,6 @@ P ranks that rows come from, N = P * T tokens of these ranks.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import MoeConfig
-from ops.permute import PLAIN_ROWS, Origin, Routed, Rows
+from moe.deep_ep import DEEP_EP
+from ops.dispatch import Choices, Dispatched, DispatcherFactory
+from ops.operation import Implementation, Operation
+from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert
+from ops.run_context import RunContext
 from parallel.async_collectives import (
     AsyncCollective,
     async_all_gather,
@@ -35,57 +38,6 @@ from parallel.async_collectives import (
 )
 from parallel.collectives import GatherRagged, GatherSequence, ReduceScatterRagged, all_gather
 from parallel.process_groups import Groups
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the router decided for T tokens, [T, K] each."""
-
-    experts_TK: Tensor
-    gates_TK: Tensor
-    keep_TK: Tensor
-    """False where the choice is dropped."""
-    names_TK: Tensor | None = None
-    """int64, a name for every choice that travels with its row. None: rows stay nameless."""
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows for this rank's experts."""
-
-    rows: Routed
-    """Grouped by expert."""
-    counts: list[int]
-    """Rows of each of this rank's experts."""
-    names_R: Tensor | None
-    """Of the rows; any number for a row of zeros."""
-    way_back: Any
-    """What the dispatcher needs to combine."""
-
-
-class Dispatcher(Protocol):
-    """How rows get to their experts. Between `start` and `finish` of a layer there is no other `start`."""
-
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Any:
-        """Sends the rows of the kept choices. slots: rows of each expert from each rank; None: as many as there are."""
-
-    def finish(self, started: Any) -> Dispatched:
-        """Waits for the rows that come to this rank."""
-
-    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        """[T, D]: the sum over each token's kept choices of gate * expert output; zero where all were dropped.
-
-        Args:
-            y_RD: the experts' answers to the rows, partial sums where etp cuts the experts.
-        """
-
-
-def by_expert(expert_X: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order that sorts by expert and then by place, choices of each expert [E]); expert E, which does not exist, comes
-    last and is not counted."""
-    sorted_X, order = expert_X.sort(stable=True)
-    ends_E = torch.searchsorted(sorted_X, torch.arange(num_experts, device=sorted_X.device), right=True)
-    return order, ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
 def fill_slots(expert_X: Tensor, num_experts: int, slots: int) -> Tensor:
@@ -112,8 +64,8 @@ def masked_experts(choices: Choices, num_experts: int) -> Tensor:
 class LocalDispatcher:
     """Every expert is on this rank: rows are sorted, and nothing travels."""
 
-    def __init__(self, num_experts: int, rows: Rows = PLAIN_ROWS):
-        self.num_experts, self.rows = num_experts, rows
+    def __init__(self, num_experts: int, permutation: Permutation = TORCH_PERMUTATION):
+        self.num_experts, self.permutation = num_experts, permutation
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Dispatched:
         expert = masked_experts(choices, self.num_experts)
@@ -123,7 +75,9 @@ class LocalDispatcher:
             choice_R = order[: sum(counts)]
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)
-        rows = Routed(x_TD, Origin(choice_R, choices.experts_TK.shape[1], self.rows), slots is not None)
+        rows = PermutedTokens(
+            x_TD, PermuteIndices(choice_R, choices.experts_TK.shape[1], self.permutation), slots is not None
+        )
         way_back = (choice_R, choices.gates_TK, slots is not None)
         return Dispatched(rows, counts, take_names(choices.names_TK, choice_R), way_back)
 
@@ -131,7 +85,7 @@ class LocalDispatcher:
         return started
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        return self.rows.weighted_sum(y_RD, *sent.way_back)
+        return self.permutation.unpermute(y_RD, *sent.way_back)
 
 
 @dataclass(frozen=True)
@@ -158,8 +112,8 @@ class AllToAllDispatcher:
     """Every row travels to the rank that holds its expert and its answer back. With expert-tensor parallelism the ranks
     that each hold a slice of the same experts then gather their rows, and sum the answers."""
 
-    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
-        self.num_experts, self.rows = num_experts, rows
+    def __init__(self, num_experts: int, groups: Groups, permutation: Permutation = TORCH_PERMUTATION):
+        self.num_experts, self.permutation = num_experts, permutation
         self.ep, self.etp = groups.ep, groups.etp
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
@@ -178,7 +132,7 @@ class AllToAllDispatcher:
         expert_R = expert_R.repeat_interleave(arrived_PL.flatten(), output_size=sum(counts))
         collective = async_all_to_all(send, receive, self.ep)
         handle = start_collective(
-            self.rows.take(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), collective
+            self.permutation.permute(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), collective
         )
         order_R = expert_R.argsort(stable=True)
         return Travelling(
@@ -204,7 +158,9 @@ class AllToAllDispatcher:
         if names_R is not None:
             names_R = run_collective(names_R, async_all_to_all(started.send, started.receive, self.ep))
             names_R = self._over_etp(names_R, started).index_select(0, started.order_R)
-        return Dispatched(Routed(rows, Origin(started.order_R, 1, self.rows)), started.counts, names_R, started)
+        return Dispatched(
+            PermutedTokens(rows, PermuteIndices(started.order_R, 1, self.permutation)), started.counts, names_R, started
+        )
 
     def _over_etp(self, rows: Tensor, started: Travelling) -> Tensor:
         return GatherRagged.apply(rows, started.gathered, self.etp) if self.etp.size() > 1 else rows
@@ -217,7 +173,7 @@ class AllToAllDispatcher:
         if self.etp.size() > 1:
             y_RD = ReduceScatterRagged.apply(y_RD, way.gathered, self.etp)
         y_RD = run_collective(y_RD, async_all_to_all(way.receive, way.send, self.ep))
-        return self.rows.weighted_sum(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
+        return self.permutation.unpermute(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
 
 
 class AllGatherDispatcher:
@@ -225,8 +181,8 @@ class AllGatherDispatcher:
     the partial sums are added up on the tokens' ranks. Moves N tokens instead of T * K rows, and so less where top_k
     exceeds the ranks, and needs no counts of other ranks."""
 
-    def __init__(self, num_experts: int, groups: Groups, rows: Rows = PLAIN_ROWS):
-        self.num_experts, self.rows = num_experts, rows
+    def __init__(self, num_experts: int, groups: Groups, permutation: Permutation = TORCH_PERMUTATION):
+        self.num_experts, self.permutation = num_experts, permutation
         self.ep, self.etp = groups.ep, groups.etp
 
     def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
@@ -254,7 +210,11 @@ class AllGatherDispatcher:
 
     def finish(self, started: Travelling) -> Dispatched:
         x_ND, names_TK = wait_collective(started.handle, started.collective), started.choices.names_TK
-        rows = Routed(x_ND, Origin(started.choice_R, started.choices.experts_TK.shape[1], self.rows), started.padded)
+        rows = PermutedTokens(
+            x_ND,
+            PermuteIndices(started.choice_R, started.choices.experts_TK.shape[1], self.permutation),
+            started.padded,
+        )
         names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
         return Dispatched(rows, started.counts, names_R, started)
 
@@ -262,13 +222,20 @@ class AllGatherDispatcher:
         way: Travelling = sent.way_back
         gates_NK = run_collective(self._over_etp(way.choices.gates_TK), async_all_gather(self.ep))
         out = run_collective(
-            self.rows.weighted_sum(y_RD, way.choice_R, gates_NK, way.padded), async_reduce_scatter(self.ep)
+            self.permutation.unpermute(y_RD, way.choice_R, gates_NK, way.padded), async_reduce_scatter(self.ep)
         )
         return run_collective(out, async_reduce_scatter(self.etp)) if self.etp.size() > 1 else out
 
 
-def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
-    """(dispatcher, why) for model.moe.dispatcher, DeepEP aside (moe.deep_ep.select_dispatcher)."""
+DISPATCHERS: dict[str, DispatcherFactory] = {
+    "local": lambda num_experts, hidden_size, groups, permutation: LocalDispatcher(num_experts, permutation),
+    "all_to_all": lambda num_experts, hidden_size, *others: AllToAllDispatcher(num_experts, *others),
+    "all_gather": lambda num_experts, hidden_size, *others: AllGatherDispatcher(num_experts, *others),
+}
+
+
+def dispatcher_for(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
+    """(dispatcher, why) for model.moe.dispatcher, without optional packages."""
     if ep == etp == 1:
         return "local", "every expert is on every rank"
     if moe.dispatcher in ("all_to_all", "all_gather"):
@@ -280,13 +247,41 @@ def choose_dispatcher(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
     return "all_to_all", "rows travel to their experts alone"
 
 
-def make_dispatcher(
-    name: str, num_experts: int, hidden_size: int, groups: Groups, rows: Rows = PLAIN_ROWS
-) -> Dispatcher:
-    if name == "local":
-        return LocalDispatcher(num_experts, rows)
-    if name == "deep_ep":
-        from moe.deep_ep import DeepEPDispatcher
+def _reference(context: RunContext) -> Implementation[DispatcherFactory]:
+    name, why = dispatcher_for(context.model.moe, context.groups.ep.size(), context.groups.etp.size())
+    return Implementation(name, lambda context: DISPATCHERS[name], why)
 
-        return DeepEPDispatcher(num_experts, groups, hidden_size)
-    return {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}[name](num_experts, groups, rows)
+
+def _trial(make: DispatcherFactory, context: RunContext) -> list[Tensor]:
+    """Random tokens, some of their choices dropped, with experts that multiply by 1, 2, 3, ..."""
+    moe, groups, device, tokens = context.model.moe, context.groups, context.device, 64
+    generator = torch.Generator().manual_seed(groups.ep.rank())
+    x_TD = torch.randn(tokens, context.model.hidden_size, generator=generator).to(device, context.dtype)
+    experts_TK = torch.rand(tokens, moe.num_experts, generator=generator).argsort(1)[:, : moe.top_k].to(device)
+    gates_TK = torch.rand(tokens, moe.top_k, generator=generator).to(device).requires_grad_()
+    keep_TK = (torch.rand(tokens, moe.top_k, generator=generator) < 0.9).to(device)
+    x_TD.requires_grad_()
+    dispatcher = make(moe.num_experts, context.model.hidden_size, groups, TORCH_PERMUTATION)
+    sent = dispatcher.finish(dispatcher.start(x_TD, Choices(experts_TK, gates_TK, keep_TK)))
+    local = moe.num_experts // groups.ep.size()
+    factors = torch.arange(local, device=device) + 1 + local * groups.ep.rank()
+    per_row = factors.repeat_interleave(torch.tensor(sent.counts, device=device))
+    rows_RD = sent.rows.permute()
+    out = dispatcher.combine(rows_RD * per_row[:, None].to(rows_RD.dtype), sent)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (x_TD, gates_TK))]
+
+
+DISPATCH = Operation(
+    field="dispatcher",
+    name="dispatch",
+    reference=_reference,
+    implementations=[DEEP_EP],
+    trial=_trial,
+    # Sums in bf16, in another order.
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2},
+    is_used=lambda context: bool(context.model.moe.num_experts),
+    setting="model.moe.dispatcher",
+    refusal="model.moe.dispatcher={name}: {note}. Use model.moe.dispatcher=auto",
+    is_collective=True,
+    standard="",
+)

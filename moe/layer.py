@@ -13,16 +13,16 @@ from moe.aux_loss import AttachLoss, load_balancing_loss
 from moe.balanced_routing import tie_ranks
 from moe.capacity import capacity, within_capacity
 from moe.counter_rng import key, uniform
-from moe.dispatcher import Choices, choose_dispatcher, make_dispatcher
+from moe.dispatcher import DISPATCHERS, dispatcher_for
 from moe.expert_dropout import Dropout, name_choices
 from moe.experts import Experts
 from moe.metrics import LoadStatistics, Report
-from moe.router import Router, RouterLogits, router_logits
+from moe.router import Router
 from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
-from ops.gemm_backend import Tools
-from ops.permute import PLAIN_ROWS, Rows
-from ops.routing import FusedRoute, Routing, count_loads
+from ops.dispatch import Choices
+from ops.implementations import Ops
+from ops.routing import Routing, count_loads
 from parallel.activation_checkpoint import checkpointed, save_for_recompute
 from parallel.batch_context import DEFAULT_CONTEXT, EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.collectives import all_gather
@@ -37,23 +37,15 @@ class MoELayer(nn.Module):
         self,
         model: ModelConfig,
         *,
-        backend: str | Tools,
+        ops: Ops,
         dtype: torch.dtype,
         sequence_parallel: bool,
         groups: Groups,
         draws: tuple[int, int],
-        dispatcher: str | None = None,
         shared: SharedExperts | None = None,
-        rows: Rows = PLAIN_ROWS,
-        fused_route: FusedRoute | None = None,
-        logits: RouterLogits = router_logits,
     ):
         """Args:
         draws: (seed of the run, layer), which name this layer's random numbers (moe.counter_rng).
-        dispatcher: how rows travel to their experts; None: what choose_dispatcher says.
-        rows: how they are gathered and added on this rank.
-        fused_route: how the router chooses and weighs; None: by torch's operations.
-        logits: how it multiplies.
         """
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
@@ -61,14 +53,13 @@ class MoELayer(nn.Module):
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
         self.sequence_parallel = sequence_parallel
-        self.router = Router(
-            model, sequence_parallel=sequence_parallel, groups=groups, fused=fused_route, logits=logits
-        )
+        self.router = Router(model, sequence_parallel=sequence_parallel, groups=groups, ops=ops)
         self.micro_batch_group = self.router.micro_batch_group
-        dispatcher = dispatcher or choose_dispatcher(model.moe, groups.ep.size(), groups.etp.size())[0]
-        self.dispatcher = make_dispatcher(dispatcher, model.moe.num_experts, model.hidden_size, groups, rows)
+        by_rule, _ = dispatcher_for(model.moe, groups.ep.size(), groups.etp.size())
+        make = ops.dispatcher or DISPATCHERS[by_rule]
+        self.dispatcher = make(model.moe.num_experts, model.hidden_size, groups, ops.permutation)
         self.shared = shared
-        self.experts = Experts(model, backend=backend, dtype=dtype, groups=groups)
+        self.experts = Experts(model, backend=ops.experts, dtype=dtype, groups=groups)
         self.statistics = LoadStatistics(model.moe.num_experts)
         # float64: exact sums, so that every layout sees the same load.
         step_load_2E = torch.zeros(2, model.moe.num_experts, dtype=torch.float64)
@@ -144,22 +135,22 @@ class MoELayer(nn.Module):
         alone = sequences if moe.capacity_per == "sequence" else 1
         if factor is None or self.router.experts_choose:
             return experts_MK < moe.num_experts
-        urgency_MK = None
+        priority_MK = None
         if moe.drop_policy == "probability":
             gates_MK = all_gather(routing.gates_TK.detach(), self.micro_batch_group)
             sequence_M = torch.arange(len(experts_MK), device=experts_MK.device) % alone
             bins_MK = experts_MK + (moe.num_experts + 1) * sequence_M[:, None]
-            urgency_MK = -tie_ranks(gates_MK.view(1, -1), bins_MK.view(1, -1)).view_as(experts_MK)
+            priority_MK = -tie_ranks(gates_MK.view(1, -1), bins_MK.view(1, -1)).view_as(experts_MK)
         elif moe.drop_policy == "random":
             rows_M = torch.arange(len(experts_MK), device=experts_MK.device)
-            urgency_MK = uniform(self._key("drop", batch_ctx), rows_M, moe.top_k)
+            priority_MK = uniform(self._key("drop", batch_ctx), rows_M, moe.top_k)
         if padding_M is None:
             tokens = [len(experts_MK) // alone] * alone
         else:
             tokens = (~padding_M).unflatten(0, (len(padding_M) // alone, alone)).sum(0).tolist()
         limits = [capacity(n, moe.top_k, moe.num_experts, factor) for n in tokens]
         limit = limits[0] if alone == 1 else torch.tensor(limits).to(experts_MK.device, non_blocking=True)
-        return within_capacity(experts_MK, moe.num_experts, limit, urgency_MK, alone)
+        return within_capacity(experts_MK, moe.num_experts, limit, priority_MK, alone)
 
     def _balancing_loss(self, routing: Routing, experts_MK: Tensor, padding_M: Tensor | None) -> Tensor:
         """This rank's part, without its coefficient."""

@@ -4,47 +4,24 @@ Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share
 token, G groups of experts, B sequences of the micro-batch, or 1 where it is balanced as a whole.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from conf.schema import ModelConfig, MoeConfig
+from conf.schema import ModelConfig
 from moe.balanced_routing import expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
 from moe.score_functions import SCORE_FUNCTIONS
-from ops.cpp import build as native
-from ops.registry import Candidate, Choice, select
+from ops.implementations import DEFAULT_OPS, Ops
+from ops.operation import Implementation, Operation
 from ops.routing import FUSED_SCORE_FUNCTIONS, FusedRoute, RouterStats, Routing, Rule
+from ops.run_context import RunContext
 from parallel.activation_checkpoint import save_for_recompute
 from parallel.batch_context import TRAIN
 from parallel.collectives import all_gather
 from parallel.process_groups import Groups
 from parallel.sharding import set_sharding
-
-
-def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """fp32 [T, E], from inputs of any precision, without keeping an fp32 copy of them for the backward pass."""
-    return _Logits.apply(x_TD, weight_ED)
-
-
-class _Logits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD.float() @ weight_ED.t()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight_ED = ctx.saved_tensors
-        return (dlogits_TE @ weight_ED).to(x_TD.dtype), dlogits_TE.t() @ x_TD.float()
-
-
-RouterLogits = Callable[[Tensor, Tensor], Tensor]
-"""The arguments and the result of `router_logits`."""
 
 
 class Router(nn.Module):
@@ -58,15 +35,10 @@ class Router(nn.Module):
         *,
         sequence_parallel: bool,
         groups: Groups,
-        fused: FusedRoute | None = None,
-        logits: RouterLogits = router_logits,
+        ops: Ops = DEFAULT_OPS,
     ):
-        """Args:
-        fused: used instead of torch's operations (choose_router).
-        logits: what multiplies (choose_router_logits).
-        """
         super().__init__()
-        self.moe, self.fused, self.logits = model.moe, fused, logits
+        self.moe, self.ops = model.moe, ops
         self.micro_batch_group = groups.tp_cp if sequence_parallel else groups.cp
         self.experts_choose = self.moe.load_balancing == "expert_choice"
         moved = self.moe.bias_update_rate is not None or self.moe.num_expert_groups > 1
@@ -112,14 +84,14 @@ class Router(nn.Module):
         """
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD, self.weight)
+            logits_TE = self.ops.router_logits(x_TD, self.weight)
         return self.route(logits_TE, padding_T, mode, sequences)
 
     def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
         """forward, of the logits."""
         counted_TK = self._counted(logits_TE.detach(), padding_T)
-        if self.fused is not None:
-            routing = self.fused(logits_TE, self.bias, padding_T, self.rule, sequences)
+        if self.ops.route is not None:
+            routing = self.ops.route(logits_TE, self.bias, padding_T, self.rule, sequences)
             return replace(routing, counted_TK=counted_TK)
         rule = self.rule
         scored = self.score(logits_TE)
@@ -198,74 +170,51 @@ class Router(nn.Module):
         return allowed_TG.repeat_interleave(scores_TE.shape[1] // groups, dim=1)
 
 
-def _why_not_fused(moe: MoeConfig) -> str | None:
-    """What the kernel does not do, in words; None: it does all."""
+def _unsupported_reason(context: RunContext) -> str | None:
+    """What the kernel does not do."""
+    moe = context.model.moe
     if moe.score_function not in FUSED_SCORE_FUNCTIONS:
-        return f"the kernel has no {moe.score_function} scores"
+        return f"has no {moe.score_function} scores"
     if moe.load_balancing in ("sinkhorn", "expert_choice"):
-        return f"{moe.load_balancing} chooses over the whole micro-batch"
-    return "chooses groups of experts first" if moe.num_expert_groups > 1 else None
+        return f"routes each token by itself, and {moe.load_balancing} chooses over the whole micro-batch"
+    return "takes no num_expert_groups: it chooses groups of experts first" if moe.num_expert_groups > 1 else None
 
 
-def _native_logits() -> RouterLogits:
-    from ops.cpp.router import router_logits
-
-    return router_logits
-
-
-def choose_router_logits(moe: MoeConfig, device: torch.device, dtype: torch.dtype) -> tuple[RouterLogits, Choice]:
-    """Ours in C++ on a CPU that it is made for, where it equals torch's."""
-    part, plain = "router logits", ("torch", router_logits)
-    if not native.made_for(device, dtype):
-        return router_logits, Choice(part, plain[0], "in fp32")
-    if moe.jitter:
-        return router_logits, Choice(part, plain[0], "native takes tokens in bf16, and jitter makes them fp32")
-
-    def run(logits: RouterLogits) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        x_TD, weight_ED, grad_TE = (torch.randn(*s, generator=generator) for s in ((9, 90), (7, 90), (9, 7)))
-        leaves = [x_TD.to(device, dtype).requires_grad_(), weight_ED.to(device).requires_grad_()]
-        logits_TE = logits(*leaves)
-        return [logits_TE, *torch.autograd.grad(logits_TE, leaves, grad_TE.to(device))]
-
-    # The tokens' gradient is rounded to bf16, now and then to the other neighbour.
-    return select(part, [native.candidate(_native_logits)], plain, run, 1e-3)
-
-
-def _triton_route() -> FusedRoute:
-    from ops.triton.router import route
-
-    return route
-
-
-def choose_router(model: ModelConfig, groups: Groups, device: torch.device) -> tuple[FusedRoute | None, Choice]:
-    """Triton's on a GPU where it serves this configuration and equals torch's operations (None)."""
-    part, plain = "router", ("torch", None)
-    if device.type != "cuda":
-        return None, Choice(part, plain[0], "softmax, a stable sort, sums")
-    why = _why_not_fused(model.moe)
-    if why:
-        return None, Choice(part, plain[0], why)
-    return select(part, [Candidate("Triton", _triton_route)], plain, lambda f: trial(f, model, groups, device), 1e-5)
-
-
-def trial(fused: FusedRoute | None, model: ModelConfig, groups: Groups, device: torch.device) -> list[Tensor]:
+def _trial(route: FusedRoute | None, context: RunContext) -> list[Tensor]:
     """What the model's router makes of random logits of two sequences, with padding and a bias if it has one, and the
     gradient of the logits."""
-    tokens, experts, generator = 122, model.moe.num_experts, torch.Generator().manual_seed(0)
+    tokens, experts, device = 122, context.model.moe.num_experts, context.device
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+    def draw(*shape: int, seed: int) -> Tensor:
+        return context.randn(*shape, seed=seed, dtype=torch.float32)
 
-    router = Router(model, sequence_parallel=False, groups=groups, fused=fused).to(device)
-    logits_TE, padding_T = draw(tokens, experts).requires_grad_(), torch.arange(tokens, device=device) % 7 == 3
+    router = Router(context.model, sequence_parallel=False, groups=context.groups, ops=Ops(route=route)).to(device)
+    logits_TE, padding_T = draw(tokens, experts, seed=0).requires_grad_(), torch.arange(tokens, device=device) % 7 == 3
     if router.bias is not None:
-        router.bias.data.copy_(0.1 * draw(experts))
+        router.bias.data.copy_(0.1 * draw(experts, seed=1))
     routing = router.route(logits_TE, padding_T, TRAIN, sequences=2)
     stats = routing.router_stats
     gates_TK = routing.gates_TK.masked_fill(padding_T[:, None], 0.0)  # no one looks at these
-    loss = (gates_TK * draw(*gates_TK.shape)).sum() + (stats.probs_BE * draw(2, experts)).sum() + 0.1 * stats.z
+    loss = (
+        (gates_TK * draw(*gates_TK.shape, seed=2)).sum()
+        + (stats.probs_BE * draw(2, experts, seed=3)).sum()
+        + 0.1 * stats.z
+    )
     (gradient,) = torch.autograd.grad(loss, logits_TE)
     sums = [stats.probs_BE, stats.z, stats.entropy, stats.logit_square]
     values = [gates_TK, *sums, gradient]
     return [routing.experts_TK, stats.load_BE, *(value.detach() for value in values)]
+
+
+ROUTE = Operation(
+    field="route",
+    name="router",
+    reference=lambda context: Implementation("torch", lambda context: None, "softmax, a stable sort, sums"),
+    implementations=[
+        Implementation("Triton", "ops.triton.router:route", device="cuda", unsupported_reason=_unsupported_reason),
+    ],
+    trial=_trial,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},
+    is_used=lambda context: bool(context.model.moe.num_experts),
+)
+"""The reference is Router's own code: None."""

@@ -5,7 +5,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.experts import DenseFFN
+from moe.mlp import MLP
 from parallel.process_groups import Groups
 from parallel.sharding import set_sharding
 
@@ -17,7 +17,7 @@ class SharedExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
         super().__init__()
-        self.ffn = DenseFFN(model, config, groups, width=model.shared_width)
+        self.ffn = MLP(model, config, groups, width=model.shared_width)
         self.gate: nn.Parameter | None = None
         if model.moe.shared_expert_gate:
             self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))

@@ -1,50 +1,83 @@
-"""Times what can run the experts' products, on the shapes of the run."""
+"""Chooses among implementations by the time that they take on the run's shapes, and remembers the answer."""
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from conf.extensions import input_projections
+from ops.run_context import RunContext
 
 BUDGET, REPETITIONS = 1.0, 7
 """Seconds of timed rounds after which no further one begins, and rounds at most."""
-
-
+WORTH = 0.95
+"""An implementation is taken for its speed when it needs at most this share of the default's time: a smaller difference
+may be noise, and the default keeps less for the backward pass."""
 _LOG = logging.getLogger("switchyard")
+
+Step = Callable[[int], None]
+"""A forward and backward pass of the round of this number."""
 
 
 class TooSlow(Exception):
     """There was no time for two rounds."""
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What one rank's experts compute in a micro-batch."""
+class Memory(Protocol):
+    """Keeps what was measured (training.measurements)."""
 
-    rows: int
-    hidden_size: int
-    width: int
-    experts: int
-    activation: str
-    bias: bool
-    dtype: str
-    """As torch calls it: float32, bfloat16."""
+    def recall(self) -> str | None:
+        """The implementation that this run has used so far."""
+
+    def timings(self, key: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+        """(seconds by name, whether they were measured just now)."""
 
 
-def measure(backends: Mapping[str, Callable[..., Tensor]], shapes: Shapes, device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass; backends that fail are left out. Kernels are compiled before the clock
-    starts, however long that takes. Timed rounds then alternate between the backends, and the fastest one of each
-    backend counts: whatever else the machine computes only adds to it.
+def choose(
+    steps: Callable[[], dict[str, Step]],
+    names: Sequence[str],
+    default: tuple[str, str],
+    context: RunContext,
+    shapes: Mapping[str, Any],
+    memory: Memory,
+) -> tuple[str, str, bool]:
+    """(name, why, whether one failed). Implementations round differently, so a run keeps the one that it began with.
+
+    Args:
+        steps: makes what is timed, by name; called only if it is.
+        default: (name, why) where nothing is measured.
+        shapes: what the times depend on besides the machine.
+    """
+    ruled, why = default
+    if context.config.train.deterministic:
+        return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says", False
+    if (kept := memory.recall()) in names:
+        return kept, "as before in this run", False
+    device = context.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name")
+    machine = {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    try:
+        seconds, fresh = memory.timings(machine | {**shapes, "names": list(names)}, lambda: measure(steps(), device))
+    except TooSlow as error:
+        return ruled, f"by rule; not measured: {error}", False
+    best = min(seconds, key=seconds.__getitem__)
+    told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    failed = [name for name in names if name not in seconds]
+    told += "".join(f", {name} failed" for name in failed)
+    if best != ruled and seconds[best] > WORTH * seconds.get(ruled, float("inf")):
+        best, told = ruled, f"{told}; {ruled} is as fast, within noise"
+    return best, f"measured{'' if fresh else ' before'}: {told}", bool(failed)
+
+
+def measure(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
+    """Seconds of a step; what fails is left out. Kernels are compiled before the clock starts, however long that takes.
+    Timed rounds then alternate, and the fastest one of each counts: whatever else the machine computes only adds to it.
 
     Raises:
         TooSlow: shapes too large, or a machine too busy, to say anything in this time.
     """
-    steps = {name: _step(backend, shapes, device) for name, backend in backends.items()}
 
     def run(name: str, what: Callable[[], Any]) -> Any:
         try:
@@ -78,7 +111,7 @@ def _untimed(device: torch.device) -> Sequence[int]:
     return range(REPETITIONS) if device.type == "cuda" else [REPETITIONS]
 
 
-def _timed(step: Callable[[int], None], repetition: int, device: torch.device) -> float:
+def _timed(step: Step, repetition: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -86,33 +119,3 @@ def _timed(step: Callable[[int], None], repetition: int, device: torch.device) -
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _counts(shapes: Shapes, repetition: int) -> list[int]:
-    """Rows of each expert, as uneven as a trained router leaves them, shares between a half and one and a half of the
-    mean, and as never before: a kernel built for one row count alone is no use at the next step."""
-    share_L = torch.linspace(0.5, 1.5, shapes.experts) ** (1 + repetition / 16)
-    ends = (share_L.cumsum(0) / share_L.sum() * shapes.rows).round().to(torch.int64)
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
-
-
-def _step(backend: Callable[..., Tensor], shapes: Shapes, device: torch.device) -> Callable[[int], None]:
-    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shapes.dtype)
-    gates = input_projections(shapes.activation)
-    sizes = {
-        "x": (shapes.rows, shapes.hidden_size),
-        "w_in": (shapes.experts, shapes.hidden_size, gates, shapes.width),
-        "w_out": (shapes.experts, shapes.width, shapes.hidden_size),
-        "b_in": (shapes.experts, gates, shapes.width),
-    }
-    drawn = {
-        k: torch.rand(s, generator=generator).sub_(0.5).to(device, dtype).requires_grad_() for k, s in sizes.items()
-    }
-
-    def step(repetition: int) -> None:
-        counts = _counts(shapes, repetition)
-        bias = drawn["b_in"] if shapes.bias else None
-        y = backend(drawn["x"], counts, drawn["w_in"], drawn["w_out"], shapes.activation, bias, None)
-        y.backward(y.detach())
-
-    return step

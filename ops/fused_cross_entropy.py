@@ -1,4 +1,4 @@
-"""The loss of every token (models/loss.py) on kernels that read each logit once and keep it in no other form.
+"""The loss of every token (ops/cross_entropy.py) on kernels that read each logit once and keep it in no other form.
 
 Legend: T tokens, V vocabulary (this rank's slice).
 """
@@ -55,7 +55,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def losses_with(kernels: Kernels) -> Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]:
-    """models.loss.token_losses, but that the backward pass overwrites the logits."""
+    """ops.cross_entropy.token_losses, but that the backward pass overwrites the logits."""
     return functools.partial(_token_losses, kernels)
 
 

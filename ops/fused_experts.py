@@ -58,7 +58,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, at: Window) -> None:
 
 
 class FusedExperts(torch.autograd.Function):
-    """moe.experts.loop_experts as one operation. Every product is written straight into its place in the stacked
+    """ops.experts.loop_experts as one operation. Every product is written straight into its place in the stacked
     result, and of the hidden width only h is kept for the backward pass: repeating the activation is cheaper than
     storing it."""
 

@@ -31,17 +31,17 @@ def slots_of(choice_R: Tensor, choices: int) -> Tensor:
     return slot.scatter_(0, choice_R, torch.arange(len(choice_R), device=choice_R.device))[:-1]
 
 
-class _Take(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: "KernelRows", x_TD: Tensor, choice_R: Tensor, top_k: int) -> Tensor:
+    def forward(ctx, permutation: "KernelPermutation", x_TD: Tensor, choice_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(choice_R)
-        ctx.rows, ctx.sizes = rows, (top_k, len(x_TD))
-        return rows.kernels.gather(x_TD.contiguous(), choice_R.contiguous(), None, top_k)
+        ctx.permutation, ctx.sizes = permutation, (top_k, len(x_TD))
+        return permutation.kernels.gather(x_TD.contiguous(), choice_R.contiguous(), None, top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD: Tensor) -> tuple[None, Tensor, None, None]:
-        return None, ctx.rows.add(grad_RD, *ctx.saved_tensors, *ctx.sizes), None, None
+        return None, ctx.permutation.permute_backward(grad_RD, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -63,16 +63,16 @@ class _WeightedSum(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class KernelRows:
-    """ops.permute.Rows."""
+class KernelPermutation:
+    """ops.permute.Permutation."""
 
     kernels: Kernels
 
-    def take(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
-        return _Take.apply(self, x_TD, choice_R, top_k)
+    def permute(self, x_TD: Tensor, choice_R: Tensor, top_k: int, padded: bool) -> Tensor:
+        return _Permute.apply(self, x_TD, choice_R, top_k)
 
-    def add(self, rows_RD: Tensor, choice_R: Tensor, top_k: int, tokens: int) -> Tensor:
+    def permute_backward(self, rows_RD: Tensor, choice_R: Tensor, top_k: int, tokens: int) -> Tensor:
         return self.kernels.add(rows_RD.contiguous(), slots_of(choice_R, tokens * top_k), None, tokens, top_k)
 
-    def weighted_sum(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
+    def unpermute(self, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor, padded: bool) -> Tensor:
         return _WeightedSum.apply(self.kernels, y_RD, choice_R, gates_TK)

@@ -1,4 +1,4 @@
-"""What the experts' products and the Float8 linear layers are made of: a set of tools. `Reference` is plain torch, on
+"""What the experts' products and the Float8 linear layers are made of: a GEMM backend. `Reference` is plain torch, on
 any device; ops/triton/gemm_backend.py has the same in Triton.
 
 Legend: R rows grouped by expert, K inner and N outer dimension of a product, L experts, F expert hidden, G 2 for gated
@@ -29,8 +29,8 @@ class Weight:
         return Weight(self.forward[experts], self.back[experts])
 
 
-class Tools(Protocol):
-    """The steps of an expert's layer. Operands are whatever one tool gives and the next one takes."""
+class GemmBackend(Protocol):
+    """The steps of an expert's layer. Operands are whatever one method returns and the next one takes."""
 
     def groups(self, counts: list[int], device: torch.device) -> Any:
         """Which rows are whose."""

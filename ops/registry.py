@@ -1,45 +1,35 @@
-"""Optional fast implementations, used only after they have shown that they compute the same.
+"""The registry of implementations: which one of an operation runs is verified, chosen and explained here.
 
-NVIDIA Apex and TransformerEngine are never required. Where one of them is importable, its piece is run beside our
-reference on a small random batch on this very device; it is used when the results agree and otherwise left out, and
-the start table says which and why. Any exception counts as a disagreement: a half-installed package raises more than
-ImportError.
+At the start of a run a candidate runs its operation's trial, shaped by the run's own configuration, and is used only if
+its results and gradients are the reference's. Any exception counts as a disagreement: a half-installed package raises
+more than ImportError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-Norm = Callable[[Tensor, Tensor, float], Tensor]
-"""(x [..., D], weight [D], eps) -> normalised x."""
+from ops.autotune import Memory
+from ops.operation import Implementation, Operation, Row, T, Unavailable
+from ops.run_context import RunContext
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One line of the start table."""
+@dataclass
+class Findings(Generic[T]):
+    """What an operation's trials showed on this rank."""
 
-    part: str
-    name: str
-    why: str
+    verified: dict[str, tuple[Implementation[T], T, str]] = field(default_factory=dict)
+    """By name, in order of preference, the reference last, each with why it may run."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+    absent: list[str] = field(default_factory=list)
+    """Not installed."""
     refused: bool = False
-    """Whether something faster was found here and left out."""
-
-
-class Unavailable(Exception):
-    """Says in words what an implementation lacks here."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An optional implementation; `load` imports it and may raise anything: Unavailable with words for the table."""
-
-    name: str
-    load: Callable[[], Any]
 
 
 def largest_difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -52,128 +42,136 @@ def largest_difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float
 
 
 def select(
-    part: str,
-    candidates: Sequence[Candidate],
-    reference: tuple[str, Any],
-    run: Callable[[Any], Sequence[Tensor]],
-    tolerance: float,
-) -> tuple[Any, Choice]:
-    """The first candidate whose `run` equals the reference's, else the reference, with the reason.
+    operations: Sequence[Operation[Any]], context: RunContext, memory: Memory | None = None
+) -> tuple[dict[str, Any], list[Row]]:
+    """(the implementation of each operation that the run uses, by field; the rows of the start table). All ranks choose
+    the same: implementations exchange different messages, and what ranks compute alike is to be alike to the bit.
 
     Args:
-        run: computes the results to compare with an implementation; called once for each.
-        tolerance: largest relative difference that rounding explains.
+        memory: of a training run; None: nothing is measured.
+
+    Raises:
+        ValueError: an implementation was asked for, or must run, that cannot.
     """
-    name, fallback = reference
-    found: list[str] = []
-    wanted: Sequence[Tensor] | None = None
-    for candidate in candidates:
+    found = [(operation, examine(operation, context)) for operation in operations if operation.is_used(context)]
+    everyone: list[list[list[str]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, [list(findings.verified) for _, findings in found])
+    chosen, rows = {}, []
+    for (operation, findings), names in zip(found, zip(*everyone, strict=True), strict=True):
+        _keep_common(operation, findings, names, context)
+        row = _choose(operation, findings, context, memory)
+        chosen[operation.field] = findings.verified[row.name][1]
+        rows.append(operation.describe(context, row))
+    return chosen, rows
+
+
+def examine(operation: Operation[T], context: RunContext) -> Findings[T]:
+    """Tries the implementation that the setting asks for, or all in their order: up to the first that passes, or each
+    where one is chosen by measuring.
+
+    Raises:
+        ValueError: the one asked for, or that must run, does not pass.
+    """
+    findings, wanted, reference = Findings[T](), operation.wanted(context), operation.reference(context)
+    plain, reason, note = reference.loaded(context), None, ""
+    asked = [i for i in operation.implementations if i.name == wanted]
+    meant = [i for i in operation.implementations if not i.mismatch(context) and i.is_supported(context)]
+    expected = cache(lambda: operation.trial(plain, context))
+    for candidate in asked or (meant if wanted == "auto" else []):
+        reason = candidate.mismatch(context) or candidate.unsupported_reason(context)
         try:
-            loaded = candidate.load()
-        except ImportError:
+            if reason is None:
+                value, why = _tried(operation, candidate, context, expected, operation.standard or reference.name)
+                findings.verified[candidate.name] = candidate, value, candidate.why or why
+                if operation.tune is None:
+                    break
+                continue
+        except ImportError as error:
+            reason = note = str(error)
+            findings.absent.append(str(candidate))
             continue
-        except Unavailable as what:
-            found.append(f"{candidate.name} {what}")
-            continue
-        except Exception as error:
-            found.append(f"{candidate.name} does not import ({type(error).__name__})")
-            continue
-        wanted = wanted if wanted is not None else run(fallback)
-        try:
-            difference = largest_difference(run(loaded), wanted)
-        except Exception as error:
-            found.append(f"{candidate.name} failed its trial ({type(error).__name__})")
-            continue
-        if difference <= tolerance:
-            equal = f"equals torch's within {difference:.0e} on a random batch"
-            return loaded, Choice(part, candidate.name, "; ".join([*found, equal]), bool(found))
-        found.append(f"{candidate.name} differs from torch's by {difference:.0e} and is left out")
-    names = ", ".join(c.name for c in candidates)
-    return fallback, Choice(part, name, "; ".join(found) or f"not installed: {names}", bool(found))
+        except Unavailable as error:
+            reason, findings.refused = str(error), True
+        note = f"{candidate} {reason}"
+        findings.notes.append(note)
+    if not findings.verified and (asked or operation.must_run(context)):
+        raise ValueError(operation.refusal.format(name=wanted, reason=reason, note=note))
+    findings.verified[reference.name] = reference, plain, reference.why
+    return findings
 
 
-Picked = tuple[Any, Choice]
+def _tried(
+    operation: Operation[T],
+    candidate: Implementation[T],
+    context: RunContext,
+    expected: Callable[[], Sequence[Tensor]],
+    standard: str,
+) -> tuple[T, str]:
+    """The implementation, and how close it comes to the reference.
 
-
-def agreed(picked: Mapping[str, tuple[Picked, Any]]) -> dict[str, Picked]:
-    """What every rank has picked; where nodes differ, torch's on all of them: implementations exchange different
-    messages, and what ranks compute alike they are to compute alike to the bit.
-
-    Args:
-        picked: by name, this rank's pick and torch's implementation.
+    Raises:
+        ImportError: it is not installed.
+        Unavailable: why it is left out.
     """
-    mine = {name: choice.name for name, ((_, choice), _) in picked.items()}
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    result = {}
-    for name, (pick, plain) in picked.items():
-        names = sorted({theirs[name] for theirs in everyone})
-        differ = Choice(pick[1].part, "torch", f"nodes differ in what they have: {', '.join(names)}", True)
-        result[name] = pick if len(names) == 1 else (plain, differ)
-    return result
+    problem: Exception | None = None
+    try:
+        value = candidate.loaded(context)
+    except (ImportError, Unavailable) as error:
+        problem = error
+    except Exception as error:
+        problem = Unavailable(f"does not import ({type(error).__name__})")
+    _raise_together(operation, context, problem, ImportError(f"not installed: {candidate}"))
+    wanted, difference = expected(), float("inf")
+    try:
+        difference = largest_difference(operation.trial(value, context), wanted)
+        if difference > operation.tolerance[context.dtype]:
+            problem = Unavailable(f"differs from {standard} by {difference:.0e} and is left out")
+    except Exception as error:
+        first = f": {str(error).splitlines()[0][:100]}" if str(error) else ""
+        problem = Unavailable(f"failed its trial ({type(error).__name__}{first})")
+    _raise_together(operation, context, problem, Unavailable("differs on another rank and is left out"))
+    return value, f"equals {standard} within {difference:.0e} on a random batch"
 
 
-def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+def _raise_together(
+    operation: Operation[Any], context: RunContext, problem: Exception | None, elsewhere: Exception
+) -> None:
+    """Raises the problem of this rank, or where trials send messages that of another rank."""
+    if operation.is_collective:
+        fine = torch.tensor(int(problem is None), device=context.device)
+        dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=context.groups.world)
+        problem = problem or (None if fine else elsewhere)
+    if problem:
+        raise problem
 
 
-def _apex_rms_norm() -> Norm:
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-
-    return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
-
-
-def select_norm(
-    device: torch.device, dtype: torch.dtype, widths: Sequence[int], ours: Sequence[Candidate] = ()
-) -> tuple[Norm, Choice]:
-    """RMSNorm: Apex's fused one where it equals torch's, output and both gradients; before it what the caller has.
-
-    Args:
-        widths: of the rows that it is for.
-    """
-
-    def trial(norm: Norm, width: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        x, weight, grad = (torch.randn(*s, generator=generator) for s in ((8, width), (width,), (1, 1)))
-        x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
-        y = norm(x, weight, 1e-6)
-        y.backward(grad.to(device, dtype) * y.detach())
-        assert x.grad is not None and weight.grad is not None
-        return [y, x.grad, weight.grad]
-
-    def run(norm: Norm) -> list[Tensor]:
-        return [result for width in widths for result in trial(norm, width)]
-
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    candidates = [*ours, Candidate("Apex", _apex_rms_norm)]
-    return select("norm", candidates, ("torch rms_norm", torch_rms_norm), run, tolerance)
+def _keep_common(
+    operation: Operation[T], findings: Findings[T], names: Sequence[list[str]], context: RunContext
+) -> None:
+    """Leaves what every rank has verified."""
+    firsts = sorted({own[0] for own in names})
+    lost = [name for name in findings.verified if not all(name in own for own in names)]
+    findings.notes += [f"{findings.verified.pop(name)[0]} cannot run on every node" for name in lost]
+    if operation.tune is None and len(firsts) > 1:
+        findings.notes, findings.refused = [f"nodes differ in what they have: {', '.join(firsts)}"], True
+        if operation.must_run(context):
+            reason = f": {findings.notes[0]}"
+            raise ValueError(operation.refusal.format(name=operation.wanted(context), reason=reason, note=reason))
+    findings.refused |= bool(lost)
 
 
-def _te_adam() -> type[torch.optim.Optimizer]:
-    from transformer_engine.pytorch.optimizers import FusedAdam
-
-    return FusedAdam
-
-
-def _apex_adam() -> type[torch.optim.Optimizer]:
-    from apex.optimizers import FusedAdam
-
-    return FusedAdam
-
-
-def select_adam(device: torch.device) -> tuple[type[torch.optim.Optimizer], Choice]:
-    """AdamW: TransformerEngine's or Apex's FusedAdam where it reproduces torch's over five steps."""
-
-    def run(optimizer: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(n, generator=generator).to(device).requires_grad_() for n in (7, 1000)]
-        adam = optimizer(weights, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        for _ in range(5):
-            for w in weights:
-                w.grad = torch.randn(w.shape, generator=generator).to(device)
-            adam.step()
-        return [w.detach() for w in weights]
-
-    candidates = [Candidate("TransformerEngine FusedAdam", _te_adam), Candidate("Apex FusedAdam", _apex_adam)]
-    reference = ("torch AdamW, fused", torch.optim.AdamW)
-    return select("optimizer", candidates, reference, run, tolerance=1e-5)
+def _choose(operation: Operation[T], findings: Findings[T], context: RunContext, memory: Memory | None) -> Row:
+    wanted, verified, refused = operation.wanted(context), findings.verified, findings.refused
+    name = next(name for name, (implementation, _, _) in verified.items() if implementation.is_default(context))
+    why = verified[name][2]
+    if wanted in verified:
+        name, why = wanted, "asked for"
+    elif operation.tune:
+        answer = [(name, why, False)]
+        if memory and context.runtime.world.rank == 0:
+            answer = [operation.tune({n: value for n, (_, value, _) in verified.items()}, (name, why), context, memory)]
+        dist.broadcast_object_list(answer)
+        name, why, failed = answer[0]
+        refused |= failed
+    absent = [f"not installed: {', '.join(findings.absent)}"] if findings.absent and name == list(verified)[-1] else []
+    return Row(operation.name, name, "; ".join(filter(None, [why, *(findings.notes or absent)])), refused)

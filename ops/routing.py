@@ -1,7 +1,7 @@
-"""What a router decides for its tokens, and what is counted of its scores.
+"""What a router computes: its logits, what it decides for its tokens, and what is counted of its scores.
 
 Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share it), E experts, K choices per token,
-B sequences of the micro-batch, or 1 where it is balanced as a whole, X anything.
+D hidden, B sequences of the micro-batch, or 1 where it is balanced as a whole, X anything.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ops.cpp.build import native
+from ops.operation import Implementation, Operation
+from ops.run_context import RunContext
 
 TINY = 1e-20
 """Added to sums of chosen probabilities, which can all underflow to zero where a plan or groups limit the choice."""
@@ -102,3 +107,53 @@ FUSED_SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
 FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing]
 """(logits [T, E] fp32, bias [E] or none, padding [T] or none, rule, B) -> what Router.route says, in one go."""
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """fp32 [T, E], from inputs of any precision, without keeping an fp32 copy of them for the backward pass."""
+    return _Logits.apply(x_TD, weight_ED)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.float() @ weight_ED.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        return (dlogits_TE @ weight_ED).to(x_TD.dtype), dlogits_TE.t() @ x_TD.float()
+
+
+RouterLogits = Callable[[Tensor, Tensor], Tensor]
+"""The arguments and the result of `router_logits`."""
+
+
+def _trial(logits: RouterLogits, context: RunContext) -> list[Tensor]:
+    """Of nine tokens."""
+    hidden, experts = context.model.hidden_size, context.model.moe.num_experts
+    x_TD = context.randn(9, hidden).requires_grad_()
+    weight_ED = context.randn(experts, hidden, seed=1, dtype=torch.float32).requires_grad_()
+    logits_TE = logits(x_TD, weight_ED)
+    gradients = torch.autograd.grad(
+        logits_TE, (x_TD, weight_ED), context.randn(9, experts, seed=2, dtype=torch.float32)
+    )
+    return [logits_TE.detach(), *gradients]
+
+
+def _jitter(context: RunContext) -> str | None:
+    return "takes tokens in bf16, and jitter makes them fp32" if context.model.moe.jitter else None
+
+
+ROUTER_LOGITS = Operation(
+    field="router_logits",
+    name="router logits",
+    reference=lambda context: Implementation("torch", lambda context: router_logits, "in fp32"),
+    implementations=[native("ops.cpp.router:router_logits", unsupported_reason=_jitter)],
+    trial=_trial,
+    # The tokens' gradient is rounded to bf16, now and then to the other neighbour.
+    tolerance={torch.float32: 1e-3, torch.bfloat16: 1e-3},
+    is_used=lambda context: bool(context.model.moe.num_experts),
+)

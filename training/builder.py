@@ -4,35 +4,27 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from conf.extensions import import_extensions, kept_tensors
 from conf.schema import PRECISIONS, Config
-from models.attention import choose_attention, choose_turn, choose_varlen_attention, torch_attention, torch_turn
-from models.decoder import Parts, Stage
-from models.loss import choose_token_losses, token_losses
+from models.decoder import ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
-from models.norm import our_norms
-from models.varlen_attention import masked_attention
-from moe.deep_ep import select_dispatcher
-from moe.experts import KEEP_PRODUCTS_ONLY
-from moe.router import choose_router, choose_router_logits, router_logits
-from ops import registry
-from ops.fp8 import choose_float8
-from ops.permute import PLAIN_ROWS, choose_rows
+from models.operations import select_ops
+from ops.experts import EXPERTS, ExpertBackend
+from ops.run_context import RunContext
 from parallel import block_adamw, megatron_compat, process_groups
 from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap
 from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
 from parallel.threads import thread_wait_policy
-from training import expert_backend
 from training.errors import RunFailed
 from training.flops import Cost, model_cost
 from training.frozen import frozen_parameters
+from training.measurements import Measurements
 from training.memory_estimate import Memory, memory_per_rank
 from training.run_summary import memory_row
 
@@ -131,22 +123,21 @@ def start(
     rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
     if train and config.runtime.preflight:
         rows += [preflight(config, run, dtype)]
-    adam = torch.optim.AdamW
-    chosen, told, refused = _choose_implementations(config, run, precision, dtype, run_dir)
-    rows += told
+    context = RunContext(config, run, dtype, train)
+    ops, chosen = select_ops(context, Measurements(config.data.cache_dir, run_dir) if run_dir else None)
+    rows += [(row.operation, row.name, row.why) for row in chosen]
+    backend = next((row.name for row in chosen if row.operation == EXPERTS.name), None)
     if train:
-        rows += _recompute_row(config.model.recompute, chosen["backend"])
-        adam, choice = registry.select_adam(run.device)
-        own = block_adamw.is_needed(config.optim)
-        rows += [(choice.part, *(block_adamw.describe(config.optim) if own else (choice.name, choice.why)))]
-        refused |= {choice.part} if choice.refused and not own else set()
+        rows += _recompute_row(config.model.recompute, backend, ops.experts)
+        if block_adamw.is_needed(config.optim):
+            rows += [("optimizer", *block_adamw.describe(config.optim))]
 
     core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    parts = Parts(model=config.model, config=core, runtime=run, seed=config.train.seed, **chosen)
+    build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops)
 
-    def build_chunk(chunk: int) -> Stage:
-        return Stage(
-            parts,
+    def build_chunk(chunk: int) -> ModelChunk:
+        return ModelChunk(
+            build_context,
             chunk=chunk,
             sequence_length=config.train.sequence_length,
             document_mask=config.data.document_mask,
@@ -156,58 +147,15 @@ def start(
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     optim = config.optim if train else None
-    engine = Engine(core, run, optim, build_chunk, overlap, adam, frozen.names)
+    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and frozen.names:
         rows += [("trained", *frozen.describe())]
     if train and config.cluster.memory_gb:
         rows += [memory_row(_memory(config, run, dtype), config.cluster)]
-    return BuiltModel(config, run, engine, precision, chosen["backend"], cost, rows, frozenset(refused))
-
-
-def _choose_implementations(
-    config: Config, run: Runtime, precision: str, dtype: torch.dtype, run_dir: Path | None
-) -> tuple[dict[str, Any], list[tuple[str, str, str]], set[str]]:
-    """(what Parts is to be built from, what the start table says of it, the rows of it that tell of a refusal)."""
-    model, device = config.model, run.device
-    widths = {None: [], "head": [model.head_width], "full": [model.query_width, model.key_width]}[model.qk_norm]
-    norm = registry.select_norm(device, dtype, [model.hidden_size, *widths], our_norms(device, dtype))
-    picked = {
-        "turn": (choose_turn(device, dtype), torch_turn),
-        "norm_function": (norm, registry.torch_rms_norm),
-        "token_losses": (choose_token_losses(device, dtype), token_losses),
-    }
-    if config.data.document_mask or run.layout.cp > 1:
-        picked["varlen_attention"] = choose_varlen_attention(model, run.groups, device, dtype), masked_attention
-    else:
-        attend = choose_attention(model, run.groups, device, dtype, sequences=config.train.micro_batch_size)
-        picked["causal_attention"] = attend, torch_attention
-    if model.moe.num_experts:
-        picked["rows"] = choose_rows(device, dtype), PLAIN_ROWS
-        picked["router_logits"] = choose_router_logits(model.moe, device, dtype), router_logits
-        picked["fused_route"] = choose_router(model, run.groups, device), None
-    agreed = registry.agreed(picked)
-    rows = [(choice.part, choice.name, choice.why) for _, choice in agreed.values()]
-    refused = {choice.part for _, choice in agreed.values() if choice.refused}
-    float8 = None
-    if precision == "fp8":
-        float8, *words = choose_float8(config.fp8, model, device)
-        rows += [("FP8 products", *words)]
-    # What no layer uses need not be measured.
-    bf16_experts = any(float8 is None or layer not in float8.layers for layer in model.sparse_layers)
-    backend = None
-    if bf16_experts or model.moe.backend != "auto":  # one that cannot run is refused, used or not
-        backend, why_backend = expert_backend.choose(config, run, dtype, run_dir)
-    dispatcher, why_dispatcher = select_dispatcher(model.moe, model.hidden_size, run.groups, device, dtype)
-    if bf16_experts:
-        rows += [("experts", backend, why_backend)]
-        refused |= {"experts"} if expert_backend.tells_of_a_failure(why_backend) else set()
-    if model.moe.num_experts:
-        rows += [("dispatch", dispatcher, why_dispatcher)]
-        refused |= {"dispatch"} if "; " in why_dispatcher and "not installed" not in why_dispatcher else set()
-    chosen = {"backend": backend, "dispatcher": dispatcher, "float8": float8}
-    return chosen | {name: implementation for name, (implementation, _) in agreed.items()}, rows, refused
+    refused = frozenset(row.operation for row in chosen if row.refused)
+    return BuiltModel(config, run, engine, precision, backend, cost, rows, refused)
 
 
 def _memory(config: Config, run: Runtime, dtype: torch.dtype) -> Memory:
@@ -263,8 +211,8 @@ def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _recompute_row(parts: list[str], backend: str | None) -> list[tuple[str, str, str]]:
-    why = f"{backend} experts keep no activations anyway" if backend in KEEP_PRODUCTS_ONLY else "as asked for"
+def _recompute_row(parts: list[str], backend: str | None, experts: ExpertBackend) -> list[tuple[str, str, str]]:
+    why = f"{backend} experts keep no activations anyway" if experts.recomputes_activation else "as asked for"
     return [("recompute", ", ".join(parts), why if "activation" in parts else "as asked for")] if parts else []
 
 

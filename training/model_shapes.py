@@ -11,7 +11,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     from parallel import megatron_compat
 
     megatron_compat.load()
-    from models.decoder import Parts, Stage
+    from models.decoder import ModelBuildContext, ModelChunk
     from models.megatron_config import transformer_config
     from parallel.layout import Layout
     from parallel.local_launcher import fake_rank
@@ -19,6 +19,6 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     with fake_rank(Layout(1), 0) as runtime:
         core = transformer_config(model, runtime, torch.float32, deterministic=False)
-        parts = Parts(model, core, runtime, "loop" if model.moe.num_experts else None, seed=0)
-        stage = Stage(parts, chunk=0, sequence_length=8, document_mask=False)
-        return {logical_name(n, p): p.sharding.logical_shape(p.shape) for n, p in stage.named_parameters()}
+        context = ModelBuildContext(model, core, runtime, seed=0)
+        chunk = ModelChunk(context, chunk=0, sequence_length=8, document_mask=False)
+        return {logical_name(n, p): p.sharding.logical_shape(p.shape) for n, p in chunk.named_parameters()}

@@ -112,7 +112,8 @@ def _train_rank(
             megatron_compat.load()
             from parallel import rendezvous
             from parallel.watchdog import Watchdog
-            from training import builder, expert_backend
+            from training import builder
+            from training.measurements import Measurements
             from training.trainer import Trainer
 
             limit, kept_in = config.runtime.timeout, run_dir.path if run_dir else expected_path(config)
@@ -129,7 +130,8 @@ def _train_rank(
             trainer = Trainer(built, run_dir, prepared, console)
             if world.rank == 0:
                 with trainer.storage.recording_errors():
-                    expert_backend.remember(config, run_dir.path, built.backend)
+                    if built.backend and config.model.moe.backend == "auto":
+                        Measurements(config.data.cache_dir, run_dir.path).remember(built.backend)
                     environment.record(run_dir.path)
             watch.follow(trainer.progress_counters)
             trainer.restore()

@@ -74,14 +74,14 @@ def causal_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
     return _CausalAttention.apply(q_BHSN, k_BGSN, v_BGSN)
 
 
-def turn(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, back: bool = False) -> Tensor:
-    """For models.attention.Rotary."""
+def apply_rotary(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, backward: bool = False) -> Tensor:
+    """ops.rotary.apply_rotary in bf16."""
     x_SBHN, (s, b, h, n) = _readable(x_SBHN), x_SBHN.shape
     assert n % 2 == 0 and cos.shape == sin.shape == (s, b, 1, n // 2) and out_SBHN.shape == x_SBHN.shape
     assert cos.dtype == sin.dtype == torch.float32
     views = [_view(t.permute(1, 2, 0, 3)) for t in (x_SBHN, out_SBHN)]
     library().switchyard_rotate(
         ctypes.pointer(_Shape(b, h, h, s, n, 0)), views[0], data_of(cos), data_of(sin),
-        c_float(-1 if back else 1), views[1], threads(),
+        c_float(-1 if backward else 1), views[1], threads(),
     )  # fmt: skip
     return out_SBHN

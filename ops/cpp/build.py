@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.registry import Candidate, Unavailable
+from ops.operation import Implementation, Unavailable
+from ops.run_context import RunContext
 from parallel import cache_dir, file_lock
 
 FOLDER = Path(__file__).parent
@@ -41,7 +42,7 @@ def missing_instructions() -> list[str]:
     return [name for name in INSTRUCTIONS if not has.get(name)]
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernels cannot run here; None: they can."""
     missing = missing_instructions()
     if missing:
@@ -60,21 +61,24 @@ def _compile_error() -> str | None:
     return None
 
 
-def made_for(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether only a compiler can be missing."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not missing_instructions()
+def native(
+    load: str, is_supported: Callable[[RunContext], bool] = lambda context: True, **declared: Any
+) -> Implementation[Any]:
+    """Declares what `load` names as an implementation for a processor on which only a compiler can be missing."""
 
+    def compiled(context: RunContext) -> Any:
+        if reason := unsupported_reason():
+            raise Unavailable(reason)
+        return Implementation("native", load).loaded(context)
 
-def candidate(load: Callable[[], Any]) -> Candidate:
-    """For ops.registry.select, where `made_for` says yes: what `load` imports, if the kernels can be compiled."""
-
-    def compiled() -> Any:
-        missing = obstacle()
-        if missing:
-            raise Unavailable(missing)
-        return load()
-
-    return Candidate("native", compiled)
+    return Implementation(
+        "native",
+        compiled,
+        device="cpu",
+        dtypes=(torch.bfloat16,),
+        is_supported=lambda context: not missing_instructions() and is_supported(context),
+        **declared,
+    )
 
 
 def slower_than_onednn() -> bool:

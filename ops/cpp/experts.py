@@ -1,4 +1,4 @@
-"""The experts' products and activations in C++ (experts.cpp), as a set of tools.
+"""The experts' products and activations in C++ (experts.cpp), as a GEMM backend.
 
 oneDNN, which multiplies bf16 for torch on a CPU, compiles a kernel for every shape. These take any number of rows, read
 them from where they lie, and add a weight's gradient to Megatron-Core's fp32 buffer.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.cpp.build import call, data_of, library, threads
+from ops.experts import ExpertBackend
 from ops.gemm_backend import Weight, main_gradient
 
 KINDS = ("swiglu", "geglu", "gelu", "relu", "relu2")
@@ -36,7 +37,7 @@ def _dense_or_none(t: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Operand:
     """x [R, K], or of x [T, K] the rows row_R."""
 
     x_RK: Tensor
@@ -46,7 +47,7 @@ class Rows:
         return len(self.x_RK if self.row_R is None else self.row_R)
 
 
-class NativeTools:
+class NativeGemmBackend:
     """bf16, added up in fp32."""
 
     def groups(self, counts: list[int], device: torch.device) -> Tensor:
@@ -58,10 +59,10 @@ class NativeTools:
         dense_LKN = _dense(w_LKN.transpose(1, 2)).transpose(1, 2) if transposed else _dense(w_LKN)
         return Weight(dense_LKN, dense_LKN.transpose(1, 2))
 
-    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Rows:
-        return Rows(_dense(x_RK), _numbers(row_R))
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
+        return Operand(_dense(x_RK), _numbers(row_R))
 
-    def product(self, x_RK: Rows, w_LKN: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, x_RK: Operand, w_LKN: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
         experts, inner, outer = w_LKN.shape
         assert dtype == torch.bfloat16 and x_RK.x_RK.shape[1] == inner and int(groups[-1]) == len(x_RK)
         transposed = not w_LKN.is_contiguous()
@@ -74,7 +75,7 @@ class NativeTools:
         )  # fmt: skip
         return y_RN
 
-    def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Rows:
+    def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None = None) -> Operand:
         h_RGF, keep_RF = _dense(h_RGF), _dense_or_none(keep_RF)
         rows, _, width = h_RGF.shape
         a_RF = h_RGF.new_empty((rows, width))
@@ -82,11 +83,11 @@ class NativeTools:
             c_int(KINDS.index(name)), c_int64(rows), c_int64(width),
             data_of(h_RGF), data_of(keep_RF), data_of(a_RF), threads(),
         )  # fmt: skip
-        return Rows(a_RF)
+        return Operand(a_RF)
 
     def activate_back(
         self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Rows]:
+    ) -> tuple[Tensor, Tensor, Operand]:
         h_RGF, da_RF, keep_RF = _dense(h_RGF), _dense(da_RF), _dense_or_none(keep_RF)
         rows, _, width = h_RGF.shape
         a_RF, dh_RN = da_RF, torch.empty_like(h_RGF).flatten(1)  # a value of da is read before it is written
@@ -95,7 +96,7 @@ class NativeTools:
             data_of(h_RGF), data_of(da_RF), data_of(keep_RF), data_of(a_RF), data_of(dh_RN),
             threads(),
         )  # fmt: skip
-        return a_RF, dh_RN, Rows(dh_RN)
+        return a_RF, dh_RN, Operand(dh_RN)
 
     def columns(self, x_RK: Tensor, groups: Tensor, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
         return (_dense(x_RK),) if row_R is None else (_dense(x_RK), _numbers(row_R))
@@ -112,3 +113,6 @@ class NativeTools:
             data_of(dw if main is None else main), c_bool(main is not None),
         )  # fmt: skip
         return dw
+
+
+EXPERTS = ExpertBackend.on(NativeGemmBackend())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.cpp.build import data_of, library, threads
-from ops.fused_permute import KernelRows
+from ops.fused_permute import KernelPermutation
 
 
 def _check(rows_XD: Tensor, numbers: Tensor, gates_TK: Tensor | None) -> None:
@@ -50,4 +50,4 @@ class _Kernels:
         return dgates_TK
 
 
-ROWS = KernelRows(_Kernels())
+PERMUTATION = KernelPermutation(_Kernels())

@@ -38,5 +38,5 @@ class _Logits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """moe.router.router_logits for tokens in bf16."""
+    """ops.routing.router_logits for tokens in bf16."""
     return _Logits.apply(x_TD, weight_ED)

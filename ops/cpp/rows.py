@@ -67,5 +67,5 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """ops.registry.Norm."""
+    """ops.norm.Norm."""
     return _RMSNorm.apply(x.flatten(0, -2), weight, eps).view(x.shape)

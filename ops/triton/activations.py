@@ -9,7 +9,7 @@ import triton.language as tl
 from ops.triton.fp8_cast import inverse, scale_bits
 
 KINDS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
-"""The nonlinearity of each activation of moe.experts."""
+"""The nonlinearity of each activation of ops.activations."""
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""The tools of ops/gemm_backend.py in Triton: what is launched, on which tensors. Imports Triton, so it is itself
-imported only after `ops.fp8.triton_obstacle`.
+"""The GEMM backend (ops/gemm_backend.py) in Triton: what is launched, on which tensors. Imports Triton, so it is itself
+imported only after `ops.gpu.triton_unsupported_reason`.
 
 Legend: R rows grouped by expert, K inner and N outer dimension of a product, L experts, F expert hidden, G 2 for gated
 activations, else 1.
@@ -74,7 +74,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-class TritonTools:
+class TritonGemmBackend:
     """bf16."""
 
     def groups(self, counts: list[int], device: torch.device) -> Groups:
@@ -174,7 +174,7 @@ class TritonTools:
         return dw
 
 
-class Float8Tools(TritonTools):
+class Float8GemmBackend(TritonGemmBackend):
     """FP8 with fp32 sums every 128 of the inner dimension."""
 
     def __init__(self, recipe: Recipe, *, narrow_weight_gradient: bool = False):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.fused_permute import KernelRows
+from ops.fused_permute import KernelPermutation
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -91,4 +91,4 @@ class _Kernels:
         return dgates_TK
 
 
-ROWS = KernelRows(_Kernels())
+PERMUTATION = KernelPermutation(_Kernels())

@@ -1,4 +1,4 @@
-"""RMSNorm (models/norm.py) in Triton: a row is read once in each direction.
+"""RMSNorm (ops/norm.py) in Triton: a row is read once in each direction.
 
 Legend: R rows, D hidden.
 """
@@ -69,7 +69,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """ops.registry.Norm, for a last dimension that fits a program's registers."""
+    """ops.norm.Norm, for a last dimension that fits a program's registers."""
     if weight.shape[0] > 16384:
         raise ValueError(f"{weight.shape[0]} values a row are too many for one program")
     return _RMSNorm.apply(x.flatten(0, -2), weight, eps).view(x.shape)

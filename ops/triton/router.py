@@ -261,7 +261,7 @@ class _Route(torch.autograd.Function):
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, padding_T: Tensor | None, rule: Rule, sequences: int) -> Routing:
-    """moe.router.FusedRoute.
+    """ops.routing.FusedRoute.
 
     Raises:
         ValueError: too many experts for a program's registers.

@@ -12,7 +12,7 @@ from torch.nn.functional import ScalingType
 
 from ops.fp8_numerics import BLOCK, Block
 from ops.gemm_backend import Weight, main_gradient
-from ops.triton.gemm_backend import SCALE_ROWS, Float8Tools, Groups, Operand
+from ops.triton.gemm_backend import SCALE_ROWS, Float8GemmBackend, Groups, Operand
 
 KINDS: dict[Block, ScalingType] = {
     (1, BLOCK): ScalingType.BlockWise1x128,
@@ -29,8 +29,8 @@ ALIGNED = 4
 128 torch does not say so, and we keep to it."""
 
 
-class ScaledTools(Float8Tools):
-    """Rounds as Float8Tools does and multiplies with torch.nn.functional.scaled_mm: cuBLASLt's kernels, or CUTLASS's
+class ScaledMmBackend(Float8GemmBackend):
+    """Rounds as Float8GemmBackend and multiplies with torch.nn.functional.scaled_mm: cuBLASLt's kernels, or CUTLASS's
     for rowwise scales on a GPU other than Hopper. Blockwise scales it takes on Hopper alone (compute capability 9.0).
     For layers whose rows are one group: it has no ragged form that takes every recipe."""
 

@@ -18,16 +18,27 @@ from conf.schema import (
     MoeConfig,
 )
 from moe.metrics import collect
-from moe.router import choose_router
+from moe.router import ROUTE
 from moe.router_metrics import ROUTER_METRICS, RouterMetric
 from moe.score_functions import SCORE_FUNCTIONS, ScoreFunction, Scores
 from ops.activations import ACTIVATIONS, Activation
+from ops.experts import ExpertBackend
 from ops.gemm_backend import Reference
 from parallel.batch_context import TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.extensions.recipes import follow
 from tests.moe import reference
-from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, run_layer, sparse_layer, tiny
+from tests.moe.helpers import (
+    assert_close,
+    assert_gradients_close,
+    in_float64,
+    random,
+    run_context,
+    run_layer,
+    selected,
+    sparse_layer,
+    tiny,
+)
 from training.flops import model_cost
 from training.metrics import RunLog, step_keys
 
@@ -62,8 +73,8 @@ def test_a_score_function(runtime: Runtime) -> None:
     (gradient,) = torch.autograd.grad(routing.gates_TK[:, 0].sum(), logits_TE)
     assert_close(gradient, torch.autograd.grad(2 * (chosen_TK[:, 0] / chosen_TK.sum(1)).sum(), logits_TE)[0])
 
-    fused, choice = choose_router(tiny(moe), runtime.groups, torch.device("cuda"))
-    assert fused is None and "no sqrtsoftplus scores" in choice.why
+    kernel, row = selected(ROUTE, run_context(tiny(moe), runtime, device=torch.device("cuda")))
+    assert kernel is None and "Triton has no sqrtsoftplus scores" in row.why
 
 
 def test_a_score_function_that_no_router_can_use() -> None:
@@ -84,7 +95,7 @@ def test_an_activation(name: str, backend: str, runtime: Runtime, monkeypatch: p
     check(activation=name)
 
     model = tiny(moe, activation=name, hidden_size=16, ffn_hidden_size=24)
-    layer = sparse_layer(model, runtime, backend=Reference() if backend == "reference" else backend)
+    layer = sparse_layer(model, runtime, backend=ExpertBackend.on(Reference()) if backend == "reference" else backend)
     x_SBD = random(9, 2, 16).to(runtime.device).requires_grad_()
     out_SBD = run_layer(layer, x_SBD)
     above_SBD = random(9, 2, 16, seed=1).to(runtime.device)

@@ -5,6 +5,7 @@ import torch
 
 from conf.schema import Fp8Config, ModelConfig
 from ops.fp8_numerics import RECIPES
+from parallel.process_groups import Runtime
 from tests.ops.test_scaled_mm import SHAPES, assert_equal_to_the_reference
 
 HERE = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -22,10 +23,12 @@ def test_linear_layers_equal_the_reference(recipe: str, narrow: bool, size: tupl
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_choice_is_what_the_gpu_serves(recipe: str) -> None:
+def test_the_choice_is_what_the_gpu_serves(recipe: str, runtime: Runtime) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
-    from ops.fp8 import choose_float8
-    from ops.triton.scaled_mm import ScaledTools
+    from ops.fp8 import FLOAT8
+    from ops.triton.scaled_mm import ScaledMmBackend
+    from tests.moe.helpers import run_context, selected
 
-    chosen, _, why = choose_float8(Fp8Config(recipe=recipe), ModelConfig(num_layers=2), torch.device("cuda"))
-    assert (type(chosen.linear) is ScaledTools) == (recipe in SERVED), why
+    model, fp8 = ModelConfig(num_layers=2, hidden_size=128), Fp8Config(recipe=recipe)
+    chosen, row = selected(FLOAT8, run_context(model, runtime, torch.bfloat16, fp8=fp8, precision="fp8"))
+    assert (type(chosen.linear) is ScaledMmBackend) == (recipe in SERVED), row.why

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import ModelConfig
-from models.attention import Attention, Rotary, choose_varlen_attention
+from conf.schema import DataConfig, ModelConfig
+from models.attention import Attention
 from models.init import initialise
 from models.megatron_config import transformer_config
-from models.varlen_attention import (
+from models.rope import Rotary
+from ops.varlen_attention import (
+    VARLEN_ATTENTION,
     Piece,
     Segment,
     VarlenAttention,
@@ -24,7 +26,7 @@ from models.varlen_attention import (
 )
 from parallel.process_groups import Runtime
 from tests.moe import reference
-from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny
+from tests.moe.helpers import CPU, assert_close, assert_gradients_close, in_float64, random, run_context, selected, tiny
 
 
 def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
@@ -159,7 +161,7 @@ def varlen_on_cpu(*arguments: object, window_size: tuple[int, int], enable_gqa: 
 def test_without_a_mask_equals_the_masked_reference(
     attend: VarlenAttention, rank: int, ranks: int, document_mask: bool, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.varlen_attention._varlen", lambda: varlen_with_options)
+    monkeypatch.setattr("ops.varlen_attention._varlen", lambda: varlen_with_options)
     positions_BS = torch.cat([torch.arange(n) for n in (5, 1, 17, 13, 23, 1, 6, 6)] * 2).view(2, 72).roll(3, 1)
     pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
     if pieces is None:
@@ -179,18 +181,18 @@ def test_without_a_mask_equals_the_masked_reference(
 
 def test_what_differs_from_the_reference_is_left_out(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(hidden_size=16, num_attention_heads=4, num_query_groups=2)
-    here = (model, runtime.groups, torch.device("cpu"), torch.float32)
-    attend, choice = choose_varlen_attention(*here)
-    assert attend is joined_attention and choice.name == "joined by log-sum-exp"
+    context = run_context(model, runtime, device=CPU, data=DataConfig(document_mask=True))
+    attend, row = selected(VARLEN_ATTENTION, context)
+    assert attend is joined_attention and row.name == "joined by log-sum-exp"
 
     def all_keys(q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece]) -> Tensor:
         """Forgets where documents begin."""
         whole = [Piece(p.queries, [[s._replace(first_key=0) for s in row] for row in p.rows]) for p in pieces]
         return joined_attention(q, k, v, whole)
 
-    monkeypatch.setattr("models.attention.joined_attention", all_keys)
-    attend, choice = choose_varlen_attention(*here)
-    assert attend is masked_attention and "differs from torch's by" in choice.why
+    monkeypatch.setattr("ops.varlen_attention.joined_attention", all_keys)
+    attend, row = selected(VARLEN_ATTENTION, context)
+    assert attend is masked_attention and "differs from torch's by" in row.why and row.refused
 
 
 def varlen_with_options(*arguments: object) -> Tensor:

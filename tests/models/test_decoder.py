@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import ModelConfig, MoeConfig
-from models.decoder import Stage
+from models.decoder import ModelChunk
 from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
@@ -179,7 +179,7 @@ def test_parameters_are_as_many_as_planned(model: ModelConfig, runtime: Runtime)
     assert cost.active == cost.total - idle * experts
 
 
-def counted_flops(stage: Stage, model: ModelConfig, runtime: Runtime, batch: int, sequence: int) -> int:
+def counted_flops(stage: ModelChunk, model: ModelConfig, runtime: Runtime, batch: int, sequence: int) -> int:
     """Multiplications and additions of the matrix products of a forward and a backward pass."""
     tokens_BS = tokens_of(batch, sequence, model.vocab_size).to(runtime.device)
     positions_BS = torch.arange(sequence, device=runtime.device).expand(batch, -1)

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from conf.schema import ModelConfig, MoeConfig, ParallelConfig
-from models.decoder import Stage
+from models.decoder import ModelChunk
 from parallel import process_groups as runtimes
 from parallel.env import World
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
-from tests.moe.helpers import parts_of, tiny, whole_model
+from tests.moe.helpers import build_context, tiny, whole_model
 
 
-def values_of(stage: Stage) -> dict[str, np.ndarray]:
+def values_of(stage: ModelChunk) -> dict[str, np.ndarray]:
     return {name: parameter.detach().cpu().numpy() for name, parameter in stage.named_parameters()}
 
 
@@ -85,9 +85,10 @@ def initial_values(world: World, parallel: dict[str, int], model: ModelConfig) -
     layout = Layout.of(ParallelConfig(**parallel), world.size)
     runtime = runtimes.start(world, layout, seed=world.rank, timeout=60, threads=1)
     try:
-        parts = parts_of(model, runtime)
+        context = build_context(model, runtime)
         return [
-            values_of(Stage(parts, chunk=chunk, sequence_length=16, document_mask=False)) for chunk in range(layout.vpp)
+            values_of(ModelChunk(context, chunk=chunk, sequence_length=16, document_mask=False))
+            for chunk in range(layout.vpp)
         ]
     finally:
         runtimes.stop()

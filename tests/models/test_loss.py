@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import ParallelConfig
-from models.loss import token_losses
+from ops.cross_entropy import token_losses
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random

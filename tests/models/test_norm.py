@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models.norm import RMSNorm, rms_norm_in_blocks
-from ops.registry import Norm, torch_rms_norm
+from models.norm import RMSNorm
+from ops.norm import Norm, rms_norm_in_blocks, torch_rms_norm
 from parallel.process_groups import Runtime
 from tests.moe import reference
 from tests.moe.helpers import assert_close, random

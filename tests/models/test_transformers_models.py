@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig, MoeConfig
-from models.decoder import Stage
+from models.decoder import ModelChunk
 from parallel.batch_context import BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, tiny, whole_model
@@ -114,7 +114,7 @@ FAMILIES: dict[str, tuple[str, ModelConfig, dict[str, Any]]] = {
 """family of Transformers, our model, its settings"""
 
 
-def trained_weights(stage: Stage) -> None:
+def trained_weights(stage: ModelChunk) -> None:
     """Norms begin as ones and biases as zeros, which would hide them."""
     with torch.no_grad():
         for seed, parameter in enumerate(p for p in stage.parameters() if p.dim() == 1):

@@ -1,27 +1,34 @@
 """What the tests of the model share: tiny models, their weights in float64, and one measure of closeness."""
 
 import importlib.util
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig, MoeConfig
-from models.decoder import Parts, Stage
+from conf.schema import Config, ModelConfig, MoeConfig
+from models.decoder import ModelBuildContext, ModelChunk
 from models.init import initialise
 from models.megatron_config import transformer_config
-from moe.experts import BACKENDS, choose_backend
 from moe.layer import MoELayer
 from moe.shared_experts import SharedExperts
-from ops.gemm_backend import Tools
-from ops.permute import Origin, Routed
+from ops.experts import EXPERTS, LOOP, ExpertBackend
+from ops.implementations import Ops
+from ops.operation import Operation, Row
+from ops.permute import PermutedTokens, PermuteIndices
+from ops.registry import examine, select
+from ops.run_context import RunContext
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 
 PACKAGES = {"triton": "triton", "te": "transformer_engine"}
-IN_FP32 = [name for name in BACKENDS if name != "native"]
+IN_FP32 = ["loop", *(i.name for i in EXPERTS.implementations if i.name != "native")]
 """tests/ops/test_cpp.py has the other."""
+CPU = torch.device("cpu")
 
 
 def _runs(backend: str) -> bool:
@@ -41,18 +48,56 @@ def tiny(moe: MoeConfig | None = None, **settings: object) -> ModelConfig:
     return ModelConfig(**{**small, "init_scale": 4.0, "moe": moe or MoeConfig(), **settings})
 
 
+def run_context(
+    model: ModelConfig,
+    runtime: Runtime,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    **settings: object,
+) -> RunContext:
+    """What implementations are chosen for.
+
+    Args:
+        device: one to pretend.
+        settings: parts of the configuration.
+    """
+    return RunContext(Config(model=model, **settings), replace(runtime, device=device or runtime.device), dtype)
+
+
+def selected(operation: Operation, context: RunContext, memory: object = None) -> tuple[object, Row]:
+    """The implementation of one operation, and its row of the start table."""
+    chosen, (row,) = select([operation], context, memory)
+    return chosen[operation.field], row
+
+
+def try_on(device: torch.device, operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trials run there, whatever device is pretended."""
+    trial = operation.trial
+
+    def here(implementation: object, context: RunContext) -> list[Tensor]:
+        return trial(implementation, replace(context, runtime=replace(context.runtime, device=device)))
+
+    monkeypatch.setattr(operation, "trial", here)
+
+
+def expert_backend(name: str) -> ExpertBackend:
+    """Of model.moe.backend=name, without a trial."""
+    found = [i.loaded(None) for i in EXPERTS.implementations if i.name == name]
+    return found[0] if found else LOOP
+
+
 def sparse_layer(
     model: ModelConfig,
     runtime: Runtime,
     *,
-    backend: str | Tools = "loop",
+    backend: str | ExpertBackend = "loop",
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
 ) -> MoELayer:
     core = transformer_config(model, runtime, dtype, deterministic=False)
     layer = MoELayer(
         model,
-        backend=backend,
+        ops=Ops(experts=expert_backend(backend) if isinstance(backend, str) else backend),
         dtype=dtype,
         sequence_parallel=False,
         groups=runtime.groups,
@@ -70,9 +115,23 @@ def run_layer(layer: MoELayer, x_SBD: Tensor, batch_ctx: BatchContext = DEFAULT_
     return out_SBD
 
 
-def parts_of(model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32, seed: int = 1) -> Parts:
-    backend, _ = choose_backend(model, runtime.device, dtype)
-    return Parts(model, transformer_config(model, runtime, dtype, deterministic=False), runtime, backend, seed)
+def build_context(
+    model: ModelConfig, runtime: Runtime, dtype: torch.dtype = torch.float32, seed: int = 1, **ops: object
+) -> ModelBuildContext:
+    backend = _default_backend(runtime.device, dtype, model.activation)
+    core = transformer_config(model, runtime, dtype, deterministic=False)
+    return ModelBuildContext(model, core, runtime, seed, Ops(**{"experts": backend} | ops))
+
+
+@cache
+def _default_backend(device: torch.device, dtype: torch.dtype, activation: str) -> ExpertBackend:
+    """What a run takes without measuring."""
+    groups = SimpleNamespace(etp=SimpleNamespace(size=lambda: 1))
+    context = RunContext(
+        Config(model=tiny(activation=activation)), SimpleNamespace(device=device, groups=groups), dtype
+    )
+    verified = examine(EXPERTS, context).verified.values()
+    return next(backend for implementation, backend, _ in verified if implementation.is_default(context))
 
 
 def whole_model(
@@ -83,14 +142,14 @@ def whole_model(
     sequence_length: int = 16,
     document_mask: bool = False,
     seed: int = 1,
-) -> Stage:
+) -> ModelChunk:
     """All layers: the chunk of a single pipeline stage."""
-    parts = parts_of(model, runtime, dtype, seed)
-    return Stage(parts, chunk=0, sequence_length=sequence_length, document_mask=document_mask)
+    context = build_context(model, runtime, dtype, seed)
+    return ModelChunk(context, chunk=0, sequence_length=sequence_length, document_mask=document_mask)
 
 
 def fp8_weight_bytes(module: nn.Module) -> int:
-    """Of the weights in FP8 that lie beside the parameters, whatever their tools keep; views count once."""
+    """Of the weights in FP8 that lie beside the parameters, whatever their backend keeps; views count once."""
     sides = []
     for parameter in module.parameters():
         if "kept_weight" in vars(parameter):
@@ -101,9 +160,9 @@ def fp8_weight_bytes(module: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def as_routed(x_RD: Tensor) -> Routed:
+def as_routed(x_RD: Tensor) -> PermutedTokens:
     """Rows in the order in which they lie."""
-    return Routed(x_RD, Origin(torch.arange(len(x_RD), device=x_RD.device), 1))
+    return PermutedTokens(x_RD, PermuteIndices(torch.arange(len(x_RD), device=x_RD.device), 1))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -161,10 +161,10 @@ def keep_first(experts: list[list[int]], num_experts: int, limit: int | None) ->
 
 
 def keep_largest(
-    experts: list[list[int]], urgency: list[list[float]], num_experts: int, limit: int | None
+    experts: list[list[int]], priority: list[list[float]], num_experts: int, limit: int | None
 ) -> list[list[bool]]:
     """The most urgent choices, until each expert is full; of equal ones those that keep_first would take."""
-    choices = [(-urgency[t][k], k, t) for t, chosen in enumerate(experts) for k in range(len(chosen))]
+    choices = [(-priority[t][k], k, t) for t, chosen in enumerate(experts) for k in range(len(chosen))]
     kept = [[False] * len(chosen) for chosen in experts]
     for e in range(num_experts):
         for _, k, t in sorted(choice for choice in choices if experts[choice[2]][choice[1]] == e)[:limit]:
@@ -200,7 +200,7 @@ def sparse_layer(
     keep: Callable[[int, int], Tensor | float] = lambda token, choice: 1.0,
     *,
     noise_TD: Tensor | float = 1.0,
-    urgency: list[list[float]] | None = None,
+    priority: list[list[float]] | None = None,
 ) -> Sparse:
     """A training pass over the tokens of a micro-batch, at least one.
 
@@ -209,7 +209,7 @@ def sparse_layer(
         sequence: the sequence of each token; None: all are one.
         keep: what dropout multiplies the hidden width [F] of a token's choice by.
         noise_TD: what the router's input is multiplied by.
-        urgency: [T][K], the draws of drop_policy=random.
+        priority: [T][K], the draws of drop_policy=random.
     """
     router_ED, w_in_EDGF, w_out_EFD = (weights[n] for n in ("router.weight", "experts.w_in", "experts.w_out"))
     b_in_EGF, b_out_ED = weights.get("experts.b_in"), weights.get("experts.b_out")
@@ -225,7 +225,7 @@ def sparse_layer(
         kept = keep_first(experts, moe.num_experts, limit)
     else:
         by_gate = [[g.item() for g in row] for row in gates]
-        kept = keep_largest(experts, urgency or by_gate, moe.num_experts, limit)
+        kept = keep_largest(experts, priority or by_gate, moe.num_experts, limit)
     rows = []
     for t, x_D in enumerate(x_TD):
         out_D = shared_experts(x_D, under(weights, "shared."), activation)

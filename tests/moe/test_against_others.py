@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.schema import MoeConfig
 from moe.layer import MoELayer
-from moe.router import router_logits
+from ops.routing import router_logits
 from parallel.batch_context import BatchContext
 from parallel.megatron_compat import moe_layer
 from parallel.process_groups import Runtime

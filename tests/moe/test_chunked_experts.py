@@ -12,11 +12,12 @@ from conf.schema import MoeConfig
 from models.init import initialise
 from moe.chunked_experts import pieces
 from moe.experts import Experts
+from ops.experts import LOOP, ExpertBackend
 from ops.fp8_numerics import RECIPES
 from ops.gemm_backend import Reference, Weight, main_gradient
 from ops.grouped_mlp import forget_weights
 from parallel.process_groups import Runtime
-from tests.moe.helpers import EVERY_BACKEND, as_routed, assert_close, random, sparse_layer, tiny
+from tests.moe.helpers import EVERY_BACKEND, as_routed, assert_close, expert_backend, random, sparse_layer, tiny
 
 
 def test_pieces_by_hand() -> None:
@@ -49,7 +50,7 @@ def test_answers_and_gradients_are_those_of_all_rows_at_once(counts: list[int], 
     results = []
     for limit in (None, 5):
         moe = MoeConfig(num_experts=4, capacity_factor=None, expert_bias=True, expert_chunk_rows=limit)
-        experts = Experts(tiny(moe), backend=backend, dtype=torch.float32, groups=runtime.groups)
+        experts = Experts(tiny(moe), backend=expert_backend(backend), dtype=torch.float32, groups=runtime.groups)
         initialise(experts.to(runtime.device), seed=1)
         experts.b_in.data.normal_(generator=torch.Generator().manual_seed(0))
         x_RD = random(sum(counts), 8).to(runtime.device).requires_grad_()
@@ -75,9 +76,9 @@ def test_weights_are_rounded_once_for_all_pieces_of_a_step(recipe: str, runtime:
 
     results = []
     for limit in (None, 20):
-        tools = Counting(RECIPES[recipe])
+        gemm = Counting(RECIPES[recipe])
         model = tiny(MoeConfig(num_experts=4, expert_chunk_rows=limit), hidden_size=160, ffn_hidden_size=136)
-        experts = Experts(model, backend=tools, dtype=torch.float32, groups=runtime.groups)
+        experts = Experts(model, backend=ExpertBackend.on(gemm), dtype=torch.float32, groups=runtime.groups)
         initialise(experts.to(runtime.device), seed=1)
         rounded.clear()
         told = []
@@ -103,7 +104,7 @@ def test_memory_of_the_hidden_width_is_bounded_when_one_expert_gets_half_of_all(
     cost = {}
     for limit in (None, 64):
         moe = MoeConfig(num_experts=4, capacity_factor=None, expert_chunk_rows=limit)
-        experts = Experts(tiny(moe, ffn_hidden_size=512), backend="loop", dtype=torch.float32, groups=runtime.groups)
+        experts = Experts(tiny(moe, ffn_hidden_size=512), backend=LOOP, dtype=torch.float32, groups=runtime.groups)
         initialise(experts.to(runtime.device), seed=1)
         peaks = []
         for rows in (512, 1024):
@@ -124,7 +125,7 @@ def test_the_layer_is_the_same_with_chunks(runtime: Runtime) -> None:
 
 
 class AddsToMain(Reference):
-    """As tools on a GPU do: the gradient goes where Megatron-Core keeps it, and what is returned has no meaning."""
+    """As backends on a GPU do: the gradient goes where Megatron-Core keeps it, and what is returned has no meaning."""
 
     def weight_gradient(self, x_RK: Any, dy_RN: Any, groups: Any, w: torch.Tensor) -> torch.Tensor:
         dw, main = super().weight_gradient(x_RK, dy_RN, groups, w), main_gradient(w)
@@ -136,10 +137,10 @@ def test_gradients_of_micro_batches_add_up_whether_cut_or_not(rows: tuple[int, .
     """At most 40 rows at a time. Megatron-Core's hook adds what autograd returns unless the weight says that it was
     done, which stays said for the whole step."""
     sums = []
-    for tools, limit in ((AddsToMain(), 40), (Reference(), None)):
+    for gemm, limit in ((AddsToMain(), 40), (Reference(), None)):
         experts = Experts(
-            tiny(MoeConfig(num_experts=4, expert_chunk_rows=limit)), backend=tools, dtype=torch.float32,
-            groups=runtime.groups,
+            tiny(MoeConfig(num_experts=4, expert_chunk_rows=limit)), backend=ExpertBackend.on(gemm),
+            dtype=torch.float32, groups=runtime.groups,
         )  # fmt: skip
         initialise(experts.to(runtime.device), seed=1)
         weights = list(experts.parameters())

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.schema import MoeConfig, ParallelConfig
+from conf import schema
+from conf.schema import ModelConfig, MoeConfig, ParallelConfig
+from ops.run_context import RunContext
 from parallel.env import World
 from tests.parallel.helpers import started
 
@@ -108,20 +111,23 @@ class BrokenBuffer(Buffer):
 def selected(world: World, buffers: list[Any], moe: MoeConfig) -> Any:
     """What a rank selects when `deep_ep` has such a Buffer (None: is not installed there), as if on a GPU."""
     from moe import deep_ep
+    from moe.dispatcher import DISPATCH
+    from tests.moe.helpers import run_context, selected, tiny
 
     deep_ep._buffers.clear()
-    obstacle, deep_ep.obstacle = deep_ep.obstacle, lambda *_: None
+    unsupported_reason, deep_ep.unsupported_reason = deep_ep.unsupported_reason, lambda _: None
     if buffers[world.rank] is not None:
         sys.modules["deep_ep"] = types.SimpleNamespace(Buffer=buffers[world.rank])
     try:
         with started(world, ParallelConfig(ep=2)) as runtime:
             try:
-                return deep_ep.select_dispatcher(moe, HIDDEN, runtime.groups, runtime.device, torch.bfloat16)
+                _, row = selected(DISPATCH, run_context(tiny(moe, hidden_size=HIDDEN), runtime, torch.bfloat16))
+                return row.name, row.why
             except ValueError as error:
                 return str(error)
     finally:
         sys.modules.pop("deep_ep", None)
-        deep_ep.obstacle = obstacle
+        deep_ep.unsupported_reason = unsupported_reason
 
 
 def test_what_computes_the_same_is_used(ranks) -> None:
@@ -134,7 +140,7 @@ def test_what_computes_the_same_is_used(ranks) -> None:
     [
         ([WrongBuffer, WrongBuffer], "DeepEP differs"),
         ([WrongGradient, WrongGradient], "DeepEP differs"),
-        ([BrokenBuffer, BrokenBuffer], "DeepEP failed its trial (RuntimeError)"),
+        ([BrokenBuffer, BrokenBuffer], "DeepEP failed its trial (RuntimeError: NVSHMEM is not initialised)"),
         ([None, None], "not installed: DeepEP"),
         ([Buffer, None], "not installed: DeepEP"),
     ],
@@ -152,7 +158,9 @@ def layer_passes(world: World) -> list[list[Tensor]]:
     """[output, gradients] of a layer in bf16 under DeepEP's interface and under all-to-all, some choices dropped."""
     from models.init import initialise
     from moe import deep_ep
+    from moe.dispatcher import DISPATCHERS
     from moe.layer import MoELayer
+    from ops.implementations import Ops
     from tests.moe.helpers import random, run_layer, tiny
 
     deep_ep._buffers.clear()
@@ -161,15 +169,14 @@ def layer_passes(world: World) -> list[list[Tensor]]:
     try:
         with started(world, ParallelConfig(ep=2)) as runtime:
             moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=1.0)
-            for dispatcher in ("deep_ep", "all_to_all"):
+            for dispatcher in (deep_ep.DEEP_EP.loaded(None), DISPATCHERS["all_to_all"]):
                 layer = MoELayer(
                     tiny(moe, hidden_size=HIDDEN),
-                    backend="loop",
+                    ops=Ops(dispatcher=dispatcher),
                     dtype=torch.bfloat16,
                     sequence_parallel=False,
                     groups=runtime.groups,
                     draws=(1, 0),
-                    dispatcher=dispatcher,
                 )
                 initialise(layer, 1)
                 x_SBD = random(6, 2, HIDDEN, seed=world.rank).bfloat16().requires_grad_()
@@ -203,10 +210,12 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ({"expert_dropout": 0.1}, CUDA, torch.bfloat16, 2, 1, "expert_dropout=0"),
     ],
 )
-def test_obstacles(
+def test_it_says_what_it_needs(
     moe: dict[str, Any], device: torch.device, dtype: torch.dtype, ep: int, etp: int, needs: str | None
 ) -> None:
-    from moe.deep_ep import obstacle
+    from moe.deep_ep import unsupported_reason
 
-    told = obstacle(MoeConfig(num_experts=4, **moe), device, dtype, ep, etp)
+    groups = SimpleNamespace(ep=SimpleNamespace(size=lambda: ep), etp=SimpleNamespace(size=lambda: etp))
+    config = schema.Config(model=ModelConfig(moe=MoeConfig(num_experts=4, **moe)))
+    told = unsupported_reason(RunContext(config, SimpleNamespace(device=device, groups=groups), dtype))
     assert told is None if needs is None else needs in told

@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from conf.schema import MoeConfig, ParallelConfig
-from moe.dispatcher import Choices, LocalDispatcher, choose_dispatcher, make_dispatcher
+from moe.dispatcher import DISPATCHERS, LocalDispatcher, dispatcher_for
+from ops.dispatch import Choices
+from ops.permute import TORCH_PERMUTATION
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random
@@ -33,7 +35,7 @@ def test_rows_are_sorted_by_expert_and_within_it_by_token(runtime: Runtime) -> N
     experts_TK, keep_TK = EXPERTS_TK.to(runtime.device), KEEP_TK.to(runtime.device)
     dispatcher = LocalDispatcher(3)
     sent = dispatcher.finish(dispatcher.start(x_TD, Choices(experts_TK, keep_TK.float(), keep_TK, names(experts_TK))))
-    assert sent.rows.gather().flatten().tolist() == [0, 3, 1, 0, 2]
+    assert sent.rows.permute().flatten().tolist() == [0, 3, 1, 0, 2]
     assert sent.counts == [2, 1, 2]
     assert sent.names_R.tolist() == [1, 6, 3, 0, 4]  # token * 2 + choice
 
@@ -63,10 +65,10 @@ def test_experts_that_do_nothing_give_each_token_back_times_its_kept_gates(
     for slots in (None, tokens):
         sent = dispatcher.start(x_TD, Choices(experts_TK, gates_TK, keep_TK, names(experts_TK)), slots)
         owner = [e for e, n in enumerate(sent.counts) for _ in range(n)]
-        taken = sent.rows.gather().any(1)
+        taken = sent.rows.permute().any(1)
         assert [o for o, t in zip(owner, taken, strict=True) if t] == experts_TK.flatten()[sent.names_R[taken]].tolist()
         assert taken.sum() == keep_TK.sum() and len(sent.rows) == sum(sent.counts)
-        out_TD = dispatcher.combine(sent.rows.gather(), sent)
+        out_TD = dispatcher.combine(sent.rows.permute(), sent)
         assert torch.allclose(out_TD, x_TD * (gates_TK * keep_TK).sum(1, keepdim=True))
 
 
@@ -76,7 +78,7 @@ def dispatched_without_values(dispatcher: LocalDispatcher, slots: int | None) ->
         x_TD, gates_TK = torch.empty(6, 4, requires_grad=True), torch.empty(6, 2, requires_grad=True)
         choices = Choices(torch.empty(6, 2, dtype=torch.int64), gates_TK, torch.empty(6, 2, dtype=torch.bool))
         sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
-        out_TD = dispatcher.combine(sent.rows.gather(), sent)
+        out_TD = dispatcher.combine(sent.rows.permute(), sent)
         out_TD.sum().backward()
     return out_TD
 
@@ -104,13 +106,13 @@ class Questions(TorchFunctionMode):
 
 def questions_of_ranks(world: World, name: str, slots: int | None) -> list[str]:
     with started(world, ParallelConfig(ep=2, etp=2)) as runtime:
-        dispatcher = make_dispatcher(name, 4, 4, runtime.groups)
+        dispatcher = DISPATCHERS[name](4, 4, runtime.groups, TORCH_PERMUTATION)
         x_TD = random(6, 4, seed=world.rank).requires_grad_()
         experts_TK = random(6, 4, seed=world.rank).argsort(1)[:, :2]
         choices = Choices(experts_TK, torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool))
         with Questions() as questions:
             sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
-            out_TD = dispatcher.combine(sent.rows.gather(), sent)
+            out_TD = dispatcher.combine(sent.rows.permute(), sent)
             out_TD.sum().backward()
         # Each of the two ranks of etp answered with the whole row.
         assert torch.allclose(out_TD, 4 * x_TD) and torch.allclose(x_TD.grad, torch.full((6, 4), 4.0))
@@ -135,4 +137,4 @@ def test_the_host_asks_once_and_with_slots_never(name: str, ranks) -> None:
     ],
 )
 def test_the_way_that_moves_less_is_taken(ep: int, etp: int, top_k: int, wanted: str, chosen: str) -> None:
-    assert choose_dispatcher(MoeConfig(top_k=top_k, dispatcher=wanted), ep, etp)[0] == chosen
+    assert dispatcher_for(MoeConfig(top_k=top_k, dispatcher=wanted), ep, etp)[0] == chosen

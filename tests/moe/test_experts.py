@@ -13,17 +13,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conf.schema import ACTIVATIONS
+from conf.schema import ACTIVATIONS, ModelConfig, MoeConfig
 from models.init import initialise
 from models.megatron_config import transformer_config
-from moe import experts
-from moe.experts import BACKENDS, DenseFFN, choose_backend, loop_experts
-from ops import te_grouped_gemm
+from moe.mlp import MLP
+from ops import experts, te_grouped_gemm
 from ops.activations import activate
+from ops.cpp import build as native
+from ops.experts import EXPERTS, loop_experts
 from ops.fused_experts import FusedExperts, repeating_size, windows
+from ops.operation import Row
+from ops.registry import examine
 from parallel.process_groups import Runtime
 from tests.moe import reference
-from tests.moe.helpers import IN_FP32, assert_close, assert_gradients_close, in_float64, random, tiny
+from tests.moe.helpers import (
+    IN_FP32,
+    assert_close,
+    assert_gradients_close,
+    expert_backend,
+    in_float64,
+    random,
+    run_context,
+    selected,
+    tiny,
+    try_on,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -70,8 +84,7 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Grouped
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
     yield GroupedLinear
-    for function in (experts._te_fails, te_grouped_gemm._layer):
-        function.cache_clear()
+    te_grouped_gemm._layer.cache_clear()
 
 
 @pytest.mark.usefixtures("transformer_engine")
@@ -98,7 +111,7 @@ def test_rows_go_to_their_expert_whatever_the_counts(
     wanted_RD = torch.stack(rows) if rows else x64 * 1
     wanted_RD.square().sum().backward()
     more = (mine[3], keep_RF.to(runtime.device)) if extras else ()
-    out_RD = BACKENDS[backend](mine[0], counts, *mine[1:3], "swiglu", *more)
+    out_RD = expert_backend(backend).run(mine[0], counts, *mine[1:3], "swiglu", *more)
     out_RD.square().sum().backward()
     assert out_RD.shape == x_RD.shape
     if rows:
@@ -108,29 +121,40 @@ def test_rows_go_to_their_expert_whatever_the_counts(
         assert_close(got.grad, torch.zeros_like(wanted) if wanted.grad is None else wanted.grad)
 
 
-def te_obstacle(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    return experts.OBSTACLES["te"](tiny(), CUDA, dtype)
+def row_of(runtime: Runtime, model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> Row:
+    return selected(EXPERTS, run_context(model, runtime, dtype, device))[1]
 
 
-def test_transformer_engine_is_for_bf16_on_a_gpu_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert te_obstacle(torch.float32).startswith("computes in bf16, this run in torch.float32")
-    assert experts.OBSTACLES["te"](tiny(), CPU, torch.bfloat16).startswith("needs a GPU")
+def asked_for(backend: str, **sizes: int) -> ModelConfig:
+    return tiny(MoeConfig(num_experts=4, backend=backend), **sizes)
+
+
+def test_transformer_engine_is_for_bf16_on_a_gpu_where_it_imports(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try_on(runtime.device, EXPERTS, monkeypatch)
+    with pytest.raises(ValueError, match=r"backend=te computes in bf16, this run in torch.float32\."):
+        row_of(runtime, asked_for("te"), torch.float32, CUDA)
+    with pytest.raises(ValueError, match="backend=te needs a GPU"):
+        row_of(runtime, asked_for("te"), torch.bfloat16)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    assert te_obstacle().startswith("needs the package transformer-engine, which does not import")
-    experts._te_fails.cache_clear()
+    with pytest.raises(ValueError, match="backend=te needs the package transformer-engine, which does not import"):
+        row_of(runtime, asked_for("te"), torch.bfloat16, CUDA)
+    assert "te " not in row_of(runtime, asked_for("auto"), torch.bfloat16, CUDA).why
 
 
 def test_transformer_engine_is_tried_before_it_is_used(
-    transformer_engine: type[GroupedLinear], monkeypatch: pytest.MonkeyPatch
+    transformer_engine: type[GroupedLinear], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, which the trial is told is the GPU."""
-    trial = experts.disagreement
-    monkeypatch.setattr(experts, "disagreement", lambda one, other, device: trial(one, other, CPU))
-    assert te_obstacle() is None
+    """On a CPU, which pretends to be a GPU."""
+    try_on(runtime.device, EXPERTS, monkeypatch)
+    assert row_of(runtime, asked_for("te"), torch.bfloat16, CUDA).name == "te"
     right = transformer_engine.forward
     monkeypatch.setattr(transformer_engine, "forward", lambda self, inp, m_splits: right(self, inp, m_splits) * 1.05)
-    experts._te_fails.cache_clear()
-    assert te_obstacle().startswith("differ from the reference by ")
+    with pytest.raises(ValueError, match="backend=te differs from the reference by "):
+        row_of(runtime, asked_for("te"), torch.bfloat16, CUDA)
+    row = row_of(runtime, asked_for("auto"), torch.bfloat16, CUDA)
+    assert "te differs from the reference by " in row.why and row.refused
 
 
 EXTRAS = {"plain": (), "bias": ("b_in",), "dropout": ("keep",), "both": ("b_in", "keep")}
@@ -206,7 +230,7 @@ def test_one_operation_gives_the_bits_of_the_loop(activation: str, extras: bool)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dense_layer_equals_the_reference(activation: str, runtime: Runtime) -> None:
     model = tiny(activation=activation)
-    layer = DenseFFN(model, transformer_config(model, runtime, torch.float32, deterministic=False), runtime.groups)
+    layer = MLP(model, transformer_config(model, runtime, torch.float32, deterministic=False), runtime.groups)
     initialise(layer.to(runtime.device), seed=1)
     x_SBD, weights = random(3, 2, 8), in_float64(layer)
     wanted = torch.stack(
@@ -244,27 +268,31 @@ def test_expert_weights_get_their_gradient_without_a_copy_of_all_experts() -> No
     ],
 )
 def test_backend_fits_device_and_precision(
-    wanted: str, device: torch.device, dtype: torch.dtype, hidden: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    chosen: str,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a processor without AVX512-BF16."""
-    monkeypatch.setattr(experts, "_grouped_mm_fails", lambda *_: None)  # there may be no GPU to try it on
-    monkeypatch.setattr(experts.native, "obstacle", lambda: "needs a processor with AVX512-BF16")
-    model = tiny(hidden_size=hidden, ffn_hidden_size=64)
-    model.moe.backend = wanted
-    assert choose_backend(model, device, dtype)[0] == chosen
+    try_on(runtime.device, EXPERTS, monkeypatch)  # there may be no GPU to try it on
+    monkeypatch.setattr(native, "missing_instructions", lambda: ["avx512_bf16"])
+    assert row_of(runtime, asked_for(wanted, hidden_size=hidden, ffn_hidden_size=64), dtype, device).name == chosen
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 60}, {"ffn_hidden_size": 60, "hidden_size": 64}])
-def test_grouped_products_refuse_rows_that_are_not_aligned(sizes: dict[str, int]) -> None:
-    model = tiny(**sizes)
-    model.moe.backend = "grouped_mm"
+def test_grouped_products_refuse_rows_that_are_not_aligned(sizes: dict[str, int], runtime: Runtime) -> None:
     with pytest.raises(ValueError, match=r"backend=grouped_mm .* 60 values .*backend=loop"):
-        choose_backend(model, CPU, torch.bfloat16)
+        row_of(runtime, asked_for("grouped_mm", **sizes), torch.bfloat16)
 
 
-def test_grouped_products_are_tried_with_an_expert_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs where the weight gradient of an expert without rows is whatever lay in memory."""
-    model, right = tiny(hidden_size=64, ffn_hidden_size=64), experts.torch_grouped_product
+def test_grouped_products_are_tried_with_an_expert_without_rows(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs where the weight gradient of an expert without rows is whatever lay in memory (pytorch#172439)."""
+    right, sizes = experts.torch_grouped_product, {"hidden_size": 64, "ffn_hidden_size": 64}
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -279,14 +307,12 @@ def test_grouped_products_are_tried_with_an_expert_without_rows(monkeypatch: pyt
     def product(x: torch.Tensor, w: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return right(x, Wrong.apply(w, torch.tensor(counts) == 0), counts)
 
-    monkeypatch.setattr(experts, "_grouped_mm_fails", experts._grouped_mm_fails.__wrapped__)
-    assert "grouped_mm" in experts.available_backends(model, CPU, torch.float32)
+    auto = run_context(asked_for("auto", **sizes), runtime, device=CPU)
+    assert "grouped_mm" in examine(EXPERTS, auto).verified
     monkeypatch.setattr(experts, "grouped_experts", partial(experts.experts_by, product))
-    assert "grouped_mm" not in experts.available_backends(model, CPU, torch.float32)
-    model.moe.backend = "grouped_mm"
-    with pytest.raises(ValueError, match=r"grouped_mm differ from the reference by .*backend=loop"):
-        choose_backend(model, CPU, torch.float32)
-    model.moe.backend = "auto"
-    monkeypatch.setattr(experts, "_grouped_mm_fails", lambda *_: "differ from the reference by 1e+00")
-    backend, why = choose_backend(model, CUDA, torch.bfloat16, ["loop", "fused"])
-    assert backend == "loop" and "grouped_mm differ from the reference" in why
+    assert "grouped_mm" not in examine(EXPERTS, auto).verified
+    with pytest.raises(ValueError, match=r"grouped_mm differs from the reference by .*backend=loop"):
+        row_of(runtime, asked_for("grouped_mm", **sizes), torch.float32)
+    try_on(runtime.device, EXPERTS, monkeypatch)
+    row = row_of(runtime, asked_for("auto", **sizes), torch.bfloat16, CUDA)
+    assert row.name == "loop" and "grouped_mm differs from the reference" in row.why and row.refused

@@ -1,6 +1,7 @@
 """How often the host waits for the device in a sparse layer, forward and backward together. Counted where there is no
 device to wait for: by the operations whose results the host reads, or whose sizes it has to know."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import MoeConfig, ParallelConfig
 from models.init import initialise
+from moe.dispatcher import DISPATCHERS
 from moe.layer import MoELayer
+from ops.experts import experts_by
+from ops.implementations import Ops
 from parallel.env import World
 from parallel.process_groups import Runtime
-from tests.moe.helpers import random, run_layer, tiny
+from tests.moe.helpers import expert_backend, random, run_layer, tiny
 from tests.parallel.helpers import started
 
 SIZE_DEPENDS_ON_VALUES = (
@@ -68,17 +72,16 @@ class CountCopies(TorchFunctionMode):
             self.inside -= 1
 
 
-def waits(runtime: Runtime, backend: str, dispatcher: str | None, **moe: Any) -> list[str]:
+def waits(runtime: Runtime, backend: str, dispatcher: str, **moe: Any) -> list[str]:
     """Of a second pass: the first one may prepare what is kept."""
     model = tiny(MoeConfig(num_experts=4, **moe), hidden_size=16, ffn_hidden_size=16)
     layer = MoELayer(
         model,
-        backend=backend,
+        ops=Ops(experts=expert_backend(backend), dispatcher=DISPATCHERS[dispatcher]),
         dtype=torch.float32,
         sequence_parallel=False,
         groups=runtime.groups,
         draws=(1, 0),
-        dispatcher=dispatcher,
     )
     initialise(layer, 1)
     for _ in range(2):
@@ -105,12 +108,7 @@ def test_the_count_sees_what_waits(runtime: Runtime, monkeypatch: pytest.MonkeyP
     def product(x: Tensor, w: Tensor, counts: list[int]) -> Tensor:
         return torch.nn.functional.grouped_mm(x, w, offs=torch.tensor(counts, device=x.device).cumsum(0).int())
 
-    monkeypatch.setattr("moe.experts.torch_grouped_product", product)
-    from functools import partial
-
-    from moe import experts
-
-    monkeypatch.setitem(experts.BACKENDS, "grouped_mm", partial(experts.experts_by, product))
+    monkeypatch.setattr("ops.experts.grouped_experts", partial(experts_by, product))
     found = waits(runtime, "grouped_mm", "local", top_k=2, capacity_factor=None)
     assert sorted(found) == ["tensor", "tensor", "tolist"]
     mode = CountWaits()

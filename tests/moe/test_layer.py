@@ -63,7 +63,7 @@ def compare(
             moe.capacity_factor,
             [t % batch for t in real],
             noise_TD=noise_TD[real].double(),
-            urgency=draws_TK[real].tolist() if moe.drop_policy == "random" else None,
+            priority=draws_TK[real].tolist() if moe.drop_policy == "random" else None,
         )
         out_TD, aux, z = out_TD.index_copy(0, torch.tensor(real), wanted.out_TD), wanted.aux_loss, wanted.z_loss
     balanced = moe.load_balancing in ("sinkhorn", "expert_choice")

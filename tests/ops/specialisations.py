@@ -13,9 +13,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ops.fp8_numerics import RECIPES
 from ops.grouped_mlp import experts_with
-from ops.permute import Origin
-from ops.triton.gemm_backend import Float8Tools, TritonTools
-from ops.triton.permute import ROWS
+from ops.permute import PermuteIndices
+from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
+from ops.triton.permute import PERMUTATION as KERNELS
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 asked: set[tuple[str, str]] = set()
@@ -28,7 +28,7 @@ def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **option
     asked.add((self.fn.__name__, f"{specialisation} {sorted(chosen.items())}"))
 
 
-def step(counts: list[int], tools: TritonTools, generator: torch.Generator) -> None:
+def step(counts: list[int], gemm: TritonGemmBackend, generator: torch.Generator) -> None:
     """Forward and backward of a layer of experts whose rows lie elsewhere, and of what brings rows there and back."""
     rows, tokens = sum(counts), 96 + sum(counts)
     x, w_in, w_out = (
@@ -36,10 +36,10 @@ def step(counts: list[int], tools: TritonTools, generator: torch.Generator) -> N
         for shape in ((tokens, 256), (len(counts), 256, 2, 128), (len(counts), 128, 256))
     )
     choice_R = torch.randperm(2 * tokens, generator=generator)[:rows]
-    y = experts_with(tools)(x, counts, w_in, w_out, "swiglu", None, None, Origin(choice_R, 2, ROWS))
+    y = experts_with(gemm)(x, counts, w_in, w_out, "swiglu", None, None, PermuteIndices(choice_R, 2, KERNELS))
     y.backward(torch.zeros_like(y))
-    gathered = ROWS.take(x, choice_R, 2, False)
-    ROWS.weighted_sum(gathered, choice_R, torch.zeros(tokens, 2, requires_grad=True), False).sum().backward()
+    gathered = KERNELS.permute(x, choice_R, 2, False)
+    KERNELS.unpermute(gathered, choice_R, torch.zeros(tokens, 2, requires_grad=True), False).sum().backward()
 
 
 def main() -> None:
@@ -48,12 +48,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     told = {}
     recipe = RECIPES["blockwise"]
-    for name, tools in {"bf16": TritonTools(), "fp8": Float8Tools(recipe, narrow_weight_gradient=True)}.items():
+    for name, gemm in {
+        "bf16": TritonGemmBackend(),
+        "fp8": Float8GemmBackend(recipe, narrow_weight_gradient=True),
+    }.items():
         new = []
         # Multiples of 16 and not, an expert without rows, a single row, one row in all, as many tiles as there are not.
         for counts in ([128, 64, 0], [1, 0, 0], [17, 3, 300], [16, 16, 16], [0, 129, 1000], [5, 700, 1], [0, 0, 2048]):
             before = set(asked)
-            step(counts, tools, generator)
+            step(counts, gemm, generator)
             new.append(sorted(name for name, _ in asked - before))
         told[name] = new
     print(json.dumps(told))

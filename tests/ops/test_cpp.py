@@ -13,34 +13,38 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conf.model_schema import GATED_ACTIVATIONS
-from conf.schema import ACTIVATIONS
-from moe import experts
-from moe.experts import choose_backend, loop_experts
+from conf.schema import ACTIVATIONS, MoeConfig, ParallelConfig
 from ops.cpp import build as native
-from ops.cpp.experts import NativeTools, Rows
+from ops.cpp.experts import NativeGemmBackend, Operand
+from ops.experts import EXPERTS, loop_experts
 from ops.gemm_backend import Reference
 from ops.grouped_mlp import experts_with
-from tests.moe.helpers import random, tiny
+from ops.operation import Row
+from parallel.env import World
+from parallel.local_launcher import RankPool
+from parallel.process_groups import Runtime
+from tests.moe.helpers import expert_backend, random, run_context, selected, tiny, try_on
 from tests.ops.test_grouped_mlp import COUNTS, inputs, kept, read_in_place, relative
 from tests.ops.test_triton_gemm_backend import assert_near, strided
+from tests.parallel.helpers import started
 
 CPU = torch.device("cpu")
-OBSTACLE = native.obstacle()
+OBSTACLE = native.unsupported_reason()
 here = pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
-TOOLS = NativeTools()
+GEMM = NativeGemmBackend()
 LARGE = [700, 0, 13, 1]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def products(
-    tools: NativeTools, x_RK: Tensor, w_LKN: Tensor, dy_RN: Tensor, counts: list[int], row_R: Tensor | None = None
+    gemm: NativeGemmBackend, x_RK: Tensor, w_LKN: Tensor, dy_RN: Tensor, counts: list[int], row_R: Tensor | None = None
 ) -> list[Tensor]:
     """y, the gradient of the rows of x, and that of w."""
-    groups, weight = tools.groups(counts, CPU), tools.weight(w_LKN)
-    y_RN = tools.product(tools.rows(x_RK, row_R), weight.forward, groups, torch.bfloat16)
-    dx_RK = tools.product(tools.rows(dy_RN), weight.back, groups, torch.bfloat16)
-    operands = tools.columns(x_RK, groups, row_R), tools.columns(dy_RN, groups)
-    return [y_RN, dx_RK, tools.weight_gradient(*operands, groups, w_LKN)]
+    groups, weight = gemm.groups(counts, CPU), gemm.weight(w_LKN)
+    y_RN = gemm.product(gemm.rows(x_RK, row_R), weight.forward, groups, torch.bfloat16)
+    dx_RK = gemm.product(gemm.rows(dy_RN), weight.back, groups, torch.bfloat16)
+    operands = gemm.columns(x_RK, groups, row_R), gemm.columns(dy_RN, groups)
+    return [y_RN, dx_RK, gemm.weight_gradient(*operands, groups, w_LKN)]
 
 
 def in_float64(x_RK: Tensor, w_LKN: Tensor, dy_RN: Tensor, counts: list[int]) -> list[Tensor]:
@@ -76,7 +80,7 @@ def test_products_are_those_of_fp64(
     x_RK = x_TK[:rows] if row_R is None else x_TK[row_R]
     wanted = in_float64(x_RK, w_LKN, dy_RN, counts)
     for got, exact in zip(
-        products(TOOLS, x_RK if row_R is None else x_TK, w_LKN, dy_RN, counts, row_R), wanted, strict=True
+        products(GEMM, x_RK if row_R is None else x_TK, w_LKN, dy_RN, counts, row_R), wanted, strict=True
     ):
         # What rounding to bf16 gives, value by value: half a unit of the last of 8 bits, and fp32 sums before it.
         assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
@@ -87,10 +91,10 @@ def test_products_are_those_of_fp64(
 def test_every_number_of_threads_gives_the_same_bits(threads: int) -> None:
     """Parts of the work are cut by rows and by columns; sums are not."""
     x_RK, w_LKN, dy_RN = (random(*s, seed=i).bfloat16() for i, s in enumerate(((714, 300), (4, 300, 260), (714, 260))))
-    wanted, before = products(TOOLS, x_RK, w_LKN, dy_RN, LARGE), torch.get_num_threads()
+    wanted, before = products(GEMM, x_RK, w_LKN, dy_RN, LARGE), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = products(TOOLS, x_RK, w_LKN, dy_RN, LARGE)
+        got = products(GEMM, x_RK, w_LKN, dy_RN, LARGE)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
@@ -104,7 +108,7 @@ def test_more_columns_than_are_packed_at_once() -> None:
     x_RK, dy_RN, counts = random(17001, 320).bfloat16(), random(17001, 300, seed=1).bfloat16(), [17001]
     w_LKN = random(1, 320, 300, seed=2).bfloat16()
     for got, exact in zip(
-        products(TOOLS, x_RK, w_LKN, dy_RN, counts), in_float64(x_RK, w_LKN, dy_RN, counts), strict=True
+        products(GEMM, x_RK, w_LKN, dy_RN, counts), in_float64(x_RK, w_LKN, dy_RN, counts), strict=True
     ):
         assert_near(got, exact)
 
@@ -114,7 +118,7 @@ def test_a_row_is_the_same_wherever_it_lies() -> None:
     """Capacity, layout and micro-batch move rows about: the answer to a token must not depend on its neighbours."""
     x_RK, w_LKN = random(37, 70).bfloat16(), random(1, 70, 90, seed=1).bfloat16()
     whole, *alone = (
-        TOOLS.product(TOOLS.rows(x), TOOLS.weight(w_LKN).forward, TOOLS.groups([len(x)], CPU), torch.bfloat16)
+        GEMM.product(GEMM.rows(x), GEMM.weight(w_LKN).forward, GEMM.groups([len(x)], CPU), torch.bfloat16)
         for x in (x_RK, *x_RK.split(1))
     )
     assert torch.equal(whole, torch.cat(alone))
@@ -125,7 +129,7 @@ def test_what_is_not_a_number_stays_with_its_row_and_expert() -> None:
     """Odd sizes, whose last pair has one value."""
     x_RK, w_LKN, dy_RN = (random(*s, seed=i).bfloat16() for i, s in enumerate(((30, 41), (3, 41, 51), (30, 51))))
     x_RK[11], dy_RN[11] = float("nan"), float("inf")
-    y, dx, dw = products(TOOLS, x_RK, w_LKN, dy_RN, [12, 5, 13])
+    y, dx, dw = products(GEMM, x_RK, w_LKN, dy_RN, [12, 5, 13])
     assert y[11].isnan().all() and not dx[11].isfinite().any() and not dw[0].isfinite().any()
     rest = [i for i in range(30) if i != 11]
     assert y[rest].isfinite().all() and dx[rest].isfinite().all() and dw[1:].isfinite().all()
@@ -138,11 +142,9 @@ def test_weight_gradients_add_to_the_main_gradient() -> None:
     w = torch.nn.Parameter(torch.zeros(4, 64, 144, dtype=torch.bfloat16))
     w.main_grad, w.grad_added_to_main_grad = torch.full(w.shape, 0.125), False
     for _ in range(2):
-        *_, dw = products(TOOLS, x_RK, w.detach(), dy_RN, COUNTS)
-        groups = TOOLS.groups(COUNTS, CPU)
-        assert (
-            TOOLS.weight_gradient(TOOLS.columns(x_RK, groups), TOOLS.columns(dy_RN, groups), groups, w).shape == w.shape
-        )
+        *_, dw = products(GEMM, x_RK, w.detach(), dy_RN, COUNTS)
+        groups = GEMM.groups(COUNTS, CPU)
+        assert GEMM.weight_gradient(GEMM.columns(x_RK, groups), GEMM.columns(dy_RN, groups), groups, w).shape == w.shape
     *_, exact = in_float64(x_RK, w.detach(), dy_RN, COUNTS)
     assert w.grad_added_to_main_grad and relative(dw.double(), exact) < 2e-3
     assert relative(w.main_grad.double() - 0.125, 2 * exact) < 1e-6
@@ -172,7 +174,7 @@ def test_activations_are_those_of_fp64(activation: str, dropout: bool) -> None:
     a_RF = EXACT[activation](exact_RGF[:, 0]) * (exact_RGF[:, 1] if activation in GATED_ACTIVATIONS else 1)
     a_RF = a_RF if keep_RF is None else a_RF * keep_RF
     (dh_RGF,) = torch.autograd.grad(a_RF, exact_RGF, da_RF.double())
-    got = TOOLS.activate(h_RGF, activation, keep_RF).x_RK, *TOOLS.activate_back(h_RGF, da_RF, activation, keep_RF)
+    got = GEMM.activate(h_RGF, activation, keep_RF).x_RK, *GEMM.activate_back(h_RGF, da_RF, activation, keep_RF)
     wanted = a_RF.detach(), a_RF.detach(), dh_RGF.flatten(1)
     for mine, exact, slack in zip(got[:3], wanted, (1e-37, 1e-37, 1e-4), strict=True):
         # Rounding to the 8 bits of bf16, and 1e-5 for fp32. A slope that is a difference is as exact as its terms.
@@ -188,7 +190,7 @@ def test_experts_are_the_loop(activation: str) -> None:
     for backend, dtype in (
         (loop_experts, torch.float64),
         (experts_with(Reference()), torch.bfloat16),
-        (experts.BACKENDS["native"], torch.bfloat16),
+        (expert_backend("native").run, torch.bfloat16),
     ):
         x, *weights, b_in = (t.detach().to(dtype).requires_grad_() for t in inputs(activation, torch.bfloat16))
         out = backend(x, COUNTS, *weights, activation, b_in, keep_RF.to(dtype))
@@ -201,68 +203,72 @@ def test_experts_are_the_loop(activation: str) -> None:
 
 @here
 def test_experts_read_rows_where_they_lie() -> None:
-    got, wanted = (read_in_place(TOOLS, inputs("swiglu", torch.bfloat16), gathered=g) for g in (False, True))
+    got, wanted = (read_in_place(GEMM, inputs("swiglu", torch.bfloat16), gathered=g) for g in (False, True))
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[2], wanted[2]) and torch.equal(got[3], wanted[3])
     assert_near(got[1], wanted[1], bar=5e-3)  # a token's rows are added up in bf16
 
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Neither the library nor its trial is remembered, before or after."""
-    for function in (native.library, native._compile_error, experts._native_fails):
+    """Neither the library nor why it fails is remembered, before or after."""
+    for function in (native.library, native._compile_error):
         function.cache_clear()
     yield monkeypatch
-    for function in (native.library, native._compile_error, experts._native_fails):
+    for function in (native.library, native._compile_error):
         function.cache_clear()
+
+
+def backend_row(
+    runtime: Runtime, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> Row:
+    model = tiny(MoeConfig(num_experts=4, backend=wanted))
+    return selected(EXPERTS, run_context(model, runtime, dtype, torch.device(device)))[1]
 
 
 @here
 @pytest.mark.parametrize(("matrix_instructions", "backend"), [(False, "native"), (True, "fused")])
 def test_they_are_the_rule_where_torch_has_no_matrix_instructions(
-    matrix_instructions: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    matrix_instructions: bool, backend: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has = torch.cpu.get_capabilities() | {"amx_bf16": matrix_instructions}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert choose_backend(tiny(), CPU, torch.bfloat16)[0] == backend
-    assert choose_backend(tiny(), CPU, torch.float32)[0] == "fused"
+    assert backend_row(runtime).name == backend
+    assert backend_row(runtime, dtype=torch.float32).name == "fused"
 
 
-def asked_for(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> None:
-    model = tiny()
-    model.moe.backend = "native"
-    choose_backend(model, torch.device(device), dtype)
-
-
-def test_who_asks_for_them_hears_what_is_missing(untried: pytest.MonkeyPatch) -> None:
+def test_who_asks_for_them_hears_what_is_missing(runtime: Runtime, untried: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backend=native computes in bf16, this run in torch.float32\. Use"):
-        asked_for(torch.float32)
+        backend_row(runtime, "native", torch.float32)
     with pytest.raises(ValueError, match="backend=native is for a CPU"):
-        asked_for(device="cuda")
+        try_on(runtime.device, EXPERTS, untried)
+        backend_row(runtime, "native", device="cuda")
     has = dict.fromkeys(native.INSTRUCTIONS, True)
     untried.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_bf16": False})
     with pytest.raises(ValueError, match=r"AVX512-BF16; this one lacks avx512_bf16\. Use model.moe.backend=auto"):
-        asked_for()
+        backend_row(runtime, "native")
     untried.setattr(torch.cpu, "get_capabilities", lambda: has)
     untried.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"there is no C\+\+ compiler \(g\+\+, or what CXX says\)"):
-        asked_for()
+        backend_row(runtime, "native")
 
 
 @here
-def test_a_compiler_that_fails_and_kernels_that_differ_are_told(untried: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_and_kernels_that_differ_are_told(
+    runtime: Runtime, untried: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     untried.setenv("HOME", str(tmp_path))
     untried.setattr(native, "FLAGS", [*native.FLAGS, "-mno-such-instructions"])
     with pytest.raises(ValueError, match=r"cannot be compiled, kept or loaded: .*error: unrecognized"):
-        asked_for()
+        backend_row(runtime, "native")
     assert {path.suffix for path in (tmp_path / ".cache/switchyard/kernels").iterdir()} == {".lock"}
     untried.undo()
     native._compile_error.cache_clear()
-    experts._native_fails.cache_clear()
-    right = NativeTools.activate
-    untried.setattr(NativeTools, "activate", lambda *a: Rows(right(*a).x_RK * 1.05))
-    with pytest.raises(ValueError, match=r"backend=native differ from the reference by \d"):
-        asked_for()
-    assert choose_backend(tiny(), CPU, torch.bfloat16)[0] == "fused"
+    right = NativeGemmBackend.activate
+    untried.setattr(NativeGemmBackend, "activate", lambda *a: Operand(right(*a).x_RK * 1.05))
+    with pytest.raises(ValueError, match=r"backend=native differs from the reference by \d"):
+        backend_row(runtime, "native")
+    row = backend_row(runtime)
+    assert row.name == "fused" and "; native differs from the reference by" in row.why and row.refused
 
 
 @here
@@ -299,11 +305,29 @@ def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
 
 
 @here
-def test_who_asked_for_nothing_reads_why_they_are_left_out(untried: pytest.MonkeyPatch) -> None:
-    told = experts.native_left_out
-    assert told(["fused", "native"], CPU, torch.bfloat16) is None and told(["fused"], CPU, torch.float32) is None
-    assert told(["fused"], CPU, torch.bfloat16) == "cannot run on every node"
+def test_who_asked_for_nothing_reads_why_they_are_left_out(runtime: Runtime, untried: pytest.MonkeyPatch) -> None:
+    assert "native" not in backend_row(runtime, dtype=torch.float32).why
     untried.setenv("CXX", "no-such-compiler -pipe")
-    assert told(["fused"], CPU, torch.bfloat16).endswith("there is no C++ compiler (g++, or what CXX says)")
+    row = backend_row(runtime)
+    assert row.name == "fused" and row.refused
+    assert row.why.endswith(
+        "; native is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
+    )
     untried.setattr(native, "missing_instructions", lambda: ["avx512_bf16"])
-    assert told(["fused"], CPU, torch.bfloat16) is None
+    row = backend_row(runtime)
+    assert "native" not in row.why and not row.refused
+
+
+def backend_on_rank(world: World, lacking: int) -> tuple[str, str, bool]:
+    """Of two ranks, one has no compiler (rank function)."""
+    with pytest.MonkeyPatch.context() as patched, started(world, ParallelConfig()) as runtime:
+        if world.rank == lacking:
+            patched.setattr(native, "unsupported_reason", lambda: "is compiled when it is first used")
+        row = backend_row(runtime)
+        return row.name, row.why, row.refused
+
+
+@here
+def test_they_run_on_every_node_or_on_none(ranks: RankPool) -> None:
+    (name, why, refused), other = ranks.run(2, backend_on_rank, 1, timeout=120)
+    assert name == other[0] == "fused" and refused and why.endswith("; native cannot run on every node")

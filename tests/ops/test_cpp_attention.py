@@ -11,14 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import attention
-from models.attention import choose_attention, torch_attention
+from conf.schema import TrainConfig
+from ops.attention import ATTENTION, CausalAttention, torch_attention
 from ops.cpp import build as native
 from ops.cpp.attention import causal_attention
 from parallel.process_groups import Runtime
-from tests.moe.helpers import random, tiny
+from tests.moe.helpers import random, run_context, selected, tiny
 
-OBSTACLE = native.obstacle()
+OBSTACLE = native.unsupported_reason()
 here = pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
 pytestmark = pytest.mark.usefixtures("poisoned")
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def inputs(b: int, h: int, g: int, s: int, n: int) -> list[Tensor]:
     return [q_BHSN, *(t[..., 8:].permute(1, 2, 0, 3) for t in (k_SBGN, v_SBGN, above_SBHN))]
 
 
-def results(attend: attention.CausalAttention, q: Tensor, k: Tensor, v: Tensor, above: Tensor) -> list[Tensor]:
+def results(attend: CausalAttention, q: Tensor, k: Tensor, v: Tensor, above: Tensor) -> list[Tensor]:
     """The output, and the gradients of q, k and v."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     out = attend(q, k, v)
@@ -140,26 +140,32 @@ def test_operands_whose_width_is_strided() -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-def chosen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **changed: object) -> tuple[object, str, str]:
+def chosen(
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    sequences: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+) -> tuple[object, str, str]:
     has = dict.fromkeys(native.INSTRUCTIONS, True) | {"amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    about = {"sequences": 8, "dtype": torch.bfloat16, "device": CPU} | changed
-    attend, choice = choose_attention(tiny(num_attention_heads=4, num_query_groups=1), runtime.groups, **about)
-    return attend, choice.name, choice.why
+    model, train = tiny(num_attention_heads=4, num_query_groups=1), TrainConfig(micro_batch_size=sequences)
+    attend, row = selected(ATTENTION, run_context(model, runtime, dtype, device, train=train))
+    return attend, row.name, row.why
 
 
 @here
 def test_it_is_chosen_where_it_equals_torch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     attend, name, why = chosen(runtime, monkeypatch)
     assert (attend, name) == (causal_attention, "native") and "equals torch's within" in why
-    monkeypatch.setattr(attention, "_native_attention", lambda: lambda q, k, v: causal_attention(q, k, v * 1.05))
+    monkeypatch.setattr("ops.cpp.attention.causal_attention", lambda q, k, v: causal_attention(q, k, v * 1.05))
     attend, name, why = chosen(runtime, monkeypatch)
     assert attend is torch_attention and "native differs from torch's by 5e-02 and is left out" in why
 
 
 def test_where_it_is_not_chosen_the_table_says_why(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
-        ({"sequences": 1}, "1 key/value heads for 2"),
+        ({"sequences": 1}, "native would leave threads idle: 1 key/value heads for 2"),
         ({"dtype": torch.float32}, "picks the fastest"),
         ({"device": torch.device("cuda")}, "picks the fastest"),
     ]

@@ -3,20 +3,24 @@
 Legend: T tokens, D hidden, E experts.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from conf.schema import MoeConfig
-from moe import router
-from moe.router import Router, choose_router_logits
+from moe.router import Router
+from ops import routing
 from ops.cpp import build as native
 from ops.cpp.router import router_logits
+from ops.implementations import Ops
+from ops.routing import ROUTER_LOGITS
 from parallel.process_groups import Runtime
-from tests.moe.helpers import random, tiny
+from tests.moe.helpers import random, run_context, selected, tiny
 from tests.ops.test_cpp_rows import assert_rounded
 
-OBSTACLE = native.obstacle()
+OBSTACLE = native.unsupported_reason()
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}"),
@@ -30,7 +34,7 @@ def operands(tokens: int, hidden: int, experts: int) -> tuple[Tensor, Tensor, Te
     return x_TD, weight_ED, random(experts, tokens, seed=2).t()
 
 
-def there_and_back(logits: router.RouterLogits, x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> list[Tensor]:
+def there_and_back(logits: routing.RouterLogits, x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> list[Tensor]:
     leaves = [x_TD.detach().requires_grad_(), weight_ED.detach().requires_grad_()]
     logits_TE = logits(*leaves)
     return [logits_TE.detach(), *torch.autograd.grad(logits_TE, leaves, grad_TE)]
@@ -65,19 +69,22 @@ def test_a_token_is_the_same_wherever_it_lies_and_a_sum_for_any_threads() -> Non
 
 
 def test_it_is_chosen_where_it_equals_torch(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
-    logits, choice = choose_router_logits(MoeConfig(), CPU, torch.bfloat16)
-    assert logits is router_logits and choice.name == "native"
     model = tiny(MoeConfig(num_experts=4, top_k=2), hidden_size=64)
-    built = Router(model, sequence_parallel=False, groups=runtime.groups, logits=logits)
+    context = run_context(model, runtime, torch.bfloat16, CPU)
+    logits, row = selected(ROUTER_LOGITS, context)
+    assert logits is router_logits and row.name == "native"
+    built = Router(model, sequence_parallel=False, groups=runtime.groups, ops=Ops(router_logits=logits))
     built.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     x_TD = random(9, 64).bfloat16()
     wanted_TE = x_TD.double() @ built.weight.double().t()
     assert torch.equal(built(x_TD).experts_TK, wanted_TE.topk(model.moe.top_k).indices)
-    assert choose_router_logits(MoeConfig(), CPU, torch.float32)[0] is router.router_logits
-    plain, why = choose_router_logits(MoeConfig(jitter=0.01), CPU, torch.bfloat16)
-    assert plain is router.router_logits and "jitter" in why.why
-    monkeypatch.setattr(router, "_native_logits", lambda: lambda x, w: router_logits(x, w) * 1.01)
-    plain, why = choose_router_logits(MoeConfig(), CPU, torch.bfloat16)
-    assert plain is router.router_logits and "native differs from torch's by" in why.why
+    assert selected(ROUTER_LOGITS, replace(context, dtype=torch.float32))[0] is routing.router_logits
+    jitter = run_context(tiny(MoeConfig(num_experts=4, jitter=0.01)), runtime, torch.bfloat16, CPU)
+    plain, row = selected(ROUTER_LOGITS, jitter)
+    assert plain is routing.router_logits and "native takes tokens in bf16, and jitter makes" in row.why
+    assert not row.refused
+    monkeypatch.setattr("ops.cpp.router.router_logits", lambda x, w: router_logits(x, w) * 1.01)
+    plain, row = selected(ROUTER_LOGITS, context)
+    assert plain is routing.router_logits and "native differs from torch's by" in row.why and row.refused
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "there is no C++ compiler" in choose_router_logits(MoeConfig(), CPU, torch.bfloat16)[1].why
+    assert "there is no C++ compiler" in selected(ROUTER_LOGITS, context)[1].why

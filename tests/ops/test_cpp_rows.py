@@ -3,6 +3,8 @@
 Legend: T tokens, V vocabulary, R rows, D hidden, S sequence, B batch, H heads, N width of a head.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,22 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from models import attention
-from models.attention import Rotary, choose_turn, torch_turn
-from models.loss import _Alone, choose_token_losses, token_losses
-from models.norm import our_norms
+from models.rope import Rotary
+from ops import rotary
 from ops.cpp import build as native
 from ops.cpp import rows
-from ops.cpp.attention import causal_attention, turn
-from ops.registry import select_norm
+from ops.cpp.attention import apply_rotary, causal_attention
+from ops.cross_entropy import CROSS_ENTROPY, _Alone, token_losses
+from ops.implementations import Ops
+from ops.norm import RMS_NORM, rms_norm_in_blocks
+from ops.operation import Row
+from ops.rotary import ROTARY
+from ops.run_context import RunContext
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.models.test_attention import attend, attention_of
 from tests.moe import reference
-from tests.moe.helpers import in_float64, random, tiny
+from tests.moe.helpers import in_float64, random, run_context, selected, tiny
 from tests.parallel.helpers import started
 
-OBSTACLE = native.obstacle()
+OBSTACLE = native.unsupported_reason()
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}"),
@@ -108,17 +113,18 @@ def test_norms(count: int, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("width", [2, 8, 40, 64])
-def test_turning_is_a_complex_multiplication(width: int) -> None:
+def test_rotation_is_a_complex_multiplication(width: int) -> None:
     """Forward and back, on heads that lie beside others, with the angles of two sequences of their own positions."""
     positions_BS = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
     cos, sin = Rotary(width, 100.0, 8)(positions_BS.t())
     x_SBHN = random(5, 2, 3, width + 6).bfloat16()[..., 6:]
     pair = torch.complex(*x_SBHN.double().chunk(2, -1))
     angle = positions_BS.t()[..., None, None] * 100.0 ** -(torch.arange(0, width, 2) / width)
-    for back, way in ((False, 1), (True, -1)):
-        turned = pair * torch.polar(torch.ones_like(angle.double()), way * angle.double())
-        got = turn(x_SBHN, cos, sin, torch.empty(5, 3, 2, width, dtype=torch.bfloat16).transpose(1, 2), back=back)
-        assert_rounded(got, torch.cat([turned.real, turned.imag], -1))
+    for backward, way in ((False, 1), (True, -1)):
+        rotated = pair * torch.polar(torch.ones_like(angle.double()), way * angle.double())
+        room = torch.empty(5, 3, 2, width, dtype=torch.bfloat16).transpose(1, 2)
+        got = apply_rotary(x_SBHN, cos, sin, room, backward=backward)
+        assert_rounded(got, torch.cat([rotated.real, rotated.imag], -1))
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -126,7 +132,7 @@ def test_a_layer_of_attention_on_both(groups: int, runtime: Runtime) -> None:
     """As far from the float64 reference as bf16 is, output and gradients."""
     model = tiny(hidden_size=64, num_attention_heads=4, num_query_groups=groups, rope_theta=100.0)
     layer = attention_of(model, runtime).bfloat16()
-    layer.causal, layer.turn = causal_attention, turn
+    layer.ops = Ops(causal_attention=causal_attention, apply_rotary=apply_rotary)
     positions_BS = torch.arange(40).expand(2, -1)
     x_SBD, above_SBD = random(40, 2, 64).bfloat16(), random(40, 2, 64, seed=9).bfloat16()
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
@@ -142,25 +148,27 @@ def test_a_layer_of_attention_on_both(groups: int, runtime: Runtime) -> None:
         assert ((got.double() - wanted).norm() / wanted.norm()).item() < 0.01
 
 
-def test_they_are_chosen_where_they_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen() -> list[object]:
-        norm = select_norm(CPU, torch.bfloat16, [64], our_norms(CPU, torch.bfloat16))
-        return [norm, choose_token_losses(CPU, torch.bfloat16), choose_turn(CPU, torch.bfloat16)]
+def test_they_are_chosen_where_they_equal_torch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = run_context(tiny(hidden_size=64), runtime, torch.bfloat16, CPU)
 
-    assert [one for one, _ in chosen()] == [rows.rms_norm, rows.token_losses, turn]
-    assert {choice.name for _, choice in chosen()} == {"native"}
-    assert choose_turn(CPU, torch.float32)[0] is torch_turn
-    monkeypatch.setattr("models.norm._native_rms_norm", lambda: lambda x, w, eps: rows.rms_norm(x, w, eps) * 1.05)
-    monkeypatch.setattr("models.loss._native_token_losses", lambda: lambda *a: rows.token_losses(*a) * 1.05)
-    monkeypatch.setattr(attention, "_native_turn", lambda: lambda *a, back: turn(*a))
-    assert [choice.name for _, choice in chosen()] == [
-        "blocks of rows in cache",
-        "torch, in blocks",
-        "torch, in blocks",
-    ]
-    assert chosen()[1][0] is token_losses and "differs from torch's" in chosen()[2][1].why
+    def chosen(context: RunContext = context) -> tuple[list[object], list[Row]]:
+        found = [selected(operation, context) for operation in (RMS_NORM, CROSS_ENTROPY, ROTARY)]
+        return [one for one, _ in found], [row for _, row in found]
+
+    implementations, table = chosen()
+    assert implementations == [rows.rms_norm, rows.token_losses, apply_rotary]
+    assert {row.name for row in table} == {"native"}
+    assert chosen(replace(context, dtype=torch.float32))[0] == [rms_norm_in_blocks, token_losses, rotary.apply_rotary]
+    right = rows.rms_norm, rows.token_losses
+    monkeypatch.setattr("ops.cpp.rows.rms_norm", lambda x, w, eps: right[0](x, w, eps) * 1.05)
+    monkeypatch.setattr("ops.cpp.rows.token_losses", lambda *a: right[1](*a) * 1.05)
+    monkeypatch.setattr("ops.cpp.attention.apply_rotary", lambda *a, backward: apply_rotary(*a))
+    implementations, table = chosen()
+    assert [row.name for row in table] == ["blocks of rows in cache", "torch, in blocks", "torch, in blocks"]
+    assert implementations[1] is token_losses
+    assert all("native differs from torch's by" in row.why and row.refused for row in table)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    without = chosen()
-    assert {choice.name for _, choice in without} == {"blocks of rows in cache", "torch, in blocks"}
-    for _, choice in without:
-        assert "native is compiled when it is first used, and there is no C++ compiler" in choice.why
+    _, table = chosen()
+    assert {row.name for row in table} == {"blocks of rows in cache", "torch, in blocks"}
+    for row in table:
+        assert "native is compiled when it is first used, and there is no C++ compiler" in row.why and row.refused

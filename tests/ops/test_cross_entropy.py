@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from models.loss import _Alone, choose_token_losses, token_losses
+from ops.cross_entropy import CROSS_ENTROPY, _Alone, token_losses
 from parallel.env import World
-from tests.moe.helpers import assert_close, random
+from parallel.process_groups import Runtime
+from tests.moe.helpers import assert_close, random, run_context, selected, tiny
 from tests.parallel.helpers import started
 
 TOKENS, VOCABULARY = 7, 5000
@@ -81,6 +82,6 @@ def test_the_gradient_takes_the_place_of_the_logits(device: torch.device) -> Non
         losses_T.sum().backward()
 
 
-def test_triton_is_for_gpus() -> None:
-    chosen, choice = choose_token_losses(torch.device("cpu"), torch.float32)
-    assert chosen is token_losses and choice.why == "no copy of the logits in fp32"
+def test_triton_is_for_gpus(runtime: Runtime) -> None:
+    chosen, row = selected(CROSS_ENTROPY, run_context(tiny(), runtime, device=torch.device("cpu")))
+    assert chosen is token_losses and row.why == "no copy of the logits in fp32"

@@ -1,4 +1,4 @@
-"""Experts and linear layers on a set of tools: every product, its operands and its gradients, under every layout."""
+"""Experts and linear layers on a GEMM backend: every product, its operands and its gradients, under every layout."""
 
 import dataclasses
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 from benchmarks.parity import Outcome
 from conf.model_schema import GATED_ACTIVATIONS
 from conf.schema import ACTIVATIONS, MoeConfig, ParallelConfig
-from moe.experts import loop_experts
 from ops.activations import activate
+from ops.experts import ExpertBackend, loop_experts
 from ops.fp8_numerics import RECIPES, Block, quantise
 from ops.fused_experts import Window
 from ops.gemm_backend import Reference, Weight
 from ops.grouped_mlp import experts_with, forget_weights, kept_weight
-from ops.permute import Origin, Routed
+from ops.permute import PermutedTokens, PermuteIndices
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_layer, sparse_layer, tiny
@@ -60,7 +60,7 @@ def test_without_a_recipe_the_experts_are_the_loop(activation: str) -> None:
     assert [relative(a, b) < 1e-6 for a, b in zip(got, wanted, strict=True)] == [True] * 5
 
 
-def read_in_place(tools: Any, tensors: list[Tensor], *, gathered: bool) -> list[Tensor]:
+def read_in_place(gemm: Any, tensors: list[Tensor], *, gathered: bool) -> list[Tensor]:
     """Output and gradients of SwiGLU experts on rows of 90 tokens with two choices each, of which 46 are dropped; a
     token with its row number is read where it lies, or all rows are gathered before."""
     x_TD, *weights = tensors
@@ -68,9 +68,9 @@ def read_in_place(tools: Any, tensors: list[Tensor], *, gathered: bool) -> list[
     second = 2 * torch.randperm(90, generator=torch.Generator().manual_seed(0))[: sum(COUNTS) - 90] + 1
     every = torch.cat([2 * torch.arange(90), second])
     choice_R = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(1))].to(x_TD.device)
-    routed = Routed(x_TD, Origin(choice_R, 2))
-    rows, more = (routed.gather(), []) if gathered else (x_TD, [routed.origin])
-    out = experts_with(tools)(rows, COUNTS, *weights[:2], "swiglu", None, None, *more)
+    permuted = PermutedTokens(x_TD, PermuteIndices(choice_R, 2))
+    rows, more = (permuted.permute(), []) if gathered else (x_TD, [permuted.indices])
+    out = experts_with(gemm)(rows, COUNTS, *weights[:2], "swiglu", None, None, *more)
     grad = random(*out.shape, seed=9).to(out)
     return [out.detach(), *torch.autograd.grad(out, (x_TD, *weights[:2]), grad)]
 
@@ -78,17 +78,18 @@ def read_in_place(tools: Any, tensors: list[Tensor], *, gathered: bool) -> list[
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_rows_read_where_they_lie_are_the_gathered_rows(recipe: str | None, narrow: bool) -> None:
-    tools = Reference(recipe and RECIPES[recipe], narrow_weight_gradient=narrow)
-    got, wanted = (read_in_place(tools, inputs("swiglu", torch.float32), gathered=g) for g in (False, True))
+    gemm = Reference(recipe and RECIPES[recipe], narrow_weight_gradient=narrow)
+    got, wanted = (read_in_place(gemm, inputs("swiglu", torch.float32), gathered=g) for g in (False, True))
     assert [relative(a, b) < 1e-6 for a, b in zip(got, wanted, strict=True)] == [True] * 4
 
 
 def test_experts_that_read_in_place_keep_no_copy_of_the_rows(runtime: Runtime) -> None:
     """Bytes that a whole layer keeps for the backward pass, with two choices per token, none of them dropped."""
     model = tiny(MoeConfig(num_experts=4, top_k=2, capacity_factor=None), hidden_size=24)
-    layer, kept = sparse_layer(model, runtime, backend=Reference()), []
+    layer, kept = sparse_layer(model, runtime, backend=ExpertBackend.on(Reference())), []
     x_SBD = random(16, 2, 24).to(runtime.device)
-    for layer.experts.gathers in (True, False):
+    for permutes in (True, False):
+        layer.experts.backend = dataclasses.replace(layer.experts.backend, permutes=permutes)
         memory: dict[int, int] = {}
 
         def keep(t: Tensor, memory: dict[int, int] = memory) -> Tensor:
@@ -140,8 +141,8 @@ def by_hand(name: str, narrow: bool, activation: str, tensors: list[Tensor]) -> 
 def test_every_operand_is_rounded_as_the_recipe_says(recipe: str, narrow: bool, activation: str) -> None:
     """In fp32, where hardly a value falls on the other side of a rounding because of what was added up before."""
     tensors = inputs(activation, torch.float32)
-    tools = Reference(RECIPES[recipe], narrow_weight_gradient=narrow)
-    got, wanted = results(experts_with(tools), activation, tensors), by_hand(recipe, narrow, activation, tensors)
+    gemm = Reference(RECIPES[recipe], narrow_weight_gradient=narrow)
+    got, wanted = results(experts_with(gemm), activation, tensors), by_hand(recipe, narrow, activation, tensors)
     assert [relative(a, b) < 2e-4 for a, b in zip(got, wanted, strict=True)] == [True] * 5
     exact = results(loop_experts, activation, inputs(activation, torch.float32))
     assert all(relative(a, b) > 0.01 for a, b in zip(got, exact, strict=True))
@@ -151,8 +152,8 @@ def test_the_layer_stays_near_bf16() -> None:
     """Each product is within 0.04 of bf16's (test_numerics.py). One after the other their errors add up, and gate times
     up has both: 0.067 forward and 0.082 backward were seen."""
     exact = results(loop_experts, "swiglu", inputs("swiglu", torch.bfloat16, 256, 256))
-    tools = Reference(BLOCKWISE, narrow_weight_gradient=True)
-    got = results(experts_with(tools), "swiglu", inputs("swiglu", torch.bfloat16, 256, 256))
+    gemm = Reference(BLOCKWISE, narrow_weight_gradient=True)
+    got = results(experts_with(gemm), "swiglu", inputs("swiglu", torch.bfloat16, 256, 256))
     assert all(0.03 < relative(a.float(), b.float()) < 0.09 for a, b in zip(got, exact, strict=True))
 
 
@@ -164,16 +165,16 @@ def test_a_weight_is_rounded_once_and_again_after_a_change() -> None:
             made.append(w_LKN.clone())
             return super().weight(w_LKN)
 
-    tools, layer = Counting(BLOCKWISE), torch.nn.Linear(4, 4)
+    gemm, layer = Counting(BLOCKWISE), torch.nn.Linear(4, 4)
     for _ in range(2):
-        kept_weight(tools, layer.weight[None], layer.weight)
+        kept_weight(gemm, layer.weight[None], layer.weight)
     assert len(made) == 1
     with torch.no_grad():
         layer.weight.mul_(2)  # autograd counts this one
-    kept_weight(tools, layer.weight[None], layer.weight)
+    kept_weight(gemm, layer.weight[None], layer.weight)
     layer.weight.data.mul_(2)  # an optimizer on flat buffers writes like this
     forget_weights(layer)
-    assert torch.equal(kept_weight(tools, layer.weight[None], layer.weight).forward, quantised(layer.weight[None]))
+    assert torch.equal(kept_weight(gemm, layer.weight[None], layer.weight).forward, quantised(layer.weight[None]))
     kept_weight(Reference(BLOCKWISE), layer.weight[None], layer.weight)
     assert len(made) == 3
 
@@ -185,10 +186,10 @@ def quantised(w: Tensor) -> Tensor:
 SIZES = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 256, "num_query_groups": 4}
 VARIANTS = {
     "plain": Variant(SIZES, {"every": 2}),
-    "reference": Variant(SIZES, {"every": 2}, tools=Reference()),
-    "fp8": Variant(SIZES, {"every": 2}, tools=Reference(BLOCKWISE)),
-    "full": Variant(SIZES | {"recompute": ["full"]}, {"every": 2}, tools=Reference(BLOCKWISE)),
-    "activation": Variant(SIZES | {"recompute": ["activation", "norm"]}, {"every": 2}, tools=Reference(BLOCKWISE)),
+    "reference": Variant(SIZES, {"every": 2}, gemm=Reference()),
+    "fp8": Variant(SIZES, {"every": 2}, gemm=Reference(BLOCKWISE)),
+    "full": Variant(SIZES | {"recompute": ["full"]}, {"every": 2}, gemm=Reference(BLOCKWISE)),
+    "activation": Variant(SIZES | {"recompute": ["activation", "norm"]}, {"every": 2}, gemm=Reference(BLOCKWISE)),
 }
 
 
@@ -263,7 +264,7 @@ def learned(ranks) -> dict[str, np.ndarray]:
     }
     # Of some initial weights half a gradient is nearly enough: with seed 1 it drifts by 0.064.
     base = Variant({**SIZES, "hidden_size": 128, "ffn_hidden_size": 128}, dtype=torch.bfloat16, seed=2)
-    variants = {name: dataclasses.replace(base, tools=tools) for name, tools in every.items()}
+    variants = {name: dataclasses.replace(base, gemm=gemm) for name, gemm in every.items()}
     return {name: np.array(told) for name, told in ranks.run(1, learn, variants, timeout=120)[0].items()}
 
 

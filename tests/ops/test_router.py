@@ -12,15 +12,26 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig, MoeConfig
-from moe import router
 from moe.layer import MoELayer
-from moe.router import Router, choose_router, trial
+from moe.router import ROUTE, Router
+from ops.implementations import Ops
+from ops.operation import Row
 from ops.registry import largest_difference
-from ops.routing import RouterStats, Routing
+from ops.routing import RouterStats, Routing, Rule
 from parallel.batch_context import TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
-from tests.moe.helpers import assert_close, force_experts, random, run_layer, sparse_layer, tiny
+from tests.moe.helpers import (
+    assert_close,
+    force_experts,
+    random,
+    run_context,
+    run_layer,
+    selected,
+    sparse_layer,
+    tiny,
+    try_on,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +53,9 @@ CASES = {
 def router_with_kernel(moe: MoeConfig, runtime: Runtime) -> Router:
     from ops.triton.router import route
 
-    built = Router(ModelConfig(hidden_size=8, moe=moe), sequence_parallel=False, groups=runtime.groups, fused=route)
+    built = Router(
+        ModelConfig(hidden_size=8, moe=moe), sequence_parallel=False, groups=runtime.groups, ops=Ops(route=route)
+    )
     if built.bias is not None:
         built.bias.data = 0.1 * random(moe.num_experts, seed=9)
     return built.to(runtime.device)
@@ -148,7 +161,7 @@ def test_what_is_no_number_is_sorted_as_torch_does(runtime: Runtime, device: tor
     for moe in (MoeConfig(num_experts=8, top_k=8, softmax_order="after"), MoeConfig(num_experts=8, top_k=3)):
         kernel = router_with_kernel(moe, runtime)
         got = kernel.route(logits_TE, None, TRAIN, 1).experts_TK
-        kernel.fused = None
+        kernel.ops = Ops()
         assert torch.equal(got, kernel.route(logits_TE, None, TRAIN, 1).experts_TK)
 
 
@@ -171,7 +184,8 @@ def test_equals_torchs_operations(name: str, runtime: Runtime, device: torch.dev
     from ops.triton.router import route
 
     model = ModelConfig(hidden_size=8, moe=MoeConfig(**CASES[name][0]))
-    got, wanted = (trial(fused, model, runtime.groups, runtime.device) for fused in (route, None))
+    context = run_context(model, runtime)
+    got, wanted = (ROUTE.trial(kernel, context) for kernel in (route, None))
     assert largest_difference(got, wanted) < 1e-6
 
 
@@ -179,7 +193,7 @@ def layer_with(fused: bool, moe: MoeConfig, runtime: Runtime, recompute: bool) -
     from ops.triton.router import route
 
     layer = sparse_layer(tiny(moe, recompute=["moe"] if recompute else []), runtime)
-    layer.router.fused = route if fused else None
+    layer.router.ops = Ops(route=route if fused else None)
     return layer
 
 
@@ -231,33 +245,34 @@ def test_a_near_tie_is_not_decided_again(runtime: Runtime, device: torch.device)
 @pytest.fixture
 def pretended_gpu(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials run where the tests do."""
-    monkeypatch.setattr(router, "trial", lambda fused, model, groups, _: trial(fused, model, groups, runtime.device))
+    try_on(runtime.device, ROUTE, monkeypatch)
 
 
-def chosen(moe: MoeConfig, runtime: Runtime, device: torch.device = CUDA):
-    return choose_router(ModelConfig(hidden_size=8, moe=moe), runtime.groups, device)
+def chosen(moe: MoeConfig, runtime: Runtime, device: torch.device = CUDA) -> tuple[object, Row]:
+    return selected(ROUTE, run_context(ModelConfig(hidden_size=8, moe=moe), runtime, device=device))
 
 
 def test_a_gpu_gets_the_kernel_where_it_serves(runtime: Runtime, pretended_gpu: None, device: torch.device) -> None:
     from ops.triton.router import route
 
     plain = MoeConfig(num_experts=8, top_k=2)
-    fused, choice = chosen(plain, runtime)
-    assert fused is route and (choice.part, choice.name) == ("router", "Triton") and "equals torch's" in choice.why
+    kernel, row = chosen(plain, runtime)
+    assert kernel is route and (row.operation, row.name) == ("router", "Triton") and "equals torch's" in row.why
     for settings, why in [
         ({"load_balancing": "sinkhorn"}, "sinkhorn chooses over the whole micro-batch"),
         ({"load_balancing": "expert_choice"}, "expert_choice chooses over the whole micro-batch"),
         ({"num_expert_groups": 2}, "chooses groups of experts first"),
     ]:
-        fused, choice = chosen(replace(plain, **settings), runtime)
-        assert fused is None and (choice.name, choice.why) == ("torch", why)
-    fused, choice = chosen(replace(plain, num_experts=5000), runtime)
-    assert fused is None and "Triton failed its trial (ValueError)" in choice.why
+        kernel, row = chosen(replace(plain, **settings), runtime)
+        assert kernel is None and row.name == "torch" and row.why.endswith(why) and not row.refused
+    kernel, row = chosen(replace(plain, num_experts=5000), runtime)
+    assert kernel is None and "Triton failed its trial (ValueError" in row.why and row.refused
 
 
 def test_a_cpu_gets_torch(runtime: Runtime) -> None:
-    fused, choice = chosen(MoeConfig(num_experts=8), runtime, CPU)
-    assert fused is None and (choice.part, choice.name) == ("router", "torch")
+    kernel, row = chosen(MoeConfig(num_experts=8), runtime, CPU)
+    assert kernel is None and (row.operation, row.name) == ("router", "torch")
+    assert row.why == "softmax, a stable sort, sums"
 
 
 def off(routing: Routing, name: str) -> Routing:
@@ -283,9 +298,9 @@ def test_a_kernel_that_is_off_is_left_out(
     moe = MoeConfig(num_experts=8, top_k=2)
     torchs = Router(ModelConfig(hidden_size=8, moe=moe), sequence_parallel=False, groups=runtime.groups)
 
-    def wrong(logits_TE: Tensor, bias_E: None, padding_T: Tensor, rule: router.Rule, sequences: int) -> Routing:
+    def wrong(logits_TE: Tensor, bias_E: None, padding_T: Tensor, rule: Rule, sequences: int) -> Routing:
         return off(torchs.route(logits_TE, padding_T, TRAIN, sequences), name)
 
-    monkeypatch.setattr(router, "_triton_route", lambda: wrong)
-    fused, choice = chosen(moe, runtime)
-    assert fused is None and "Triton differs from torch's by" in choice.why
+    monkeypatch.setattr("ops.triton.router.route", wrong)
+    kernel, row = chosen(moe, runtime)
+    assert kernel is None and "Triton differs from torch's by" in row.why and row.refused

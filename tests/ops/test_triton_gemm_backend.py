@@ -22,12 +22,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def tools_of(kind: str) -> tuple[object, Reference]:
     """(ours in Triton, the reference) in bf16 or for a recipe, weight gradients included."""
-    from ops.triton.gemm_backend import Float8Tools, TritonTools
+    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
 
     if kind == "bf16":
-        return TritonTools(), Reference()
+        return TritonGemmBackend(), Reference()
     recipe = RECIPES[kind]
-    return Float8Tools(recipe, narrow_weight_gradient=True), Reference(recipe, narrow_weight_gradient=True)
+    return Float8GemmBackend(recipe, narrow_weight_gradient=True), Reference(recipe, narrow_weight_gradient=True)
 
 
 def strided(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -69,12 +69,12 @@ def test_rows_are_read_from_where_they_lie(kind: str, device: torch.device) -> N
     x_TK, dy_RN = (strided(rows, n, seed=n, device=device) for rows, n in ((7, 208), (134, 144)))
     w_LKN = strided(4, 208, 144, seed=3, device=device)
     told = []
-    for tools, gathered in ((mine, False), (reference, True)):
+    for gemm, gathered in ((mine, False), (reference, True)):
         x, row = (x_TK[row_R], None) if gathered else (x_TK, row_R)
-        groups = tools.groups(counts, device)
-        y_RN = tools.product(tools.rows(x, row), tools.weight(w_LKN).forward, groups, torch.bfloat16)
-        operands = tools.columns(x, groups, row), tools.columns(dy_RN, groups)
-        told.append([y_RN, tools.weight_gradient(*operands, groups, w_LKN)])
+        groups = gemm.groups(counts, device)
+        y_RN = gemm.product(gemm.rows(x, row), gemm.weight(w_LKN).forward, groups, torch.bfloat16)
+        operands = gemm.columns(x, groups, row), gemm.columns(dy_RN, groups)
+        told.append([y_RN, gemm.weight_gradient(*operands, groups, w_LKN)])
     for got, wanted in zip(*told, strict=True):
         assert_near(got, wanted)
 
@@ -173,8 +173,8 @@ def test_activations_in_one_pass(name: str, width: int, device: torch.device) ->
     a_RF = activate(leaf.unbind(1), name)
     dh_RN = torch.autograd.grad(a_RF, leaf, da_RF.float())[0].flatten(1)
     assert_near(plain.activate(h_RGF, name).values, a_RF.detach())
-    for tools in (plain, mine):
-        got_a, got_dh, rows = tools.activate_back(h_RGF, da_RF, name)
+    for gemm in (plain, mine):
+        got_a, got_dh, rows = gemm.activate_back(h_RGF, da_RF, name)
         assert_near(got_a, a_RF.detach())
         assert_near(got_dh, dh_RN)
     assert_same_bits(rows.values, rows.scale, quantise(got_dh, (1, BLOCK)))
@@ -186,15 +186,15 @@ def test_activations_in_one_pass(name: str, width: int, device: torch.device) ->
 def test_experts_in_triton_are_the_experts_of_the_reference(kind: str, device: torch.device) -> None:
     tensors = [inputs("swiglu", torch.bfloat16) for _ in range(2)]
     mine = [t.detach().to(device).requires_grad_() for t in tensors[0]]
-    tools, reference = tools_of(kind)
-    got = results(experts_with(tools), "swiglu", mine)
+    gemm, reference = tools_of(kind)
+    got = results(experts_with(gemm), "swiglu", mine)
     for a, b in zip(got, results(experts_with(reference), "swiglu", tensors[1]), strict=True):
         assert_near(a, b)
 
 
 def test_experts_in_triton_read_rows_where_they_lie(device: torch.device) -> None:
-    tools, reference = tools_of("blockwise")
-    got = read_in_place(tools, [t.to(device) for t in inputs("swiglu", torch.bfloat16)], gathered=False)
+    gemm, reference = tools_of("blockwise")
+    got = read_in_place(gemm, [t.to(device) for t in inputs("swiglu", torch.bfloat16)], gathered=False)
     wanted = read_in_place(reference, inputs("swiglu", torch.bfloat16), gathered=True)
     for a, b in zip(got, wanted, strict=True):
         assert_near(a, b, bar=4e-3)  # a token's gradient is added up in bf16 by the reference
@@ -204,7 +204,7 @@ def test_a_model_trains_on_these_kernels(runtime: Runtime, device: torch.device)
     """Every FP8 product of a step, in experts, attention and a dense layer: losses and gradient norms."""
     sizes = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 128, "num_query_groups": 4}
     told = []
-    for tools in tools_of("blockwise"):
-        variant = Variant(sizes, {"every": 2, "num_experts": 2}, dtype=torch.bfloat16, tools=tools)
+    for gemm in tools_of("blockwise"):
+        variant = Variant(sizes, {"every": 2, "num_experts": 2}, dtype=torch.bfloat16, gemm=gemm)
         told.append(train(build_engine(runtime, variant), range(1)))
     torch.testing.assert_close(torch.tensor(told[0]), torch.tensor(told[1]), rtol=5e-3, atol=0)

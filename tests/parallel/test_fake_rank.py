@@ -21,16 +21,15 @@ SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 
 def parts_of_rank(layout: Layout, rank: int, model: ModelConfig) -> dict[str, tuple]:
     """(offset and size along every axis, elements of the logical parameter) of everything that a rank holds."""
-    from models.decoder import Parts, Stage
+    from models.decoder import ModelBuildContext, ModelChunk
     from models.megatron_config import transformer_config
 
     held = {}
     with fake_rank(layout, rank) as runtime:
-        parts = Parts(
-            model, transformer_config(model, runtime, torch.bfloat16, deterministic=False), runtime, "loop", seed=1
-        )
+        core = transformer_config(model, runtime, torch.bfloat16, deterministic=False)
+        context = ModelBuildContext(model, core, runtime, seed=1)
         for chunk in range(layout.vpp):
-            stage = Stage(parts, chunk=chunk, sequence_length=64, document_mask=False)
+            stage = ModelChunk(context, chunk=chunk, sequence_length=64, document_mask=False)
             for name, p in stage.named_parameters():
                 assert p.is_meta
                 logical = p.sharding.logical_shape(p.shape)

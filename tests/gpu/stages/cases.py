@@ -43,17 +43,17 @@ def experts_case(kind: str, model: str) -> Pairs:
     w = bf16(experts, hidden, width, scale=hidden**-0.5, seed=3)
     if kind == "grouped_mm":
         return _grouped_mm(x, w, dy, counts)
-    from ops.triton.gemm_backend import Float8Tools, TritonTools
+    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
 
     recipe = None if kind == "bf16" else RECIPES[kind]
     narrow = recipe is not None
-    tools = TritonTools() if recipe is None else Float8Tools(recipe, narrow_weight_gradient=True)
+    gemm = TritonGemmBackend() if recipe is None else Float8GemmBackend(recipe, narrow_weight_gradient=True)
     reference = Reference(recipe, narrow_weight_gradient=narrow)
-    groups, weight = tools.groups(counts, DEVICE), tools.weight(w)
+    groups, weight = gemm.groups(counts, DEVICE), gemm.weight(w)
     got = {
-        "forward": tools.product(tools.rows(x), weight.forward, groups, torch.bfloat16),
-        "input gradient": tools.product(tools.rows(dy), weight.back, groups, torch.bfloat16),
-        "weight gradient": tools.weight_gradient(tools.columns(x, groups), tools.columns(dy, groups), groups, w),
+        "forward": gemm.product(gemm.rows(x), weight.forward, groups, torch.bfloat16),
+        "input gradient": gemm.product(gemm.rows(dy), weight.back, groups, torch.bfloat16),
+        "weight gradient": gemm.weight_gradient(gemm.columns(x, groups), gemm.columns(dy, groups), groups, w),
     }
     if KERNELS_ONLY:
         return {}
@@ -90,11 +90,11 @@ def linear_case(recipe: str) -> Pairs:
     from ops.fp8_numerics import RECIPES
     from ops.gemm_backend import Reference
     from ops.grouped_mlp import linear_with
-    from ops.triton.scaled_mm import ScaledTools
+    from ops.triton.scaled_mm import ScaledMmBackend
 
     rows, inner, outer = (32, 128, 128) if REHEARSE else (4096, 2048, 5632)
     results = []
-    for kind in (ScaledTools, Reference):
+    for kind in (ScaledMmBackend, Reference):
         leaves = [bf16(rows, inner, seed=1).requires_grad_(), bf16(outer, inner, seed=2).requires_grad_()]
         y = linear_with(kind(RECIPES[recipe], narrow_weight_gradient=True))(*leaves)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, bf16(rows, outer, seed=3))])
@@ -104,18 +104,18 @@ def linear_case(recipe: str) -> Pairs:
 
 def rows_case() -> Pairs:
     """Tokens to rows and back."""
-    from ops.permute import PLAIN_ROWS
-    from ops.triton.permute import ROWS
+    from ops.permute import TORCH_PERMUTATION
+    from ops.triton.permute import PERMUTATION as KERNELS
 
     tokens, hidden, top_k = (40, 64, 2) if REHEARSE else (8192, 2048, 8)
     choice = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))[: tokens * top_k * 3 // 4]
     choice = choice.to(DEVICE)
     results = []
-    for rows, dtype in ((ROWS, torch.bfloat16), (PLAIN_ROWS, torch.float64)):
+    for rows, dtype in ((KERNELS, torch.bfloat16), (TORCH_PERMUTATION, torch.float64)):
         x = bf16(tokens, hidden, seed=1).to(dtype).requires_grad_()
         gates = bf16(tokens, top_k, seed=2).to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_()
-        taken = rows.take(x, choice, top_k, False)
-        out = rows.weighted_sum(taken, choice, gates, False)
+        taken = rows.permute(x, choice, top_k, False)
+        out = rows.unpermute(taken, choice, gates, False)
         results.append([taken.detach(), out.detach(), *torch.autograd.grad(out, (x, gates), torch.ones_like(out))])
     names = ("gather", "weighted sum", "tokens' gradient", "gates' gradient")
     return {name: (got, wanted) for name, got, wanted in zip(names, *results, strict=True)}
@@ -182,7 +182,7 @@ def router_case(**options: Any) -> Pairs:
 
 def attention_case(kind: str) -> Pairs:
     """Documents, and a later shard of the queries, beside a mask in fp32."""
-    from models.varlen_attention import attention_pieces, joined_attention, masked_attention, varlen_attention
+    from ops.varlen_attention import attention_pieces, joined_attention, masked_attention, varlen_attention
 
     attend = {"joined": joined_attention, "varlen": varlen_attention}[kind]
     sequence, heads, groups = (64, 4, 2) if REHEARSE else (2048, 16, 4)

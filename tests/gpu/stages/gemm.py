@@ -68,21 +68,21 @@ def memory_bound() -> dict[str, object]:
     """GB/s of what is read and written at least, beside those of a copy."""
     from ops.activations import activate
     from ops.fp8_numerics import RECIPES
-    from ops.triton.gemm_backend import Float8Tools, TritonTools
-    from ops.triton.permute import ROWS as PERMUTE
+    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
+    from ops.triton.permute import PERMUTATION
     from ops.triton.rms_norm import rms_norm
 
     tokens, hidden, width = (32, 128, 128) if REHEARSE else (16384, 4096, 4096)
     x, h, weight = bf16(tokens, hidden), bf16(tokens, 2, width), bf16(hidden)
     choice = torch.randperm(tokens, device=DEVICE)
-    fp8, target = Float8Tools(RECIPES["blockwise"]), torch.empty_like(x)
+    fp8, target = Float8GemmBackend(RECIPES["blockwise"]), torch.empty_like(x)
     moved = x.numel() * 2
     steps = {
         "copy": (lambda: target.copy_(x), 2 * moved),
         "round rows to FP8": (lambda: fp8.rows(x), 1.5 * moved),
         "RMSNorm": (lambda: rms_norm(x, weight, 1e-6), 2 * moved),
-        "gather rows": (lambda: PERMUTE.take(x, choice, 1, False), 2 * moved),
-        "SwiGLU": (lambda: TritonTools().activate(h, "swiglu"), 1.5 * h.numel() * 2),
+        "gather rows": (lambda: PERMUTATION.permute(x, choice, 1, False), 2 * moved),
+        "SwiGLU": (lambda: TritonGemmBackend().activate(h, "swiglu"), 1.5 * h.numel() * 2),
         "SwiGLU and FP8": (lambda: fp8.activate(h, "swiglu"), 1.25 * h.numel() * 2),
         "SwiGLU, torch": (lambda: activate(h.unbind(1), "swiglu"), 1.5 * h.numel() * 2),
     }

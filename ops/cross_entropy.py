@@ -1,4 +1,4 @@
-"""The loss of every token, over a vocabulary that may be cut.
+"""Cross-entropy of every token, over a vocabulary that may be sharded.
 
 Legend: R tokens (any shape), V vocabulary (this rank's slice).
 """
@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.cpp import build as native
-from ops.registry import Candidate, Choice, select
+from ops.cpp.build import native
+from ops.operation import Implementation, Operation
+from ops.run_context import RunContext
 from parallel.chunked_ops import rows_at_once
 from parallel.collectives import all_gather
 
@@ -66,18 +67,6 @@ TokenLosses = Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
 """The arguments and the result of `token_losses`."""
 
 
-def _triton_token_losses() -> TokenLosses:
-    from ops.triton.cross_entropy import token_losses
-
-    return token_losses
-
-
-def _native_token_losses() -> TokenLosses:
-    from ops.cpp.rows import token_losses
-
-    return token_losses
-
-
 class _Alone:
     """Stands for a group of one rank."""
 
@@ -88,22 +77,26 @@ class _Alone:
         return 0
 
 
-def choose_token_losses(device: torch.device, dtype: torch.dtype) -> tuple[TokenLosses, Choice]:
-    """Triton's on a GPU, or ours in C++ on a CPU that it is made for, where they equal these here."""
+def _trial(losses: TokenLosses, context: RunContext) -> list[Tensor]:
+    """Nine tokens over this rank's shard of the vocabulary."""
+    vocabulary = context.model.vocab_size // context.groups.tp.size()
+    logits = (4 * context.randn(9, vocabulary, dtype=torch.float32)).to(context.dtype).requires_grad_()
+    labels = torch.tensor([0, 3, 999, 4999, 4096, 7, 7, 500, vocabulary - 1], device=context.device) % vocabulary
+    values = losses(logits * 1, labels, _Alone())
+    (gradient,) = torch.autograd.grad(values, logits, torch.linspace(-1, 1, 9, device=context.device))
+    return [values.detach(), gradient]
 
-    def run(losses: TokenLosses) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        logits = (4 * torch.randn(9, 5000, generator=generator)).to(device, dtype).requires_grad_()
-        labels = torch.tensor([0, 3, 999, 4999, 4096, 7, 7, 500, 1], device=device)
-        values = losses(logits * 1, labels, _Alone())
-        values.backward(torch.linspace(-1, 1, 9, device=device))
-        return [values.detach(), logits.grad]
 
-    part, plain = "loss", ("torch, in blocks", token_losses)
-    if device.type == "cuda":
-        faster = Candidate("Triton", _triton_token_losses)
-    elif native.made_for(device, dtype):
-        faster = native.candidate(_native_token_losses)
-    else:
-        return token_losses, Choice(part, plain[0], "no copy of the logits in fp32")
-    return select(part, [faster], plain, run, 1e-5 if dtype == torch.float32 else 1e-2)
+CROSS_ENTROPY = Operation(
+    field="token_losses",
+    name="loss",
+    reference=lambda context: Implementation(
+        "torch, in blocks", lambda context: token_losses, "no copy of the logits in fp32"
+    ),
+    implementations=[
+        Implementation("Triton", "ops.triton.cross_entropy:token_losses", device="cuda"),
+        native("ops.cpp.rows:token_losses"),
+    ],
+    trial=_trial,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
+)

@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.operation import Implementation, Operation
+from ops.run_context import RunContext
+
 
 class Segment(NamedTuple):
     """Consecutive queries of one document. The last sees all keys up to end_key, each one before it one less."""
@@ -252,3 +255,32 @@ def _varlen() -> Callable[..., Tensor]:
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     return lambda *arguments: varlen_attn(*arguments, **options)
+
+
+def _trial(attend: VarlenAttention, context: RunContext) -> list[Tensor]:
+    """Two sequences: documents that end within a piece, reach over both, and begin before the first query."""
+    ranks, width = context.groups.tp.size(), context.model.head_width
+    heads, keys = context.model.num_attention_heads // ranks, context.model.query_groups // ranks
+    rows = [[Segment(40, 30, 150), Segment(30, 150, 180)], [Segment(70, 0, 180)]]
+    late = [[Segment(1, 170, 181), Segment(57, 181, 238)], [Segment(58, 100, 238)]]
+    pieces = [Piece(slice(0, 70), rows), Piece(slice(70, 128), late)]
+    q, k, v = (
+        context.randn(2, h, tokens, width, seed=seed).requires_grad_()
+        for seed, (h, tokens) in enumerate(((heads, 128), (keys, 256), (keys, 256)))
+    )
+    out = attend(q, k, v, pieces)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), context.randn(*out.shape, seed=3))]
+
+
+VARLEN_ATTENTION = Operation(
+    field="varlen_attention",
+    name="attention",
+    reference=lambda context: Implementation("torch, under a mask", lambda context: masked_attention),
+    implementations=[
+        Implementation("torch varlen", lambda context: varlen_attention, device="cuda", dtypes=(torch.bfloat16,)),
+        Implementation("joined by log-sum-exp", "ops.varlen_attention:joined_attention"),
+    ],
+    trial=_trial,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
+    is_used=lambda context: context.needs_varlen,
+)

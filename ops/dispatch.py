@@ -1,0 +1,61 @@
+"""What brings rows to the ranks that hold their experts: its interface, which moe/dispatcher.py implements.
+
+Legend: T tokens of this rank, D hidden, K choices per token, R routed rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ops.permute import Permutation, PermutedTokens
+from parallel.process_groups import Groups
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the router decided for T tokens, [T, K] each."""
+
+    experts_TK: Tensor
+    gates_TK: Tensor
+    keep_TK: Tensor
+    """False where the choice is dropped."""
+    names_TK: Tensor | None = None
+    """int64, a name for every choice that travels with its row. None: rows stay nameless."""
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows for this rank's experts."""
+
+    rows: PermutedTokens
+    """Grouped by expert."""
+    counts: list[int]
+    """Rows of each of this rank's experts."""
+    names_R: Tensor | None
+    """Of the rows; any number for a row of zeros."""
+    way_back: Any
+    """What the dispatcher needs to combine."""
+
+
+class Dispatcher(Protocol):
+    """How rows get to their experts. Between `start` and `finish` of a layer there is no other `start`."""
+
+    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Any:
+        """Sends the rows of the kept choices. slots: rows of each expert from each rank; None: as many as there are."""
+
+    def finish(self, started: Any) -> Dispatched:
+        """Waits for the rows that come to this rank."""
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """[T, D]: the sum over each token's kept choices of gate * expert output; zero where all were dropped.
+
+        Args:
+            y_RD: the experts' answers to the rows, partial sums where etp cuts the experts.
+        """
+
+
+class DispatcherFactory(Protocol):
+    """Makes the dispatcher of a layer."""
+
+    def __call__(self, num_experts: int, hidden_size: int, groups: Groups, permutation: Permutation) -> Dispatcher: ...

@@ -1,0 +1,47 @@
+"""The implementations that a model's layers call, one for each operation."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ops.attention import CausalAttention, torch_attention
+from ops.cross_entropy import TokenLosses, token_losses
+from ops.dispatch import DispatcherFactory
+from ops.experts import LOOP, ExpertBackend
+from ops.fp8 import Float8
+from ops.norm import Norm, torch_rms_norm
+from ops.permute import TORCH_PERMUTATION, Permutation
+from ops.rotary import ApplyRotary, apply_rotary
+from ops.routing import FusedRoute, RouterLogits, router_logits
+from ops.varlen_attention import VarlenAttention, joined_attention
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What ops.registry.select has chosen; by default torch's."""
+
+    apply_rotary: ApplyRotary = apply_rotary
+    """Rotates queries and keys by the angles of their positions."""
+    rms_norm: Norm = torch_rms_norm
+    token_losses: TokenLosses = token_losses
+    """Cross-entropy over a sharded vocabulary."""
+    causal_attention: CausalAttention = torch_attention
+    """Attention where a query sees all tokens before it."""
+    varlen_attention: VarlenAttention = joined_attention
+    """Attention within documents, and to other ranks' keys."""
+    permutation: Permutation = TORCH_PERMUTATION
+    """How tokens become the experts' rows on a rank, and rows tokens."""
+    router_logits: RouterLogits = router_logits
+    """The product of tokens with a router's weight."""
+    route: FusedRoute | None = None
+    """What follows it; None: the router's own operations."""
+    experts: ExpertBackend = LOOP
+    """The products of experts in bf16 or fp32."""
+    float8: Float8 | None = None
+    """Which layers compute in FP8, and with what."""
+    dispatcher: DispatcherFactory | None = None
+    """How rows travel to their experts' ranks; None: as moe.dispatcher.dispatcher_for says."""
+    adamw: type[torch.optim.Optimizer] = torch.optim.AdamW
+
+
+DEFAULT_OPS = Ops()

@@ -1,0 +1,91 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4) as an operation.
+
+Legend: R rows, D hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ops.cpp.build import native
+from ops.operation import Implementation, Operation
+from ops.run_context import RunContext
+from parallel.chunked_ops import rows_at_once
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""(x [..., D], weight [D], eps) -> normalised x."""
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _InBlocks(torch.autograd.Function):
+    """In fp32 block by block. A CPU has no kernel for it: torch's own is eight operations over the whole of x."""
+
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        ctx.rows = rows_at_once(x_RD.shape[1], x_RD.device)
+        y_RD, scale_R1 = torch.empty_like(x_RD), x_RD.new_empty((x_RD.shape[0], 1), dtype=torch.float32)
+        for x, y, scale in zip(*(t.split(ctx.rows) for t in (x_RD, y_RD, scale_R1)), strict=True):
+            x = x.float()
+            scale.copy_(torch.linalg.vecdot(x, x)[:, None].div_(x.shape[1]).add_(eps).rsqrt_())
+            y.copy_((x * scale).mul_(weight_D))
+        ctx.save_for_backward(x_RD, weight_D, scale_R1)
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)), dweight = sum(dy * n)."""
+        x_RD, weight_D, scale_R1 = ctx.saved_tensors
+        dx_RD, weight = torch.empty_like(x_RD), weight_D.float()
+        dweight = torch.zeros_like(weight)
+        parts = (t.split(ctx.rows) for t in (x_RD, dy_RD, scale_R1, dx_RD))
+        for x, dy, scale, dx in zip(*parts, strict=True):
+            n, dy = x.float() * scale, dy.float()
+            dy_n = dy * n
+            dweight += dy_n.sum(0)
+            mean = torch.mv(dy_n, weight).div_(x.shape[1])[:, None]
+            dx.copy_((dy * weight).addcmul_(n, mean, value=-1).mul_(scale))
+        return dx_RD, dweight.to(weight_D.dtype), None
+
+
+def rms_norm_in_blocks(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """torch_rms_norm for a CPU. x: [..., D]."""
+    return _InBlocks.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+
+
+def _apex(context: RunContext) -> Norm:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
+
+
+def _trial(norm: Norm, context: RunContext) -> list[Tensor]:
+    """Rows of every width that the run has: of the hidden size and, with qk_norm, of queries and keys."""
+    model, results = context.model, []
+    heads = {None: [], "head": [model.head_width], "full": [model.query_width, model.key_width]}[model.qk_norm]
+    for width in (model.hidden_size, *heads):
+        x, weight = (context.randn(*shape, seed=len(shape)).requires_grad_() for shape in ((8, width), (width,)))
+        y = norm(x, weight, model.norm_eps)
+        results += [y.detach(), *torch.autograd.grad(y, (x, weight), context.randn(8, width))]
+    return results
+
+
+RMS_NORM = Operation(
+    field="rms_norm",
+    name="norm",
+    reference=lambda context: Implementation("torch rms_norm", lambda context: torch_rms_norm),
+    implementations=[
+        Implementation("Triton", "ops.triton.rms_norm:rms_norm", device="cuda"),
+        native("ops.cpp.rows:rms_norm"),
+        Implementation("blocks of rows in cache", lambda context: rms_norm_in_blocks, device="cpu"),
+        Implementation("Apex", _apex),
+    ],
+    trial=_trial,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
+)

@@ -1,0 +1,121 @@
+"""Every operation of the registry takes an implementation that computes what its reference does, and no other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conf.schema import DataConfig, MoeConfig
+from models.operations import OPERATIONS, select_ops
+from moe.router import Router
+from ops.experts import LOOP, ExpertBackend
+from ops.gemm_backend import Reference
+from ops.implementations import DEFAULT_OPS
+from ops.operation import Implementation, Operation
+from ops.permute import TORCH_PERMUTATION
+from ops.routing import Routing
+from ops.run_context import RunContext
+from parallel.batch_context import TRAIN
+from parallel.process_groups import Runtime
+from tests.moe.helpers import run_context, tiny
+
+WRONG = 1.1
+"""What the results of a wrong implementation, or their gradients, are multiplied by."""
+
+
+def times(function: Callable[..., torch.Tensor], factor: float) -> Callable[..., torch.Tensor]:
+    return lambda *arguments: function(*arguments) * factor
+
+
+def rotary(factor: float, context: RunContext) -> Callable[..., torch.Tensor]:
+    """Wrong: its backward pass rotates forward."""
+
+    def apply(*arguments: torch.Tensor, backward: bool = False) -> torch.Tensor:
+        return DEFAULT_OPS.apply_rotary(*arguments, backward=backward and factor == 1)
+
+    return apply
+
+
+def permutation(factor: float, context: RunContext) -> object:
+    rows = {name: getattr(TORCH_PERMUTATION, name) for name in ("permute", "unpermute")}
+    return SimpleNamespace(**rows, permute_backward=times(TORCH_PERMUTATION.permute_backward, factor))
+
+
+def route(factor: float, context: RunContext) -> Callable[..., Routing]:
+    router = Router(context.model, sequence_parallel=False, groups=context.groups)
+
+    def route(logits_TE: torch.Tensor, bias_E: None, padding_T: Any, rule: object, sequences: int) -> Routing:
+        routing = router.route(logits_TE, padding_T, TRAIN, sequences)
+        return replace(routing, gates_TK=routing.gates_TK * factor)
+
+    return route
+
+
+def float8(factor: float, context: RunContext) -> object:
+    class Off(Reference):
+        def product(self, *operands: Any) -> torch.Tensor:
+            return super().product(*operands) * factor
+
+    (operation,) = (o for o in OPERATIONS if o.field == "float8")
+    plain = operation.reference(context).loaded(context)
+    return replace(plain, linear=Off(plain.linear.recipe))
+
+
+def dispatcher(factor: float, context: RunContext) -> Callable[..., object]:
+    (operation,) = (o for o in OPERATIONS if o.field == "dispatcher")
+    make = operation.reference(context).loaded(context)
+
+    def made(*arguments: Any) -> object:
+        plain = make(*arguments)
+        return SimpleNamespace(start=plain.start, finish=plain.finish, combine=times(plain.combine, factor))
+
+    return made
+
+
+def adamw(factor: float, context: RunContext) -> type[torch.optim.Optimizer]:
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, weights: Any, lr: float, **settings: Any):
+            super().__init__(weights, lr=lr * factor, **settings)
+
+    return AdamW
+
+
+FAKES: dict[str, Callable[[float, RunContext], object]] = {
+    "apply_rotary": rotary,
+    "permutation": permutation,
+    "route": route,
+    "float8": float8,
+    "experts": lambda factor, context: ExpertBackend(times(LOOP.run, factor)),
+    "dispatcher": dispatcher,
+    "adamw": adamw,
+}
+"""Of an operation's field; of the others a multiple of what the reference returns."""
+
+
+@pytest.mark.parametrize("factor", [1.0, WRONG], ids=["right", "wrong"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.field)
+def test_only_what_equals_the_reference_is_taken(
+    operation: Operation, factor: float, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake implementation comes first."""
+    model, is_fp8 = (
+        tiny(MoeConfig(num_experts=4, top_k=2), hidden_size=16, ffn_hidden_size=16),
+        operation.field == "float8",
+    )
+    data = DataConfig(document_mask=operation.field == "varlen_attention")
+    dtype = torch.bfloat16 if is_fp8 else torch.float32
+    context = run_context(model, runtime, dtype, data=data, precision="fp8" if is_fp8 else "fp32")
+    plain = operation.reference(context).loaded(context)
+    fake = FAKES.get(operation.field, lambda factor, context: times(plain, factor))(factor, context)
+    first = Implementation("fake", lambda context: fake)
+    monkeypatch.setattr(operation, "implementations", [first, *operation.implementations])
+    ops, rows = select_ops(context)
+    (row,) = (row for row in rows if row.operation == operation.name)
+    if factor == 1:
+        assert getattr(ops, operation.field) is fake and row.name.startswith("fake") and not row.refused
+    else:
+        assert getattr(ops, operation.field) is not fake and not row.name.startswith("fake")
+        assert "fake differs from " in row.why and row.refused
