@@ -22,7 +22,7 @@ from parallel.sharding import set_sharding
 
 
 class Attention(nn.Module):
-    """Projects, rotates and attends. Heads are cut over tensor-parallel ranks; under context parallelism keys and
+    """Projects, rotates and attends. Heads are sharded over tensor-parallel ranks; under context parallelism keys and
     values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
 
     def __init__(

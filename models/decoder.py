@@ -138,7 +138,7 @@ class ModelChunk(MegatronModule):
                 tp_group=groups.tp,
             )
             set_sharding(self.embedding.weight, (0, groups.tp), std=std)
-            # Gives it a bucket of its own, cut over data-parallel ranks as on the other stage that holds it.
+            # Gives it a bucket of its own, sharded over data-parallel ranks as on the other stage that holds it.
             self.embedding.weight.shared_embedding = model.tie_embeddings
         self.layers = nn.ModuleDict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:

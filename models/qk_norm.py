@@ -30,7 +30,7 @@ def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Gro
     full = model.qk_norm == "full"
     size = width // groups.tp.size() if full else model.head_width
     norm = RMSNorm(size, model.norm_eps, function=function, dtype=dtype, sequence_parallel=False, groups=groups)
-    if full:  # cut as the heads are
+    if full:  # sharded as the heads are
         set_sharding(norm.weight, (0, groups.tp))
     return norm
 

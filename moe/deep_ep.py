@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops.dispatch import Choices, Dispatched, DispatcherFactory
+from ops.dispatch import Assignments, Dispatched, DispatcherFactory
 from ops.operation import Implementation
 from ops.permute import PermutedTokens, PermuteIndices, by_expert, unpermute
 from ops.run_context import RunContext
@@ -105,11 +105,11 @@ class DeepEPDispatcher:
         self.num_experts, self.local = num_experts, num_experts // groups.ep.size()
         self.buffer = _buffer(groups.ep, hidden_size)
 
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Dispatched:
-        assert slots is None and choices.names_TK is None
-        experts_TK = torch.where(choices.keep_TK, choices.experts_TK, -1)
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Dispatched:
+        assert slots is None and assignments.names_TK is None
+        experts_TK = torch.where(assignments.keep_TK, assignments.experts_TK, -1)
         x_ND, gates_NK, experts_NK, arrived = _Send.apply(
-            self.buffer, x_TD, choices.gates_TK.float(), experts_TK, self.num_experts
+            self.buffer, x_TD, assignments.gates_TK.float(), experts_TK, self.num_experts
         )
         # Here experts are counted from this rank's first; -1 is another rank's.
         here = torch.where(experts_NK >= 0, experts_NK, self.local)

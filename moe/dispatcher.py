@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conf.schema import MoeConfig
 from moe.deep_ep import DEEP_EP
-from ops.dispatch import Choices, Dispatched, DispatcherFactory
+from ops.dispatch import Assignments, Dispatched, DispatcherFactory
 from ops.operation import Implementation, Operation
 from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert
 from ops.run_context import RunContext
@@ -56,9 +56,9 @@ def take_names(names_TK: Tensor | None, choice_R: Tensor) -> Tensor | None:
     return None if names_TK is None else F.pad(names_TK.flatten(), (0, 1))[choice_R]
 
 
-def masked_experts(choices: Choices, num_experts: int) -> Tensor:
+def masked_experts(assignments: Assignments, num_experts: int) -> Tensor:
     """[T * K]: the chosen experts, and E where the choice was dropped."""
-    return torch.where(choices.keep_TK, choices.experts_TK, num_experts).flatten()
+    return torch.where(assignments.keep_TK, assignments.experts_TK, num_experts).flatten()
 
 
 class LocalDispatcher:
@@ -67,8 +67,8 @@ class LocalDispatcher:
     def __init__(self, num_experts: int, permutation: Permutation = TORCH_PERMUTATION):
         self.num_experts, self.permutation = num_experts, permutation
 
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Dispatched:
-        expert = masked_experts(choices, self.num_experts)
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Dispatched:
+        expert = masked_experts(assignments, self.num_experts)
         if slots is None:
             order, counts_E = by_expert(expert, self.num_experts)
             counts = counts_E.tolist()
@@ -76,10 +76,10 @@ class LocalDispatcher:
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)
         rows = PermutedTokens(
-            x_TD, PermuteIndices(choice_R, choices.experts_TK.shape[1], self.permutation), slots is not None
+            x_TD, PermuteIndices(choice_R, assignments.experts_TK.shape[1], self.permutation), slots is not None
         )
-        way_back = (choice_R, choices.gates_TK, slots is not None)
-        return Dispatched(rows, counts, take_names(choices.names_TK, choice_R), way_back)
+        way_back = (choice_R, assignments.gates_TK, slots is not None)
+        return Dispatched(rows, counts, take_names(assignments.names_TK, choice_R), way_back)
 
     def finish(self, started: Dispatched) -> Dispatched:
         return started
@@ -96,7 +96,7 @@ class Travelling:
     collective: AsyncCollective
     choice_R: Tensor
     """Which of the T * K choices each row was that left this rank; of the N * K for an all-gather."""
-    choices: Choices
+    assignments: Assignments
     padded: bool
     counts: list[int]
     order_R: Tensor | None = None
@@ -116,8 +116,8 @@ class AllToAllDispatcher:
         self.num_experts, self.permutation = num_experts, permutation
         self.ep, self.etp = groups.ep, groups.etp
 
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
-        expert, local = masked_experts(choices, self.num_experts), self.num_experts // self.ep.size()
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Travelling:
+        expert, local = masked_experts(assignments, self.num_experts), self.num_experts // self.ep.size()
         sources = self.ep.size() * self.etp.size()
         if slots is None:
             order, counts_E = by_expert(expert, self.num_experts)
@@ -132,11 +132,11 @@ class AllToAllDispatcher:
         expert_R = expert_R.repeat_interleave(arrived_PL.flatten(), output_size=sum(counts))
         collective = async_all_to_all(send, receive, self.ep)
         handle = start_collective(
-            self.permutation.permute(x_TD, choice_R, choices.experts_TK.shape[1], slots is not None), collective
+            self.permutation.permute(x_TD, choice_R, assignments.experts_TK.shape[1], slots is not None), collective
         )
         order_R = expert_R.argsort(stable=True)
         return Travelling(
-            handle, collective, choice_R, choices, slots is not None, counts, order_R, send, receive, gathered
+            handle, collective, choice_R, assignments, slots is not None, counts, order_R, send, receive, gathered
         )
 
     def _tell_counts(self, counts_E: Tensor) -> tuple[list[int], list[int], list[int], list[int], Tensor]:
@@ -154,7 +154,7 @@ class AllToAllDispatcher:
 
     def finish(self, started: Travelling) -> Dispatched:
         rows = self._over_etp(wait_collective(started.handle, started.collective), started)
-        names_R = take_names(started.choices.names_TK, started.choice_R)
+        names_R = take_names(started.assignments.names_TK, started.choice_R)
         if names_R is not None:
             names_R = run_collective(names_R, async_all_to_all(started.send, started.receive, self.ep))
             names_R = self._over_etp(names_R, started).index_select(0, started.order_R)
@@ -173,7 +173,7 @@ class AllToAllDispatcher:
         if self.etp.size() > 1:
             y_RD = ReduceScatterRagged.apply(y_RD, way.gathered, self.etp)
         y_RD = run_collective(y_RD, async_all_to_all(way.receive, way.send, self.ep))
-        return self.permutation.unpermute(y_RD, way.choice_R, way.choices.gates_TK, way.padded)
+        return self.permutation.unpermute(y_RD, way.choice_R, way.assignments.gates_TK, way.padded)
 
 
 class AllGatherDispatcher:
@@ -185,11 +185,11 @@ class AllGatherDispatcher:
         self.num_experts, self.permutation = num_experts, permutation
         self.ep, self.etp = groups.ep, groups.etp
 
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Travelling:
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Travelling:
         local, sources = self.num_experts // self.ep.size(), self.ep.size() * self.etp.size()
         collective = async_all_gather(self.ep)
         handle = start_collective(self._over_etp(x_TD), collective)
-        expert = self._all(masked_experts(choices, self.num_experts)) - local * self.ep.rank()
+        expert = self._all(masked_experts(assignments, self.num_experts)) - local * self.ep.rank()
         expert = torch.where((expert >= 0) & (expert < local), expert, local)
         if slots is None:
             order, counts_L = by_expert(expert, local)
@@ -200,7 +200,7 @@ class AllGatherDispatcher:
             source = torch.arange(sources, device=x_TD.device).repeat_interleave(len(expert) // sources)
             apart = torch.where(expert < local, expert * sources + source, local * sources)
             counts, choice_R = [sources * slots] * local, fill_slots(apart, local * sources, slots)
-        return Travelling(handle, collective, choice_R, choices, slots is not None, counts)
+        return Travelling(handle, collective, choice_R, assignments, slots is not None, counts)
 
     def _over_etp(self, t: Tensor) -> Tensor:
         return GatherSequence.apply(t, self.etp) if self.etp.size() > 1 else t
@@ -209,10 +209,10 @@ class AllGatherDispatcher:
         return all_gather(all_gather(t, self.etp), self.ep)
 
     def finish(self, started: Travelling) -> Dispatched:
-        x_ND, names_TK = wait_collective(started.handle, started.collective), started.choices.names_TK
+        x_ND, names_TK = wait_collective(started.handle, started.collective), started.assignments.names_TK
         rows = PermutedTokens(
             x_ND,
-            PermuteIndices(started.choice_R, started.choices.experts_TK.shape[1], self.permutation),
+            PermuteIndices(started.choice_R, started.assignments.experts_TK.shape[1], self.permutation),
             started.padded,
         )
         names_R = take_names(None if names_TK is None else self._all(names_TK), started.choice_R)
@@ -220,7 +220,7 @@ class AllGatherDispatcher:
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         way: Travelling = sent.way_back
-        gates_NK = run_collective(self._over_etp(way.choices.gates_TK), async_all_gather(self.ep))
+        gates_NK = run_collective(self._over_etp(way.assignments.gates_TK), async_all_gather(self.ep))
         out = run_collective(
             self.permutation.unpermute(y_RD, way.choice_R, gates_NK, way.padded), async_reduce_scatter(self.ep)
         )
@@ -262,7 +262,7 @@ def _trial(make: DispatcherFactory, context: RunContext) -> list[Tensor]:
     keep_TK = (torch.rand(tokens, moe.top_k, generator=generator) < 0.9).to(device)
     x_TD.requires_grad_()
     dispatcher = make(moe.num_experts, context.model.hidden_size, groups, TORCH_PERMUTATION)
-    sent = dispatcher.finish(dispatcher.start(x_TD, Choices(experts_TK, gates_TK, keep_TK)))
+    sent = dispatcher.finish(dispatcher.start(x_TD, Assignments(experts_TK, gates_TK, keep_TK)))
     local = moe.num_experts // groups.ep.size()
     factors = torch.arange(local, device=device) + 1 + local * groups.ep.rank()
     per_row = factors.repeat_interleave(torch.tensor(sent.counts, device=device))

@@ -23,7 +23,7 @@ from parallel.sharding import set_sharding
 
 
 class Experts(nn.Module):
-    """This rank's experts: E is cut over expert-parallel, F over expert-tensor-parallel ranks."""
+    """This rank's experts: E is sharded over expert-parallel, F over expert-tensor-parallel ranks."""
 
     def __init__(self, model: ModelConfig, *, backend: ExpertBackend, dtype: torch.dtype, groups: Groups):
         super().__init__()
@@ -44,7 +44,7 @@ class Experts(nn.Module):
         self.b_out: nn.Parameter | None = None
         if model.moe.expert_bias:
             self.b_in = nn.Parameter(torch.empty(local, gates, width, dtype=dtype))
-            # Cut as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
+            # Sharded as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
             self.b_out = nn.Parameter(torch.empty(local, hidden // groups.etp.size(), dtype=dtype))
             placed += [(self.b_in, 2, 0.0), (self.b_out, 1, 0.0)]
             self.b_in.no_decay = self.b_out.no_decay = True
@@ -57,7 +57,7 @@ class Experts(nn.Module):
             weight.allreduce = False
 
     def forward(self, permuted: PermutedTokens, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
-        """counts: rows of each expert. Returns [R, D], partial sums over etp when F is cut."""
+        """counts: rows of each expert. Returns [R, D], partial sums over etp where F is sharded."""
         in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
         in_place = self.backend.permutes and not in_pieces and not permuted.padded
         indices = (permuted.indices,) if in_place else ()

@@ -20,7 +20,7 @@ from moe.metrics import LoadStatistics, Report
 from moe.router import Router
 from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
-from ops.dispatch import Choices
+from ops.dispatch import Assignments
 from ops.implementations import Ops
 from ops.routing import Routing, count_loads
 from parallel.activation_checkpoint import checkpointed, save_for_recompute
@@ -211,9 +211,9 @@ class MoELayer(nn.Module):
             rank, ranks = self.tp.rank(), self.tp.size()
             experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
-        choices = Choices(experts_TK, gates_TK, keep_TK, names_TK)
+        assignments = Assignments(experts_TK, gates_TK, keep_TK, names_TK)
         started = self.dispatcher.start(
-            mine_SBD.flatten(0, 1), choices, self._slots(routing, batch_ctx, x_SBD.shape[1])
+            mine_SBD.flatten(0, 1), assignments, self._slots(routing, batch_ctx, x_SBD.shape[1])
         )
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)

@@ -16,7 +16,7 @@ from parallel.sharding import set_sharding
 
 
 class MLP(nn.Module):
-    """The feed-forward layer of a dense block, F cut over tensor-parallel ranks."""
+    """The feed-forward layer of a dense block, F sharded over tensor-parallel ranks."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups, *, width: int | None = None):
         """width: F; None: model.ffn_hidden_size."""

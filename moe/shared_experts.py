@@ -12,8 +12,8 @@ from parallel.sharding import set_sharding
 
 class SharedExperts(nn.Module):
     """num_shared_experts of them, as one dense layer of their widths together (DeepSeekMoE, arXiv:2401.06066, eq. 9),
-    cut over the tensor-parallel ranks as any dense layer is. With shared_expert_gate each token scales their answer by
-    sigmoid(x . g), as in Qwen2-MoE."""
+    sharded over the tensor-parallel ranks as any dense layer is. With shared_expert_gate each token scales their output
+    by sigmoid(x . g), as in Qwen2-MoE."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
         super().__init__()

@@ -13,7 +13,7 @@ from parallel.process_groups import Groups
 
 
 @dataclass(frozen=True)
-class Choices:
+class Assignments:
     """What the router decided for T tokens, [T, K] each."""
 
     experts_TK: Tensor
@@ -41,17 +41,17 @@ class Dispatched:
 class Dispatcher(Protocol):
     """How rows get to their experts. Between `start` and `finish` of a layer there is no other `start`."""
 
-    def start(self, x_TD: Tensor, choices: Choices, slots: int | None = None) -> Any:
-        """Sends the rows of the kept choices. slots: rows of each expert from each rank; None: as many as there are."""
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Any:
+        """Sends the rows of the kept assignments. slots: rows of each expert from each rank; None: those there are."""
 
     def finish(self, started: Any) -> Dispatched:
         """Waits for the rows that come to this rank."""
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        """[T, D]: the sum over each token's kept choices of gate * expert output; zero where all were dropped.
+        """[T, D]: the sum over each token's kept assignments of gate * expert output; zero where all were dropped.
 
         Args:
-            y_RD: the experts' answers to the rows, partial sums where etp cuts the experts.
+            y_RD: the experts' answers to the rows, partial sums where the experts are sharded over etp.
         """
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from conf.schema import MoeConfig, ParallelConfig
 from moe.dispatcher import DISPATCHERS, LocalDispatcher, dispatcher_for
-from ops.dispatch import Choices
+from ops.dispatch import Assignments
 from ops.permute import TORCH_PERMUTATION
 from parallel.env import World
 from parallel.process_groups import Runtime
@@ -34,7 +34,9 @@ def test_rows_are_sorted_by_expert_and_within_it_by_token(runtime: Runtime) -> N
     x_TD = torch.arange(4.0, device=runtime.device).unsqueeze(1)
     experts_TK, keep_TK = EXPERTS_TK.to(runtime.device), KEEP_TK.to(runtime.device)
     dispatcher = LocalDispatcher(3)
-    sent = dispatcher.finish(dispatcher.start(x_TD, Choices(experts_TK, keep_TK.float(), keep_TK, names(experts_TK))))
+    sent = dispatcher.finish(
+        dispatcher.start(x_TD, Assignments(experts_TK, keep_TK.float(), keep_TK, names(experts_TK)))
+    )
     assert sent.rows.permute().flatten().tolist() == [0, 3, 1, 0, 2]
     assert sent.counts == [2, 1, 2]
     assert sent.names_R.tolist() == [1, 6, 3, 0, 4]  # token * 2 + choice
@@ -45,7 +47,7 @@ def test_combine_is_the_gated_sum_of_the_kept_choices(runtime: Runtime) -> None:
     dispatcher = LocalDispatcher(3)
     experts_TK, keep_TK = EXPERTS_TK.to(runtime.device), KEEP_TK.to(runtime.device)
     gates_TK = torch.tensor([[0.5, 0.25], [0.7, 0.3], [0.6, 0.4], [0.8, 0.2]], device=runtime.device)
-    sent = dispatcher.start(torch.zeros(4, 1, device=runtime.device), Choices(experts_TK, gates_TK, keep_TK))
+    sent = dispatcher.start(torch.zeros(4, 1, device=runtime.device), Assignments(experts_TK, gates_TK, keep_TK))
     y_RD = torch.tensor([[1.0], [1.0], [10.0], [100.0], [100.0]], device=runtime.device)
     out_TD = dispatcher.combine(y_RD, sent)
     assert torch.allclose(out_TD.cpu().flatten(), torch.tensor([50.25, 3.0, 60.0, 0.8]))
@@ -63,7 +65,7 @@ def test_experts_that_do_nothing_give_each_token_back_times_its_kept_gates(
     dispatcher = LocalDispatcher(5)
     # With slots for all that may come, rows of zeros stand between.
     for slots in (None, tokens):
-        sent = dispatcher.start(x_TD, Choices(experts_TK, gates_TK, keep_TK, names(experts_TK)), slots)
+        sent = dispatcher.start(x_TD, Assignments(experts_TK, gates_TK, keep_TK, names(experts_TK)), slots)
         owner = [e for e, n in enumerate(sent.counts) for _ in range(n)]
         taken = sent.rows.permute().any(1)
         assert [o for o, t in zip(owner, taken, strict=True) if t] == experts_TK.flatten()[sent.names_R[taken]].tolist()
@@ -76,7 +78,7 @@ def dispatched_without_values(dispatcher: LocalDispatcher, slots: int | None) ->
     """A pass with tensors that have shapes but no values: whatever the host had to ask the device for, raises."""
     with FakeTensorMode():
         x_TD, gates_TK = torch.empty(6, 4, requires_grad=True), torch.empty(6, 2, requires_grad=True)
-        choices = Choices(torch.empty(6, 2, dtype=torch.int64), gates_TK, torch.empty(6, 2, dtype=torch.bool))
+        choices = Assignments(torch.empty(6, 2, dtype=torch.int64), gates_TK, torch.empty(6, 2, dtype=torch.bool))
         sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
         out_TD = dispatcher.combine(sent.rows.permute(), sent)
         out_TD.sum().backward()
@@ -109,7 +111,7 @@ def questions_of_ranks(world: World, name: str, slots: int | None) -> list[str]:
         dispatcher = DISPATCHERS[name](4, 4, runtime.groups, TORCH_PERMUTATION)
         x_TD = random(6, 4, seed=world.rank).requires_grad_()
         experts_TK = random(6, 4, seed=world.rank).argsort(1)[:, :2]
-        choices = Choices(experts_TK, torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool))
+        choices = Assignments(experts_TK, torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool))
         with Questions() as questions:
             sent = dispatcher.finish(dispatcher.start(x_TD, choices, slots))
             out_TD = dispatcher.combine(sent.rows.permute(), sent)

@@ -29,8 +29,8 @@ from tests.ops.test_triton_gemm_backend import assert_near, strided
 from tests.parallel.helpers import started
 
 CPU = torch.device("cpu")
-OBSTACLE = native.unsupported_reason()
-here = pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+UNSUPPORTED = native.unsupported_reason()
+here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
 GEMM = NativeGemmBackend()
 LARGE = [700, 0, 13, 1]
 pytestmark = pytest.mark.usefixtures("poisoned")

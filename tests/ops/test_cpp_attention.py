@@ -18,8 +18,8 @@ from ops.cpp.attention import causal_attention
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_context, selected, tiny
 
-OBSTACLE = native.unsupported_reason()
-here = pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+UNSUPPORTED = native.unsupported_reason()
+here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
 pytestmark = pytest.mark.usefixtures("poisoned")
 CPU = torch.device("cpu")
 

@@ -20,10 +20,10 @@ from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_context, selected, tiny
 from tests.ops.test_cpp_rows import assert_rounded
 
-OBSTACLE = native.unsupported_reason()
+UNSUPPORTED = native.unsupported_reason()
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}"),
+    pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}"),
 ]
 CPU = torch.device("cpu")
 

@@ -30,10 +30,10 @@ from tests.moe import reference
 from tests.moe.helpers import in_float64, random, run_context, selected, tiny
 from tests.parallel.helpers import started
 
-OBSTACLE = native.unsupported_reason()
+UNSUPPORTED = native.unsupported_reason()
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}"),
+    pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}"),
 ]
 CPU, HALF = torch.device("cpu"), 2.0**-8
 """HALF: a unit of the last of bf16's 8 bits is twice this, and rounding is off by half of that."""

@@ -14,7 +14,7 @@ from tests.ops.test_cpp_rows import assert_rounded
 TOKENS, HIDDEN, TOP_K = 6, 1100, 3
 # Of the 18 choices some are dropped; 18 is none: an empty slot. Token 4 has no row, token 0 has all three.
 CHOICES = {"some": [2, 0, 9, 1, 17, 5, 18, 18, 16], "all": [*range(17, -1, -1)], "none": []}
-CPU, OBSTACLE = torch.device("cpu"), native.unsupported_reason()
+CPU, UNSUPPORTED = torch.device("cpu"), native.unsupported_reason()
 MODEL = ModelConfig(hidden_size=80, moe=MoeConfig(num_experts=4, top_k=2))
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -56,7 +56,7 @@ def test_equals_plain_torch(choices: list[int], dtype: torch.dtype, device: torc
     assert torch.equal(got[0].double(), wanted[0])
 
 
-@pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+@pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 def test_in_cpp_values_are_those_of_fp64(choices: list[int]) -> None:
     from ops.cpp.permutation import PERMUTATION as KERNELS
@@ -80,7 +80,7 @@ def test_plain_torch_on_a_cpu_in_fp32(runtime: Runtime) -> None:
     )
 
 
-@pytest.mark.skipif(OBSTACLE is not None, reason=f"the kernel {OBSTACLE}")
+@pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
 def test_in_cpp_where_it_equals_torch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     from ops.cpp.permutation import PERMUTATION as KERNELS
 
