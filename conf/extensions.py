@@ -4,6 +4,7 @@ by them. Built-in names are known without importing anything."""
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +81,18 @@ def import_extensions(modules: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever a module does when it is imported
-            raise ValueError(
-                f"extensions: {name} cannot be imported ({type(error).__name__}: {error}); a module is named as in an "
-                "import statement, and lies in the working directory or on PYTHONPATH"
-            ) from error
+            raise ValueError(f"extensions: {name} cannot be imported: {_import_failure(name, error)}") from error
+
+
+def _import_failure(name: str, error: Exception) -> str:
+    """What is wrong with the module, at which of its lines; or where modules are looked for."""
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+        return (
+            f"{error}; a module is named as in an import statement, and lies in the working directory or on PYTHONPATH"
+        )
+    lines = [
+        f"{frame.f_code.co_filename}, line {line}: "
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == name
+    ]
+    return f"{lines[-1] if lines else ''}{type(error).__name__}: {error}"

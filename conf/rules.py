@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from conf.config_view import DEFAULTS, WORLD_SIZE, ConfigView, Violation, divisible, divisors, format_value, multiples
-from conf.extensions import missing_package, registered, schedule_reads, takes_files
+from conf.extensions import REGISTRIES, missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS
@@ -101,6 +101,11 @@ def _suggest(violation: Violation, cfg: ConfigView, found: list[Violation], chec
     return ""
 
 
+def _not_added(key: str, cfg: ConfigView) -> str:
+    """Where a setting's unknown value could come from, if extensions can add values to it."""
+    return f", and extensions={format_value(cfg['extensions'])} does not add it" if key in REGISTRIES else ""
+
+
 def _choices(cfg: ConfigView) -> Iterator[Violation]:
     for key, built_in in CHOICES.items():
         value = cfg[key]
@@ -109,7 +114,9 @@ def _choices(cfg: ConfigView) -> Iterator[Violation]:
             continue
         by_name = {format_value(option): option for option in options}
         similar = difflib.get_close_matches(value, by_name, n=1, cutoff=0.0)
-        nearest, words = ALTERNATIVES.get((key, value), (by_name[similar[0]], "is not available"))
+        nearest, words = ALTERNATIVES.get(
+            (key, value), (by_name[similar[0]], f"is not available{_not_added(key, cfg)}")
+        )
         yield Violation(f"{key} is one of {', '.join(by_name)}", f"{value} {words}", {key: [nearest]})
 
 
@@ -300,9 +307,8 @@ def _loggers(cfg: ConfigView) -> Iterator[Violation]:
     known = list(dict.fromkeys((*LOGGERS, *registered(key))))
     if unknown := [name for name in wanted if name not in known]:
         near = [difflib.get_close_matches(name, known, 1, 0.0)[0] if name in unknown else name for name in wanted]
-        yield Violation(
-            f"{key} is made of {', '.join(known)}", f"it is {format_value(wanted)}", {key: [list(dict.fromkeys(near))]}
-        )
+        found = f"{', '.join(unknown)} is not available{_not_added(key, cfg)}"
+        yield Violation(f"{key} is made of {', '.join(known)}", found, {key: [list(dict.fromkeys(near))]})
     elif len(set(wanted)) < len(wanted):
         yield Violation(f"{key} names each once", f"it is {format_value(wanted)}", {key: [list(dict.fromkeys(wanted))]})
     for name in wanted:

@@ -26,6 +26,7 @@ from training.flops import Cost, model_cost
 from training.frozen import frozen_parameters
 from training.measurements import Measurements
 from training.memory_estimate import Memory, memory_per_rank
+from training.metrics import check_router_metrics
 from training.run_summary import memory_row
 
 
@@ -105,6 +106,7 @@ def start(
         ValueError: a setting that this device cannot serve.
     """
     import_extensions(config.extensions)
+    check_router_metrics()
     frozen = frozen_parameters(config)  # before ranks meet
     set_deterministic(config.train.deterministic)
     layout = Layout.of(config.parallel, world.size)

@@ -14,9 +14,18 @@ class Schedule:
 
     name: str
     rate: Callable[[int, OptimConfig, int], float]
-    """(step, optim, steps) -> the learning rate of update number `step` of `steps`, after the warm-up."""
+    """(step, optim, steps) -> the learning rate of update number `step` of `steps`, after the warm-up. optim.min_lr is
+    None unless it is set; `between` has its default."""
     reads: tuple[str, ...] = ("min_lr",)
     """Which of optim.min_lr and optim.decay_fraction it uses: one that nothing reads is refused."""
+
+
+def _check(schedule: Schedule) -> None:
+    if unknown := set(schedule.reads) - {"min_lr", "decay_fraction"}:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(
+            f"learning-rate schedule {schedule.name}: reads names {names}; it takes min_lr and decay_fraction"
+        )
 
 
 def between(optim: OptimConfig, left: float) -> float:
@@ -54,6 +63,7 @@ SCHEDULES = Registry(
     Schedule("linear", _linear),
     Schedule("wsd", _wsd, reads=("min_lr", "decay_fraction")),
     Schedule("constant", lambda step, optim, steps: optim.lr, reads=()),
+    check=_check,
 )
 
 

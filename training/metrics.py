@@ -73,6 +73,14 @@ def step_keys() -> tuple[str, ...]:
     return (*_KEYS_BEFORE_ROUTERS, *ROUTER_METRICS, *_KEYS_AFTER_ROUTERS)
 
 
+def check_router_metrics() -> None:
+    """Raises ValueError where a router metric has the name of another key of metrics.jsonl."""
+    other = {*_KEYS_BEFORE_ROUTERS, *_KEYS_AFTER_ROUTERS, *OPTIONAL_STEP_KEYS, *EVALUATION_KEYS}
+    for name in ROUTER_METRICS:
+        if name in other:
+            raise ValueError(f"router metric {name}: metrics.jsonl has another key {name}; give this one another name")
+
+
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s; None where it is unknown: CPUs, other GPUs, and any dtype but "bf16".
 

@@ -56,7 +56,9 @@ def test_a_name_is_added_once(registries: list[Registry]) -> None:
 
 def test_a_score_function(runtime: Runtime) -> None:
     moe = MoeConfig(num_experts=4, top_k=2, score_function="sqrtsoftplus", routed_scaling_factor=2.0)
-    with pytest.raises(ValueError, match="score_function is one of softmax, sigmoid, but sqrtsoftplus"):
+    with pytest.raises(
+        ValueError, match=r"softmax, sigmoid, but sqrtsoftplus is not available, and extensions=\[\] does"
+    ):
         check(moe=moe)
     follow("A router score function")
     check(moe=moe)
@@ -82,6 +84,12 @@ def test_a_score_function_that_no_router_can_use() -> None:
         SCORE_FUNCTIONS.add(ScoreFunction("falling", lambda logits_TE: Scores(-logits_TE, logits_TE.softmax(-1))))
     with pytest.raises(ValueError, match="raw: the probabilities of a token do not add up to 1"):
         SCORE_FUNCTIONS.add(ScoreFunction("raw", lambda logits_TE: Scores(logits_TE.exp(), logits_TE.exp())))
+    of_tokens = ScoreFunction("of_tokens", lambda logits_TE: Scores(logits_TE.sum(-1), logits_TE.softmax(-1)))
+    softmax: Any = torch.softmax
+    bare = ScoreFunction("bare", lambda logits_TE: softmax(logits_TE, -1))
+    for entry in (of_tokens, bare):
+        with pytest.raises(ValueError, match=rf"{entry.name}: it does not return Scores whose tensors are \[T, E\]"):
+            SCORE_FUNCTIONS.add(entry)
 
 
 @pytest.mark.parametrize("name", ["mish", "mishglu"])

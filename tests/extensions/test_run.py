@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conf import rules
+from conf import extensions, rules
 from conf.schema import (
     BlendPart,
     Config,
@@ -21,10 +21,11 @@ from corpus.indexed import token_range
 from corpus.prepare import Prepared, prepare
 from corpus.sources import SOURCES
 from corpus.tokenizer import Tokenizer
+from moe.router_metrics import ROUTER_METRICS, RouterMetric
 from tests.extensions.recipes import follow
 from training.loggers import LOGGERS, Logger, LoggerKind, RunInfo
 from training.lr_schedule import SCHEDULES, Schedule, between, learning_rate
-from training.metrics import RunLog, step_keys
+from training.metrics import RunLog, check_router_metrics, step_keys
 
 
 def logged(tmp_path: Path, loggers: list[str], warn: Callable[[str], None] = pytest.fail, restored: int = 0) -> None:
@@ -47,6 +48,8 @@ def test_a_schedule() -> None:
         (name,) = setting
         with pytest.raises(ValueError, match=rf"optim\.{name} needs .* would be ignored"):
             rules.check(Config(optim=replace(optim, **setting)), 1)
+    with pytest.raises(ValueError, match="learning-rate schedule odd: reads names minimum_lr; it takes min_lr and"):
+        SCHEDULES.add(Schedule("odd", lambda step, optim, steps: optim.lr, reads=("minimum_lr",)))
     SCHEDULES.add(Schedule("half", lambda step, optim, steps: between(optim, 0.5), reads=("min_lr", "decay_fraction")))
     halved = replace(optim, schedule="half", min_lr=0.1, decay_fraction=0.3)
     rules.check(Config(optim=halved), 1)
@@ -93,7 +96,9 @@ def test_a_data_source(tmp_path: Path) -> None:
 
 def test_a_logger(tmp_path: Path) -> None:
     wanted = Config(logging=LoggingConfig(["tensorboard", "csv"]))
-    with pytest.raises(ValueError, match=r"logging.loggers is made of tensorboard, wandb, mlflow, but it is .*csv"):
+    with pytest.raises(
+        ValueError, match=r"logging.loggers is made of .* mlflow, but csv is not available, and extensions=\[\] does"
+    ):
         rules.check(wanted, 1)
     follow("A logger")
     rules.check(wanted, 1)
@@ -174,3 +179,35 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "train/loss")]
     assert history == [(1, 0.5), (2, 0.5)] and run.data.metrics["eval/loss"] == 2.5
     assert run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    "code, wanted",
+    [
+        (
+            "from training.lr_schedule import SCHEDULES\nSCHEDULES.add(SCHEDULES['wsd'])",
+            r"\.py, line 2: ValueError: there is a learning-rate schedule wsd already; give this one another name$",
+        ),
+        ("import no_such_package", r"\.py, line 1: ModuleNotFoundError: No module named 'no_such_package'$"),
+        (None, "No module named 'EXTENSION'; a module is named as in an import statement, and lies in"),
+    ],
+    ids=["clash", "dependency", "missing"],
+)
+def test_an_extension_that_cannot_be_imported(
+    code: str | None, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"extension_{tmp_path.name.strip('_')}"
+    if code is not None:
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"extensions: {name} cannot be imported: .*{wanted.replace('EXTENSION', name)}"
+    ):
+        extensions.import_extensions([name])
+
+
+def test_a_router_metric_with_the_name_of_another_key() -> None:
+    check_router_metrics()
+    ROUTER_METRICS.add(RouterMetric("loss", "mean", lambda layer: layer.aux_loss))
+    with pytest.raises(ValueError, match=r"router metric loss: metrics\.jsonl has another key loss; give"):
+        check_router_metrics()
