@@ -152,7 +152,7 @@ def _misaligned(context: RunContext) -> str | None:
     return None
 
 
-def _activation_missing(context: RunContext) -> str | None:
+def activation_missing(context: RunContext) -> str | None:
     """An extension's activation is computed by PyTorch alone."""
     name = context.model.activation
     return None if name in ACTIVATIONS else f"has no activation {name}"
@@ -279,7 +279,7 @@ EXPERTS = Operation(
         native(
             "ops.cpp.experts:EXPERTS",
             why="our products for AVX512-BF16, compiled here",
-            unsupported_reason=_activation_missing,
+            unsupported_reason=activation_missing,
             is_default=lambda context: not slower_than_onednn(),
         ),
         Implementation(
@@ -295,7 +295,7 @@ EXPERTS = Operation(
             device="cuda",
             dtypes=(torch.bfloat16,),
             unsupported_reason=lambda context: (
-                triton_unsupported_reason(context.device, BF16_CAPABILITY) or _activation_missing(context)
+                triton_unsupported_reason(context.device, BF16_CAPABILITY) or activation_missing(context)
             ),
             is_default=lambda context: False,
         ),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ops.experts import EXPERTS, ExpertBackend
+from ops.experts import EXPERTS, ExpertBackend, activation_missing
 from ops.fp8_numerics import RECIPES, Recipe
 from ops.gemm_backend import GemmBackend, Reference
 from ops.gpu import FP8_CAPABILITY, triton_unsupported_reason
@@ -87,7 +87,7 @@ def _describe(context: RunContext, row: Row) -> Row:
 
 
 def _unsupported_reason(context: RunContext) -> str | None:
-    return triton_unsupported_reason(context.device, FP8_CAPABILITY)
+    return triton_unsupported_reason(context.device, FP8_CAPABILITY) or activation_missing(context)
 
 
 FLOAT8 = Operation(

@@ -353,6 +353,8 @@ class Trainer:
         sample = self._sample()
         path = self.run_dir.path
         text = [override("checkpoint", str(path)), override("prompt", "def ")]
+        if self.config.extensions:
+            text.append(override("extensions", self.config.extensions))
         self.console.summary(
             held_out.row(self.progress.step),
             gzip_bits_per_byte=self.prepared.gzip_bits_per_byte(),

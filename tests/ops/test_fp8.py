@@ -1,6 +1,7 @@
 """Which layers precision=fp8 takes, with which kernels, and what it says when it cannot."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ops.fp8 import FLOAT8, Float8
 from ops.fp8_numerics import RECIPES
 from ops.gemm_backend import Reference
 from ops.operation import Row
+from ops.registry import examine
 from parallel.process_groups import Runtime
 from tests.moe.helpers import build_context, run_context, selected, tiny, try_on
 from training.builder import choose_precision
@@ -42,6 +44,16 @@ def test_first_and_last_layers_stay_high(runtime: Runtime) -> None:
     float8, name, why = chosen(runtime, Fp8Config(first_layers_high=1, last_layers_high=2))
     assert list(float8.layers) == [1, 2, 3] and why.startswith("layers 1 to 3; ")
     assert name.endswith("blockwise, weight gradients in bf16")
+
+
+def test_an_activation_that_the_kernels_do_not_have_is_refused(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension's: nothing computes it in FP8 on a GPU."""
+    monkeypatch.setattr("ops.fp8.triton_unsupported_reason", lambda *_: None)
+    context = run_context(replace(MODEL, activation="mish"), runtime, torch.bfloat16, CUDA, precision="fp8")
+    with pytest.raises(ValueError, match=r"has no activation mish\. Use precision=bf16, or fp8\.kernels"):
+        examine(FLOAT8, context)
 
 
 def test_the_experts_alone(runtime: Runtime) -> None:
