@@ -5,32 +5,35 @@ Legend: T tokens of this rank, E experts, K assignments per token, L sparse laye
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from torch import Tensor
 
 from conf.registry import Registry
-from ops.routing import RouterStats, Routing
+
+if TYPE_CHECKING:  # the console imports this before it is known that the settings are right
+    from torch import Tensor
+
+    from ops.routing import RouterStats, Routing
 
 
 @dataclass(frozen=True)
 class RouterPass:
     """One forward pass of a sparse layer over this rank's tokens. Metrics are computed without gradients."""
 
-    routing: Routing
+    routing: "Routing"
     """Logits [T, E], gates and experts of each token [T, K], and sums over tokens of the scores."""
-    keep_TK: Tensor
+    keep_TK: "Tensor"
     """bool: the assignments that found room at their expert."""
-    aux_loss: Tensor
+    aux_loss: "Tensor"
     """This rank's part of the micro-batch's load-balancing loss, without its coefficient."""
-    z_loss: Tensor
+    z_loss: "Tensor"
     """The same of the router z-loss."""
-    padding_T: Tensor | None
+    padding_T: "Tensor | None"
     """bool: True where there is no token. None: there is one everywhere."""
 
     @property
-    def stats(self) -> RouterStats:
+    def stats(self) -> "RouterStats":
         return self.routing.router_stats
 
 
@@ -44,7 +47,7 @@ class RouterMetric:
     name: str
     layers: Literal["mean", "max", "sum"]
     """How the layers' values become one."""
-    compute: Callable[[RouterPass], Tensor] | None = None
+    compute: "Callable[[RouterPass], Tensor] | None" = None
     """A value of each token [T], of which padding is left out, or a scalar that is reduced over this rank's tokens
     already."""
     reduction: Literal["mean", "sum", "max"] = "mean"
@@ -75,11 +78,11 @@ def load_share(load_LE: np.ndarray) -> np.ndarray:
     return load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1)
 
 
-def _dropped(layer: RouterPass) -> Tensor:
+def _dropped(layer: RouterPass) -> "Tensor":
     return layer.stats.load_BE.sum() - layer.keep_TK.sum()
 
 
-def _unserved(layer: RouterPass) -> Tensor:
+def _unserved(layer: RouterPass) -> "Tensor":
     """Tokens that no expert computes."""
     served_T, padding_T = layer.keep_TK.any(1), layer.padding_T
     tokens = len(served_T) if padding_T is None else (~padding_T).sum()
