@@ -120,7 +120,8 @@ class Engine:
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
         if optim is not None:
-            freeze(self.modules, frozen)
+            if frozen:
+                freeze(self.modules, frozen)
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=optim.grad_dtype == "fp32",

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from conf.schema import ModelConfig
 from models.hf.configuration import model_of
+from parallel.env import World
+from parallel.local_launcher import RankPool
 from tests.training.helpers import ROOT
 from training.flops import model_cost
 from training.model_shapes import logical_shapes
@@ -99,11 +101,20 @@ def test_its_sizes_are_the_published_ones(name: str) -> None:
         assert abs(counted / 1e9 - float(printed)) < last_digit, (counted, printed)
 
 
+def shapes_of(world: World, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """In a process of its own: here ranks may have met (rank function for the pool)."""
+    return logical_shapes(model)
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_built(name: str) -> None:
+def test_every_preset_can_be_built(name: str, ranks: RankPool) -> None:
     """On meta tensors; with as many parameters as the table of a run says."""
     model = preset(name)
     assert model.name == name
     # The loads that a router remembers are no weights.
-    shapes = [shape for key, shape in logical_shapes(model).items() if not key.endswith(".last_load")]
+    shapes = [
+        shape
+        for key, shape in ranks.run(1, shapes_of, model, timeout=60.0)[0].items()
+        if not key.endswith(".last_load")
+    ]
     assert sum(map(math.prod, shapes)) == model_cost(model, 4096).total

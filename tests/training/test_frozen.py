@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from conf.schema import Config, MoeConfig, OptimConfig
+from parallel.env import World
 from parallel.freezing import frozen_names
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import tensors_in
 from tests.training.helpers import rows, tiny_config, train, trajectory, with_layout, write_corpus
-from training.frozen import frozen_parameters
-from training.memory_estimate import memory_per_rank
+from training.frozen import Frozen, frozen_parameters
+from training.memory_estimate import Memory, memory_per_rank
 
 NAMES = ["embedding.weight", "layers.0.attention.qkv.weight", "layers.1.ffn.router.weight", "layers.1.ffn.experts.w_in"]
 
@@ -131,12 +132,18 @@ def test_what_makes_no_sense_is_refused() -> None:
         frozen_names(["*"], NAMES)
 
 
-def test_memory_has_no_gradients_and_states_of_frozen_parameters(corpus: Path, tmp_path: Path) -> None:
+def memory_of(world: World, config: Config) -> tuple[Frozen, Memory, Memory]:
+    """In a process in which no ranks have met (rank function for the pool)."""
+    whole = replace(config, optim=OptimConfig())
+    memory = [memory_per_rank(c, Layout(1), bf16=True) for c in (config, whole)]
+    return frozen_parameters(config), memory[0], memory[1]
+
+
+def test_memory_has_no_gradients_and_states_of_frozen_parameters(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
     config = config_of(corpus, tmp_path / "run", ["*", "!*.experts.*"])
-    frozen = frozen_parameters(config)
+    (answer,) = ranks.run(1, memory_of, config, timeout=60.0)
+    frozen, memory, whole = answer
     experts = 4 * 3 * 32 * 48
     assert (frozen.trained, frozen.dense_share, frozen.expert_share) == (experts, 0.0, 1.0)
-    memory = memory_per_rank(config, Layout(1), bf16=True)
-    whole = memory_per_rank(replace(config, optim=OptimConfig()), Layout(1), bf16=True)
     assert (memory.gradients, memory.optimizer) == (4.0 * experts, 12.0 * experts)
     assert memory.weights == whole.weights and memory.gradients < whole.gradients
