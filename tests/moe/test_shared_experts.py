@@ -10,7 +10,7 @@ from parallel.env import World
 from tests.parallel.helpers import started
 
 
-class Told:
+class RecordedWork:
     """A handle that says when it is waited for."""
 
     def __init__(self, work: Any, events: list[str], name: str):
@@ -27,17 +27,17 @@ def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
 
     events: list[str] = []
 
-    def telling(name: str, plain: Any) -> Any:
+    def recording(name: str, plain: Any) -> Any:
         def start(*args: Any) -> Any:
             out, work = plain(*args)
-            events.append(f"{name} departed")
-            return out, Told(work, events, name)
+            events.append(f"{name} started")
+            return out, RecordedWork(work, events, name)
 
         return start
 
-    originals = {name: getattr(async_collectives, name) for name in ("_start_exchange", "_start_gather", "_start_sum")}
+    originals = {name: getattr(async_collectives, name) for name in ("_all_to_all", "_all_gather", "_reduce_scatter")}
     for name, plain in originals.items():
-        setattr(async_collectives, name, telling(name.removeprefix("_start_"), plain))
+        setattr(async_collectives, name, recording(name.removeprefix("_"), plain))
     try:
         with started(world, ParallelConfig(ep=2)) as runtime:
             moe = MoeConfig(num_experts=4, top_k=2, num_shared_experts=1, dispatcher=dispatcher)
@@ -56,14 +56,14 @@ def events_of_a_pass(world: World, dispatcher: str) -> list[str]:
 @pytest.mark.parametrize(
     ("dispatcher", "there", "back"),
     [
-        ("all_to_all", "exchange", "exchange"),
-        ("all_gather", "gather", "sum"),
+        ("all_to_all", "all_to_all", "all_to_all"),
+        ("all_gather", "all_gather", "reduce_scatter"),
     ],
 )
 def test_compute_while_rows_travel(dispatcher: str, there: str, back: str, ranks) -> None:
     """And their gradients while the gradients of those rows travel back."""
     for events in ranks.run(2, events_of_a_pass, dispatcher, timeout=60):
-        first = [f"{there} departed", "shared experts", f"{there} waited for", "experts"]
+        first = [f"{there} started", "shared experts", f"{there} waited for", "experts"]
         assert events[:4] == first, events
-        last = [f"{back} departed", "shared experts' gradient", f"{back} waited for"]
+        last = [f"{back} started", "shared experts' gradient", f"{back} waited for"]
         assert events[-3:] == last, events
