@@ -21,7 +21,7 @@ ALLOWED = {
         "torch.ops.aten._grouped_mm",
     ): "an operator's own name, for selective recompute",
     (
-        "parallel/block_adamw.py",
+        "parallel/optimizers.py",
         "torch._fused_adamw_",
     ): "what torch's fused AdamW calls, of which there is no other way",
     ("benchmarks/optimizer_states.py", "ddp._ParamAndGradBuffer"): "a control, wrong on purpose",
