@@ -113,10 +113,11 @@ def transformers(
         router_aux_loss_coef=model.moe.aux_loss_coeff,
         use_cache=False,
     )
-    net = MixtralForCausalLM._from_config(
-        settings, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=implementation
-    )
-    net = net.to(device).train()
+    with device:  # drawing billions of weights takes a CPU minutes
+        net = MixtralForCausalLM._from_config(
+            settings, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=implementation
+        )
+    net = net.train()
     adam = torch.optim.AdamW(net.parameters(), lr=LR, betas=(optim.beta1, optim.beta2), fused=True)
     tokens_BS, labels_BS = tokens_BS.to(device), labels_BS.to(device)
 

@@ -22,7 +22,7 @@ STAGES = {
     "warmup": 65,
     "correctness": 60,
     "gemm": 45,
-    "steps": 180,
+    "steps": 240,
     "train": 120,
     "ranks": 90,
     "sanitizer": 60,
