@@ -48,11 +48,12 @@ def of(rows: Rows, stage: str) -> Rows:
 
 
 def card(rows: Rows) -> str:
-    """Which card gave the figures, with its ceilings."""
+    """Which card gave the figures, with its ceilings as far as they were measured on the same day."""
     found = {row["what"]: row for row in of(rows, "ceilings")}
     versions, product, copy = (found.get(name, {}) for name in ("versions", "product", "copy"))
-    words = [str(versions.get("device", "an unknown device")), f"torch {versions.get('torch')}"]
-    words += [f"triton {versions.get('triton')}", f"driver {versions.get('driver')}"]
+    started = ({what: choice for what, choice, _ in row["table"]} for row in rows if "table" in row)
+    device = versions.get("device") or next((table["device"] for table in started), "an unknown device")
+    words = [device, *(f"{name} {versions[name]}" for name in ("torch", "triton", "driver") if versions.get(name))]
     if "tflops" in product:
         words.append(f"{product['tflops']:.0f} TFLOP/s in a bf16 product of {product['size']}³")
     if "gb_per_s" in copy:

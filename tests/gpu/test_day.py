@@ -112,3 +112,25 @@ def test_the_report_fills_the_tables_between_their_marks(tmp_path: Path) -> None
 def test_the_documents_have_the_marks_that_the_report_fills() -> None:
     marks = {m[1] for name in ("kernels", "speed") for m in report.MARK.findall((ROOT / f"docs/{name}.md").read_text())}
     assert marks == set(report.TABLES)
+
+
+def test_every_trainer_takes_a_step(tmp_path: Path) -> None:
+    """The stage of whole steps, each trainer in a process of its own as there; ours in FP8 needs the interpreter."""
+    environment = os.environ | {"DAY_REHEARSE": "1", "DAY_OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.gpu.stages.steps", "measure"]
+    names = ("ours bf16", "megatron", "transformers")
+    started = [
+        subprocess.Popen([*command, name, "tiny"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    for name, process in zip(names, started, strict=True):
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, name
+        assert json.loads(printed.splitlines()[-1])["seconds"] > 0
+
+
+def test_the_card_is_named_by_the_start_table_where_ceilings_were_not_measured() -> None:
+    rows = [{"stage": "steps", "what": "x", "table": [["device", "NVIDIA H200", "140 GiB"]]}]
+    assert report.card(rows) == "NVIDIA H200.\n"
+    rows.append({"stage": "ceilings", "what": "versions", "device": "H100", "torch": "2.11"})
+    assert report.card(rows) == "H100, torch 2.11.\n"
