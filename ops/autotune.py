@@ -63,12 +63,12 @@ def choose(
     except TooSlow as error:
         return ruled, f"by rule; not measured: {error}", False
     best = min(seconds, key=seconds.__getitem__)
-    told = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    times = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
     failed = [name for name in names if name not in seconds]
-    told += "".join(f", {name} failed" for name in failed)
+    times += "".join(f", {name} failed" for name in failed)
     if best != ruled and seconds[best] > WORTH * seconds.get(ruled, float("inf")):
-        best, told = ruled, f"{told}; {ruled} is as fast, within noise"
-    return best, f"measured{'' if fresh else ' before'}: {told}", bool(failed)
+        best, times = ruled, f"{times}; {ruled} is as fast, within noise"
+    return best, f"measured{'' if fresh else ' before'}: {times}", bool(failed)
 
 
 def measure(steps: dict[str, Step], device: torch.device) -> dict[str, float]:

@@ -23,7 +23,7 @@ from parallel.process_groups import Runtime, World
 from parallel.threads import thread_wait_policy
 from training.errors import RunFailed
 from training.flops import Cost, model_cost
-from training.frozen import frozen_parameters
+from training.frozen import Frozen, frozen_parameters
 from training.measurements import Measurements
 from training.memory_estimate import Memory, memory_per_rank
 from training.metrics import check_router_metrics
@@ -107,7 +107,7 @@ def start(
     """
     import_extensions(config.extensions)
     check_router_metrics()
-    frozen = frozen_parameters(config)  # before ranks meet
+    frozen = frozen_parameters(config) if train else Frozen()  # before ranks meet
     set_deterministic(config.train.deterministic)
     layout = Layout.of(config.parallel, world.size)
     run = process_groups.start(

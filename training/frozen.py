@@ -8,9 +8,6 @@ from conf.schema import Config
 from training.model_shapes import logical_shapes
 from training.output_redirect import redirect_output
 
-_STATE = (".router.bias", ".router.last_load")
-"""Set by a rule and not by a gradient, frozen or not."""
-
 
 @dataclass(frozen=True)
 class Frozen:
@@ -58,10 +55,10 @@ def _find(config: Config) -> Frozen:
 
     redirection = redirect_output(0)
     try:
-        shapes = logical_shapes(config.model)
+        shapes = logical_shapes(config.model, states=False)
     finally:
         redirection.undo()
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(_STATE)}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     frozen = frozen_names(config.optim.frozen, sizes)
     trained = {name: 0 if name in frozen else size for name, size in sizes.items()}
 

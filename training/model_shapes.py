@@ -3,9 +3,13 @@
 from conf.schema import ModelConfig
 
 
-def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name in a checkpoint -> logical shape of every parameter, including those that are set by a rule. Call it in a
-    process without process groups, with output redirected (training.output_redirect)."""
+def logical_shapes(model: ModelConfig, *, states: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name in a checkpoint -> logical shape of every parameter. Call it in a process without process groups, with
+    output redirected (training.output_redirect).
+
+    Args:
+        states: include parameters that are set by a rule (Sharding.is_state).
+    """
     import torch
 
     from parallel import megatron_compat
@@ -21,4 +25,8 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         core = transformer_config(model, runtime, torch.float32, deterministic=False)
         context = ModelBuildContext(model, core, runtime, seed=0)
         chunk = ModelChunk(context, chunk=0, sequence_length=8, document_mask=False)
-        return {logical_name(n, p): p.sharding.logical_shape(p.shape) for n, p in chunk.named_parameters()}
+        return {
+            logical_name(name, parameter): parameter.sharding.logical_shape(parameter.shape)
+            for name, parameter in chunk.named_parameters()
+            if states or not parameter.sharding.is_state
+        }

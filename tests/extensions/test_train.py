@@ -37,11 +37,11 @@ def test_a_run_with_extensions(module: str, tmp_path: Path) -> None:
     settings += [f"data.files=[{tmp_path}/songs.csv]", "train.steps=2", "checkpoint.every=2", "optim.lr=1e-4"]
     command = command_line(tmp_path / "songs.csv", run_dir, *settings)
     refused = start(command, PYTHONPATH=str(tmp_path))
-    told = refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2 and "optim.name is one of adamw, but lion is not available" in told, told
+    message = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 2 and "optim.name is one of adamw, but lion is not available" in message, message
     trained = start([*command, f"extensions=[{module}]"], PYTHONPATH=str(tmp_path), NPROC="2")
-    told = "".join(trained.communicate(timeout=300))
-    assert trained.returncode == 0, told
+    message = "".join(trained.communicate(timeout=300))
+    assert trained.returncode == 0, message
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 2 and all(0 < line["router_first_gate"] <= 1 for line in steps)
@@ -50,11 +50,13 @@ def test_a_run_with_extensions(module: str, tmp_path: Path) -> None:
 
     evaluate = [command[0], "-m", "launch.evaluate", f"checkpoint={run_dir}", "precision=fp32"]
     refused = start(evaluate, PYTHONPATH=str(tmp_path))
-    told = refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2 and "model.activation is one of" in told, told  # the run's modules are not imported
+    message = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 2 and "model.activation is one of" in message, (
+        message
+    )  # the run's modules are not imported
     evaluated = start([*evaluate, f"extensions=[{module}]"], PYTHONPATH=str(tmp_path))
-    told = "".join(evaluated.communicate(timeout=300))
-    assert evaluated.returncode == 0 and "perplexity" in told, told
+    message = "".join(evaluated.communicate(timeout=300))
+    assert evaluated.returncode == 0 and "perplexity" in message, message
 
 
 def test_a_module_that_cannot_be_imported(tmp_path: Path) -> None:
@@ -62,9 +64,9 @@ def test_a_module_that_cannot_be_imported(tmp_path: Path) -> None:
     absent, broken = "No module named 'absent_extension'", f"{tmp_path}/broken_extension.py, line 1: ZeroDivisionError"
     for module, why in (("absent_extension", absent), ("broken_extension", broken)):
         process = start(command_line(tmp_path, tmp_path / "run", f"extensions=[{module}]"), PYTHONPATH=str(tmp_path))
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 2 and told.count("\n") == 1, told
-        assert f"extensions: {module} cannot be imported: {why}" in told
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode == 2 and message.count("\n") == 1, message
+        assert f"extensions: {module} cannot be imported: {why}" in message
 
 
 @pytest.mark.parametrize("group", ["model", "precision", "extensions"])
@@ -75,6 +77,6 @@ def test_a_shared_preset_names_no_module(group: str, package: str, tmp_path: Pat
     (tmp_path / group / "shared.yaml").write_text(f"{package}extensions: [absent_extension]\n")
     python, *rest = command_line(tmp_path, tmp_path / "run")
     process = start([python, *rest[:2], f"--config-dir={tmp_path}", *rest[2:], f"{group}=shared"])
-    told = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=60)[1]
     refusals = ("@package is not supported", "there is no setting model.extensions", "No match in the defaults list")
-    assert process.returncode == 2 and any(refusal in told for refusal in refusals), told
+    assert process.returncode == 2 and any(refusal in message for refusal in refusals), message
