@@ -12,7 +12,8 @@ from torch import nn
 from parallel.sharding import Sharding, logical_name
 
 
-def _generator(seed: int, *key: object) -> torch.Generator:
+def generator(seed: int, *key: object) -> torch.Generator:
+    """The generator of a parameter, or of whatever else a key names."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -21,17 +22,17 @@ BOUND = 2.0
 """Weights are cut off at so many standard deviations, as in Switch (arXiv:2101.03961, section 2.4)."""
 
 
-def _draw(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+def draw(shape: tuple[int, ...], std: float, source: torch.Generator) -> torch.Tensor:
     """A truncated normal in fp32, by the inverse of its distribution function: one pass, the same in every version of
     torch, and torch releases Python's lock meanwhile, so that experts can be drawn beside each other."""
     share = math.erf(BOUND / math.sqrt(2))
-    x = torch.empty(shape).uniform_(-share, share, generator=generator)
+    x = torch.empty(shape).uniform_(-share, share, generator=source)
     return x.erfinv_().mul_(std * math.sqrt(2)).clamp_(-BOUND * std, BOUND * std)
 
 
 def _write(part: torch.Tensor, within: Sharding, shape: tuple[int, ...], std: float, key: tuple[object, ...]) -> None:
     with torch.no_grad():  # it is a thread's own setting
-        part.copy_(within.shard(_draw(shape, std, _generator(*key))))
+        part.copy_(within.shard(draw(shape, std, generator(*key))))
 
 
 def _parts(name: str, parameter: nn.Parameter, sharding: Sharding, seed: int) -> Iterator[tuple]:

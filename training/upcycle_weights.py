@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.commands import UpcycleConfig
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.convert import CheckpointWeights, write_step
+from models.init import draw, generator
 from parallel.checkpoint_manifest import read_manifest
 
 
@@ -75,31 +76,30 @@ class _Experts:
     def parts(self) -> dict[str, Callable[[], Iterator[Tensor]]]:
         return dict(zip(self.kinds(), (self._router, self._w_in, self._w_out), strict=True))
 
-    def _generator(self, purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.layer) * 8 + purpose)
-
     def _router(self) -> Iterator[Tensor]:
         """The experts of a copy have one row: with equal scores, the choice takes the copy as a whole."""
         d, n = self.model.hidden_size, self.config.granularity
-        copies = torch.randn(self.config.num_experts // n, d, generator=self._generator(0))
-        yield (copies * (self.model.init_scale / d) ** 0.5).repeat_interleave(n, dim=0)
+        source = generator(self.config.seed, f"{self.dense}.router.weight")
+        std = (self.model.init_scale / d) ** 0.5
+        yield draw((self.config.num_experts // n, d), std, source).repeat_interleave(n, dim=0)
 
     def _w_in(self) -> Iterator[Tensor]:
         """[1, D, G, F / N] of each expert. Only the linear branch is scaled: act(s * gate) is not s * act(gate)."""
         whole = torch.stack([self.weights.read(name).t() for name in self.into], dim=1)
         if len(self.into) == 2:
             whole[:, 1] *= output_scale(self.model, self.config.granularity) ** 0.5
-        yield from self._copies(whole.chunk(self.config.granularity, dim=2), self._generator(1))
+        yield from self._copies(whole.chunk(self.config.granularity, dim=2), "w_in")
 
     def _w_out(self) -> Iterator[Tensor]:
         scale = output_scale(self.model, self.config.granularity) ** (0.5 if len(self.into) == 2 else 1.0)
         whole = self.weights.read(f"{self.dense}.down.weight").t() * scale
-        yield from self._copies(whole.chunk(self.config.granularity), self._generator(2))
+        yield from self._copies(whole.chunk(self.config.granularity), "w_out")
 
-    def _copies(self, shards: tuple[Tensor, ...], generator: torch.Generator) -> Iterator[Tensor]:
-        for _ in range(self.config.num_experts // len(shards)):
-            for shard in shards:
-                if self.config.noise:
-                    drawn = torch.randn(shard.shape, generator=generator) * self.config.noise
-                    shard = (shard.float() + drawn * shard.float().std()).to(shard.dtype)
-                yield shard[None].contiguous()
+    def _copies(self, shards: tuple[Tensor, ...], name: str) -> Iterator[Tensor]:
+        for expert in range(self.config.num_experts):
+            shard = shards[expert % len(shards)]
+            if self.config.noise:
+                source = generator(self.config.seed, f"{self.dense}.experts.{name}", expert)
+                noise = torch.randn(shard.shape, generator=source) * self.config.noise
+                shard = (shard.float() + noise * shard.float().std()).to(shard.dtype)
+            yield shard[None].contiguous()

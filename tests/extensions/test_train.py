@@ -51,9 +51,8 @@ def test_a_run_with_extensions(module: str, tmp_path: Path) -> None:
     evaluate = [command[0], "-m", "launch.evaluate", f"checkpoint={run_dir}", "precision=fp32"]
     refused = start(evaluate, PYTHONPATH=str(tmp_path))
     message = refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2 and "model.activation is one of" in message, (
-        message
-    )  # the run's modules are not imported
+    # The run's modules are not imported.
+    assert refused.returncode == 2 and "model.activation is one of" in message, message
     evaluated = start([*evaluate, f"extensions=[{module}]"], PYTHONPATH=str(tmp_path))
     message = "".join(evaluated.communicate(timeout=300))
     assert evaluated.returncode == 0 and "perplexity" in message, message
