@@ -23,6 +23,8 @@ STAGES = {
     "correctness": 60,
     "gemm": 45,
     "steps": 240,
+    "rates": 80,
+    "whole": 170,
     "train": 120,
     "ranks": 90,
     "sanitizer": 60,

@@ -107,11 +107,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder)
+        attempt("checkpoint", checkpoints)  # first: nothing runs beside it
         with ThreadPoolExecutor(2) as pool:  # these are not timed
             pool.submit(attempt, "stop and continue, twice the same", lambda: continued(folder))
             pool.submit(attempt, "FP8 beside bf16", lambda: fp8(folder))
         attempt("60 steps", lambda: plain(folder))
-        attempt("checkpoint", checkpoints)
 
 
 if __name__ == "__main__":
