@@ -2,7 +2,7 @@
 
 from moe.dispatcher import DISPATCH
 from moe.router import ROUTE
-from ops.adamw import ADAMW
+from ops.adamw import ADAMW, BLOCK_UPDATE
 from ops.attention import ATTENTION
 from ops.autotune import Memory
 from ops.cross_entropy import CROSS_ENTROPY
@@ -31,6 +31,7 @@ OPERATIONS = (
     EXPERTS,
     DISPATCH,
     ADAMW,
+    BLOCK_UPDATE,
 )
 """In the order of the start table."""
 

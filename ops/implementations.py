@@ -14,6 +14,7 @@ from ops.permute import TORCH_PERMUTATION, Permutation
 from ops.rotary import ApplyRotary, apply_rotary
 from ops.routing import FusedRoute, RouterLogits, router_logits
 from ops.varlen_attention import VarlenAttention, joined_attention
+from parallel.block_update import UpdateBlock
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Ops:
     dispatcher: DispatcherFactory | None = None
     """How rows travel to their experts' ranks; None: as moe.dispatcher.dispatcher_for says."""
     adamw: type[torch.optim.Optimizer] = torch.optim.AdamW
+    update_block: UpdateBlock | None = None
+    """The update of a block of weights by BlockAdamW; None: in plain PyTorch."""
 
 
 DEFAULT_OPS = Ops()

@@ -1,10 +1,10 @@
 """The optimizers of parallel/optimizers.py, with less GPU memory if wanted: moments in bf16, gradients in bf16, or
 optimizer states in host memory.
 
-Each shard is updated block by block in fp32; AdamW has the arithmetic of torch's fused AdamW.
+Each shard is updated block by block in fp32 (parallel/block_update.py).
 """
 
-import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import OptimConfig
+from parallel.block_update import Block, UpdateBlock, in_torch, rounding_seed
 from parallel.chunked_ops import rows_at_once
 from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
-from parallel.optimizers import OPTIMIZERS, Update
-from parallel.sharding import Sharding, logical_name
+from parallel.optimizers import OPTIMIZERS
+from parallel.sharding import logical_name
 
 GPU_BLOCK = 2**22
 """Elements of a block on a GPU: large enough to hide the launches behind the copies, with 0.2 GB of temporaries."""
@@ -71,10 +72,11 @@ class _Target:
     weight: Tensor | None
     """bf16 [n], a view of the model parameter; None if the master weights are that view."""
     name: str
-    sharding: Sharding
-    shape: torch.Size
+    """Of the logical parameter."""
     start: int
-    """Shape of the parameter on this rank, and index in the flattened parameter where the shard begins."""
+    """Index in the flattened parameter of this rank where the shard begins."""
+    index_steps: Sequence[tuple[int, int, int]] = ()
+    """Sharding.index_steps."""
 
 
 class BlockAdamW(torch.optim.Optimizer):
@@ -85,12 +87,18 @@ class BlockAdamW(torch.optim.Optimizer):
     """Factor that the gradients are multiplied by, in fp32."""
 
     def __init__(
-        self, groups: list[dict[str, Any]], targets: dict[Tensor, _Target], optim: OptimConfig, streams: "_Streams"
+        self,
+        groups: list[dict[str, Any]],
+        targets: dict[Tensor, _Target],
+        optim: OptimConfig,
+        streams: "_Streams",
+        update: UpdateBlock | None = None,
     ):
         super().__init__([{"params": []}], {})
         self.param_groups = groups  # the constructor rejects fp32 masters, which are views of parameters
         self._targets, self._streams = targets, streams
         self._optimizer = OPTIMIZERS[optim.name]
+        self._update_block, self._whole = update or in_torch(self._optimizer), update is not None
         self._dtype = torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32
         self._offload = optim.cpu_offload
         if self._offload:
@@ -128,6 +136,8 @@ class BlockAdamW(torch.optim.Optimizer):
                 if not self.state[master]:
                     self.set_moments(master, dict.fromkeys(self._optimizer.state, torch.zeros(()).expand(master.shape)))
                 size = GPU_BLOCK if device.type != "cpu" else rows_at_once(1, device)
+                if self._whole and not self._offload:  # nothing temporary
+                    size = max(1, len(master))
                 for start in range(0, len(master), size):
                     with self._streams.next():
                         self._update(group, master, target, slice(start, min(start + size, len(master))))
@@ -136,23 +146,24 @@ class BlockAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], master: Tensor, target: _Target, at: slice) -> None:
         device = target.gradient.device
         kept = [master.data, *(self.state[master][name] for name in self._optimizer.state)]
-        # An fp32 tensor on this device is updated in place.
-        here = (t[at].to(device, non_blocking=True, copy=self._offload) for t in kept)
-        weight, *moments = (t.float() for t in here)
-        gradient = target.gradient[at].float()
-        if self.grad_scale != 1.0:
-            gradient = gradient * self.grad_scale
-        state = dict(zip(self._optimizer.state, moments, strict=True))
-        settings = {name: group[name] for name in ("step", "lr", "weight_decay", "betas", "eps")}
-        self._optimizer.update(Update(weight, gradient, state, **settings))
-        if self._dtype == torch.bfloat16:
-            bits = random_bits(target, group["step"], at)
-            moments = [round_to_bf16(moment, bits >> shift) for moment, shift in zip(moments, (0, 16), strict=False)]
-        for tensor, new in zip(kept, (weight, *moments), strict=True):
+        # A tensor that is kept on this device is updated in place.
+        weight, *moments = here = [t[at].to(device, non_blocking=True, copy=self._offload) for t in kept]
+        self._update_block(
+            Block(
+                weight,
+                target.gradient[at],
+                dict(zip(self._optimizer.state, moments, strict=True)),
+                None if target.weight is None else target.weight[at],
+                grad_scale=self.grad_scale,
+                seed=rounding_seed(target.name, group["step"]) if self._dtype == torch.bfloat16 else 0,
+                first=target.start + at.start,
+                index_steps=target.index_steps,
+                **{name: group[name] for name in ("step", "lr", "weight_decay", "betas", "eps")},
+            )
+        )
+        for tensor, new in zip(kept, here, strict=True):
             if tensor[at].data_ptr() != new.data_ptr():
                 tensor[at].copy_(new, non_blocking=True)
-        if target.weight is not None:
-            target.weight[at].copy_(weight)
 
 
 class _Streams:
@@ -179,34 +190,12 @@ class _Streams:
             stream.synchronize()
 
 
-def random_bits(target: _Target, step: int, at: slice) -> Tensor:
-    """int32 [n]: 32 random bits for each element of a block. They are a hash of (parameter name, step, index in the
-    logical parameter), so that replicas of a parameter get the same bits under every layout."""
-    key = hashlib.blake2b(repr((target.name, step)).encode(), digest_size=4).digest()
-    first = target.start + at.start
-    index = target.sharding.logical_index(target.shape, first, first + at.stop - at.start, target.gradient.device)
-    # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's right shift is arithmetic.
-    bits = index.to(torch.int32)  # the lower 32 bits
-    bits ^= int.from_bytes(key, "little", signed=True)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
-        bits *= factor
-    bits ^= (bits >> 16) & 0xFFFF
-    return bits
-
-
-def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """Stochastic rounding of fp32 to one of the two nearest bf16 values, with expected value x. Exact for bf16 values.
+def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module], update: UpdateBlock | None = None) -> None:
+    """Replaces the AdamW that Megatron-Core's distributed optimizers step with by BlockAdamW.
 
     Args:
-        bits: int32; the lower 16 bits are random.
+        update: of a block; None: in plain PyTorch.
     """
-    # A bf16 value is the upper half of an fp32 one.
-    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
-def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> None:
-    """Replaces the AdamW that Megatron-Core's distributed optimizers step with by BlockAdamW."""
     names = {p: logical_name(name, p) for module in modules for name, p in module.named_parameters()}
     streams = _Streams(optim.cpu_offload)
     for part in optimizer.chained_optimizers:
@@ -215,10 +204,11 @@ def install(optimizer: Any, optim: OptimConfig, modules: list[nn.Module]) -> Non
             at = slice(shard.start, shard.end)
             weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
             gradient = parameter.main_grad.view(-1)[at]
-            position = names[parameter], parameter.sharding, parameter.shape, shard.start
-            targets[shard.master] = _Target(gradient, weight, *position)
+            steps = parameter.sharding.index_steps(parameter.shape)
+            targets[shard.master] = _Target(gradient, weight, names[parameter], shard.start, steps)
         if targets:
-            replace_inner_optimizer(part, BlockAdamW(part.optimizer.param_groups, targets, optim, streams))
+            inner = BlockAdamW(part.optimizer.param_groups, targets, optim, streams, update)
+            replace_inner_optimizer(part, inner)
 
 
 def gradients_for_norm(part: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from conf.schema import OptimConfig, ParallelConfig
 from parallel import block_adamw
 from parallel.batch_context import EVALUATE, TRAIN, BatchContext
+from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
@@ -101,6 +102,7 @@ class Engine:
         overlap: Overlap = NO_OVERLAP,
         adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
         frozen: Collection[str] = (),
+        update_block: UpdateBlock | None = None,
     ):
         """Args:
         config: Megatron-Core's TransformerConfig.
@@ -108,6 +110,7 @@ class Engine:
         build_chunk: builds this rank's i-th pipeline chunk.
         adam: the class of the optimizer.
         frozen: logical names of parameters that are not trained.
+        update_block: the update of BlockAdamW; None: in plain PyTorch.
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -135,7 +138,7 @@ class Engine:
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
             self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam)
             if block_adamw.is_needed(optim):
-                block_adamw.install(self.optimizer, optim, self.modules)
+                block_adamw.install(self.optimizer, optim, self.modules, update_block)
         self._schedule = get_forward_backward_func()
         self.compute_timer = DeviceTimer(runtime.device)
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""

@@ -48,14 +48,21 @@ class Sharding:
         Args:
             local: shape of the shard.
         """
-        index, sizes = torch.arange(start, end, device=device), [*local]
+        index = torch.arange(start, end, device=device)
+        for inner, skipped, first in self.index_steps(local):
+            index += index // inner * skipped + first
+        return index
+
+    def index_steps(self, local: torch.Size) -> list[tuple[int, int, int]]:
+        """(inner, skipped, first), to be applied in order: `index += index // inner * skipped + first` leads from an
+        index in this rank's flattened shard to the one in the flattened logical parameter."""
+        steps, sizes = [], [*local]
         for dim, group in sorted(self.sharded_dims, key=lambda sharded: -sharded[0]):
             shard, shards, inner = group.rank(), group.size(), math.prod(sizes[dim:])
-            if math.prod(sizes[:dim]) > 1:
-                index += index // inner * (inner * (shards - 1))
-            index += shard * inner
+            skipped = inner * (shards - 1) if math.prod(sizes[:dim]) > 1 else 0
+            steps.append((inner, skipped, shard * inner))
             sizes[dim] *= shards
-        return index
+        return steps
 
     def is_first_replica(self) -> bool:
         """Whether this rank is the first of those that hold the same shard, data parallelism aside."""

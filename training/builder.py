@@ -15,7 +15,7 @@ from models.megatron_config import transformer_config
 from models.operations import select_ops
 from ops.experts import EXPERTS, ExpertBackend
 from ops.run_context import RunContext
-from parallel import block_adamw, megatron_compat, process_groups
+from parallel import megatron_compat, process_groups
 from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap
 from parallel.layout import Layout, groups_across_nodes
@@ -131,8 +131,6 @@ def start(
     backend = next((row.name for row in chosen if row.operation == EXPERTS.name), None)
     if train:
         rows += _recompute_row(config.model.recompute, backend, ops.experts)
-        if block_adamw.is_needed(config.optim):
-            rows += [("optimizer", *block_adamw.describe(config.optim))]
 
     core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
     build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops)
@@ -149,7 +147,7 @@ def start(
     if train and max(layout.dp * layout.cp, layout.edp) > 1:
         rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     optim = config.optim if train else None
-    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names)
+    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
     if train and frozen.names:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from parallel import optimizer_state
+from parallel.block_update import in_torch
 from parallel.optimizers import OPTIMIZERS
+from tests.ops import test_adamw as tests_adamw
 from tests.parallel.helpers import OPTIM, Variant, build_engine, optimizer_tensors, train
 from tests.parallel.test_optimizer_state import assert_same_bits
 
@@ -31,12 +33,15 @@ def test_offloaded_states_lie_in_pinned_memory_and_change_no_bit(runtime, monkey
         assert all(t.device.type == "cpu" and t.is_pinned() for t in kept)
 
 
-def test_random_numbers_are_the_cpus():
-    from parallel.block_adamw import _Target, random_bits
-    from parallel.sharding import Sharding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_updates_as_torch_does(dtype):
+    """On the GPU and, by torch alone, on the CPU: the random bits are the same."""
+    from ops.triton.adamw import update
 
-    both = []
-    for device in ("cpu", "cuda"):
-        aim = _Target(torch.zeros(4000, device=device), None, "w", Sharding(), torch.Size([50, 100]), 321)
-        both.append(random_bits(aim, 7, slice(5, 3905)).cpu())
-    assert torch.equal(*both)
+    blocks = [tests_adamw.block(device, dtype, 5000) for device in ("cpu", "cuda", "cuda")]
+    for block, function in zip(
+        blocks, (in_torch(OPTIMIZERS["adamw"]), in_torch(OPTIMIZERS["adamw"]), update), strict=True
+    ):
+        function(block)
+    tests_adamw.assert_alike(blocks[1], blocks[0])
+    tests_adamw.assert_alike(blocks[2], blocks[0])

@@ -16,7 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ops.triton import activations, cross_entropy, fp8_cast, grouped_gemm, permute, rms_norm, router, tiling
+from ops.triton import activations, adamw, cross_entropy, fp8_cast, grouped_gemm, permute, rms_norm, router, tiling
 
 BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
 HERE = torch.device("cpu")
@@ -113,6 +113,15 @@ KERNELS = {
     "router": routed(router.route_forward, 128, 8, BIASED=True, PADDED=True),
     "router, many": routed(router.route_forward, router.LARGEST, 16, BIASED=True, PADDED=True),
     "router back": routed(router.route_backward, 128, 8),
+    "adamw": (
+        adamw.adamw,
+        {"weight_ptr": FP32, **dict.fromkeys(("gradient_ptr", "m_ptr", "v_ptr", "model_ptr"), BF16)}
+        | dict.fromkeys(("N", "first"), "i64")
+        | dict.fromkeys(("inner1", "skipped1", "first1", "inner2", "skipped2", "first2"), "i64")
+        | dict.fromkeys(("grad_scale", "step_size", "decay", "root2", "eps"), "fp32")
+        | dict.fromkeys(("beta1", "rest1", "beta2", "rest2"), "fp32"),
+        {"HAS_MODEL": True, "BLOCK": adamw.BLOCK, "num_warps": 4},
+    ),
     "norm": (
         rms_norm.rms_norm_forward,
         {"x_ptr": BF16, "weight_ptr": BF16, "y_ptr": BF16, "scale_ptr": FP32, "eps": "fp32"},

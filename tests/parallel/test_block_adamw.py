@@ -11,13 +11,13 @@ from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig
 from parallel import block_adamw, optimizer_state
-from parallel.block_adamw import BlockAdamW, _Streams, _Target, random_bits, round_to_bf16
+from parallel.block_adamw import BlockAdamW, _Streams, _Target
+from parallel.block_update import Block, random_bits, round_to_bf16, rounding_seed
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_format import TensorFile
 from parallel.engine import Overlap
 from parallel.env import World
 from parallel.optimizers import OPTIMIZERS
-from parallel.sharding import Sharding
 from tests.parallel.helpers import (
     OPTIM,
     Variant,
@@ -36,12 +36,13 @@ MOMENTS = replace(OPTIM, state_dtype="bf16")
 ALL = replace(OPTIM, state_dtype="bf16", grad_dtype="bf16", cpu_offload=True)
 
 
-def target(size: int, name: str = "w") -> _Target:
-    return _Target(torch.ones(size), None, name, Sharding(), torch.Size([size]), 0)
+def target(size: int) -> _Target:
+    return _Target(torch.ones(size), None, "w", 0)
 
 
-def bits(size: int, step: int = 1, name: str = "w") -> Tensor:
-    return random_bits(target(size, name), step, slice(0, size))
+def bits(size: int, step: int = 1, name: str = "w", first: int = 0) -> Tensor:
+    seed, x = rounding_seed(name, step), torch.empty(size)
+    return random_bits(Block(x, x, {}, None, 1.0, seed, first, (), step, 1e-2, 0.1, (0.9, 0.95), 1e-8))
 
 
 @pytest.mark.parametrize("shift", [0, 16])
@@ -65,7 +66,7 @@ def test_rounding_leaves_bf16_values_alone():
 
 def test_random_bits_belong_to_parameter_step_and_element():
     one = bits(1000)
-    assert torch.equal(random_bits(target(1000), 1, slice(300, 700)), one[300:700])
+    assert torch.equal(bits(400, first=300), one[300:700])
     for other in (bits(1000, step=2), bits(1000, name="v"), one.roll(1)):
         assert (other == one).sum() < 3
         # As independent as coins: of 32,000 bits half differ, within five standard deviations.
@@ -96,7 +97,7 @@ def test_blocks_change_no_bit(monkeypatch):
         generator = torch.Generator().manual_seed(0)
         weight, gradient = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator).bfloat16()
         model = weight.bfloat16()
-        aim = _Target(gradient, model, "w", Sharding(), torch.Size([90, 100]), 1234)
+        aim = _Target(gradient, model, "w", 1234)
         groups = [{"params": [weight], "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}]
         optim = OptimConfig(state_dtype="bf16", grad_dtype="bf16", cpu_offload=offload)
         optimizer = BlockAdamW(groups, {weight: aim}, optim, _Streams(False))

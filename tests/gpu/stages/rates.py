@@ -111,9 +111,10 @@ def grouped() -> dict[str, object]:
 
 def grouped_fp8() -> dict[str, object]:
     """Our own blockwise products without the casts, and torch's rowwise ones."""
+    from torch.nn.functional import ScalingType
+
     from ops.fp8_numerics import RECIPES
     from ops.triton.gemm_backend import Float8GemmBackend
-    from torch.nn.functional import ScalingType
 
     gemm, rows, row = Float8GemmBackend(RECIPES["blockwise"]), [], ScalingType.RowWise
     for experts, k, n in GROUPED:

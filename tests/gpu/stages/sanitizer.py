@@ -1,16 +1,23 @@
 """compute-sanitizer's memcheck over one small call of each kernel, if time is left."""
 
+import functools
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.gpu.stages.common import REHEARSE, attempt, emit
 
 NAMES = ("bf16 experts", "blockwise experts", "rows", "norm", "loss", "router, softmax")
 
 
+TOOL = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
 def check(name: str) -> dict[str, object]:
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    assert TOOL is not None
+    command = [TOOL, "--tool", "memcheck", "--error-exitcode", "9"]
     command += [sys.executable, "-m", "tests.gpu.stages.sanitizer", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=45)
     summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
@@ -18,11 +25,12 @@ def check(name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    if shutil.which("compute-sanitizer") is None:
+    if TOOL is None:
         emit("compute-sanitizer", error="it is not installed here")
         return
-    for name in NAMES:
-        attempt(name, lambda name=name: check(name))
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        for name in NAMES:
+            pool.submit(attempt, name, functools.partial(check, name))
 
 
 if __name__ == "__main__":

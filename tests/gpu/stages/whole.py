@@ -18,12 +18,12 @@ SMALL = "optim.grad_dtype=bf16 optim.state_dtype=bf16"
 LONG = "train.sequence_length=4096"
 RUNS = [
     f"model=olmoe_1b_7b {LONG} train.micro_batch_size=2 {SMALL}",
-    f"model=olmoe_1b_7b {LONG} train.micro_batch_size=2 {SMALL} precision=fp8",
-    f"model=olmoe_1b_7b {LONG} train.micro_batch_size=4 {SMALL} model.recompute=[full]",
     f"model=qwen3_30b_a3b model.num_layers=6 {LONG} train.micro_batch_size=2",
-    f"model=qwen3_30b_a3b model.num_layers=6 {LONG} train.micro_batch_size=2 model.recompute=[norm,activation]",
     f"model=mixtral_8x7b model.num_layers=3 {LONG} train.micro_batch_size=2 {SMALL}",
     "model=switch_base_8 train.sequence_length=512 train.micro_batch_size=32",
+    f"model=olmoe_1b_7b {LONG} train.micro_batch_size=4 {SMALL} model.recompute=[full]",
+    f"model=qwen3_30b_a3b model.num_layers=6 {LONG} train.micro_batch_size=2 model.recompute=[norm,activation]",
+    f"model=olmoe_1b_7b {LONG} train.micro_batch_size=2 {SMALL} precision=fp8",
 ]
 if REHEARSE:
     RUNS = ["model=tiny_switch train.sequence_length=64 train.micro_batch_size=2 model.vocab_size=256"]
@@ -60,10 +60,17 @@ def measure(overrides: list[str]) -> dict[str, object]:
     train, begin = config.train, time.perf_counter()
     with quietly():
         started = builder.start(config, World(), train=True)
-    found = {"start_seconds": time.perf_counter() - begin, "estimated_gb": memory_per_rank(config, Layout(1), bf16=True).total / 1e9}
+    found = {
+        "start_seconds": time.perf_counter() - begin,
+        "estimated_gb": memory_per_rank(config, Layout(1), bf16=True).total / 1e9,
+    }
     text = torch.randint(0, config.model.vocab_size, (train.micro_batch_size, train.sequence_length + 1), device=DEVICE)
     positions = torch.arange(train.sequence_length, device=DEVICE).expand(train.micro_batch_size, -1)
-    batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "positions": positions.contiguous()}
+    batch = {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "positions": positions.contiguous(),
+    }
 
     def step() -> None:
         loss = started.engine.forward_backward([dict(batch), dict(batch)], step=1)
@@ -78,9 +85,16 @@ def measure(overrides: list[str]) -> dict[str, object]:
         times.append(time.perf_counter() - begin)
     middle = sorted(times[2:])[STEPS // 2]
     tokens = 2 * train.micro_batch_size * train.sequence_length
-    found |= {"seconds": middle, "tokens_per_second": tokens / middle, "tflops": started.cost.flops_per_token * tokens / middle / 1e12}
+    found |= {
+        "seconds": middle,
+        "tokens_per_second": tokens / middle,
+        "tflops": started.cost.flops_per_token * tokens / middle / 1e12,
+    }
     if DEVICE.type == "cuda":
-        found |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+        found |= {
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+        }
         found["static_gb"] = torch.cuda.memory_allocated() / 1e9
     return found | steps.profiled(step, middle) | {"table": [list(row) for row in started.table]}
 
