@@ -34,7 +34,9 @@ def _short(row: dict[str, Any]) -> str:
 def _figure(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_figure(v)}" for k, v in value.items()) + "}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
 
 
 def table(head: list[str], body: list[list[Any]]) -> str:
@@ -98,12 +100,28 @@ def steps(rows: Rows) -> str:
     return card(rows) + "\n" + table(["model, trainer", *names, "idle_share"], body) + "\n"
 
 
+def whole(rows: Rows) -> str:
+    names = ("tokens_per_second", "tflops", "seconds", "peak_gb", "estimated_gb", "launches", "idle_share")
+    body = []
+    for row in of(rows, "whole"):
+        cells = [row["error"].replace("|", "/")] if "error" in row else [row.get(name, "") for name in names]
+        body.append([f"`{row['what']}`", *cells])
+    return card(rows) + "\n" + table(["run", *names], body) + "\n"
+
+
 def train(rows: Rows) -> str:
-    body = [[row["what"], _short(row).replace("|", "/")] for row in [*of(rows, "train"), *of(rows, "ranks")]]
+    found = [*of(rows, "train"), *of(rows, "ranks"), *of(rows, "sanitizer")]
+    body = [[row["what"], _short(row).replace("|", "/")] for row in found]
     return card(rows) + "\n" + table(["what", "result"], body) + "\n"
 
 
-TABLES: dict[str, Callable[[Rows], str]] = {"correctness": correctness, "gemm": gemm, "steps": steps, "train": train}
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "correctness": correctness,
+    "gemm": gemm,
+    "steps": steps,
+    "whole": whole,
+    "train": train,
+}
 
 
 def write(rows: Rows, documents: list[Path]) -> list[str]:
@@ -113,7 +131,7 @@ def write(rows: Rows, documents: list[Path]) -> list[str]:
 
         def fill(match: re.Match[str]) -> str:
             name = match[2]
-            stages = ("train", "ranks") if name == "train" else (name,)
+            stages = ("train", "ranks", "sanitizer") if name == "train" else (name,)
             if not any(of(rows, stage) for stage in stages):
                 return match[0]
             written.append(name)
