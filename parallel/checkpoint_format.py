@@ -26,6 +26,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "U8": torch.uint8,
@@ -187,12 +188,11 @@ class TensorFile:
         return bytes(content)
 
     def _fill(self, start: int, view: memoryview) -> None:
-        self._file.seek(start)
         while view:
-            count = self._file.readinto(view)
+            count = os.preadv(self._file.fileno(), [view], start)  # without a position that threads would share
             if not count:
                 raise CheckpointDamaged(f"{self._path.name} is truncated")
-            view = view[count:]
+            start, view = start + count, view[count:]
 
     def copy(self, name: str, shard: TensorShard, target: Tensor, offset: tuple[int, ...]) -> Iterator[int]:
         """Copies the elements that a stored shard and a target have in common, converted to the target's dtype. Yields

@@ -13,6 +13,7 @@ from corpus.tokenizer import Tokenizer
 from models.hf.configuration import CONFIG as THEIR_CONFIG
 from models.hf.configuration import model_of, read_json
 from models.hf.family import Family
+from models.hf.quantization import block_of
 from parallel.env import started_ranks
 from training import hf_verify
 from training.hf_runs import BESIDE, atomic_directory, keep_settings, model_name
@@ -45,7 +46,7 @@ def import_model(config: ImportConfig) -> int:
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
         with atomic_directory(output) as aside:
-            summary = _convert(source, aside, family, run.model)
+            summary = _convert(source, aside, family, run.model, block_of(theirs))
             _keep_files(source, aside, run)
             if config.verify:
                 hf_verify.check_same(config, source, aside / STEP, tokenizer, aside)
@@ -99,7 +100,7 @@ def _run_config(
     )
 
 
-def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> str:
+def _convert(source: Path, aside: Path, family: Family, model: ModelConfig, block: tuple[int, int] | None) -> str:
     """Writes the checkpoint. Returns a description of what was converted."""
     from models.hf.convert import check_tied_head, write_checkpoint
     from models.hf.files import Source
@@ -113,14 +114,12 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig) -> s
         redirection.undo()
     parameters, unknown = parameters_of(family, model, shapes)
     assert not unknown, unknown
-    with Source(source) as opened:
+    with Source(source, family, block) as opened:
         idle = check_tensors(family, model, parameters, opened.entries)
         if HEAD in idle:
             check_tied_head(opened, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
         write_checkpoint(aside / STEP, opened, parameters, model)
-        types = sorted({kind for name, (kind, _) in opened.entries.items() if name not in idle})
-        used = len(opened.entries) - len(idle)
-    words = f"{used} tensors in {', '.join(types)}"
+        words = opened.described(idle)
     return words + (f" ({len(idle)} without weights left: {', '.join(idle[:3])})" if idle else "")
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from conf.commands import InferenceConfig
 from corpus.tokenizer import Tokenizer
+from models.hf.configuration import CONFIG, read_json
+from models.hf.families import family_named
+from models.hf.quantization import block_of
 from parallel.env import World
 from training.load_checkpoint import LoadedModel, load_model, on_every_rank
 from training.output_redirect import redirect_output
@@ -86,7 +89,10 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(directory, **options)
+        if block_of(read_json(directory / CONFIG)):
+            model, loading = _dequantised(directory, **options)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"Transformers cannot load {directory}: {error}") from None
     if wrong := {what: names for what, names in loading.items() if names}:
@@ -101,6 +107,23 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     with torch.no_grad():
         kept[LOGITS] = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().contiguous()
     save_file({**kept, IDS: torch.tensor(ids)}, path)
+
+
+def _dequantised(directory: Path, dtype: Any, **options: Any) -> Any:
+    """As from_pretrained, for FP8 weights, dequantised here: Transformers itself would need another package, and
+    refuses weights whose last block is not whole."""
+    import transformers
+
+    from models.hf.files import Source
+
+    found = read_json(directory / CONFIG)
+    family = family_named(found["model_type"], CONFIG)
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    del config.quantization_config
+    with Source(directory, family, block_of(found)) as source:
+        weights = {name: source.read(name).to(dtype) for name in source.entries}
+    kind = getattr(transformers, family.architecture)
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
 
 
 def check_same(

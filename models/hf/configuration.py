@@ -11,6 +11,8 @@ from conf.config_view import format_value
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
+from models.hf.quantization import KEY as QUANTIZATION
+from models.hf.quantization import unsupported as quantization_error
 
 CONFIG = "config.json"
 NEUTRAL_KEYS = (
@@ -98,6 +100,8 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
         if key in family.disabled:
             if value != family.disabled[key] and value is not None:
                 wrong.append(f"{key}={format_value(value)}: only {format_value(family.disabled[key])}")
+        elif key == QUANTIZATION and value is not None:
+            wrong += [error] if (error := quantization_error(value)) else []
         elif key == "layer_types":
             if others := sorted({str(kind) for kind in value or []} - {FULL}):
                 wrong.append(f"{key} has {', '.join(others)}: only {FULL}")
@@ -180,6 +184,7 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
         base: the config.json of the model that it was imported from, whose other keys are kept. Empty: there is none.
     """
     config = dict(base) or {"architectures": [family.architecture], "model_type": family.name}
+    config.pop(QUANTIZATION, None)  # an import dequantises
     for field in family.fields:
         value = _get(model, field.setting)
         if field.values is not None:

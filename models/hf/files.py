@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from models.hf.configuration import read_json
+from models.hf.family import Family
+from models.hf.fused import Part, split_fused
+from models.hf.quantization import FP8, dequantise, scales_of
 from parallel.checkpoint_format import DTYPES, CheckpointDamaged, TensorFile, TensorShard
 from parallel.checkpoint_manifest import run_to_completion
 
@@ -17,25 +20,36 @@ COMPANION_FILES = (
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
 )
 """Files that an import copies to the run, and an export copies back."""
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", FP8)
 
 
 class Source:
-    """The tensors of a model directory, read one at a time. Use it as a context manager.
+    """The tensors of a model directory, with one tensor per expert, read one at a time. FP8 weights are fp32 here. Use
+    it as a context manager; threads may share it.
+
+    Args:
+        block: the block of an FP8 weight that shares a scale (models.hf.quantization.block_of).
 
     Raises:
-        ValueError: no safetensors files, a missing or damaged shard, or an index that does not match the shards.
+        ValueError: no safetensors files, a missing or damaged shard, an index that does not match the shards, or scales
+            that do not match the FP8 weights.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, family: Family, block: tuple[int, int] | None = None):
         self.directory = directory
         self._stack = ExitStack()
         self._of: dict[str, TensorFile] = {}
-        self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-        """name -> (type, shape)."""
+        self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+        """name -> (safetensors dtype, shape) of the tensors in the files."""
         try:
             for shard in self._shards():
                 self._open(shard)
+            self.block, self.scales = block, scales_of(self.stored, block, directory)
+            weights = self.stored | {name: ("F32", self.stored[name][1]) for name in self.scales}
+            for scale in self.scales.values():
+                del weights[scale]
+            self.entries, self._parts = split_fused(family, weights)
+            """name -> (safetensors dtype, shape) of the tensors that `read` returns."""
         except BaseException:
             self._stack.close()
             raise
@@ -69,7 +83,7 @@ class Source:
             raise ValueError(f"{shard} cannot be read: {error.strerror or error}") from None
         except CheckpointDamaged as error:
             raise ValueError(f"{self.directory}: {error}") from None
-        if twice := sorted(entries.keys() & self.entries.keys()):
+        if twice := sorted(entries.keys() & self.stored.keys()):
             raise ValueError(f"{shard} has {twice[0]}, which is also in another shard")
         if self._index is not None:
             listed = {name for name, where in self._index.items() if where == shard.name}
@@ -80,22 +94,42 @@ class Source:
         for name, (dtype, _) in entries.items():
             if dtype not in FLOATS:
                 raise ValueError(f"{shard}: {name} is of type {dtype}; supported are {', '.join(FLOATS)}")
-        self.entries |= entries
+        self.stored |= entries
         self._of |= dict.fromkeys(entries, file)
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.entries[name][0]]
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the type that it is stored in."""
-        shape = self.entries[name][1]
-        target = torch.empty(shape, dtype=self.dtype(name))
+        """A tensor, in the type that `entries` has for it."""
+        part = self._parts.get(name, Part(name))
+        tensor = self._read(part.tensor, part.expert)
+        if part.tensor in self.scales:
+            assert self.block is not None
+            tensor = dequantise(tensor, self._read(self.scales[part.tensor], part.expert), self.block)
+        return tensor if part.half is None else tensor.chunk(2)[part.half]
+
+    def _read(self, name: str, index: int | None) -> Tensor:
+        """A stored tensor, or one slice along its first dimension."""
+        dtype, shape = self.stored[name]
         origin = (0,) * len(shape)
+        target = torch.empty(shape if index is None else (1, *shape[1:]), dtype=DTYPES[dtype])
         try:
-            run_to_completion(self._of[name].copy(name, TensorShard("", origin, shape), target, origin))
-        except OSError as error:
+            shard, offset = TensorShard("", origin, shape), (index or 0, *origin[1:])
+            run_to_completion(self._of[name].copy(name, shard, target, offset))
+        except (OSError, CheckpointDamaged) as error:
             raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from None
-        return target
+        return target if index is None else target[0]
+
+    def described(self, idle: list[str]) -> str:
+        """How many tensors were read, and their types.
+
+        Args:
+            idle: of `entries`: were not read.
+        """
+        unread = {*idle, *(scale for name, scale in self.scales.items() if name in idle)}
+        types = sorted({dtype for name, (dtype, _) in self.stored.items() if name not in unread})
+        return f"{len(self.stored.keys() - unread)} tensors in {', '.join(types)}"
 
 
 def companion_files(directory: Path) -> Iterator[Path]:
