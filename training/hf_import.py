@@ -41,7 +41,7 @@ def import_model(config: ImportConfig) -> int:
     theirs = read_json(source / THEIR_CONFIG)
     family, model = model_of(theirs, source / THEIR_CONFIG)
     tokenizer = _tokenizer(source, theirs, config.eod_token)
-    run = _run_config(config, theirs, dataclasses.replace(model, name=model_name(output)), tokenizer)
+    run = _run_config(config, theirs, dataclasses.replace(model, name=model_name(output, "imported")), tokenizer)
     rules.check(run, 1)
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:

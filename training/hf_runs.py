@@ -18,10 +18,11 @@ BESIDE = "hf"
 _PRESETS = Path(__file__).parents[1] / "conf" / "model"
 
 
-def model_name(output: Path) -> str:
-    """The name of a model that is written to a run directory: the directory's, unless a preset has it."""
+def model_name(output: Path, made: str) -> str:
+    """The name of a model that is written to a run directory: the directory's, followed by `made` if a preset has that
+    name."""
     name = re.sub(r"[^\w.-]", "_", output.absolute().name)
-    return f"{name}_imported" if (_PRESETS / f"{name}.yaml").exists() else name
+    return f"{name}_{made}" if (_PRESETS / f"{name}.yaml").exists() else name
 
 
 def keep_settings(aside: Path, run: Config) -> None:

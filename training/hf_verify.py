@@ -187,7 +187,7 @@ def _compare_rank(world: World, comparison: Comparison) -> int:
                 f"{loaded.built.precision}: logits differ by {apart:.1e} of the largest, {largest:.3g} (bound "
                 f"{bounds[0]:.0e}); losses {losses[0]:.6f} and {losses[1]:.6f} nats (bound {bounds[1]:.0e})"
             )
-            for line in [] if same else _table(by_layer):
+            for line in [] if same else _table(by_layer, bounds[0]):
                 print(line)
     return 0 if same else 1
 
@@ -249,9 +249,12 @@ def _layers_apart(loaded: LoadedModel, ids: list[int], theirs: dict[str, Any]) -
     return {layer: apart for part in of_ranks for layer, apart in part.items()}
 
 
-def _table(by_layer: dict[int, float] | None) -> Iterator[str]:
+def _table(by_layer: dict[int, float] | None, bound: float) -> Iterator[str]:
     if by_layer is None:
         yield "  which layer differs first is found without sequence_parallel and cp"
         return
     for layer, apart in sorted(by_layer.items()):
         yield f"  output of layer {layer}: differs by {apart:.1e} of the largest value"
+    first = next((layer for layer, apart in sorted(by_layer.items()) if not apart <= bound), None)  # a NaN too
+    where = "no layer, so the final norm or the output layer" if first is None else f"layer {first}"
+    yield f"  the first to differ by more than {bound:.0e}: {where}"

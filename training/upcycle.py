@@ -95,7 +95,7 @@ def _run_of(config: UpcycleConfig, dense: Config, output: Path) -> Config:
         capacity_factor=None,
         eval_capacity_factor=None,
     )
-    model = dataclasses.replace(dense.model, name=model_name(output), moe=moe)
+    model = dataclasses.replace(dense.model, name=model_name(output, "upcycled"), moe=moe)
     return dataclasses.replace(
         dense,
         model=model,

@@ -150,7 +150,7 @@ def family_for(model: ModelConfig, wanted: str | None) -> Family:
 
 def differences(family: Family, model: ModelConfig) -> list[str]:
     """The settings that prevent a model from being exported as a family, with the values that they would need."""
-    mapped = {field.setting for field in family.fields}
+    mapped, model = {field.setting for field in family.fields}, _with_common_width(family, model)
     wrong = []
     for prefix, part in (("", model), ("moe.", model.moe)):
         if prefix and not model.moe.num_experts and "moe.num_experts" not in mapped:
@@ -177,12 +177,25 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
     return wrong
 
 
+def _with_common_width(family: Family, model: ModelConfig) -> ModelConfig:
+    """The same model with ffn_hidden_size as the experts' hidden size, if the family has no key for the latter and no
+    dense layer has another."""
+    only_sparse = len(model.sparse_layers) == model.num_layers
+    if any(field.setting == "moe.ffn_hidden_size" for field in family.fields) or not (
+        only_sparse or model.expert_width == model.ffn_hidden_size
+    ):
+        return model
+    moe = dataclasses.replace(model.moe, ffn_hidden_size=None)
+    return dataclasses.replace(model, ffn_hidden_size=model.expert_width, moe=moe)
+
+
 def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model.
 
     Args:
         base: the config.json of the model that it was imported from, whose other keys are kept. Empty: there is none.
     """
+    model = _with_common_width(family, model)
     config = dict(base) or {"architectures": [family.architecture], "model_type": family.name}
     config.pop(QUANTIZATION, None)  # an import dequantises
     for field in family.fields:

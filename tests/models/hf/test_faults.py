@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import run_export, run_import
 from tests.training.helpers import ROOT, tiny_config, train
 from training import hf_verify
+from training.hf_runs import model_name
 
 SHARD = "model-00001-of-00002.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -161,10 +163,31 @@ def test_a_model_that_fits_no_family(settings: dict, moe: dict, expected: str) -
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("width", "moe", "written"),
+    [(40, {"ffn_hidden_size": 40}, 40), (48, {"ffn_hidden_size": 40}, 40), (48, {}, 48)],
+    ids=str,
+)
+def test_the_width_of_experts_is_the_only_one_that_mixtral_has(width: int, moe: dict, written: int) -> None:
+    moe = {"num_experts": 4, "top_k": 2} | moe
+    model = ModelConfig(activation="swiglu", ffn_hidden_size=width, moe=MoeConfig(**moe))
+    family = FAMILIES["mixtral"]
+    assert not differences(family, model)
+    assert config_of(family, model, {})["intermediate_size"] == written
+    dense_too = replace(model, ffn_hidden_size=written + 1, moe=replace(model.moe, ffn_hidden_size=written, every=2))
+    assert any(f"model.moe.ffn_hidden_size={written}, but" in reason for reason in differences(family, dense_too))
+
+
+def test_the_name_of_a_model_is_not_that_of_a_preset(tmp_path: Path) -> None:
+    assert model_name(tmp_path / "mine", "upcycled") == "mine"
+    assert model_name(tmp_path / "mixtral_8x7b", "upcycled") == "mixtral_8x7b_upcycled"
+    assert model_name(tmp_path / "mixtral_8x7b", "imported") == "mixtral_8x7b_imported"
+
+
 def test_a_balancing_bias_has_no_place_unless_it_is_zero(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(corpus, tmp_path / "run", steps=1)
     config.model.activation = "swiglu"
-    config.model.moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, bias_update_rate=0.0)
+    config.model.moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, bias_update_rate=0.0, ffn_hidden_size=40)
     assert ranks.run(1, train, config, timeout=120.0) == [0]
     code, printed = run_export(ranks, tmp_path / "run", tmp_path / "zero")
     assert code == 0 and "verified on" in printed, printed

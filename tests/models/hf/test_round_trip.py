@@ -1,21 +1,23 @@
 """Into a run and out again: the same numbers as Transformers, the same bits on the disk."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conf.commands import InferenceConfig
 from conf.schema import ParallelConfig
 from parallel.env import World
 from parallel.local_launcher import RankPool
-from tests.models.hf.helpers import LENGTH, assert_same_bits, run_export, run_import, tensors_in
+from tests.models.hf.helpers import LENGTH, assert_same_bits, in_rank, run_export, run_import, tensors_in
 from tests.training.helpers import tiny_config, train, trajectory
-from training.hf_verify import BOUNDS, Comparison, _compare_rank, write_reference
+from training.hf_verify import BOUNDS, Comparison, Different, _compare_rank, check_same, write_reference
 from training.run_dir import load_config
 
 IDS = [(7 * i + i * i) % 320 for i in range(LENGTH)]
@@ -153,12 +155,44 @@ def test_a_wrong_layout_does_not_get_past_the_comparison(sources, ranks: RankPoo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "where"),
+    [(name, "self_attn.o_proj.weight", "layer 1") for name in FAMILIES]
+    + [("mixtral", "lm_head.weight", "no layer, so the final norm or the output layer")],
+)
+def test_the_layer_with_a_wrong_weight_is_named(
+    name: str, part: str, where: str, sources, runs, ranks: RankPool, tmp_path: Path
+) -> None:
+    shutil.copytree(sources[name], tmp_path / "changed")
+    wrong = part if part == "lm_head.weight" else f"model.layers.1.{part}"
+    index = json.loads((tmp_path / "changed" / "model.safetensors.index.json").read_text())
+    file = tmp_path / "changed" / index["weight_map"][wrong]
+    tensors = load_file(file)
+    tensors[wrong][3, 5] += 2.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    task = (str(tmp_path / "changed"), str(runs[name] / "checkpoints" / "step_00000000"), str(tmp_path))
+    printed = ranks.run(1, compared, *task, timeout=120.0)[0][1]
+    assert "NOT THE SAME" in printed and "output of layer 0: differs by " in printed, printed
+    assert f"the first to differ by more than 1e-04: {where}\n" in printed, printed
+
+
+def compared(world: World, source: str, step: str, folder: str) -> tuple[int, str]:
+    def compare(_config: None) -> int:
+        try:
+            check_same(InferenceConfig(precision="fp32"), Path(source), Path(step), None, Path(folder))
+        except Different:
+            return 1
+        return 0
+
+    return in_rank(world, compare, None)
+
+
 def import_swapped(world: World, source: str, output: str) -> tuple[int, str]:
     """With gate and up exchanged."""
     from conf.commands import ImportConfig
     from models.hf.families import FAMILIES
     from models.hf.family import GATE_AND_UP, Layout
-    from tests.models.hf.helpers import _import, in_rank
+    from tests.models.hf.helpers import _import
 
     swapped = Layout(lambda parts, model: GATE_AND_UP.join(parts[::-1], model), GATE_AND_UP.split)
     right = FAMILIES["mixtral"]
