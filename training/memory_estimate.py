@@ -37,20 +37,46 @@ def memory_per_rank(config: Config, layout: Layout, *, bf16: bool, on_gpu: bool 
         on_gpu: None: as config.cluster says.
     """
     on_gpu = config.cluster.gpus if on_gpu is None else on_gpu
-    stages = (_stage_memory(config, layout, stage, bf16=bf16, on_gpu=on_gpu) for stage in range(layout.pp))
-    return max(stages, key=lambda m: m.total)
+    stages = stages_of(config.model, layout)
+    return max((stage_memory(config, layout, s, bf16=bf16, on_gpu=on_gpu) for s in stages), key=lambda m: m.total)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage, as far as memory and time depend on it."""
+
+    index: int
+    sparse: int
+    """Number of sparse layers."""
+    dense: int
+    is_first: bool
+    is_last: bool
+
+
+def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
+    """The first of all stages that are alike in their layers: of those it keeps most activations."""
+    first: dict[tuple[int, int, bool, bool], Stage] = {}
+    for index in range(layout.pp):
+        kind = *stage_layers(model, layout, index), index == 0, index == layout.pp - 1
+        first.setdefault(kind, Stage(index, *kind))
+    return list(first.values())
 
 
 Matrix = tuple[float, float, float]
 """(number of matrices, inner dimension of the forward product, outer dimension)."""
 
 
-def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_gpu: bool) -> Memory:
+def stage_memory(
+    config: Config, layout: Layout, stage: Stage, *, bf16: bool, on_gpu: bool, imbalance: float = 1.0
+) -> Memory:
+    """The memory of a rank of a pipeline stage.
+
+    Args:
+        imbalance: rows of its experts relative to the mean.
+    """
     model, train = config.model, config.train
     value = 2 if bf16 else 4
-    sparse, dense = _layers_of(model, layout, stage)
-    is_last = stage == layout.pp - 1
-    spread, experts = _parameters(model, layout, sparse, dense, is_first=stage == 0, is_last=is_last)
+    spread, experts = stage_parameters(model, layout, stage)
     frozen = frozen_parameters(config)
     trained_spread, trained_experts = spread * frozen.dense_share, experts * frozen.expert_share
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
@@ -59,43 +85,48 @@ def _stage_memory(config: Config, layout: Layout, stage: int, *, bf16: bool, on_
     offload = on_gpu and config.optim.cpu_offload
     tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
-    # 1F1B (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): stage s has up to pp - s micro-batches in flight; the
-    # interleaved schedule has a few chunks more.
-    in_flight = min(micro_batches, layout.pp - stage)
-    if layout.vpp > 1:
-        in_flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
+    in_flight = micro_batches_in_flight(layout, stage.index, micro_batches)
     # The input and output of the final norm, and the logits.
     head = value * (2 * model.hidden_size + model.vocab_size / layout.tp)
+    kept = _kept_per_token(config, layout, stage.sparse, stage.dense, imbalance)
     return Memory(
         weights=value * (spread + experts),
         gradients=float(gradient * (trained_spread + trained_experts)),
         optimizer=0.0 if offload else optimizer,
-        activations=tokens * (in_flight * value * _kept_per_token(config, layout, sparse, dense) + is_last * head),
-        fp8_weights=_fp8_weights(config, layout, stage) if config.precision == "fp8" else 0.0,
+        activations=tokens * (in_flight * value * kept + stage.is_last * head),
+        fp8_weights=_fp8_weights(config, layout, stage.index) if config.precision == "fp8" else 0.0,
         host=optimizer if offload else 0.0,
     )
+
+
+def micro_batches_in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """The largest number of micro-batches whose activations a stage keeps: with 1F1B pp - stage of them (Narayanan et
+    al. 2021, arXiv:2104.04473, section 2.2); interleaved, (2 (pp - 1 - stage) + (vpp - 1) pp + 1) / vpp, counted in
+    chunks of 1 / vpp of the stage's layers (Megatron-Core's schedule)."""
+    chunks = 2 * (layout.pp - 1 - stage) + (layout.vpp - 1) * layout.pp + 1
+    return min(micro_batches, layout.pp - stage if layout.vpp == 1 else chunks / layout.vpp)
 
 
 def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
     """Bytes of quantized weights that are cached between optimizer steps (ops.grouped_mlp.kept_weight)."""
     model, fp8 = config.model, config.fp8
     layers = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
-    linear, experts = _matrices(model, layout, *_layers_of(model, layout, stage, within=layers))
-    matrices = [*linear, *experts] if fp8.linear_layers else experts
-    values = sum(n * inner * outer for n, inner, outer in matrices)
+    linear, experts = matrices(model, layout, *stage_layers(model, layout, stage, within=layers))
+    quantized = [*linear, *experts] if fp8.linear_layers else experts
+    values = sum(n * inner * outer for n, inner, outer in quantized)
     if fp8.kernels == "reference" or (fp8.kernels == "auto" and not config.cluster.gpus):
         # Emulated in bf16; one copy serves both directions if they are quantized alike.
         return 2 * values * (2 if fp8.recipe == "rowwise" else 1)
     scales = {
         "blockwise": values / FP8_BLOCK**2,
-        "rowwise": sum(n * (inner + outer) for n, inner, outer in matrices),
+        "rowwise": sum(n * (inner + outer) for n, inner, outer in quantized),
         "tensorwise": 0,
     }
     # One byte in each of two layouts, since FP8 products read both operands along the inner dimension; fp32 scales.
     return 2 * values + 4 * scales[fp8.recipe]
 
 
-def _layers_of(model: ModelConfig, layout: Layout, stage: int, within: range | None = None) -> tuple[int, int]:
+def stage_layers(model: ModelConfig, layout: Layout, stage: int, within: range | None = None) -> tuple[int, int]:
     """Numbers of sparse and dense layers of a pipeline stage.
 
     Args:
@@ -108,22 +139,20 @@ def _layers_of(model: ModelConfig, layout: Layout, stage: int, within: range | N
     return sparse, len(layers) - sparse
 
 
-def _parameters(
-    model: ModelConfig, layout: Layout, sparse: int, dense: int, *, is_first: bool, is_last: bool
-) -> tuple[float, float]:
+def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[float, float]:
     """Numbers of parameters of one rank: (outside experts, of experts)."""
-    d, moe = model.hidden_size, model.moe
-    spread, experts = (sum(n * k * m for n, k, m in part) for part in _matrices(model, layout, sparse, dense))
-    tables = 1 if model.tie_embeddings and layout.pp == 1 else is_first + is_last
+    d, moe, sparse, dense = model.hidden_size, model.moe, stage.sparse, stage.dense
+    spread, experts = (sum(n * k * m for n, k, m in part) for part in matrices(model, layout, sparse, dense))
+    tables = 1 if model.tie_embeddings and layout.pp == 1 else stage.is_first + stage.is_last
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
-    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + is_last * d
+    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + stage.is_last * d
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
 
 
-def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
+def matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
     """One rank's weight matrices: (of linear layers in attention and feed-forward layers, of experts)."""
     d, f, moe, layers = model.hidden_size, model.ffn_hidden_size, model.moe, sparse + dense
     gates = input_projections(model.activation)
@@ -135,7 +164,7 @@ def _matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tu
     return linear, [(count, d, gates * width), (count, width, d)]
 
 
-def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> float:
+def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int, imbalance: float) -> float:
     """Values per token that are saved for the backward pass: the inputs of norms and matrix products."""
     model = config.model
     d, f, again = model.hidden_size, model.ffn_hidden_size, model.recompute
@@ -152,8 +181,8 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int) -> 
         attention += (model.query_width + (2 if model.qk_norm else 1) * model.key_width) / layout.tp
     gates = input_projections(model.activation)
     hidden = gates if "activation" in again else 2 * gates  # of a gated one: both parts, act, product
-    # The ranks of a replica have tokens * top_k rows per layer, assumed to be evenly distributed and not padded.
-    rows = experts_per_token(model) * layout.etp / layout.tp
+    # The ranks of a replica have tokens * top_k rows per layer, not padded.
+    rows = experts_per_token(model) * layout.etp / layout.tp * imbalance
     # FP8 experts gather rows while reading, and save only the first product's output.
     expert = model.expert_width / layout.etp
     each = 2 * d + gates * expert if config.precision == "fp8" else 3 * d + hidden * expert

@@ -1,0 +1,1 @@
+"""Predicts memory and step time of a layout, and searches for the fastest one that fits."""

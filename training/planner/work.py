@@ -1,0 +1,192 @@
+"""What a pipeline stage does in one micro-batch, and how long each part of it takes.
+
+Legend: T tokens of a micro-batch on a rank (those of its context-parallel slice), D hidden size, R rows of a rank's
+experts.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from conf.extensions import input_projections
+from conf.schema import Config
+from parallel.layout import Layout
+from training.flops import experts_per_token
+from training.memory_estimate import Stage, matrices, stage_parameters
+from training.planner.links import Links
+from training.planner.rates import Rates
+
+Parts = Counter[str]
+"""Seconds by what they are spent on."""
+PASS_EFFICIENCY = 0.5
+"""Share of a copy's bandwidth that passes over activations and gradients reach."""
+ROTARY = 15
+"""bf16 values read and written for each one that is rotated: in PyTorch's operations, in fp32."""
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of a micro-batch on a stage, by part, all of its chunks together."""
+
+    forward: Parts
+    backward: Parts
+    host: float
+    """What the host takes to launch both."""
+
+    @property
+    def total(self) -> float:
+        """Whichever is slower, GPU or host."""
+        return max(self.forward.total() + self.backward.total(), self.host)
+
+
+def stage_times(
+    config: Config, layout: Layout, stage: Stage, rates: Rates, links: Links, imbalance: float
+) -> StageTimes:
+    """The times of the rank with most rows.
+
+    Args:
+        imbalance: its experts' rows relative to the mean.
+    """
+    stage_work = _Stage(config, layout, stage, rates, links, imbalance)
+    return stage_work.times()
+
+
+class _Stage:
+    def __init__(self, config: Config, layout: Layout, stage: Stage, rates: Rates, links: Links, imbalance: float):
+        self.config, self.layout, self.rates, self.links = config, layout, rates, links
+        self.model = config.model
+        self.stage = stage
+        self.sparse, self.dense = stage.sparse, stage.dense
+        train = config.train
+        self.tokens = train.micro_batch_size * train.sequence_length / layout.cp
+        self.fp8 = config.precision == "fp8"
+        moe = self.model.moe
+        local = max(moe.num_experts / layout.ep, 1)
+        self.rows = self.tokens / layout.tp * experts_per_token(self.model) * layout.etp * imbalance
+        self.rows_per_expert = self.rows / local
+        self.forward: Parts = Counter()
+        self.backward: Parts = Counter()
+
+    def times(self) -> StageTimes:
+        self._linear()
+        self._experts()
+        self._attention()
+        self._passes()
+        self._collectives()
+        if self.stage.is_last:
+            self._head()
+        self._recompute()
+        self._accumulate()
+        host = self.rates.host
+        again = 1.5 if "full" in self.model.recompute else 1.2 if self.model.recompute else 1.0
+        launch = (self.sparse * host["sparse"] + self.dense * host["dense"]) * again
+        return StageTimes(self.forward, self.backward, launch)
+
+    def _linear(self) -> None:
+        linear, _ = matrices(self.model, self.layout, self.sparse, self.dense)
+        fp8 = self.fp8 and self.config.fp8.linear_layers
+        for count, inner, outer in linear:
+            if not count * inner * outer:
+                continue
+            one = self.rates.dense(self.tokens, inner, outer, fp8=fp8)
+            self.forward["linear layers"] += count * one
+            weight = self.rates.dense(self.tokens, inner, outer)
+            self.backward["linear layers"] += count * (one + weight)
+
+    def _experts(self) -> None:
+        _, experts = matrices(self.model, self.layout, self.sparse, self.dense)
+        for count, inner, outer in experts:
+            if not count:
+                continue
+            one = self.rates.grouped(count, self.rows_per_expert, inner, outer, fp8=self.fp8)
+            weight = self.rates.grouped_weight_gradient(count, self.rows_per_expert, inner, outer)
+            self.forward["experts"] += one
+            self.backward["experts"] += one + weight
+
+    def _attention(self) -> None:
+        model, train, layout = self.model, self.config.train, self.layout
+        widths = (model.query_width + value_width(model)) / layout.tp
+        # Causal: half of the products of all queries with all keys (and values), two FLOPs each, twice.
+        flops = train.micro_batch_size * train.sequence_length**2 / layout.cp * widths * (self.sparse + self.dense)
+        head, sequence = query_head_width(model), train.sequence_length
+        self.forward["attention"] += self.rates.attention(flops, head, sequence)
+        self.backward["attention"] += self.rates.attention(flops, head, sequence, backward=True)
+
+    def _pass(self, values: float) -> float:
+        """Seconds to read or write bf16 values."""
+        return 2 * values / (self.rates.memory * PASS_EFFICIENCY)
+
+    def _passes(self) -> None:
+        """Norms, rotary embeddings, residuals, activations and the permutation of rows: bound by memory. Counted are
+        the values that PyTorch's operations and our kernels read and write."""
+        model, layout, layers = self.model, self.layout, self.sparse + self.dense
+        tp = layout.tp
+        outside = model.hidden_size / (tp if layout.sequence_parallel else 1)
+        q, k = model.query_width / tp, model.key_width / tp
+        gates = input_projections(model.activation)
+        # Two norms (each read and written), two residuals (two read, one written); projections are split and laid out
+        # for attention; the rotation is computed in fp32.
+        block = 10 * outside + 2 * (q + 2 * k) + ROTARY * (q + k) + (2 * (q + k) if model.qk_norm else 0)
+        hidden = self.tokens * (self.dense * model.ffn_hidden_size + self.sparse * model.shared_width) / tp
+        hidden += self.sparse * self.rows * model.expert_width / layout.etp
+        router = 4 * model.hidden_size / tp
+        permuted = self.sparse * self.rows * 4 * model.hidden_size
+        values = self.tokens * (layers * block + self.sparse * router) + permuted
+        # A gated activation of autograd: 5 passes forward and 14 backward, a plain one 2 and 3.
+        forward, backward = (5, 14) if gates == 2 else (2, 3)
+        self.forward["passes over memory"] += self._pass(values + forward * hidden)
+        self.backward["passes over memory"] += self._pass(2 * values + backward * hidden)
+
+    def _collectives(self) -> None:
+        model, layout, links = self.model, self.layout, self.links
+        layers = self.sparse + self.dense
+        whole = 2 * self.tokens * model.hidden_size
+        # A tensor-parallel block gathers its input and scatters its output (or reduces it, which is both); so does a
+        # dense feed-forward layer, and the shared experts. The backward pass gathers the input once more.
+        shared = self.sparse if model.shared_width else 0
+        one = links.ring("tp", whole)
+        blocks = layers + self.dense + shared
+        self.forward["tensor parallel"] += 2 * one * blocks
+        self.backward["tensor parallel"] += (3 if layout.sequence_parallel else 2) * one * blocks
+        keys = links.ring("cp", 2 * 2 * self.tokens * layout.cp * model.key_width / layout.tp) * layers
+        self.forward["context parallel"] += keys
+        self.backward["context parallel"] += keys
+        sent = 2 * self.rows / layout.etp * model.hidden_size
+        each = links.all_to_all("ep", sent) + links.ring("etp", sent * layout.etp)
+        self.forward["all-to-all"] += 2 * each * self.sparse
+        self.backward["all-to-all"] += 2 * each * self.sparse
+
+    def _head(self) -> None:
+        model, tp = self.model, self.layout.tp
+        one = self.rates.dense(self.tokens, model.hidden_size, model.vocab_size / tp)
+        loss = self._pass(self.tokens * model.vocab_size / tp * 1.5)
+        self.forward["head"] += one + loss
+        self.backward["head"] += 2 * one + loss
+
+    def _recompute(self) -> None:
+        again: Parts = Counter()
+        recompute, forward = self.model.recompute, self.forward
+        if "full" in recompute:
+            again = Counter({part: seconds for part, seconds in forward.items() if part != "head"})
+        else:
+            if "moe" in recompute:
+                again += Counter({part: forward[part] for part in ("experts", "all-to-all")})
+            if "norm" in recompute or "activation" in recompute:
+                again += Counter({"passes over memory": 0.3 * forward["passes over memory"]})
+        self.backward["recompute"] += again.total()
+
+    def _accumulate(self) -> None:
+        """A weight gradient is read, and added to the gradient buffer."""
+        spread, experts = stage_parameters(self.model, self.layout, self.stage)
+        kept = 2 if self.config.optim.grad_dtype == "bf16" else 4
+        moved = (spread + experts) * (2 + 2 * kept) + 4 * experts  # grouped_mm's gradient is laid out anew
+        self.backward["gradient accumulation"] += moved / (self.rates.memory * 0.65)
+
+
+def query_head_width(model: object) -> int:
+    """Of queries and keys."""
+    return model.head_width  # type: ignore[attr-defined]
+
+
+def value_width(model: object) -> int:
+    """Of all heads' values together, as attention reads them."""
+    return model.query_width  # type: ignore[attr-defined]
