@@ -27,7 +27,7 @@ from benchmarks.tiny import (
     my_batches,
     started,
 )
-from conf.schema import ModelConfig, ParallelConfig
+from conf.schema import ModelConfig, ParallelConfig, RopeScalingConfig
 from models.logits import next_token_logits
 from parallel.engine import Engine, Overlap
 from parallel.env import World
@@ -44,6 +44,7 @@ DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 
 DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
 GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
 ALIKE = {"document_mask": True, "begin_alike": True}
+YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 
 VARIANTS = {
     "drops": Variant(),
@@ -61,6 +62,7 @@ VARIANTS = {
     "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20, "first_dense_layers": 1}),
     "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
     "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
+    "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
@@ -118,7 +120,11 @@ MATRIX = [
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense"], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
     Layouts(
-        "cp2", 2, {"cp": 2}, ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe"], "drops sinkhorn"
+        "cp2",
+        2,
+        {"cp": 2},
+        ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope"],
+        "drops sinkhorn rope",
     ),
     Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless", "ties", "ties_choice", "per_sequence"]),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
@@ -137,7 +143,7 @@ MATRIX = [
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
-    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents"]),
+    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope"]),
     Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE_PARALLEL}, ["drops", "deepseek", "qwen3", "olmoe"]),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.config_view import WORLD_SIZE
 from conf.extensions import schedule_reads, takes_files, yields_documents
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from conf.setting import Bounds
 
 
@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 BOUNDS: dict[str, Bounds] = {
     key: field.metadata["bounds"] for key, field in _fields(Config) if "bounds" in field.metadata
 } | {WORLD_SIZE: Bounds(ge=1)}
+MODEL_SETTINGS: dict[str, dataclasses.Field[Any]] = dict(_fields(ModelConfig, "model."))
 
 ALTERNATIVES = {
     ("precision", "fp16"): ("bf16", "is not available"),
@@ -51,6 +52,32 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "data parallelism",
         lambda c: c["world_size"] > c["parallel.pp"] * _min_sharding(c),
         "parallel.overlap_grad_reduce parallel.overlap_param_gather",
+    ),
+    (
+        "model.rope_scaling.type other than null",
+        lambda c: c["model.rope_scaling.type"] is not None,
+        "model.rope_scaling.factor",
+    ),
+    (
+        "model.rope_scaling.type=llama3 or yarn",
+        lambda c: c["model.rope_scaling.type"] in ("llama3", "yarn"),
+        "model.rope_scaling.original_max_position_embeddings",
+    ),
+    (
+        "model.rope_scaling.type=llama3",
+        lambda c: c["model.rope_scaling.type"] == "llama3",
+        "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor",
+    ),
+    (
+        "model.rope_scaling.type=yarn",
+        lambda c: c["model.rope_scaling.type"] == "yarn",
+        "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.truncate "
+        "model.rope_scaling.attention_factor model.rope_scaling.mscale_all_dim",
+    ),
+    (
+        "model.rope_scaling.mscale_all_dim",
+        lambda c: bool(c["model.rope_scaling.mscale_all_dim"]),
+        "model.rope_scaling.mscale",
     ),
     (
         "model.moe.num_experts > 0",

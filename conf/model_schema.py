@@ -12,6 +12,7 @@ ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 RECOMPUTE = ("norm", "activation", "moe", "full")
+ROPE_SCALING = (None, "linear", "llama3", "yarn")
 
 
 @dataclass
@@ -144,6 +145,41 @@ class MoeConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Scaling of the rotary embedding's frequencies to sequences longer than those of pre-training. Names and formulas
+    are those of Transformers (modeling_rope_utils.py)."""
+
+    type: str | None = setting(None, choices=ROPE_SCALING)
+    """Kind of scaling: null, linear, llama3 or yarn. linear: all frequencies are divided by factor (position
+    interpolation, arXiv:2306.15595). llama3: low frequencies are divided by factor, high ones are kept, those between
+    are interpolated (Llama 3.1, arXiv:2407.21783). yarn: as llama3, interpolated by the number of rotations within
+    original_max_position_embeddings, and with scaled attention (arXiv:2309.00071, section 3). null: none."""
+    factor: float = setting(1.0, ge=1)
+    """Ratio of the longest sequence to that of pre-training."""
+    original_max_position_embeddings: int | None = setting(None, ge=1)
+    """Length of sequences in pre-training. Needed by llama3 and yarn."""
+    low_freq_factor: float = setting(1.0, gt=0)
+    """llama3: frequencies with fewer rotations than this within original_max_position_embeddings are divided by
+    factor."""
+    high_freq_factor: float = setting(4.0, gt=0)
+    """llama3: frequencies with more rotations than this are kept."""
+    beta_fast: float = setting(32.0, gt=0)
+    """yarn: frequencies with more rotations than this within original_max_position_embeddings are kept
+    (arXiv:2309.00071, eq. 17: beta)."""
+    beta_slow: float = setting(1.0, gt=0)
+    """yarn: frequencies with fewer rotations than this are divided by factor (arXiv:2309.00071, eq. 17: alpha)."""
+    truncate: bool = True
+    """yarn: round the first and the last interpolated dimension outwards to integers (false: gpt-oss)."""
+    attention_factor: float | None = setting(None, gt=0)
+    """yarn: factor of the rotated queries and keys. null: m(mscale) / m(mscale_all_dim) with m(x) = 0.1 x ln(factor) +
+    1, or m(1) if these are null (arXiv:2309.00071, eq. 22)."""
+    mscale: float | None = setting(None, ge=0)
+    """yarn: see attention_factor (DeepSeek-V3: 1). Needs mscale_all_dim."""
+    mscale_all_dim: float | None = setting(None, ge=0)
+    """yarn: see attention_factor (DeepSeek-V3: 1)."""
+
+
+@dataclass
 class ModelConfig:
     """A decoder-only transformer with pre-normalisation, rotary position embeddings and grouped-query attention."""
 
@@ -182,6 +218,13 @@ class ModelConfig:
     """Share the weights of the embedding and the output layer."""
     rope_theta: float = setting(10000.0, gt=0)
     """Base of the rotary embedding's frequencies (RoFormer, arXiv:2104.09864)."""
+    partial_rotary_factor: float = setting(1.0, gt=0, le=1)
+    """Fraction of each head's dimensions, from the first one on, that is rotated (GPT-NeoX, arXiv:2204.06745; GLM-4.5,
+    arXiv:2508.06471: 0.5). The others carry no position."""
+    rope_interleave: bool = False
+    """Rotate pairs of adjacent dimensions (RoFormer, arXiv:2104.09864, eq. 34; DeepSeek) instead of pairing each
+    dimension of the first half with one of the second half (GPT-NeoX, Llama in Transformers)."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = setting(1e-6, gt=0)
     """Term added to the mean square in RMSNorm."""
     init_scale: float = setting(0.1, gt=0, resumable=True)
@@ -206,6 +249,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """head_dim, or its default."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Number of dimensions of a head that are rotated."""
+        return int(self.head_width * self.partial_rotary_factor)
 
     @property
     def expert_width(self) -> int:

@@ -4,18 +4,18 @@ A rule is a condition on settings. A violation is reported with the actual value
 all rules are checked again to make sure that they do.
 """
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from conf.config_view import DEFAULTS, WORLD_SIZE, ConfigView, Violation, divisible, divisors, format_value, multiples
+from conf.attention_rules import attention_rules
+from conf.config_view import DEFAULTS, WORLD_SIZE, ConfigView, Violation, divisible, divisors, format_value
 from conf.extensions import REGISTRIES, missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
-from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS
+from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS, MODEL_SETTINGS
 from conf.nearest import nearest_layouts
 from conf.printable import one_line
 from conf.schema import DATA_KINDS, LOGGERS, RECOMPUTE, Config
@@ -73,7 +73,7 @@ def violations(cfg: ConfigView) -> list[Violation]:
     for violation in found:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
-    sections = (_model, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
+    sections = (attention_rules, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
     sections += (_schedule, _names, _load, _loggers, _data, _blend, _unused)
     return found + [violation for section in sections for violation in section(cfg)]
 
@@ -126,26 +126,6 @@ def _bounds(cfg: ConfigView) -> Iterator[Violation]:
         if value is not None and not bounds.contain(value):
             suggestions = {key: [bounds.nearest(DEFAULTS[key])]}
             yield Violation(f"{key} {bounds}", f"it is {format_value(value)}", suggestions)
-
-
-def _model(cfg: ConfigView) -> Iterator[Violation]:
-    hidden, heads, head_dim = "model.hidden_size", "model.num_attention_heads", "model.head_dim"
-    even = "is even (rotary embeddings rotate pairs)"
-    if cfg[head_dim] is not None:
-        if cfg[head_dim] % 2:
-            yield Violation(f"{head_dim} {even}", f"it is {cfg[head_dim]}", {head_dim: [cfg[head_dim] + 1]})
-    elif cfg[hidden] % cfg[heads]:
-        for violation in divisible(cfg, hidden, heads):
-            suggestions = {**violation.suggestions, head_dim: multiples(cfg[hidden] // cfg[heads], 2)}
-            yield dataclasses.replace(violation, suggestions=suggestions)
-    elif cfg[hidden] // cfg[heads] % 2:
-        yield Violation(
-            f"{hidden} / {heads} {even}",
-            f"{cfg[hidden]} / {cfg[heads]} = {cfg[hidden] // cfg[heads]}",
-            {heads: divisors(cfg[heads], cfg[hidden]), hidden: multiples(cfg[hidden], 2 * cfg[heads])},
-        )
-    if cfg["model.num_query_groups"] is not None:
-        yield from divisible(cfg, heads, "model.num_query_groups")
 
 
 def _recompute(cfg: ConfigView) -> Iterator[Violation]:
@@ -290,9 +270,8 @@ def _names(cfg: ConfigView) -> Iterator[Violation]:
 
 def _load(cfg: ConfigView) -> Iterator[Violation]:
     """checkpoint.load_except names existing settings."""
-    key, sections = "checkpoint.load_except", {"model": cfg.config.model, "model.moe": cfg.config.model.moe}
-    known = [f"{section}.{f.name}" for section, part in sections.items() for f in dataclasses.fields(part)]
-    known = [name for name in known if name not in sections] + ["data.tokenizer"]
+    key = "checkpoint.load_except"
+    known = [*MODEL_SETTINGS, "data.tokenizer"]
     if unknown := [name for name in cfg[key] if name not in known]:
         near = [difflib.get_close_matches(name, known, 1, 0.0)[0] if name in unknown else name for name in cfg[key]]
         yield Violation(

@@ -13,6 +13,7 @@ from conf.model_schema import (  # noqa: F401 - all names of the schema are impo
     RECOMPUTE,
     ModelConfig,
     MoeConfig,
+    RopeScalingConfig,
 )
 from conf.setting import setting
 

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         ranks = groups.tp.size()
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
-        self.clip = model.clip_qkv
+        self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
         # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
@@ -77,8 +77,7 @@ class Attention(nn.Module):
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q = Rotary.rotate(q, cos, sin, self.ops.apply_rotary)
-        k = Rotary.rotate(k, cos, sin, self.ops.apply_rotary)
+        q, k = (Rotary.rotate(t, cos, sin, self.ops.apply_rotary, interleave=self.interleave) for t in (q, k))
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
             q = self._swap_late_half(q)

@@ -126,7 +126,7 @@ class ModelChunk(MegatronModule):
         self.token_losses = context.ops.token_losses
 
         self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
-        self.rotary = Rotary(model.head_width, model.rope_theta, sequence_length)
+        self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
         std = (model.init_scale / model.hidden_size) ** 0.5
         if self.pre_process:
             self.embedding = tp.VocabParallelEmbedding(

@@ -30,8 +30,8 @@ def apply_rotary(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, 
 
 
 def _trial(apply: ApplyRotary, context: RunContext) -> list[Tensor]:
-    """Of ten tokens, with heads as wide as the run's."""
-    width = context.model.head_width
+    """Of ten tokens, with as many rotated dimensions as the run's heads have."""
+    width = context.model.rotary_width
     x, angle = context.randn(5, 2, 3, width), context.randn(5, 2, 1, width // 2, seed=1, dtype=torch.float32)
     return [apply(x, angle.cos(), angle.sin(), torch.empty_like(x), backward=b) for b in (False, True)]
 

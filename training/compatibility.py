@@ -1,12 +1,11 @@
 """Compares model settings when a run is resumed or starts from another run's weights: some changes make trained weights
 invalid. The `resumable` metadata in conf/model_schema.py says which changes are allowed."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from conf.config_view import format_value
-from conf.schema import ModelConfig, MoeConfig
+from conf.limits import MODEL_SETTINGS
 from conf.setting import Change
 
 Differences = dict[str, tuple[Any, Any]]
@@ -54,16 +53,6 @@ def overrides_to_restore(changes: Differences) -> str:
     return " ".join(words)
 
 
-def _resumable() -> dict[str, Change]:
-    sections = {"model": ModelConfig, "model.moe": MoeConfig}
-    return {
-        f"{section}.{field.name}": field.metadata["resumable"]
-        for section, kind in sections.items()
-        for field in dataclasses.fields(kind)
-        if "resumable" in field.metadata
-    }
-
-
 def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings flattened, with null replaced by what it means, and without expert settings if there are no
     experts."""
@@ -82,5 +71,7 @@ def _without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-_RESUMABLE = _resumable()
+_RESUMABLE: dict[str, Change] = {
+    key: field.metadata["resumable"] for key, field in MODEL_SETTINGS.items() if "resumable" in field.metadata
+}
 _WIDTHS = ("model.head_dim", "model.moe.ffn_hidden_size", "model.moe.shared_ffn_hidden_size")

@@ -13,6 +13,7 @@ from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
 from models.hf.quantization import KEY as QUANTIZATION
 from models.hf.quantization import unsupported as quantization_error
+from models.hf.rope import PARTIAL, ROPE_KEYS, ROPE_SETTINGS, rope_settings, with_rope
 
 CONFIG = "config.json"
 NEUTRAL_KEYS = (
@@ -24,7 +25,6 @@ NEUTRAL_KEYS = (
 whether the load-balancing loss is added; here only its coefficient does.)"""
 FULL = "full_attention"
 """The only supported value in layer_types."""
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
             values[field.setting] = field.from_hf(value if field.values is None else field.values[value], full)
         except ValueError as error:
             wrong.append(f"{field.key}={json.dumps(value)}: {error}")
-    theta, rope_wrong = _rope(config, family)
+    rope, rope_wrong = rope_settings(config, family)
     wrong += rope_wrong
     if wrong:
         raise ValueError(f"{where} has unsupported settings: {'; '.join(wrong)}")
-    return family, _settings(values | {"rope_theta": theta, "name": family.name})
+    return family, _settings(values | rope | {"name": family.name})
 
 
 def _key_in(config: Mapping[str, Any], field: Field) -> str:
@@ -92,7 +92,8 @@ def _value_error(field: Field, value: Any) -> str | None:
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Keys of config.json that enable unsupported features or are unknown."""
-    known = {*NEUTRAL_KEYS, *family.neutral_keys, *_ROPE, *(_key_in(config, field) for field in family.fields)}
+    rope = ROPE_KEYS if family.partial_rotary is None else (*ROPE_KEYS, PARTIAL)
+    known = {*NEUTRAL_KEYS, *family.neutral_keys, *rope, *(_key_in(config, field) for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):
         wrong.append(f"architectures={format_value(config['architectures'])}: only {family.architecture}")
@@ -110,19 +111,6 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
             meant = f" (did you mean {near[0]}?)" if near else ""
             wrong.append(f"{key}={json.dumps(value)}: unknown key of {family.name}{meant}")
     return wrong
-
-
-def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, list[str]]:
-    """(base of the frequencies, unsupported settings). Transformers 5 writes rope_parameters, earlier versions
-    rope_theta and rope_scaling."""
-    wrong = []
-    parameters = config.get("rope_parameters") or {}
-    for name, found in (("rope_parameters", parameters), ("rope_scaling", config.get("rope_scaling") or {})):
-        kind = found.get("rope_type", found.get("type", "default"))
-        others = {k: v for k, v in found.items() if k not in ("rope_theta", "rope_type", "type")}
-        if kind != "default" or (others and others != {"partial_rotary_factor": 1.0}):
-            wrong.append(f"{name}={json.dumps(found)}: only unscaled rotary embeddings over the whole head")
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or family.rope_theta), wrong
 
 
 def _settings(values: Mapping[str, Any]) -> ModelConfig:
@@ -151,13 +139,14 @@ def family_for(model: ModelConfig, wanted: str | None) -> Family:
 def differences(family: Family, model: ModelConfig) -> list[str]:
     """The settings that prevent a model from being exported as a family, with the values that they would need."""
     mapped, model = {field.setting for field in family.fields}, _with_common_width(family, model)
+    rope = [key for key in ROPE_SETTINGS if key != PARTIAL or family.partial_rotary is not None]
     wrong = []
     for prefix, part in (("", model), ("moe.", model.moe)):
         if prefix and not model.moe.num_experts and "moe.num_experts" not in mapped:
             continue
         for field in dataclasses.fields(part):
             key, value = prefix + field.name, getattr(part, field.name)
-            if key in mapped or key in ("moe", "rope_theta") or "resumable" in field.metadata:
+            if key in mapped or key in ("moe", *rope) or "resumable" in field.metadata:
                 continue
             allowed = family.settings.get(key, (field.default,))
             if value not in allowed:
@@ -207,12 +196,7 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
         # A key that the base does not have is added only if Transformers' default would be wrong.
         if not _same(base.get(key, field.default), new) or (not base and new is not None):
             config[key] = new
-    theta = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in theta:
-        config["rope_parameters"] = theta | {"rope_theta": model.rope_theta}
-    elif config.get("rope_theta", family.rope_theta) != model.rope_theta or not base:
-        config["rope_theta"] = model.rope_theta
-    return config
+    return with_rope(config, family, model)
 
 
 def _same(old: Any, new: Any) -> bool:

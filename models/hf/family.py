@@ -102,6 +102,8 @@ class Family:
     """Further settings of an import, which affect only training and evaluation."""
     neutral_keys: tuple[str, ...] = ()
     """Further keys of config.json that do not change what the model computes."""
+    partial_rotary: float | None = None
+    """partial_rotary_factor if config.json does not have it. None: the family rotates whole heads."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that are not weights."""
     refuse: Callable[[ModelConfig], str | None] = lambda model: None

@@ -4,6 +4,8 @@ import pytest
 
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
+YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
+
 # as tests.conf.test_rules.BROKEN
 BROKEN = [
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
@@ -50,6 +52,32 @@ BROKEN = [
     ({"model.clip_qkv": 0.0}, 1, "model.clip_qkv > 0, but it is 0.0", "model.clip_qkv=null"),
     ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
     ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary embeddings rotate pairs), but it is 63", "head_dim=64"),
+    ({"model.partial_rotary_factor": 1.5}, 1, "partial_rotary_factor > 0 and <= 1", "partial_rotary_factor=1.0"),
+    (
+        {"model.partial_rotary_factor": 0.3, "model.head_dim": 10},
+        1,
+        "the size of a head is even (rotary embeddings rotate pairs) and positive, but it",
+        "model.partial_rotary_factor=0.2",
+    ),
+    ({"model.rope_scaling.type": "liner"}, 1, "is one of null, linear, llama3, yarn, but liner", "scaling.type=linear"),
+    ({"model.rope_scaling.factor": 2.0}, 1, "needs model.rope_scaling.type other than null", "factor=1.0"),
+    ({"model.rope_scaling.factor": 0.5}, 1, "model.rope_scaling.factor >= 1, but it is 0.5", "factor=1"),
+    ({"model.rope_scaling.beta_fast": 2.0}, 1, "beta_fast needs model.rope_scaling.type=yarn", "beta_fast=32.0"),
+    (
+        {"model.rope_scaling.type": "llama3"},
+        1,
+        "type=llama3 needs model.rope_scaling.original_max_position_embeddings",
+        "model.rope_scaling.type=null",
+    ),
+    ({**YARN, "model.rope_scaling.mscale": 1.0}, 1, "mscale needs model.rope_scaling.mscale_all_dim", "mscale=null"),
+    ({**YARN, "model.rope_scaling.beta_slow": 64.0}, 1, "beta_slow <= model.rope_scaling.beta_fast", "beta_fast=64.0"),
+    ({**YARN, "model.rope_theta": 0.5}, 1, "type=yarn needs model.rope_theta > 1", "model.rope_theta=10000.0"),
+    (
+        {**YARN, "model.rope_scaling.type": "llama3", "model.rope_scaling.low_freq_factor": 4.0},
+        1,
+        "low_freq_factor < model.rope_scaling.high_freq_factor, but 4 >= 4",
+        "high_freq_factor=16.0",
+    ),
     ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
     ({**FP8, "model.hidden_size": 192, "model.head_dim": 64}, 1, "model.hidden_size % 128 == 0", "hidden_size=128"),
     (

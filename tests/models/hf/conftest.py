@@ -5,6 +5,9 @@ import pytest
 from tests.models.hf.helpers import run_import, save_by_hand, save_model
 from tests.training.helpers import write_corpus
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,8 +22,10 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     moe = {"num_local_experts": 4, "router_aux_loss_coef": 0.0}
     return {
         "mixtral": save_model("Mixtral", folder / "mixtral", corpus, **moe),
-        "llama": save_model("Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_theta=300.0),
-        "qwen3": save_model("Qwen3", folder / "qwen3", corpus, head_dim=12),
+        "llama": save_model(
+            "Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 300.0}
+        ),
+        "qwen3": save_model("Qwen3", folder / "qwen3", corpus, head_dim=12, rope_parameters=YARN),
         "qwen3_moe": save_model(
             "Qwen3Moe",
             folder / "qwen3_moe",
