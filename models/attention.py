@@ -1,10 +1,11 @@
-"""Causal grouped-query attention with rotary positions.
+"""Causal grouped-query attention with rotary positions, and the part of it that other kinds of attention share.
 
 Legend: S sequence (this rank's slice), B batch, D hidden, H heads of this rank, G key/value groups of this rank, N
-width of a head.
+width of a head, M width of its values.
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -21,9 +22,44 @@ from parallel.process_groups import Groups
 from parallel.sharding import set_sharding
 
 
-class Attention(nn.Module):
-    """Projects, rotates and attends. Heads are sharded over tensor-parallel ranks; under context parallelism keys and
-    values of the whole sequence are gathered, and queries exchanged so that every rank has as much to do."""
+class CoreAttention(nn.Module):
+    """Attention of queries to keys and values. Under context parallelism keys and values of the whole sequence are
+    gathered, and queries exchanged so that every rank has as much to do."""
+
+    def __init__(self, groups: Groups, ops: Ops = DEFAULT_OPS):
+        super().__init__()
+        self.tp, self.cp, self.ops = groups.tp, groups.cp, ops
+
+    def attend(self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGM: Tensor, pieces: list[Piece] | None) -> Tensor:
+        """[S, B, H * M]. Kernels need values as wide as queries and keys: narrower ones (M < N) are padded with zeros.
+
+        Args:
+            pieces: from attention_pieces.
+        """
+        q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
+        if self.cp.size() > 1:
+            k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
+            q = self._swap_late_half(q)
+        v = F.pad(v, (0, padding)) if padding else v
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        ops = self.ops
+        attended = ops.causal_attention(q, k, v) if pieces is None else ops.varlen_attention(q, k, v, pieces)
+        out = attended.permute(2, 0, 1, 3)
+        out = out[..., :-padding] if padding else out
+        if self.cp.size() > 1:
+            out = self._swap_late_half(out)
+        return out.flatten(2)
+
+    def _swap_late_half(self, x_SBHN: Tensor) -> Tensor:
+        """Exchanges the later half of this rank's slice with the rank opposite (see query_pieces)."""
+        early, late = x_SBHN.chunk(2)
+        opposite = self.cp.size() - 1 - self.cp.rank()
+        rows = [len(late) if rank == opposite else 0 for rank in range(self.cp.size())]
+        return torch.cat([early, run_collective(late, async_all_to_all(rows, rows, self.cp))])
+
+
+class Attention(CoreAttention):
+    """Grouped-query attention: projects, rotates and attends. Heads are sharded over tensor-parallel ranks."""
 
     def __init__(
         self,
@@ -32,8 +68,7 @@ class Attention(nn.Module):
         groups: Groups,
         ops: Ops = DEFAULT_OPS,
     ):
-        super().__init__()
-        self.tp, self.cp, self.ops = groups.tp, groups.cp, ops
+        super().__init__(groups, ops)
         ranks = groups.tp.size()
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
@@ -78,20 +113,4 @@ class Attention(nn.Module):
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k = (Rotary.rotate(t, cos, sin, self.ops.apply_rotary, interleave=self.interleave) for t in (q, k))
-        if self.cp.size() > 1:
-            k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
-            q = self._swap_late_half(q)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        ops = self.ops
-        attended = ops.causal_attention(q, k, v) if pieces is None else ops.varlen_attention(q, k, v, pieces)
-        out = attended.permute(2, 0, 1, 3)
-        if self.cp.size() > 1:
-            out = self._swap_late_half(out)
-        return self.out(out.reshape(s, b, -1))[0]
-
-    def _swap_late_half(self, x_SBHN: Tensor) -> Tensor:
-        """Exchanges the later half of this rank's slice with the rank opposite (see query_pieces)."""
-        early, late = x_SBHN.chunk(2)
-        opposite = self.cp.size() - 1 - self.cp.rank()
-        rows = [len(late) if rank == opposite else 0 for rank in range(self.cp.size())]
-        return torch.cat([early, run_collective(late, async_all_to_all(rows, rows, self.cp))])
+        return self.out(self.attend(q, k, v, pieces))[0]
