@@ -16,6 +16,33 @@ class CheckConfig(Config):
 
 
 @dataclass
+class PlanOptions:
+    imbalance: float = 1.2
+    """Rows of the experts on the fullest rank, relative to the mean: 1 with forced balance."""
+
+
+@dataclass
+class PlanConfig(Config):
+    """python -m launch.plan: the fastest layouts of a model on a cluster that fit into memory. Settings that are given
+    (parallel.*, train.micro_batch_size, model.recompute, optim.cpu_offload) are kept, the others searched."""
+
+    ranks: int | None = None
+    """Number of GPUs. null: nodes * cluster.ranks_per_node."""
+    nodes: int | None = None
+    """Number of nodes."""
+    goal: str = "throughput"
+    """throughput, or memory: the layouts that take least of it first."""
+    format: str = "table"
+    """table or json."""
+    plot: str | None = None
+    """File of a chart of memory and time by part, such as plan.png. null: none."""
+    budget: float | None = None
+    """FLOPs of a training run: prints the compute-optimal parameters and tokens of published scaling laws instead of
+    layouts."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+@dataclass
 class PrepareConfig:
     """python -m launch.prepare: tokenises text files into Megatron token files (.bin/.idx)."""
 

@@ -46,6 +46,19 @@ class Links:
         inside, outside = (local - 1) / ranks * size / self._link, (ranks - local) / ranks * size / self._network
         return max(inside, outside) + (LATENCY if local >= ranks else NETWORK_LATENCY)
 
+    def dispatch(self, tokens: float, top_k: float, bytes_per_token: float) -> float:
+        """DeepEP's dispatch or combine: a token crosses the network once for each node that has one of its experts, and
+        within a node once for each rank (DeepSeek-V3, arXiv:2412.19437, section 3.2.2). Experts are drawn evenly."""
+        ranks, local = self._groups["ep"]
+        if ranks == 1:
+            return 0.0
+        nodes = ranks / local
+        remote = (nodes - 1) * (1 - (1 - 1 / nodes) ** top_k)
+        inside = (local - 1) * nodes * (1 - (1 - 1 / ranks) ** top_k)
+        size = tokens * bytes_per_token
+        latency = LATENCY if nodes == 1 else NETWORK_LATENCY
+        return max(remote * size / self._network, inside * size / self._link) + latency
+
     def between_stages(self, size: float) -> float:
         """From a pipeline stage to the next one."""
         layout = self._layout

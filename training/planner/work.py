@@ -151,7 +151,12 @@ class _Stage:
         self.forward["context parallel"] += keys
         self.backward["context parallel"] += keys
         sent = 2 * self.rows / layout.etp * model.hidden_size
-        each = links.all_to_all("ep", sent) + links.ring("etp", sent * layout.etp)
+        if model.moe.dispatcher == "deep_ep":
+            visited = experts_per_token(model)
+            each = links.dispatch(sent / (2 * model.hidden_size * visited), visited, 2 * model.hidden_size)
+        else:
+            each = links.all_to_all("ep", sent)
+        each += links.ring("etp", sent * layout.etp)
         self.forward["all-to-all"] += 2 * each * self.sparse
         self.backward["all-to-all"] += 2 * each * self.sparse
 

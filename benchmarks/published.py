@@ -1,0 +1,134 @@
+"""`python -m benchmarks.published`: predictions of `launch.plan` beside published training steps of other trainers: time
+of a step and peak memory. Launches cost nothing here, since most of these runs used CUDA graphs or Transformer Engine's
+fused layers; data-parallel communication is overlapped, as it was there.
+
+The rates are those of an H200 (conf/cluster/rates), measured before; nothing is fitted to the rows."""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.schema import Config
+from parallel.layout import Layout
+from training.memory_estimate import stage_memory, stages_of
+from training.planner.rates import rates_of
+from training.planner.step import predict
+
+SOURCES = {
+    "a": "Megatron-LM, tests/functional_tests/test_cases: golden_values_dev_dgx_h100.json beside model_config.yaml",
+    "c": "Megatron-Bridge, examples/model_verification_cards/*/card.yaml",
+    "d": "Megatron-Bridge, skills/nemo-mbridge-perf-expert-parallel-overlap",
+    "f": "Megatron-MoE-ModelZoo, best_practice/qwen3/readme.md",
+    "g": "Megatron-Bridge, docs/performance-summary-archive.md, 26.04.01",
+}
+SEQUENCE = 4096
+DEEP_EP = "model.moe.dispatcher=deep_ep"
+SMALL = ("optim.grad_dtype=bf16", DEEP_EP)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published step."""
+
+    name: str
+    source: str
+    model: str
+    ranks: int
+    layout: str
+    """tp/pp/vpp/cp/ep/etp."""
+    micro_batch: int
+    batch: int
+    forced: bool
+    """Whether the routing was forced to be balanced."""
+    seconds: float | None
+    peak_gb: float | None = None
+    """1e9 bytes."""
+    overrides: tuple[str, ...] = ()
+    cluster: str = "h100"
+    of_last_rank: bool = False
+    """Whether memory is that of the last pipeline stage, with balanced experts."""
+    is_overlapped: bool = False
+    """Whether the all-to-all was hidden behind computation, which Switchyard does not do."""
+
+    def configuration(self) -> Config:
+        tp, pp, vpp, cp, ep, etp = (int(n) for n in self.layout.split("/"))
+        degrees = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp}
+        words = [f"model={self.model}", f"cluster={self.cluster}", f"train.sequence_length={SEQUENCE}"]
+        words += [f"train.micro_batch_size={self.micro_batch}", f"train.global_batch_size={self.batch}"]
+        words += [f"parallel.{name}={size}" for name, size in degrees.items()]
+        words += [f"parallel.vpp={vpp}"] if vpp > 1 else []
+        words += ["parallel.sequence_parallel=true"] if tp > 1 else []
+        return composed([*words, *self.overrides])
+
+
+Q235_STAGES = "parallel.pp_layers=[" + ",".join(["3"] * 30 + ["2"] * 2) + "]"
+NORM = "model.recompute=[norm,activation]"
+ROWS = [
+    Row("1 Mixtral 8x7B, vocabulary 256k", "a", "mixtral_8x7b", 128, "2/4/1/1/4/2", 1, 1024, False, 8.961, 25.4,
+        ("model.vocab_size=256000",), of_last_rank=True),
+    Row("2 Mixtral 8x7B, interleaved", "a", "mixtral_8x7b", 64, "2/4/8/1/8/1", 1, 256, False, 3.303, 35.5, of_last_rank=True),
+    Row("3 Mixtral 8x22B", "a", "mixtral_8x22b", 128, "2/8/1/1/8/2", 1, 256, False, 6.914, 28.5, of_last_rank=True),
+    Row("6 Qwen3 30B-A3B, overlapped all-to-all", "c", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, True, 20.147, 66.76, SMALL, is_overlapped=True),
+    Row("7 Qwen3 30B-A3B, real routing", "c", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, False, 30.290, None, SMALL),
+    Row("8 Qwen3 30B-A3B, not overlapped", "d", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, True, 24.71, None, SMALL),
+    Row("10 Qwen3 235B-A22B", "f", "qwen3_235b_a22b", 256, "2/8/4/1/32/1", 1, 2048, True, 19.7, None, (NORM, Q235_STAGES, DEEP_EP)),
+    Row("11 Qwen3 235B-A22B, FP8", "g", "qwen3_235b_a22b", 256, "2/8/4/1/32/1", 1, 8192, True, 76.6, None, ("precision=fp8", Q235_STAGES, DEEP_EP)),
+]  # fmt: skip
+
+
+def composed(overrides: list[str]) -> Config:
+    """A configuration from overrides, as `launch.train` composes it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(Path("conf").resolve()), version_base=None):
+        config = OmegaConf.to_object(compose("config", overrides))
+    assert isinstance(config, Config)
+    return config
+
+
+REAL = 1.2
+"""Rows of the fullest rank's experts relative to the mean, where the routing is real."""
+
+
+def predicted(row: Row) -> tuple[float, float]:
+    """(seconds of a step, peak of the tensors in bytes)."""
+    config = row.configuration()
+    layout = Layout.of(config.parallel, row.ranks)
+    imbalance = 1.0 if row.forced else REAL
+    got = predict(config, layout, rates_of(row.cluster), imbalance=imbalance, host=False)
+    seconds = got.seconds - (got.parts["all-to-all"] if row.is_overlapped else 0.0)
+    if not row.of_last_rank:
+        return seconds, got.memory.total
+    last = stages_of(config.model, layout)[-1]
+    return seconds, stage_memory(config, layout, last, bf16=True, on_gpu=True).total
+
+
+def main() -> int:
+    errors: dict[str, list[float]] = {"time": [], "memory": []}
+    print(
+        f"{'':<40} {'routing':<8} {'step, s':>9} {'predicted':>10} {'error':>6}   {'peak, GB':>8} {'predicted':>10} {'error':>6}"
+    )
+    for row in ROWS:
+        seconds, memory = predicted(row)
+        cells = []
+        for what, value, published in (("time", seconds, row.seconds), ("memory", memory / 1e9, row.peak_gb)):
+            if published is None:
+                cells.append(" " * 27)
+                continue
+            error = value / published - 1
+            errors[what].append(abs(error))
+            cells.append(f"{published:>9.4g} {value:>10.4g} {error:>+6.0%}")
+        print(f"{row.name:<40} {'forced' if row.forced else 'real':<8} {'  '.join(cells)}".rstrip())
+    print()
+    for what, values in errors.items():
+        near = sum(error <= 0.2 for error in values)
+        print(f"{what}: {near} of {len(values)} rows within 20 %, median error {statistics.median(values):.0%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Shows the plans of a search: as a table with what each loses, as JSON, and as a chart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.memory_estimate import Memory
+from training.planner.rates import Rates
+from training.planner.search import Plan
+
+DIGITS = 4
+"""Significant digits in JSON."""
+
+
+def as_json(plans: list[Plan]) -> str:
+    """{"plans": [...]}, best first. memory_gb is the peak of the fullest rank's tensors, in 1e9 bytes; parts are
+    seconds of a step, by what they are spent on, and add up to step_seconds."""
+    return json.dumps({"plans": [_entry(plan) for plan in plans]})
+
+
+def _entry(plan: Plan) -> dict[str, Any]:
+    p = plan.prediction
+    return {
+        "override": plan.override(),
+        "memory_gb": _rounded(p.memory.total / 1e9),
+        "step_seconds": _rounded(p.seconds),
+        "tokens_per_second_per_gpu": _rounded(p.tokens_per_second_per_gpu),
+        "tflops_per_gpu": _rounded(p.flops_per_gpu / 1e12),
+        "mfu": _rounded(p.mfu),
+        "parts": {name: _rounded(seconds) for name, seconds in p.parts.most_common()},
+        "memory_parts": {name: _rounded(size / 1e9) for name, size in memory_parts(p.memory).items()},
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def memory_parts(memory: Memory) -> dict[str, float]:
+    """Bytes on the GPU, by part."""
+    names = ("weights", "gradients", "optimizer", "activations", "fp8_weights")
+    return {name.replace("_", " "): size for name in names if (size := getattr(memory, name))}
+
+
+def table(plans: list[Plan], limit_gb: float | None) -> str:
+    """A row per plan, and for all but the first what makes it slower."""
+    rows = [["", "tp", "pp", "vpp", "cp", "ep", "etp", "dp", "micro", "recompute", "GB", "step s", "tokens/s/GPU"]]
+    rows[0] += ["TFLOP/s", "MFU", "why it loses" if len(plans) > 1 else ""]
+    for number, plan in enumerate(plans, 1):
+        p, layout = plan.prediction, plan.prediction.layout
+        recompute = "+".join(plan.config.model.recompute) or "none"
+        recompute += " offload" if plan.config.optim.cpu_offload else ""
+        degrees = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep, layout.etp, layout.dp)
+        rows.append([str(number), *map(str, degrees), str(plan.config.train.micro_batch_size), recompute])
+        rows[-1] += [f"{p.memory.total / 1e9:.1f}", f"{p.seconds:.4g}", f"{p.tokens_per_second_per_gpu:,.0f}"]
+        rows[-1] += [f"{p.flops_per_gpu / 1e12:.0f}", f"{p.mfu:.1%}", why(plan, plans[0]) if number > 1 else ""]
+    text = _aligned(rows)
+    have = f"GB: peak of the fullest rank's tensors, of {limit_gb:g}" if limit_gb else "GB: peak of the fullest rank"
+    return f"{text}\n{have}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if i in (9, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def why(plan: Plan, best: Plan) -> str:
+    """The parts in which a plan takes most longer than the best one."""
+    mine, other = plan.prediction.parts, best.prediction.parts
+    longer = sorted(((mine[name] - other[name], name) for name in mine | other), reverse=True)
+    worst = [f"{name} +{seconds:.3g} s" for seconds, name in longer[:2] if seconds > 0.02 * best.prediction.seconds]
+    if worst:
+        return ", ".join(worst)
+    memory = plan.prediction.memory.total - best.prediction.memory.total
+    return f"memory {memory / 1e9:+.3g} GB" if abs(memory) > 1e9 else "nearly the same"
+
+
+def shares(plan: Plan) -> str:
+    """Where the time and the memory of a plan go, in two lines."""
+    p = plan.prediction
+    time = "  ".join(f"{name} {seconds / p.seconds:.0%}" for name, seconds in p.parts.most_common())
+    memory = "  ".join(f"{name} {size / 1e9:.3g}" for name, size in memory_parts(p.memory).items())
+    return f"time     {time}\nmemory   {memory} GB"
+
+
+def basis(rates: Rates, imbalance: float) -> str:
+    """What the prediction rests on."""
+    return f"rates    {rates.source}\nbalance  the fullest rank's experts have {imbalance:g} times the mean rows"
+
+
+def draw(plans: list[Plan], path: Path) -> None:
+    """Memory and time of the plans by part, side by side.
+
+    Raises:
+        ValueError: matplotlib is not installed, or does not write this format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plot= needs matplotlib: bash launch/setup.sh plots, or leave plot out") from error
+    figure = Figure(figsize=(12, 1.5 + 0.6 * len(plans)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    labels = [_short(plan) for plan in plans]
+    memory = [{name: size / 1e9 for name, size in memory_parts(plan.prediction.memory).items()} for plan in plans]
+    time = [dict(plan.prediction.parts) for plan in plans]
+    for axes, values, title in ((left, memory, "memory of the fullest rank, GB"), (right, time, "step, seconds")):
+        names = list(dict.fromkeys(name for value in values for name in value))
+        starts = [0.0] * len(plans)
+        for name in names:
+            sizes = [value.get(name, 0.0) for value in values]
+            axes.barh(labels, sizes, left=starts, label=name)
+            starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+        axes.set_title(title)
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    left.invert_yaxis()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ValueError(f"plot={path}: {str(error).splitlines()[0]}; the nearest is plot={path.stem}.png") from error
+
+
+def _short(plan: Plan) -> str:
+    return plan.prediction.layout.describe()
