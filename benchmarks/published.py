@@ -1,4 +1,4 @@
-"""`python -m benchmarks.published`: predictions of `launch.plan` beside published training steps of other trainers: time
+"""`python -m benchmarks.published`: what `launch.plan` predicts beside published training steps of other trainers, time
 of a step and peak memory. Launches cost nothing here, since most of these runs used CUDA graphs or Transformer Engine's
 fused layers; data-parallel communication is overlapped, as it was there.
 
@@ -64,17 +64,22 @@ class Row:
 
 Q235_STAGES = "parallel.pp_layers=[" + ",".join(["3"] * 30 + ["2"] * 2) + "]"
 NORM = "model.recompute=[norm,activation]"
+MIXTRAL, QWEN = "mixtral_8x7b", "qwen3_30b_a3b"
+EP16, EP32 = "1/1/1/1/16/1", "2/8/4/1/32/1"
+STAGED = (NORM, Q235_STAGES, DEEP_EP)
+FP8 = ("precision=fp8", Q235_STAGES, DEEP_EP)
+LAST, HIDDEN = {"of_last_rank": True}, {"is_overlapped": True}
+LARGE = ("model.vocab_size=256000",)
 ROWS = [
-    Row("1 Mixtral 8x7B, vocabulary 256k", "a", "mixtral_8x7b", 128, "2/4/1/1/4/2", 1, 1024, False, 8.961, 25.4,
-        ("model.vocab_size=256000",), of_last_rank=True),
-    Row("2 Mixtral 8x7B, interleaved", "a", "mixtral_8x7b", 64, "2/4/8/1/8/1", 1, 256, False, 3.303, 35.5, of_last_rank=True),
-    Row("3 Mixtral 8x22B", "a", "mixtral_8x22b", 128, "2/8/1/1/8/2", 1, 256, False, 6.914, 28.5, of_last_rank=True),
-    Row("6 Qwen3 30B-A3B, overlapped all-to-all", "c", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, True, 20.147, 66.76, SMALL, is_overlapped=True),
-    Row("7 Qwen3 30B-A3B, real routing", "c", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, False, 30.290, None, SMALL),
-    Row("8 Qwen3 30B-A3B, not overlapped", "d", "qwen3_30b_a3b", 16, "1/1/1/1/16/1", 1, 1024, True, 24.71, None, SMALL),
-    Row("10 Qwen3 235B-A22B", "f", "qwen3_235b_a22b", 256, "2/8/4/1/32/1", 1, 2048, True, 19.7, None, (NORM, Q235_STAGES, DEEP_EP)),
-    Row("11 Qwen3 235B-A22B, FP8", "g", "qwen3_235b_a22b", 256, "2/8/4/1/32/1", 1, 8192, True, 76.6, None, ("precision=fp8", Q235_STAGES, DEEP_EP)),
-]  # fmt: skip
+    Row("1 Mixtral 8x7B, 256k words", "a", MIXTRAL, 128, "2/4/1/1/4/2", 1, 1024, False, 8.961, 25.4, LARGE, **LAST),
+    Row("2 Mixtral 8x7B, interleaved", "a", MIXTRAL, 64, "2/4/8/1/8/1", 1, 256, False, 3.303, 35.5, **LAST),
+    Row("3 Mixtral 8x22B", "a", "mixtral_8x22b", 128, "2/8/1/1/8/2", 1, 256, False, 6.914, 28.5, **LAST),
+    Row("6 Qwen3 30B-A3B, all-to-all hidden", "c", QWEN, 16, EP16, 1, 1024, True, 20.147, 66.76, SMALL, **HIDDEN),
+    Row("7 Qwen3 30B-A3B", "c", QWEN, 16, EP16, 1, 1024, False, 30.290, None, SMALL),
+    Row("8 Qwen3 30B-A3B, forced", "d", QWEN, 16, EP16, 1, 1024, True, 24.71, None, SMALL),
+    Row("10 Qwen3 235B-A22B", "f", "qwen3_235b_a22b", 256, EP32, 1, 2048, True, 19.7, None, STAGED),
+    Row("11 Qwen3 235B-A22B, FP8", "g", "qwen3_235b_a22b", 256, EP32, 1, 8192, True, 76.6, None, FP8),
+]
 
 
 def composed(overrides: list[str]) -> Config:
@@ -109,9 +114,8 @@ def predicted(row: Row) -> tuple[float, float]:
 
 def main() -> int:
     errors: dict[str, list[float]] = {"time": [], "memory": []}
-    print(
-        f"{'':<40} {'routing':<8} {'step, s':>9} {'predicted':>10} {'error':>6}   {'peak, GB':>8} {'predicted':>10} {'error':>6}"
-    )
+    head = ("step, s", "predicted", "error", "peak, GB", "predicted", "error")
+    print(f"{'':<36} {'routing':<7} {head[0]:>9} {head[1]:>10} {head[2]:>6}   {head[3]:>8} {head[4]:>10} {head[5]:>6}")
     for row in ROWS:
         seconds, memory = predicted(row)
         cells = []
@@ -122,7 +126,7 @@ def main() -> int:
             error = value / published - 1
             errors[what].append(abs(error))
             cells.append(f"{published:>9.4g} {value:>10.4g} {error:>+6.0%}")
-        print(f"{row.name:<40} {'forced' if row.forced else 'real':<8} {'  '.join(cells)}".rstrip())
+        print(f"{row.name:<36} {'forced' if row.forced else 'real':<7} {'  '.join(cells)}".rstrip())
     print()
     for what, values in errors.items():
         near = sum(error <= 0.2 for error in values)

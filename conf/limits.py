@@ -86,7 +86,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.ep parallel.etp model.moe.top_k model.moe.score_function model.moe.softmax_order "
         "model.moe.renormalize model.moe.routed_scaling_factor model.moe.num_expert_groups model.moe.capacity_factor "
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
-        "model.moe.bias_update_rate model.moe.jitter model.moe.backend model.moe.expert_bias "
+        "model.moe.bias_update_rate model.moe.jitter model.moe.force_balance model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
         "model.moe.ffn_hidden_size model.moe.first_dense_layers",
     ),
@@ -122,7 +122,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "model.moe.load_balancing=aux_loss, seq_aux_loss or global_aux_loss",
         lambda c: c["model.moe.load_balancing"] not in ("sinkhorn", "expert_choice"),
-        "model.moe.aux_loss_coeff model.moe.bias_update_rate model.moe.num_expert_groups",
+        "model.moe.aux_loss_coeff model.moe.bias_update_rate model.moe.num_expert_groups model.moe.force_balance",
     ),
     (
         "model.moe.load_balancing other than expert_choice",

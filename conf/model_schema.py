@@ -108,6 +108,9 @@ class MoeConfig:
     jitter: float = setting(0.0, ge=0, lt=1, resumable=True)
     """Input jitter: in training, every element of the router's input is multiplied by a random number between 1 -
     jitter and 1 + jitter (Switch, section 2.4: 0.01). In [0, 1). 0: none."""
+    force_balance: bool = setting(False, resumable=True)
+    """Send the tokens to all experts in turn while training, whatever the router prefers, as most published speeds were
+    measured. For benchmarks only: such a model learns no routing."""
     dispatcher: str = setting("auto", choices=("auto", "all_to_all", "all_gather", "deep_ep"), resumable=True)
     """How tokens are sent to experts on other ranks (parallel.ep > 1): auto, all_to_all, all_gather or deep_ep.
     all_to_all: each token to the ranks of its experts. all_gather: all tokens to all ranks, which add their experts'

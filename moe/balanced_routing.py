@@ -1,11 +1,14 @@
-"""Choices that are balanced when they are made, instead of by a loss: both look at the whole micro-batch at once.
+"""Choices that are balanced when they are made, instead of by a loss.
 
 Legend: M tokens of the micro-batch (all ranks that share it), E experts, K places for choices per token, C choices of
 an expert.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SINKHORN_ROUNDS = 32
 """Fixed, so that no device has to be asked whether it has converged, and no layout stops a round earlier."""
@@ -96,3 +99,24 @@ def expert_choice(scores_ME: Tensor, limit: int, padding_M: Tensor | None = None
     experts_MK = torch.full((tokens, width), experts, device=scores_ME.device)
     experts_MK[token_R, place_ME[token_R, expert_R] - 1] = expert_R
     return experts_MK
+
+
+CHOSEN_LOGIT = 10.0
+"""Of a chosen expert where balance is forced; 0 of the others. No trained bias reaches the difference."""
+
+
+class ForceBalance(torch.autograd.Function):
+    """Replaces logits by ones that send the tokens to all experts in turn, whatever the router prefers: token t to
+    experts K t, ..., K t + K - 1 modulo E. The gradient passes through unchanged. For benchmarks."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> Tensor:
+        tokens, experts = logits_TE.shape
+        first_T = torch.arange(tokens, device=logits_TE.device) * top_k
+        experts_TK = (first_T[:, None] + torch.arange(top_k, device=logits_TE.device)) % experts
+        return torch.zeros_like(logits_TE).scatter_(1, experts_TK, CHOSEN_LOGIT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None]:
+        return grad_TE, None

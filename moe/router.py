@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from moe.balanced_routing import expert_choice, plan_ranks, sinkhorn_potentials
+from moe.balanced_routing import ForceBalance, expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
 from moe.score_functions import SCORE_FUNCTIONS
 from ops.implementations import DEFAULT_OPS, Ops
@@ -85,6 +85,8 @@ class Router(nn.Module):
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.ops.router_logits(x_TD, self.weight)
+        if self.moe.force_balance and mode == TRAIN:
+            logits_TE = ForceBalance.apply(logits_TE, self.moe.top_k)
         return self.route(logits_TE, padding_T, mode, sequences)
 
     def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:

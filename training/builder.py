@@ -150,6 +150,8 @@ def start(
     engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block)
     cost = model_cost(config.model, config.train.sequence_length)
     rows += [("model", *_model_words(config, cost))]
+    if train and config.model.moe.force_balance:
+        rows += [("routing", "FORCED BALANCE", "model.moe.force_balance: for benchmarks; the model learns no routing")]
     if train and frozen.names:
         rows += [("trained", *frozen.describe())]
     if train and config.cluster.memory_gb:

@@ -249,3 +249,27 @@ def test_the_loss_counts_scores_or_assignments(runtime: Runtime) -> None:
         routing = router.route(logits_TE, padding_T, "train", 1)
         assert routing.experts_TK[:4].sort(1).values.tolist() == [[2, 3]] * 4
         assert (None if routing.counted_TK is None else routing.counted_TK.tolist()) == wanted
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_forced_balance_spreads_tokens_evenly_and_keeps_the_gradient(score_function, groups, runtime):
+    """Of a router that prefers one expert; evaluation routes as the router wants."""
+    changes: dict[str, Any] = {
+        "num_experts": 8,
+        "top_k": 2,
+        "score_function": score_function,
+        "num_expert_groups": groups,
+    }
+    router = router_of(tiny(MoeConfig(**changes, force_balance=True)), runtime)
+    free = router_of(tiny(MoeConfig(**changes)), runtime)
+    x_TD = random(32, router.weight.shape[1]).float().requires_grad_()
+    with torch.no_grad():
+        for each in (router, free):
+            each.weight[3] += 5 * x_TD.mean(0)
+    routing = router(x_TD, mode=TRAIN)
+    assert routing.experts_TK.flatten().bincount(minlength=8).tolist() == [8] * 8
+    assert routing.experts_TK[1].sort().values.tolist() == [2, 3]
+    (routing.gates_TK * random(32, 2)).sum().backward()
+    assert router.weight.grad.norm() > 0 and x_TD.grad.norm() > 0
+    assert torch.equal(router(x_TD, mode=EVALUATE).experts_TK, free(x_TD, mode=EVALUATE).experts_TK)

@@ -49,6 +49,7 @@ CHINCHILLA = Law(
 same 20 tokens a parameter."""
 LAWS = (KAPLAN, CHINCHILLA)
 
+
 def table(budget: float, rates: Rates | None, cluster: str | None) -> str:
     """The optimum of each law for this budget, ten times as much and, on a cluster, the time that it takes."""
     lines = [f"budget {budget:.3g} FLOPs, spent as 6 x parameters x tokens", ""]
