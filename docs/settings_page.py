@@ -17,6 +17,8 @@ from launch.overrides import CONF
 COMMANDS = {
     "prepare": commands.PrepareConfig,
     "check": commands.CheckConfig,
+    "plan": commands.PlanConfig,
+    "scaling": None,
     "compare": None,
     "evaluate": commands.EvaluateConfig,
     "generate": commands.GenerateConfig,
@@ -46,9 +48,11 @@ def commands_page() -> str:
         text += f"\n## launch.{name}\n\n```text\n{documentation}\n```\n"
         if schema is None:
             continue
-        if schema is commands.CheckConfig:
-            text += "\nAll [settings of a run](settings.md), and `ranks`:\n"
-            text += "".join(_entry(name, *one) for one in documented_settings(schema) if one[0] == "ranks")
+        if issubclass(schema, Config):
+            run = {key for key, *_ in documented_settings(Config)}
+            own = [one for one in documented_settings(schema) if one[0] not in run]
+            text += f"\nAll [settings of a run](settings.md), and {', '.join(f'`{key}`' for key, *_ in own)}:\n"
+            text += "".join(_entry(name, *one) for one in own)
         else:
             text += "".join(_entry(name, *one) for one in documented_settings(schema))
     return text

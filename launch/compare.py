@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
         if unknown := [name for name in formats if name not in ("table", "json")]:
             raise ValueError(f"format={unknown[0]} is not one of table, json; the nearest is format=json")
         paths = [Path(given) for given in arguments if not given.startswith("format=")]
-        runs = [summarise(path) for given in paths for path in _runs(given)]
+        runs = [summarise(path) for given in paths for path in runs_of(given)]
         if not runs:
             raise ValueError("no run is given: python -m launch.compare RUN...")
     except ValueError as error:
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _runs(path: Path) -> list[Path]:
+def runs_of(path: Path) -> list[Path]:
     inside = sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
     return inside if inside and not (path / CONFIG).exists() else [path]
 

@@ -6,6 +6,8 @@ from conf.schema import ClusterConfig, Config
 from parallel.layout import Layout
 from training.flops import model_cost
 from training.memory_estimate import Memory, memory_per_rank
+from training.planner.rates import has_rates, rates_of
+from training.planner.step import predict
 
 
 def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[list[tuple[str, str, str]], list[str]]:
@@ -38,6 +40,7 @@ def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[lis
             f"{train.steps * tokens / 1e6:,.1f} M tokens, {train.steps * tokens / data_tokens:,.2f} epochs of the data",
         ),
         memory_row(memory, cluster),
+        *_step_row(config, layout),
     ]
     if reduced:
         rows.append(
@@ -48,6 +51,16 @@ def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[lis
             )
         )
     return rows, _check_memory(memory, cluster, _savings(config, bf16=bf16))
+
+
+def _step_row(config: Config, layout: Layout) -> list[tuple[str, str, str]]:
+    """The predicted time of a step, on GPUs whose rates are known."""
+    if not (config.cluster.gpus and has_rates(config.cluster.name)):
+        return []
+    predicted = predict(config, layout, rates_of(config.cluster.name))
+    shares = (f"{name} {seconds / predicted.seconds:.0%}" for name, seconds in predicted.parts.most_common(3))
+    speed = f"{predicted.tokens_per_second_per_gpu:,.0f} tokens/s and GPU"
+    return [("step", f"about {predicted.seconds:.3g} s, {speed}", f"predicted: {', '.join(shares)}, ...")]
 
 
 def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:

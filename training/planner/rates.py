@@ -82,6 +82,11 @@ class Rates:
         return flops * (2.5 if backward else 1.0) / (rate * TERA * self.scale)
 
 
+def has_rates(cluster: str | None) -> bool:
+    """Whether there are rates of a cluster preset's GPUs."""
+    return cluster is not None and (FOLDER / f"{cluster}.json").is_file()
+
+
 @cache
 def rates_of(cluster: str | None) -> Rates:
     """The rates of the GPUs of a cluster preset.
@@ -90,7 +95,7 @@ def rates_of(cluster: str | None) -> Rates:
         ValueError: there are none for it.
     """
     path = FOLDER / f"{cluster}.json"
-    if cluster is None or not path.is_file():
+    if cluster is None or not has_rates(cluster):
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json")))
         raise ValueError(
             f"launch.plan has no rates for cluster={cluster or 'any'}: it plans for {known}, and for another machine "

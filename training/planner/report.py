@@ -1,6 +1,7 @@
 """Shows the plans of a search: as a table with what each loses, as JSON, and as a chart."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,29 +103,46 @@ def draw(plans: list[Plan], path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed, or does not write this format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plot= needs matplotlib: bash launch/setup.sh plots, or leave plot out") from error
-    figure = Figure(figsize=(12, 1.5 + 0.6 * len(plans)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
     labels = [_short(plan) for plan in plans]
     memory = [{name: size / 1e9 for name, size in memory_parts(plan.prediction.memory).items()} for plan in plans]
     time = [dict(plan.prediction.parts) for plan in plans]
-    for axes, values, title in ((left, memory, "memory of the fullest rank, GB"), (right, time, "step, seconds")):
-        names = list(dict.fromkeys(name for value in values for name in value))
-        starts = [0.0] * len(plans)
-        for name in names:
-            sizes = [value.get(name, 0.0) for value in values]
-            axes.barh(labels, sizes, left=starts, label=name)
-            starts = [start + size for start, size in zip(starts, sizes, strict=True)]
-        axes.set_title(title)
-        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    left.invert_yaxis()
+
+    def panels(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, values, title in ((left, memory, "memory of the fullest rank, GB"), (right, time, "step, seconds")):
+            starts = [0.0] * len(plans)
+            for name in dict.fromkeys(name for value in values for name in value):
+                sizes = [value.get(name, 0.0) for value in values]
+                axes.barh(labels, sizes, left=starts, label=name)
+                starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+            axes.set_title(title)
+            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        left.invert_yaxis()
+
+    figure_and_save(panels, path, (12.0, 1.5 + 0.6 * len(plans)))
+
+
+def figure_and_save(panels: Callable[[Any], None], path: Path, size: tuple[float, float]) -> None:
+    """Writes a chart that `panels` draws into a matplotlib figure.
+
+    Args:
+        size: inches.
+
+    Raises:
+        ValueError: matplotlib is not installed, or does not write this format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plot={path} needs matplotlib: bash launch/setup.sh plots") from error
+    figure = Figure(figsize=size, layout="constrained")
+    panels(figure)
     try:
         figure.savefig(path)
     except ValueError as error:
-        raise ValueError(f"plot={path}: {str(error).splitlines()[0]}; the nearest is plot={path.stem}.png") from error
+        raise ValueError(
+            f"plot={path}: {str(error).splitlines()[0]}; nearest: plot={path.with_suffix('.png')}"
+        ) from error
 
 
 def _short(plan: Plan) -> str:
