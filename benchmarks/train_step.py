@@ -20,7 +20,7 @@ from benchmarks.workers import AS_OURS, Measurements, alternate, start_workers, 
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, TrainConfig
 from parallel.megatron_compat import name_missing_gemm
 
-OURS, MEGATRON = "switchyard", "megatron"
+OURS, BALANCED, MEGATRON = "switchyard", "switchyard, balance forced", "megatron"
 TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
 LR = 1e-4
 
@@ -143,7 +143,8 @@ def build(name: str, args: argparse.Namespace) -> Measurements:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, args.vocabulary, (args.batch, args.sequence + 1), generator=generator)
     batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    if name == OURS:
+    if name in (OURS, BALANCED):
+        config.model.moe.force_balance = name == BALANCED
         built = ours(config, *batch)
     elif name == MEGATRON:
         built = megatron(config, process_groups.start(World(), Layout(1), seed=1, timeout=60), *batch)
@@ -154,9 +155,9 @@ def build(name: str, args: argparse.Namespace) -> Measurements:
 
 def compare(args: argparse.Namespace) -> dict[str, Result]:
     """Results by implementation."""
-    names = (OURS, MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
+    names = (OURS, BALANCED, MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
     builds = {name: functools.partial(build, name, args) for name in names}
-    with start_workers(builds, (OURS,), peers_as_ours=args.peers_as_ours) as workers:
+    with start_workers(builds, (OURS, BALANCED), peers_as_ours=args.peers_as_ours) as workers:
         seconds = alternate(workers, "seconds", args.repetitions)
         return {name: Result(seconds[name], worker.measure("saved")) for name, worker in workers.items()}
 

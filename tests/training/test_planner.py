@@ -11,8 +11,10 @@ import pytest
 from benchmarks.published import ROWS, composed, predicted
 from conf import rules
 from conf.schema import ClusterConfig, Config
+from parallel.env import World
 from parallel.layout import Layout
-from training.memory_estimate import micro_batches_in_flight, stages_of
+from parallel.local_launcher import RankPool
+from training.memory_estimate import micro_batches_in_flight, stage_parameters, stages_of
 from training.planner import report, scaling_laws
 from training.planner.links import LATENCY, LINK_EFFICIENCY, NETWORK_EFFICIENCY, NETWORK_LATENCY, Links
 from training.planner.rates import interpolated, rates_of
@@ -192,3 +194,42 @@ def test_scaling_laws_spend_the_budget() -> None:
     # Chinchilla: 5.76e23 FLOPs, 70 B parameters and 1.4 T tokens.
     n, d = scaling_laws.CHINCHILLA.optimum(5.76e23)
     assert (n, d) == (pytest.approx(70e9, rel=0.02), pytest.approx(1.4e12, rel=0.02))
+
+
+def held_by_ranks(world: World, config: Config, layout: Layout, ranks: list[int]) -> list[int]:
+    """Numbers of parameters that some ranks of a world hold, of the model itself on meta tensors (rank function)."""
+    import torch
+
+    from models.decoder import ModelBuildContext, ModelChunk
+    from models.megatron_config import transformer_config
+    from parallel.local_launcher import fake_rank
+
+    found = []
+    for rank in ranks:
+        with fake_rank(layout, rank) as runtime:
+            core = transformer_config(config.model, runtime, torch.bfloat16, deterministic=False)
+            context = ModelBuildContext(config.model, core, runtime, seed=1)
+            chunks = [
+                ModelChunk(context, chunk=chunk, sequence_length=64, document_mask=False) for chunk in range(layout.vpp)
+            ]
+            weights = [p for chunk in chunks for p in chunk.parameters() if not p.sharding.is_state]
+            found.append(sum(p.numel() for p in weights))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout"),
+    [
+        ("qwen3_30b_a3b model.num_layers=16", Layout(64, tp=2, pp=4, ep=8, sequence_parallel=True)),
+        ("mixtral_8x7b", Layout(64, tp=2, pp=4, vpp=4, ep=8, etp=2)),
+        ("olmoe_1b_7b", Layout(16, pp=2, ep=8)),
+        ("tiny_switch model.num_layers=8 model.moe.first_dense_layers=2", Layout(8, tp=2, pp=4)),
+    ],
+    ids=lambda x: x.split()[0] if isinstance(x, str) else "",
+)
+def test_parameters_are_those_of_the_model(preset: str, layout: Layout, ranks: RankPool) -> None:
+    config = composed([f"model={preset.split()[0]}", *preset.split()[1:]])
+    stages = stages_of(config.model, layout)
+    first = [stage.index * layout.world // layout.pp for stage in stages]
+    found = ranks.run(1, held_by_ranks, config, layout, first, timeout=120)[0]
+    assert found == [sum(stage_parameters(config.model, layout, stage)) for stage in stages]
