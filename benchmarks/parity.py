@@ -43,6 +43,9 @@ SECONDS = 300.0
 DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
 DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
 GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
+GPT_OSS = {"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True, "attention_bias": True}
+GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
+CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
 ALIKE = {"document_mask": True, "begin_alike": True}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 
@@ -63,6 +66,8 @@ VARIANTS = {
     "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
     "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
     "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
+    "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
+    "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
@@ -89,8 +94,8 @@ MATRIX = [
         "tp2",
         2,
         {"tp": 2},
-        ["drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe"],
-        "drops global global_bias qwen2 olmoe",
+        ["drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "gpt_oss", "chunks"],
+        "drops global global_bias qwen2 olmoe chunks",
     ),
     Layouts(
         "tp2 +sequence",
@@ -110,10 +115,14 @@ MATRIX = [
             "qwen3",
             "qwen2",
             "olmoe",
+            "gpt_oss",
+            "chunks",
         ],
-        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe",
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe gpt_oss",
     ),
-    Layouts("pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense", "qwen3", "olmoe"], "dropless qwen3 olmoe"),
+    Layouts(
+        "pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense", "qwen3", "olmoe", "gpt_oss"], "dropless qwen3 olmoe"
+    ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
@@ -123,14 +132,20 @@ MATRIX = [
         "cp2",
         2,
         {"cp": 2},
-        ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope"],
-        "drops sinkhorn rope",
+        ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "gpt_oss", "chunks"],
+        "drops sinkhorn rope chunks",
     ),
-    Layouts("cp4", 4, {"cp": 4}, ["drops", "dropless", "ties", "ties_choice", "per_sequence"]),
+    Layouts(
+        "cp4",
+        4,
+        {"cp": 4},
+        ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
+        "gpt_oss",
+    ),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
-    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch"], "dropless"),
+    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
     Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias"], "switch global global_bias"),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
@@ -144,11 +159,16 @@ MATRIX = [
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
     Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope"]),
-    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE_PARALLEL}, ["drops", "deepseek", "qwen3", "olmoe"]),
+    Layouts(
+        "cp2 tp2 +sequence",
+        4,
+        {"cp": 2, **SEQUENCE_PARALLEL},
+        ["drops", "deepseek", "qwen3", "olmoe", "gpt_oss", "chunks"],
+    ),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
-    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch"], "dropless"),
+    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),

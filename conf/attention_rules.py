@@ -10,6 +10,7 @@ EVEN = "is even (rotary embeddings rotate pairs)"
 
 def attention_rules(cfg: ConfigView) -> Iterator[Violation]:
     yield from _heads(cfg)
+    yield from _local_attention(cfg)
     yield from _rope_scaling(cfg)
 
 
@@ -57,3 +58,21 @@ def _rope_scaling(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(f"{slow} <= {fast}", actual, {fast: [cfg[slow]], slow: [cfg[fast]]})
     if kind == "yarn" and cfg[theta] <= 1:
         yield Violation(f"{section}.type=yarn needs {theta} > 1", f"it is {cfg[theta]:g}", {theta: [10000.0]})
+
+
+def _local_attention(cfg: ConfigView) -> Iterator[Violation]:
+    window, chunk, first = "model.sliding_window", "model.attention_chunk_size", "model.first_full_attention_layers"
+    if cfg[window] is None and cfg[chunk] is None:
+        return
+    if cfg[window] is not None and cfg[chunk] is not None:
+        yield Violation(
+            f"{window} or {chunk} is null (a layer has local attention of one kind)",
+            f"they are {cfg[window]} and {cfg[chunk]}",
+            {chunk: [None], window: [None]},
+        )
+    if not cfg["model.local_layers"]:
+        yield Violation(
+            f"{first} and model.full_attention_every leave a layer with local attention",
+            f"{first} is {cfg[first]} of {cfg['model.num_layers']} layers",
+            {first: range(cfg["model.num_layers"] - 1, -1, -1), window: [None], chunk: [None]},
+        )

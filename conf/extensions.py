@@ -31,7 +31,8 @@ def registered(setting: str) -> dict[str, Any]:
 
 
 def input_projections(activation: str) -> int:
-    """Of a feed-forward layer: two where the activation is gated."""
+    """Of a feed-forward layer: two where the activation (ModelConfig.activation_name) is gated."""
+    activation = activation.partition(":")[0]
     entry = registered("model.activation").get(activation)
     return 2 if (activation in GATED_ACTIVATIONS if entry is None else entry.gated) else 1
 

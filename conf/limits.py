@@ -88,7 +88,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.jitter model.moe.force_balance model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
-        "model.moe.ffn_hidden_size model.moe.first_dense_layers",
+        "model.moe.ffn_hidden_size model.moe.first_dense_layers model.moe.router_bias",
     ),
     (
         "model.moe.score_function=softmax",
@@ -119,6 +119,16 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.shared_expert_gate model.moe.shared_ffn_hidden_size",
     ),
     ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
+    (
+        "model.activation=clamped_swiglu",
+        lambda c: c["model.activation"] == "clamped_swiglu",
+        "model.swiglu_alpha model.swiglu_limit",
+    ),
+    (
+        "model.sliding_window or model.attention_chunk_size",
+        lambda c: (c["model.sliding_window"] or c["model.attention_chunk_size"]) is not None,
+        "model.full_attention_every model.first_full_attention_layers",
+    ),
     (
         "model.moe.load_balancing=aux_loss, seq_aux_loss or global_aux_loss",
         lambda c: c["model.moe.load_balancing"] not in ("sinkhorn", "expert_choice"),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from conf.setting import setting
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
-ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 RECOMPUTE = ("norm", "activation", "moe", "full")
@@ -129,8 +129,11 @@ class MoeConfig:
     """Multiply the output of the shared experts by sigmoid(x . g) for each token x, with a trained vector g
     (Qwen2-MoE)."""
     expert_bias: bool = False
-    """Add biases to the two linear layers of each expert, initialised to zero and without weight decay. Dense
-    feed-forward layers have none."""
+    """Add biases to the two linear layers of each expert, initialised to zero and without weight decay. Shared experts
+    and dense feed-forward layers have them with model.ffn_bias."""
+    router_bias: bool = False
+    """Add a trained bias to the router's logits, initialised to zero and without weight decay (gpt-oss,
+    arXiv:2508.10925). It is part of the scores, unlike the bias of bias_update_rate."""
     expert_dropout: float = setting(0.0, ge=0, lt=1, resumable=True)
     """Dropout probability of the hidden units of experts, against overfitting when a sparse model is fine-tuned on
     little data (Switch, section 2.4: 0.4). Not applied to shared experts."""
@@ -208,13 +211,42 @@ class ModelConfig:
     parallel.tp needs a small all-reduce per layer in each direction. null: none."""
     attention_bias: bool = False
     """Add biases to the query, key and value projections, initialised to zero and without weight decay (Qwen2,
-    arXiv:2407.10671, section 2.2.1). The output projection has none."""
+    arXiv:2407.10671, section 2.2.1). The output projection has one with attention_output_bias."""
+    attention_output_bias: bool = False
+    """Add a bias to the output projection of attention, initialised to zero and without weight decay (gpt-oss,
+    arXiv:2508.10925)."""
+    attention_sinks: bool = False
+    """Add a learned logit for each query head to the denominator of its softmax, initialised to zero and without weight
+    decay, so that a head can attend to nothing (gpt-oss, arXiv:2508.10925, section 2.3; related to arXiv:2309.17453,
+    section 3.3)."""
+    sliding_window: int | None = setting(None, ge=1)
+    """Number of tokens that a token attends to at most, itself included, in the layers with local attention (Mistral
+    7B, arXiv:2310.06825, section 2: 4096; gpt-oss: 128). null: no window."""
+    attention_chunk_size: int | None = setting(None, ge=1)
+    """Size of the chunks of a document, counted from its start, within which tokens attend in the layers with local
+    attention (Llama 4: 8192). null: no chunks."""
+    full_attention_every: int | None = setting(None, ge=2)
+    """Interval of the layers without sliding_window or attention_chunk_size. 2: every second layer (1, 3, 5, ...,
+    counted from 0; gpt-oss), and so on (Llama 4: 4). null: every layer after first_full_attention_layers has local
+    attention."""
+    first_full_attention_layers: int = setting(0, ge=0)
+    """Number of layers at the beginning of the model without sliding_window or attention_chunk_size (Qwen2,
+    arXiv:2407.10671: max_window_layers)."""
+    ffn_bias: bool = False
+    """Add biases to the linear layers of dense feed-forward layers and shared experts, initialised to zero and without
+    weight decay (Ernie 4.5). Routed experts have them with model.moe.expert_bias."""
     clip_qkv: float | None = setting(None, gt=0)
     """Clamp queries, keys and values to [-clip_qkv, clip_qkv], after qk_norm and before the rotary embedding (MPT;
     DBRX: 8; OLMo, arXiv:2402.00838). null: no clamping."""
     activation: str = setting("geglu", choices=ACTIVATIONS)
-    """Activation of feed-forward layers and experts: swiglu, geglu (both gated, with two input projections), gelu, relu
-    or relu2 (squared ReLU; Primer, arXiv:2109.08668)."""
+    """Activation of feed-forward layers and experts: swiglu, geglu, clamped_swiglu (all three gated, with two input
+    projections), gelu, relu or relu2 (squared ReLU; Primer, arXiv:2109.08668). clamped_swiglu: (up + 1) * gate *
+    sigmoid(swiglu_alpha * gate), with the gate clamped from above and up on both sides to swiglu_limit (gpt-oss,
+    arXiv:2508.10925); not in FP8 on GPUs."""
+    swiglu_alpha: float = setting(1.702, gt=0)
+    """Factor within the sigmoid of clamped_swiglu."""
+    swiglu_limit: float = setting(7.0, gt=0)
+    """Bound of the inputs of clamped_swiglu."""
     vocab_size: int = setting(4096, ge=1)
     """Number of rows of the embedding; also the vocabulary size of a tokenizer that is trained on the data."""
     tie_embeddings: bool = False
@@ -247,6 +279,21 @@ class ModelConfig:
     @property
     def sparse_layers(self) -> list[int]:
         return [layer for layer in range(self.num_layers) if self.is_sparse(layer)]
+
+    @property
+    def local_layers(self) -> list[int]:
+        """The layers with sliding_window or attention_chunk_size, counted from 0."""
+        if self.sliding_window is None and self.attention_chunk_size is None:
+            return []
+        every, first = self.full_attention_every, self.first_full_attention_layers
+        return [i for i in range(first, self.num_layers) if every is None or i % every != every - 1]
+
+    @property
+    def activation_name(self) -> str:
+        """The activation and the settings that it has (ops.activations)."""
+        if self.activation != "clamped_swiglu":
+            return self.activation
+        return f"{self.activation}:{self.swiglu_alpha}:{self.swiglu_limit}"
 
     @property
     def head_width(self) -> int:

@@ -14,8 +14,8 @@ from conf.schema import ModelConfig
 from models.norm import RMSNorm
 from models.qk_norm import norm_queries_and_keys, qk_layernorm
 from models.rope import Rotary
+from ops.attention_pieces import Piece
 from ops.implementations import DEFAULT_OPS, Ops
-from ops.varlen_attention import Piece
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
@@ -30,11 +30,19 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.tp, self.cp, self.ops = groups.tp, groups.cp, ops
 
-    def attend(self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGM: Tensor, pieces: list[Piece] | None) -> Tensor:
+    def attend(
+        self,
+        q_SBHN: Tensor,
+        k_SBGN: Tensor,
+        v_SBGM: Tensor,
+        pieces: list[Piece] | None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """[S, B, H * M]. Kernels need values as wide as queries and keys: narrower ones (M < N) are padded with zeros.
 
         Args:
             pieces: from attention_pieces.
+            sinks_H: logits of the heads' sinks (ops.varlen_attention.VarlenAttention); they need pieces.
         """
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
         if self.cp.size() > 1:
@@ -43,7 +51,7 @@ class CoreAttention(nn.Module):
         v = F.pad(v, (0, padding)) if padding else v
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         ops = self.ops
-        attended = ops.causal_attention(q, k, v) if pieces is None else ops.varlen_attention(q, k, v, pieces)
+        attended = ops.causal_attention(q, k, v) if pieces is None else ops.varlen_attention(q, k, v, pieces, sinks_H)
         out = attended.permute(2, 0, 1, 3)
         out = out[..., :-padding] if padding else out
         if self.cp.size() > 1:
@@ -86,7 +94,7 @@ class Attention(CoreAttention):
             model.query_width,
             model.hidden_size,
             input_is_parallel=True,
-            bias=False,
+            bias=model.attention_output_bias,
             **linear,
         )
         self.full_norm = model.qk_norm == "full"
@@ -99,6 +107,14 @@ class Attention(CoreAttention):
         if model.attention_bias:
             set_sharding(self.qkv.bias, (0, groups.tp), std=0.0)
         set_sharding(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
+        if model.attention_output_bias:
+            set_sharding(self.out.bias, replicas=(groups.tp,), std=0.0)
+            # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+            self.out.bias.sequence_parallel = config.sequence_parallel
+        self.sinks: nn.Parameter | None = None
+        if model.attention_sinks:
+            self.sinks = nn.Parameter(torch.empty(self.heads, dtype=config.params_dtype))
+            set_sharding(self.sinks, (0, groups.tp), std=0.0)
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
         """pieces: from attention_pieces."""
@@ -113,4 +129,5 @@ class Attention(CoreAttention):
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k = (Rotary.rotate(t, cos, sin, self.ops.apply_rotary, interleave=self.interleave) for t in (q, k))
-        return self.out(self.attend(q, k, v, pieces))[0]
+        y_SBD, bias = self.out(self.attend(q, k, v, pieces, self.sinks))
+        return y_SBD if bias is None else y_SBD + bias

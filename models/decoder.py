@@ -25,9 +25,9 @@ from moe.layer import MoELayer
 from moe.metrics import Report
 from moe.mlp import MLP
 from moe.shared_experts import SharedExperts
+from ops.attention_pieces import Piece, attention_pieces
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
-from ops.varlen_attention import Piece, attention_pieces
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
@@ -57,7 +57,7 @@ class ModelBuildContext:
 
 
 Attend = tuple[Tensor, Tensor, list[Piece] | None]
-"""Cosines and sines of the positions, and who attends to whom (ops.varlen_attention.attention_pieces)."""
+"""Cosines and sines of the positions, and who attends to whom (ops.attention_pieces.attention_pieces)."""
 
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
@@ -73,6 +73,7 @@ class Block(nn.Module):
         ops = context.ops
         self.attention = Attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
+        self.local = layer in context.model.local_layers
         float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
@@ -125,7 +126,7 @@ class ModelChunk(MegatronModule):
         self.input_tensor: Tensor | None = None
         self.token_losses = context.ops.token_losses
 
-        self.groups, self.cp, self.document_mask = groups, groups.cp, document_mask
+        self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
         std = (model.init_scale / model.hidden_size) ** 0.5
         if self.pre_process:
@@ -197,14 +198,27 @@ class ModelChunk(MegatronModule):
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
         cos, sin = self.rotary(mine_BS.t())
-        pieces = None
-        if self.document_mask or self.cp.size() > 1:
-            on_host_BS = batch_ctx.host_positions_BS
-            on_host_BS = positions_BS.cpu() if on_host_BS is None else on_host_BS
-            pieces = attention_pieces(on_host_BS, self.cp.rank(), self.cp.size(), self.document_mask)
+        pieces = {local: self._pieces(positions_BS, batch_ctx, local) for local in (False, True)}
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, pieces), batch_ctx)
+            x_SBD = layer(x_SBD, (cos, sin, pieces[layer.local]), batch_ctx)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
+
+    def _pieces(self, positions_BS: Tensor, batch_ctx: BatchContext, local: bool) -> list[Piece] | None:
+        """Who attends to whom in the layers with local attention, or in the others."""
+        if all(layer.local != local for layer in self.layers.values()):
+            return None
+        on_host_BS, model = batch_ctx.host_positions_BS, self.model
+        if on_host_BS is None:
+            on_host_BS = positions_BS.cpu() if self.document_mask else positions_BS
+        return attention_pieces(
+            on_host_BS,
+            self.cp.rank(),
+            self.cp.size(),
+            self.document_mask,
+            window=model.sliding_window if local else None,
+            chunk=model.attention_chunk_size if local else None,
+            sinks=model.attention_sinks,
+        )
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
         tied = self.embedding.weight if self.share_embeddings_and_output_weights and self.pre_process else None

@@ -27,7 +27,7 @@ class Experts(nn.Module):
 
     def __init__(self, model: ModelConfig, *, backend: ExpertBackend, dtype: torch.dtype, groups: Groups):
         super().__init__()
-        self.activation = model.activation
+        self.activation = model.activation_name
         self.backend = backend
         self.etp, self.ffn_hidden_size = groups.etp, model.expert_width
         self.chunk_rows = model.moe.expert_chunk_rows

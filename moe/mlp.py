@@ -21,23 +21,34 @@ class MLP(nn.Module):
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups, *, width: int | None = None):
         """width: F; None: model.ffn_hidden_size."""
         super().__init__()
-        self.activation, width = model.activation, width or model.ffn_hidden_size
+        self.activation, width = model.activation_name, width or model.ffn_hidden_size
         self.recompute = "activation" in model.recompute
-        linear = {"config": config, "bias": False, "init_method": None, "tp_group": groups.tp}
+        linear = {"config": config, "bias": model.ffn_bias, "init_method": None, "tp_group": groups.tp}
+        linear["skip_bias_add"] = True  # it is added here, whatever multiplies
         into = {"gather_output": False, **linear}
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
         self.up = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.gate = None
         if input_projections(model.activation) == 2:
             self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
-        self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, skip_bias_add=True, **linear)
+        self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, **linear)
         for layer in filter(None, (self.up, self.gate)):
             set_sharding(layer.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
         set_sharding(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
+        if model.ffn_bias:
+            for layer in filter(None, (self.up, self.gate)):
+                set_sharding(layer.bias, (0, groups.tp), std=0.0)
+            set_sharding(self.down.bias, replicas=(groups.tp,), std=0.0)
+            # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+            self.down.bias.sequence_parallel = config.sequence_parallel
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return checkpointed(self._run, x_SBD, save_ops=MATMUL_OPS) if self.recompute else self._run(x_SBD)
 
     def _run(self, x_SBD: Tensor) -> Tensor:
-        parts = [layer(x_SBD)[0] for layer in (self.gate, self.up) if layer is not None]
-        return self.down(activate(parts, self.activation))[0]
+        parts = [_with_bias(*layer(x_SBD)) for layer in (self.gate, self.up) if layer is not None]
+        return _with_bias(*self.down(activate(parts, self.activation)))
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias

@@ -58,6 +58,11 @@ class Router(nn.Module):
         self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         self.weight.sequence_parallel = sequence_parallel
+        self.logit_bias: nn.Parameter | None = None
+        if self.moe.router_bias:
+            logit_bias_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32))
+            self.logit_bias = set_sharding(logit_bias_E, replicas=(groups.tp,), std=0.0)
+            self.logit_bias.sequence_parallel = sequence_parallel
         # Set by rule and not by gradient, but kept, placed and saved as parameters.
         self.bias: nn.Parameter | None = None
         self.last_load: nn.Parameter | None = None
@@ -85,6 +90,7 @@ class Router(nn.Module):
         # Autocast would bring the product back to bf16.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.ops.router_logits(x_TD, self.weight)
+            logits_TE = logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
         if self.moe.force_balance and mode == TRAIN:
             logits_TE = ForceBalance.apply(logits_TE, self.moe.top_k)
         return self.route(logits_TE, padding_T, mode, sequences)

@@ -58,5 +58,5 @@ ATTENTION = Operation(
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
-    is_used=lambda context: not context.needs_varlen,
+    is_used=lambda context: context.needs_causal,
 )

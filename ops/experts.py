@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.extensions import input_projections
-from conf.schema import ACTIVATIONS
 from ops import autotune
-from ops.activations import activate
+from ops.activations import IN_KERNELS, activate
 from ops.cpp.build import native, slower_than_onednn
 from ops.fused_experts import FusedExperts
 from ops.gemm_backend import GemmBackend
@@ -153,9 +152,9 @@ def _misaligned(context: RunContext) -> str | None:
 
 
 def activation_missing(context: RunContext) -> str | None:
-    """An extension's activation is computed by PyTorch alone."""
+    """Other activations, such as those of extensions, are computed by PyTorch alone."""
     name = context.model.activation
-    return None if name in ACTIVATIONS else f"has no activation {name}"
+    return None if name in IN_KERNELS else f"has no activation {name}"
 
 
 def _width(context: RunContext) -> int:
@@ -184,7 +183,7 @@ def _trial(backend: ExpertBackend, context: RunContext) -> list[Tensor]:
     x = leaves[0] if backend.permutes else leaves[0].index_select(0, indices.token_R())
     more = (indices,) if backend.permutes else ()
     bias, keep_RF = leaves[3] if model.moe.expert_bias else None, None if keep_RF is None else keep_RF.to(x.dtype)
-    y_RD = backend.run(x, counts, leaves[1], leaves[2], model.activation, bias, keep_RF, *more)
+    y_RD = backend.run(x, counts, leaves[1], leaves[2], model.activation_name, bias, keep_RF, *more)
     return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, context.randn(rows, hidden, seed=5))]
 
 
@@ -210,7 +209,7 @@ class Shapes:
             hidden_size=model.hidden_size,
             width=_width(context),
             experts=model.moe.num_experts // layout.ep,
-            activation=model.activation,
+            activation=model.activation_name,
             bias=model.moe.expert_bias,
             dtype=str(context.dtype).removeprefix("torch."),
         )

@@ -29,7 +29,7 @@ class Ops:
     causal_attention: CausalAttention = torch_attention
     """Attention where a query sees all tokens before it."""
     varlen_attention: VarlenAttention = joined_attention
-    """Attention within documents, and to other ranks' keys."""
+    """Attention within documents, windows and chunks, to other ranks' keys, and with sinks."""
     permutation: Permutation = TORCH_PERMUTATION
     """How tokens become the experts' rows on a rank, and rows tokens."""
     router_logits: RouterLogits = router_logits

@@ -1,5 +1,6 @@
-"""Causal attention over documents and over context-parallel shards, in memory that grows with the tokens and not with
-their square: what a mask would say is split into rectangles and triangles that fused kernels know.
+"""Causal attention over documents, chunks, sliding windows and context-parallel shards, with attention sinks, in memory
+that grows with the tokens and not with their square: what a mask would say is split into rectangles and triangles that
+fused kernels know.
 
 Legend: B batch, H heads of this rank, G key/value groups of this rank, S queries of this rank, K keys, N width of a
 head, T packed tokens.
@@ -8,173 +9,166 @@ head, T packed tokens.
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.operation import Implementation, Operation
+from ops.attention_pieces import Piece, Segment, piece_mask
+from ops.operation import Implementation, Operation, Row
 from ops.run_context import RunContext
 
-
-class Segment(NamedTuple):
-    """Consecutive queries of one document. The last sees all keys up to end_key, each one before it one less."""
-
-    queries: int
-    first_key: int
-    end_key: int
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, list[Piece], Tensor | None], Tensor]
+"""(q [B, H, S, N], k and v [B, G, K, N], pieces of the queries, sinks [H] or none) -> [B, H, S, N]. A sink is a logit
+that takes part in the softmax and has no value (gpt-oss; arXiv:2309.17453, section 3.3)."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive queries of this rank."""
-
-    queries: slice
-    rows: list[list[Segment]]
-    """Of each sequence of the batch, in order; a single entry: of all of them alike."""
-
-
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, list[Piece]], Tensor]
-"""(q [B, H, S, N], k and v [B, G, K, N], pieces of the queries) -> [B, H, S, N]."""
-
-
-def query_pieces(sequence: int, rank: int, ranks: int) -> list[range]:
-    """The positions whose queries a context-parallel rank attends with.
-
-    Each rank holds a shard of the sequence, but the later a token the more it looks back on: attending with its own
-    queries, the last rank would have nearly all the work. So rank i keeps the earlier half of its shard and exchanges
-    the later one with rank n - 1 - i. With the sequence in 2 n parts, i then has parts 2 i and 2 (n - 1 - i) + 1,
-    which look back on 2 i + 1 and 2 (n - 1 - i) + 2 parts: together 2 n + 1, whatever i.
-    """
-    if ranks == 1:
-        return [range(sequence)]
-    size = sequence // (2 * ranks)
-    return [range(part * size, (part + 1) * size) for part in (2 * rank, 2 * (ranks - 1 - rank) + 1)]
-
-
-def attention_pieces(positions_BS: Tensor, rank: int, ranks: int, document_mask: bool) -> list[Piece] | None:
-    """Who may attend to whom; None where plain causal attention says it.
-
-    Args:
-        positions_BS: positions of the whole sequence, on the host; a 0 starts a document.
-        rank, ranks: of the context-parallel group.
-    """
-    if ranks == 1 and not document_mask:
-        return None
-    batch, sequence = positions_BS.shape
-    edges: list[list[int]] = [[0, sequence]]
-    if document_mask:
-        starts = [[] for _ in range(batch)]
-        for row, start in (positions_BS == 0).nonzero().tolist():
-            starts[row].append(start)
-        edges = [sorted({0, *found, sequence}) for found in starts]
-    pieces, done = [], 0
-    for piece in query_pieces(sequence, rank, ranks):
-        pieces.append(Piece(slice(done, done + len(piece)), [list(_segments(row, piece)) for row in edges]))
-        done += len(piece)
-    return pieces
-
-
-def _segments(edges: list[int], piece: range) -> Iterator[Segment]:
-    for begin, end in pairwise(edges):
-        first, last = max(begin, piece.start), min(end, piece.stop)
-        if first < last:
-            yield Segment(last - first, begin, last)
-
-
-def masked_attention(q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece]) -> Tensor:
-    """The reference: a mask of queries by keys for each piece."""
-    gqa = q_BHSN.shape[1] != k_BGKN.shape[1]
-    out = []
+def masked_attention(
+    q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece], sinks_H: Tensor | None = None
+) -> Tensor:
+    """The reference: a mask of queries by keys for each piece. A sink is a key of zeros with a value of zeros."""
+    batch, heads = q_BHSN.shape[:2]
+    gqa, out = heads != k_BGKN.shape[1], []
     for piece in pieces:
         mask = piece_mask(piece, q_BHSN.device)
         seen = mask.shape[-1]
-        keys = k_BGKN[:, :, :seen], v_BGKN[:, :, :seen]
+        keys = [t[:, :, :seen] for t in (k_BGKN, v_BGKN)]
+        if sinks_H is not None:
+            keys = [F.pad(t, (0, 0, 0, 1)) for t in keys]
+            wide = batch, heads, mask.shape[2]
+            unseen = torch.zeros_like(mask, dtype=q_BHSN.dtype).masked_fill(~mask, -math.inf)
+            sinks = sinks_H.to(q_BHSN.dtype).view(1, -1, 1, 1)
+            mask = torch.cat([unseen.expand(*wide, seen), sinks.expand(*wide, 1)], -1)
         out.append(F.scaled_dot_product_attention(q_BHSN[:, :, piece.queries], *keys, attn_mask=mask, enable_gqa=gqa))
     return torch.cat(out, 2)
 
 
-def piece_mask(piece: Piece, device: torch.device) -> Tensor:
-    """bool [B or 1, 1, queries, keys up to the last that one of them may see]."""
-    seen = max(segment.end_key for row in piece.rows for segment in row)
-    key = torch.arange(seen, device=device)
-    masks = []
-    for row in piece.rows:
-        query = torch.cat([torch.arange(s.end_key - s.queries, s.end_key, device=device) for s in row])
-        first = torch.cat([torch.full((s.queries,), s.first_key, device=device) for s in row])
-        masks.append((key <= query[:, None]) & (key >= first[:, None]))
-    return torch.stack(masks).unsqueeze(1)
-
-
 class _Joined(torch.autograd.Function):
-    """Each segment's queries attend to the keys before them (a rectangle) and to their own (a triangle); the two are
-    joined by their log-sum-exps (Rabe and Staats 2021, arXiv:2112.05682, section 2). The backward kernels get the
-    joined result and log-sum-exp, from which they compute each part's own share of the probabilities."""
+    """The parts of what each run of queries sees (`_runs`), joined by their log-sum-exps (Rabe and Staats 2021,
+    arXiv:2112.05682, section 2). The backward kernels get the joined result and log-sum-exp, from which they compute
+    each part's own share of the probabilities; a sink, which has no value, only adds to the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece]) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], sinks_H: Tensor | None) -> Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for queries, past, own in _parts(pieces):
-            parts = [_forward(q[queries], k[own], v[own], causal=True)]
-            if past:
-                parts.append(_forward(q[queries], k[past], v[past], causal=False))
-            out[queries], lse[queries[:3]] = parts[0] if len(parts) == 1 else _join(*parts)
-        ctx.save_for_backward(q, k, v, out, lse)
+        for first, *others in _runs(pieces):
+            joined = _forward(q[first.queries], k[first.keys], v[first.keys], causal=True)
+            for part in others:
+                attended = _forward(*part.ordered(q, k, v), causal=part.reversed)
+                joined = _join(joined, tuple(t.flip(2) for t in attended) if part.reversed else attended)
+            if sinks_H is not None:
+                joined = _add_sinks(*joined, sinks_H)
+            out[first.queries], lse[first.queries[:3]] = joined
+        ctx.save_for_backward(q, k, v, out, lse, sinks_H)
         ctx.pieces = pieces
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sinks_H = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, past, own in _parts(ctx.pieces):
-            above = grad[queries], q[queries]
-            result = out[queries], lse[queries[:3]]
-            for keys in (own, past) if past else (own,):
-                of_q, of_k, of_v = _backward(*above, k[keys], v[keys], *result, causal=keys is own)
-                dq[queries] += of_q
-                dk[keys] += of_k
-                dv[keys] += of_v
-        return dq, dk, dv, None
+        for run in _runs(ctx.pieces):
+            for part in run:
+                above, result = (grad[part.queries], out[part.queries]), lse[part.queries[:3]]
+                if part.reversed:
+                    above, result = tuple(t.flip(2) for t in above), result.flip(2)
+                of_q, of_k, of_v = _backward(
+                    above[0], *part.ordered(q, k, v), above[1], result, causal=part is run[0] or part.reversed
+                )
+                dq[part.queries] += of_q.flip(2) if part.reversed else of_q
+                dk[part.keys] += of_k.flip(2) if part.reversed else of_k
+                dv[part.keys] += of_v.flip(2) if part.reversed else of_v
+        return dq, dk, dv, None, None if sinks_H is None else _sinks_gradient(grad, out, lse, sinks_H)
 
 
-def joined_attention(q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece]) -> Tensor:
+def joined_attention(
+    q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece], sinks_H: Tensor | None = None
+) -> Tensor:
     """masked_attention without a mask, on the fused kernels of the device."""
-    return _Joined.apply(q_BHSN, k_BGKN, v_BGKN, pieces)
+    return _Joined.apply(q_BHSN, k_BGKN, v_BGKN, pieces, sinks_H)
 
 
 Index = tuple[slice, slice, slice]
 
 
-def _parts(pieces: list[Piece]) -> Iterator[tuple[Index, Index | None, Index]]:
-    """Of every segment where its queries lie, the keys before them (None: there are none), and their own keys."""
+class _Part(NamedTuple):
+    """Queries and keys of one kernel."""
+
+    queries: Index
+    keys: Index
+    reversed: bool = False
+    """The first query sees all of these keys, each one after it one less: in reversed order it is causal."""
+
+    def ordered(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = q[self.queries], k[self.keys], v[self.keys]
+        return tuple(t.flip(2) for t in parts) if self.reversed else parts
+
+
+def _runs(pieces: list[Piece]) -> Iterator[list[_Part]]:
+    """Runs of queries, each as parts: the run's own keys (a triangle), earlier keys that all of its queries see (a
+    rectangle), and those that the window takes from one after the other (a reversed triangle). The queries of the
+    latter two are the first ones of the run."""
     for piece in pieces:
         for row, segments in enumerate(piece.rows):
             batch = slice(None) if len(piece.rows) == 1 else slice(row, row + 1)
             at = piece.queries.start
-            for queries, first_key, end_key in segments:
-                middle = end_key - queries
-                past = (batch, slice(None), slice(first_key, middle)) if first_key < middle else None
-                yield (
-                    (batch, slice(None), slice(at, at + queries)),
-                    past,
-                    (batch, slice(None), slice(middle, end_key)),
-                )
-                at += queries
+            for segment in segments:
+                for queries, first_key, end_key in _within_window(segment, piece.window):
+                    middle = end_key - queries
+                    # Where the window is full, the run's first query sees first_key, and the second one no more.
+                    taken = queries - 1 if piece.window and middle - first_key == piece.window - 1 else 0
+                    spans = [(queries, middle, end_key), (queries, first_key + taken, middle)]
+                    spans += [(taken, first_key, first_key + taken)]
+                    yield [
+                        _Part((batch, slice(None), slice(at, at + n)), (batch, slice(None), slice(first, end)), i == 2)
+                        for i, (n, first, end) in enumerate(spans)
+                        if n and first < end
+                    ]
+                    at += queries
+
+
+def _within_window(segment: Segment, window: int | None) -> Iterator[Segment]:
+    """A segment as runs of queries for which first_key is the first key of the first query: queries that see the whole
+    document so far, and runs of at most as many queries as the window has keys."""
+    queries, first_key, end_key = segment
+    if window is None:
+        yield segment
+        return
+    start, whole = end_key - queries, min(first_key + window, end_key)
+    if start < whole:
+        yield Segment(whole - start, first_key, whole)
+    for begin in range(max(start, whole), end_key, window):
+        end = min(begin + window, end_key)
+        yield Segment(end - begin, begin - window + 1, end)
 
 
 def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (out_a, lse_a), (out_b, lse_b) = one, other
-    lse = torch.logaddexp(lse_a, lse_b)
-    # In the precision of the sums, fp32 at least.
-    out = out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None]
-    return out.to(out_a.dtype), lse
+    """Of a run, and of its first queries. In the precision of the sums, fp32 at least."""
+    (out_a, lse_a), (out_b, lse_b), first = one, other, slice(0, other[1].shape[2])
+    lse = torch.logaddexp(lse_a[:, :, first], lse_b)
+    out = out_a[:, :, first] * (lse_a[:, :, first] - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None]
+    if lse.shape == lse_a.shape:
+        return out, lse
+    return tuple(torch.cat([t, rest[:, :, first.stop :]], 2) for t, rest in ((out, out_a), (lse, lse_a)))
+
+
+def _add_sinks(out: Tensor, lse: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """With the sinks in the denominator. lse: [..., H, S], out the same with the width of a head."""
+    total = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
+    return out * (lse - total).exp()[..., None], total
+
+
+def _sinks_gradient(grad_BHSN: Tensor, out_BHSN: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> Tensor:
+    """The probability of a sink is p = exp(sink - lse); its logit's gradient is p * (0 - grad . out), 0 being its value
+    times grad."""
+    share_BHS = (sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS).exp()
+    return -(share_BHS * (grad_BHSN.to(lse_BHS.dtype) * out_BHSN).sum(-1)).sum((0, 2)).to(sinks_H.dtype)
 
 
 aten = torch.ops.aten
@@ -218,7 +212,9 @@ def _all_heads(k_BGKN: Tensor, q_BHSN: Tensor) -> Tensor:
     return k_BGKN.repeat_interleave(q_BHSN.shape[1] // k_BGKN.shape[1], dim=1)
 
 
-def varlen_attention(q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece]) -> Tensor:
+def varlen_attention(
+    q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece], sinks_H: Tensor | None = None
+) -> Tensor:
     """masked_attention by torch.nn.attention.varlen: one launch for each piece, whatever the documents."""
     batch, heads, _, width = q_BHSN.shape
     out = []
@@ -229,9 +225,38 @@ def varlen_attention(q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: lis
         spans = [slice(row[0].first_key, row[-1].end_key) for row in rows]
         packed = [q_BHSN[:, :, piece.queries].transpose(1, 2).reshape(-1, heads, width)]
         packed += [_packed(t, spans) for t in (k_BGKN, v_BGKN)]
-        out_THN = _varlen()(*packed, *(_offsets(n, q_BHSN.device) for n in (lengths, seen)), max(lengths), max(seen))
+        offsets = (_offsets(n, q_BHSN.device) for n in (lengths, seen))
+        before = -1 if piece.window is None else piece.window - 1
+        arguments = (*packed, *offsets, max(lengths), max(seen))
+        out_THN = _varlen()(*arguments, before) if sinks_H is None else _WithSinks.apply(*arguments, before, sinks_H)
         out.append(out_THN.view(batch, -1, heads, width).transpose(1, 2))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+class _WithSinks(torch.autograd.Function):
+    """torch.nn.attention.varlen has no gradient for its log-sum-exp: its kernels, with the sinks joined as in
+    _Joined."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+        *packing, before, sinks_H = arguments
+        limits = {"window_size_left": before, "window_size_right": 0}
+        out, lse_HT, *_ = aten._flash_attention_forward(q, k, v, *packing, 0.0, before < 0, False, **limits)
+        out_HTN, lse_HT = _add_sinks(out.transpose(0, 1), lse_HT, sinks_H)
+        out = out_HTN.transpose(0, 1).to(q.dtype).contiguous()
+        ctx.save_for_backward(q, k, v, out, lse_HT, sinks_H, *packing[:2])
+        ctx.sizes, ctx.before, ctx.limits = packing[2:], before, limits
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse_HT, sinks_H, *offsets = ctx.saved_tensors
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+        how = (*offsets, *ctx.sizes, 0.0, ctx.before < 0, seed, seed)
+        gradients = aten._flash_attention_backward(grad.contiguous(), q, k, v, out, lse_HT, *how, **ctx.limits)
+        of_sinks = _sinks_gradient(grad.transpose(0, 1)[None], out.transpose(0, 1)[None], lse_HT[None], sinks_H)
+        return *gradients, *[None] * 5, of_sinks
 
 
 def _packed(k_BGKN: Tensor, spans: list[slice]) -> Tensor:
@@ -248,28 +273,34 @@ def _offsets(lengths: list[int], device: torch.device) -> Tensor:
 
 @cache
 def _varlen() -> Callable[..., Tensor]:
-    """torch's function with the causal window; grouped queries have to be named from 2.12 on."""
+    """torch's function, its last argument the keys that a query sees before its own (-1: all); grouped queries have to
+    be named from 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"window_size": (-1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    return lambda *arguments: varlen_attn(*arguments, **options)
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return lambda *arguments: varlen_attn(*arguments[:-1], window_size=(arguments[-1], 0), **gqa)
 
 
 def _trial(attend: VarlenAttention, context: RunContext) -> list[Tensor]:
     """Two sequences: documents that end within a piece, reach over both, and begin before the first query."""
-    ranks, width = context.groups.tp.size(), context.model.head_width
-    heads, keys = context.model.num_attention_heads // ranks, context.model.query_groups // ranks
+    model, ranks = context.model, context.groups.tp.size()
+    heads, keys = model.num_attention_heads // ranks, model.query_groups // ranks
     rows = [[Segment(40, 30, 150), Segment(30, 150, 180)], [Segment(70, 0, 180)]]
     late = [[Segment(1, 170, 181), Segment(57, 181, 238)], [Segment(58, 100, 238)]]
-    pieces = [Piece(slice(0, 70), rows), Piece(slice(70, 128), late)]
-    q, k, v = (
-        context.randn(2, h, tokens, width, seed=seed).requires_grad_()
+    window = None if model.sliding_window is None else min(model.sliding_window, 50)
+    pieces = [Piece(slice(0, 70), rows, window), Piece(slice(70, 128), late, window)]
+    leaves = [
+        context.randn(2, h, tokens, model.head_width, seed=seed).requires_grad_()
         for seed, (h, tokens) in enumerate(((heads, 128), (keys, 256), (keys, 256)))
-    )
-    out = attend(q, k, v, pieces)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), context.randn(*out.shape, seed=3))]
+    ]
+    sinks = [context.randn(heads, seed=4).requires_grad_()] if model.attention_sinks else []
+    out = attend(*leaves, pieces, *(sinks or (None,)))
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *sinks], context.randn(*out.shape, seed=3))]
+
+
+def _describe(context: RunContext, row: Row) -> Row:
+    """By the layers that call it where others attend to all tokens."""
+    return replace(row, operation="local attention") if context.needs_causal else row
 
 
 VARLEN_ATTENTION = Operation(
@@ -283,4 +314,5 @@ VARLEN_ATTENTION = Operation(
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
     is_used=lambda context: context.needs_varlen,
+    describe=_describe,
 )

@@ -36,12 +36,33 @@ def attention_vectors(model: ModelConfig) -> tuple[int, int]:
     them)."""
     sharded = model.query_width + model.key_width if model.qk_norm == "full" else 0
     sharded += model.query_width + 2 * model.key_width if model.attention_bias else 0
-    return sharded, 2 * model.head_width if model.qk_norm == "head" else 0
+    sharded += model.num_attention_heads if model.attention_sinks else 0
+    replicated = 2 * model.head_width if model.qk_norm == "head" else 0
+    return sharded, replicated + (model.hidden_size if model.attention_output_bias else 0)
+
+
+def ffn_biases(model: ModelConfig, width: int) -> int:
+    """Parameters of the biases of a dense feed-forward layer of a hidden size: those of its input projections are
+    sharded over tensor-parallel ranks."""
+    return input_projections(model.activation) * width + model.hidden_size if model.ffn_bias else 0
+
+
+def attention_span(model: ModelConfig, sequence_length: int) -> float:
+    """Summed over layers: twice the mean number of keys that a query sees, its own counted as half, which is S in a
+    layer that attends to all earlier tokens, as PaLM's formula counts them."""
+    s, local = sequence_length, len(model.local_layers)
+    if model.attention_chunk_size is not None:
+        span = min(s, model.attention_chunk_size)
+    else:
+        window = min(s, model.sliding_window or s)
+        span = (window**2 + (s - window) * (2 * window - 1)) / s
+    return (model.num_layers - local) * s + local * span
 
 
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     """Counts parameters and FLOPs. FLOPs per token are 6 per active parameter in a matrix product, plus 12 L H N S for
-    attention scores (PaLM, arXiv:2204.02311, appendix B). Recomputation of activations is not counted."""
+    attention scores (PaLM, arXiv:2204.02311, appendix B), in layers with local attention in proportion to the keys that
+    are seen. Recomputation of activations is not counted."""
     d, moe = model.hidden_size, model.moe
     attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
     gates = input_projections(model.activation)
@@ -53,13 +74,16 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     sparse = len(model.sparse_layers)
     dense = model.num_layers - sparse
     router = d * moe.num_experts
+    vectors = sum(attention_vectors(model)) * model.num_layers + sparse * (moe.num_experts if moe.router_bias else 0)
+    vectors += dense * ffn_biases(model, model.ffn_hidden_size)
+    vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
     shared += d if moe.shared_expert_gate else 0
     outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d
-    not_multiplied = (table if model.tie_embeddings else 2 * table) + model.num_layers * sum(attention_vectors(model))
+    not_multiplied = (table if model.tie_embeddings else 2 * table) + vectors
     total = outside + sparse * moe.num_experts * (expert + biases) + not_multiplied
     visited = experts_per_token(model)
     active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
     # The embedding is a lookup, the output layer a product. The small contribution of norms is included.
     multiplied = outside + sparse * visited * expert + table
-    return Cost(total, active, 6.0 * multiplied + 12.0 * model.num_layers * model.query_width * sequence_length)
+    return Cost(total, active, 6.0 * multiplied + 12.0 * model.query_width * attention_span(model, sequence_length))

@@ -146,7 +146,12 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
     tables = 1 if model.tie_embeddings and layout.pp == 1 else stage.is_first + stage.is_last
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
-    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * d * moe.num_experts + stage.is_last * d
+    if model.ffn_bias:
+        shared = sparse if moe.num_shared_experts else 0
+        gates = input_projections(model.activation) / layout.tp
+        spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
+    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
+    copied += stage.is_last * d
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts

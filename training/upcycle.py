@@ -71,6 +71,12 @@ def _check(config: UpcycleConfig, dense: ModelConfig) -> None:
     n = config.granularity
     if dense.moe.num_experts:
         raise ValueError(f"checkpoint={config.checkpoint} is of a sparse model; upcycling takes a dense one")
+    if dense.ffn_bias:
+        raise ValueError(
+            f"checkpoint={config.checkpoint} has model.ffn_bias=true; upcycling takes layers without biases"
+        )
+    if n > 1 and dense.activation == "clamped_swiglu":
+        raise ValueError(f"granularity={n} scales weights, which does not scale clamped_swiglu; nearest: 1")
     if n < 1 or dense.ffn_hidden_size % n:
         nearest = max(d for d in range(1, max(1, n) + 1) if dense.ffn_hidden_size % d == 0)
         raise ValueError(f"granularity={n} must divide ffn_hidden_size={dense.ffn_hidden_size}; nearest: {nearest}")

@@ -51,6 +51,11 @@ BROKEN = [
     ),
     ({"model.clip_qkv": 0.0}, 1, "model.clip_qkv > 0, but it is 0.0", "model.clip_qkv=null"),
     ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
+    ({"model.full_attention_every": 2}, 1, "needs model.sliding_window or", "model.full_attention_every=null"),
+    ({"model.sliding_window": 8, "model.attention_chunk_size": 8}, 1, "they are 8 and 8", "attention_chunk_size=null"),
+    ({"model.sliding_window": 8, "model.first_full_attention_layers": 4}, 1, "4 of 4 layers", "layers=3"),
+    ({"model.sliding_window": 8, "model.full_attention_every": 1}, 1, "full_attention_every >= 2", "every=2"),
+    ({"model.moe.router_bias": True}, 1, "router_bias needs model.moe.num_experts > 0", "router_bias=false"),
     ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary embeddings rotate pairs), but it is 63", "head_dim=64"),
     ({"model.partial_rotary_factor": 1.5}, 1, "partial_rotary_factor > 0 and <= 1", "partial_rotary_factor=1.0"),
     (

@@ -12,16 +12,12 @@ from models.attention import Attention
 from models.init import initialise
 from models.megatron_config import transformer_config
 from models.rope import Rotary
+from ops.attention_pieces import Piece, Segment, attention_pieces, piece_mask, query_pieces
 from ops.varlen_attention import (
     VARLEN_ATTENTION,
-    Piece,
-    Segment,
     VarlenAttention,
-    attention_pieces,
     joined_attention,
     masked_attention,
-    piece_mask,
-    query_pieces,
     varlen_attention,
 )
 from parallel.process_groups import Runtime
@@ -36,10 +32,12 @@ def attention_of(model: ModelConfig, runtime: Runtime) -> Attention:
     return layer
 
 
-def attend(layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask: bool, theta: float) -> Tensor:
+def attend(
+    layer: Attention, x_SBD: Tensor, positions_BS: Tensor, document_mask: bool, theta: float, **limits: Any
+) -> Tensor:
     device = layer.qkv.weight.device
     cos, sin = Rotary(layer.width, theta, 64).to(device)(positions_BS.t().to(device))
-    return layer(x_SBD.to(device), cos, sin, attention_pieces(positions_BS, 0, 1, document_mask))
+    return layer(x_SBD.to(device), cos, sin, attention_pieces(positions_BS, 0, 1, document_mask, **limits))
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
@@ -57,6 +55,10 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
         {"num_attention_heads": 4, "num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.5},
         {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "head", "attention_bias": True, "clip_qkv": 0.9},
         {"num_attention_heads": 1, "head_dim": 2},
+        {"num_attention_heads": 2, "sliding_window": 3},
+        {"num_attention_heads": 2, "attention_chunk_size": 3, "attention_output_bias": True},
+        {"num_attention_heads": 4, "num_query_groups": 2, "attention_sinks": True, "sliding_window": 2},
+        {"num_attention_heads": 4, "num_query_groups": 1, "attention_sinks": True},
     ],
     ids=str,
 )
@@ -74,28 +76,32 @@ def test_equals_the_reference(sizes: dict[str, Any], document_mask: bool, runtim
     above_SBD = random(8, 2, 16, seed=9)
     (wanted_SBD * above_SBD).sum().backward()
     x_SBD.requires_grad_()
-    out_SBD = attend(layer, x_SBD, PACKED, document_mask, model.rope_theta)
+    limits = {"window": model.sliding_window, "chunk": model.attention_chunk_size, "sinks": model.attention_sinks}
+    out_SBD = attend(layer, x_SBD, PACKED, document_mask, model.rope_theta, **limits)
     out_SBD.backward(above_SBD.to(out_SBD.device))
     assert_close(out_SBD, wanted_SBD)
     assert_close(x_SBD.grad, x64_SBD.grad)
     assert_gradients_close(layer, weights)
 
 
-def test_document_mask_equals_each_document_alone(runtime: Runtime) -> None:
+@pytest.mark.parametrize("limits", [{}, {"window": 2}, {"chunk": 3}], ids=str)
+def test_document_mask_equals_each_document_alone(limits: dict[str, int], runtime: Runtime) -> None:
     model = tiny(hidden_size=16, num_attention_heads=4, num_query_groups=2)
     layer = attention_of(model, runtime)
     x_SBD = random(8, 2, 16)
-    packed_SBD = attend(layer, x_SBD, PACKED, True, model.rope_theta)
+    packed_SBD = attend(layer, x_SBD, PACKED, True, model.rope_theta, **limits)
     for b, lengths in enumerate(([4, 3, 1], [2, 6])):
         alone = [
-            attend(layer, x_SD.unsqueeze(1), torch.arange(len(x_SD))[None], False, model.rope_theta)
+            attend(layer, x_SD.unsqueeze(1), torch.arange(len(x_SD))[None], False, model.rope_theta, **limits)
             for x_SD in x_SBD[:, b].split(lengths)
         ]
         assert_close(packed_SBD[:, b : b + 1], torch.cat(alone).detach().cpu().double())
 
 
-def masks_of(positions_BS: Tensor, rank: int = 0, ranks: int = 1, document_mask: bool = True) -> list[Tensor]:
-    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+def masks_of(
+    positions_BS: Tensor, rank: int = 0, ranks: int = 1, document_mask: bool = True, **limits: int
+) -> list[Tensor]:
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask, **limits)
     assert pieces is not None
     return [piece_mask(piece, torch.device("cpu")) for piece in pieces]
 
@@ -110,6 +116,21 @@ def test_mask_by_hand() -> None:
     assert attention_pieces(torch.tensor([[7, 8, 0]]), 0, 1, document_mask=True) == [
         Piece(slice(0, 3), [[Segment(2, 0, 2), Segment(1, 2, 3)]])
     ]
+
+
+def test_windows_and_chunks_by_hand() -> None:
+    [window] = masks_of(torch.arange(4)[None], document_mask=False, window=2)
+    assert window.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]]]
+    [chunk] = masks_of(torch.arange(5)[None], document_mask=False, chunk=3)
+    assert chunk.int().tolist() == [
+        [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]]
+    ]
+    # Chunks are counted from the start of a document, of which this sequence may have only the end.
+    [chunk] = masks_of(torch.tensor([[4, 5, 6, 0]]), chunk=3)
+    assert chunk.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]]
+    # What the sequence is too short for needs no mask.
+    assert attention_pieces(torch.arange(5)[None], 0, 1, False, window=5, chunk=5) is None
+    assert attention_pieces(torch.arange(5)[None], 0, 1, False, sinks=True) is not None
 
 
 def test_context_masks_by_hand() -> None:
@@ -137,41 +158,88 @@ def test_context_ranks_share_queries_and_work_evenly(ranks: int) -> None:
     assert work.pop()[0] * ranks == sequence**2 * (2 * ranks + 1) / (4 * ranks)
 
 
-def varlen_on_cpu(*arguments: object, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
-    """torch.nn.attention.varlen by its definition: the last query of a segment sees its last key."""
-    q, k, v, cu_q, cu_k, max_q, max_k = arguments
-    assert window_size == (-1, 0) and enable_gqa and q.dim() == k.dim() == 3 and cu_q.dtype == torch.int32
-    assert cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
-    out = []
-    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-        assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        queries, keys, values = q[q0:q1].transpose(0, 1), k[k0:k1].transpose(0, 1), v[k0:k1].transpose(0, 1)
-        mask = torch.ones(len(q[q0:q1]), len(k[k0:k1]), dtype=torch.bool).tril(int(k1 - k0) - int(q1 - q0))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, enable_gqa=True
-        )
-        out.append(attended.transpose(0, 1))
-    return torch.cat(out)
+class VarlenOnCpu:
+    """The kernels of torch.nn.attention.varlen by their definition, in place of torch.ops.aten: the last query of a
+    segment sees its last key, and window_size_left keys before its own (-1: all)."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.aten, name)
+
+    @staticmethod
+    def segments(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, before: int):
+        """(queries, keys, q, k and v of each head, scores, which are -inf where a key is not seen)."""
+        assert q.dim() == k.dim() == 3 and cu_q.dtype == torch.int32
+        assert cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
+        for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+            assert q1 - q0 <= max_q and k1 - k0 <= max_k
+            queries, keys = slice(q0, q1), slice(k0, k1)
+            each = [t.repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k[keys], v[keys])]
+            own = int(k1 - k0) - int(q1 - q0)
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(own)
+            mask = mask if before < 0 else mask.triu(own - before)
+            scores = q[queries].transpose(0, 1) @ each[0].transpose(1, 2) / q.shape[-1] ** 0.5
+            yield queries, keys, q[queries].transpose(0, 1), *each, scores.masked_fill(~mask, -torch.inf)
+
+    @classmethod
+    def forward(cls, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = [], []
+        for _, _, _, _, v, scores in cls.segments(*arguments):
+            out.append((scores.softmax(-1) @ v).transpose(0, 1))
+            lse.append(scores.logsumexp(-1))
+        return torch.cat(out), torch.cat(lse, 1)
+
+    @classmethod
+    def _flash_attention_forward(cls, *arguments: Any, window_size_left: int, window_size_right: int) -> Any:
+        assert arguments[7:] == (0.0, window_size_left < 0, False) and window_size_right == 0
+        return cls.forward(*arguments[:7], window_size_left)
+
+    @classmethod
+    def _flash_attention_backward(cls, grad: Tensor, *arguments: Any, window_size_left: int, window_size_right: int):
+        q, k, v, out, lse, *packing, dropout, causal, _, _ = arguments
+        assert (dropout, causal, window_size_right) == (0.0, window_size_left < 0, 0) and grad.is_contiguous()
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        for queries, keys, q_HSN, k_HKN, v_HKN, scores in cls.segments(q, k, v, *packing, window_size_left):
+            grad_HSN, share = grad[queries].transpose(0, 1), (scores - lse[:, queries, None]).exp()
+            inner = (grad[queries] * out[queries]).sum(-1).t()[..., None]
+            dscores = share * (grad_HSN @ v_HKN.transpose(1, 2) - inner) / q.shape[-1] ** 0.5
+            dq[queries] = (dscores @ k_HKN).transpose(0, 1)
+            for d, each in ((dk, dscores.transpose(1, 2) @ q_HSN), (dv, share.transpose(1, 2) @ grad_HSN)):
+                d[keys] = each.unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1)
+        return dq, dk, dv
 
 
 @pytest.mark.parametrize("attend", [joined_attention, varlen_attention])
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 3)])
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"window": 1}, {"window": 7}, {"window": 20}, {"chunk": 5}, {"window": 11, "sinks": True}, {"sinks": True}],
+    ids=str,
+)
 def test_without_a_mask_equals_the_masked_reference(
-    attend: VarlenAttention, rank: int, ranks: int, document_mask: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+    attend: VarlenAttention,
+    rank: int,
+    ranks: int,
+    document_mask: bool,
+    groups: int,
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ops.varlen_attention._varlen", lambda: varlen_with_options)
+    monkeypatch.setattr("ops.varlen_attention._varlen", lambda: lambda *arguments: VarlenOnCpu.forward(*arguments)[0])
+    if attend is varlen_attention:
+        monkeypatch.setattr("ops.varlen_attention.aten", VarlenOnCpu())
     positions_BS = torch.cat([torch.arange(n) for n in (5, 1, 17, 13, 23, 1, 6, 6)] * 2).view(2, 72).roll(3, 1)
-    pieces = attention_pieces(positions_BS, rank, ranks, document_mask)
+    pieces = attention_pieces(positions_BS, rank, ranks, document_mask, **limits)
     if pieces is None:
         pieces = [Piece(slice(0, 72), [[Segment(72, 0, 72)]])]
     queries = 72 // ranks
     q, above = (random(2, 4, queries, 8, seed=seed).double() for seed in (1, 2))
     k, v = (random(2, groups, 72, 8, seed=seed).double() for seed in (3, 4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    wanted = masked_attention(*leaves, pieces)
-    got = attend(*leaves, pieces)
+    sinks = [random(4, seed=5).double()] if "sinks" in limits else []
+    leaves = [t.requires_grad_() for t in (q, k, v, *sinks)]
+    wanted = masked_attention(*leaves[:3], pieces, *leaves[3:])
+    got = attend(*leaves[:3], pieces, *leaves[3:])
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     for one, other in zip(
         torch.autograd.grad(got, leaves, above), torch.autograd.grad(wanted, leaves, above), strict=True
@@ -185,7 +253,7 @@ def test_what_differs_from_the_reference_is_left_out(runtime: Runtime, monkeypat
     attend, row = selected(VARLEN_ATTENTION, context)
     assert attend is joined_attention and row.name == "joined by log-sum-exp"
 
-    def all_keys(q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece]) -> Tensor:
+    def all_keys(q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], sinks: None) -> Tensor:
         """Forgets where documents begin."""
         whole = [Piece(p.queries, [[s._replace(first_key=0) for s in row] for row in p.rows]) for p in pieces]
         return joined_attention(q, k, v, whole)
@@ -195,17 +263,23 @@ def test_what_differs_from_the_reference_is_left_out(runtime: Runtime, monkeypat
     assert attend is masked_attention and "differs from torch's by" in row.why and row.refused
 
 
-def varlen_with_options(*arguments: object) -> Tensor:
-    return varlen_on_cpu(*arguments, window_size=(-1, 0), enable_gqa=True)
-
-
-@pytest.mark.parametrize(("ranks", "document_mask"), [(1, True), (4, False), (4, True)])
-def test_memory_grows_with_the_tokens(ranks: int, document_mask: bool) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "document_mask", "limits"),
+    [
+        (1, True, {}),
+        (4, False, {}),
+        (4, True, {}),
+        (1, False, {"window": 64}),
+        (4, False, {"window": 64}),
+        (1, False, {"chunk": 64}),
+    ],
+)
+def test_memory_grows_with_the_tokens(ranks: int, document_mask: bool, limits: dict[str, int]) -> None:
     """Largest tensor, and all that is kept for the backward pass, in values per token; a mask is 64 times as much."""
 
     def sizes(sequence: int) -> tuple[float, float]:
         documents = torch.arange(sequence) % 64
-        pieces = attention_pieces(documents[None], ranks - 1, ranks, document_mask)
+        pieces = attention_pieces(documents[None], ranks - 1, ranks, document_mask, **limits)
         q = random(1, 2, sequence // ranks, 8).requires_grad_()
         k, v = (random(1, 1, sequence, 8).requires_grad_() for _ in range(2))
         kept: list[int] = []

@@ -1,5 +1,6 @@
 """The whole decoder against the float64 reference, its causality, and what it costs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,16 @@ from models.decoder import ModelChunk
 from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe import reference
-from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, tiny, whole_model
-from training.flops import model_cost
+from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny, whole_model
+from training.flops import attention_span, model_cost
 
 DROPPING = MoeConfig(num_experts=4, top_k=2, every=2, capacity_factor=0.75, aux_loss_coeff=0.3, z_loss_coeff=0.1)
+GPT_OSS = tiny(
+    MoeConfig(num_experts=4, top_k=2, softmax_order="after", router_bias=True, expert_bias=True, capacity_factor=None),
+    **{"num_layers": 3, "num_attention_heads": 4, "num_query_groups": 2, "sliding_window": 2, "attention_bias": True},
+    **{"full_attention_every": 2, "attention_sinks": True, "attention_output_bias": True},
+    **{"activation": "clamped_swiglu", "swiglu_alpha": 1.3, "swiglu_limit": 0.9},
+)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
 
 
@@ -33,13 +40,27 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         (tiny(DROPPING, num_attention_heads=4, num_query_groups=2, tie_embeddings=True), True),
         (tiny(MoeConfig(num_experts=3, top_k=1, every=2), activation="relu"), False),
         (tiny(activation="swiglu", tie_embeddings=True), False),
+        (GPT_OSS, False),
+        (replace(GPT_OSS, moe=MoeConfig(), ffn_bias=True), True),
+        (tiny(attention_chunk_size=2, full_attention_every=2, num_layers=3), True),
     ],
-    ids=["top-2 with drops", "grouped queries, tied, documents", "top-1", "dense, tied"],
+    ids=[
+        "top-2 with drops",
+        "grouped queries, tied, documents",
+        "top-1",
+        "dense, tied",
+        "gpt-oss",
+        "gpt-oss, dense",
+        "chunks",
+    ],
 )
 def test_equals_the_reference(model: ModelConfig, document_mask: bool, runtime: Runtime) -> None:
     """Loss of every token, logits, and the gradient of every weight, the auxiliary losses' share included."""
     stage = whole_model(model, runtime, sequence_length=6, document_mask=document_mask)
     tokens_BS, labels_BS = tokens_of(2, 6), tokens_of(2, 6, seed=1)
+    for seed, parameter in enumerate(stage.parameters()):  # those that start as zeros, which would hide them
+        if not parameter.any():
+            parameter.data.copy_(random(*parameter.shape, seed=seed))
     weights = in_float64(stage)
     logits_BSV, sparse = reference.decoder(weights, model, tokens_BS, POSITIONS, document_mask)
     losses_BS = reference.cross_entropy(logits_BSV, labels_BS)
@@ -164,11 +185,15 @@ COSTED = {
             num_experts=4, capacity_factor=None, ffn_hidden_size=6, num_shared_experts=2, shared_ffn_hidden_size=10
         )
     ),
+    "biases": tiny(
+        MoeConfig(num_experts=4, every=2, capacity_factor=None, num_shared_experts=1, router_bias=True),
+        **{"ffn_bias": True, "attention_output_bias": True, "activation": "clamped_swiglu"},
+    ),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 
 
-@pytest.mark.parametrize("model", COSTED.values(), ids=COSTED)
+@pytest.mark.parametrize("model", [*COSTED.values(), GPT_OSS], ids=[*COSTED, "gpt-oss"])
 def test_parameters_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> None:
     stage = whole_model(model, runtime)
     cost = model_cost(model, sequence_length=16)
@@ -199,6 +224,30 @@ def test_flops_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> N
     norms = (2 * model.num_layers + 1) * model.hidden_size
     planned = model_cost(model, sequence).flops_per_token - 6 * norms
     assert counted == planned * batch * sequence
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": 99},
+        {"attention_chunk_size": 4},
+        {"sliding_window": 5, "full_attention_every": 2},
+        {"attention_chunk_size": 4, "first_full_attention_layers": 1},
+    ],
+    ids=str,
+)
+def test_attention_costs_what_is_seen(limits: dict[str, int]) -> None:
+    """Twice as many scores as there are pairs of a query and a key that it sees, the query's own counted as half."""
+    model, sequence = tiny(num_layers=3, **limits), 16
+    seen = 0.0
+    for layer in range(3):
+        local = layer in model.local_layers
+        window, chunk = (
+            size if local and size else sequence for size in (model.sliding_window, model.attention_chunk_size)
+        )
+        seen += sum(min(window, query % chunk + 1) - 0.5 for query in range(sequence))
+    assert attention_span(model, sequence) == pytest.approx(2 * seen / sequence, rel=1e-9)
 
 
 def test_a_cost_counts_what_is_computed() -> None:

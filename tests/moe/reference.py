@@ -7,7 +7,7 @@ S sequence, B batch, N width of a head, V vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -62,6 +62,10 @@ def feed_forward(
         act_F = silu(h[0]) * h[1]
     elif activation == "geglu":
         act_F = gelu(h[0]) * h[1]
+    elif activation.startswith("clamped_swiglu"):
+        alpha, limit = map(float, activation.split(":")[1:] or (1.702, 7.0))
+        gate_F, up_F = torch.minimum(h[0], torch.tensor(limit)), torch.clip(h[1], -limit, limit)
+        act_F = (up_F + 1) * gate_F / (1 + torch.exp(-alpha * gate_F))
     else:
         act_F = {"gelu": gelu, "relu": relu, "relu2": lambda h: relu(h) ** 2}[activation](h[0])
     y_D = (act_F * keep_F) @ out_FD
@@ -214,6 +218,7 @@ def sparse_layer(
     router_ED, w_in_EDGF, w_out_EFD = (weights[n] for n in ("router.weight", "experts.w_in", "experts.w_out"))
     b_in_EGF, b_out_ED = weights.get("experts.b_in"), weights.get("experts.b_out")
     logits_TE = torch.stack([torch.stack([x_D @ router_D for router_D in router_ED]) for x_D in x_TD * noise_TD])
+    logits_TE = logits_TE + weights.get("router.logit_bias", 0.0)
     bias_E = weights.get("router.bias", 0.0)
     rows = (route(logits_E, moe, bias_E, own) for logits_E, own in zip(logits_TE, decide(logits_TE, moe), strict=True))
     probs, experts, gates = (list(column) for column in zip(*rows, strict=True))
@@ -291,9 +296,13 @@ def attention(
     if model.clip_qkv:
         projected_SGHN = [heads.clamp(-model.clip_qkv, model.clip_qkv) for heads in projected_SGHN]
     document_S = documents(positions_S, document_mask)
+    window, chunk = model.sliding_window or len(x_SD), model.attention_chunk_size or len(x_SD)
+    chunk_S = [position // chunk for position in (positions_S if document_mask else range(len(x_SD)))]
     rows = []
     for s, position in enumerate(positions_S):
-        seen = [u for u in range(s + 1) if document_S[u] == document_S[s]]
+        seen = [
+            u for u in range(s + 1) if document_S[u] == document_S[s] and chunk_S[u] == chunk_S[s] and s - u < window
+        ]
         heads = []
         for g in range(groups):
             keys = [rotate(projected_SGHN[u][g, queries], positions_S[u], model.rope_theta) for u in seen]
@@ -301,8 +310,10 @@ def attention(
             for h in range(queries):
                 query_N = rotate(projected_SGHN[s][g, h], position, model.rope_theta)
                 scores = torch.exp(torch.stack([query_N @ key_N for key_N in keys]) / math.sqrt(width))
-                heads.append(sum(score / scores.sum() * value_N for score, value_N in zip(scores, values, strict=True)))
-        rows.append(weights["out.weight"] @ torch.cat(heads))
+                sink = torch.exp(weights["sinks"][g * queries + h]) if model.attention_sinks else 0.0
+                total = scores.sum() + sink
+                heads.append(sum(score / total * value_N for score, value_N in zip(scores, values, strict=True)))
+        rows.append(weights["out.weight"] @ torch.cat(heads) + weights.get("out.bias", 0.0))
     return torch.stack(rows)
 
 
@@ -324,7 +335,9 @@ def under(weights: Weights, prefix: str) -> Weights:
 
 def dense_layer(x_D: Tensor, weights: Weights, activation: str) -> Tensor:
     into = [weights[n].t() for n in ("gate.weight", "up.weight") if n in weights]
-    return feed_forward(x_D, into, weights["down.weight"].t(), activation)
+    biases = [weights[n] for n in ("gate.bias", "up.bias") if n in weights]
+    all_biases = (biases, weights["down.bias"]) if biases else None
+    return feed_forward(x_D, into, weights["down.weight"].t(), activation, all_biases)
 
 
 def decoder(
@@ -333,12 +346,14 @@ def decoder(
     """Logits [B, S, V] of a training pass, and what each sparse layer did."""
     batch, sequence = tokens_BS.shape
     sparse: dict[int, Sparse] = {}
+    everywhere = replace(model, sliding_window=None, attention_chunk_size=None)
     x_BSD = weights["embedding.weight"][tokens_BS]
     for layer in range(model.num_layers):
         part = under(weights, f"layers.{layer}.")
         normed_BSD = norm_all(x_BSD, part["attention_norm.weight"], model.norm_eps)
+        local = model if layer in model.local_layers else everywhere
         attended = [
-            attention(x_SD, under(part, "attention."), model, positions_S, document_mask)
+            attention(x_SD, under(part, "attention."), local, positions_S, document_mask)
             for x_SD, positions_S in zip(normed_BSD, positions_BS.tolist(), strict=True)
         ]
         x_BSD = x_BSD + torch.stack(attended)
@@ -347,10 +362,14 @@ def decoder(
             # The order in which tokens fill the experts: by position, and at one position by sequence of the batch.
             x_TD = torch.stack([normed_BSD[b, s] for s in range(sequence) for b in range(batch)])
             factor, order = model.moe.capacity_factor, [*range(batch)] * sequence
-            did = sparse[layer] = sparse_layer(x_TD, under(part, "ffn."), model.moe, model.activation, factor, order)
+            did = sparse[layer] = sparse_layer(
+                x_TD, under(part, "ffn."), model.moe, model.activation_name, factor, order
+            )
             x_BSD = x_BSD + did.out_TD.view(sequence, batch, -1).transpose(0, 1)
         else:
-            rows = [[dense_layer(x_D, under(part, "ffn."), model.activation) for x_D in x_SD] for x_SD in normed_BSD]
+            rows = [
+                [dense_layer(x_D, under(part, "ffn."), model.activation_name) for x_D in x_SD] for x_SD in normed_BSD
+            ]
             x_BSD = x_BSD + torch.stack([torch.stack(row) for row in rows])
     head_VD = weights.get("head.weight", weights["embedding.weight"])
     final_BSD = norm_all(x_BSD, weights["final_norm.weight"], model.norm_eps)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conf.model_schema import GATED_ACTIVATIONS
-from conf.schema import ACTIVATIONS, MoeConfig, ParallelConfig
+from conf.schema import MoeConfig, ParallelConfig
+from ops.activations import IN_KERNELS
 from ops.cpp import build as native
 from ops.cpp.experts import NativeGemmBackend, Operand
 from ops.experts import EXPERTS, loop_experts
@@ -162,7 +163,7 @@ EXACT["relu2"] = lambda x: torch.relu(x) ** 2
 
 @here
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 def test_activations_are_those_of_fp64(activation: str, dropout: bool) -> None:
     """Over all magnitudes, in rows that are no multiple of a vector."""
     h_RGF = (random(40, 2 if activation in GATED_ACTIVATIONS else 1, 83) * 4).bfloat16()
@@ -183,7 +184,7 @@ def test_activations_are_those_of_fp64(activation: str, dropout: bool) -> None:
 
 
 @here
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 def test_experts_are_the_loop(activation: str) -> None:
     """With bias and dropout; each of two products in a row rounds to bf16 once more than in fp64."""
     keep_RF, found = kept(inputs(activation, torch.bfloat16)), []

@@ -115,6 +115,9 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+BIASES = {"attention_sinks": True, "attention_output_bias": True, "ffn_bias": True, "sliding_window": 16}
+
+
 @pytest.mark.parametrize(
     ("precision", "moe", "model"),
     [
@@ -126,8 +129,9 @@ def _bytes(tensor: torch.Tensor) -> int:
         ("fp32", {}, {"recompute": ["full"]}),
         ("bf16", {}, {"num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.0, "qk_norm": "full"}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
+        ("bf16", {"num_shared_experts": 1, "router_bias": True, "expert_bias": True}, BIASES),
     ],
-    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8"],
+    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases"],
 )
 def test_one_rank_holds_what_is_estimated(
     precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool

@@ -182,7 +182,8 @@ def router_case(**options: Any) -> Pairs:
 
 def attention_case(kind: str) -> Pairs:
     """Documents, and a later shard of the queries, beside a mask in fp32."""
-    from ops.varlen_attention import attention_pieces, joined_attention, masked_attention, varlen_attention
+    from ops.attention_pieces import attention_pieces
+    from ops.varlen_attention import joined_attention, masked_attention, varlen_attention
 
     attend = {"joined": joined_attention, "varlen": varlen_attention}[kind]
     sequence, heads, groups = (64, 4, 2) if REHEARSE else (2048, 16, 4)

@@ -58,7 +58,8 @@ def launches() -> dict[str, float]:
 
 def attention_kernel(name: str) -> dict[str, object]:
     """The kernels that torch's attention and ours launch, by the profiler."""
-    from ops.varlen_attention import Piece, Segment, joined_attention, varlen_attention
+    from ops.attention_pieces import Piece, Segment
+    from ops.varlen_attention import joined_attention, varlen_attention
 
     sequence, heads, groups = (64, 4, 2) if REHEARSE else (4096, 32, 8)
     q = bf16(1, heads, sequence, 128, seed=1)
