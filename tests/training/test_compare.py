@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from conf.schema import Config
 from launch import compare
 from training.flops import model_cost
+from training.loss_plot import curves, smoothed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,3 +137,20 @@ def test_what_is_no_run_is_told_in_one_line(tmp_path: Path, content: str | None)
         done.stderr.startswith(f"switchyard: error: {tmp_path} is not a run directory")
         and "\n  File" not in done.stderr
     )
+
+
+def test_a_chart_of_the_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points are means of the last N logged losses; what was not logged is not drawn."""
+    assert smoothed(np.array([4.0, 2.0, 3.0, 1.0]), 2).tolist() == [4.0, 3.0, 2.5, 2.0]
+    assert smoothed(np.array([4.0, 2.0]), 1).tolist() == [4.0, 2.0]
+    run = write_run(tmp_path / "one", [3.0, 2.5, 2.25])
+    line = curves(compare.summarise(run))
+    assert line["tokens"].tolist() == [8192, 16384, 24576] and "seconds of training steps" not in line
+    for smooth in ("0", "x"):
+        assert compare.main([str(run), f"smooth={smooth}"]) == 2
+        assert "nearest: smooth=10" in capsys.readouterr().err
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: bash launch/setup.sh plots")
+    assert compare.main([str(run), f"plot={tmp_path / 'loss.png'}", "smooth=2"]) == 0
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert compare.main([str(run), f"plot={tmp_path / 'loss.doc'}"]) == 2
+    assert "loss.png" in capsys.readouterr().err
