@@ -1,7 +1,7 @@
 """`python -m launch.compare RUN... [format=json] [plot=FILE.png [smooth=N]]`: a table of runs and of the settings in
-which they differ, as wide as the terminal (or COLUMNS). A directory that contains runs stands for these. format=json prints a
-list of objects. plot= draws the losses over steps, tokens, seconds and FLOPs, each point the mean of N logged steps
-(default 10)."""
+which they differ, as wide as the terminal (or COLUMNS). A directory that contains runs stands for these. format=json
+prints a list of objects. plot= draws the losses over steps, tokens, seconds and FLOPs, each point the mean of N logged
+steps (default 10)."""
 
 import os
 import shutil
