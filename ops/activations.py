@@ -36,8 +36,10 @@ class Activation:
 
 def _check(activation: Activation) -> None:
     h = torch.linspace(-4.1, 4.2, 99, dtype=torch.float64, requires_grad=True)
-    pairs = [(activation.function, activation.gradient), (activation.of_up, activation.gradient_of_up)]
-    for function, gradient in pairs if activation.of_up else pairs[:1]:
+    pairs = [(activation.function, activation.gradient)]
+    if activation.of_up is not None and activation.gradient_of_up is not None:
+        pairs.append((activation.of_up, activation.gradient_of_up))
+    for function, gradient in pairs:
         (wanted,) = torch.autograd.grad(function(h).sum(), h)
         if not torch.allclose(gradient(torch.ones_like(wanted), h.detach()), wanted, rtol=1e-6):
             raise ValueError(f"activation {activation.name}: its gradient is not that of the function")
