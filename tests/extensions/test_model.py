@@ -97,7 +97,9 @@ def test_a_score_function_that_no_router_can_use() -> None:
 def test_an_activation(name: str, backend: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sparse layer with a shared expert, which is a dense layer, and with an empty expert."""
     moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=None, num_shared_experts=1)
-    with pytest.raises(ValueError, match=f"activation is one of swiglu, geglu, gelu, relu, relu2, but {name}"):
+    with pytest.raises(
+        ValueError, match=f"activation is one of swiglu, geglu, gelu, relu, relu2, clamped_swiglu, but {name}"
+    ):
         check(activation=name)
     follow("An activation")
     check(activation=name)

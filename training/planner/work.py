@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from conf.extensions import input_projections
 from conf.schema import Config
 from parallel.layout import Layout
-from training.flops import experts_per_token
+from training.flops import attention_span, experts_per_token
 from training.memory_estimate import Stage, matrices, stage_parameters
 from training.planner.links import Links
 from training.planner.rates import Rates
@@ -106,7 +106,8 @@ class _Stage:
         model, train, layout = self.model, self.config.train, self.layout
         widths = (model.query_width + value_width(model)) / layout.tp
         # Causal: half of the products of all queries with all keys (and values), two FLOPs each, twice.
-        flops = train.micro_batch_size * train.sequence_length**2 / layout.cp * widths * (self.sparse + self.dense)
+        span = attention_span(model, train.sequence_length) / model.num_layers  # the sequence, or less in local layers
+        flops = train.micro_batch_size * train.sequence_length * span / layout.cp * widths * (self.sparse + self.dense)
         head, sequence = query_head_width(model), train.sequence_length
         self.forward["attention"] += self.rates.attention(flops, head, sequence)
         self.backward["attention"] += self.rates.attention(flops, head, sequence, backward=True)
