@@ -48,6 +48,8 @@ GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
 CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
 ALIKE = {"document_mask": True, "begin_alike": True}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
+MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA |= {"rope_interleave": True}
 
 VARIANTS = {
     "drops": Variant(),
@@ -66,6 +68,8 @@ VARIANTS = {
     "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
     "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
     "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
+    "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),
+    "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
     "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
     "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
@@ -94,8 +98,11 @@ MATRIX = [
         "tp2",
         2,
         {"tp": 2},
-        ["drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "gpt_oss", "chunks"],
-        "drops global global_bias qwen2 olmoe chunks",
+        [
+            *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
+            *("gpt_oss", "chunks"),
+        ],
+        "drops global global_bias qwen2 olmoe mla chunks",
     ),
     Layouts(
         "tp2 +sequence",
@@ -115,13 +122,19 @@ MATRIX = [
             "qwen3",
             "qwen2",
             "olmoe",
+            "mla",
+            "mla_documents",
             "gpt_oss",
             "chunks",
         ],
-        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe gpt_oss",
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss",
     ),
     Layouts(
-        "pp2", 2, {"pp": 2}, ["dropless", "deepseek", "dense", "qwen3", "olmoe", "gpt_oss"], "dropless qwen3 olmoe"
+        "pp2",
+        2,
+        {"pp": 2},
+        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss"],
+        "dropless qwen3 olmoe",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
@@ -132,8 +145,11 @@ MATRIX = [
         "cp2",
         2,
         {"cp": 2},
-        ["drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "gpt_oss", "chunks"],
-        "drops sinkhorn rope chunks",
+        [
+            *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
+            *("gpt_oss", "chunks"),
+        ],
+        "drops sinkhorn rope mla_documents chunks",
     ),
     Layouts(
         "cp4",
@@ -145,7 +161,7 @@ MATRIX = [
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
-    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
+    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss"], "dropless"),
     Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias"], "switch global global_bias"),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
@@ -158,12 +174,12 @@ MATRIX = [
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
-    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope"]),
+    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope", "mla", "mla_documents"]),
     Layouts(
         "cp2 tp2 +sequence",
         4,
         {"cp": 2, **SEQUENCE_PARALLEL},
-        ["drops", "deepseek", "qwen3", "olmoe", "gpt_oss", "chunks"],
+        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks"],
     ),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),

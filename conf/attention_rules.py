@@ -9,7 +9,7 @@ EVEN = "is even (rotary embeddings rotate pairs)"
 
 
 def attention_rules(cfg: ConfigView) -> Iterator[Violation]:
-    yield from _heads(cfg)
+    yield from _heads(cfg) if cfg["model.kv_lora_rank"] is None else _latent(cfg)
     yield from _local_attention(cfg)
     yield from _rope_scaling(cfg)
 
@@ -38,6 +38,18 @@ def _heads(cfg: ConfigView) -> Iterator[Violation]:
             f"the integer part of {partial} * the size of a head {EVEN} and positive",
             f"it is {rotated}",
             {partial: [n / width for n in nearest if int(width * (n / width)) == n]},
+        )
+
+
+def _latent(cfg: ConfigView) -> Iterator[Violation]:
+    nope, rope, value = "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim"
+    if cfg[rope] % 2:
+        yield Violation(f"{rope} {EVEN}", f"it is {cfg[rope]}", {rope: [cfg[rope] + 1]})
+    if cfg[value] > cfg["model.head_width"]:
+        yield Violation(
+            f"{value} <= {nope} + {rope} (values are padded to the width of queries and keys)",
+            f"{cfg[value]} > {cfg[nope]} + {cfg[rope]}",
+            {value: [cfg["model.head_width"]], nope: [cfg[value] - cfg[rope]]},
         )
 
 

@@ -36,12 +36,19 @@ def fp8_rules(cfg: ConfigView) -> Iterator[Violation]:
     # Scales of blocks that straddle ranks would depend on the layout.
     widths = [(key, cfg[key], degree) for key, degree in sharded_widths(cfg)]
     sharded = [w for w in widths if w[2] == "parallel.tp"]
-    if cfg["model.head_dim"] is None:  # the queries are as wide as the hidden size
+    hidden = ("model.hidden_size", cfg["model.hidden_size"], None)
+    if cfg["model.kv_lora_rank"] is not None:
+        up = cfg["model.num_attention_heads"] * (cfg["model.qk_nope_head_dim"] + cfg["model.v_head_dim"])
+        ranks = [(key, cfg[key] or 0, None) for key in ("model.q_lora_rank", "model.kv_lora_rank")]
+        sharded = [hidden, *sharded, *ranks, ("the width of queries", cfg["model.query_width"], "parallel.tp")]
+        sharded += [("the width of keys (without position) and values", up, "parallel.tp")]
+        sharded += [("the width of values", cfg["model.output_width"], "parallel.tp")]
+    elif cfg["model.head_dim"] is None:  # the queries are as wide as the hidden size
         sharded.insert(0, ("model.hidden_size", cfg["model.hidden_size"], "parallel.tp"))
     else:
-        replicated = ("model.hidden_size", cfg["model.hidden_size"], None)
-        sharded = [replicated, *sharded, ("the width of queries", cfg["model.query_width"], "parallel.tp")]
-    sharded += [("the width of keys and values", 2 * cfg["model.key_width"], "parallel.tp")]
+        sharded = [hidden, *sharded, ("the width of queries", cfg["model.query_width"], "parallel.tp")]
+    if cfg["model.kv_lora_rank"] is None:
+        sharded += [("the width of keys and values", 2 * cfg["model.key_width"], "parallel.tp")]
     for name, size, degree in [*(sharded if linear else []), *(w for w in widths if w[2] == "parallel.etp")]:
         product = FP8_BLOCK * (cfg[degree] if degree else 1)
         if size % product:

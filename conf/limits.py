@@ -54,6 +54,17 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.overlap_grad_reduce parallel.overlap_param_gather",
     ),
     (
+        "model.kv_lora_rank",
+        lambda c: c["model.kv_lora_rank"] is not None,
+        "model.q_lora_rank model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim",
+    ),
+    (
+        "model.kv_lora_rank=null",
+        lambda c: c["model.kv_lora_rank"] is None,
+        "model.num_query_groups model.head_dim model.qk_norm model.attention_bias model.clip_qkv "
+        "model.partial_rotary_factor model.attention_output_bias model.attention_sinks",
+    ),
+    (
         "model.rope_scaling.type other than null",
         lambda c: c["model.rope_scaling.type"] is not None,
         "model.rope_scaling.factor",

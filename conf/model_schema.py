@@ -187,7 +187,8 @@ class RopeScalingConfig:
 
 @dataclass
 class ModelConfig:
-    """A decoder-only transformer with pre-normalisation, rotary position embeddings and grouped-query attention."""
+    """A decoder-only transformer with pre-normalisation, rotary position embeddings, and grouped-query or latent
+    attention."""
 
     name: str = setting("custom", resumable=True)
     """Name of the model, shown in tables and part of the default run.dir."""
@@ -202,6 +203,21 @@ class ModelConfig:
     null: hidden_size / num_attention_heads, which must be an integer."""
     num_query_groups: int | None = setting(None, ge=1)
     """Number of key/value heads (grouped-query attention). null: num_attention_heads."""
+    kv_lora_rank: int | None = setting(None, ge=1)
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are
+    projected from one normalised vector of this size per token (DeepSeek-V3, arXiv:2412.19437: 512), plus one rotated
+    key that all heads share. null: grouped-query attention. Excludes num_query_groups, head_dim, qk_norm,
+    attention_bias, attention_output_bias, attention_sinks, clip_qkv and partial_rotary_factor."""
+    q_lora_rank: int | None = setting(None, ge=1)
+    """Latent attention: size of the normalised vector that queries are projected from (DeepSeek-V3: 1536). null: they
+    are projected from the hidden state (DeepSeek-V2-Lite)."""
+    qk_nope_head_dim: int = setting(128, ge=1)
+    """Latent attention: dimensions of a query and of a key without position."""
+    qk_rope_head_dim: int = setting(64, ge=1)
+    """Latent attention: further dimensions of a query and of a key, which are rotated; an even number."""
+    v_head_dim: int = setting(128, ge=1)
+    """Latent attention: dimensions of a value, at most qk_nope_head_dim + qk_rope_head_dim. Kernels compute values
+    padded with zeros to that width."""
     ffn_hidden_size: int = setting(512, ge=1)
     """Hidden size of the dense feed-forward layers, and of the experts unless model.moe sets another."""
     qk_norm: str | None = setting(None, choices=(None, "head", "full"))
@@ -297,12 +313,16 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """head_dim, or its default."""
+        """Number of dimensions of a query and of a key."""
+        if self.kv_lora_rank is not None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def rotary_width(self) -> int:
-        """Number of dimensions of a head that are rotated."""
+        """Number of dimensions of a query and of a key that are rotated."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
         return int(self.head_width * self.partial_rotary_factor)
 
     @property
@@ -327,5 +347,10 @@ class ModelConfig:
 
     @property
     def key_width(self) -> int:
-        """Size of all key heads together, which is that of all value heads."""
+        """Size of all key heads together, which in grouped-query attention is that of all value heads."""
         return self.query_groups * self.head_width
+
+    @property
+    def output_width(self) -> int:
+        """Size of the values of all query heads together, from which the output is projected."""
+        return self.query_width if self.kv_lora_rank is None else self.num_attention_heads * self.v_head_dim

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from models.attention import Attention
 from models.init import initialise
+from models.mla import LatentAttention
 from models.norm import RMSNorm
 from models.rope import Rotary
 from moe.layer import MoELayer
@@ -71,7 +72,8 @@ class Block(nn.Module):
         groups = context.runtime.groups
         self.attention_norm, self.ffn_norm = context.norm(), context.norm()
         ops = context.ops
-        self.attention = Attention(context.model, context.config, groups, ops)
+        attention = Attention if context.model.kv_lora_rank is None else LatentAttention
+        self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
         self.local = layer in context.model.local_layers
         float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None

@@ -37,16 +37,25 @@ class Rotary(nn.Module):
 
     @staticmethod
     def rotate(
-        x_SBHN: Tensor, cos: Tensor, sin: Tensor, apply: ApplyRotary = apply_rotary, *, interleave: bool = False
+        x_SBHN: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        apply: ApplyRotary = apply_rotary,
+        *,
+        first: int = 0,
+        interleave: bool = False,
+        scale: float = 1.0,
     ) -> Tensor:
-        """Rotates the first W dimensions of x and copies the others. In fp32 whatever the precision of x.
+        """Rotates W dimensions of x and copies the others. In fp32 whatever the precision of x.
 
         Args:
             cos, sin: [S, B, 1, W/2].
+            first: of the dimensions that are rotated.
             interleave: pairs are adjacent in x; in the result they are a dimension of the first half and one of the
                 second half.
+            scale: factor of the result.
         """
-        return _Rotate.apply(x_SBHN, cos, sin, apply, interleave)
+        return _Rotate.apply(x_SBHN, cos, sin, apply, first, interleave, scale)
 
 
 def scaled(frequencies: Tensor, theta: float, scaling: RopeScalingConfig) -> Tensor:
@@ -88,6 +97,11 @@ def attention_factor(scaling: RopeScalingConfig) -> float:
     return yarn_mscale(scaling.factor, 1.0)
 
 
+def softmax_scale(scaling: RopeScalingConfig) -> float:
+    """The further factor of attention scores in DeepSeek's latent attention, beside 1 / sqrt(N)."""
+    return yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2 if scaling.mscale_all_dim else 1.0
+
+
 def yarn_mscale(factor: float, mscale: float) -> float:
     """arXiv:2309.00071, eq. 22, with DeepSeek's mscale."""
     return 0.1 * mscale * math.log(factor) + 1
@@ -97,34 +111,38 @@ class _Rotate(torch.autograd.Function):
     """Keeps nothing of x for the backward pass, which rotates by the negative angles."""
 
     @staticmethod
-    def forward(ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, apply: ApplyRotary, interleave: bool) -> Tensor:
+    def forward(
+        ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, apply: ApplyRotary, first: int, interleave: bool, scale: float
+    ) -> Tensor:
+        if scale != 1:
+            cos, sin = cos * scale, sin * scale
         ctx.save_for_backward(cos, sin)
-        ctx.apply_rotary, ctx.interleave = apply, interleave
+        ctx.how = apply, first, interleave, scale
         s, b, h, n = x_SBHN.shape
         # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
         out_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
-        x, out = _rotated_part(x_SBHN, out_SBHN, 2 * cos.shape[-1])
+        x, out = _rotated_part(x_SBHN, out_SBHN, first, 2 * cos.shape[-1], scale)
         apply(x.unflatten(-1, (-1, 2)).mT.flatten(-2) if interleave else x, cos, sin, out)
         return out_SBHN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
+    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor | None, ...]:
+        (cos, sin), (apply, first, interleave, scale) = ctx.saved_tensors, ctx.how
         dx_SBHN = grad_SBHN.new_empty(grad_SBHN.shape)
-        grad, dx = _rotated_part(grad_SBHN, dx_SBHN, 2 * cos.shape[-1])
-        if ctx.interleave:
-            dx.unflatten(-1, (-1, 2)).mT.copy_(
-                ctx.apply_rotary(grad, cos, sin, torch.empty_like(dx), backward=True).unflatten(-1, (2, -1))
-            )
+        grad, dx = _rotated_part(grad_SBHN, dx_SBHN, first, 2 * cos.shape[-1], scale)
+        if interleave:
+            halves = apply(grad, cos, sin, torch.empty_like(dx), backward=True).unflatten(-1, (2, -1))
+            dx.unflatten(-1, (-1, 2)).mT.copy_(halves)
         else:
-            ctx.apply_rotary(grad, cos, sin, dx, backward=True)
-        return dx_SBHN, None, None, None, None
+            apply(grad, cos, sin, dx, backward=True)
+        return dx_SBHN, *(None,) * 6
 
 
-def _rotated_part(x_SBHN: Tensor, out_SBHN: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The first `width` dimensions of x and out; the others are copied to out."""
-    if width == x_SBHN.shape[-1]:
-        return x_SBHN, out_SBHN
-    out_SBHN[..., width:].copy_(x_SBHN[..., width:])
-    return x_SBHN[..., :width], out_SBHN[..., :width]
+def _rotated_part(x_SBHN: Tensor, out_SBHN: Tensor, first: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The rotated dimensions of x and of out; the others of out are set."""
+    widths = [first, width, x_SBHN.shape[-1] - first - width]
+    (before, x, after), (out_before, out, out_after) = (t.split(widths, -1) for t in (x_SBHN, out_SBHN))
+    for source, target in ((before, out_before), (after, out_after)):
+        torch.mul(source, scale, out=target) if scale != 1 else target.copy_(source)
+    return x, out

@@ -31,9 +31,25 @@ def experts_per_token(model: ModelConfig) -> float:
     return moe.top_k * min(1.0, 1.0 if moe.capacity_factor is None else moe.capacity_factor)
 
 
+def attention_matrices(model: ModelConfig) -> list[tuple[int, int, str | None]]:
+    """(inner dimension, outer dimension, which of them is sharded over tensor-parallel ranks: inner, outer or None) of
+    the matrices of an attention layer."""
+    d, heads = model.hidden_size, model.num_attention_heads
+    out: tuple[int, int, str | None] = (model.output_width, d, "inner")
+    if model.kv_lora_rank is None:
+        return [(d, model.query_width + 2 * model.key_width, "outer"), out]
+    up = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    latent = [(d, model.kv_lora_rank + model.qk_rope_head_dim, None), (model.kv_lora_rank, up, "outer"), out]
+    if model.q_lora_rank is None:
+        return [(d, model.query_width, "outer"), *latent]
+    return [(d, model.q_lora_rank, None), (model.q_lora_rank, model.query_width, "outer"), *latent]
+
+
 def attention_vectors(model: ModelConfig) -> tuple[int, int]:
     """Parameters of an attention layer outside its matrices: (sharded over tensor-parallel ranks, replicated on
     them)."""
+    if model.kv_lora_rank is not None:
+        return 0, model.kv_lora_rank + (model.q_lora_rank or 0)
     sharded = model.query_width + model.key_width if model.qk_norm == "full" else 0
     sharded += model.query_width + 2 * model.key_width if model.attention_bias else 0
     sharded += model.num_attention_heads if model.attention_sinks else 0
@@ -62,9 +78,9 @@ def attention_span(model: ModelConfig, sequence_length: int) -> float:
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     """Counts parameters and FLOPs. FLOPs per token are 6 per active parameter in a matrix product, plus 12 L H N S for
     attention scores (PaLM, arXiv:2204.02311, appendix B), in layers with local attention in proportion to the keys that
-    are seen. Recomputation of activations is not counted."""
+    are seen; N is the mean of the widths of a key and of a value. Recomputation of activations is not counted."""
     d, moe = model.hidden_size, model.moe
-    attention = d * (model.query_width + 2 * model.key_width) + model.query_width * d
+    attention = sum(inner * outer for inner, outer, _ in attention_matrices(model))
     gates = input_projections(model.activation)
     ffn, expert, shared = (
         d * width * (gates + 1) for width in (model.ffn_hidden_size, model.expert_width, model.shared_width)
@@ -86,4 +102,5 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
     # The embedding is a lookup, the output layer a product. The small contribution of norms is included.
     multiplied = outside + sparse * visited * expert + table
-    return Cost(total, active, 6.0 * multiplied + 12.0 * model.query_width * attention_span(model, sequence_length))
+    scores = (model.query_width + model.output_width) * attention_span(model, sequence_length)
+    return Cost(total, active, 6.0 * multiplied + 6.0 * scores)

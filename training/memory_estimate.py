@@ -6,7 +6,7 @@ from conf.extensions import input_projections, kept_tensors
 from conf.fp8_rules import FP8_BLOCK, fp8_layers
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
-from training.flops import attention_vectors, experts_per_token
+from training.flops import attention_matrices, attention_vectors, experts_per_token
 from training.frozen import frozen_parameters
 
 
@@ -111,7 +111,7 @@ def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
     """Bytes of quantized weights that are cached between optimizer steps (ops.grouped_mlp.kept_weight)."""
     model, fp8 = config.model, config.fp8
     layers = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
-    linear, experts = matrices(model, layout, *stage_layers(model, layout, stage, within=layers))
+    linear, experts = matrices(model, layout, *stage_layers(model, layout, stage, within=layers), fp8=True)
     quantized = [*linear, *experts] if fp8.linear_layers else experts
     values = sum(n * inner * outer for n, inner, outer in quantized)
     if fp8.kernels == "reference" or (fp8.kernels == "auto" and not config.cluster.gpus):
@@ -157,12 +157,21 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
 
 
-def matrices(model: ModelConfig, layout: Layout, sparse: int, dense: int) -> tuple[list[Matrix], list[Matrix]]:
-    """One rank's weight matrices: (of linear layers in attention and feed-forward layers, of experts)."""
+def matrices(
+    model: ModelConfig, layout: Layout, sparse: int, dense: int, *, fp8: bool = False
+) -> tuple[list[Matrix], list[Matrix]]:
+    """One rank's weight matrices: (of linear layers in attention and feed-forward layers, of experts).
+
+    Args:
+        fp8: only those that FP8 layers quantize, without the replicated ones of latent attention.
+    """
     d, f, moe, layers = model.hidden_size, model.ffn_hidden_size, model.moe, sparse + dense
     gates = input_projections(model.activation)
-    q, k = model.query_width / layout.tp, model.key_width / layout.tp
-    linear = [(layers, d, q + 2 * k), (layers, q, d)]
+    linear = [
+        (layers, inner / (layout.tp if sharded == "inner" else 1), outer / (layout.tp if sharded == "outer" else 1))
+        for inner, outer, sharded in attention_matrices(model)
+        if sharded or not fp8
+    ]
     for count, width in ((dense, f / layout.tp), (sparse, model.shared_width / layout.tp)):
         linear += [(gates * count, d, width), (count, width, d)]
     count, width = sparse * moe.num_experts / layout.ep, model.expert_width / layout.etp
@@ -177,13 +186,7 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int, imb
     if "full" in again:
         return (sparse + dense) * outside
     block = outside * (2 if "norm" in again else 4)  # inputs and outputs of two norms
-    # Queries and keys after the rotary embedding, the fused projection, which contains the values, and the output
-    # (twice with torch's attention).
-    attention = outside + (4 * model.query_width + 3 * model.key_width) / layout.tp
-    if model.qk_norm is not None:  # inputs of its norms
-        attention += (model.query_width + model.key_width) / layout.tp
-    if model.clip_qkv is not None:  # inputs and outputs of clipping
-        attention += (model.query_width + (2 if model.qk_norm else 1) * model.key_width) / layout.tp
+    attention = outside + _kept_by_attention(model, layout)
     gates = input_projections(model.activation)
     hidden = gates if "activation" in again else 2 * gates  # of a gated one: both parts, act, product
     # The ranks of a replica have tokens * top_k rows per layer, not padded.
@@ -194,3 +197,20 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int, imb
     routed = rows * each + hidden * model.shared_width / layout.tp
     per_sparse = 0 if "moe" in again else outside + routed
     return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
+
+
+def _kept_by_attention(model: ModelConfig, layout: Layout) -> float:
+    """Values per token that attention saves, without its input."""
+    query, key = model.query_width, model.key_width
+    if model.kv_lora_rank is not None:
+        # Queries, keys, padded values, the padded output and the values of it; inputs and outputs of the norms.
+        latent = 2 * ((model.q_lora_rank or 0) + model.kv_lora_rank) + model.qk_rope_head_dim
+        return (4 * query + model.output_width) / layout.tp + latent / (layout.tp if layout.sequence_parallel else 1)
+    # Queries and keys after the rotary embedding, the fused projection, which contains the values, and the output
+    # (twice with torch's attention).
+    kept = 4 * query + 3 * key
+    if model.qk_norm is not None:  # inputs of its norms
+        kept += query + key
+    if model.clip_qkv is not None:  # inputs and outputs of clipping
+        kept += query + (2 if model.qk_norm else 1) * key
+    return kept / layout.tp

@@ -4,6 +4,7 @@ import pytest
 
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
+LATENT = {"model.kv_lora_rank": 128}
 YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
 
 # as tests.conf.test_rules.BROKEN
@@ -82,6 +83,29 @@ BROKEN = [
         1,
         "low_freq_factor < model.rope_scaling.high_freq_factor, but 4 >= 4",
         "high_freq_factor=16.0",
+    ),
+    ({"model.q_lora_rank": 8}, 1, "model.q_lora_rank needs model.kv_lora_rank", "model.q_lora_rank=null"),
+    ({"model.v_head_dim": 64}, 1, "model.v_head_dim needs model.kv_lora_rank", "model.v_head_dim=128"),
+    ({**LATENT, "model.qk_norm": "head"}, 1, "model.qk_norm needs model.kv_lora_rank=null", "model.qk_norm=null"),
+    ({**LATENT, "model.num_query_groups": 2}, 1, "groups needs model.kv_lora_rank=null", "num_query_groups=null"),
+    ({**LATENT, "model.qk_rope_head_dim": 9}, 1, "model.qk_rope_head_dim is even", "model.qk_rope_head_dim=10"),
+    (
+        {**LATENT, "model.v_head_dim": 193},
+        1,
+        "model.v_head_dim <= model.qk_nope_head_dim + model.qk_rope_head_dim",
+        "model.v_head_dim=192 or model.qk_nope_head_dim=129",
+    ),
+    (
+        {**LATENT, **FP8, "model.kv_lora_rank": 192},
+        1,
+        "with precision=fp8, model.kv_lora_rank % 128 == 0, but 192 % 128 = 64",
+        "model.kv_lora_rank=128",
+    ),
+    (
+        {**LATENT, **FP8, "model.v_head_dim": 64, "parallel.tp": 4},
+        4,
+        "the width of values % (128 * parallel.tp) == 0, but 256 % 512 = 256",
+        "parallel.tp=2",
     ),
     ({"model.head_dim": 0}, 1, "model.head_dim >= 1, but it is 0", "model.head_dim=1"),
     ({**FP8, "model.hidden_size": 192, "model.head_dim": 64}, 1, "model.hidden_size % 128 == 0", "hidden_size=128"),

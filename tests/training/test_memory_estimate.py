@@ -26,6 +26,7 @@ from training.memory_estimate import Memory, _fp8_weights, memory_per_rank
 from training.run_summary import summarize_run
 
 LATE = {"every": 1, "first_dense_layers": 1}
+LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
 KEPT = ("weights", "gradients", "optimizer", "fp8_weights")
 
 
@@ -130,8 +131,13 @@ BIASES = {"attention_sinks": True, "attention_output_bias": True, "ffn_bias": Tr
         ("bf16", {}, {"num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.0, "qk_norm": "full"}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
         ("bf16", {"num_shared_experts": 1, "router_bias": True, "expert_bias": True}, BIASES),
+        ("bf16", {"num_experts": 0}, {**LATENT, "q_lora_rank": 96}),
+        ("fp8", {"every": 1}, LATENT),
     ],
-    ids=["switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases"],
+    ids=[
+        *("switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases", "mla"),
+        "mla fp8",
+    ],
 )
 def test_one_rank_holds_what_is_estimated(
     precision: str, moe: dict[str, Any], model: dict[str, Any], ranks: RankPool

@@ -104,11 +104,11 @@ class _Stage:
 
     def _attention(self) -> None:
         model, train, layout = self.model, self.config.train, self.layout
-        widths = (model.query_width + value_width(model)) / layout.tp
+        widths = (model.query_width + model.output_width) / layout.tp
         # Causal: half of the products of all queries with all keys (and values), two FLOPs each, twice.
         span = attention_span(model, train.sequence_length) / model.num_layers  # the sequence, or less in local layers
         flops = train.micro_batch_size * train.sequence_length * span / layout.cp * widths * (self.sparse + self.dense)
-        head, sequence = query_head_width(model), train.sequence_length
+        head, sequence = model.head_width, train.sequence_length
         self.forward["attention"] += self.rates.attention(flops, head, sequence)
         self.backward["attention"] += self.rates.attention(flops, head, sequence, backward=True)
 
@@ -186,13 +186,3 @@ class _Stage:
         kept = 2 if self.config.optim.grad_dtype == "bf16" else 4
         moved = (spread + experts) * (2 + 2 * kept) + 4 * experts  # grouped_mm's gradient is laid out anew
         self.backward["gradient accumulation"] += moved / (self.rates.memory * 0.65)
-
-
-def query_head_width(model: object) -> int:
-    """Of queries and keys."""
-    return model.head_width  # type: ignore[attr-defined]
-
-
-def value_width(model: object) -> int:
-    """Of all heads' values together, as attention reads them."""
-    return model.query_width  # type: ignore[attr-defined]

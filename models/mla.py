@@ -1,0 +1,105 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437, section
+2.1.1).
+
+Legend: S sequence (this rank's slice), B batch, D hidden, H heads of this rank, L width of the compressed keys and
+values, P rotated dimensions of a head.
+"""
+
+import torch
+from megatron.core import tensor_parallel as tp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from models.attention import CoreAttention
+from models.norm import RMSNorm
+from models.rope import Rotary, softmax_scale
+from ops.attention_pieces import Piece
+from ops.implementations import DEFAULT_OPS, Ops
+from parallel.collectives import GatherSequence
+from parallel.process_groups import Groups
+from parallel.sharding import set_sharding
+
+EPS = 1e-6
+"""Of the norms of compressed vectors: in Transformers it does not follow rms_norm_eps."""
+
+
+class LatentAttention(CoreAttention):
+    """Keys and values of all heads are projected up from one compressed vector per token, and so are queries if
+    q_lora_rank is set. A further key with the position is shared by all heads.
+
+    Heads are sharded over tensor-parallel ranks. The projections to compressed vectors are replicated: with sequence
+    parallelism each rank computes those of its own tokens, and they are gathered instead of the hidden states.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Groups,
+        ops: Ops = DEFAULT_OPS,
+    ):
+        super().__init__(groups, ops)
+        assert model.kv_lora_rank is not None
+        self.heads, self.interleave = model.num_attention_heads // groups.tp.size(), model.rope_interleave
+        self.nope, self.rope, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+        self.rank, self.scale = model.kv_lora_rank, softmax_scale(model.rope_scaling)
+        self.sequence_parallel = config.sequence_parallel
+        linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True, "bias": False}
+
+        def column(inner: int, outer: int) -> nn.Module:
+            layer = tp.ColumnParallelLinear(inner, outer, gather_output=False, **linear)
+            set_sharding(layer.weight, (0, groups.tp), std=(model.init_scale / inner) ** 0.5)
+            return layer
+
+        def norm(width: int) -> RMSNorm:
+            how = {"dtype": config.params_dtype, "sequence_parallel": config.sequence_parallel, "groups": groups}
+            return RMSNorm(width, EPS, function=ops.rms_norm, **how)
+
+        queries = column(model.q_lora_rank or model.hidden_size, model.query_width)
+        if model.q_lora_rank is None:
+            self.q = queries
+        else:
+            self.q_down = ReplicatedLinear(model, model.q_lora_rank, config, groups)
+            self.q_norm, self.q_up = norm(model.q_lora_rank), queries
+        self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
+        self.kv_norm = norm(self.rank)
+        self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
+        self.out = tp.RowParallelLinear(model.output_width, model.hidden_size, input_is_parallel=True, **linear)
+        set_sharding(self.out.weight, (1, groups.tp), std=(model.init_scale / model.output_width) ** 0.5)
+
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
+        """pieces: from attention_pieces."""
+        q = (self.q(x_SBD) if hasattr(self, "q") else self.q_up(self.q_norm(self.q_down(x_SBD))))[0]
+        latent_SBL, position_SBP = self.kv_down(x_SBD).split([self.rank, self.rope], -1)
+        kv = self.kv_up(self.kv_norm(latent_SBL))[0].unflatten(-1, (self.heads, -1))
+        k_nope, v = kv.split([self.nope, self.value], -1)
+        apply, interleave = self.ops.apply_rotary, self.interleave
+        q = q.unflatten(-1, (self.heads, -1))
+        q = Rotary.rotate(q, cos, sin, apply, first=self.nope, interleave=interleave, scale=self.scale)
+        shared = self._to_all_heads(position_SBP).unsqueeze(2)
+        shared = Rotary.rotate(shared, cos, sin, apply, interleave=interleave)
+        k = torch.cat([k_nope, shared.expand(-1, -1, self.heads, -1)], -1)
+        return self.out(self.attend(q, k, v, pieces))[0]
+
+    def _to_all_heads(self, position_SBP: Tensor) -> Tensor:
+        """The shared key of this rank's whole slice of the sequence. Its gradient is the sum over tensor-parallel
+        ranks, since each has other heads."""
+        if self.sequence_parallel:
+            return GatherSequence.apply(position_SBP, self.tp)
+        return tp.copy_to_tensor_model_parallel_region(position_SBP, group=self.tp)
+
+
+class ReplicatedLinear(nn.Module):
+    """A projection of the hidden states that every tensor-parallel rank computes for its tokens."""
+
+    def __init__(self, model: ModelConfig, width: int, config: TransformerConfig, groups: Groups):
+        super().__init__()
+        weight = nn.Parameter(torch.empty(width, model.hidden_size, dtype=config.params_dtype))
+        std = (model.init_scale / model.hidden_size) ** 0.5
+        self.weight = set_sharding(weight, replicas=(groups.tp,), std=std)
+        # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return nn.functional.linear(x_SBD, self.weight)
