@@ -119,6 +119,22 @@ class EvaluateConfig(InferenceConfig):
 
 
 @dataclass(kw_only=True)
+class InspectConfig(InferenceConfig):
+    """python -m launch.inspect: a page about the router of a run."""
+
+    checkpoint: str = "???"
+    """Run directory (its newest intact checkpoint is used), or the directory of one step."""
+    compare: str | None = None
+    """Another one, shown beside it."""
+    text: str | None = None
+    """Text file whose tokens are shown. null: the run's held-out text."""
+    tokens: int = 2048
+    """Number of tokens that are shown."""
+    output: str | None = None
+    """HTML file to write. null: the name of the run, in the current directory."""
+
+
+@dataclass(kw_only=True)
 class GenerateConfig(InferenceConfig):
     """python -m launch.generate: generates text from a checkpoint."""
 

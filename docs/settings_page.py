@@ -21,6 +21,7 @@ COMMANDS = {
     "scaling": None,
     "compare": None,
     "evaluate": commands.EvaluateConfig,
+    "inspect": commands.InspectConfig,
     "generate": commands.GenerateConfig,
     "import_hf": commands.ImportConfig,
     "upcycle": commands.UpcycleConfig,

@@ -1,0 +1,1 @@
+"""A page that shows what the router of a run does."""
