@@ -40,7 +40,10 @@ ROTARY = Operation(
     field="apply_rotary",
     name="positions",
     reference=lambda context: Implementation("torch, in blocks", lambda context: apply_rotary, "rotary, in fp32"),
-    implementations=[native("ops.cpp.attention:apply_rotary")],
+    implementations=[
+        Implementation("Triton", "ops.triton.rotary:apply_rotary", device="cuda"),
+        native("ops.cpp.attention:apply_rotary"),
+    ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
 )

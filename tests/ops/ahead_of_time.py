@@ -16,7 +16,18 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ops.triton import activations, adamw, cross_entropy, fp8_cast, grouped_gemm, permute, rms_norm, router, tiling
+from ops.triton import (
+    activations,
+    adamw,
+    cross_entropy,
+    fp8_cast,
+    grouped_gemm,
+    permute,
+    rms_norm,
+    rotary,
+    router,
+    tiling,
+)
 
 BF16, FP8, FP32, INT = "*bf16", "*fp8e4nv", "*fp32", "*i32"
 HERE = torch.device("cpu")
@@ -121,6 +132,12 @@ KERNELS = {
         | dict.fromkeys(("grad_scale", "step_size", "decay", "root2", "eps"), "fp32")
         | dict.fromkeys(("beta1", "rest1", "beta2", "rest2"), "fp32"),
         {"HAS_MODEL": True, "BLOCK": adamw.BLOCK, "num_warps": 4},
+    ),
+    "rotary": (
+        rotary.rotate,
+        {"x_ptr": BF16, "cos_ptr": FP32, "sin_ptr": FP32, "out_ptr": BF16}
+        | dict.fromkeys(("x_s", "x_b", "x_h", "out_s", "out_b", "out_h"), "i64"),
+        {"BACKWARD": False, "HEADS": rotary.HEADS, "BLOCK": 64, "x_n": 1, "out_n": 1},
     ),
     "norm": (
         rms_norm.rms_norm_forward,

@@ -134,6 +134,21 @@ def norm_case() -> Pairs:
     return {n: (a, b) for n, a, b in zip(("forward", "input", "weight"), *results, strict=True)}
 
 
+def rotary_case() -> Pairs:
+    """Forward and backward, of a slice of wider heads."""
+    from ops.triton.rotary import apply_rotary
+
+    s, b, heads, width = (7, 2, 3, 16) if REHEARSE else (2048, 4, 32, 128)
+    x, angle = bf16(s, b, heads, 2 * width)[..., width:], torch.rand(s, b, 1, width // 2, device=DEVICE) * 6
+    pairs = {}
+    for name, sign in (("forward", 1), ("backward", -1)):
+        out = apply_rotary(x, angle.cos(), angle.sin(), torch.empty_like(x), backward=sign < 0)
+        turn = torch.polar(torch.ones_like(angle).double(), sign * angle.double())
+        turned = torch.complex(*x.double().chunk(2, -1)) * turn
+        pairs[name] = out, torch.cat([turned.real, turned.imag], -1)
+    return pairs
+
+
 def loss_case() -> Pairs:
     """Cross-entropy over a vocabulary whose gradient takes the logits' place."""
     from ops.triton.cross_entropy import _Triton
@@ -210,6 +225,7 @@ def cases() -> dict[str, tuple[Callable[[], Pairs], float]]:
         found[f"scaled_mm, {recipe}"] = (lambda recipe=recipe: linear_case(recipe)), 5e-3
     found["rows"] = rows_case, 5e-3
     found["norm"] = norm_case, 5e-3
+    found["rotary"] = rotary_case, 5e-3
     found["loss"] = loss_case, 5e-3
     found["router, softmax"] = router_case, 1e-5
     found["router, sigmoid"] = (lambda: router_case(sigmoid=True)), 1e-5

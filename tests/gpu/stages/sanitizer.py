@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.gpu.stages.common import REHEARSE, attempt, emit
 
-NAMES = ("bf16 experts", "blockwise experts", "rows", "norm", "loss", "router, softmax")
+NAMES = ("bf16 experts", "blockwise experts", "rows", "norm", "rotary", "loss", "router, softmax")
 
 
 TOOL = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
