@@ -14,7 +14,7 @@ from models.hf.configuration import CONFIG, config_of, family_for, read_json
 from models.hf.family import Family
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import atomic_directory, origin_of
+from training.hf_runs import SINGLE_PROCESS, atomic_directory, origin_of
 from training.load_checkpoint import configured_here
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
@@ -36,7 +36,7 @@ def export_model(config: ExportConfig) -> int:
     """
     world, ranks = started_ranks()
     if world.size > 1:
-        raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
+        raise ValueError(SINGLE_PROCESS)
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     if not config.shard_gib > 0:
@@ -57,7 +57,7 @@ def export_model(config: ExportConfig) -> int:
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:
         with atomic_directory(output) as aside:
-            dtype = _write_weights(config, directory, aside, family, run)
+            dtype = _write_weights(config, directory, aside, family, run, ranks)
             _write_files(aside, run_dir, origin, tokenizer, config_of(family, run.model, base) | {"dtype": dtype}, run)
             if config.verify:
                 hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=config.dtype == "bf16")
@@ -70,7 +70,9 @@ def export_model(config: ExportConfig) -> int:
     return 0
 
 
-def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: Family, run: Config) -> str:
+def _write_weights(
+    config: ExportConfig, directory: Path, aside: Path, family: Family, run: Config, threads: int
+) -> str:
     """Writes the weights. Returns the widest of their dtypes, as in config.json."""
     import torch
 
@@ -87,7 +89,8 @@ def _write_weights(config: ExportConfig, directory: Path, aside: Path, family: F
     parameters = _parameters(family, run, shapes, weights)
     dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     limit = int(config.shard_gib * 2**30)
-    types = set(write_shards(aside, weights, parameters, run.model, dtype=dtype, shard_bytes=limit).values())
+    written = write_shards(aside, weights, parameters, run.model, dtype=dtype, shard_bytes=limit, threads=threads)
+    types = set(written.values())
     widest: torch.dtype = types.pop()
     for kind in types:
         widest = torch.promote_types(widest, kind)

@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf import rules
 from conf.commands import ImportConfig
@@ -16,9 +16,12 @@ from models.hf.family import Family
 from models.hf.quantization import block_of
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, atomic_directory, keep_settings, model_name
+from training.hf_runs import BESIDE, SINGLE_PROCESS, atomic_directory, keep_settings, model_name
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
+
+if TYPE_CHECKING:  # imports PyTorch; settings are validated before that
+    from models.hf.files import Source
 
 STEP = "checkpoints/step_00000000"
 
@@ -33,7 +36,7 @@ def import_model(config: ImportConfig) -> int:
     source, output = Path(config.source).expanduser(), Path(config.output).expanduser()
     world, ranks = started_ranks()
     if world.size > 1:
-        raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
+        raise ValueError(SINGLE_PROCESS)
     if config.verify:
         hf_verify.check_available(config.precision)
     if not (source / THEIR_CONFIG).is_file():
@@ -46,7 +49,8 @@ def import_model(config: ImportConfig) -> int:
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
         with atomic_directory(output) as aside:
-            summary = _convert(source, aside, family, run.model, block_of(theirs))
+            with _source(source, family, block_of(theirs)) as opened:
+                summary = _convert(opened, aside, family, run.model, ranks)
             _keep_files(source, aside, run)
             if config.verify:
                 hf_verify.check_same(config, source, aside / STEP, tokenizer, aside)
@@ -100,10 +104,15 @@ def _run_config(
     )
 
 
-def _convert(source: Path, aside: Path, family: Family, model: ModelConfig, block: tuple[int, int] | None) -> str:
+def _source(directory: Path, family: Family, block: tuple[int, int] | None) -> "Source":
+    from models.hf.files import Source
+
+    return Source(directory, family, block)
+
+
+def _convert(source: "Source", aside: Path, family: Family, model: ModelConfig, threads: int) -> str:
     """Writes the checkpoint. Returns a description of what was converted."""
     from models.hf.convert import check_tied_head, write_checkpoint
-    from models.hf.files import Source
     from models.hf.mapping import HEAD, check_tensors, parameters_of
     from training.model_shapes import logical_shapes
 
@@ -114,12 +123,11 @@ def _convert(source: Path, aside: Path, family: Family, model: ModelConfig, bloc
         redirection.undo()
     parameters, unknown = parameters_of(family, model, shapes)
     assert not unknown, unknown
-    with Source(source, family, block) as opened:
-        idle = check_tensors(family, model, parameters, opened.entries)
-        if HEAD in idle:
-            check_tied_head(opened, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
-        write_checkpoint(aside / STEP, opened, parameters, model)
-        words = opened.described(idle)
+    idle = check_tensors(family, model, parameters, source.entries)
+    if HEAD in idle:
+        check_tied_head(source, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
+    write_checkpoint(aside / STEP, source, parameters, model, threads)
+    words = source.described(idle)
     return words + (f" ({len(idle)} without weights left: {', '.join(idle[:3])})" if idle else "")
 
 

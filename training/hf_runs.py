@@ -15,6 +15,7 @@ from training.run_dir import CONFIG, read_settings
 
 BESIDE = "hf"
 """Folder of a run directory with the files that came beside the weights (models.hf.files)."""
+SINGLE_PROCESS = "start a single process, with NPROC=N to convert N files at a time and to verify on N simulated ranks"
 _PRESETS = Path(__file__).parents[1] / "conf" / "model"
 
 

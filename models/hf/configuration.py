@@ -17,8 +17,9 @@ from models.hf.rope import PARTIAL, ROPE_KEYS, ROPE_SETTINGS, rope_settings, wit
 
 CONFIG = "config.json"
 NEUTRAL_KEYS = (
-    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range"),
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("_name_or_path", "_model_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "max_position_embeddings", "initializer_range"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
 )
 """Keys of any config.json that do not change what the model computes. (In Transformers output_router_logits determines

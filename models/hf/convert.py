@@ -1,11 +1,13 @@
-"""Converts Hugging Face tensors to a checkpoint and back, with one tensor, or one expert's part of one, in memory at a
-time."""
+"""Converts Hugging Face tensors to a checkpoint and back. Each file is written by one thread, with one tensor, or one
+expert's part of one, in memory at a time."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +20,20 @@ from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manif
 
 WEIGHTS = "weights."
 """Prefix of the names of parameters in a checkpoint."""
-_FILE = "rank_00000.safetensors"
+FILE_BYTES = 2**32
+"""Maximum size of a checkpoint's file, unless it holds a single parameter."""
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def write_checkpoint(directory: Path, source: Source, parameters: list[Parameter], model: ModelConfig) -> None:
+def write_checkpoint(
+    directory: Path, source: Source, parameters: list[Parameter], model: ModelConfig, threads: int
+) -> None:
     """Writes the weights of `source` as a whole checkpoint of step 0 without optimizer states, each in the type that it
     has there.
 
     Args:
         directory: its final place, step_00000000; it does not exist yet.
+        threads: the number of files that are written at the same time.
 
     Raises:
         OSError: the file cannot be written.
@@ -40,20 +47,22 @@ def write_checkpoint(directory: Path, source: Source, parameters: list[Parameter
             tensors = [source.read(tensor).to(kinds[name][0]) for tensor in piece]
             yield by_name[name].join(tensors, model)
 
-    write_step(directory, kinds, parts)
+    write_step(directory, kinds, parts, threads)
 
 
 def write_step(
     directory: Path,
     weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     parts: Callable[[str], Iterator[Tensor]],
+    threads: int = 1,
 ) -> None:
     """Writes a whole checkpoint of step 0 without optimizer states.
 
     Args:
         directory: its final place, step_00000000; it does not exist yet.
         weights: the type and shape of each parameter, by name.
-        parts: name -> the parameter in pieces along its first axis.
+        parts: name -> the parameter in pieces along its first axis; called by several threads.
+        threads: the number of files that are written at the same time.
 
     Raises:
         OSError: the file cannot be written.
@@ -64,11 +73,26 @@ def write_step(
         return iter([torch.zeros(1, dtype=torch.int64)]) if name == UPDATES else parts(name.removeprefix(WEIGHTS))
 
     directory.mkdir(parents=True)
-    written = write_stream(directory / _FILE, kinds, pieces)
-    shapes = {name: shape for name, (_, shape) in kinds.items()}
-    stored = {name: StoredTensor(s, [TensorShard(_FILE, (0,) * len(s), s)]) for name, s in shapes.items()}
+    files = {f"weights_{i:05d}.safetensors": names for i, names in enumerate(_group(kinds, FILE_BYTES))}
+
+    def write(file: str) -> list[Any]:
+        return write_stream(directory / file, {name: kinds[name] for name in files[file]}, pieces)
+
+    written = dict(zip(files, in_threads(threads, write, files), strict=True))
+    stored = {}
+    for file, names in files.items():
+        for name in names:
+            shape = kinds[name][1]
+            stored[name] = StoredTensor(shape, [TensorShard(file, (0,) * len(shape), shape)])
     counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
-    write_manifest(directory, counters, {_FILE: written}, stored)
+    write_manifest(directory, counters, written, stored)
+
+
+def in_threads(threads: int, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """[work(item) for item in items], with several at the same time. Raises the first error, without starting the
+    rest."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
 
 
 def check_tied_head(source: Source, embedding: str) -> None:
@@ -119,11 +143,13 @@ def write_shards(
     *,
     dtype: torch.dtype | None,
     shard_bytes: int,
+    threads: int,
 ) -> dict[str, torch.dtype]:
     """Writes Hugging Face tensors as safetensors files, sharded with an index if they do not fit into one.
 
     Args:
         dtype: of all tensors; None: each as it is stored.
+        threads: the number of files that are written at the same time.
 
     Returns:
         The type of each tensor.
@@ -139,11 +165,15 @@ def write_shards(
         for number, piece in enumerate(parameter.pieces):
             for part, name in enumerate(piece):
                 origin[name], kinds[name] = (parameter, number, part), (kept, shapes[name])
-    made = _split_pieces(weights, origin, model)
-    shards = _group_into_shards(kinds, shard_bytes)
+    shards = _group(kinds, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
-    for file, shard in zip(names, shards, strict=True):
+
+    def write(item: tuple[str, list[str]]) -> None:
+        file, shard = item
+        made = _split_pieces(weights, origin, model)
         write_stream(directory / file, {n: kinds[n] for n in shard}, made, metadata={"format": "pt"})
+
+    in_threads(threads, write, zip(names, shards, strict=True))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(_bytes(*kind) for kind in kinds.values())},
@@ -175,8 +205,8 @@ def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _group_into_shards(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    """The names of the tensors of each shard, in order; a shard exceeds the limit only if it has a single tensor."""
+def _group(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    """The names of the tensors of each file, in order; a file exceeds the limit only if it has a single tensor."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, kind in kinds.items():
