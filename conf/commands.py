@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema import Config, ParallelConfig
+from conf.schema import Config, ModelConfig, ParallelConfig
 
 
 @dataclass
@@ -172,6 +172,26 @@ class ImportConfig(InferenceConfig):
     """End-of-document token. null: the end-of-sequence token of the source."""
     sequence_length: int = 2048
     """Sequence length in tokens for evaluation and generation, limited to the maximum position of the source."""
+
+
+@dataclass(kw_only=True)
+class ImportMegatronConfig:
+    """python -m launch.import_megatron: converts the weights of a torch_dist checkpoint of Megatron-Core to a run
+    directory."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    source: str = "???"
+    """Directory with .metadata and .distcp files, or Megatron-LM's --save directory (its latest checkpoint is used)."""
+    output: str = "???"
+    """Run directory to create; it must not exist. It appears only when the conversion has succeeded."""
+    tokenizer: str | None = None
+    """Path of the model's tokenizer.json, or of a directory with one. null: the run has none."""
+    eod_token: str = "<|endoftext|>"
+    """End-of-document token of the tokenizer."""
+    sequence_length: int = 2048
+    """Sequence length in tokens for evaluation and generation."""
+    extensions: list[str] = field(default_factory=list)
+    """As in training: modules to import."""
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": commands.InspectConfig,
     "generate": commands.GenerateConfig,
     "import_hf": commands.ImportConfig,
+    "import_megatron": commands.ImportMegatronConfig,
     "upcycle": commands.UpcycleConfig,
     "export_hf": commands.ExportConfig,
 }

@@ -20,7 +20,7 @@ from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manif
 
 WEIGHTS = "weights."
 """Prefix of the names of parameters in a checkpoint."""
-FILE_BYTES = 2**32
+FILE_BYTES = 2**30
 """Maximum size of a checkpoint's file, unless it holds a single parameter."""
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
