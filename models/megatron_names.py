@@ -29,13 +29,18 @@ _LAYER = {
     "attention.qkv.weight": ("self_attention.linear_qkv.weight",),
     "attention.qkv.bias": ("self_attention.linear_qkv.bias",),
     "attention.out.weight": ("self_attention.linear_proj.weight",),
+    "attention.out.bias": ("self_attention.linear_proj.bias",),
     "attention.q_layernorm.weight": ("self_attention.q_layernorm.weight",),
     "attention.k_layernorm.weight": ("self_attention.k_layernorm.weight",),
     "ffn_norm.weight": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     "ffn.gate.weight": ("mlp.linear_fc1.weight",),
     "ffn.up.weight": ("mlp.linear_fc1.weight",),
+    "ffn.gate.bias": ("mlp.linear_fc1.bias",),
+    "ffn.up.bias": ("mlp.linear_fc1.bias",),
     "ffn.down.weight": ("mlp.linear_fc2.weight",),
+    "ffn.down.bias": ("mlp.linear_fc2.bias",),
     "ffn.router.weight": ("mlp.router.weight",),
+    "ffn.router.logit_bias": ("mlp.router.bias",),
     "ffn.router.bias": ("mlp.router.expert_bias",),
     "ffn.experts.w_in": ("mlp.experts.experts.linear_fc1.weight",),
     "ffn.experts.w_out": ("mlp.experts.experts.linear_fc2.weight",),
@@ -135,7 +140,7 @@ def _layout(rest: str, shape: Shape, gates: int) -> tuple[Shape, bool, Callable[
         return (shape[0], shape[2], shape[1]), True, lambda t: t.t()
     if rest == "ffn.experts.b_in":
         return (shape[0], shape[1] * shape[2]), True, lambda t: t.unflatten(0, shape[1:])
-    if gates == 2 and rest.endswith(("ffn.gate.weight", "ffn.up.weight")):  # one above the other
-        half = 0 if rest.endswith("gate.weight") else 1
+    if gates == 2 and re.search(r"ffn\.(gate|up)\.", rest):  # one above the other
+        half = 0 if ".gate." in rest else 1
         return (2 * shape[0], *shape[1:]), False, lambda t: t.chunk(2)[half]
     return shape, rest.startswith("ffn.experts."), lambda t: t

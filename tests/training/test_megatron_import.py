@@ -30,10 +30,14 @@ SPARSE: dict[str, Any] = {
 }
 OUR_SPARSE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40, "capacity_factor": None}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    # Layers are stacked in one tensor.
+    # "sparse" and "dense": layers are stacked in one tensor. The others: each layer has its own tensors.
     "sparse": (SPARSE, {"ffn_hidden_size": 48}, OUR_SPARSE),
+    "biased": (
+        {**SPARSE, "moe_layer_freq": [0, 1], "add_bias_linear": True},
+        {"ffn_hidden_size": 48, "attention_bias": True, "attention_output_bias": True, "ffn_bias": True},
+        {**OUR_SPARSE, "first_dense_layers": 1, "expert_bias": True, "router_bias": True},
+    ),
     "dense": ({"share": True}, {"ffn_hidden_size": 48, "tie_embeddings": True}, {"num_experts": 0}),
-    # Each layer has its own tensors.
     "mixed": (
         {
             **SPARSE,
@@ -97,12 +101,12 @@ def gpt_model(settings: dict[str, Any]) -> Any:
     share = settings.pop("share", False)
     core = TransformerConfig(
         **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48},
-        **{"normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True, "hidden_dropout": 0.0},
+        **{"normalization": "RMSNorm", "gated_linear_unit": True, "hidden_dropout": 0.0},
         **{"activation_func": torch.nn.functional.silu, "attention_dropout": 0.0},
         **{"params_dtype": torch.float32, "pipeline_dtype": torch.float32, "gradient_accumulation_fusion": False},
         **{"bias_activation_fusion": False, "masked_softmax_fusion": False, "bias_dropout_fusion": False},
         **{"apply_rope_fusion": False},
-        **settings,
+        **{"add_bias_linear": False, **settings},
     )
     if "moe_layer_freq" in settings:
         spec = get_gpt_decoder_block_spec(core, use_transformer_engine=False)
