@@ -157,7 +157,7 @@ def whole_experts(experts: int, rows: int, inner: int, outer: int, device: torch
     """Whole SwiGLU experts, forward and backward, including FP8 casts except that of the weights (once per step)."""
     from ops.experts import grouped_experts
     from ops.grouped_mlp import experts_with
-    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
+    from ops.triton.gemm_backend import Float8GemmBackend, GroupedMmBackend, TritonGemmBackend
 
     shapes = ((experts * rows, inner), (experts, inner, 2, outer), (experts, outer, inner))
     tensors = [torch.randn(s, device=device).bfloat16().mul_(0.02).requires_grad_() for s in shapes]
@@ -173,6 +173,7 @@ def whole_experts(experts: int, rows: int, inner: int, outer: int, device: torch
     }
     return {
         "experts, torch grouped_mm": step(grouped_experts),
+        "experts, torch grouped_mm, ours else": step(experts_with(GroupedMmBackend())),
         "experts, bf16": step(experts_with(TritonGemmBackend())),
         **{f"experts, fp8, weight gradient {w}": step(experts_with(gemm)) for w, gemm in narrow.items()},
     }

@@ -142,12 +142,15 @@ class MoeConfig:
     activation memory when many tokens of a dropless model go to one expert. (A capacity factor bounds the number of
     rows itself.) null: all rows at once."""
     backend: str = setting(
-        "auto", choices=("auto", "loop", "fused", "native", "grouped_mm", "triton", "te"), resumable=True
+        "auto",
+        choices=("auto", "loop", "fused", "native", "grouped_mm", "grouped_mm_fused", "triton", "te"),
+        resumable=True,
     )
-    """Implementation of the experts' matrix products: auto, loop, fused, native, grouped_mm, triton or te. loop: one
-    product per expert. fused: the loop as one autograd function, which saves fewer activations. native: C++ (bf16 on
-    CPUs with AVX512-BF16). grouped_mm: PyTorch's grouped product. triton: Triton (bf16 on GPUs). te: TransformerEngine,
-    if installed. With precision=fp8 this applies to the layers that stay in bf16; see fp8.kernels for the others."""
+    """Implementation of the experts' matrix products: auto, loop, fused, native, grouped_mm, grouped_mm_fused, triton
+    or te. loop: one product per expert. fused: the loop as one autograd function, which saves fewer activations.
+    native: C++ (bf16 on CPUs with AVX512-BF16). grouped_mm: PyTorch's grouped product. grouped_mm_fused: the same with
+    activations and weight gradients in Triton (bf16 on GPUs). triton: Triton (bf16 on GPUs). te: TransformerEngine, if
+    installed. With precision=fp8 this applies to the layers that stay in bf16; see fp8.kernels for the others."""
 
 
 @dataclass

@@ -129,6 +129,12 @@ def _triton(context: RunContext) -> ExpertBackend:
     return ExpertBackend.on(TritonGemmBackend())
 
 
+def _grouped_mm_fused(context: RunContext) -> ExpertBackend:
+    from ops.triton.gemm_backend import GroupedMmBackend
+
+    return ExpertBackend.on(GroupedMmBackend())
+
+
 def _te(context: RunContext) -> ExpertBackend:
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -295,6 +301,19 @@ EXPERTS = Operation(
             dtypes=(torch.bfloat16,),
             unsupported_reason=lambda context: (
                 triton_unsupported_reason(context.device, BF16_CAPABILITY) or activation_missing(context)
+            ),
+            is_default=lambda context: False,
+        ),
+        Implementation(
+            "grouped_mm_fused",
+            _grouped_mm_fused,
+            "torch's grouped products, our activations and weight gradients",
+            device="cuda",
+            dtypes=(torch.bfloat16,),
+            unsupported_reason=lambda context: (
+                _misaligned(context)
+                or triton_unsupported_reason(context.device, BF16_CAPABILITY)
+                or activation_missing(context)
             ),
             is_default=lambda context: False,
         ),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.fp8_numerics import BLOCK, E4M3, RECIPES, Block, Quantised, Recipe, quantise
@@ -172,6 +173,29 @@ class TritonGemmBackend:
             **gradient_tile(x.device, narrow),
         )  # fmt: skip
         return dw
+
+
+class GroupedMmBackend(TritonGemmBackend):
+    """bf16 with PyTorch's grouped products; activations, and weight gradients that are added in fp32, in Triton."""
+
+    def groups(self, counts: list[int], device: torch.device) -> tuple[Groups, Tensor]:
+        groups = Groups.of(counts, device)
+        return groups, groups.starts[1:].clone()  # a tensor of its own is aligned, as grouped_mm wants it
+
+    def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
+        x_RK = x_RK if row_R is None else x_RK.index_select(0, row_R)
+        return Operand(_rows_contiguous(x_RK))
+
+    def product(self, x_RK: Operand, w_LKN: Operand, groups: tuple[Groups, Tensor], dtype: torch.dtype) -> Tensor:
+        x, w = x_RK.values, w_LKN.values
+        if not len(x):  # a grouped product needs a row
+            return x.new_empty((0, w.shape[2]), dtype=dtype)
+        return F.grouped_mm(x, w, offs=groups[1], out_dtype=dtype)
+
+    def weight_gradient(
+        self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: tuple[Groups, Tensor], w: Tensor
+    ) -> Tensor:
+        return super().weight_gradient(x_RK, dy_RN, groups[0], w)
 
 
 class Float8GemmBackend(TritonGemmBackend):

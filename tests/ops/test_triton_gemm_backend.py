@@ -15,16 +15,16 @@ from tests.ops.test_grouped_mlp import COUNTS, inputs, read_in_place, relative, 
 from tests.parallel.helpers import Variant, build_engine, train
 
 GROUPS = [[3, 0, 130, 1], [0, 0, 0, 5], [128, 0, 256, 0], [0, 0, 0, 0]]
-KINDS = ["bf16", *RECIPES]
+KINDS = ["bf16", "grouped_mm", *RECIPES]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def tools_of(kind: str) -> tuple[object, Reference]:
     """(ours in Triton, the reference) in bf16 or for a recipe, weight gradients included."""
-    from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
+    from ops.triton.gemm_backend import Float8GemmBackend, GroupedMmBackend, TritonGemmBackend
 
-    if kind == "bf16":
-        return TritonGemmBackend(), Reference()
+    if kind in ("bf16", "grouped_mm"):
+        return TritonGemmBackend() if kind == "bf16" else GroupedMmBackend(), Reference()
     recipe = RECIPES[kind]
     return Float8GemmBackend(recipe, narrow_weight_gradient=True), Reference(recipe, narrow_weight_gradient=True)
 
@@ -116,7 +116,9 @@ def test_some_experts_of_a_weight_are_their_weight(kind: str, device: torch.devi
     part, alone = mine.weight(w_LKN)[some], mine.weight(w_LKN[some])
     for got, wanted in ((part.forward, alone.forward), (part.back, alone.back)):
         assert torch.equal(got.values.float(), wanted.values.float()) and got.blocks == wanted.blocks
-        assert (got.scale is None) == (kind == "bf16") and (got.scale is None or torch.equal(got.scale, wanted.scale))
+        assert (got.scale is None) == (kind not in RECIPES) and (
+            got.scale is None or torch.equal(got.scale, wanted.scale)
+        )
 
 
 def extremes(device: torch.device) -> Tensor:
