@@ -23,11 +23,11 @@ STAGES = {
     "correctness": 60,
     "gemm": 45,
     "steps": 240,
-    "rates": 80,
-    "whole": 170,
     "train": 120,
     "ranks": 90,
     "sanitizer": 60,
+    "rates": 80,
+    "whole": 170,
 }
 """In order, with the seconds after which each is ended. All of them together are bounded by --seconds."""
 GRACE = 5.0

@@ -70,17 +70,23 @@ def memory_bound() -> dict[str, object]:
     from ops.fp8_numerics import RECIPES
     from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
     from ops.triton.permute import PERMUTATION
+    from ops.rotary import apply_rotary
     from ops.triton.rms_norm import rms_norm
+    from ops.triton.rotary import apply_rotary as rotate
 
     tokens, hidden, width = (32, 128, 128) if REHEARSE else (16384, 4096, 4096)
     x, h, weight = bf16(tokens, hidden), bf16(tokens, 2, width), bf16(hidden)
     choice = torch.randperm(tokens, device=DEVICE)
     fp8, target = Float8GemmBackend(RECIPES["blockwise"]), torch.empty_like(x)
     moved = x.numel() * 2
+    heads, turned = x.view(tokens, 1, -1, 128), torch.empty_like(x).view(tokens, 1, -1, 128)
+    angle = torch.rand(tokens, 1, 1, 64, device=DEVICE)
     steps = {
         "copy": (lambda: target.copy_(x), 2 * moved),
         "round rows to FP8": (lambda: fp8.rows(x), 1.5 * moved),
         "RMSNorm": (lambda: rms_norm(x, weight, 1e-6), 2 * moved),
+        "rotary": (lambda: rotate(heads, angle, angle, turned), 2 * moved),
+        "rotary, torch": (lambda: apply_rotary(heads, angle, angle, turned), 2 * moved),
         "gather rows": (lambda: PERMUTATION.permute(x, choice, 1, False), 2 * moved),
         "SwiGLU": (lambda: TritonGemmBackend().activate(h, "swiglu"), 1.5 * h.numel() * 2),
         "SwiGLU and FP8": (lambda: fp8.activate(h, "swiglu"), 1.25 * h.numel() * 2),
