@@ -68,9 +68,9 @@ def memory_bound() -> dict[str, object]:
     """GB/s of what is read and written at least, beside those of a copy."""
     from ops.activations import activate
     from ops.fp8_numerics import RECIPES
+    from ops.rotary import apply_rotary
     from ops.triton.gemm_backend import Float8GemmBackend, TritonGemmBackend
     from ops.triton.permute import PERMUTATION
-    from ops.rotary import apply_rotary
     from ops.triton.rms_norm import rms_norm
     from ops.triton.rotary import apply_rotary as rotate
 
