@@ -1,7 +1,6 @@
 """Builds what a command works with: ranks, device, precision, implementations and the model, from a configuration."""
 
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +12,17 @@ from conf.schema import PRECISIONS, Config
 from models.decoder import ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
 from models.operations import select_ops
-from ops.experts import EXPERTS, ExpertBackend
 from ops.run_context import RunContext
 from parallel import megatron_compat, process_groups
-from parallel.device_env import device_variables
 from parallel.engine import Engine, Overlap
-from parallel.layout import Layout, groups_across_nodes
+from parallel.layout import Layout
 from parallel.process_groups import Runtime, World
-from parallel.threads import thread_wait_policy
 from training.errors import RunFailed
 from training.flops import Cost, model_cost
 from training.frozen import Frozen, frozen_parameters
 from training.measurements import Measurements
-from training.memory_estimate import Memory, memory_per_rank
 from training.metrics import check_router_metrics
-from training.run_summary import memory_row
+from training.start_table import Facts, memory_of_rank, start_table
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,18 @@ class BuiltModel:
     backend: str | None
     """How the products of the experts in bf16 or fp32 run; None: there are none."""
     cost: Cost
-    table: list[tuple[str, str, str]]
-    """(what, choice, why) for the start table."""
-    refused: frozenset[str] = frozenset()
-    """The rows of the table, by `what`, that say why something faster was left out."""
+    facts: Facts
+    """For the start table."""
+
+    @property
+    def table(self) -> list[tuple[str, str, str]]:
+        """(what, choice, why) for the start table."""
+        return start_table(self.facts)
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """The rows of the table, by `what`, that say why something faster was left out."""
+        return frozenset(row.operation for row in self.facts.chosen if row.refused)
 
 
 def bf16_support(device: torch.device) -> tuple[bool, str]:
@@ -122,16 +125,9 @@ def start(
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if train and dtype == torch.float32:
         _refuse_bf16_gradients(config, why_precision)
-    rows = [*_device_rows(run), ("precision", precision, why_precision), *_layout_rows(layout, world)]
-    if train and config.runtime.preflight:
-        rows += [preflight(config, run, dtype)]
+    inspected = preflight(config, run, dtype) if train and config.runtime.preflight else None
     context = RunContext(config, run, dtype, train)
     ops, chosen = select_ops(context, Measurements(config.data.cache_dir, run_dir) if run_dir else None)
-    rows += [(row.operation, row.name, row.why) for row in chosen]
-    backend = next((row.name for row in chosen if row.operation == EXPERTS.name), None)
-    if train:
-        rows += _recompute_row(config.model.recompute, backend, ops.experts)
-
     core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
     build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops)
 
@@ -144,24 +140,13 @@ def start(
         )
 
     overlap = Overlap.of(config.parallel, run.backend)
-    if train and max(layout.dp * layout.cp, layout.edp) > 1:
-        rows += [_overlap_row(overlap, config.parallel.overlap_grad_reduce)]
     optim = config.optim if train else None
     engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block)
     cost = model_cost(config.model, config.train.sequence_length)
-    rows += [("model", *_model_words(config, cost))]
-    if train and config.model.moe.force_balance:
-        rows += [("routing", "FORCED BALANCE", "model.moe.force_balance: for benchmarks; the model learns no routing")]
-    if train and frozen.names:
-        rows += [("trained", *frozen.describe())]
-    if train and config.cluster.memory_gb:
-        rows += [memory_row(_memory(config, run, dtype), config.cluster)]
-    refused = frozenset(row.operation for row in chosen if row.refused)
-    return BuiltModel(config, run, engine, precision, backend, cost, rows, refused)
-
-
-def _memory(config: Config, run: Runtime, dtype: torch.dtype) -> Memory:
-    return memory_per_rank(config, run.layout, bf16=dtype == torch.bfloat16, on_gpu=run.device.type == "cuda")
+    facts = Facts(
+        config, world, run, train, precision, why_precision, chosen, ops.experts, overlap, cost, frozen, inspected
+    )
+    return BuiltModel(config, run, engine, precision, facts.backend, cost, facts)
 
 
 def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, str, str]:
@@ -172,7 +157,7 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
     """
     from parallel.preflight import find_problems, inspect, medians
 
-    memory = _memory(config, run, dtype).total
+    memory = memory_of_rank(config, run, bf16=dtype == torch.bfloat16).total
     # A checkpoint: fp32 weights, and what the optimizer keeps in fp32 or bf16.
     bytes_each = 4.0 + kept_tensors(config.optim.name) * (2.0 if config.optim.state_dtype == "bf16" else 4.0)
     disk = bytes_each * model_cost(config.model, config.train.sequence_length).total
@@ -183,61 +168,6 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
         told = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
         raise RunFailed(f"preflight: {told}. Without them: sbatch --exclude={','.join(bad)}")
     return "preflight", f"{len({r.host for r in reports})} node(s) are well", medians(reports)
-
-
-def _device_rows(run: Runtime) -> list[tuple[str, str, str]]:
-    if run.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
-        how = "NCCL" if run.backend == "nccl" else "shared by simulated ranks; gloo through host memory"
-        return [
-            ("device", torch.cuda.get_device_name(run.device), f"{memory:.0f} GiB, {how}"),
-            ("environment", device_variables(), "read by CUDA and its allocator when they start"),
-        ]
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    wait, why = thread_wait_policy()
-    rows = [
-        ("device", f"CPU ({name})", "no CUDA device; gloo"),
-        ("threads", f"{torch.get_num_threads()} a rank, {wait}", why),
-    ]
-    return rows + ([("memory", *run.memory)] if run.memory else [])
-
-
-def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
-    if world.size == 1:
-        return []
-    rows = [("ranks", f"{layout.world}", layout.describe())]
-    if world.local_size < world.size:
-        nodes = f"{-(-world.size // world.local_size)} of {world.local_size} ranks"
-        apart = "; ".join(groups_across_nodes(layout, world.local_size))
-        rows += [("nodes", nodes, apart or "tensor, context and expert groups lie within a node")]
-    return rows
-
-
-def _recompute_row(parts: list[str], backend: str | None, experts: ExpertBackend) -> list[tuple[str, str, str]]:
-    why = f"{backend} experts keep no activations anyway" if experts.recomputes_activation else "as asked for"
-    return [("recompute", ", ".join(parts), why if "activation" in parts else "as asked for")] if parts else []
-
-
-def _overlap_row(overlap: Overlap, wanted: bool | None) -> tuple[str, str, str]:
-    parts = {"gradients": overlap.grad_reduce, "weights": overlap.param_gather}
-    chosen = " and ".join(name for name, on in parts.items() if on) or "none"
-    why = "the network works beside the GPU" if overlap.grad_reduce else "the cores that compute also send"
-    return "overlap", chosen, why if wanted is None else "asked for"
-
-
-def _model_words(config: Config, cost: Cost) -> tuple[str, str]:
-    moe = config.model.moe
-    shape = f"{config.model.name}: {cost.total / 1e6:.1f} M parameters, {cost.active / 1e6:.1f} M active per token"
-    if not moe.num_experts:
-        return shape, "dense"
-    where = "every layer" if moe.every == 1 else f"one layer in {moe.every}"
-    where += f" after the first {moe.first_dense_layers}" if moe.first_dense_layers else ""
-    choice = f"top-{moe.top_k}"
-    if moe.load_balancing == "sinkhorn":
-        choice += " of a balanced plan"
-    elif moe.load_balancing == "expert_choice":
-        choice = f"each takes its best tokens, {moe.top_k * moe.capacity_factor:g} experts a token on average"
-    return shape, f"{moe.num_experts} experts in {where}, {choice}"
 
 
 def stop() -> None:
