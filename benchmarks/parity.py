@@ -46,6 +46,8 @@ GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "ra
 GPT_OSS = {"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True, "attention_bias": True}
 GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
 CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
+CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
+CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
 ALIKE = {"document_mask": True, "begin_alike": True}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}

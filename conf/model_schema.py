@@ -279,6 +279,17 @@ class ModelConfig:
     """Rotate pairs of adjacent dimensions (RoFormer, arXiv:2104.09864, eq. 34; DeepSeek) instead of pairing each
     dimension of the first half with one of the second half (GPT-NeoX, Llama in Transformers)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    embedding_multiplier: float = setting(1.0, gt=0)
+    """Factor of the embedding's output (Granite 3.0; muP, arXiv:2203.03466)."""
+    attention_multiplier: float | None = setting(None, gt=0)
+    """Factor of the products of queries and keys (Granite 3.0; muP). null: head_dim ** -0.5."""
+    residual_multiplier: float = setting(1.0, gt=0)
+    """Factor of the output of every attention and feed-forward layer before it is added to the residual stream (Granite
+    3.0; muP)."""
+    logit_multiplier: float = setting(1.0, gt=0)
+    """Factor of the logits (Granite 3.0, whose logits_scaling is its inverse; muP)."""
+    logit_softcap: float | None = setting(None, gt=0)
+    """Bound c of the logits z, which become c * tanh(z / c) (Gemma 2, arXiv:2408.00118, section 2: 30). null: none."""
     norm_eps: float = setting(1e-6, gt=0)
     """Term added to the mean square in RMSNorm."""
     init_scale: float = setting(0.1, gt=0, resumable=True)

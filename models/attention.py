@@ -80,6 +80,9 @@ class Attention(CoreAttention):
         ranks = groups.tp.size()
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
+        # Kernels multiply the products by head_width ** -0.5.
+        multiplier = model.attention_multiplier
+        self.scale = 1.0 if multiplier is None else multiplier * model.head_width**0.5
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
         # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
@@ -128,6 +131,8 @@ class Attention(CoreAttention):
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k = (Rotary.rotate(t, cos, sin, self.ops.apply_rotary, interleave=self.interleave) for t in (q, k))
+        how = cos, sin, self.ops.apply_rotary
+        q = Rotary.rotate(q, *how, interleave=self.interleave, scale=self.scale)
+        k = Rotary.rotate(k, *how, interleave=self.interleave)
         y_SBD, bias = self.out(self.attend(q, k, v, pieces, self.sinks))
         return y_SBD if bias is None else y_SBD + bias

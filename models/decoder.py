@@ -27,6 +27,7 @@ from moe.metrics import Report
 from moe.mlp import MLP
 from moe.shared_experts import SharedExperts
 from ops.attention_pieces import Piece, attention_pieces
+from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
@@ -75,6 +76,7 @@ class Block(nn.Module):
         attention = Attention if context.model.kv_lora_rank is None else LatentAttention
         self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
+        self.multiplier = context.model.residual_multiplier
         self.local = layer in context.model.local_layers
         float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
         if self.sparse:
@@ -103,11 +105,13 @@ class Block(nn.Module):
         return x_SBD
 
     def _run(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
-        x_SBD = x_SBD + self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
-        if not self.sparse:
-            return x_SBD + self._normed(self.ffn_norm, x_SBD, self.ffn), None
-        out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, batch_ctx))
-        return x_SBD + out_SBD, report
+        out_SBD = self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
+        x_SBD = torch.add(x_SBD, out_SBD, alpha=self.multiplier)
+        if self.sparse:
+            out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, batch_ctx))
+        else:
+            out_SBD, report = self._normed(self.ffn_norm, x_SBD, self.ffn), None
+        return torch.add(x_SBD, out_SBD, alpha=self.multiplier), report
 
     def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
         return checkpoint_without_output(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
@@ -194,6 +198,8 @@ class ModelChunk(MegatronModule):
         """
         if self.pre_process:
             x_SBD = self.embedding(tokens_BS)
+            if self.model.embedding_multiplier != 1:
+                x_SBD = x_SBD * self.model.embedding_multiplier
             if not self.config.sequence_parallel:  # else it comes scattered, sequence first
                 x_SBD = x_SBD.transpose(0, 1).contiguous()
         else:
@@ -224,7 +230,12 @@ class ModelChunk(MegatronModule):
 
     def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
         tied = self.embedding.weight if self.share_embeddings_and_output_weights and self.pre_process else None
-        logits_SBV = self.head(self.final_norm(x_SBD), weight=tied)[0]
+        x_SBD = self.final_norm(x_SBD)
+        if self.model.logit_multiplier != 1:  # of the head's input, which is smaller
+            x_SBD = x_SBD * self.model.logit_multiplier
+        logits_SBV = self.head(x_SBD, weight=tied)[0]
+        if self.model.logit_softcap is not None:
+            logits_SBV = SoftCap.apply(logits_SBV, self.model.logit_softcap)
         if labels_BS is None:
             return logits_SBV.transpose(0, 1)
         return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()

@@ -17,6 +17,33 @@ from parallel.chunked_ops import rows_at_once
 from parallel.collectives import all_gather
 
 
+class SoftCap(torch.autograd.Function):
+    """cap * tanh(logits / cap), in place, in fp32 block by block."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, cap: float) -> Tensor:
+        ctx.mark_dirty(logits)
+        for block in _row_blocks(logits):
+            block.copy_((block.float() / cap).tanh_().mul_(cap))
+        ctx.save_for_backward(logits)
+        ctx.cap = cap
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (capped,) = ctx.saved_tensors
+        dlogits = torch.empty_like(capped)
+        for block, above, below in zip(*map(_row_blocks, (capped, grad, dlogits)), strict=True):
+            below.copy_((block.float() / ctx.cap).square_().neg_().add_(1).mul_(above))
+        return dlogits, None
+
+
+def _row_blocks(logits: Tensor) -> tuple[Tensor, ...]:
+    """Views of consecutive rows."""
+    return logits.flatten(0, -2).split(rows_at_once(logits.shape[-1], logits.device))
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_RV: Tensor, labels_R: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.config_view import format_value
 from conf.schema import ModelConfig, MoeConfig
+from models.hf.decoder import FULL
 from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
 from models.hf.quantization import KEY as QUANTIZATION
@@ -24,8 +25,6 @@ NEUTRAL_KEYS = (
 )
 """Keys of any config.json that do not change what the model computes. (In Transformers output_router_logits determines
 whether the load-balancing loss is added; here only its coefficient does.)"""
-FULL = "full_attention"
-"""The only supported value in layer_types."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
                 wrong.append(f"{key}={format_value(value)}: only {format_value(family.disabled[key])}")
         elif key == QUANTIZATION and value is not None:
             wrong += [error] if (error := quantization_error(value)) else []
-        elif key == "layer_types":
+        elif key == "layer_types" and key not in known:
             if others := sorted({str(kind) for kind in value or []} - {FULL}):
                 wrong.append(f"{key} has {', '.join(others)}: only {FULL}")
         elif key not in known and value not in (None, False, 0, "", [], {}):

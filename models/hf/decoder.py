@@ -1,8 +1,9 @@
 """The parts that families share: the fields and tensors of Llama's decoder (transformers/models/llama)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from conf.schema import ModelConfig
 from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, WeightMapping
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
@@ -41,6 +42,52 @@ def decoder_fields(
     )
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def window_fields(size: int | None, is_sliding: Callable[[int], list[bool]]) -> tuple[Field, ...]:
+    """sliding_window and layer_types.
+
+    Args:
+        size: the default of sliding_window.
+        is_sliding: number of layers -> which of them have a window if config.json has no layer_types.
+    """
+
+    def sliding(config: Mapping[str, Any]) -> list[bool]:
+        layers = config["num_hidden_layers"]
+        kinds = config["layer_types"] or [SLIDING if local else FULL for local in is_sliding(layers)]
+        if others := sorted({str(kind) for kind in kinds} - {SLIDING, FULL}):
+            raise ValueError(f"has {', '.join(others)}: only {SLIDING}, {FULL}")
+        if len(kinds) != layers:
+            raise ValueError(f"must have an entry for each of the {layers} layers")
+        return [kind == SLIDING for kind in kinds]
+
+    def window(value: int | None, config: Mapping[str, Any]) -> int | None:
+        if value is None and any(sliding(config)):
+            raise ValueError("must be a positive integer, since layer_types has sliding_attention")
+        return value if any(sliding(config)) else None
+
+    def pattern(value: Any, config: Mapping[str, Any]) -> tuple[int | None, int]:
+        """(full_attention_every, first_full_attention_layers)."""
+        wanted = sliding(config)
+        if not any(wanted):
+            return None, 0
+        for first in range(len(wanted)):
+            for every in (None, *range(2, len(wanted) + 1)):
+                if wanted == [i >= first and (every is None or i % every != every - 1) for i in range(len(wanted))]:
+                    return every, first
+        raise ValueError("only every n-th layer, and a number of first layers, with full attention")
+
+    def kinds(_: Any, model: ModelConfig) -> list[str]:
+        return [SLIDING if layer in model.local_layers else FULL for layer in range(model.num_layers)]
+
+    return (
+        Field("sliding_window", "sliding_window", size, nullable=True, from_hf=window, to_hf=lambda v, _: v or size),
+        Field("layer_types", "full_attention_every", [], from_hf=lambda v, c: pattern(v, c)[0], to_hf=kinds),
+        Field("layer_types", "first_full_attention_layers", [], from_hf=lambda v, c: pattern(v, c)[1], to_hf=kinds),
+    )
+
+
 def _count_sparse(config: Mapping[str, Any]) -> int:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return sum((i + 1) % step == 0 and i not in dense for i in range(config["num_hidden_layers"]))
@@ -76,6 +123,20 @@ SPARSE_LAYERS = (
         to_hf=lambda value, _: list(range(value)),
     ),
 )
+
+
+def attention_bias_fields(default: bool) -> tuple[Field, ...]:
+    """attention_bias, of the projections and of the output."""
+    return tuple(Field("attention_bias", setting, default) for setting in ("attention_bias", "attention_output_bias"))
+
+
+def unlike_softmax_after(model: ModelConfig) -> str | None:
+    """Family.refuse of families with `attention_bias_fields` and a softmax over the selected logits."""
+    if model.attention_bias != model.attention_output_bias:
+        return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
+    return None if model.moe.top_k > 1 else "model.moe.top_k=1: the softmax over one selected logit is 1"
+
+
 NORM_TOPK = Field(
     "norm_topk_prob",
     "moe.renormalize",
@@ -101,6 +162,10 @@ ATTENTION = (
 )
 QKV_BIAS = WeightMapping(
     LAYER + "attention.qkv.bias", tuple(f"model.{LAYER}self_attn.{part}_proj.bias" for part in ("q", "k", "v")), QKV
+)
+ATTENTION_BIASES = (
+    QKV_BIAS,
+    WeightMapping(LAYER + "attention.out.bias", (f"model.{LAYER}self_attn.o_proj.bias",)),
 )
 NORMS = (
     WeightMapping(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),

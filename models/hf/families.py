@@ -1,6 +1,8 @@
 """The supported model families. A new one is a file in this folder and an entry here (docs/hugging_face.md)."""
 
 from models.hf.family import Family
+from models.hf.gpt_oss import GPT_OSS
+from models.hf.granitemoe import GRANITEMOE
 from models.hf.llama import LLAMA
 from models.hf.mixtral import MIXTRAL
 from models.hf.olmoe import OLMOE
@@ -8,7 +10,7 @@ from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, LLAMA, QWEN3, QWEN2)
+    family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, GPT_OSS, GRANITEMOE, LLAMA, QWEN3, QWEN2)
 }
 
 

@@ -28,7 +28,9 @@ _SCALING: dict[str, tuple[str, ...]] = {
 def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
     """(ROPE_SETTINGS of a config.json with their values, unsupported values)."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    found = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+    found = {
+        key: value for key, value in (config.get(name) or family.rope_parameters or {}).items() if value is not None
+    }
     kind = found.pop("rope_type", found.get("type", "default"))
     found.pop("type", None)
     theta = found.pop("rope_theta", None) or config.get("rope_theta") or family.rope_theta

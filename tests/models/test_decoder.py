@@ -20,6 +20,8 @@ from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, 
 from training.flops import attention_span, model_cost
 
 DROPPING = MoeConfig(num_experts=4, top_k=2, every=2, capacity_factor=0.75, aux_loss_coeff=0.3, z_loss_coeff=0.1)
+MULTIPLIERS = {"embedding_multiplier": 1.7, "attention_multiplier": 0.3, "residual_multiplier": 0.6}
+MULTIPLIERS |= {"logit_multiplier": 0.4, "logit_softcap": 2.0}
 GPT_OSS = tiny(
     MoeConfig(num_experts=4, top_k=2, softmax_order="after", router_bias=True, expert_bias=True, capacity_factor=None),
     **{"num_layers": 3, "num_attention_heads": 4, "num_query_groups": 2, "sliding_window": 2, "attention_bias": True},
@@ -42,6 +44,7 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         (tiny(activation="swiglu", tie_embeddings=True), False),
         (GPT_OSS, False),
         (replace(GPT_OSS, moe=MoeConfig(), ffn_bias=True), True),
+        (tiny(DROPPING, **MULTIPLIERS), False),
         (tiny(attention_chunk_size=2, full_attention_every=2, num_layers=3), True),
     ],
     ids=[
@@ -51,6 +54,7 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         "dense, tied",
         "gpt-oss",
         "gpt-oss, dense",
+        "multipliers",
         "chunks",
     ],
 )

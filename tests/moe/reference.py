@@ -286,6 +286,7 @@ def attention(
 ) -> Tensor:
     """One sequence. The rows of qkv are, for each key/value group, its queries, its key and its value."""
     width = model.head_dim or model.hidden_size // model.num_attention_heads
+    scale = model.attention_multiplier or 1 / math.sqrt(width)
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads // groups
     projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]
@@ -309,7 +310,7 @@ def attention(
             values = [projected_SGHN[u][g, queries + 1] for u in seen]
             for h in range(queries):
                 query_N = rotate(projected_SGHN[s][g, h], position, model.rope_theta)
-                scores = torch.exp(torch.stack([query_N @ key_N for key_N in keys]) / math.sqrt(width))
+                scores = torch.exp(torch.stack([query_N @ key_N for key_N in keys]) * scale)
                 sink = torch.exp(weights["sinks"][g * queries + h]) if model.attention_sinks else 0.0
                 total = scores.sum() + sink
                 heads.append(sum(score / total * value_N for score, value_N in zip(scores, values, strict=True)))
@@ -347,7 +348,7 @@ def decoder(
     batch, sequence = tokens_BS.shape
     sparse: dict[int, Sparse] = {}
     everywhere = replace(model, sliding_window=None, attention_chunk_size=None)
-    x_BSD = weights["embedding.weight"][tokens_BS]
+    x_BSD = weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
     for layer in range(model.num_layers):
         part = under(weights, f"layers.{layer}.")
         normed_BSD = norm_all(x_BSD, part["attention_norm.weight"], model.norm_eps)
@@ -356,7 +357,7 @@ def decoder(
             attention(x_SD, under(part, "attention."), local, positions_S, document_mask)
             for x_SD, positions_S in zip(normed_BSD, positions_BS.tolist(), strict=True)
         ]
-        x_BSD = x_BSD + torch.stack(attended)
+        x_BSD = x_BSD + model.residual_multiplier * torch.stack(attended)
         normed_BSD = norm_all(x_BSD, part["ffn_norm.weight"], model.norm_eps)
         if "ffn.router.weight" in part:
             # The order in which tokens fill the experts: by position, and at one position by sequence of the batch.
@@ -365,15 +366,18 @@ def decoder(
             did = sparse[layer] = sparse_layer(
                 x_TD, under(part, "ffn."), model.moe, model.activation_name, factor, order
             )
-            x_BSD = x_BSD + did.out_TD.view(sequence, batch, -1).transpose(0, 1)
+            out_BSD = did.out_TD.view(sequence, batch, -1).transpose(0, 1)
         else:
             rows = [
                 [dense_layer(x_D, under(part, "ffn."), model.activation_name) for x_D in x_SD] for x_SD in normed_BSD
             ]
-            x_BSD = x_BSD + torch.stack([torch.stack(row) for row in rows])
+            out_BSD = torch.stack([torch.stack(row) for row in rows])
+        x_BSD = x_BSD + model.residual_multiplier * out_BSD
     head_VD = weights.get("head.weight", weights["embedding.weight"])
     final_BSD = norm_all(x_BSD, weights["final_norm.weight"], model.norm_eps)
-    return final_BSD @ head_VD.t(), sparse
+    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier
+    cap = model.logit_softcap
+    return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap), sparse
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

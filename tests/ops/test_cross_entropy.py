@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.schema import ParallelConfig
-from ops.cross_entropy import CROSS_ENTROPY, _Alone, token_losses
+from ops.cross_entropy import CROSS_ENTROPY, SoftCap, _Alone, token_losses
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, run_context, selected, tiny
@@ -85,3 +85,15 @@ def test_the_gradient_takes_the_place_of_the_logits(device: torch.device) -> Non
 def test_triton_is_for_gpus(runtime: Runtime) -> None:
     chosen, row = selected(CROSS_ENTROPY, run_context(tiny(), runtime, device=torch.device("cpu")))
     assert chosen is token_losses and row.why == "no copy of the logits in fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_soft_capped_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.cross_entropy.rows_at_once", lambda *_: 4)
+    logits, above = 3 * random(3, 5, 7), random(3, 5, 7, seed=1)
+    leaf, got = (logits.to(dtype).requires_grad_() for _ in range(2))
+    wanted = 2.5 * torch.tanh(leaf.float() / 2.5)
+    capped = SoftCap.apply(got * 1, 2.5)
+    assert_close(capped, wanted.double(), 1e-6 if dtype == torch.float64 else 4e-3)
+    gradients = [torch.autograd.grad(out, t, above.to(out.dtype))[0] for out, t in ((wanted, leaf), (capped, got))]
+    assert_close(gradients[1], gradients[0].double(), 1e-5 if dtype == torch.float64 else 8e-3)

@@ -6,6 +6,7 @@ from tests.models.hf.helpers import run_import, save_by_hand, save_model
 from tests.training.helpers import write_corpus
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -21,7 +22,7 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("hf")
     moe = {"num_local_experts": 4, "router_aux_loss_coef": 0.0}
     return {
-        "mixtral": save_model("Mixtral", folder / "mixtral", corpus, **moe),
+        "mixtral": save_model("Mixtral", folder / "mixtral", corpus, sliding_window=20, **moe),
         "llama": save_model(
             "Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 300.0}
         ),
@@ -47,6 +48,34 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 2},
             **{"shared_expert_intermediate_size": 24, "router_aux_loss_coef": 0.0},
         ),
+        "gpt_oss": save_model(
+            "GptOss",
+            folder / "gpt_oss",
+            corpus,
+            **{
+                "head_dim": 12,
+                "num_experts_per_tok": 2,
+                "sliding_window": 10,
+                "swiglu_alpha": 1.5,
+                "swiglu_limit": 1.1,
+            },
+            **{"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": YARN, **moe},
+        ),
+        "gpt_oss_plain": save_model(
+            "GptOss",
+            folder / "gpt_oss_plain",
+            corpus,
+            **{"head_dim": 8, "num_experts_per_tok": 2, "attention_bias": False, "rope_parameters": PLAIN, **moe},
+            layer_types=["full_attention"] * 2,
+        ),
+        "granitemoe": save_model(
+            "GraniteMoe",
+            folder / "granitemoe",
+            corpus,
+            **{"attention_bias": True, "tie_word_embeddings": True, "attention_multiplier": 0.2, **moe},
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 8.0},
+        ),
+        "granitemoe_plain": save_model("GraniteMoe", folder / "granitemoe_plain", corpus, **moe),
         "hub": save_by_hand(folder / "hub"),
     }
 

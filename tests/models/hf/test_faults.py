@@ -82,7 +82,7 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(sources, ranks: RankPool
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sliding_window": 4096}, "sliding_window=4096: only null"),
+        ({"sliding_window": "all"}, 'sliding_window="all": must be a positive integer, or null'),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type="dynamic": only default, linear, llama3'),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 is invalid"),
@@ -120,6 +120,16 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1: must be a list"),
         ("olmoe", {"clip_qkv": "8"}, 'clip_qkv="8": must be a number, or null'),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true: only false"),
+        ("gpt_oss", {"layer_types": ["sliding_attention"]}, "must have an entry for each of the 36 layers"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 36}, "has chunked_attention: only sliding_attention"),
+        (
+            "gpt_oss",
+            {"layer_types": [*["sliding_attention", "full_attention"] * 17, *["full_attention"] * 2]},
+            "every n",
+        ),
+        ("gpt_oss", {"sliding_window": None}, "must be a positive integer, since layer_types has sliding_attention"),
+        ("gpt_oss", {"hidden_act": "gelu"}, 'hidden_act="gelu": only silu'),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ("qwen3", {"attention_bias": True}, "attention_bias=true: only false"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true: only false"),
     ],

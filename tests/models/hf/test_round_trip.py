@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.commands import InferenceConfig
 from conf.schema import ParallelConfig
+from models.hf.configuration import model_of
+from models.hf.mapping import parameters_of
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import LENGTH, assert_same_bits, in_rank, run_export, run_import, tensors_in
@@ -37,14 +39,20 @@ def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return stage(tokens, positions)[0].detach(), loss.detach(), gradients
 
 
-def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same of Transformers' model, its gradients under our names and in our layout."""
+def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same of Transformers' model, its gradients under our names and in our layout.
+
+    Args:
+        shapes: of our parameters.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokens = torch.tensor([IDS])
     out = model(input_ids=tokens, labels=tokens, use_cache=False)
     out.loss.backward()
+    if model.config.model_type in STORED_AS_COMPUTED:
+        return out.logits[0].detach(), out.loss.detach(), gradients_by_mapping(model, shapes)
     grads = {
         "embedding.weight": model.model.embed_tokens.weight.grad,
         "final_norm.weight": model.model.norm.weight.grad,
@@ -82,12 +90,47 @@ def theirs(source: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return out.logits[0].detach(), out.loss.detach(), grads
 
 
-FAMILIES = ["mixtral", "llama", "qwen3", "qwen3_moe", "olmoe", "qwen2", "qwen2_moe"]
+STORED_AS_COMPUTED = {
+    "gpt_oss": (),
+    "granitemoe": (
+        ("input_linear.weight", "experts.gate_up_proj"),
+        ("output_linear.weight", "experts.down_proj"),
+        ("router.layer.weight", "router.weight"),
+    ),
+}
+"""Families whose stored tensors are Transformers' parameters, and those of them that have other names in the files."""
+
+
+def gradients_by_mapping(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """By the family's mapping of tensors, which the comparison of logits has verified."""
+    family, settings = model_of(model.config.to_dict(), Path("config.json"))
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for stored, computed in STORED_AS_COMPUTED[family.name]:
+        grads |= {name.replace(computed, stored): grads.pop(name) for name in list(grads) if computed in name}
+    parameters, unknown = parameters_of(family, settings, shapes)
+    assert not unknown and {n for p in parameters for n in p.tensors(settings)} == grads.keys()
+    return {p.name: torch.cat([p.join([grads[n] for n in piece], settings) for piece in p.pieces]) for p in parameters}
+
+
+FAMILIES = [
+    "mixtral",
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "olmoe",
+    "qwen2",
+    "qwen2_moe",
+    "gpt_oss",
+    "gpt_oss_plain",
+    "granitemoe",
+    "granitemoe_plain",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_loss_and_gradients_are_those_of_transformers(name: str, sources, runs, ranks: RankPool) -> None:
-    got, wanted = ranks.run(1, ours, str(runs[name]), timeout=120.0)[0], theirs(sources[name])
+    got = ranks.run(1, ours, str(runs[name]), timeout=120.0)[0]
+    wanted = theirs(sources[name], {key: tuple(gradient.shape) for key, gradient in got[2].items()})
     assert (got[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
     assert got[1].item() == pytest.approx(wanted[1].item(), rel=1e-5)
     assert got[2].keys() == wanted[2].keys()
@@ -107,6 +150,14 @@ def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: Rank
     assert after["dtype"] == before.get("dtype", before.get("torch_dtype"))
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors_in(sources[name]).keys()
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_four_ranks_compute_what_transformers_does(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
+    write_reference(sources[name], IDS, "fp32", tmp_path / "reference.safetensors")
+    here = InferenceConfig(precision="fp32", parallel=ParallelConfig(tp=2, ep=2, pp=2))
+    task = Comparison(here, str(runs[name]), str(tmp_path / "reference.safetensors"), BOUNDS["fp32"], "ids")
+    assert ranks.run(4, _compare_rank, task, timeout=120.0) == [0] * 4
 
 
 @pytest.mark.parametrize("degrees", [{"tp": 2, "sequence_parallel": True}, {"ep": 2}, {"pp": 2}, {"cp": 2}], ids=str)
