@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +201,14 @@ def test_optimizer_states_asks_for_what_it_says() -> None:
     assert optimizer_states.command(changes, "bf16")[1:] == ["-m", "launch.train", *changes]
     emulated = optimizer_states.command(changes, "fp32")
     assert "with_bf16_buckets" in emulated[2] and emulated[3:] == ["optim.state_dtype=bf16"]
+
+
+def test_conversion_prints_memory_and_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.conversion", "--gb=0.001", f"--folder={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    size, *lines = done.stdout.splitlines()
+    assert re.fullmatch(r"0\.00\d+ GB in bf16, largest tensor 0 MiB", size)
+    for line, what in zip(lines, ("import", "export"), strict=True):
+        found = re.fullmatch(rf"{what}, NPROC=1: [\d.]+ s, at most ([\d,]+) MiB resident", line)
+        assert found and 100 < int(found[1].replace(",", "")) < 2000, line
+    assert not list(tmp_path.iterdir())
