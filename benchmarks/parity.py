@@ -46,6 +46,7 @@ GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "ra
 GPT_OSS = {"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True, "attention_bias": True}
 GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
 CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
+CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
 CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
 CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
 ALIKE = {"document_mask": True, "begin_alike": True}

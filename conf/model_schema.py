@@ -290,8 +290,15 @@ class ModelConfig:
     """Factor of the logits (Granite 3.0, whose logits_scaling is its inverse; muP)."""
     logit_softcap: float | None = setting(None, gt=0)
     """Bound c of the logits z, which become c * tanh(z / c) (Gemma 2, arXiv:2408.00118, section 2: 30). null: none."""
+    norm: str = setting("rmsnorm", choices=("rmsnorm", "layernorm"))
+    """Norm before attention, feed-forward layers and the output layer: rmsnorm or layernorm. layernorm: also subtracts
+    the mean and has a bias, initialised to zero (arXiv:1607.06450; Phi-3.5-MoE), computed by PyTorch. qk_norm is
+    RMSNorm either way."""
+    norm_zero_centered: bool = False
+    """Multiply normalised values by 1 + weight instead of weight, in all norms but those of latent attention, with
+    weights initialised to zero (Gemma; layernorm_zero_centered_gamma of Megatron-Core)."""
     norm_eps: float = setting(1e-6, gt=0)
-    """Term added to the mean square in RMSNorm."""
+    """Term added to the mean square in RMSNorm and to the variance in LayerNorm."""
     init_scale: float = setting(0.1, gt=0, resumable=True)
     """Scale s of the initial weights, drawn from a normal distribution with standard deviation sqrt(s / fan_in),
     truncated at two standard deviations. Switch, section 2.4, reduces the usual 1.0 tenfold for stability."""

@@ -20,7 +20,7 @@ from conf.schema import ModelConfig
 from models.attention import Attention
 from models.init import initialise
 from models.mla import LatentAttention
-from models.norm import RMSNorm
+from models.norm import LayerNorm, RMSNorm
 from models.rope import Rotary
 from moe.layer import MoELayer
 from moe.metrics import Report
@@ -48,13 +48,14 @@ class ModelBuildContext:
     ops: Ops = DEFAULT_OPS
 
     def norm(self) -> RMSNorm:
-        return RMSNorm(
+        return (LayerNorm if self.model.norm == "layernorm" else RMSNorm)(
             self.model.hidden_size,
             self.model.norm_eps,
             function=self.ops.rms_norm,
             dtype=self.config.params_dtype,
             sequence_parallel=self.config.sequence_parallel,
             groups=self.runtime.groups,
+            zero_centered=self.model.norm_zero_centered,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from conf.schema import ModelConfig
@@ -29,9 +29,10 @@ def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Gro
     """
     full = model.qk_norm == "full"
     size = width // groups.tp.size() if full else model.head_width
-    norm = RMSNorm(size, model.norm_eps, function=function, dtype=dtype, sequence_parallel=False, groups=groups)
+    how = {"dtype": dtype, "sequence_parallel": False, "groups": groups, "zero_centered": model.norm_zero_centered}
+    norm = RMSNorm(size, model.norm_eps, function=function, **how)
     if full:  # sharded as the heads are
-        set_sharding(norm.weight, (0, groups.tp))
+        set_sharding(norm.weight, (0, groups.tp), std=norm.weight.sharding.std)
     return norm
 
 
@@ -48,13 +49,13 @@ def norm_queries_and_keys(
     if tp.size() == 1:
         normed = q_norm(q_SBW), k_norm(k_SBW)
     else:
-        normed = sharded_rms_norms(q_SBW, k_SBW, q_norm.weight, k_norm.weight, q_norm.eps, tp)
+        normed = sharded_rms_norms(q_SBW, k_SBW, q_norm.gain, k_norm.gain, q_norm.eps, tp)
     q_SBHN, k_SBHN = (y_SBW.view(x_SBHN.shape) for y_SBW, x_SBHN in zip(normed, both, strict=True))
     return q_SBHN, k_SBHN
 
 
 def sharded_rms_norms(
-    q_SBW: Tensor, k_SBW: Tensor, q_weight_W: nn.Parameter, k_weight_W: nn.Parameter, eps: float, tp: dist.ProcessGroup
+    q_SBW: Tensor, k_SBW: Tensor, q_weight_W: Tensor, k_weight_W: Tensor, eps: float, tp: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of two tensors, each over the widths of all ranks of `tp` together, of which each rank has W."""
     q_RW, k_RW = _ShardedRMSNorms.apply(q_SBW.flatten(0, 1), k_SBW.flatten(0, 1), q_weight_W, k_weight_W, eps, tp)

@@ -87,5 +87,8 @@ RMS_NORM = Operation(
         Implementation("Apex", _apex),
     ],
     trial=_trial,
+    is_used=lambda context: (
+        context.model.norm == "rmsnorm" or (context.model.qk_norm or context.model.kv_lora_rank) is not None
+    ),
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
 )

@@ -91,6 +91,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     dense = model.num_layers - sparse
     router = d * moe.num_experts
     vectors = sum(attention_vectors(model)) * model.num_layers + sparse * (moe.num_experts if moe.router_bias else 0)
+    vectors += (2 * model.num_layers + 1) * d if model.norm == "layernorm" else 0
     vectors += dense * ffn_biases(model, model.ffn_hidden_size)
     vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
     shared += d if moe.shared_expert_gate else 0

@@ -150,8 +150,9 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
         shared = sparse if moe.num_shared_experts else 0
         gates = input_projections(model.activation) / layout.tp
         spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
-    copied = (sparse + dense) * (2 * d + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
-    copied += stage.is_last * d
+    norm = 2 * d if model.norm == "layernorm" else d
+    copied = (sparse + dense) * (2 * norm + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
+    copied += stage.is_last * norm
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts

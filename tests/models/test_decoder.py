@@ -45,6 +45,9 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         (GPT_OSS, False),
         (replace(GPT_OSS, moe=MoeConfig(), ffn_bias=True), True),
         (tiny(DROPPING, **MULTIPLIERS), False),
+        (tiny(DROPPING, norm="layernorm"), False),
+        (tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"), False),
+        (tiny(norm_zero_centered=True, qk_norm="full", init_scale=1.0), False),
         (tiny(attention_chunk_size=2, full_attention_every=2, num_layers=3), True),
     ],
     ids=[
@@ -55,6 +58,9 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         "gpt-oss",
         "gpt-oss, dense",
         "multipliers",
+        "layer norm",
+        "layer norm, 1 + weight",
+        "1 + weight",
         "chunks",
     ],
 )
@@ -193,6 +199,7 @@ COSTED = {
         MoeConfig(num_experts=4, every=2, capacity_factor=None, num_shared_experts=1, router_bias=True),
         **{"ffn_bias": True, "attention_output_bias": True, "activation": "clamped_swiglu"},
     ),
+    "layer norm": tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 

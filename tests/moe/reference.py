@@ -263,8 +263,12 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return x_D / torch.sqrt((x_D * x_D).sum() / len(x_D) + eps) * weight_D
 
 
-def norm_all(x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return torch.stack([torch.stack([rms_norm(x_D, weight_D, eps) for x_D in x_SD]) for x_SD in x_BSD])
+def norm_all(x_BSD: Tensor, weights: Weights, name: str, model: ModelConfig) -> Tensor:
+    gain_D = weights[f"{name}.weight"] + model.norm_zero_centered
+    if model.norm == "layernorm":  # the RMSNorm of what is left without the mean, and a bias
+        x_BSD = x_BSD - x_BSD.mean(-1, keepdim=True)
+    normed = [torch.stack([rms_norm(x_D, gain_D, model.norm_eps) for x_D in x_SD]) for x_SD in x_BSD]
+    return torch.stack(normed) + weights.get(f"{name}.bias", 0.0)
 
 
 def rotate(x_N: Tensor, position: int, theta: float) -> Tensor:
@@ -323,7 +327,10 @@ def norm_heads(heads_GHN: Tensor, weights: Weights, model: ModelConfig, queries:
     parts = {"q": heads_GHN[:, :queries], "k": heads_GHN[:, queries : queries + 1]}
     normed = []
     for name, part_GHN in parts.items():
-        weight, heads = weights[f"{name}_layernorm.weight"], part_GHN.reshape(-1, part_GHN.shape[-1])
+        weight, heads = (
+            weights[f"{name}_layernorm.weight"] + model.norm_zero_centered,
+            part_GHN.reshape(-1, part_GHN.shape[-1]),
+        )
         rows = [heads.flatten()] if model.qk_norm == "full" else list(heads)
         normed.append(torch.cat([rms_norm(row, weight, model.norm_eps) for row in rows]).view(part_GHN.shape))
     return torch.cat([*normed, heads_GHN[:, queries + 1 :]], 1)
@@ -351,14 +358,14 @@ def decoder(
     x_BSD = weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
     for layer in range(model.num_layers):
         part = under(weights, f"layers.{layer}.")
-        normed_BSD = norm_all(x_BSD, part["attention_norm.weight"], model.norm_eps)
+        normed_BSD = norm_all(x_BSD, part, "attention_norm", model)
         local = model if layer in model.local_layers else everywhere
         attended = [
             attention(x_SD, under(part, "attention."), local, positions_S, document_mask)
             for x_SD, positions_S in zip(normed_BSD, positions_BS.tolist(), strict=True)
         ]
         x_BSD = x_BSD + model.residual_multiplier * torch.stack(attended)
-        normed_BSD = norm_all(x_BSD, part["ffn_norm.weight"], model.norm_eps)
+        normed_BSD = norm_all(x_BSD, part, "ffn_norm", model)
         if "ffn.router.weight" in part:
             # The order in which tokens fill the experts: by position, and at one position by sequence of the batch.
             x_TD = torch.stack([normed_BSD[b, s] for s in range(sequence) for b in range(batch)])
@@ -374,7 +381,7 @@ def decoder(
             out_BSD = torch.stack([torch.stack(row) for row in rows])
         x_BSD = x_BSD + model.residual_multiplier * out_BSD
     head_VD = weights.get("head.weight", weights["embedding.weight"])
-    final_BSD = norm_all(x_BSD, weights["final_norm.weight"], model.norm_eps)
+    final_BSD = norm_all(x_BSD, weights, "final_norm", model)
     logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier
     cap = model.logit_softcap
     return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap), sparse

@@ -116,7 +116,13 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-BIASES = {"attention_sinks": True, "attention_output_bias": True, "ffn_bias": True, "sliding_window": 16}
+BIASES = {
+    "norm": "layernorm",
+    "attention_sinks": True,
+    "attention_output_bias": True,
+    "ffn_bias": True,
+    "sliding_window": 16,
+}
 
 
 @pytest.mark.parametrize(
