@@ -52,7 +52,7 @@ def export_model(config: ExportConfig) -> int:
     origin = origin_of(run_dir.absolute())
     base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
     family = family_for(run.model, config.family or base.get("model_type"))
-    base = base if base.get("model_type") == family.name else {}
+    base = base if base.get("model_type") in (family.name, *family.aliases) else {}
     output = Path(config.output).expanduser()
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:

@@ -113,7 +113,7 @@ def _source(directory: Path, family: Family, block: tuple[int, int] | None) -> "
 def _convert(source: "Source", aside: Path, family: Family, model: ModelConfig, threads: int) -> str:
     """Writes the checkpoint. Returns a description of what was converted."""
     from models.hf.convert import check_tied_head, write_checkpoint
-    from models.hf.mapping import HEAD, check_tensors, parameters_of
+    from models.hf.mapping import HEAD, check_tensors, mtp_tensors, parameters_of
     from training.model_shapes import logical_shapes
 
     redirection = redirect_output(0)
@@ -127,7 +127,12 @@ def _convert(source: "Source", aside: Path, family: Family, model: ModelConfig, 
     if HEAD in idle:
         check_tied_head(source, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
     write_checkpoint(aside / STEP, source, parameters, model, threads)
-    words = source.described(idle)
+    words, left = source.described(idle), mtp_tensors(family, model, source.entries)
+    if left:
+        print(
+            f"not imported: {len(left)} tensors for multi-token prediction, which this model does not have and "
+            f"Transformers does not load either: {left[0]}, ..."
+        )
     return words + (f" ({len(idle)} without weights left: {', '.join(idle[:3])})" if idle else "")
 
 

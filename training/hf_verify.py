@@ -82,7 +82,6 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -92,7 +91,7 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
         if block_of(read_json(directory / CONFIG)):
             model, loading = _dequantised(directory, **options)
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(directory, **options)
+            model, loading = _model_class(directory, options).from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"Transformers cannot load {directory}: {error}") from None
     if wrong := {what: names for what, names in loading.items() if names}:
@@ -109,6 +108,21 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     save_file({**kept, IDS: torch.tensor(ids)}, path)
 
 
+def _model_class(directory: Path, options: dict[str, Any]) -> Any:
+    """AutoModelForCausalLM; or, for a model type that Transformers does not have, the class of the same architecture,
+    whose configuration is then added to the options."""
+    import transformers
+
+    found = read_json(directory / CONFIG)["model_type"]
+    family = family_named(found, CONFIG)
+    if found == family.name:
+        return transformers.AutoModelForCausalLM
+    kind = getattr(transformers, family.architecture)
+    options["config"] = kind.config_class.from_pretrained(directory, local_files_only=True)
+    options["config"].model_type = family.name
+    return kind
+
+
 def _dequantised(directory: Path, dtype: Any, **options: Any) -> Any:
     """As from_pretrained, for FP8 weights, dequantised here: Transformers itself would need another package, and
     refuses weights whose last block is not whole."""
@@ -118,11 +132,12 @@ def _dequantised(directory: Path, dtype: Any, **options: Any) -> Any:
 
     found = read_json(directory / CONFIG)
     family = family_named(found["model_type"], CONFIG)
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    kind = getattr(transformers, family.architecture)
+    config = kind.config_class.from_pretrained(directory, local_files_only=True)
+    config.model_type = family.name
     del config.quantization_config
     with Source(directory, family, block_of(found)) as source:
         weights = {name: source.read(name).to(dtype) for name in source.entries}
-    kind = getattr(transformers, family.architecture)
     return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
 
 

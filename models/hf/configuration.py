@@ -71,7 +71,9 @@ def _key_in(config: Mapping[str, Any], field: Field) -> str:
 
 def _value_error(field: Field, value: Any) -> str | None:
     """Why a value of config.json is invalid or unsupported. None: it is not."""
-    number, whole = isinstance(value, int | float) and not isinstance(value, bool), type(value) is int and value >= 1
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    whole, positive = type(value) is int and value >= field.minimum, f"an integer >= {field.minimum}"
+    positive = "a positive integer" if field.minimum == 1 else positive
     item = f"{field.key}={json.dumps(value)}"
     if field.values is not None:
         known = isinstance(value, str) and value in field.values
@@ -81,10 +83,10 @@ def _value_error(field: Field, value: Any) -> str | None:
     if field.fractional:
         return None if value is None or number else f"{item}: must be a number, or null"
     if field.default is None:
-        return None if value is None or whole else f"{item}: must be a positive integer, or null"
+        return None if value is None or whole else f"{item}: must be {positive}, or null"
     if type(field.default) is int:
         # null means a default that depends on other keys, for fields that have one.
-        return None if whole or (value is None and field.nullable) else f"{item}: must be a positive integer"
+        return None if whole or (value is None and field.nullable) else f"{item}: must be {positive}"
     if isinstance(field.default, bool):
         return None if isinstance(value, bool) else f"{item}: must be true or false"
     return None if number else f"{item}: must be a number"
@@ -188,15 +190,26 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
     config = dict(base) or {"architectures": [family.architecture], "model_type": family.name}
     config.pop(QUANTIZATION, None)  # an import dequantises
     for field in family.fields:
-        value = _get(model, field.setting)
+        value, key = _get(model, field.setting), _key_in(base, field)
+        if key in base and _setting_of(field, base, family) == value:
+            continue
         if field.values is not None:
             value = next(in_hf for in_hf, in_setting in field.values.items() if in_setting == value)
         new = field.to_hf(value, model)
-        key = _key_in(base, field)
         # A key that the base does not have is added only if Transformers' default would be wrong.
         if not _same(base.get(key, field.default), new) or (not base and new is not None):
             config[key] = new
-    return with_rope(config, family, model)
+    return with_rope(config | family.constants, family, model)
+
+
+def _setting_of(field: Field, config: Mapping[str, Any], family: Family) -> Any:
+    """The value of a setting that a config.json has; None if it is invalid."""
+    full = {other.key: config.get(_key_in(config, other), other.default) for other in family.fields}
+    value = full[field.key]
+    try:
+        return field.from_hf(value if field.values is None else field.values[value], full)
+    except (ValueError, KeyError):
+        return None
 
 
 def _same(old: Any, new: Any) -> bool:

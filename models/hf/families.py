@@ -1,5 +1,7 @@
 """The supported model families. A new one is a file in this folder and an entry here (docs/hugging_face.md)."""
 
+from models.hf.deepseek_v2 import DEEPSEEK_V2
+from models.hf.deepseek_v3 import DEEPSEEK_V3
 from models.hf.family import Family
 from models.hf.gpt_oss import GPT_OSS
 from models.hf.granitemoe import GRANITEMOE
@@ -9,14 +11,14 @@ from models.hf.olmoe import OLMOE
 from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, GPT_OSS, GRANITEMOE, LLAMA, QWEN3, QWEN2)
-}
+_SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, GRANITEMOE)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_SPARSE, LLAMA, QWEN3, QWEN2)}
 
 
 def family_named(name: object, where: str) -> Family:
     """The family of that name. Raises ValueError if there is none; `where`: where the name comes from, for the
     message."""
-    if name not in FAMILIES:
+    found = next((family for family in FAMILIES.values() if name in (family.name, *family.aliases)), None)
+    if found is None:
         raise ValueError(f"{where} is {name!r}, which is not a supported family: {', '.join(FAMILIES)}")
-    return FAMILIES[str(name)]
+    return found

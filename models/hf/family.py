@@ -4,7 +4,7 @@ Legend: D hidden size, F hidden size of a feed-forward layer, H query heads, G k
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class Field:
     """The default of Transformers if config.json does not have the key."""
     aliases: tuple[str, ...] = ()
     """Other names of the key, written by some versions of Transformers."""
+    minimum: int = 1
+    """The smallest value if the default is an integer or null."""
     nullable: bool = False
     """Whether null is allowed although the default is a number; from_hf handles it."""
     fractional: bool = False
@@ -108,5 +110,12 @@ class Family:
     """partial_rotary_factor if config.json does not have it. None: the family rotates whole heads."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that are not weights."""
+    aliases: tuple[str, ...] = ()
+    """Other model types with the same keys and tensors, which Transformers does not have."""
+    mtp_tensor: str | None = None
+    """A tensor that only a layer for multi-token prediction has. Such layers, stored after the last layer, are not
+    imported. None: the family has none."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that have the same value in every export."""
     refuse: Callable[[ModelConfig], str | None] = lambda model: None
     """Why a model does not belong to the family although each of its settings does. None: it does."""

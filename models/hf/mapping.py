@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,7 @@ def check_tensors(
     assert len(shapes) == len(wanted), "two parameters take the same tensor"
     copies = [HEAD] if model.tie_embeddings and HEAD in entries else []
     ignored = [name for name in entries if any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)]
+    ignored += mtp_tensors(family, model, entries)
     lists = {
         "missing": [name for name in shapes if name not in entries],
         "unexpected": sorted(entries.keys() - shapes.keys() - {*ignored, *copies}),
@@ -99,6 +100,20 @@ def check_tensors(
         problems = (f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
         raise ValueError(f"the tensors do not match this {family.name} model: {'; '.join(problems)}")
     return [*copies, *ignored]
+
+
+def mtp_tensors(family: Family, model: ModelConfig, names: Iterable[str]) -> list[str]:
+    """The tensors of layers for multi-token prediction, stored after the model's own layers."""
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        if (match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match[1]) >= model.num_layers:
+            layers.setdefault(int(match[1]), []).append(name)
+    marked = [
+        tensors
+        for layer, tensors in layers.items()
+        if family.mtp_tensor and f"model.layers.{layer}.{family.mtp_tensor}" in tensors
+    ]
+    return [name for tensors in marked for name in tensors]
 
 
 def _some(names: list[str]) -> str:

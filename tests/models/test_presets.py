@@ -21,6 +21,8 @@ from training.model_shapes import logical_shapes
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 MIXTRAL = {"num_key_value_heads": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 QWEN3 = {"norm_topk_prob": True, "head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mixtral_8x7b": ("46.7", "12.9", "Mixtral", MIXTRAL),
     "mixtral_8x22b": (
@@ -46,12 +48,50 @@ PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "gpt_oss_20b": ("20.91", "3.61", "GptOss", {"num_hidden_layers": 24, "num_local_experts": 32}),
     "gpt_oss_120b": ("116.83", "5.13", "GptOss", {}),
+    "deepseek_v2_lite": (
+        "15.7",
+        "2.4",
+        "DeepseekV2",
+        {
+            **{"hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "q_lora_rank": None},
+            **{
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+            },
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v3": ("671", "37", "DeepseekV3", {"rope_parameters": YARN}),
+    "kimi_k2": (
+        "1.0E3",
+        "32",
+        "DeepseekV3",
+        {
+            **{"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827},
+            "rope_parameters": YARN | {"rope_theta": 5e4, "factor": 32.0, "beta_fast": 1.0},
+        },
+    ),
+    "moonlight_16b_a3b": (
+        "16",
+        "3",
+        "DeepseekV3",
+        {
+            **{"vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16},
+            **{"num_key_value_heads": 16, "intermediate_size": 11264, "moe_intermediate_size": 1408},
+            **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+            **{"q_lora_rank": None, "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        },
+    ),
 }
 """Billions of parameters, of active ones, both with the digits that were printed; and the published config.json, where
 it differs from the defaults of Transformers' configuration class."""
 
 
-LOOKUP_IS_NOT_ACTIVE = ("gpt_oss_20b", "gpt_oss_120b")
+LOOKUP_IS_NOT_ACTIVE = ("gpt_oss_20b", "gpt_oss_120b", "deepseek_v2_lite")
 """Whose publication counts the output layer as active but not the embedding."""
 
 

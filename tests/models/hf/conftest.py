@@ -8,6 +8,23 @@ from tests.training.helpers import write_corpus
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LATENT = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1}
+DEEPSEEK = {**LATENT, **EXPERTS, "num_key_value_heads": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
+DEEPSEEK_PLAIN = {"q_lora_rank": None, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+DEEPSEEK_PLAIN |= {"routed_scaling_factor": 1.0}
+DEEPSEEK_V3 = {**DEEPSEEK, "num_mtp_layers": 0, "first_k_dense_replace": 1}
+DEEPSEEK_V3 |= {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}}
+DEEPSEEK_V3_PLAIN = {
+    **DEEPSEEK,
+    **DEEPSEEK_PLAIN,
+    "num_mtp_layers": 0,
+    "norm_topk_prob": False,
+    "rope_interleave": False,
+}
+DEEPSEEK_V2 = {**DEEPSEEK, "first_k_dense_replace": 1, "n_shared_experts": 2, "topk_method": "group_limited_greedy"}
+DEEPSEEK_V2 |= {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
+DEEPSEEK_V2_PLAIN = {**DEEPSEEK, **DEEPSEEK_PLAIN, "topk_method": "greedy"}
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +93,10 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 8.0},
         ),
         "granitemoe_plain": save_model("GraniteMoe", folder / "granitemoe_plain", corpus, **moe),
+        "deepseek_v3": save_model("DeepseekV3", folder / "deepseek_v3", corpus, **DEEPSEEK_V3),
+        "deepseek_v3_plain": save_model("DeepseekV3", folder / "deepseek_v3_plain", corpus, **DEEPSEEK_V3_PLAIN),
+        "deepseek_v2": save_model("DeepseekV2", folder / "deepseek_v2", corpus, **DEEPSEEK_V2),
+        "deepseek_v2_plain": save_model("DeepseekV2", folder / "deepseek_v2_plain", corpus, **DEEPSEEK_V2_PLAIN),
         "hub": save_by_hand(folder / "hub"),
     }
 

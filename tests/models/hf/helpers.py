@@ -43,6 +43,9 @@ def save_model(kind: str, folder: Path, corpus: Path, *, dtype: torch.dtype = to
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(1 + 0.2 * torch.randn_like(weight) if "norm" in name else 0.25 * torch.randn_like(weight))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     model.save_pretrained(folder, max_shard_size="40KB")
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     Tokenizer.train(texts, vocab_size=VOCABULARY, eod_token="<|endoftext|>").save(str(folder / "tokenizer.json"))

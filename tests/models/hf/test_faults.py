@@ -132,6 +132,15 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ("qwen3", {"attention_bias": True}, "attention_bias=true: only false"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true: only false"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=true: only false"),
+        ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads=8: only num_attention_heads"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=softmax: only sigmoid"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2: only 1"),
+        ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1: must be an integer >= 0"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok=null: a number is needed"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true: only false"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method="noaux_tc": only greedy, group_limited_greedy'),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "needs topk_group < n_group"),
     ],
     ids=str,
 )
@@ -146,10 +155,12 @@ def test_settings_come_back_from_a_config_json(name: str) -> None:
     """And the defaults are those of Transformers."""
     transformers = pytest.importorskip("transformers")
     family = FAMILIES[name]
-    theirs = transformers.AutoConfig.for_model(name)
-    _, model = model_of({"model_type": name}, Path("config.json"))
+    needed = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}  # null by default
+    theirs = transformers.AutoConfig.for_model(name, **needed)
+    _, model = model_of({"model_type": name} | needed, Path("config.json"))
     written = config_of(family, model, {})
-    assert getattr(theirs, "head_dim", None) in (None, model.head_width)
+    heads = model.head_width if model.kv_lora_rank is None else model.rotary_width
+    assert getattr(theirs, "head_dim", None) in (None, heads)
     for field in family.fields:
         if field.key == "head_dim":
             continue

@@ -39,6 +39,27 @@ def ours(world: World, run: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return stage(tokens, positions)[0].detach(), loss.detach(), gradients
 
 
+LATENT = {
+    **{"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"},
+    **{"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"},
+}
+
+
+def attention_gradients(prefix: str, attention: torch.nn.Module) -> dict[str, Tensor]:
+    """Of the projections of queries, keys and values."""
+    if hasattr(attention, "kv_b_proj"):
+        layers = {ours: getattr(attention, part, None) for ours, part in LATENT.items()}
+        return {f"{prefix}{ours}.weight": layer.weight.grad for ours, layer in layers.items() if layer is not None}
+    q, k, v = (getattr(attention, f"{part}_proj").weight.grad for part in "qkv")
+    # Two groups of two query heads: q0 q1 k0 v0 q2 q3 k1 v1.
+    (q0, q1), (k0, k1), (v0, v1) = q.chunk(2), k.chunk(2), v.chunk(2)
+    grads = {f"{prefix}qkv.weight": torch.cat([q0, k0, v0, q1, k1, v1])}
+    if attention.q_proj.bias is not None:
+        q, k, v = (getattr(attention, f"{part}_proj").bias.grad.chunk(2) for part in "qkv")
+        grads[f"{prefix}qkv.bias"] = torch.cat([q[0], k[0], v[0], q[1], k[1], v[1]])
+    return grads
+
+
 def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same of Transformers' model, its gradients under our names and in our layout.
 
@@ -63,18 +84,11 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
         grads[f"layers.{i}.attention_norm.weight"] = layer.input_layernorm.weight.grad
         grads[f"layers.{i}.ffn_norm.weight"] = layer.post_attention_layernorm.weight.grad
         grads[f"layers.{i}.attention.out.weight"] = layer.self_attn.o_proj.weight.grad
-        q, k, v = (getattr(layer.self_attn, f"{part}_proj").weight.grad for part in "qkv")
-        # Two groups of two query heads: q0 q1 k0 v0 q2 q3 k1 v1.
-        (q0, q1), (k0, k1), (v0, v1) = q.chunk(2), k.chunk(2), v.chunk(2)
-        grads[f"layers.{i}.attention.qkv.weight"] = torch.cat([q0, k0, v0, q1, k1, v1])
-        if layer.self_attn.q_proj.bias is not None:
-            q, k, v = (getattr(layer.self_attn, f"{part}_proj").bias.grad.chunk(2) for part in "qkv")
-            bias = torch.cat([q[0], k[0], v[0], q[1], k[1], v[1]])
-            grads[f"layers.{i}.attention.qkv.bias"] = bias
-        if hasattr(layer.mlp, "shared_expert"):
-            for part in ("gate", "up", "down"):
-                shared = getattr(layer.mlp.shared_expert, f"{part}_proj").weight.grad
-                grads[f"layers.{i}.ffn.shared.ffn.{part}.weight"] = shared
+        grads |= attention_gradients(f"layers.{i}.attention.", layer.self_attn)
+        shared = getattr(layer.mlp, "shared_experts", getattr(layer.mlp, "shared_expert", None))
+        for part in ("gate", "up", "down") if shared is not None else ():
+            grads[f"layers.{i}.ffn.shared.ffn.{part}.weight"] = getattr(shared, f"{part}_proj").weight.grad
+        if hasattr(layer.mlp, "shared_expert_gate"):
             grads[f"layers.{i}.ffn.shared.gate"] = layer.mlp.shared_expert_gate.weight.grad
         for part in "qk" if hasattr(layer.self_attn, "q_norm") else "":
             norm = getattr(layer.self_attn, f"{part}_norm").weight.grad
@@ -124,6 +138,10 @@ FAMILIES = [
     "gpt_oss_plain",
     "granitemoe",
     "granitemoe_plain",
+    "deepseek_v3",
+    "deepseek_v3_plain",
+    "deepseek_v2",
+    "deepseek_v2_plain",
 ]
 
 

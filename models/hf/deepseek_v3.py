@@ -1,0 +1,55 @@
+"""DeepSeek-V3 (transformers/models/deepseek_v3: configuration_deepseek_v3.py, modeling_deepseek_v3.py), and models with
+the same architecture: Moonlight under the same model_type, Kimi-K2 under another."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from conf.schema import ModelConfig
+from models.hf.decoder import LAYER, NORM_TOPK
+from models.hf.deepseek_v2 import DISABLED, NEUTRAL, TRAINING, WEIGHTS, expert_fields, latent_fields, refuse
+from models.hf.family import Family, Field, WeightMapping
+
+
+def _groups(value: int | None, config: Mapping[str, Any]) -> int:
+    """n_group or topk_group; a single group if all of them are selected."""
+    groups, chosen = config["n_group"] or 1, config["topk_group"] or 1
+    return (value or 1) if chosen < groups else 1
+
+
+def _refuse(model: ModelConfig) -> str | None:
+    if model.moe.bias_update_rate is not None:
+        return refuse(model)
+    return "model.moe.bias_update_rate=null: DeepSeek-V3 has a balancing bias, which 0 keeps as it is"
+
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    aliases=("kimi_k2",),
+    architecture="DeepseekV3ForCausalLM",
+    fields=(
+        *latent_fields(
+            vocab_size=129280, hidden_size=7168, layers=61, heads=128, groups=128, eps=1e-6, q_lora_rank=1536
+        ),
+        Field("intermediate_size", "ffn_hidden_size", 18432),
+        *expert_fields(width=2048, experts=256, shared=1, top_k=8, scale=2.5),
+        Field("first_k_dense_replace", "moe.first_dense_layers", 3, minimum=0),
+        Field("n_group", "moe.num_expert_groups", 8, nullable=True, from_hf=_groups),
+        Field("topk_group", "moe.top_k_groups", 4, nullable=True, from_hf=_groups),
+        replace(NORM_TOPK, default=True),
+        Field("rope_interleave", "rope_interleave", True),
+    ),
+    weights=(
+        *WEIGHTS,
+        WeightMapping(LAYER + "ffn.router.bias", (f"model.{LAYER}mlp.gate.e_score_correction_bias",)),
+    ),
+    rope_theta=10000.0,
+    disabled={**DISABLED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    settings={"moe.score_function": ("sigmoid",)},
+    # The bias is kept as it is, as in the last phase of training (arXiv:2412.19437, section 4.2).
+    training={**TRAINING, "moe.bias_update_rate": 0.0},
+    neutral_keys=(*NEUTRAL, "num_nextn_predict_layers", "num_mtp_layers"),
+    mtp_tensor="eh_proj.weight",
+    constants={"num_nextn_predict_layers": 0},
+    refuse=_refuse,
+)
