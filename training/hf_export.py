@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they import PyTorch; settings are validated before that
     from models.hf.mapping import Parameter
 
 DTYPES = ("stored", "fp32", "bf16")
+GENERATION = "generation_config.json"
 _TRANSIENT, _BIAS = ".last_load", ".router.bias"
 
 
@@ -126,8 +127,10 @@ def _write_files(
     """config.json, generation_config.json and the tokenizer."""
     from models.hf.files import companion_files
 
+    replaced = bool(origin and tokenizer is not None and not _same_tokenizer(origin.parent, run_dir))
     for path in companion_files(origin) if origin else ():
-        shutil.copyfile(path, aside / path.name)
+        if path.name in (CONFIG, GENERATION) or not replaced:
+            shutil.copyfile(path, aside / path.name)
     theirs.pop("torch_dtype", None)
     if tokenizer is not None:
         shutil.copyfile(run_dir / TOKENIZER, aside / TOKENIZER)
@@ -136,11 +139,22 @@ def _write_files(
         if not (aside / "tokenizer_config.json").exists():
             named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": run.data.eod_token}
             _write_json(aside / "tokenizer_config.json", named)
+    if replaced:
+        assert tokenizer is not None
+        theirs |= {"eos_token_id": tokenizer.eod_id}
+        generation = read_json(aside / GENERATION) if (aside / GENERATION).is_file() else {}
+        _write_json(aside / GENERATION, generation | {"eos_token_id": tokenizer.eod_id})
     if not origin:
         ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod_id if tokenizer else None}
         theirs |= ends | {"max_position_embeddings": run.train.sequence_length}
-        _write_json(aside / "generation_config.json", ends)
+        _write_json(aside / GENERATION, ends)
     _write_json(aside / CONFIG, theirs)
+
+
+def _same_tokenizer(run_dir: Path, other: Path) -> bool:
+    """Whether two runs have the same tokenizer.json."""
+    path = run_dir / TOKENIZER
+    return path.is_file() and path.read_bytes() == (other / TOKENIZER).read_bytes()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -61,6 +61,8 @@ def import_model(config: ImportConfig) -> int:
         return 1
     print(f"imported {family.name} from {source}: {summary} -> {output}")
     words = [override("checkpoint.load", str(output))]
+    if tokenizer is None:
+        words.append("data.tokenizer=PATH")  # without one, the ids of new text would have another meaning
     if run.data.eod_token != DataConfig().eod_token:
         words.append(override("data.eod_token", run.data.eod_token))
     print(

@@ -48,7 +48,7 @@ def import_model(config: ImportMegatronConfig) -> int:
     print(f"imported {summary} -> {output}")
     print("not compared with Megatron-Core: the checkpoint does not say how the weights are used. Check the loss:")
     print(command([".venv/bin/python", "-m", "launch.evaluate", f"checkpoint={output}"], ["data.files=[TEXT]"]))
-    words = [override("checkpoint.load", str(output))]
+    words = [override("checkpoint.load", str(output)), *(["data.tokenizer=PATH"] if tokenizer is None else [])]
     print("train on: " + command(["bash", "launch/train.sh", f"--config-dir={output}", f"model={model.name}"], words))
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -216,6 +217,32 @@ def test_a_run_trains_on_alike_from_an_import_of_its_export(
         tensors_in(tmp_path / "trained")["model.norm.weight"] - tensors_in(tmp_path / "exported")["model.norm.weight"]
     )
     assert moved.any()
+
+
+def test_an_export_with_another_tokenizer_ends_where_it_does(runs, ranks: RankPool, tmp_path: Path) -> None:
+    """The source's files about its own tokenizer are not those of the run's."""
+    shutil.copytree(runs["mixtral"], tmp_path / "imported")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "imported" / "hf" / name).read_text())
+        (tmp_path / "imported" / "hf" / name).write_text(json.dumps(found | {"eos_token_id": 5}))
+    (tmp_path / "imported" / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    shutil.copytree(tmp_path / "imported", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "hf")
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    settings["checkpoint"]["load"] = str(tmp_path / "imported")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    def ends(output: str) -> tuple[list[int], bool]:
+        code, printed = run_export(ranks, tmp_path / "run", tmp_path / output, verify=False)
+        assert code == 0, printed
+        names = ("config.json", "generation_config.json")
+        ids = [json.loads((tmp_path / output / name).read_text())["eos_token_id"] for name in names]
+        return ids, (tmp_path / output / "chat_template.jinja").exists()
+
+    assert ends("same") == ([5, 5], True)
+    content = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
+    (tmp_path / "run" / "tokenizer.json").write_text(json.dumps(content))  # other bytes
+    assert ends("other") == ([0, 0], False)
 
 
 def test_a_wrong_layout_does_not_get_past_the_comparison(sources, ranks: RankPool, tmp_path: Path) -> None:
