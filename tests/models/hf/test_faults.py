@@ -150,6 +150,19 @@ def test_an_unsupported_feature_of_one_family(name: str, changes: dict, expected
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "every", "first"),
+    [("sfsfsf", 2, 0), ("ssssss", None, 0), ("ffssss", None, 2), ("ffsfss", 4, 2), ("ffffff", None, 0)],
+)
+def test_a_pattern_of_layers_comes_back(kinds: str, every: int | None, first: int) -> None:
+    names = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds]
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 6, "layer_types": names}
+    family, model = model_of(config, Path("config.json"))
+    assert (model.full_attention_every, model.first_full_attention_layers) == (every, first)
+    assert [layer in model.local_layers for layer in range(6)] == [kind == "s" for kind in kinds]
+    assert config_of(family, model, config)["layer_types"] == names
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_come_back_from_a_config_json(name: str) -> None:
     """And the defaults are those of Transformers."""
