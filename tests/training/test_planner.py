@@ -229,3 +229,26 @@ def test_parameters_are_those_of_the_model(preset: str, layout: Layout, ranks: R
     first = [stage.index * layout.world // layout.pp for stage in stages]
     found = ranks.run(1, held_by_ranks, config, layout, first, timeout=120)[0]
     assert found == [sum(stage_parameters(config.model, layout, stage)) for stage in stages]
+
+
+# Krajewski et al. 2024 (arXiv:2402.07871), table 2: active parameters, tokens, granularity, FLOPs, loss.
+FINE_GRAINED = [
+    (100e6, 4.37e9, 8, 2.95e18, 3.133),
+    (1e9, 28.94e9, 16, 1.93e20, 2.491),
+    (3e9, 72.9e9, 16, 1.41e21, 2.245),
+    (7e9, 137.6e9, 32, 6.46e21, 2.076),
+    (70e9, 941.07e9, 32, 4.16e23, 1.694),
+    (300e9, 2.96e12, 64, 5.69e24, 1.503),
+    (1e12, 7.94e12, 64, 4.97e25, 1.367),
+]
+
+
+@pytest.mark.parametrize(("active", "tokens", "granularity", "compute", "loss"), FINE_GRAINED)
+def test_fine_grained_optima_are_the_papers(
+    active: float, tokens: float, granularity: int, compute: float, loss: float
+) -> None:
+    """As near as its rounded coefficients allow."""
+    got = scaling_laws.fine_grained(compute)
+    assert got.active == pytest.approx(active, rel=0.04) and got.tokens == pytest.approx(tokens, rel=0.04)
+    assert got.granularity == granularity and got.loss == pytest.approx(loss, rel=0.01)
+    assert got.total == pytest.approx(516 / 12 * got.active)

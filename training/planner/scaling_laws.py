@@ -50,6 +50,46 @@ same 20 tokens a parameter."""
 LAWS = (KAPLAN, CHINCHILLA)
 
 
+@dataclass(frozen=True)
+class FineGrained:
+    """A compute-optimal mixture of experts."""
+
+    active: float
+    """Parameters that a token uses, without embeddings."""
+    total: float
+    """All parameters, without embeddings."""
+    tokens: float
+    granularity: int
+    """How many times narrower than a dense layer's an expert is; a token is routed to as many of them."""
+    loss: float
+    """On C4 with GPT-2's tokenizer, in nats per token."""
+
+
+EXPANSION = 64
+"""Parameters of all experts relative to those of the ones that a token uses."""
+FINE_GRAINED = (
+    "Krajewski et al. 2024 (arXiv:2402.07871), eq. 9 and 10, table 1: fitted to models of at most 85 M active and 3.7 B "
+    "total parameters, 16 to 130 B tokens, expert-choice routing; larger budgets extrapolate"
+)
+
+
+def fine_grained(compute: float) -> FineGrained:
+    """Minimises L = c + (g / G^gamma + a) / N^alpha + b / D^beta over models of n blocks of width d = 64 n, with
+    N = d^2 (8 E + 4) n parameters, 12 d^2 n of them active, and compute = (6 x 12 d^2 + 14 d E G) n D."""
+    best: FineGrained | None = None
+    for granularity in (1, 2, 4, 8, 16, 32, 64, 128):
+        for step in range(600):
+            n = 1.01**step
+            d = 64 * n
+            active, total = 12 * d**2 * n, d**2 * (8 * EXPANSION + 4) * n
+            tokens = compute / ((6 * 12 * d**2 + 14 * d * EXPANSION * granularity) * n)
+            loss = 0.47 + (2.1 / granularity**0.58 + 18.1) / total**0.115 + 30.8 / tokens**0.147
+            if best is None or loss < best.loss:
+                best = FineGrained(active, total, tokens, granularity, loss)
+    assert best is not None
+    return best
+
+
 def table(budget: float, rates: Rates | None, cluster: str | None) -> str:
     """The optimum of each law for this budget, ten times as much and, on a cluster, the time that it takes."""
     lines = [f"budget {budget:.3g} FLOPs, spent as 6 x parameters x tokens", ""]
@@ -61,7 +101,18 @@ def table(budget: float, rates: Rates | None, cluster: str | None) -> str:
             f"{law.name:<12} {n / 1e9:>9,.3g} B {d / 1e9:>9,.3g} B {d / n:>18,.1f}   "
             f"{more_n / n:.1f}x parameters, {more_d / d:.1f}x tokens"
         )
-    lines += ["", *(f"{law.name}: {law.source}" for law in LAWS)]
+    sparse, more = fine_grained(budget), fine_grained(10 * budget)
+    lines.append(
+        f"{'MoE':<12} {sparse.active / 1e9:>9,.3g} B {sparse.tokens / 1e9:>9,.3g} B "
+        f"{sparse.tokens / sparse.active:>18,.1f}   {more.active / sparse.active:.1f}x active parameters, "
+        f"{more.tokens / sparse.tokens:.1f}x tokens"
+    )
+    lines += ["", *(f"{law.name}: {law.source}" for law in LAWS), f"MoE: {FINE_GRAINED}"]
+    experts = EXPANSION * sparse.granularity
+    lines += [
+        f"     of {sparse.total / 1e9:,.3g} B parameters in all: {experts:,} experts a layer, each 1 / "
+        f"{sparse.granularity} of a dense layer's width, top-{sparse.granularity}; loss {sparse.loss:.3f} on C4"
+    ]
     if rates is not None:
         lines += ["", *_cost(budget, rates, cluster)]
     return "\n".join(lines)
