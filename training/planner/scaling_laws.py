@@ -68,8 +68,8 @@ class FineGrained:
 EXPANSION = 64
 """Parameters of all experts relative to those of the ones that a token uses."""
 FINE_GRAINED = (
-    "Krajewski et al. 2024 (arXiv:2402.07871), eq. 9 and 10, table 1: fitted to models of at most 85 M active and 3.7 B "
-    "total parameters, 16 to 130 B tokens, expert-choice routing; larger budgets extrapolate"
+    "Krajewski et al. 2024 (arXiv:2402.07871), eq. 9 and 10, table 1: fitted to models of at most 85 M active and 3.7 "
+    "B total parameters, 16 to 130 B tokens, expert-choice routing; larger budgets extrapolate"
 )
 
 
