@@ -14,7 +14,7 @@ from models.hf.families import FAMILIES, family_named
 from models.hf.family import Family, Field
 from models.hf.quantization import KEY as QUANTIZATION
 from models.hf.quantization import unsupported as quantization_error
-from models.hf.rope import PARTIAL, ROPE_KEYS, ROPE_SETTINGS, rope_settings, with_rope
+from models.hf.rope import PARTIAL, ROPE_KEYS, ROPE_SETTINGS, ROTATED, rope_settings, with_rope
 
 CONFIG = "config.json"
 NEUTRAL_KEYS = (
@@ -94,7 +94,7 @@ def _value_error(field: Field, value: Any) -> str | None:
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Keys of config.json that enable unsupported features or are unknown."""
-    rope = ROPE_KEYS if family.partial_rotary is None else (*ROPE_KEYS, PARTIAL)
+    rope = ROPE_KEYS if family.partial_rotary is None else (*ROPE_KEYS, PARTIAL, ROTATED)
     known = {*NEUTRAL_KEYS, *family.neutral_keys, *rope, *(_key_in(config, field) for field in family.fields)}
     wrong = []
     if config.get("architectures") not in (None, [family.architecture]):

@@ -61,15 +61,15 @@ _ATTENTION = {
     "kv_up": "kv_b_proj",
     "out": "o_proj",
 }
+SHARED_FFN = tuple(
+    WeightMapping(f"{LAYER}ffn.shared.ffn.{part}.weight", (f"model.{LAYER}mlp.shared_experts.{part}_proj.weight",))
+    for part in ("gate", "up", "down")
+)
 WEIGHTS = (
-    *(*EMBEDDING_AND_HEAD, *NORMS, *DENSE_FFN, *SPARSE_FFN),
+    *(*EMBEDDING_AND_HEAD, *NORMS, *DENSE_FFN, *SPARSE_FFN, *SHARED_FFN),
     *(
         WeightMapping(f"{LAYER}attention.{ours}.weight", (f"model.{LAYER}self_attn.{theirs}.weight",))
         for ours, theirs in _ATTENTION.items()
-    ),
-    *(
-        WeightMapping(f"{LAYER}ffn.shared.ffn.{part}.weight", (f"model.{LAYER}mlp.shared_experts.{part}_proj.weight",))
-        for part in ("gate", "up", "down")
     ),
 )
 TRAINING = {**DROPLESS, "moe.load_balancing": "seq_aux_loss", "moe.aux_loss_coeff": 0.0}

@@ -17,10 +17,28 @@ def _groups(value: int | None, config: Mapping[str, Any]) -> int:
     return (value or 1) if chosen < groups else 1
 
 
-def _refuse(model: ModelConfig) -> str | None:
+def group_fields(groups: int, chosen: int) -> tuple[Field, ...]:
+    """n_group and topk_group with their defaults."""
+    return (
+        Field("n_group", "moe.num_expert_groups", groups, nullable=True, from_hf=_groups),
+        Field("topk_group", "moe.top_k_groups", chosen, nullable=True, from_hf=_groups),
+    )
+
+
+def balancing_bias(module: str) -> WeightMapping:
+    """The correction bias, kept in this module of Transformers."""
+    return WeightMapping(LAYER + "ffn.router.bias", (f"{module}.e_score_correction_bias",))
+
+
+def needs_bias(model: ModelConfig) -> str | None:
+    """Why a model does not belong to a family that has the balancing bias."""
     if model.moe.bias_update_rate is not None:
-        return refuse(model)
-    return "model.moe.bias_update_rate=null: DeepSeek-V3 has a balancing bias, which 0 keeps as it is"
+        return None
+    return "model.moe.bias_update_rate=null: the family has a balancing bias, which 0 keeps as it is"
+
+
+def _refuse(model: ModelConfig) -> str | None:
+    return needs_bias(model) or refuse(model)
 
 
 DEEPSEEK_V3 = Family(
@@ -34,15 +52,11 @@ DEEPSEEK_V3 = Family(
         Field("intermediate_size", "ffn_hidden_size", 18432),
         *expert_fields(width=2048, experts=256, shared=1, top_k=8, scale=2.5),
         Field("first_k_dense_replace", "moe.first_dense_layers", 3, minimum=0),
-        Field("n_group", "moe.num_expert_groups", 8, nullable=True, from_hf=_groups),
-        Field("topk_group", "moe.top_k_groups", 4, nullable=True, from_hf=_groups),
+        *group_fields(8, 4),
         replace(NORM_TOPK, default=True),
         Field("rope_interleave", "rope_interleave", True),
     ),
-    weights=(
-        *WEIGHTS,
-        WeightMapping(LAYER + "ffn.router.bias", (f"model.{LAYER}mlp.gate.e_score_correction_bias",)),
-    ),
+    weights=(*WEIGHTS, balancing_bias(f"model.{LAYER}mlp.gate")),
     rope_theta=10000.0,
     disabled={**DISABLED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     settings={"moe.score_function": ("sigmoid",)},

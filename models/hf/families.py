@@ -3,15 +3,18 @@
 from models.hf.deepseek_v2 import DEEPSEEK_V2
 from models.hf.deepseek_v3 import DEEPSEEK_V3
 from models.hf.family import Family
+from models.hf.glm4_moe import GLM4_MOE
 from models.hf.gpt_oss import GPT_OSS
 from models.hf.granitemoe import GRANITEMOE
 from models.hf.llama import LLAMA
+from models.hf.minimax_m2 import MINIMAX_M2
 from models.hf.mixtral import MIXTRAL
 from models.hf.olmoe import OLMOE
 from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, GRANITEMOE)
+_SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, DEEPSEEK_V3, DEEPSEEK_V2)
+_SPARSE += (GLM4_MOE, GPT_OSS, MINIMAX_M2, GRANITEMOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_SPARSE, LLAMA, QWEN3, QWEN2)}
 
 

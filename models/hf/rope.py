@@ -10,7 +10,8 @@ from models.hf.family import Family
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 """Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling."""
-PARTIAL = "partial_rotary_factor"
+PARTIAL, ROTATED = "partial_rotary_factor", "rotary_dim"
+"""Of a head: the share that is rotated, and in older files the number of dimensions."""
 ROPE_SETTINGS = ("rope_theta", "rope_scaling", PARTIAL)
 _ORIGINAL = "original_max_position_embeddings"
 _SCALING: dict[str, tuple[str, ...]] = {
@@ -34,7 +35,7 @@ def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, 
     kind = found.pop("rope_type", found.get("type", "default"))
     found.pop("type", None)
     theta = found.pop("rope_theta", None) or config.get("rope_theta") or family.rope_theta
-    partial = found.pop(PARTIAL, config.get(PARTIAL, family.partial_rotary or 1.0))
+    partial = found.pop(PARTIAL, config.get(PARTIAL, _rotated_share(config) or family.partial_rotary or 1.0))
     wrong = []
     if kind not in _SCALING:
         wrong.append(f"rope_type={json.dumps(kind)}: only {', '.join(_SCALING)}")
@@ -50,6 +51,14 @@ def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, 
         found = {key: value for key, value in found.items() if not key.startswith("mscale")}
     scaling = RopeScalingConfig(type=None if kind == "default" else kind, **found)
     return {"rope_theta": float(theta), PARTIAL: float(partial), "rope_scaling": scaling}, []
+
+
+def _rotated_share(config: Mapping[str, Any]) -> float | None:
+    """rotary_dim as a share of a head; None: it is not given."""
+    rotated = config.get(ROTATED)
+    if rotated is None:
+        return None
+    return rotated / (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _complete(found: dict[str, Any], kind: str, config: Mapping[str, Any]) -> list[str]:

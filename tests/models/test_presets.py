@@ -86,12 +86,21 @@ PUBLISHED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
         },
     ),
+    "glm4_5_air": (
+        "106",
+        "12",
+        "Glm4Moe",
+        {
+            **{"attention_bias": True, "head_dim": 128},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        },
+    ),
 }
 """Billions of parameters, of active ones, both with the digits that were printed; and the published config.json, where
 it differs from the defaults of Transformers' configuration class."""
 
 
-LOOKUP_IS_NOT_ACTIVE = ("gpt_oss_20b", "gpt_oss_120b", "deepseek_v2_lite")
+LOOKUP_IS_NOT_ACTIVE = ("gpt_oss_20b", "gpt_oss_120b", "deepseek_v2_lite", "glm4_5_air")
 """Whose publication counts the output layer as active but not the embedding."""
 
 

@@ -25,6 +25,13 @@ DEEPSEEK_V3_PLAIN = {
 DEEPSEEK_V2 = {**DEEPSEEK, "first_k_dense_replace": 1, "n_shared_experts": 2, "topk_method": "group_limited_greedy"}
 DEEPSEEK_V2 |= {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
 DEEPSEEK_V2_PLAIN = {**DEEPSEEK, **DEEPSEEK_PLAIN, "topk_method": "greedy"}
+HALF = PLAIN | {"partial_rotary_factor": 0.5}
+GLM4 = {**EXPERTS, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, "num_mtp_layers": 0, "head_dim": 12}
+GLM4 |= {"use_qk_norm": True, "attention_bias": True, "rope_parameters": HALF}
+GLM4_PLAIN = {**EXPERTS, "num_mtp_layers": 0, "norm_topk_prob": False, "head_dim": 8, "first_k_dense_replace": 0}
+GLM4_PLAIN |= {"rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}}
+MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
+MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +104,10 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "deepseek_v3_plain": save_model("DeepseekV3", folder / "deepseek_v3_plain", corpus, **DEEPSEEK_V3_PLAIN),
         "deepseek_v2": save_model("DeepseekV2", folder / "deepseek_v2", corpus, **DEEPSEEK_V2),
         "deepseek_v2_plain": save_model("DeepseekV2", folder / "deepseek_v2_plain", corpus, **DEEPSEEK_V2_PLAIN),
+        "glm4_moe": save_model("Glm4Moe", folder / "glm4_moe", corpus, **GLM4),
+        "glm4_moe_plain": save_model("Glm4Moe", folder / "glm4_moe_plain", corpus, **GLM4_PLAIN),
+        "minimax_m2": save_model("MiniMaxM2", folder / "minimax_m2", corpus, **MINIMAX, **moe),
+        "minimax_m2_plain": save_model("MiniMaxM2", folder / "minimax_m2_plain", corpus, **MINIMAX_PLAIN, **moe),
         "hub": save_by_hand(folder / "hub"),
     }
 

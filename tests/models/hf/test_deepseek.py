@@ -116,3 +116,15 @@ def test_what_was_trained_here_is_exported(corpus: Path, ranks: RankPool, tmp_pa
 def test_a_model_that_does_not_fit(family: Any, model: dict, moe: dict, expected: str) -> None:
     found = differences(family, ModelConfig(**model, moe=MoeConfig(**{**EXPERTS, **moe})))
     assert any(expected in reason for reason in found), found
+
+
+def test_minimax_m2_may_count_the_dimensions_that_it_rotates(sources, ranks: RankPool, tmp_path: Path) -> None:
+    """As the published files do, instead of naming their share."""
+    source = with_tensors(sources["minimax_m2"], tmp_path / "source", {}, rotary_dim=6, rope_theta=1e4)
+    written = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k != "rope_parameters"}))
+    code, printed = run_import(ranks, source, tmp_path / "run")
+    assert code == 0 and "verified on" in printed, printed
+    code, printed = run_export(ranks, tmp_path / "run", tmp_path / "back")
+    assert code == 0 and "verified on" in printed, printed
+    assert_same_bits(tmp_path / "back", source)
