@@ -2,6 +2,7 @@
 
 from models.hf.deepseek_v2 import DEEPSEEK_V2
 from models.hf.deepseek_v3 import DEEPSEEK_V3
+from models.hf.ernie4_5_moe import ERNIE4_5_MOE
 from models.hf.family import Family
 from models.hf.glm4_moe import GLM4_MOE
 from models.hf.gpt_oss import GPT_OSS
@@ -14,7 +15,7 @@ from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
 _SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, DEEPSEEK_V3, DEEPSEEK_V2)
-_SPARSE += (GLM4_MOE, GPT_OSS, MINIMAX_M2, GRANITEMOE)
+_SPARSE += (GLM4_MOE, GPT_OSS, ERNIE4_5_MOE, MINIMAX_M2, GRANITEMOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_SPARSE, LLAMA, QWEN3, QWEN2)}
 
 

@@ -30,6 +30,10 @@ GLM4 = {**EXPERTS, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, 
 GLM4 |= {"use_qk_norm": True, "attention_bias": True, "rope_parameters": HALF}
 GLM4_PLAIN = {**EXPERTS, "num_mtp_layers": 0, "norm_topk_prob": False, "head_dim": 8, "first_k_dense_replace": 0}
 GLM4_PLAIN |= {"rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}}
+ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 2}
+ERNIE |= {"pad_token_id": None, "head_dim": 12, "rope_parameters": PLAIN}
+ERNIE_PLAIN = {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "head_dim": 8}
+ERNIE_PLAIN |= {"tie_word_embeddings": False, "moe_layer_interval": 2}
 MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
 MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
 
@@ -108,6 +112,8 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "glm4_moe_plain": save_model("Glm4Moe", folder / "glm4_moe_plain", corpus, **GLM4_PLAIN),
         "minimax_m2": save_model("MiniMaxM2", folder / "minimax_m2", corpus, **MINIMAX, **moe),
         "minimax_m2_plain": save_model("MiniMaxM2", folder / "minimax_m2_plain", corpus, **MINIMAX_PLAIN, **moe),
+        "ernie4_5_moe": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe", corpus, **ERNIE),
+        "ernie4_5_moe_plain": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe_plain", corpus, **ERNIE_PLAIN),
         "hub": save_by_hand(folder / "hub"),
     }
 

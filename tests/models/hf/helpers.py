@@ -43,7 +43,7 @@ def save_model(kind: str, folder: Path, corpus: Path, *, dtype: torch.dtype = to
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(1 + 0.2 * torch.randn_like(weight) if "norm" in name else 0.25 * torch.randn_like(weight))
-        for name, buffer in model.named_buffers():
+        for name, buffer in (*model.named_buffers(), *model.named_parameters()):
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn_like(buffer))
     model.save_pretrained(folder, max_shard_size="40KB")

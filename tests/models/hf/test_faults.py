@@ -135,6 +135,8 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=true: only false"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads=8: only num_attention_heads"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=softmax: only sigmoid"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=true: only false"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 7}, "the last layer, but it is 7"),
         ("glm4_moe", {"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
         ("glm4_moe", {"use_qk_norm": "yes"}, 'use_qk_norm="yes": must be true or false'),
         ("minimax_m2", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: only 0.0"),

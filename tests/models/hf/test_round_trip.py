@@ -147,6 +147,8 @@ FAMILIES = [
     "glm4_moe_plain",
     "minimax_m2",
     "minimax_m2_plain",
+    "ernie4_5_moe",
+    "ernie4_5_moe_plain",
 ]
 
 
@@ -175,7 +177,7 @@ def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: Rank
     assert index["weight_map"].keys() == tensors_in(sources[name]).keys()
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe"])
 def test_four_ranks_compute_what_transformers_does(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
     write_reference(sources[name], IDS, "fp32", tmp_path / "reference.safetensors")
     here = InferenceConfig(precision="fp32", parallel=ParallelConfig(tp=2, ep=2, pp=2))
