@@ -22,12 +22,16 @@ _ONE_ROW = Layout(lambda parts, _: parts[0].squeeze(0), lambda whole, _: [whole.
 """The correction bias [1, E] <-> [E]."""
 
 
-def _interval(value: int | None, config: Mapping[str, Any]) -> int:
+def _every(value: int | None, config: Mapping[str, Any]) -> int:
     """moe_layer_interval, of a model whose last layers are not dense again."""
-    last = config["num_hidden_layers"] - 1
-    if (end := config.get("moe_layer_end_index")) not in (None, -1, last):
+    end, last = config["moe_layer_end_index"], config["num_hidden_layers"] - 1
+    if end not in (None, -1, last):
         raise ValueError(f"only with moe_layer_end_index -1 or {last}, the last layer, but it is {end}")
-    return value or 1
+    return config["moe_layer_interval"] or 1
+
+
+def _last_layer(_: int, model: ModelConfig) -> int:
+    return model.num_layers - 1
 
 
 def _refuse(model: ModelConfig) -> str | None:
@@ -52,7 +56,8 @@ ERNIE4_5_MOE = Family(
         Field("moe_k", "moe.top_k", 6, aliases=("num_experts_per_tok",)),
         Field("moe_num_shared_experts", "moe.num_shared_experts", 2, minimum=0),
         Field("moe_layer_start_index", "moe.first_dense_layers", 1, minimum=0),
-        Field("moe_layer_interval", "moe.every", 1, from_hf=_interval),
+        Field("moe_layer_interval", "moe.every", 1, from_hf=_every),
+        Field("moe_layer_end_index", "moe.every", -1, minimum=-1, from_hf=_every, to_hf=_last_layer),
     ),
     weights=(
         *(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *DENSE_FFN, *SPARSE_FFN, *SHARED_FFN),
@@ -62,7 +67,7 @@ ERNIE4_5_MOE = Family(
     disabled={"moe_norm_min": 1e-12, "use_bias": False},  # use_bias would add one to the output layer
     settings={"rope_interleave": (True,), "moe.renormalize": (True, None)},
     training={**TRAINING, "moe.bias_update_rate": 0.0},
-    neutral_keys=("moe_layer_end_index", "router_aux_loss_coef"),
+    neutral_keys=("router_aux_loss_coef",),
     refuse=_refuse,
 )
 """Transformers' balancing loss is not computed: the model was trained without one, by its bias."""
