@@ -1,6 +1,7 @@
 """The packages import each other in one direction, no module imports itself through others, and files stay short."""
 
 import ast
+import subprocess
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -83,3 +84,12 @@ def test_files_stay_short() -> None:
     files = [*modules().values(), *(ROOT / "tests").rglob("*.py")]
     long = {str(path.relative_to(ROOT)): n for path in files if (n := len(path.read_text().splitlines())) > LINES}
     assert not long
+
+
+def test_nothing_large_is_tracked() -> None:
+    """Sources and small pictures only: a downloaded package would stay in every clone."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    assert sizes and not {name: size for name, size in sizes.items() if size > 200 * 2**10}
