@@ -294,9 +294,9 @@ def test_constraints_cover_every_dependency_within_its_range():
     pins = [pin for line in lines if not (pin := Requirement(line)).marker or pin.marker.evaluate()]
     pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert all(str(pin.specifier).startswith("==") for pin in pins) and len(pinned) == len(pins)
-    # The other two extras are followed where they are installed, as .ci/run does.
+    # The other extras are followed where they are installed, as .ci/run does.
     optional = PROJECT["project"]["optional-dependencies"]
-    extra = [Requirement(line) for line in optional["docs"] + optional["lint"]]
+    extra = [Requirement(line) for line in optional["docs"] + optional["lint"] + optional["plots"]]
     found = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
     complete = all(canonicalize_name(r.name) in found for r in extra)
     waiting, seen = [*REQUIREMENTS, *DEV_REQUIREMENTS, *(extra if complete else [])], set()

@@ -25,7 +25,7 @@ from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 
-PACKAGES = {"triton": "triton", "te": "transformer_engine"}
+PACKAGES = {"triton": "triton", "grouped_mm_fused": "triton", "te": "transformer_engine"}
 IN_FP32 = ["loop", *(i.name for i in EXPERTS.implementations if i.name != "native")]
 """tests/ops/test_cpp.py has the other."""
 CPU = torch.device("cpu")
