@@ -100,7 +100,7 @@ def test_what_was_trained_here_is_exported(corpus: Path, ranks: RankPool, tmp_pa
     ("family", "model", "moe", "expected"),
     [
         (DEEPSEEK_V3, {**LATENT, "kv_lora_rank": None}, SIGMOID, "model.kv_lora_rank=null, but"),
-        (DEEPSEEK_V3, LATENT, {"score_function": "sigmoid"}, "model.moe.bias_update_rate=null: the family has a balancing bias"),
+        (DEEPSEEK_V3, LATENT, {"score_function": "sigmoid"}, "model.moe.bias_update_rate=null: the family has"),
         (DEEPSEEK_V3, LATENT, {**SIGMOID, "num_shared_experts": 0}, "model.moe.num_shared_experts=0"),
         (DEEPSEEK_V3, LATENT, {}, "model.moe.score_function=softmax"),
         (DEEPSEEK_V2, {**LATENT, "rope_interleave": True}, {}, "model.moe.renormalize=null"),
