@@ -163,6 +163,10 @@ def activation_missing(context: RunContext) -> str | None:
     return None if name in IN_KERNELS else f"has no activation {name}"
 
 
+def _no_triton_kernels(context: RunContext) -> str | None:
+    return triton_unsupported_reason(context.device, BF16_CAPABILITY) or activation_missing(context)
+
+
 def _width(context: RunContext) -> int:
     """F."""
     return context.model.expert_width // context.groups.etp.size()
@@ -299,9 +303,7 @@ EXPERTS = Operation(
             "our grouped products",
             device="cuda",
             dtypes=(torch.bfloat16,),
-            unsupported_reason=lambda context: (
-                triton_unsupported_reason(context.device, BF16_CAPABILITY) or activation_missing(context)
-            ),
+            unsupported_reason=_no_triton_kernels,
             is_default=lambda context: False,
         ),
         Implementation(
@@ -310,11 +312,7 @@ EXPERTS = Operation(
             "torch's grouped products, our activations and weight gradients",
             device="cuda",
             dtypes=(torch.bfloat16,),
-            unsupported_reason=lambda context: (
-                _misaligned(context)
-                or triton_unsupported_reason(context.device, BF16_CAPABILITY)
-                or activation_missing(context)
-            ),
+            unsupported_reason=lambda context: _misaligned(context) or _no_triton_kernels(context),
             is_default=lambda context: False,
         ),
         Implementation(

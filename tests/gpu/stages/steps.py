@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from parallel.device_env import set_device_variables
-from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, emit, synchronize
+from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, emit, seconds, synchronize
 
 MODELS = {
     "Mixtral, 2 layers": {"layers": 2, "hidden": 4096, "heads": 32, "width": 14336, "experts": 8, "top_k": 2},
@@ -27,7 +27,7 @@ if REHEARSE:
     MODELS = {"tiny": {"layers": 2, "hidden": 128, "heads": 2, "width": 128, "experts": 4, "top_k": 2}}
     BATCH = {"vocabulary": 256, "sequence": 32, "batch": 2}
 CONTENDERS = ("ours bf16", "ours fp8", "megatron", "transformers")
-STEPS = 2 if REHEARSE else 8
+STEPS = 8
 
 
 def configuration(shape: dict[str, int], precision: str) -> Any:
@@ -89,14 +89,7 @@ def measure(name: str, shape: dict[str, int]) -> dict[str, Any]:
     with quietly():
         step, known = contender(name, shape)
     known |= {"start_seconds": time.perf_counter() - begin}
-    times = []
-    for _ in range(2 + STEPS):
-        synchronize()
-        begin = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    tokens, middle = BATCH["batch"] * BATCH["sequence"], sorted(times[2:])[STEPS // 2]
+    tokens, middle = BATCH["batch"] * BATCH["sequence"], seconds({"step": step}, STEPS, warm=2)["step"]
     found: dict[str, Any] = {"seconds": middle, "tokens_per_second": tokens / middle, **known}
     if "flops_per_token" in found:
         found["tflops"] = found.pop("flops_per_token") * tokens / middle / 1e12

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from parallel.device_env import set_device_variables
 from tests.gpu.stages import steps
-from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, synchronize
+from tests.gpu.stages.common import DEVICE, REHEARSE, attempt, seconds
 
 SMALL = "optim.grad_dtype=bf16 optim.state_dtype=bf16"
 LONG = "train.sequence_length=4096"
@@ -27,7 +27,7 @@ RUNS = [
 ]
 if REHEARSE:
     RUNS = ["model=tiny_switch train.sequence_length=64 train.micro_batch_size=2 model.vocab_size=256"]
-STEPS = 2 if REHEARSE else 5
+STEPS = 5
 
 
 def configuration(overrides: list[str]) -> object:
@@ -76,14 +76,7 @@ def measure(overrides: list[str]) -> dict[str, object]:
         loss = started.engine.forward_backward([dict(batch), dict(batch)], step=1)
         started.engine.update(1e-5, loss=loss.item())
 
-    times = []
-    for _ in range(2 + STEPS):
-        synchronize()
-        begin = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    middle = sorted(times[2:])[STEPS // 2]
+    middle = seconds({"step": step}, STEPS, warm=2)["step"]
     tokens = 2 * train.micro_batch_size * train.sequence_length
     found |= {
         "seconds": middle,
