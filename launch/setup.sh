@@ -144,7 +144,7 @@ fi
 
 for extra in $extras; do
     grep -q "^$extra = \[" pyproject.toml ||
-        fail "there is no extra $extra; pyproject.toml has kernels, te, docs, plots, lint and dev"
+        fail "there is no extra $extra; pyproject.toml has kernels, te, wandb, mlflow, docs, plots, lint and dev"
 done
 # pip treats Ctrl-C as an ordinary failure; this keeps the stamp at "unfinished".
 trap 'exit 130' INT
