@@ -115,16 +115,18 @@ def my_batches(runtime: Runtime, step: int, *, begin_alike: bool = False) -> lis
     return batches
 
 
-def gather(engine: Engine, part: Callable[[nn.Parameter, OptimizerShard], Tensor]) -> dict[str, Tensor]:
+def gather(engine: Engine, part: Callable[[nn.Parameter, OptimizerShard], Tensor | None]) -> dict[str, Tensor]:
     """Whole logical tensors, put together from all ranks' pieces; copies have to agree.
 
     Args:
-        part: [end - start], the values of this rank's piece of a parameter.
+        part: [end - start], the values of this rank's piece of a parameter; None: there are none of this parameter.
     """
     mine = []
     for name, parameter, shard in _optimizer_shards(engine):
+        if (values := part(parameter, shard)) is None:
+            continue
         local = torch.full((parameter.numel(),), torch.nan)
-        local[shard.start : shard.end] = part(parameter, shard).detach()
+        local[shard.start : shard.end] = values.detach()
         cuts = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
         shape = parameter.sharding.logical_shape(parameter.shape)
         mine.append((name, shape, cuts, local.view(parameter.shape)))

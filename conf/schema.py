@@ -19,7 +19,7 @@ from conf.setting import setting
 
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-OPTIMIZERS = ("adamw",)
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -128,10 +128,12 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW (arXiv:1711.05101). Norm weights and biases have no weight decay."""
+    """AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982). Norm weights and biases have no weight decay."""
 
     name: str = setting("adamw", choices=OPTIMIZERS)
-    """adamw, or one that an extension adds (CONTRIBUTING.md, Extending)."""
+    """adamw, muon, or one that an extension adds (CONTRIBUTING.md, Extending). muon: the matrices of attention,
+    feed-forward layers and experts, each by itself, are updated by Muon, scaled so that lr and weight_decay mean the
+    same for both (arXiv:2502.16982, eq. 4); embeddings, output layer, routers, norms and biases by AdamW."""
     lr: float = setting(2e-3, gt=0)
     """Peak learning rate."""
     min_lr: float | None = setting(None, ge=0)
@@ -151,6 +153,11 @@ class OptimConfig:
     """Decay rate of the second moment."""
     eps: float = setting(1e-8, gt=0)
     """Term added to the square root of the second moment."""
+    muon_momentum: float = setting(0.95, ge=0, lt=1)
+    """Decay rate of Muon's momentum, which is Nesterov's. The default is that of arXiv:2502.16982."""
+    muon_split_qkv: bool = True
+    """Whether Muon takes the projections to queries, to keys and to values for three matrices. false: for one, as
+    attention stores them. No effect on latent attention, whose projections are separate."""
     clip_grad: float = setting(1.0, ge=0)
     """Maximum global gradient norm. 0: no clipping."""
     frozen: list[str] = field(default_factory=list)

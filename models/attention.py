@@ -19,7 +19,7 @@ from ops.implementations import DEFAULT_OPS, Ops
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import Matrices, set_sharding
 
 
 class CoreAttention(nn.Module):
@@ -106,10 +106,14 @@ class Attention(CoreAttention):
         if model.qk_norm is not None:
             how = model, config.params_dtype, groups, ops.rms_norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
-        set_sharding(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
+        queries = self.heads // self.groups * self.width
+        heads = Matrices((queries, self.width, self.width), are_heads=True)
+        std = (model.init_scale / model.hidden_size) ** 0.5
+        set_sharding(self.qkv.weight, (0, groups.tp), std=std, matrices=heads)
         if model.attention_bias:
             set_sharding(self.qkv.bias, (0, groups.tp), std=0.0)
-        set_sharding(self.out.weight, (1, groups.tp), std=(model.init_scale / model.query_width) ** 0.5)
+        std = (model.init_scale / model.query_width) ** 0.5
+        set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
         if model.attention_output_bias:
             set_sharding(self.out.bias, replicas=(groups.tp,), std=0.0)
             # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.

@@ -18,7 +18,7 @@ from ops.attention_pieces import Piece
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import Matrices, set_sharding
 
 EPS = 1e-6
 """Of the norms of compressed vectors: in Transformers it does not follow rms_norm_eps."""
@@ -49,7 +49,8 @@ class LatentAttention(CoreAttention):
 
         def column(inner: int, outer: int) -> nn.Module:
             layer = tp.ColumnParallelLinear(inner, outer, gather_output=False, **linear)
-            set_sharding(layer.weight, (0, groups.tp), std=(model.init_scale / inner) ** 0.5)
+            std = (model.init_scale / inner) ** 0.5
+            set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
 
         def norm(width: int) -> RMSNorm:
@@ -66,7 +67,8 @@ class LatentAttention(CoreAttention):
         self.kv_norm = norm(self.rank)
         self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
         self.out = tp.RowParallelLinear(model.output_width, model.hidden_size, input_is_parallel=True, **linear)
-        set_sharding(self.out.weight, (1, groups.tp), std=(model.init_scale / model.output_width) ** 0.5)
+        std = (model.init_scale / model.output_width) ** 0.5
+        set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
         """pieces: from attention_pieces."""
@@ -97,7 +99,7 @@ class ReplicatedLinear(nn.Module):
         super().__init__()
         weight = nn.Parameter(torch.empty(width, model.hidden_size, dtype=config.params_dtype))
         std = (model.init_scale / model.hidden_size) ** 0.5
-        self.weight = set_sharding(weight, replicas=(groups.tp,), std=std)
+        self.weight = set_sharding(weight, replicas=(groups.tp,), std=std, matrices=Matrices())
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         self.weight.sequence_parallel = config.sequence_parallel
 

@@ -19,7 +19,7 @@ from ops.experts import ExpertBackend, of_rows
 from ops.permute import PermutedTokens
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import Matrices, set_sharding
 
 
 class Experts(nn.Module):
@@ -36,9 +36,9 @@ class Experts(nn.Module):
         width, gates = model.expert_width // groups.etp.size(), input_projections(model.activation)
         self.w_in = nn.Parameter(torch.empty(local, hidden, gates, width, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(local, width, hidden, dtype=dtype))
-        placed = [
-            (self.w_in, 3, (model.init_scale / hidden) ** 0.5),
-            (self.w_out, 1, (model.init_scale / model.expert_width) ** 0.5),
+        placed: list[tuple[nn.Parameter, int, float, Matrices | None]] = [
+            (self.w_in, 3, (model.init_scale / hidden) ** 0.5, Matrices((1,) * gates, dim=1)),
+            (self.w_out, 1, (model.init_scale / model.expert_width) ** 0.5, Matrices()),
         ]
         self.b_in: nn.Parameter | None = None
         self.b_out: nn.Parameter | None = None
@@ -46,13 +46,14 @@ class Experts(nn.Module):
             self.b_in = nn.Parameter(torch.empty(local, gates, width, dtype=dtype))
             # Sharded as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
             self.b_out = nn.Parameter(torch.empty(local, hidden // groups.etp.size(), dtype=dtype))
-            placed += [(self.b_in, 2, 0.0), (self.b_out, 1, 0.0)]
+            placed += [(self.b_in, 2, 0.0, None), (self.b_out, 1, 0.0, None)]
             self.b_in.no_decay = self.b_out.no_decay = True
             before = groups.etp.rank() * self.b_out.shape[1]
             self.columns = (before, hidden - before - self.b_out.shape[1])
             """Before and after those of b_out."""
-        for weight, axis, std in placed:
-            set_sharding(weight, (0, groups.ep), (axis, groups.etp), std=std, per_expert=True)
+        for weight, axis, std, matrices in placed:
+            cut = (0, groups.ep), (axis, groups.etp)
+            set_sharding(weight, *cut, std=std, per_expert=True, matrices=matrices)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             weight.allreduce = False
 

@@ -12,7 +12,7 @@ from conf.schema import ModelConfig
 from ops.activations import activate
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import Matrices, set_sharding
 
 
 class MLP(nn.Module):
@@ -33,8 +33,10 @@ class MLP(nn.Module):
             self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
         self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, **linear)
         for layer in filter(None, (self.up, self.gate)):
-            set_sharding(layer.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
-        set_sharding(self.down.weight, (1, groups.tp), std=(model.init_scale / width) ** 0.5)
+            std = (model.init_scale / model.hidden_size) ** 0.5
+            set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
+        std = (model.init_scale / width) ** 0.5
+        set_sharding(self.down.weight, (1, groups.tp), std=std, matrices=Matrices())
         if model.ffn_bias:
             for layer in filter(None, (self.up, self.gate)):
                 set_sharding(layer.bias, (0, groups.tp), std=0.0)

@@ -67,7 +67,7 @@ BLOCK_UPDATE = Operation(
             "Triton",
             "ops.triton.adamw:update",
             device="cuda",
-            is_supported=lambda context: context.config.optim.name == "adamw",
+            is_supported=lambda context: OPTIMIZERS[context.config.optim.name].update is OPTIMIZERS["adamw"].update,
         )
     ],
     trial=_update_trial,

@@ -75,7 +75,7 @@ def rounding_seed(name: str, step: int) -> int:
 def random_bits(block: Block) -> Tensor:
     """int32 [n]: 32 random bits for each element. They are a hash of (parameter name, step, index in the logical
     parameter), so that replicas of a parameter get the same bits under every layout."""
-    index = torch.arange(block.first, block.first + len(block.weight), device=block.weight.device)
+    index = torch.arange(block.first, block.first + len(block.gradient), device=block.gradient.device)
     for inner, skipped, first in block.index_steps:
         index += index // inner * skipped + first
     # lowbias32 of C. Wellons' hash prospector. Integers wrap around; torch's right shift is arithmetic.

@@ -122,6 +122,7 @@ class Engine:
         """Counts the forward passes that have started: a sign of progress for the watchdog."""
         self.chunks: list[Any] = list(self.modules)
         self.optimizer = None
+        self._step_matrices: Callable[[], None] = lambda: None
         if optim is not None:
             if frozen:
                 freeze(self.modules, frozen)
@@ -138,7 +139,8 @@ class Engine:
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
             self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam)
             if block_adamw.is_needed(optim):
-                block_adamw.install(self.optimizer, optim, self.modules, update_block)
+                groups = runtime.groups
+                self._step_matrices = block_adamw.install(self.optimizer, optim, self.modules, groups, update_block)
         self._schedule = get_forward_backward_func()
         self.compute_timer = DeviceTimer(runtime.device)
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""
@@ -276,6 +278,7 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases
+        self._step_matrices()
         optimizer.step_with_ready_grads()
         return norm, True
 

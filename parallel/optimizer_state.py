@@ -33,9 +33,9 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
             yield logical_name(name, parameter), parameter
 
 
-def moments(engine: Engine) -> tuple[str, ...]:
-    """What the optimizer keeps of every parameter, as prefixes of a checkpoint's tensors."""
-    return () if engine.optim is None else OPTIMIZERS[engine.optim.name].state
+def moments(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter, as prefixes of a checkpoint's tensors."""
+    return () if engine.optim is None else OPTIMIZERS[engine.optim.name].state_of(parameter)
 
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -54,7 +54,7 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return {
         f"{kind}.{name}": p.sharding.logical_shape(p.shape)
         for name, p in _named(engine)
-        for kind in (("weights", *moments(engine)) if p.requires_grad else ("weights",))
+        for kind in (("weights", *moments(engine, p)) if p.requires_grad else ("weights",))
     }
 
 
@@ -77,7 +77,7 @@ def first_nonfinite(engine: Engine) -> str | None:
         # A checkpoint holds the master weights where there are any; bf16 weights are rounded from them.
         parts = {
             "weights": shard.master if shard else parameter,
-            **{m: state[m] for m in moments(engine) if m in state},
+            **{m: state[m] for m in moments(engine, parameter) if m in state},
         }
         mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
         if mine:
@@ -130,7 +130,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
             continue
         shard = shards.get(parameter)
         state = shard.inner.state.get(shard.master, {}) if shard else {}
-        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in moments(engine)}}
+        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in moments(engine, parameter)}}
         for kind, part in parts.items():
             dtype = torch.float32 if kind == "weights" else moment_dtype
             whole = _assemble(engine, parameter, part, shard, index, dtype)
@@ -150,7 +150,7 @@ def to_load(engine: Engine) -> dict[str, Any]:
     shards, tensors = _optimizer_shards(engine), {}
     for name, parameter in _named(engine):
         if parameter in shards:
-            for kind in moments(engine):
+            for kind in moments(engine, parameter):
                 key = f"{kind}.{name}"
                 tensors[key] = _sharded(key, torch.empty(parameter.shape), parameter)
     return tensors
@@ -165,11 +165,14 @@ def check_stored(engine: Engine, wanted: dict[str, Any], directory: Path, stored
             f"{directory} holds weights without optimizer states, as launch.import_hf writes them: start a new run "
             f"from it with checkpoint.load={directory.parent.parent}"
         )
-    if wanted and kept != set(moments(engine)):
-        assert engine.optim is not None
+    if not wanted:
+        return
+    assert engine.optim is not None
+    kinds = OPTIMIZERS[engine.optim.name].kinds
+    if not {key.partition(".")[0] for key in wanted} <= kept <= set(kinds):
         raise ValueError(
             f"{directory} is of another optimizer, which keeps {', '.join(sorted(kept))}; "
-            f"optim.name={engine.optim.name} keeps {', '.join(moments(engine))}: take the run's optim.name, or start "
+            f"optim.name={engine.optim.name} keeps {', '.join(kinds)}: take the run's optim.name, or start "
             f"a new run from its weights with checkpoint.load={directory.parent.parent}"
         )
     for key, box in wanted.items():
@@ -201,7 +204,7 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     for name, parameter in _named(engine):
         if not (shard := shards.get(parameter)):
             continue
-        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in moments(engine)}
+        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in moments(engine, parameter)}
         if isinstance(shard.inner, BlockAdamW):
             shard.inner.set_moments(shard.master, state)
             continue

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.registry import Registry
 
@@ -38,6 +38,18 @@ class Optimizer:
     state: tuple[str, ...]
     """What is kept of each element, two at most: the prefixes of the tensors in a checkpoint."""
     update: Callable[[Update], None]
+    matrix_state: tuple[str, ...] | None = None
+    """What Muon keeps of each element of a hidden layer's matrix (Sharding.matrices), whose update looks at the whole
+    matrix (parallel/whole_matrices.py). None: matrices are updated as all else."""
+
+    def state_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """What is kept of each element of a parameter."""
+        return self.state if self.matrix_state is None or parameter.sharding.matrices is None else self.matrix_state
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that is kept of any parameter."""
+        return (*self.state, *(self.matrix_state or ()))
 
 
 def _adamw(block: Update) -> None:
@@ -51,6 +63,8 @@ def _adamw(block: Update) -> None:
 
 
 def _check(optimizer: Optimizer) -> None:
+    if optimizer.matrix_state is not None:
+        raise ValueError(f"optimizer {optimizer.name}: only muon has a matrix_state")
     if len(optimizer.state) > 2 or "weights" in optimizer.state or any("." in name for name in optimizer.state):
         raise ValueError(
             f"optimizer {optimizer.name}: it keeps {', '.join(optimizer.state)}; at most two tensors can be kept of a "
@@ -67,4 +81,10 @@ def _check(optimizer: Optimizer) -> None:
         raise ValueError(f"optimizer {optimizer.name}: the update of an element depends on other elements")
 
 
-OPTIMIZERS = Registry("optimizer", Optimizer("adamw", ("exp_avg", "exp_avg_sq"), _adamw), check=_check)
+_MOMENTS = "exp_avg", "exp_avg_sq"
+OPTIMIZERS = Registry(
+    "optimizer",
+    Optimizer("adamw", _MOMENTS, _adamw),
+    Optimizer("muon", _MOMENTS, _adamw, matrix_state=("momentum_buffer",)),
+    check=_check,
+)

@@ -13,6 +13,26 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """The matrices of a hidden layer that a logical parameter, or each expert of one, consists of."""
+
+    blocks: tuple[int, ...] = ()
+    """Sizes of the blocks of several matrices that take turns along a dimension. Empty: the parameter is one matrix."""
+    dim: int = 0
+    """The dimension of the blocks."""
+    are_heads: bool = False
+    """Whether they are queries, keys and values, which can also be taken for one matrix."""
+
+    def views(self, whole: torch.Tensor, split_heads: bool = True) -> list[torch.Tensor]:
+        """Views [..., columns] of a logical parameter (of one expert), one for each matrix. All dimensions but the last
+        are its rows."""
+        if not self.blocks or (self.are_heads and not split_heads):
+            return [whole]
+        turns = whole.unflatten(self.dim, (-1, sum(self.blocks)))
+        return list(turns.split(self.blocks, self.dim + 1))
+
+
+@dataclass(frozen=True)
 class Sharding:
     """Which shard of a logical parameter this rank holds, and how the logical parameter is initialized."""
 
@@ -29,6 +49,8 @@ class Sharding:
     is_state: bool = False
     """Whether the values are set by a rule, not by a gradient. Where a checkpoint lacks them, the initial values are
     used: they leave the meaning of the other weights unchanged."""
+    matrices: Matrices | None = None
+    """None: embeddings, the output layer, routers, norms and biases."""
 
     def shard_index_and_count(self, dim: int) -> tuple[int, int]:
         """(index of this rank's shard, number of shards) along a dimension."""
@@ -83,9 +105,10 @@ def set_sharding(
     per_expert: bool = False,
     alias: str | None = None,
     is_state: bool = False,
+    matrices: Matrices | None = None,
 ) -> nn.Parameter:
     """Sets `parameter.sharding` and returns the parameter. The arguments are the fields of `Sharding`."""
-    parameter.sharding = Sharding(sharded_dims, replicas, std, per_expert, alias, is_state)
+    parameter.sharding = Sharding(sharded_dims, replicas, std, per_expert, alias, is_state, matrices)
     if sharded_dims:
         # Megatron-Core's attributes of a sharded parameter: the gradient norm counts every rank's shard. Without them
         # it would count tensor-parallel rank 0 alone.

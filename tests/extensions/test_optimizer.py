@@ -45,7 +45,7 @@ def lion_of_rank(
 def test_an_optimizer(runtime: Runtime) -> None:
     """Lion by hand, with the gradients of each step."""
     optim = replace(OPTIM, name="lion", clip_grad=0.0, weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"optim\.name is one of adamw, but lion"):
+    with pytest.raises(ValueError, match=r"optim\.name is one of adamw, muon, but lion"):
         rules.check(Config(optim=optim), 1)
     follow("An optimizer")
     rules.check(Config(optim=optim), 1)

@@ -38,7 +38,7 @@ def test_a_run_with_extensions(module: str, tmp_path: Path) -> None:
     command = command_line(tmp_path / "songs.csv", run_dir, *settings)
     refused = start(command, PYTHONPATH=str(tmp_path))
     message = refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2 and "optim.name is one of adamw, but lion is not available" in message, message
+    assert refused.returncode == 2 and "optim.name is one of adamw, muon, but lion is not available" in message, message
     trained = start([*command, f"extensions=[{module}]"], PYTHONPATH=str(tmp_path), NPROC="2")
     message = "".join(trained.communicate(timeout=300))
     assert trained.returncode == 0, message

@@ -20,8 +20,8 @@ from benchmarks.tiny import (
     my_batches,
     started,
 )
-from parallel import optimizer_state
 from parallel.engine import Engine
+from parallel.optimizers import OPTIMIZERS
 
 __all__ = [
     "MICRO_BATCH",
@@ -71,8 +71,9 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's fp32 weights and both moments."""
+    """The optimizer's fp32 weights and what it keeps of each parameter."""
     kept = {"weights": weights(engine)}
-    for moment in optimizer_state.moments(engine):
-        kept[moment] = gather(engine, lambda _, piece, key=moment: piece.inner.state[piece.master][key])
+    assert engine.optim is not None
+    for moment in OPTIMIZERS[engine.optim.name].kinds:
+        kept[moment] = gather(engine, lambda _, piece, key=moment: piece.inner.state[piece.master].get(key))
     return kept
