@@ -53,6 +53,7 @@ ALIKE = {"document_mask": True, "begin_alike": True}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
+MUON = {"name": "muon"}
 
 VARIANTS = {
     "drops": Variant(),
@@ -76,6 +77,8 @@ VARIANTS = {
     "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
     "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
+    "muon": Variant(moe={"num_shared_experts": 1, "every": 4, "expert_bias": True}, optim=MUON),
+    "muon_mla": Variant(MLA, {"num_experts": 8}, optim=MUON),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -103,9 +106,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks"),
+            *("gpt_oss", "chunks", "muon"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks",
+        "drops global global_bias qwen2 olmoe mla chunks muon",
     ),
     Layouts(
         "tp2 +sequence",
@@ -129,15 +132,16 @@ MATRIX = [
             "mla_documents",
             "gpt_oss",
             "chunks",
+            "muon_mla",
         ],
-        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss",
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla",
     ),
     Layouts(
         "pp2",
         2,
         {"pp": 2},
-        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss"],
-        "dropless qwen3 olmoe",
+        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon"],
+        "dropless qwen3 olmoe muon",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
@@ -161,13 +165,13 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon"], "dropless muon"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
-    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss"], "dropless"),
-    Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias"], "switch global global_bias"),
+    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon"], "dropless muon"),
+    Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias", "muon"], "switch global global_bias muon"),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
-    Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
+    Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
     Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),
@@ -177,7 +181,7 @@ MATRIX = [
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
-    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope", "mla", "mla_documents"]),
+    Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope", "mla", "mla_documents", "muon_mla"]),
     Layouts(
         "cp2 tp2 +sequence",
         4,
@@ -189,7 +193,7 @@ MATRIX = [
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
     Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
     Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
     Layouts(
@@ -223,7 +227,7 @@ def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant]
 
 
 def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -> Outcome:
-    engine = build_engine(runtime, variant, overlap=overlap)
+    engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
     batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
     results, loads, first = [], [], None
     for step in range(steps):

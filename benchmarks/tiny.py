@@ -42,6 +42,8 @@ class Variant:
     """All documents begin with the same token, so that under document_mask the first tokens have equal gates."""
     dtype: torch.dtype = torch.float32
     seed: int = 1
+    optim: dict[str, Any] = field(default_factory=dict)
+    """Settings of the optimizer other than OPTIM's."""
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
 

@@ -49,10 +49,16 @@ def yields_documents(data_kind: str) -> bool:
     return data_kind != "megatron" if entry is None else entry.yields == "documents"
 
 
-def kept_tensors(optimizer: str) -> int:
-    """How many tensors of a parameter's size an optimizer keeps besides the weights."""
+def kept_tensors(optimizer: str, *, of_matrices: bool) -> int:
+    """How many tensors of a parameter's size an optimizer keeps besides the weights.
+
+    Args:
+        of_matrices: of a hidden layer's matrices, not of other parameters.
+    """
     entry = registered("optim.name").get(optimizer)
-    return 2 if entry is None else len(entry.state)
+    if entry is None:
+        return 1 if of_matrices and optimizer == "muon" else 2
+    return len(entry.matrix_state if of_matrices and entry.matrix_state is not None else entry.state)
 
 
 def missing_package(logger: str) -> str | None:

@@ -20,6 +20,8 @@ from conf.setting import setting
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "muon")
+MUON_ITERATIONS = 5
+"""Newton-Schulz iterations of Muon's directions (Jordan et al. 2024; arXiv:2502.16982, section 2.1)."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from conf.schema import MUON_ITERATIONS
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the odd polynomial a x + b x^3 + c x^5 that each iteration applies to the singular values (Jordan et al.)."""
-ITERATIONS = 5
 EPS = 1e-7
 """Added to the Frobenius norm that a matrix is divided by first."""
 RMS = 0.2
@@ -21,16 +22,16 @@ RMS = 0.2
 
 
 def newton_schulz(x_NRC: Tensor) -> Tensor:
-    """[N, R, C] in the type of the input: U f(S) V^T for each matrix U S V^T, where f applies the polynomial ITERATIONS
-    times to the singular values divided by the Frobenius norm. Singular values above a few thousandths of that norm
-    come out between 0.7 and 1.2."""
+    """[N, R, C] in the type of the input: U f(S) V^T for each matrix U S V^T, where f applies the polynomial
+    MUON_ITERATIONS times to the singular values divided by the Frobenius norm. Singular values above
+    0.2 % of that norm come out between 0.68 and 1.21."""
     a, b, c = COEFFICIENTS
     is_tall = x_NRC.shape[1] > x_NRC.shape[2]
     x = x_NRC.mT if is_tall else x_NRC
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
     x = (x / (norm + EPS)).to(x_NRC.dtype)
-    for _ in range(ITERATIONS):
+    for _ in range(MUON_ITERATIONS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x

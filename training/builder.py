@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conf.extensions import import_extensions, kept_tensors
+from conf.extensions import import_extensions
 from conf.schema import PRECISIONS, Config
 from models.decoder import ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
@@ -21,6 +21,7 @@ from training.errors import RunFailed
 from training.flops import Cost, model_cost
 from training.frozen import Frozen, frozen_parameters
 from training.measurements import Measurements
+from training.memory_estimate import optimizer_bytes, stages_of
 from training.metrics import check_router_metrics
 from training.start_table import Facts, memory_of_rank, start_table
 
@@ -159,8 +160,9 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
 
     memory = memory_of_rank(config, run, bf16=dtype == torch.bfloat16).total
     # A checkpoint: fp32 weights, and what the optimizer keeps in fp32 or bf16.
-    bytes_each = 4.0 + kept_tensors(config.optim.name) * (2.0 if config.optim.state_dtype == "bf16" else 4.0)
-    disk = bytes_each * model_cost(config.model, config.train.sequence_length).total
+    (stage,) = stages_of(config.model, Layout(1))
+    disk = 4.0 * model_cost(config.model, config.train.sequence_length).total
+    disk += optimizer_bytes(config, Layout(1), stage, bf16=False)
     reports = inspect(run, Path(config.run.dir or "runs").expanduser())
     bad = find_problems(reports, memory=memory, disk=disk)
     if bad:

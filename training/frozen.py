@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from conf.schema import Config
@@ -23,6 +24,8 @@ class Frozen:
     """Trained fraction of the parameters outside of the experts."""
     expert_share: float = 1.0
     """Trained fraction of the experts' parameters."""
+    matrix_share: float = 1.0
+    """Trained fraction of the hidden layers' matrices outside of the experts."""
 
     def describe(self) -> tuple[str, str]:
         """(choice, reason) for the start table."""
@@ -56,14 +59,16 @@ def _find(config: Config) -> Frozen:
     redirection = redirect_output(0)
     try:
         shapes = logical_shapes(config.model, states=False)
+        matrices = logical_shapes(config.model, matrices=True)
     finally:
         redirection.undo()
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     frozen = frozen_names(config.optim.frozen, sizes)
     trained = {name: 0 if name in frozen else size for name, size in sizes.items()}
 
-    def share(experts: bool) -> float:
-        names = [name for name in sizes if (".experts." in name) == experts]
+    def share(experts: bool, among: Iterable[str] = sizes) -> float:
+        names = [name for name in among if (".experts." in name) == experts]
         return sum(trained[n] for n in names) / max(1, sum(sizes[n] for n in names))
 
-    return Frozen(frozenset(frozen), sum(trained.values()), sum(sizes.values()), share(False), share(True))
+    shares = share(False), share(True), share(False, matrices)
+    return Frozen(frozenset(frozen), sum(trained.values()), sum(sizes.values()), *shares)

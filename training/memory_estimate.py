@@ -80,8 +80,7 @@ def stage_memory(
     frozen = frozen_parameters(config)
     trained_spread, trained_experts = spread * frozen.dense_share, experts * frozen.expert_share
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
-    states = (4 if bf16 else 0) + kept_tensors(config.optim.name) * (2 if config.optim.state_dtype == "bf16" else 4)
-    optimizer = states * (trained_spread / (layout.dp * layout.cp) + trained_experts / layout.edp)
+    optimizer = optimizer_bytes(config, layout, stage, bf16=bf16)
     offload = on_gpu and config.optim.cpu_offload
     tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
@@ -97,6 +96,23 @@ def stage_memory(
         fp8_weights=_fp8_weights(config, layout, stage.index) if config.precision == "fp8" else 0.0,
         host=optimizer if offload else 0.0,
     )
+
+
+def optimizer_bytes(config: Config, layout: Layout, stage: Stage, *, bf16: bool) -> float:
+    """Master weights and optimizer states of a rank of a pipeline stage."""
+    optim, frozen = config.optim, frozen_parameters(config)
+    each, master = 2 if optim.state_dtype == "bf16" else 4, 4 if bf16 else 0
+    of_matrices, of_others = (each * kept_tensors(optim.name, of_matrices=which) for which in (True, False))
+    counts = stage_parameters(config.model, layout, stage)
+    shares = (frozen.dense_share, frozen.matrix_share), (frozen.expert_share, frozen.expert_share)
+    total = 0.0
+    families = matrices(config.model, layout, stage.sparse, stage.dense)
+    for count, (share, matrix_share), family, replicas in zip(
+        counts, shares, families, (layout.dp * layout.cp, layout.edp), strict=True
+    ):
+        in_matrices = matrix_share * sum(n * inner * outer for n, inner, outer in family)
+        total += ((master + of_others) * share * count + (of_matrices - of_others) * in_matrices) / replicas
+    return total
 
 
 def micro_batches_in_flight(layout: Layout, stage: int, micro_batches: int) -> float:

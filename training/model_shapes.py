@@ -3,12 +3,13 @@
 from conf.schema import ModelConfig
 
 
-def logical_shapes(model: ModelConfig, *, states: bool = True) -> dict[str, tuple[int, ...]]:
+def logical_shapes(model: ModelConfig, *, states: bool = True, matrices: bool = False) -> dict[str, tuple[int, ...]]:
     """Name in a checkpoint -> logical shape of every parameter. Call it in a process without process groups, with
     output redirected (training.output_redirect).
 
     Args:
         states: include parameters that are set by a rule (Sharding.is_state).
+        matrices: only those that are matrices of hidden layers (Sharding.matrices).
     """
     import torch
 
@@ -28,5 +29,5 @@ def logical_shapes(model: ModelConfig, *, states: bool = True) -> dict[str, tupl
         return {
             logical_name(name, parameter): parameter.sharding.logical_shape(parameter.shape)
             for name, parameter in chunk.named_parameters()
-            if states or not parameter.sharding.is_state
+            if (states or not parameter.sharding.is_state) and (not matrices or parameter.sharding.matrices is not None)
         }

@@ -174,6 +174,11 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
                 f"run.dir={path} has optimizer states of other parameters ({describe_changes(frozen)}). Restore "
                 f"this setting ({overrides_to_restore(frozen)}), or start another run with checkpoint.load={path}"
             )
+        if name := {k: v for k, v in differences(old, new).items() if k == "optim.name"}:
+            raise ValueError(
+                f"run.dir={path} has the states of another optimizer ({describe_changes(name)}). Restore this setting "
+                f"({overrides_to_restore(name)}), or start another run with checkpoint.load={path}"
+            )
         changed = [describe_changes({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
     return RunDir(path, created, continued, changed, _typed())
 

@@ -169,6 +169,21 @@ def test_states_in_bf16_are_held_as_estimated(ranks: RankPool) -> None:
     assert (estimate.weights, estimate.optimizer) == (estimate.gradients, 4 * estimate.weights)
 
 
+@pytest.mark.parametrize("degrees", [{}, {"tp": 2, "ep": 2}])
+@pytest.mark.parametrize(("moe", "model"), [({"num_shared_experts": 1, "expert_bias": True}, {}), ({}, LATENT)])
+def test_muon_keeps_one_tensor_of_a_matrix(
+    degrees: dict[str, int], moe: dict[str, Any], model: dict[str, Any], ranks: RankPool
+) -> None:
+    settings = replace(config("bf16", moe, **model), parallel=ParallelConfig(**degrees), optim=OptimConfig("muon"))
+    size = 2 if degrees else 1
+    found = max(memory.optimizer for memory in ranks.run(size, held, settings, timeout=120))
+    layout = Layout.of(settings.parallel, size)
+    estimate = memory_per_rank(settings, layout, bf16=True).optimizer
+    assert estimate == pytest.approx(found, rel=0.02)
+    settings.optim = OptimConfig()
+    assert estimate < 0.72 * memory_per_rank(settings, layout, bf16=True).optimizer  # 8 bytes instead of 12
+
+
 def test_offloaded_states_are_the_hosts() -> None:
     settings = replace(config("bf16"), cluster=H100)
     plain = memory_per_rank(settings, Layout(2), bf16=True)

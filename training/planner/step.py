@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from conf.schema import Config
 from parallel.layout import Layout
 from training.flops import Cost, model_cost
-from training.memory_estimate import Memory, Stage, stage_memory, stage_parameters, stages_of
+from training.memory_estimate import Memory, Stage, optimizer_bytes, stage_memory, stage_parameters, stages_of
 from training.planner.links import Links
+from training.planner.muon import muon_seconds
 from training.planner.rates import Rates
 from training.planner.work import Parts, stage_times
 
@@ -90,7 +91,7 @@ def predict(
     parts["data parallel"] = _data_parallel(
         config, layout, stages, links, slowest.forward.total(), slowest.backward.total()
     )
-    parts["optimizer"] = _optimizer(config, layout, stages, rates)
+    parts["optimizer"] = _optimizer(config, layout, stages, rates, links)
     parts = Counter({name: seconds for name, seconds in parts.items() if seconds})
     memory = memory_of(config, layout, imbalance, stages)
     tokens = train.global_batch_size * train.sequence_length
@@ -136,8 +137,8 @@ def _data_parallel(
     return longest
 
 
-def _optimizer(config: Config, layout: Layout, stages: Sequence[Stage], rates: Rates) -> float:
-    """AdamW, the gradient norm, clipping, the copy to bf16 and clearing the gradients."""
+def _optimizer(config: Config, layout: Layout, stages: Sequence[Stage], rates: Rates, links: Links) -> float:
+    """AdamW or Muon, the gradient norm, clipping, the copy to bf16 and clearing the gradients."""
     counts = [stage_parameters(config.model, layout, stage) for stage in stages]
     sharded = max(spread / (layout.dp * layout.cp) + experts / layout.edp for spread, experts in counts)
     whole = max(map(sum, counts))
@@ -146,7 +147,9 @@ def _optimizer(config: Config, layout: Layout, stages: Sequence[Stage], rates: R
     per_billion = rates.curves["adamw_ms_per_billion"] / 1e3 * 4302e9 / rates.memory
     seconds = per_billion * sharded / 1e9
     if optim.cpu_offload:
-        moved = (4 + 2 * (2 if optim.state_dtype == "bf16" else 4)) * sharded
+        moved = max(optimizer_bytes(config, layout, stage, bf16=True) for stage in stages)
         seconds = max(seconds, moved / HOST_LINK)
+    if optim.name == "muon":
+        seconds += max(muon_seconds(config, layout, stage, rates, links) for stage in stages)
     others = (4 if narrow else 15) * sharded + (2 if optim.grad_dtype == "bf16" else 4) * whole
     return seconds + others / rates.memory
