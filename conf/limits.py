@@ -183,7 +183,12 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.backend",
     ),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
-    ("optim.name=muon", lambda c: c["optim.name"] == "muon", "optim.muon_momentum optim.muon_split_qkv"),
+    ("optim.name=muon", lambda c: c["optim.name"] == "muon", "optim.muon_momentum"),
+    (
+        "optim.name=muon and model.kv_lora_rank=null",
+        lambda c: c["optim.name"] == "muon" and c["model.kv_lora_rank"] is None,
+        "optim.muon_split_qkv",
+    ),
     (
         "optim.schedule=wsd",
         lambda c: schedule_reads(c["optim.schedule"], "decay_fraction"),

@@ -159,7 +159,7 @@ class OptimConfig:
     """Decay rate of Muon's momentum, which is Nesterov's. The default is that of arXiv:2502.16982."""
     muon_split_qkv: bool = True
     """Whether Muon takes the projections to queries, to keys and to values for three matrices. false: for one, as
-    attention stores them. No effect on latent attention, whose projections are separate."""
+    attention stores them. Latent attention's projections are separate."""
     clip_grad: float = setting(1.0, ge=0)
     """Maximum global gradient norm. 0: no clipping."""
     frozen: list[str] = field(default_factory=list)

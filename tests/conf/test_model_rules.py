@@ -1,4 +1,4 @@
-"""Rules of the widths of a model and of its attention."""
+"""Rules of the widths of a model, of its attention, and of Muon."""
 
 import pytest
 
@@ -10,6 +10,13 @@ YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_posi
 # as tests.conf.test_rules.BROKEN
 BROKEN = [
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
+    ({"optim.muon_momentum": 0.9}, 1, "muon_momentum needs optim.name=muon", "optim.muon_momentum=0.95"),
+    (
+        {"optim.name": "muon", "optim.muon_split_qkv": False, **LATENT},
+        1,
+        "muon_split_qkv needs optim.name=muon and model.kv_lora_rank=null",
+        "optim.muon_split_qkv=true",
+    ),
     ({"model.moe.ffn_hidden_size": 6}, 1, "ffn_hidden_size needs model.moe.num_experts > 0", "ffn_hidden_size=null"),
     (
         {"model.moe.shared_ffn_hidden_size": 6, **SPARSE},

@@ -147,3 +147,12 @@ def test_memory_has_no_gradients_and_states_of_frozen_parameters(corpus: Path, r
     assert (frozen.trained, frozen.dense_share, frozen.expert_share) == (experts, 0.0, 1.0)
     assert (memory.gradients, memory.optimizer) == (4.0 * experts, 12.0 * experts)
     assert memory.weights == whole.weights and memory.gradients < whole.gradients
+    # Muon keeps one tensor less of each matrix that is trained.
+    for patterns in (["*", "!*.experts.*"], ["embedding.weight", "layers.0.*"]):
+        config.optim = replace(config.optim, frozen=patterns, name="adamw")
+        (answer,) = ranks.run(1, memory_of, config, timeout=60.0)
+        config.optim = replace(config.optim, name="muon")
+        (by_muon,) = ranks.run(1, memory_of, config, timeout=60.0)
+        attention = 32 * (config.model.query_width * 2 + config.model.key_width * 2)
+        matrices = experts + (attention if "layers.0.*" in patterns else 0)
+        assert answer[1].optimizer - by_muon[1].optimizer == pytest.approx(4.0 * matrices)

@@ -152,6 +152,19 @@ def test_imbalance_costs_time_and_memory(qwen: Config) -> None:
     assert uneven.memory.activations > 1.2 * even.memory.activations
 
 
+@pytest.mark.parametrize(("layout", "dense", "experts"), [(Layout(1), 1, 1), (Layout(16, ep=8), 16, 2)], ids=str)
+def test_muon_takes_its_products(layout: Layout, dense: int, experts: int) -> None:
+    """By hand: 16 layers with four matrices of 2048 x 2048, and 64 experts with three of 1024 x 2048."""
+    rates = rates_of("h100")
+    adamw, muon = (
+        predict(composed(["model=olmoe_1b_7b", f"optim.name={n}"]), layout, rates) for n in ("adamw", "muon")
+    )
+    square, wide = (5 * (2 * rates.dense(r, 2048, r) + rates.dense(r, r, r)) for r in (2048, 1024))
+    wanted = 16 * 4 * square / dense + 16 * 64 / layout.ep * 3 * wide / experts
+    assert muon.parts["optimizer"] - adamw.parts["optimizer"] == pytest.approx(wanted)
+    assert muon.memory.optimizer < 0.68 * adamw.memory.optimizer
+
+
 def test_json_adds_up(qwen: Config) -> None:
     found = search(qwen, rates_of("h100"), Options(16))
     plans = json.loads(report.as_json(found.plans))["plans"]

@@ -207,6 +207,10 @@ def test_a_directory_of_another_model_is_refused(
         ranks.run(1, train, config, timeout=LIMIT)
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == before
     config = tiny_config(corpus, undisturbed)
+    config.optim.name = "muon"
+    with pytest.raises(RankFailed, match=r"has the states of another optimizer \(optim.name: adamw -> muon\)"):
+        ranks.run(1, train, config, timeout=LIMIT)
+    config = tiny_config(corpus, undisturbed)
     config.checkpoint.resume = False
     with pytest.raises(RankFailed, match=r"checkpoint.resume is false"):
         ranks.run(1, train, config, timeout=LIMIT)
