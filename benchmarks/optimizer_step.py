@@ -17,7 +17,7 @@ from benchmarks.published import composed
 from conf.schema import Config
 from parallel.env import World
 
-REPETITIONS = 5
+REPETITIONS = 3
 
 
 def fastest(work: Callable[[], Any]) -> tuple[float, float]:
