@@ -15,7 +15,7 @@ from conf.schema import ModelConfig, MoeConfig
 from models.decoder import ModelChunk
 from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
-from tests.moe import reference
+from tests.models import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny, whole_model
 from training.flops import attention_span, model_cost
 
