@@ -48,7 +48,7 @@ _KEYS_AFTER_ROUTERS = (
     "memory_bytes",  # the largest peak of any rank
 )
 OPTIONAL_STEP_KEYS = (
-    "mtp_loss",  # of multi-token prediction, nats per token, the mean of its layers since the previous row; not in `loss`
+    "mtp_loss",  # of multi-token prediction, nats per token: mean over its layers, since the previous row
     "skipped",  # updates skipped since the previous row; absent if there are none
 )
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
