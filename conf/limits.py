@@ -180,7 +180,10 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         "a layer in bf16 (precision, fp8.first_layers_high)",
-        lambda c: c["precision"] != "fp8" or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] > 0,
+        lambda c: (
+            c["precision"] != "fp8"
+            or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] + c["model.mtp_num_layers"] > 0
+        ),
         "model.moe.backend",
     ),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
