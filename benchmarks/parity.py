@@ -295,7 +295,7 @@ def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
         "held-out loss": relative(got.evaluation[0], wanted.evaluation[0]),
         "held-out tokens": equal(got.evaluation[1] == wanted.evaluation[1]),
         "logits": relative(got.logits_V, wanted.logits_V),
-        "loss of multi-token prediction": relative(got.further, wanted.further),
+        **({"loss of multi-token prediction": relative(got.further, wanted.further)} if wanted.further else {}),
         **grads,
     }
 
