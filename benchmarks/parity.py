@@ -54,6 +54,7 @@ YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8,
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
 MUON = {"name": "muon"}
+MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 
 VARIANTS = {
     "drops": Variant(),
@@ -79,6 +80,9 @@ VARIANTS = {
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "muon": Variant(moe={"num_shared_experts": 1, "every": 4, "expert_bias": True}, optim=MUON),
     "muon_mla": Variant(MLA, {"num_experts": 8}, optim=MUON),
+    "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
+    "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
+    "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -106,9 +110,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon"),
+            *("gpt_oss", "chunks", "muon", "mtp"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon",
+        "drops global global_bias qwen2 olmoe mla chunks muon mtp",
     ),
     Layouts(
         "tp2 +sequence",
@@ -133,20 +137,23 @@ MATRIX = [
             "gpt_oss",
             "chunks",
             "muon_mla",
+            "mtp_documents",
+            "mtp_latent",
         ],
-        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla",
+        "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
+        "mtp_latent",
     ),
     Layouts(
         "pp2",
         2,
         {"pp": 2},
-        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon"],
-        "dropless qwen3 olmoe muon",
+        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"],
+        "dropless qwen3 olmoe muon mtp mtp_documents",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
-    Layouts("pp4", 4, {"pp": 4}, ["switch", "drops"], "switch"),
+    Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
-    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense"], "switch"),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp"], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
     Layouts(
         "cp2",
@@ -154,9 +161,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents"),
         ],
-        "drops sinkhorn rope mla_documents chunks",
+        "drops sinkhorn rope mla_documents chunks mtp_documents",
     ),
     Layouts(
         "cp4",
@@ -165,35 +172,43 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon"], "dropless muon"),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp"], "dropless muon mtp"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
-    Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
+    Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon"], "dropless muon"),
-    Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias", "muon"], "switch global global_bias muon"),
+    Layouts(
+        "dp2",
+        2,
+        {},
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents"],
+        "switch global global_bias muon",
+    ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
-    Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek"], "dense"),
+    Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
     Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),
     Layouts("tp2 etp2", 2, {"tp": 2, "etp": 2}, ["drops", "switch_documents"]),
     Layouts("tp2 etp2 +sequence", 2, {**SEQUENCE_PARALLEL, "etp": 2}, ["drops", "dropless"]),
     Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek"]),
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
-    Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops"]),
+    Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops", "mtp"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
     Layouts("cp2 tp2", 4, {"cp": 2, "tp": 2}, ["switch_documents", "rope", "mla", "mla_documents", "muon_mla"]),
     Layouts(
         "cp2 tp2 +sequence",
         4,
         {"cp": 2, **SEQUENCE_PARALLEL},
-        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks"],
+        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks", "mtp_documents"],
     ),
-    Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
+    Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless", "mtp_latent"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
     Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon"]),
+    Layouts(
+        "tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops", "mtp"], "switch"
+    ),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
     Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
     Layouts(
@@ -215,6 +230,8 @@ class Outcome:
     """Entropy, auxiliary and z-loss of all steps and layers."""
     evaluation: tuple[float, int]
     logits_V: np.ndarray
+    further: list[float]
+    """Losses of multi-token prediction."""
     gradients: dict[str, np.ndarray] | None
     """Gradients of step 1, on rank 0 only."""
 
@@ -227,6 +244,8 @@ def measure(world: World, parallel: ParallelConfig, variants: dict[str, Variant]
 
 
 def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -> Outcome:
+    from models.mtp import collect_losses
+
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
     batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
     results, loads, first = [], [], None
@@ -247,6 +266,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
         # 11 tokens: not divisible by the degrees of context and tensor parallelism.
         next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
+        collect_losses(engine.modules, variant.config().mtp_num_layers, runtime.device),
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
 
@@ -256,7 +276,7 @@ def _expert_load(engine: Engine, model: ModelConfig) -> Any:
 
     mine = {layer: moe.statistics for module in engine.modules for layer, moe in module.sparse().items()}
     layout, device = engine.runtime.layout, engine.runtime.device
-    return collect(mine, model.sparse_layers, model.moe.num_experts, layout, MICRO_BATCHES, device)
+    return collect(mine, model.routed_layers, model.moe.num_experts, layout, MICRO_BATCHES, device)
 
 
 def relative(got: object, wanted: object) -> float:
@@ -284,6 +304,7 @@ def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
         "held-out loss": relative(got.evaluation[0], wanted.evaluation[0]),
         "held-out tokens": equal(got.evaluation[1] == wanted.evaluation[1]),
         "logits": relative(got.logits_V, wanted.logits_V),
+        **({"loss of multi-token prediction": relative(got.further, wanted.further)} if wanted.further else {}),
         **grads,
     }
 

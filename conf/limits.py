@@ -131,6 +131,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.shared_expert_gate model.moe.shared_ffn_hidden_size",
     ),
     ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
+    ("model.mtp_num_layers > 0", lambda c: c["model.mtp_num_layers"] > 0, "model.mtp_loss_scaling_factor"),
     (
         "model.activation=clamped_swiglu",
         lambda c: c["model.activation"] == "clamped_swiglu",
@@ -179,7 +180,10 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         "a layer in bf16 (precision, fp8.first_layers_high)",
-        lambda c: c["precision"] != "fp8" or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] > 0,
+        lambda c: (
+            c["precision"] != "fp8"
+            or c["fp8.first_layers_high"] + c["fp8.last_layers_high"] + c["model.mtp_num_layers"] > 0
+        ),
         "model.moe.backend",
     ),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),

@@ -306,16 +306,38 @@ class ModelConfig:
     """Activations that are recomputed in the backward pass instead of being saved: norm (outputs of the norms),
     activation (between the two linear layers of feed-forward layers and experts), moe (the whole sparse layer), full
     (the whole transformer layer; excludes the others). Routing decisions are always saved, never recomputed."""
+    mtp_num_layers: int = setting(0, ge=0)
+    """Number D of layers for multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2; GLM-4.5: 1). Layer k
+    predicts the token k + 1 ahead, from the output of layer k - 1 (for the first: of the final norm) and the embedding
+    of the token k ahead, with a transformer block like the last one of the model. Embedding and output layer are those
+    of the model. Used in training only, and in bf16 with precision=fp8. 0: none."""
+    mtp_loss_scaling_factor: float = setting(0.1, gt=0, resumable=True)
+    """Weight of the loss of multi-token prediction, the mean over its layers, in what is minimised (arXiv:2412.19437,
+    eq. 25; DeepSeek-V3: 0.3 for the first 10T tokens, then 0.1). The logged loss is that of the next token alone."""
     moe: MoeConfig = field(default_factory=MoeConfig)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, is sparse."""
-        moe = self.moe
+        """Whether a layer, counted from 0, is sparse. Those for multi-token prediction are like the last one."""
+        moe, layer = self.moe, min(layer, self.num_layers - 1)
         return moe.num_experts > 0 and layer >= moe.first_dense_layers and layer % moe.every == moe.every - 1
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer has local attention. Those for multi-token prediction are like the last one."""
+        return min(layer, self.num_layers - 1) in self.local_layers
+
+    @property
+    def mtp_layers(self) -> range:
+        """The layers for multi-token prediction, which are counted after the others."""
+        return range(self.num_layers, self.num_layers + self.mtp_num_layers)
 
     @property
     def sparse_layers(self) -> list[int]:
         return [layer for layer in range(self.num_layers) if self.is_sparse(layer)]
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """All layers with a router: the sparse layers, and those for multi-token prediction if they are sparse."""
+        return [*self.sparse_layers, *filter(self.is_sparse, self.mtp_layers)]
 
     @property
     def local_layers(self) -> list[int]:

@@ -11,7 +11,16 @@ from itertools import islice
 from typing import Any
 
 from conf.attention_rules import attention_rules
-from conf.config_view import DEFAULTS, WORLD_SIZE, ConfigView, Violation, divisible, divisors, format_value
+from conf.config_view import (
+    DEFAULTS,
+    WORLD_SIZE,
+    ConfigView,
+    Violation,
+    divisible,
+    divisors,
+    format_value,
+    multiples,
+)
 from conf.extensions import REGISTRIES, missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
@@ -73,7 +82,7 @@ def violations(cfg: ConfigView) -> list[Violation]:
     for violation in found:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
-    sections = (attention_rules, _recompute, _experts, layout_rules, fp8_rules, batch_rules)
+    sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, batch_rules)
     sections += (_schedule, _names, _load, _loggers, _data, _blend, _unused)
     return found + [violation for section in sections for violation in section(cfg)]
 
@@ -231,6 +240,16 @@ def _expert_choice(cfg: ConfigView) -> Iterator[Violation]:
             f"{key}=expert_choice needs {sample}=0",
             f"it is {cfg[sample]}: experts select among all tokens, and a text being generated has no later ones yet",
             {sample: [0], key: [DEFAULTS[key]]},
+        )
+
+
+def _prediction(cfg: ConfigView) -> Iterator[Violation]:
+    layers, length = "model.mtp_num_layers", "train.sequence_length"
+    if cfg[layers] >= cfg[length]:
+        yield Violation(
+            f"{layers} < {length} (else no sequence has a token so far ahead)",
+            f"{cfg[layers]} >= {cfg[length]}",
+            {layers: [cfg[length] - 1], length: multiples(2 * cfg[layers], 2)},
         )
 
 

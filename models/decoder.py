@@ -20,8 +20,10 @@ from conf.schema import ModelConfig
 from models.attention import Attention
 from models.init import initialise
 from models.mla import LatentAttention
+from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
 from models.rope import Rotary
+from moe.aux_loss import AttachLoss
 from moe.layer import MoELayer
 from moe.metrics import Report
 from moe.mlp import MLP
@@ -31,7 +33,7 @@ from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
-from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
+from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext
 from parallel.process_groups import Runtime
 from parallel.sharding import set_sharding
 
@@ -78,7 +80,7 @@ class Block(nn.Module):
         self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
         self.multiplier = context.model.residual_multiplier
-        self.local = layer in context.model.local_layers
+        self.local = context.model.is_local(layer)
         float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
@@ -129,35 +131,50 @@ class ModelChunk(MegatronModule):
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.share_embeddings_and_output_weights = model.tie_embeddings or model.mtp_num_layers > 0
+        """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
         self.input_tensor: Tensor | None = None
         self.token_losses = context.ops.token_losses
 
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
         std = (model.init_scale / model.hidden_size) ** 0.5
-        if self.pre_process:
-            self.embedding = tp.VocabParallelEmbedding(
-                model.vocab_size,
-                model.hidden_size,
-                init_method=None,
-                config=context.config,
-                reduce_scatter_embeddings=context.config.sequence_parallel,
-                tp_group=groups.tp,
-            )
-            set_sharding(self.embedding.weight, (0, groups.tp), std=std)
-            # Gives it a bucket of its own, sharded over data-parallel ranks as on the other stage that holds it.
-            self.embedding.weight.shared_embedding = model.tie_embeddings
+        self.embedding: nn.Module | None = None
+        self.mtp_statistics: MTPStatistics | None = None
+        if self.pre_process or (self.post_process and model.mtp_num_layers):
+            self._build_embedding(context, std)
         self.layers = nn.ModuleDict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:
             self.final_norm = context.norm()
             self._build_head(context, std)
+            further = (MTPLayer(context, Block(context, i)) for i in model.mtp_layers)
+            self.mtp = nn.ModuleDict({str(k): layer for k, layer in enumerate(further)})
+            self.mtp_statistics = MTPStatistics(model.mtp_num_layers) if model.mtp_num_layers else None
         self.to(context.runtime.device)
         initialise(self, context.seed)
 
+    def _build_embedding(self, context: ModelBuildContext, std: float) -> None:
+        model, groups = context.model, context.runtime.groups
+        self.embedding = tp.VocabParallelEmbedding(
+            model.vocab_size,
+            model.hidden_size,
+            init_method=None,
+            config=context.config,
+            reduce_scatter_embeddings=context.config.sequence_parallel,
+            tp_group=groups.tp,
+        )
+        self._set_table_sharding(self.embedding.weight, std, copy=not self.pre_process)
+
+    def _set_table_sharding(self, weight_VD: nn.Parameter, std: float, *, copy: bool) -> None:
+        """Of the embedding, or of its copy on the last stage."""
+        set_sharding(weight_VD, (0, self.groups.tp), std=std, alias="embedding.weight" if copy else None)
+        # Gives it a bucket of its own, sharded over data-parallel ranks as on the other stage that holds it.
+        # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
+        weight_VD.shared, weight_VD.shared_embedding = copy, self.share_embeddings_and_output_weights
+
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
-        tied_here = model.tie_embeddings and self.pre_process
+        tied_here = model.tie_embeddings and self.embedding is not None
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
@@ -168,14 +185,17 @@ class ModelChunk(MegatronModule):
             skip_weight_param_allocation=tied_here,
             tp_group=groups.tp,
         )
-        if not tied_here:
-            alias = "embedding.weight" if model.tie_embeddings else None
-            set_sharding(self.head.weight, (0, groups.tp), std=std, alias=alias)
-            # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
-            self.head.weight.shared = self.head.weight.shared_embedding = model.tie_embeddings
+        if tied_here:
+            # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
+            self.head.weight = self.embedding.weight
+        elif model.tie_embeddings:
+            self._set_table_sharding(self.head.weight, std, copy=True)
+        else:
+            set_sharding(self.head.weight, (0, groups.tp), std=std)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        if self.pre_process:
+        """This stage's copy of the embedding."""
+        if self.embedding is not None:
             return self.embedding.weight
         return self.head.weight if self.post_process else None
 
@@ -197,25 +217,60 @@ class ModelChunk(MegatronModule):
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
             (fp32), or without labels the logits [B, S, V].
         """
-        if self.pre_process:
-            x_SBD = self.embedding(tokens_BS)
-            if self.model.embedding_multiplier != 1:
-                x_SBD = x_SBD * self.model.embedding_multiplier
-            if not self.config.sequence_parallel:  # else it comes scattered, sequence first
-                x_SBD = x_SBD.transpose(0, 1).contiguous()
-        else:
-            x_SBD = self.input_tensor
-        mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
-        cos, sin = self.rotary(mine_BS.t())
-        pieces = {local: self._pieces(positions_BS, batch_ctx, local) for local in (False, True)}
+        x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
+        cos, sin = self.rotary(self._mine(positions_BS).t())
+        further = self.post_process and batch_ctx.mode == TRAIN and labels_BS is not None
+        predicting = [*self.mtp.values()] if further else []
+        blocks = [*self.layers.values(), *(layer.block for layer in predicting)]
+        attend = {
+            local: (cos, sin, self._pieces(positions_BS, batch_ctx, local)) for local in {b.local for b in blocks}
+        }
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, pieces[layer.local]), batch_ctx)
-        return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
+            x_SBD = layer(x_SBD, attend[layer.local], batch_ctx)
+        if not self.post_process:
+            return x_SBD
+        x_SBD = self.final_norm(x_SBD)
+        if predicting:
+            x_SBD = self._predict_further(x_SBD, positions_BS, attend[predicting[0].block.local], batch_ctx)
+        logits_SBV = self._logits(x_SBD)
+        if labels_BS is None:
+            return logits_SBV.transpose(0, 1)
+        return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
+
+    def _mine(self, x_BS: Tensor) -> Tensor:
+        """This rank's slice of a whole sequence."""
+        return x_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        assert self.embedding is not None
+        x_SBD = self.embedding(tokens_BS)
+        if self.model.embedding_multiplier != 1:
+            x_SBD = x_SBD * self.model.embedding_multiplier
+        # Under sequence parallelism it comes scattered, sequence first.
+        return x_SBD if self.config.sequence_parallel else x_SBD.transpose(0, 1).contiguous()
+
+    def _predict_further(self, x_SBD: Tensor, positions_BS: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
+        """x_SBD, the output of the final norm, with the loss of multi-token prediction attached. It is averaged over
+        all tokens of the micro-batch, as the loss of the next token is: those that do not count add nothing
+        (DeepSeek-V3, arXiv:2412.19437, eq. 24 and 25)."""
+        assert self.mtp_statistics is not None
+        total, hidden_SBD = x_SBD.new_zeros((), dtype=torch.float32), x_SBD
+        for index, layer in enumerate(self.mtp.values()):
+            targets = targets_of(batch_ctx, positions_BS, index + 1, document_mask=self.document_mask)
+            padding_BS = ~self._mine(targets.exists_BS)
+            padding_BS = padding_BS if batch_ctx.padding_BS is None else padding_BS | batch_ctx.padding_BS
+            embedding_SBD = self._embed(self._mine(targets.tokens_BS))
+            hidden_SBD = layer(hidden_SBD, embedding_SBD, attend, replace(batch_ctx, padding_BS=padding_BS))
+            labels_SB, counts_BS = self._mine(targets.labels_BS).t(), self._mine(targets.counts_BS)
+            losses_BS = self.token_losses(self._logits(hidden_SBD), labels_SB, self.groups.tp).t()
+            losses_BS = losses_BS.where(counts_BS, 0.0)
+            self.mtp_statistics(index, losses_BS, counts_BS)
+            total = total + losses_BS.sum() / positions_BS.numel()
+        loss = self.model.mtp_loss_scaling_factor / len(self.mtp) * total
+        return AttachLoss.apply(x_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else x_SBD
 
     def _pieces(self, positions_BS: Tensor, batch_ctx: BatchContext, local: bool) -> list[Piece] | None:
         """Who attends to whom in the layers with local attention, or in the others."""
-        if all(layer.local != local for layer in self.layers.values()):
-            return None
         on_host_BS, model = batch_ctx.host_positions_BS, self.model
         if on_host_BS is None:
             on_host_BS = positions_BS.cpu() if self.document_mask else positions_BS
@@ -229,21 +284,21 @@ class ModelChunk(MegatronModule):
             sinks=model.attention_sinks,
         )
 
-    def _finish(self, x_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
-        tied = self.embedding.weight if self.share_embeddings_and_output_weights and self.pre_process else None
-        x_SBD = self.final_norm(x_SBD)
+    def _logits(self, x_SBD: Tensor) -> Tensor:
         if self.model.logit_multiplier != 1:  # of the head's input, which is smaller
             x_SBD = x_SBD * self.model.logit_multiplier
-        logits_SBV = self.head(x_SBD, weight=tied)[0]
+        logits_SBV = self.head(x_SBD)[0]
         if self.model.logit_softcap is not None:
             logits_SBV = SoftCap.apply(logits_SBV, self.model.logit_softcap)
-        if labels_BS is None:
-            return logits_SBV.transpose(0, 1)
-        return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
+        return logits_SBV
 
     def sparse(self) -> dict[int, MoELayer]:
-        """The sparse layers of this chunk by their index in the model."""
-        return {int(i): block.ffn for i, block in self.layers.items() if isinstance(block.ffn, MoELayer)}
+        """The sparse layers of this chunk by their index in the model, those for multi-token prediction after all
+        others."""
+        blocks = {int(i): block for i, block in self.layers.items()}
+        if self.post_process:
+            blocks |= {i: layer.block for i, layer in zip(self.model.mtp_layers, self.mtp.values(), strict=True)}
+        return {i: block.ffn for i, block in blocks.items() if isinstance(block.ffn, MoELayer)}
 
     def end_step(self, *, applied: bool) -> None:
         """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and

@@ -93,12 +93,17 @@ class LatentAttention(CoreAttention):
 
 
 class ReplicatedLinear(nn.Module):
-    """A projection of the hidden states that every tensor-parallel rank computes for its tokens."""
+    """A projection of the hidden states that every tensor-parallel rank computes for its tokens.
 
-    def __init__(self, model: ModelConfig, width: int, config: TransformerConfig, groups: Groups):
+    Args:
+        inputs: number of hidden states that are concatenated.
+    """
+
+    def __init__(self, model: ModelConfig, width: int, config: TransformerConfig, groups: Groups, inputs: int = 1):
         super().__init__()
-        weight = nn.Parameter(torch.empty(width, model.hidden_size, dtype=config.params_dtype))
-        std = (model.init_scale / model.hidden_size) ** 0.5
+        inner = inputs * model.hidden_size
+        weight = nn.Parameter(torch.empty(width, inner, dtype=config.params_dtype))
+        std = (model.init_scale / inner) ** 0.5
         self.weight = set_sharding(weight, replicas=(groups.tp,), std=std, matrices=Matrices())
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         self.weight.sequence_parallel = config.sequence_parallel

@@ -78,7 +78,8 @@ VERIFIED = "the GPU has FP8 products, and they equal the reference's on a random
 def _describe(context: RunContext, row: Row) -> Row:
     fp8, layers = context.config.fp8, context.fp8_layers
     gradient = "" if fp8.weight_gradient == "fp8" else ", weight gradients in bf16"
-    which = "every layer" if len(layers) == context.model.num_layers else f"layers {layers[0]} to {layers[-1]}"
+    every = context.model.num_layers + context.model.mtp_num_layers
+    which = "every layer" if len(layers) == every else f"layers {layers[0]} to {layers[-1]}"
     which = which if fp8.linear_layers else f"the experts of {which}"
     name = NAMES.get(row.name, row.name)
     name = f"experts and linear layers on {name}" if row.name == "triton" and row.refused else name

@@ -27,6 +27,10 @@ class BatchContext:
     are on the device only."""
     padding_BS: Tensor | None = None
     """bool over this rank's shard of the sequence, True for padding; None: no padding."""
+    labels_BS: Tensor | None = None
+    """Labels of the whole sequence, from which those further ahead are read; None: there are none."""
+    loss_mask_BS: Tensor | None = None
+    """Of the whole sequence: 0 where a label counts in no loss; None: all count."""
 
 
 DEFAULT_CONTEXT = BatchContext()

@@ -215,6 +215,8 @@ class Engine:
                 micro_batch=index * dp.size() + dp.rank(),
                 host_positions_BS=host_positions[index],
                 padding_BS=sharded.get("padding"),
+                labels_BS=batch.get("labels"),
+                loss_mask_BS=batch.get("loss_mask"),
             )
             output = chunk(sharded["tokens"], batch["positions"], sharded.get("labels"), this)
             return output, lambda out: loss(out, batch)

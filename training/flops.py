@@ -64,15 +64,16 @@ def ffn_biases(model: ModelConfig, width: int) -> int:
 
 
 def attention_span(model: ModelConfig, sequence_length: int) -> float:
-    """Summed over layers: twice the mean number of keys that a query sees, its own counted as half, which is S in a
-    layer that attends to all earlier tokens, as PaLM's formula counts them."""
-    s, local = sequence_length, len(model.local_layers)
+    """Summed over layers, those for multi-token prediction included: twice the mean number of keys that a query sees,
+    its own counted as half, which is S in a layer that attends to all earlier tokens, as PaLM's formula counts them."""
+    s, layers = sequence_length, model.num_layers + model.mtp_num_layers
+    local = sum(map(model.is_local, range(layers)))
     if model.attention_chunk_size is not None:
         span = min(s, model.attention_chunk_size)
     else:
         window = min(s, model.sliding_window or s)
         span = (window**2 + (s - window) * (2 * window - 1)) / s
-    return (model.num_layers - local) * s + local * span
+    return (layers - local) * s + local * span
 
 
 def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
@@ -87,21 +88,24 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     )
     biases = gates * model.expert_width + d if moe.expert_bias else 0
     norms = 2 * d
-    sparse = len(model.sparse_layers)
-    dense = model.num_layers - sparse
+    further = model.mtp_num_layers
+    layers, sparse = model.num_layers + further, len(model.routed_layers)
+    dense = layers - sparse
     router = d * moe.num_experts
-    vectors = sum(attention_vectors(model)) * model.num_layers + sparse * (moe.num_experts if moe.router_bias else 0)
-    vectors += (2 * model.num_layers + 1) * d if model.norm == "layernorm" else 0
+    vectors = sum(attention_vectors(model)) * layers + sparse * (moe.num_experts if moe.router_bias else 0)
+    vectors += (2 * layers + 1 + 3 * further) * d if model.norm == "layernorm" else 0
     vectors += dense * ffn_biases(model, model.ffn_hidden_size)
     vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
     shared += d if moe.shared_expert_gate else 0
-    outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
+    outside = sparse * (router + shared) + layers * (attention + norms) + dense * ffn + d
+    outside += further * (2 * d * d + 3 * d)  # the projection of two hidden states, and three norms
     table = model.vocab_size * d
     not_multiplied = (table if model.tie_embeddings else 2 * table) + vectors
     total = outside + sparse * moe.num_experts * (expert + biases) + not_multiplied
     visited = experts_per_token(model)
     active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
-    # The embedding is a lookup, the output layer a product. The small contribution of norms is included.
-    multiplied = outside + sparse * visited * expert + table
+    # The embedding is a lookup, the output layer a product, of each prediction. The small contribution of norms is
+    # included.
+    multiplied = outside + sparse * visited * expert + (1 + further) * table
     scores = (model.query_width + model.output_width) * attention_span(model, sequence_length)
     return Cost(total, active, 6.0 * multiplied + 6.0 * scores)

@@ -106,7 +106,7 @@ def _parameters(
     Raises:
         ValueError: a parameter has no counterpart in the family, or is missing.
     """
-    from models.hf.mapping import parameters_of
+    from models.hf.mapping import mtp_copies, parameters_of
 
     stored = {name: shape for name, shape in weights.shapes().items() if not name.endswith(_TRANSIENT)}
     parameters, unknown = parameters_of(family, run.model, stored)
@@ -118,7 +118,7 @@ def _parameters(
     lost = sorted(n for n in shapes.keys() - stored.keys() if not n.endswith((_BIAS, _TRANSIENT)))
     if lost or (lost := sorted(n for n in stored.keys() & shapes.keys() if stored[n] != shapes[n])):
         raise ValueError(f"{weights.directory} is of another model than its run: {', '.join(lost[:5])}")
-    return parameters
+    return [*parameters, *mtp_copies(family, run.model, stored)]
 
 
 def _write_files(

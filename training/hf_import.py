@@ -50,6 +50,7 @@ def import_model(config: ImportConfig) -> int:
     try:
         with atomic_directory(output) as aside:
             with _source(source, family, block_of(theirs)) as opened:
+                run = _with_stored_layers(run, family, opened)
                 summary = _convert(opened, aside, family, run.model, ranks)
             _keep_files(source, aside, run)
             if config.verify:
@@ -112,10 +113,32 @@ def _source(directory: Path, family: Family, block: tuple[int, int] | None) -> "
     return Source(directory, family, block)
 
 
+def _with_stored_layers(run: Config, family: Family, source: "Source") -> Config:
+    """The settings without layers for multi-token prediction if the source has none of their tensors: Transformers
+    keeps the number in config.json when it leaves out the tensors.
+
+    Raises:
+        ValueError: it has another number of them than config.json says.
+    """
+    from models.hf.mapping import stored_mtp_layers
+
+    wanted, found = run.model.mtp_num_layers, stored_mtp_layers(family, run.model, source.entries)
+    if found == wanted:
+        return run
+    key = next(field.key for field in family.fields if field.setting == "mtp_num_layers")
+    if found:
+        raise ValueError(
+            f"{THEIR_CONFIG} has {key}={wanted}, but there are tensors of {found} layers for multi-token prediction: "
+            f"set it to {found}"
+        )
+    print(f"{key}={wanted}, but there are no tensors of such layers: imported without")
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, mtp_num_layers=0))
+
+
 def _convert(source: "Source", aside: Path, family: Family, model: ModelConfig, threads: int) -> str:
     """Writes the checkpoint. Returns a description of what was converted."""
-    from models.hf.convert import check_tied_head, write_checkpoint
-    from models.hf.mapping import HEAD, check_tensors, mtp_tensors, parameters_of
+    from models.hf.convert import check_copies, check_tied_head, write_checkpoint
+    from models.hf.mapping import HEAD, check_tensors, mtp_copies, parameters_of
     from training.model_shapes import logical_shapes
 
     redirection = redirect_output(0)
@@ -128,13 +151,11 @@ def _convert(source: "Source", aside: Path, family: Family, model: ModelConfig, 
     idle = check_tensors(family, model, parameters, source.entries)
     if HEAD in idle:
         check_tied_head(source, next(p.pieces[0][0] for p in parameters if p.name == "embedding.weight"))
+    check_copies(source, parameters, mtp_copies(family, model, shapes))
     write_checkpoint(aside / STEP, source, parameters, model, threads)
-    words, left = source.described(idle), mtp_tensors(family, model, source.entries)
-    if left:
-        print(
-            f"not imported: {len(left)} tensors for multi-token prediction, which this model does not have and "
-            f"Transformers does not load either: {left[0]}, ..."
-        )
+    words = source.described(idle)
+    if model.mtp_num_layers:
+        words += f", {model.mtp_num_layers} of the layers for multi-token prediction (not verified by Transformers)"
     return words + (f" ({len(idle)} without weights left: {', '.join(idle[:3])})" if idle else "")
 
 

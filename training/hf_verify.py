@@ -5,6 +5,7 @@ Legend: S sequence, V vocabulary, D hidden, L layers.
 
 import contextlib
 import importlib.util
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from conf.commands import InferenceConfig
 from corpus.tokenizer import Tokenizer
 from models.hf.configuration import CONFIG, read_json
 from models.hf.families import family_named
+from models.hf.family import Family
 from models.hf.quantization import block_of
 from parallel.env import World
 from training.load_checkpoint import LoadedModel, load_model, on_every_rank
@@ -94,6 +96,10 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
             model, loading = _model_class(directory, options).from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"Transformers cannot load {directory}: {error}") from None
+    # Layers for multi-token prediction, after the last one: Transformers has none.
+    family, layers = family_named(read_json(directory / CONFIG)["model_type"], CONFIG), model.config.num_hidden_layers
+    found = loading.get("unexpected_keys", ())
+    loading["unexpected_keys"] = [name for name in found if not is_of_mtp_layer(name, family, layers)]
     if wrong := {what: names for what, names in loading.items() if names}:
         raise ValueError(f"the weights in {directory} do not match the model of Transformers: {wrong}")
     kept: dict[str, torch.Tensor] = {}
@@ -106,6 +112,12 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     with torch.no_grad():
         kept[LOGITS] = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().contiguous()
     save_file({**kept, IDS: torch.tensor(ids)}, path)
+
+
+def is_of_mtp_layer(name: str, family: Family, num_layers: int) -> bool:
+    """Whether a tensor belongs to a layer for multi-token prediction."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return family.mtp_tensor is not None and layer is not None and int(layer[1]) >= num_layers
 
 
 def _model_class(directory: Path, options: dict[str, Any]) -> Any:

@@ -40,6 +40,11 @@ def import_model(config: ImportMegatronConfig) -> int:
         run=RunConfig(name=model.name),
     )
     rules.check(run, 1)
+    if model.mtp_num_layers:
+        raise ValueError(
+            f"model.mtp_num_layers={model.mtp_num_layers}: layers for multi-token prediction are not imported from "
+            "Megatron-Core; nearest: 0, for a checkpoint without them"
+        )
     with atomic_directory(output) as aside:
         summary = _convert(Path(config.source).expanduser(), aside / STEP, model, threads)
         keep_settings(aside, run)

@@ -85,8 +85,9 @@ def stage_memory(
     tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
     in_flight = micro_batches_in_flight(layout, stage.index, micro_batches)
-    # The input and output of the final norm, and the logits.
-    head = value * (2 * model.hidden_size + model.vocab_size / layout.tp)
+    # The input and output of the final norm, and the logits; and the same of each further prediction.
+    head = value * (2 * model.hidden_size + model.vocab_size / layout.tp) * (1 + model.mtp_num_layers)
+    head += value * model.mtp_num_layers * _kept_by_projection(model, layout)
     kept = _kept_per_token(config, layout, stage.sparse, stage.dense, imbalance)
     return Memory(
         weights=value * (spread + experts),
@@ -143,13 +144,14 @@ def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
 
 
 def stage_layers(model: ModelConfig, layout: Layout, stage: int, within: range | None = None) -> tuple[int, int]:
-    """Numbers of sparse and dense layers of a pipeline stage.
+    """Numbers of sparse and dense layers of a pipeline stage, those for multi-token prediction included.
 
     Args:
         within: count only these layers; None: all.
     """
     chunks = range(stage, layout.pp * layout.vpp, layout.pp)
     layers = [layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)]
+    layers += model.mtp_layers if stage == layout.pp - 1 else ()
     layers = layers if within is None else [layer for layer in layers if layer in within]
     sparse = sum(map(model.is_sparse, layers))
     return sparse, len(layers) - sparse
@@ -160,6 +162,9 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
     d, moe, sparse, dense = model.hidden_size, model.moe, stage.sparse, stage.dense
     spread, experts = (sum(n * k * m for n, k, m in part) for part in matrices(model, layout, sparse, dense))
     tables = 1 if model.tie_embeddings and layout.pp == 1 else stage.is_first + stage.is_last
+    further = model.mtp_num_layers if stage.is_last else 0
+    if further and layout.pp > 1 and not model.tie_embeddings:
+        tables += 1  # a copy of the embedding
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
     if model.ffn_bias:
@@ -168,7 +173,7 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
         spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
     norm = 2 * d if model.norm == "layernorm" else d
     copied = (sparse + dense) * (2 * norm + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
-    copied += stage.is_last * norm
+    copied += stage.is_last * norm + further * (2 * d * d + 3 * norm)
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
@@ -214,6 +219,13 @@ def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int, imb
     routed = rows * each + hidden * model.shared_width / layout.tp
     per_sparse = 0 if "moe" in again else outside + routed
     return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
+
+
+def _kept_by_projection(model: ModelConfig, layout: Layout) -> float:
+    """Values per token that a layer for multi-token prediction saves before its block: the embedding, and both norms'
+    outputs."""
+    outside = model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
+    return outside * (1 if {"norm", "full"} & {*model.recompute} else 3)
 
 
 def _kept_by_attention(model: ModelConfig, layout: Layout) -> float:

@@ -47,7 +47,10 @@ _KEYS_AFTER_ROUTERS = (
     "data_seconds",  # time of loading data in a step, on the rank where it took longest
     "memory_bytes",  # the largest peak of any rank
 )
-OPTIONAL_STEP_KEYS = ("skipped",)  # updates skipped since the previous row; absent if there are none
+OPTIONAL_STEP_KEYS = (
+    "mtp_loss",  # of multi-token prediction, nats per token: mean over its layers, since the previous row
+    "skipped",  # updates skipped since the previous row; absent if there are none
+)
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
 
 # Peak FLOP/s in bf16 from the data sheets, which assume 2:4 sparsity; a dense product reaches half. The names are the
@@ -121,14 +124,16 @@ class RunLog:
         self._last_load: tuple[int, ExpertLoad] | None = None  # step and load that no heat map shows yet
         self._loggers = Loggers(loggers, RunInfo(run_dir, restored_step, settings or {}), warn)
 
-    def step(self, row: Row, load: ExpertLoad | None = None) -> None:
-        """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS; `load` is None for a dense model."""
+    def step(self, row: Row, load: ExpertLoad | None = None, mtp_losses: Sequence[float] = ()) -> None:
+        """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS; `load` is None for a dense model.
+        Loggers also get the losses of single layers for multi-token prediction."""
         keys = step_keys()
         assert set(keys) <= row.keys() <= {*keys, *OPTIONAL_STEP_KEYS}, sorted(row)
         step, logged = row["step"], self._logged
         self._logged += 1
         every_expert = load is not None and logged % recorded_every(load) == 0
-        self._show(step, row, load, every_expert=every_expert, first=logged == 0)
+        single = {f"mtp_loss_{number}": loss for number, loss in enumerate(mtp_losses, 1) if len(mtp_losses) > 1}
+        self._show(step, {**row, **single}, load, every_expert=every_expert, first=logged == 0)
         if load is not None and has_heat_map(logged):
             self._draw(step, load)
         self._last_load = (step, load) if load is not None and not has_heat_map(logged) else None

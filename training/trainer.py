@@ -13,6 +13,7 @@ from conf.override_text import command, override
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream, ValidWindows, micro_batches
 from corpus.tokenizer import Tokenizer
+from models.mtp import collect_losses
 from moe.expert_load import ExpertLoad
 from moe.metrics import collect
 from moe.router_metrics import ROUTER_METRICS
@@ -76,7 +77,7 @@ class Trainer:
         self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
-        self.layers = self.config.model.sparse_layers
+        self.layers = self.config.model.routed_layers
         self.stragglers = Stragglers(built.runtime.device)
         self.clock = StepTimer(built.runtime.device)
         self.load: ExpertLoad | None = None
@@ -277,6 +278,7 @@ class Trainer:
             steps * train.global_batch_size // train.micro_batch_size,
             built.runtime.device,
         )
+        mtp_losses = collect_losses(built.engine.modules, self.config.model.mtp_num_layers, built.runtime.device)
         of_ranks = self.stragglers.compare(_peak_memory(built.runtime.device))
         if not log:
             return
@@ -297,10 +299,12 @@ class Trainer:
             **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
             **of_ranks,
         }
+        if mtp_losses:
+            row["mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
         if skipped:
             row["skipped"] = skipped
         with self.storage.recording_errors():
-            log.step(row, self.load)
+            log.step(row, self.load, mtp_losses)
         self.console.step(row, train.steps)
         if self.load and not self.explained_drops:
             self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])

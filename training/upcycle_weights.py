@@ -43,24 +43,29 @@ def write_weights(config: UpcycleConfig, source: Path, directory: Path, model: M
     weights = CheckpointWeights(source, read_manifest(source)["tensors"])
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     parts: dict[str, Callable[[], Iterator[Tensor]]] = {}
+    replaced = tuple(f"{_ffn(model, layer)}." for layer in model.routed_layers)
     for name, shape in weights.shapes().items():
-        layer = name.split(".")[1] if name.startswith("layers.") else ""
-        if not (layer and ".ffn." in name and model.is_sparse(int(layer))):
+        if not name.startswith(replaced):
             kinds[name] = weights.dtype(name), shape
             parts[name] = lambda name=name: iter([weights.read(name)])
-    for layer in model.sparse_layers:
+    for layer in model.routed_layers:
         made = _Experts(config, model, weights, layer)
         kinds |= made.kinds()
         parts |= made.parts()
     write_step(directory, kinds, lambda name: parts[name]())
 
 
+def _ffn(model: ModelConfig, layer: int) -> str:
+    """The name of a layer's feed-forward layer; those for multi-token prediction are counted after the others."""
+    return f"layers.{layer}.ffn" if layer < model.num_layers else f"mtp.{layer - model.num_layers}.block.ffn"
+
+
 class _Experts:
     """The parameters of one sparse layer."""
 
     def __init__(self, config: UpcycleConfig, model: ModelConfig, weights: CheckpointWeights, layer: int):
-        self.config, self.model, self.weights, self.layer = config, model, weights, layer
-        self.dense = f"layers.{layer}.ffn"
+        self.config, self.model, self.weights = config, model, weights
+        self.dense = _ffn(model, layer)
         gated = f"{self.dense}.gate.weight" in weights.shapes()
         self.into = [f"{self.dense}.gate.weight"] * gated + [f"{self.dense}.up.weight"]
 

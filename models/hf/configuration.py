@@ -199,7 +199,7 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
         # A key that the base does not have is added only if Transformers' default would be wrong.
         if not _same(base.get(key, field.default), new) or (not base and new is not None):
             config[key] = new
-    return with_rope(config | family.constants, family, model)
+    return with_rope(config, family, model)
 
 
 def _setting_of(field: Field, config: Mapping[str, Any], family: Family) -> Any:

@@ -95,6 +95,16 @@ def in_threads(threads: int, work: Callable[[Item], Result], items: Iterable[Ite
         return list(pool.map(work, items))
 
 
+def check_copies(source: Source, parameters: list[Parameter], copies: list[Parameter]) -> None:
+    """Raises ValueError if a tensor of a layer for multi-token prediction differs from the parameter that it is a copy
+    of: it is read once, for all layers."""
+    originals = {parameter.name: parameter.pieces[0][0] for parameter in parameters}
+    for copy in copies:
+        name, original = copy.pieces[0][0], originals[copy.name]
+        if name in source.entries and not torch.equal(source.read(name).float(), source.read(original).float()):
+            raise ValueError(f"{name} differs from {original}, which layers for multi-token prediction share")
+
+
 def check_tied_head(source: Source, embedding: str) -> None:
     """Raises ValueError if the output layer of a model with tied embeddings differs from the embedding."""
     if not torch.equal(source.read(HEAD), source.read(embedding)):

@@ -180,6 +180,18 @@ QK_NORMS = tuple(
     for part in ("q", "k")
 )
 
+MTP_TENSOR = "eh_proj.weight"
+MTP = (
+    *(
+        WeightMapping(f"{LAYER}{part}.weight", (f"model.{LAYER}{part}.weight",))
+        for part in ("enorm", "hnorm", "eh_proj")
+    ),
+    WeightMapping(LAYER + "final_norm.weight", (f"model.{LAYER}shared_head.norm.weight",)),
+)
+"""A layer for multi-token prediction, besides its block."""
+MTP_COPIES = {"embed_tokens.weight": "embedding.weight", "shared_head.head.weight": "head.weight"}
+MTP_FIELD = Field("num_nextn_predict_layers", "mtp_num_layers", 1, aliases=("num_mtp_layers",), minimum=0)
+
 
 def sparse_ffn(block: str, gate: str, up: str, down: str) -> tuple[WeightMapping, ...]:
     """The router and the experts, with a family's names of the block and of the projections."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from conf.schema import ModelConfig
-from models.hf.decoder import LAYER, NORM_TOPK
+from models.hf.decoder import LAYER, MTP, MTP_COPIES, MTP_FIELD, MTP_TENSOR, NORM_TOPK
 from models.hf.deepseek_v2 import DISABLED, NEUTRAL, TRAINING, WEIGHTS, expert_fields, latent_fields, refuse
 from models.hf.family import Family, Field, WeightMapping
 
@@ -55,15 +55,16 @@ DEEPSEEK_V3 = Family(
         *group_fields(8, 4),
         replace(NORM_TOPK, default=True),
         Field("rope_interleave", "rope_interleave", True),
+        MTP_FIELD,
     ),
-    weights=(*WEIGHTS, balancing_bias(f"model.{LAYER}mlp.gate")),
+    weights=(*WEIGHTS, *MTP, balancing_bias(f"model.{LAYER}mlp.gate")),
     rope_theta=10000.0,
     disabled={**DISABLED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     settings={"moe.score_function": ("sigmoid",)},
     # The bias is kept as it is, as in the last phase of training (arXiv:2412.19437, section 4.2).
     training={**TRAINING, "moe.bias_update_rate": 0.0},
-    neutral_keys=(*NEUTRAL, "num_nextn_predict_layers", "num_mtp_layers"),
-    mtp_tensor="eh_proj.weight",
-    constants={"num_nextn_predict_layers": 0},
+    neutral_keys=NEUTRAL,
+    mtp_tensor=MTP_TENSOR,
+    mtp_copies=MTP_COPIES,
     refuse=_refuse,
 )

@@ -49,7 +49,8 @@ GATE_AND_UP = Layout(
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """A parameter and the Hugging Face tensors that it is composed of. {layer} in a name is the number of the layer; if
+    """A parameter and the Hugging Face tensors that it is composed of. {layer} in a name is the number of the layer,
+    where the block of a layer for multi-token prediction is one of the layers after the last; if
     the tensors have {expert}, the parameter has one slice per expert along its first dimension. Mappings of parameters
     that a model does not have are not used."""
 
@@ -113,9 +114,9 @@ class Family:
     aliases: tuple[str, ...] = ()
     """Other model types with the same keys and tensors, which Transformers does not have."""
     mtp_tensor: str | None = None
-    """A tensor that only a layer for multi-token prediction has. Such layers, stored after the last layer, are not
-    imported. None: the family has none."""
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json that have the same value in every export."""
+    """A tensor that only a layer for multi-token prediction has; such layers are stored after the last layer. None: the
+    family has none."""
+    mtp_copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensor of such a layer -> the parameter that it is a copy of."""
     refuse: Callable[[ModelConfig], str | None] = lambda model: None
     """Why a model does not belong to the family although each of its settings does. None: it does."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from models.hf.family import Family, Layout
+from models.hf.family import AS_IS, Family, Layout
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
@@ -52,9 +52,9 @@ def parameters_of(family: Family, model: ModelConfig, shapes: Mapping[str, Shape
     """
     found, unknown = [], []
     for name, shape in shapes.items():
-        layer = re.match(r"layers\.(\d+)\.", name)
+        layer = re.match(r"layers\.(\d+)\.", known := _as_layer(name, model))
         number = layer[1] if layer else ""
-        rules = [rule for rule in family.weights if rule.parameter.replace("{layer}", number) == name]
+        rules = [rule for rule in family.weights if rule.parameter.replace("{layer}", number) == known]
         if not rules:
             unknown.append(name)
             continue
@@ -67,6 +67,26 @@ def parameters_of(family: Family, model: ModelConfig, shapes: Mapping[str, Shape
     return found, unknown
 
 
+def _as_layer(name: str, model: ModelConfig) -> str:
+    """The name of a parameter of a layer for multi-token prediction as if it were one of the layers after the last."""
+    further = re.fullmatch(r"mtp\.(\d+)\.(?:block\.)?(.*)", name)
+    return f"layers.{model.mtp_layers[int(further[1])]}.{further[2]}" if further else name
+
+
+def mtp_copies(family: Family, model: ModelConfig, shapes: Mapping[str, Shape]) -> list[Parameter]:
+    """The copies of parameters that layers for multi-token prediction have in Hugging Face's files.
+
+    Args:
+        shapes: as for `parameters_of`.
+    """
+    found = []
+    for layer in model.mtp_layers:
+        for tensor, name in family.mtp_copies.items():
+            name = name if name in shapes else "embedding.weight"  # of a tied head
+            found.append(Parameter(name, shapes[name], ((f"model.layers.{layer}.{tensor}",),), AS_IS, False))
+    return found
+
+
 def check_tensors(
     family: Family, model: ModelConfig, parameters: list[Parameter], entries: Mapping[str, tuple[str, Shape]]
 ) -> list[str]:
@@ -76,7 +96,7 @@ def check_tensors(
         entries: name -> (type, shape) of every tensor of the source.
 
     Returns:
-        The names of unused tensors: ignored ones, and a second copy of the embedding.
+        The names of unused tensors: ignored ones, and second copies of the embedding and of the head.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape; the message lists them.
@@ -85,8 +105,9 @@ def check_tensors(
     shapes = dict(wanted)
     assert len(shapes) == len(wanted), "two parameters take the same tensor"
     copies = [HEAD] if model.tie_embeddings and HEAD in entries else []
+    further = mtp_copies(family, model, {parameter.name: parameter.shape for parameter in parameters})
+    copies += [name for copy in further for name in copy.tensors(model) if name in entries]
     ignored = [name for name in entries if any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored_tensors)]
-    ignored += mtp_tensors(family, model, entries)
     lists = {
         "missing": [name for name in shapes if name not in entries],
         "unexpected": sorted(entries.keys() - shapes.keys() - {*ignored, *copies}),
@@ -102,18 +123,12 @@ def check_tensors(
     return [*copies, *ignored]
 
 
-def mtp_tensors(family: Family, model: ModelConfig, names: Iterable[str]) -> list[str]:
-    """The tensors of layers for multi-token prediction, stored after the model's own layers."""
-    layers: dict[int, list[str]] = {}
-    for name in names:
-        if (match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match[1]) >= model.num_layers:
-            layers.setdefault(int(match[1]), []).append(name)
-    marked = [
-        tensors
-        for layer, tensors in layers.items()
-        if family.mtp_tensor and f"model.layers.{layer}.{family.mtp_tensor}" in tensors
-    ]
-    return [name for tensors in marked for name in tensors]
+def stored_mtp_layers(family: Family, model: ModelConfig, names: Iterable[str]) -> int:
+    """The number of layers for multi-token prediction that have tensors, stored after the model's own layers."""
+    if family.mtp_tensor is None:
+        return 0
+    found = {int(m[1]) for n in names if (m := re.fullmatch(rf"model\.layers\.(\d+)\.{family.mtp_tensor}", n))}
+    return sum(layer >= model.num_layers for layer in found)
 
 
 def _some(names: list[str]) -> str:

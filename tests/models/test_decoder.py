@@ -15,7 +15,7 @@ from conf.schema import ModelConfig, MoeConfig
 from models.decoder import ModelChunk
 from parallel.batch_context import EVALUATE, GENERATE, BatchContext
 from parallel.process_groups import Runtime
-from tests.moe import reference
+from tests.models import reference
 from tests.moe.helpers import assert_close, assert_gradients_close, in_float64, random, tiny, whole_model
 from training.flops import attention_span, model_cost
 
@@ -200,11 +200,15 @@ COSTED = {
         **{"ffn_bias": True, "attention_output_bias": True, "activation": "clamped_swiglu"},
     ),
     "layer norm": tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"),
+    "multi-token prediction": tiny(num_layers=3, mtp_num_layers=2),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 
 
-@pytest.mark.parametrize("model", [*COSTED.values(), GPT_OSS], ids=[*COSTED, "gpt-oss"])
+FURTHER = replace(GPT_OSS, mtp_num_layers=2, norm="layernorm")
+
+
+@pytest.mark.parametrize("model", [*COSTED.values(), GPT_OSS, FURTHER], ids=[*COSTED, "gpt-oss", "further"])
 def test_parameters_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> None:
     stage = whole_model(model, runtime)
     cost = model_cost(model, sequence_length=16)
@@ -221,7 +225,7 @@ def counted_flops(stage: ModelChunk, model: ModelConfig, runtime: Runtime, batch
     positions_BS = torch.arange(sequence, device=runtime.device).expand(batch, -1)
     # The plain implementation of attention, whose products the counter sees.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stage(tokens_BS, positions_BS, tokens_BS).mean().backward()
+        stage(tokens_BS, positions_BS, tokens_BS, BatchContext(labels_BS=tokens_BS)).mean().backward()
     return counter.get_total_flops()
 
 
@@ -232,7 +236,7 @@ def test_flops_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> N
     activations and other element-wise work."""
     batch, sequence = 2, 16
     counted = counted_flops(whole_model(model, runtime), model, runtime, batch, sequence)
-    norms = (2 * model.num_layers + 1) * model.hidden_size
+    norms = (2 * model.num_layers + 1 + 5 * model.mtp_num_layers) * model.hidden_size
     planned = model_cost(model, sequence).flops_per_token - 6 * norms
     assert counted == planned * batch * sequence
 

@@ -130,6 +130,7 @@ def test_a_preset_is_the_published_model(name: str) -> None:
         dataclasses.replace(
             model,
             name="",
+            mtp_num_layers=0,  # Transformers has the number, but not the layers
             head_dim=model.head_width,
             num_query_groups=model.query_groups,
             ffn_hidden_size=model.ffn_hidden_size,
@@ -156,6 +157,16 @@ def test_its_sizes_are_the_published_ones(name: str) -> None:
         # Some publications round, others cut: within one of the last printed digit.
         last_digit = 10.0 ** int(Decimal(printed).as_tuple().exponent)
         assert abs(counted / 1e9 - float(printed)) < last_digit, (counted, printed)
+
+
+def test_the_layer_for_multi_token_prediction_has_the_published_size() -> None:
+    """README_WEIGHTS.md of DeepSeek-V3: 11.5 B parameters besides the shared embedding and head, 1.5 B activated with
+    the head. Both are without the projection of the two hidden states, 0.1 B."""
+    model = preset("deepseek_v3")
+    plain, further = (model_cost(dataclasses.replace(model, mtp_num_layers=n), 4096) for n in (0, 1))
+    head, projection = model.vocab_size * model.hidden_size, 2 * model.hidden_size**2
+    assert round((further.total - plain.total - projection) / 1e9, 1) == 11.5
+    assert round((further.active - plain.active - projection + head) / 1e9, 1) == 1.5
 
 
 def shapes_of(world: World, model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ S sequence, B batch, N width of a head, V vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -346,51 +346,3 @@ def dense_layer(x_D: Tensor, weights: Weights, activation: str) -> Tensor:
     biases = [weights[n] for n in ("gate.bias", "up.bias") if n in weights]
     all_biases = (biases, weights["down.bias"]) if biases else None
     return feed_forward(x_D, into, weights["down.weight"].t(), activation, all_biases)
-
-
-def decoder(
-    weights: Weights, model: ModelConfig, tokens_BS: Tensor, positions_BS: Tensor, document_mask: bool = False
-) -> tuple[Tensor, dict[int, Sparse]]:
-    """Logits [B, S, V] of a training pass, and what each sparse layer did."""
-    batch, sequence = tokens_BS.shape
-    sparse: dict[int, Sparse] = {}
-    everywhere = replace(model, sliding_window=None, attention_chunk_size=None)
-    x_BSD = weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
-    for layer in range(model.num_layers):
-        part = under(weights, f"layers.{layer}.")
-        normed_BSD = norm_all(x_BSD, part, "attention_norm", model)
-        local = model if layer in model.local_layers else everywhere
-        attended = [
-            attention(x_SD, under(part, "attention."), local, positions_S, document_mask)
-            for x_SD, positions_S in zip(normed_BSD, positions_BS.tolist(), strict=True)
-        ]
-        x_BSD = x_BSD + model.residual_multiplier * torch.stack(attended)
-        normed_BSD = norm_all(x_BSD, part, "ffn_norm", model)
-        if "ffn.router.weight" in part:
-            # The order in which tokens fill the experts: by position, and at one position by sequence of the batch.
-            x_TD = torch.stack([normed_BSD[b, s] for s in range(sequence) for b in range(batch)])
-            factor, order = model.moe.capacity_factor, [*range(batch)] * sequence
-            did = sparse[layer] = sparse_layer(
-                x_TD, under(part, "ffn."), model.moe, model.activation_name, factor, order
-            )
-            out_BSD = did.out_TD.view(sequence, batch, -1).transpose(0, 1)
-        else:
-            rows = [
-                [dense_layer(x_D, under(part, "ffn."), model.activation_name) for x_D in x_SD] for x_SD in normed_BSD
-            ]
-            out_BSD = torch.stack([torch.stack(row) for row in rows])
-        x_BSD = x_BSD + model.residual_multiplier * out_BSD
-    head_VD = weights.get("head.weight", weights["embedding.weight"])
-    final_BSD = norm_all(x_BSD, weights, "final_norm", model)
-    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier
-    cap = model.logit_softcap
-    return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap), sparse
-
-
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """[B, S] in nats."""
-    rows = [
-        [torch.log(torch.exp(logits_V).sum()) - logits_V[label] for logits_V, label in zip(*pair, strict=True)]
-        for pair in zip(logits_BSV, labels_BS.tolist(), strict=True)
-    ]
-    return torch.stack([torch.stack(row) for row in rows])

@@ -169,6 +169,7 @@ def test_the_logits_are_those_of_megatron(name: str, saved, ranks: RankPool, tmp
         ({"tie_embeddings": True}, "1 unexpected: output_layer.weight"),
         ({"vocab_size": 72}, "embedding.word_embeddings.weight [64, 32] instead of [72, 32]"),
         ({"qk_norm": "full"}, "2 missing: decoder.layers.self_attention.q_layernorm.weight"),
+        ({"mtp_num_layers": 1}, "layers for multi-token prediction are not imported from Megatron-Core; nearest: 0"),
     ],
     ids=str,
 )

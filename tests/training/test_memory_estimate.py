@@ -139,10 +139,12 @@ BIASES = {
         ("bf16", {"num_shared_experts": 1, "router_bias": True, "expert_bias": True}, BIASES),
         ("bf16", {"num_experts": 0}, {**LATENT, "q_lora_rank": 96}),
         ("fp8", {"every": 1}, LATENT),
+        ("bf16", {}, {"mtp_num_layers": 2}),
+        ("bf16", {}, {"mtp_num_layers": 1, "recompute": ["norm"]}),
     ],
     ids=[
         *("switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases", "mla"),
-        "mla fp8",
+        *("mla fp8", "mtp", "mtp recompute"),
     ],
 )
 def test_one_rank_holds_what_is_estimated(

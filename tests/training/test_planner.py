@@ -232,6 +232,8 @@ def held_by_ranks(world: World, config: Config, layout: Layout, ranks: list[int]
         ("qwen3_30b_a3b model.num_layers=16", Layout(64, tp=2, pp=4, ep=8, sequence_parallel=True)),
         ("mixtral_8x7b", Layout(64, tp=2, pp=4, vpp=4, ep=8, etp=2)),
         ("olmoe_1b_7b", Layout(16, pp=2, ep=8)),
+        ("olmoe_1b_7b model.mtp_num_layers=2", Layout(16, tp=2, pp=2, ep=4)),
+        ("tiny_switch model.num_layers=8 model.mtp_num_layers=1 model.tie_embeddings=true", Layout(4, pp=4)),
         ("tiny_switch model.num_layers=8 model.moe.first_dense_layers=2", Layout(8, tp=2, pp=4)),
     ],
     ids=lambda x: x.split()[0] if isinstance(x, str) else "",

@@ -24,6 +24,7 @@ def dense(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for activation in ("swiglu", "relu2"):
         config = tiny_config(found["corpus"], folder / activation, steps=3)
         config.model = replace(config.model, moe=MoeConfig(num_experts=0), activation=activation, init_scale=1.0)
+        config.model.mtp_num_layers = int(activation == "relu2")
         config.optim = replace(config.optim, lr=0.03)
         assert ranks.run(1, train, config, timeout=120.0) == [0]
         found[activation] = folder / activation

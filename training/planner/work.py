@@ -106,7 +106,8 @@ class _Stage:
         model, train, layout = self.model, self.config.train, self.layout
         widths = (model.query_width + model.output_width) / layout.tp
         # Causal: half of the products of all queries with all keys (and values), two FLOPs each, twice.
-        span = attention_span(model, train.sequence_length) / model.num_layers  # the sequence, or less in local layers
+        layers = model.num_layers + model.mtp_num_layers
+        span = attention_span(model, train.sequence_length) / layers  # the sequence, or less in local layers
         flops = train.micro_batch_size * train.sequence_length * span / layout.cp * widths * (self.sparse + self.dense)
         head, sequence = model.head_width, train.sequence_length
         self.forward["attention"] += self.rates.attention(flops, head, sequence)
@@ -163,10 +164,16 @@ class _Stage:
 
     def _head(self) -> None:
         model, tp = self.model, self.layout.tp
+        predictions = 1 + model.mtp_num_layers
         one = self.rates.dense(self.tokens, model.hidden_size, model.vocab_size / tp)
         loss = self._pass(self.tokens * model.vocab_size / tp * 1.5)
-        self.forward["head"] += one + loss
-        self.backward["head"] += 2 * one + loss
+        self.forward["head"] += predictions * (one + loss)
+        self.backward["head"] += predictions * (2 * one + loss)
+        if model.mtp_num_layers:
+            tokens = self.tokens / (tp if self.layout.sequence_parallel else 1)
+            joined = model.mtp_num_layers * self.rates.dense(tokens, 2 * model.hidden_size, model.hidden_size)
+            self.forward["linear layers"] += joined
+            self.backward["linear layers"] += 2 * joined
 
     def _recompute(self) -> None:
         again: Parts = Counter()
