@@ -50,6 +50,9 @@ CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
 CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
 CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
 ALIKE = {"document_mask": True, "begin_alike": True}
+LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
+LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
+GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
@@ -74,6 +77,7 @@ VARIANTS = {
     "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),
     "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
     "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
+    "llama4": Variant(LLAMA4, GATED_INPUTS, document_mask=True),
     "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
@@ -103,9 +107,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks"),
+            *("gpt_oss", "chunks", "llama4"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks",
+        "drops global global_bias qwen2 olmoe mla chunks llama4",
     ),
     Layouts(
         "tp2 +sequence",
@@ -129,6 +133,7 @@ MATRIX = [
             "mla_documents",
             "gpt_oss",
             "chunks",
+            "llama4",
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss",
     ),
@@ -136,7 +141,7 @@ MATRIX = [
         "pp2",
         2,
         {"pp": 2},
-        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss"],
+        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "llama4"],
         "dropless qwen3 olmoe",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
@@ -150,9 +155,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks"),
+            *("gpt_oss", "chunks", "llama4"),
         ],
-        "drops sinkhorn rope mla_documents chunks",
+        "drops sinkhorn rope mla_documents chunks llama4",
     ),
     Layouts(
         "cp4",
@@ -162,9 +167,9 @@ MATRIX = [
         "gpt_oss",
     ),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless"], "dropless"),
-    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
+    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless"], "drops"),
-    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss"], "dropless"),
+    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "llama4"], "dropless"),
     Layouts("dp2", 2, {}, ["switch", "drops", "global", "global_bias"], "switch global global_bias"),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense"]),
@@ -187,7 +192,7 @@ MATRIX = [
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
-    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
+    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4"], "dropless"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),

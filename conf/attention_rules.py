@@ -11,6 +11,10 @@ EVEN = "is even (rotary embeddings rotate pairs)"
 def attention_rules(cfg: ConfigView) -> Iterator[Violation]:
     yield from _heads(cfg) if cfg["model.kv_lora_rank"] is None else _latent(cfg)
     yield from _local_attention(cfg)
+    every, layers = "model.no_rope_every", "model.num_layers"
+    if cfg[every] is not None and cfg[every] > cfg[layers]:
+        actual = f"{cfg[every]} > {cfg[layers]}, so every layer would have a rotary embedding"
+        yield Violation(f"{every} <= {layers}", actual, {every: [None], layers: [cfg[every]]})
     yield from _rope_scaling(cfg)
 
 
@@ -61,9 +65,9 @@ def _rope_scaling(cfg: ConfigView) -> Iterator[Violation]:
         suggestions = {f"{section}.type": [None, "linear"]}
         yield Violation(f"{section}.type={kind} needs {original}", actual, suggestions)
     low, high = f"{section}.low_freq_factor", f"{section}.high_freq_factor"
-    if kind == "llama3" and cfg[low] >= cfg[high]:
-        actual = f"{cfg[low]:g} >= {cfg[high]:g}"
-        yield Violation(f"{low} < {high}", actual, {high: [4 * cfg[low]], low: [cfg[high] / 4]})
+    if kind == "llama3" and cfg[low] > cfg[high]:
+        actual = f"{cfg[low]:g} > {cfg[high]:g}"
+        yield Violation(f"{low} <= {high}", actual, {high: [4 * cfg[low]], low: [cfg[high] / 4]})
     slow, fast = f"{section}.beta_slow", f"{section}.beta_fast"
     if kind == "yarn" and cfg[slow] > cfg[fast]:
         actual = f"{cfg[slow]:g} > {cfg[fast]:g}"

@@ -63,7 +63,17 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.kv_lora_rank"] is None,
         "model.num_query_groups model.head_dim model.qk_norm model.attention_bias model.clip_qkv "
         "model.partial_rotary_factor model.attention_output_bias model.attention_sinks "
-        "model.attention_multiplier model.norm_zero_centered",
+        "model.attention_multiplier model.norm_zero_centered model.no_rope_every",
+    ),
+    (
+        "model.no_rope_every",
+        lambda c: c["model.no_rope_every"] is not None,
+        "model.attention_temperature",
+    ),
+    (
+        "model.attention_temperature",
+        lambda c: c["model.attention_temperature"] is not None,
+        "model.attention_temperature_tokens",
     ),
     (
         "model.rope_scaling.type other than null",
@@ -100,7 +110,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.jitter model.moe.force_balance model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
-        "model.moe.ffn_hidden_size model.moe.first_dense_layers model.moe.router_bias",
+        "model.moe.ffn_hidden_size model.moe.first_dense_layers model.moe.router_bias model.moe.gate_on",
     ),
     (
         "model.moe.score_function=softmax",

@@ -5,6 +5,7 @@ Nothing heavy is imported here, as in conf/schema.py.
 
 from dataclasses import dataclass, field
 
+from conf.rope_schema import RopeScalingConfig
 from conf.setting import setting
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
@@ -12,7 +13,6 @@ ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu")
 DROP_POLICIES = ("position", "probability", "random")
 LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "expert_choice")
 RECOMPUTE = ("norm", "activation", "moe", "full")
-ROPE_SCALING = (None, "linear", "llama3", "yarn")
 
 
 @dataclass
@@ -49,6 +49,8 @@ class MoeConfig:
     top_k > 1; with top_k = 1 the gate would be the constant 1, which gives the router no gradient."""
     routed_scaling_factor: float = setting(1.0, gt=0)
     """Factor applied to the gates after renormalisation (DeepSeek-V3: 2.5)."""
+    gate_on: str = setting("output", choices=("output", "input"))
+    """Whether the gate multiplies an expert's output or its input (Llama 4: input)."""
     num_expert_groups: int = setting(1, ge=1)
     """Number of groups of consecutive experts for group-limited routing: a token selects top_k_groups groups, then its
     experts within these (DeepSeek-V3, section 2.1.2, with one group per node to limit the nodes per token). 1: no
@@ -154,41 +156,6 @@ class MoeConfig:
 
 
 @dataclass
-class RopeScalingConfig:
-    """Scaling of the rotary embedding's frequencies to sequences longer than those of pre-training. Names and formulas
-    are those of Transformers (modeling_rope_utils.py)."""
-
-    type: str | None = setting(None, choices=ROPE_SCALING)
-    """Kind of scaling: null, linear, llama3 or yarn. linear: all frequencies are divided by factor (position
-    interpolation, arXiv:2306.15595). llama3: low frequencies are divided by factor, high ones are kept, those between
-    are interpolated (Llama 3.1, arXiv:2407.21783). yarn: as llama3, interpolated by the number of rotations within
-    original_max_position_embeddings, and with scaled attention (arXiv:2309.00071, section 3). null: none."""
-    factor: float = setting(1.0, ge=1)
-    """Ratio of the longest sequence to that of pre-training."""
-    original_max_position_embeddings: int | None = setting(None, ge=1)
-    """Length of sequences in pre-training. Needed by llama3 and yarn."""
-    low_freq_factor: float = setting(1.0, gt=0)
-    """llama3: frequencies with fewer rotations than this within original_max_position_embeddings are divided by
-    factor."""
-    high_freq_factor: float = setting(4.0, gt=0)
-    """llama3: frequencies with more rotations than this are kept."""
-    beta_fast: float = setting(32.0, gt=0)
-    """yarn: frequencies with more rotations than this within original_max_position_embeddings are kept
-    (arXiv:2309.00071, eq. 17: beta)."""
-    beta_slow: float = setting(1.0, gt=0)
-    """yarn: frequencies with fewer rotations than this are divided by factor (arXiv:2309.00071, eq. 17: alpha)."""
-    truncate: bool = True
-    """yarn: round the first and the last interpolated dimension outwards to integers (false: gpt-oss)."""
-    attention_factor: float | None = setting(None, gt=0)
-    """yarn: factor of the rotated queries and keys. null: m(mscale) / m(mscale_all_dim) with m(x) = 0.1 x ln(factor) +
-    1, or m(1) if these are null (arXiv:2309.00071, eq. 22)."""
-    mscale: float | None = setting(None, ge=0)
-    """yarn: see attention_factor (DeepSeek-V3: 1). Needs mscale_all_dim."""
-    mscale_all_dim: float | None = setting(None, ge=0)
-    """yarn: see attention_factor (DeepSeek-V3: 1)."""
-
-
-@dataclass
 class ModelConfig:
     """A decoder-only transformer with pre-normalisation, rotary position embeddings, and grouped-query or latent
     attention."""
@@ -223,11 +190,12 @@ class ModelConfig:
     padded with zeros to that width."""
     ffn_hidden_size: int = setting(512, ge=1)
     """Hidden size of the dense feed-forward layers, and of the experts unless model.moe sets another."""
-    qk_norm: str | None = setting(None, choices=(None, "head", "full"))
-    """RMSNorm of queries and keys before the rotary embedding, with norm_eps: null, head or full. head: over each head,
-    with one weight shared by all query heads and one shared by all key heads (Qwen3, arXiv:2505.09388, section 2).
-    full: over all query heads together and all key heads together (OLMoE, arXiv:2409.02060, section 2), which with
-    parallel.tp needs a small all-reduce per layer in each direction. null: none."""
+    qk_norm: str | None = setting(None, choices=(None, "head", "full", "l2"))
+    """RMSNorm of queries and keys, with norm_eps: null, head, full or l2. Before the rotary embedding, head: over
+    each head, with one weight shared by all query heads and one shared by all key heads (Qwen3, arXiv:2505.09388,
+    section 2); full: over all query heads together and all key heads together (OLMoE, arXiv:2409.02060, section 2),
+    which with parallel.tp needs a small all-reduce per layer in each direction. After it, l2: over each head, without
+    weights, in the layers that have a rotary embedding (Llama 4). null: none."""
     attention_bias: bool = False
     """Add biases to the query, key and value projections, initialised to zero and without weight decay (Qwen2,
     arXiv:2407.10671, section 2.2.1). The output projection has one with attention_output_bias."""
@@ -279,6 +247,15 @@ class ModelConfig:
     """Rotate pairs of adjacent dimensions (RoFormer, arXiv:2104.09864, eq. 34; DeepSeek) instead of pairing each
     dimension of the first half with one of the second half (GPT-NeoX, Llama in Transformers)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    no_rope_every: int | None = setting(None, ge=2)
+    """Interval of the layers without rotary embedding (NoPE, arXiv:2305.19466). 4: layers 3, 7, 11, ..., counted from 0
+    (Llama 4, SmolLM3). null: every layer has one."""
+    attention_temperature: float | None = setting(None, gt=0)
+    """Factor c of the attention temperature of long documents, in the layers without rotary embedding: the query at
+    position i, counted from 0, is multiplied by 1 + c * ln(1 + floor((i + 1) / attention_temperature_tokens)) (Llama 4:
+    0.1; after arXiv:2501.19399, section 2). null: none."""
+    attention_temperature_tokens: int = setting(8192, ge=1)
+    """Number of tokens after which attention_temperature has its next value."""
     embedding_multiplier: float = setting(1.0, gt=0)
     """Factor of the embedding's output (Granite 3.0; muP, arXiv:2203.03466)."""
     attention_multiplier: float | None = setting(None, gt=0)
@@ -324,6 +301,10 @@ class ModelConfig:
             return []
         every, first = self.full_attention_every, self.first_full_attention_layers
         return [i for i in range(first, self.num_layers) if every is None or i % every != every - 1]
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has a rotary embedding."""
+        return self.no_rope_every is None or layer % self.no_rope_every != self.no_rope_every - 1
 
     @property
     def activation_name(self) -> str:

@@ -1,6 +1,7 @@
-"""The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py.
+"""The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py and
+conf/rope_schema.py.
 
-Defaults are defined in these two files only; the YAML files in conf/GROUP/ are presets, which override some of them.
+Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
 """
 
@@ -13,8 +14,8 @@ from conf.model_schema import (  # noqa: F401 - all names of the schema are impo
     RECOMPUTE,
     ModelConfig,
     MoeConfig,
-    RopeScalingConfig,
 )
+from conf.rope_schema import RopeScalingConfig  # noqa: F401
 from conf.setting import setting
 
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")

@@ -75,9 +75,15 @@ class Attention(CoreAttention):
         config: TransformerConfig,
         groups: Groups,
         ops: Ops = DEFAULT_OPS,
+        *,
+        rope: bool = True,
     ):
+        """Args:
+        rope: whether the layer has a rotary embedding.
+        """
         super().__init__(groups, ops)
         ranks = groups.tp.size()
+        self.rope, self.eps = rope, model.norm_eps
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
         # Kernels multiply the products by head_width ** -0.5.
@@ -103,7 +109,10 @@ class Attention(CoreAttention):
         self.full_norm = model.qk_norm == "full"
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
-        if model.qk_norm is not None:
+        self.l2_norm = model.qk_norm == "l2"
+        if self.l2_norm:
+            self.register_buffer("ones_N", torch.ones(self.width, dtype=config.params_dtype), persistent=False)
+        elif model.qk_norm is not None:
             how = model, config.params_dtype, groups, ops.rms_norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
         set_sharding(self.qkv.weight, (0, groups.tp), std=(model.init_scale / model.hidden_size) ** 0.5)
@@ -119,8 +128,18 @@ class Attention(CoreAttention):
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=config.params_dtype))
             set_sharding(self.sinks, (0, groups.tp), std=0.0)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
-        """pieces: from attention_pieces."""
+    def forward(
+        self,
+        x_SBD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pieces: list[Piece] | None,
+        temperature_SB11: Tensor | None = None,
+    ) -> Tensor:
+        """Args:
+        pieces: from attention_pieces.
+        temperature_SB11: factor of the queries of a layer without rotary embedding; None: 1.
+        """
         qkv, bias = self.qkv(x_SBD)
         qkv = qkv if bias is None else qkv + bias
         s, b, _ = qkv.shape
@@ -131,8 +150,28 @@ class Attention(CoreAttention):
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        how = cos, sin, self.ops.apply_rotary
-        q = Rotary.rotate(q, *how, interleave=self.interleave, scale=self.scale)
-        k = Rotary.rotate(k, *how, interleave=self.interleave)
+        if self.rope:
+            q, k = self._rotated(q, k, cos, sin)
+        elif temperature_SB11 is not None or self.scale != 1:
+            q = (q * (self.scale if temperature_SB11 is None else temperature_SB11 * self.scale)).to(q.dtype)
         y_SBD, bias = self.out(self.attend(q, k, v, pieces, self.sinks))
         return y_SBD if bias is None else y_SBD + bias
+
+    def _rotated(self, q_SBHN: Tensor, k_SBGN: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, times their scale, and keys after the rotary embedding and the norm that follows it."""
+        how, scale = (cos, sin, self.ops.apply_rotary), 1.0 if self.l2_norm else self.scale
+        q_SBHN = Rotary.rotate(q_SBHN, *how, interleave=self.interleave, scale=scale)
+        k_SBGN = Rotary.rotate(k_SBGN, *how, interleave=self.interleave)
+        if not self.l2_norm:
+            return q_SBHN, k_SBGN
+        norm, gain_N = self.ops.rms_norm, self.ones_N if self.scale == 1 else self.ones_N * self.scale
+        return norm(q_SBHN, gain_N, self.eps), norm(k_SBGN, self.ones_N, self.eps)
+
+
+def query_temperature(positions_SB: Tensor, model: ModelConfig) -> Tensor | None:
+    """fp32 [S, B, 1, 1], the factor of queries in layers without rotary embedding (Llama 4; after arXiv:2501.19399,
+    section 2); None: it is 1."""
+    if model.attention_temperature is None:
+        return None
+    steps_SB = torch.floor((positions_SB + 1) / model.attention_temperature_tokens)
+    return (1 + model.attention_temperature * torch.log1p(steps_SB))[..., None, None]

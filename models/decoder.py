@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from models.attention import Attention
+from models.attention import Attention, query_temperature
 from models.init import initialise
 from models.mla import LatentAttention
 from models.norm import LayerNorm, RMSNorm
@@ -59,8 +59,9 @@ class ModelBuildContext:
         )
 
 
-Attend = tuple[Tensor, Tensor, list[Piece] | None]
-"""Cosines and sines of the positions, and who attends to whom (ops.attention_pieces.attention_pieces)."""
+Attend = tuple[Tensor, Tensor, list[Piece] | None, Tensor | None]
+"""Cosines and sines of the positions, who attends to whom (ops.attention_pieces.attention_pieces), and the temperature
+of queries without rotary embedding (models.attention.query_temperature)."""
 
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
@@ -74,7 +75,9 @@ class Block(nn.Module):
         groups = context.runtime.groups
         self.attention_norm, self.ffn_norm = context.norm(), context.norm()
         ops = context.ops
-        attention = Attention if context.model.kv_lora_rank is None else LatentAttention
+        attention = LatentAttention
+        if context.model.kv_lora_rank is None:
+            attention = partial(Attention, rope=context.model.has_rope(layer))
         self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
         self.multiplier = context.model.residual_multiplier
@@ -98,7 +101,6 @@ class Block(nn.Module):
             use_gemm_backend(self, float8.linear)
 
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
-        """attend: cosines and sines of the positions, and who attends to whom."""
         run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, batch_ctx)
         if report is not None:
@@ -207,9 +209,10 @@ class ModelChunk(MegatronModule):
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
         cos, sin = self.rotary(mine_BS.t())
+        temperature = query_temperature(mine_BS.t(), self.model)
         pieces = {local: self._pieces(positions_BS, batch_ctx, local) for local in (False, True)}
         for layer in self.layers.values():
-            x_SBD = layer(x_SBD, (cos, sin, pieces[layer.local]), batch_ctx)
+            x_SBD = layer(x_SBD, (cos, sin, pieces[layer.local], temperature), batch_ctx)
         return self._finish(x_SBD, labels_BS) if self.post_process else x_SBD
 
     def _pieces(self, positions_BS: Tensor, batch_ctx: BatchContext, local: bool) -> list[Piece] | None:

@@ -69,7 +69,9 @@ def scaled(frequencies: Tensor, theta: float, scaling: RopeScalingConfig) -> Ten
     assert original is not None
     if scaling.type == "llama3":
         rotations = original * frequencies / (2 * math.pi)
-        kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        between = scaling.high_freq_factor - scaling.low_freq_factor  # 0: none is interpolated
+        kept = rotations - scaling.low_freq_factor
+        kept = kept / between if between else (kept >= 0).float()
     else:
         width = 2 * len(frequencies)
         first, last = (_dimension(b, width, theta, original) for b in (scaling.beta_fast, scaling.beta_slow))

@@ -130,7 +130,8 @@ class _Stage:
         hidden = self.tokens * (self.dense * model.ffn_hidden_size + self.sparse * model.shared_width) / tp
         hidden += self.sparse * self.rows * model.expert_width / layout.etp
         router = 4 * model.hidden_size / tp
-        permuted = self.sparse * self.rows * 4 * model.hidden_size
+        # Rows are read and written before the experts and after them, and once more if gates multiply their inputs.
+        permuted = self.sparse * self.rows * (6 if model.moe.gate_on == "input" else 4) * model.hidden_size
         values = self.tokens * (layers * block + self.sparse * router) + permuted
         # A gated activation of autograd: 5 passes forward and 14 backward, a plain one 2 and 3.
         forward, backward = (5, 14) if gates == 2 else (2, 3)
