@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import run_import, save_by_hand, save_model
 from tests.training.helpers import write_corpus
 
@@ -36,6 +37,13 @@ ERNIE_PLAIN = {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0,
 ERNIE_PLAIN |= {"tie_word_embeddings": False, "moe_layer_interval": 2}
 MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
 MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
+
+LLAMA4 = {"num_hidden_layers": 4, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 |= {"attention_chunk_size": 20, "no_rope_layer_interval": 2, "floor_scale": 8, "attn_scale": 0.5}
+LLAMA4 |= {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "attention_bias": True}
+LLAMA4 |= {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}
+LLAMA4_PLAIN = {"head_dim": 8, "num_local_experts": 4, "use_qk_norm": False, "attn_temperature_tuning": False}
+LLAMA4_PLAIN |= {"no_rope_layers": [1, 1], "layer_types": ["full_attention"] * 2, "rope_parameters": PLAIN}
 
 
 @pytest.fixture(scope="session")
@@ -114,16 +122,26 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "minimax_m2_plain": save_model("MiniMaxM2", folder / "minimax_m2_plain", corpus, **MINIMAX_PLAIN, **moe),
         "ernie4_5_moe": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe", corpus, **ERNIE),
         "ernie4_5_moe_plain": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe_plain", corpus, **ERNIE_PLAIN),
+        "llama4": save_model("Llama4", folder / "llama4", corpus, **LLAMA4),
+        "llama4_plain": save_model("Llama4", folder / "llama4_plain", corpus, **LLAMA4_PLAIN),
         "hub": save_by_hand(folder / "hub"),
     }
 
 
-@pytest.fixture(scope="session")
-def runs(sources: dict[str, Path], ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs that they are imported as, each compared with its source."""
-    folder, made = tmp_path_factory.mktemp("hf_runs"), {}
-    for name, source in sources.items():
-        code, printed = run_import(ranks, source, folder / name)
+class Runs(dict[str, Path]):
+    """The runs that sources are imported as, each compared with its source when it is first asked for."""
+
+    def __init__(self, sources: dict[str, Path], ranks: RankPool, folder: Path):
+        super().__init__()
+        self.sources, self.ranks, self.folder = sources, ranks, folder
+
+    def __missing__(self, name: str) -> Path:
+        code, printed = run_import(self.ranks, self.sources[name], self.folder / name)
         assert code == 0 and "verified on" in printed, printed
-        made[name] = folder / name
-    return made
+        self[name] = self.folder / name
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def runs(sources: dict[str, Path], ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(sources, ranks, tmp_path_factory.mktemp("hf_runs"))

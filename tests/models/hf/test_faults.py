@@ -146,6 +146,12 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true: only false"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method="noaux_tc": only greedy, group_limited_greedy'),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "needs topk_group < n_group"),
+        ("llama4_text", {"no_rope_layers": [0] * 48}, "only every n-th layer without rotary embedding"),
+        ("llama4_text", {"moe_layers": [1, 4, 5]}, "moe_layers=[1, 4, 5]: only every n-th layer, and a number of"),
+        ("llama4_text", {"attention_chunk_size": None}, "since layer_types has chunked_attention"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 48}, "only chunked_attention, full_attention"),
+        ("llama4_text", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: only 0.0"),
+        ("llama4_text", {"vision_config": {"hidden_size": 8}}, "unknown key of llama4_text"),
     ],
     ids=str,
 )

@@ -107,6 +107,7 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
 
 STORED_AS_COMPUTED = {
     "gpt_oss": (),
+    "llama4_text": (),
     "granitemoe": (
         ("input_linear.weight", "experts.gate_up_proj"),
         ("output_linear.weight", "experts.down_proj"),
@@ -149,7 +150,11 @@ FAMILIES = [
     "minimax_m2_plain",
     "ernie4_5_moe",
     "ernie4_5_moe_plain",
+    "llama4",
+    "llama4_plain",
 ]
+
+FOUR_RANKS = ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe", "llama4"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,7 +182,7 @@ def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: Rank
     assert index["weight_map"].keys() == tensors_in(sources[name]).keys()
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_compute_what_transformers_does(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
     write_reference(sources[name], IDS, "fp32", tmp_path / "reference.safetensors")
     here = InferenceConfig(precision="fp32", parallel=ParallelConfig(tp=2, ep=2, pp=2))
