@@ -53,6 +53,9 @@ ALIKE = {"document_mask": True, "begin_alike": True}
 LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
 LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
 GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
+LONGROPE = RopeScalingConfig("longrope", original_max_position_embeddings=12, long_mscale=1.2)
+LONGROPE.short_factor, LONGROPE.long_factor = [1.0, 1.0, 1.5, 2.0], [1.0, 2.0, 4.0, 8.0]
+PHIMOE = {"norm": "layernorm", "head_bias": True, "rope_scaling": LONGROPE}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
@@ -78,6 +81,7 @@ VARIANTS = {
     "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
     "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
     "llama4": Variant(LLAMA4, GATED_INPUTS, document_mask=True),
+    "phimoe": Variant(PHIMOE, {"sparse_mixer_eps": 0.3}),
     "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
@@ -107,9 +111,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "llama4"),
+            *("gpt_oss", "chunks", "llama4", "phimoe"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks llama4",
+        "drops global global_bias qwen2 olmoe mla chunks llama4 phimoe",
     ),
     Layouts(
         "tp2 +sequence",
@@ -134,6 +138,7 @@ MATRIX = [
             "gpt_oss",
             "chunks",
             "llama4",
+            "phimoe",
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss",
     ),
@@ -141,7 +146,7 @@ MATRIX = [
         "pp2",
         2,
         {"pp": 2},
-        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "llama4"],
+        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "llama4", "phimoe"],
         "dropless qwen3 olmoe",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
@@ -155,7 +160,7 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "llama4"),
+            *("gpt_oss", "chunks", "llama4", "phimoe"),
         ],
         "drops sinkhorn rope mla_documents chunks llama4",
     ),
@@ -192,7 +197,9 @@ MATRIX = [
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
-    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4"], "dropless"),
+    Layouts(
+        "tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4", "phimoe"], "dropless"
+    ),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops"], "switch"),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),

@@ -1,9 +1,10 @@
 """Rules for the settings of attention and of rotary embeddings."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
-from conf.config_view import ConfigView, Violation, divisible, divisors, multiples
+from conf.config_view import ConfigView, Violation, divisible, divisors, format_value, multiples
 
 EVEN = "is even (rotary embeddings rotate pairs)"
 
@@ -60,10 +61,18 @@ def _latent(cfg: ConfigView) -> Iterator[Violation]:
 def _rope_scaling(cfg: ConfigView) -> Iterator[Violation]:
     section = "model.rope_scaling"
     kind, original, theta = cfg[f"{section}.type"], f"{section}.original_max_position_embeddings", "model.rope_theta"
-    if kind in ("llama3", "yarn") and cfg[original] is None:
+    if kind in ("llama3", "yarn", "longrope") and cfg[original] is None:
         actual = "it is null: set it to the length of sequences in pre-training"
         suggestions = {f"{section}.type": [None, "linear"]}
         yield Violation(f"{section}.type={kind} needs {original}", actual, suggestions)
+    factors = cfg["model.rotary_width"] // 2
+    for key in (f"{section}.short_factor", f"{section}.long_factor") if kind == "longrope" else ():
+        if len(cfg[key]) != factors or not all(0 < value < math.inf for value in cfg[key]):
+            yield Violation(
+                f"{section}.type=longrope needs {key} of {factors} positive numbers, one for each frequency",
+                f"it is {format_value(cfg[key])}",
+                {f"{section}.type": [None, "linear"]},
+            )
     low, high = f"{section}.low_freq_factor", f"{section}.high_freq_factor"
     if kind == "llama3" and cfg[low] > cfg[high]:
         actual = f"{cfg[low]:g} > {cfg[high]:g}"

@@ -49,6 +49,12 @@ class MoeConfig:
     top_k > 1; with top_k = 1 the gate would be the constant 1, which gives the router no gradient."""
     routed_scaling_factor: float = setting(1.0, gt=0)
     """Factor applied to the gates after renormalisation (DeepSeek-V3: 2.5)."""
+    sparse_mixer_eps: float | None = setting(None, gt=0)
+    """Gates by SparseMixer (arXiv:2310.00811; GRIN, arXiv:2409.12136; Phi-3.5-MoE, arXiv:2404.14219: 0.01) in its
+    deterministic form, that of evaluation. A token's experts are taken in turn. An expert's gate is its share in the
+    softmax over the experts that are not taken yet and whose logits z are near the largest of theirs, m: (m - z) /
+    max(|z|, m) <= 2 * sparse_mixer_eps. Where no other is near, the gate is 1, without a gradient; the sampled experts
+    and the estimated gradients of its training are not there. null: none."""
     gate_on: str = setting("output", choices=("output", "input"))
     """Whether the gate multiplies an expert's output or its input (Llama 4: input)."""
     num_expert_groups: int = setting(1, ge=1)
@@ -238,6 +244,9 @@ class ModelConfig:
     """Number of rows of the embedding; also the vocabulary size of a tokenizer that is trained on the data."""
     tie_embeddings: bool = False
     """Share the weights of the embedding and the output layer."""
+    head_bias: bool = False
+    """Add a bias to the output layer, initialised to zero and without weight decay (Phi-3.5-MoE, arXiv:2404.14219). It
+    is not multiplied by logit_multiplier."""
     rope_theta: float = setting(10000.0, gt=0)
     """Base of the rotary embedding's frequencies (RoFormer, arXiv:2104.09864)."""
     partial_rotary_factor: float = setting(1.0, gt=0, le=1)

@@ -165,7 +165,7 @@ class ModelChunk(MegatronModule):
             model.vocab_size,
             config=context.config,
             init_method=None,
-            bias=False,
+            bias=model.head_bias,
             gather_output=False,
             skip_weight_param_allocation=tied_here,
             tp_group=groups.tp,
@@ -175,6 +175,8 @@ class ModelChunk(MegatronModule):
             set_sharding(self.head.weight, (0, groups.tp), std=std, alias=alias)
             # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
             self.head.weight.shared = self.head.weight.shared_embedding = model.tie_embeddings
+        if model.head_bias:
+            set_sharding(self.head.bias, (0, groups.tp), std=0.0)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         if self.pre_process:
@@ -208,7 +210,7 @@ class ModelChunk(MegatronModule):
         else:
             x_SBD = self.input_tensor
         mine_BS = positions_BS.chunk(self.cp.size(), dim=1)[self.cp.rank()]
-        cos, sin = self.rotary(mine_BS.t())
+        cos, sin = self.rotary(mine_BS.t(), positions_BS.shape[1])
         temperature = query_temperature(mine_BS.t(), self.model)
         pieces = {local: self._pieces(positions_BS, batch_ctx, local) for local in (False, True)}
         for layer in self.layers.values():

@@ -94,6 +94,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     vectors += (2 * model.num_layers + 1) * d if model.norm == "layernorm" else 0
     vectors += dense * ffn_biases(model, model.ffn_hidden_size)
     vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
+    vectors += model.vocab_size if model.head_bias else 0
     shared += d if moe.shared_expert_gate else 0
     outside = sparse * (router + shared) + model.num_layers * (attention + norms) + dense * ffn + d
     table = model.vocab_size * d

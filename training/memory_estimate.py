@@ -152,7 +152,7 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
         spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
     norm = 2 * d if model.norm == "layernorm" else d
     copied = (sparse + dense) * (2 * norm + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
-    copied += stage.is_last * norm
+    copied += stage.is_last * (norm + model.head_bias * model.vocab_size / layout.tp)
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts

@@ -180,6 +180,11 @@ NORMS = (
     WeightMapping(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),
     WeightMapping(LAYER + "ffn_norm.weight", (f"model.{LAYER}post_attention_layernorm.weight",)),
 )
+HEAD_BIAS = WeightMapping("head.bias", ("lm_head.bias",))
+NORM_BIASES = tuple(
+    WeightMapping(rule.parameter.replace("weight", "bias"), (rule.tensors[0].replace("weight", "bias"),))
+    for rule in (*NORMS, EMBEDDING_AND_HEAD[1])
+)
 DENSE_FFN = tuple(
     WeightMapping(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",))
     for part in ("gate", "up", "down")

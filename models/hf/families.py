@@ -12,11 +12,12 @@ from models.hf.llama4 import LLAMA4
 from models.hf.minimax_m2 import MINIMAX_M2
 from models.hf.mixtral import MIXTRAL
 from models.hf.olmoe import OLMOE
+from models.hf.phimoe import PHIMOE
 from models.hf.qwen2 import QWEN2, QWEN2_MOE
 from models.hf.qwen3 import QWEN3, QWEN3_MOE
 
 _SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, DEEPSEEK_V3, DEEPSEEK_V2)
-_SPARSE += (GLM4_MOE, GPT_OSS, ERNIE4_5_MOE, MINIMAX_M2, GRANITEMOE, LLAMA4)
+_SPARSE += (GLM4_MOE, GPT_OSS, ERNIE4_5_MOE, MINIMAX_M2, GRANITEMOE, LLAMA4, PHIMOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_SPARSE, LLAMA, QWEN3, QWEN2)}
 
 _HINTS = {

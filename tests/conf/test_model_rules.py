@@ -5,6 +5,7 @@ import pytest
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
 LATENT = {"model.kv_lora_rank": 128}
+MIXER = {"model.moe.top_k": 2, "model.moe.sparse_mixer_eps": 0.01}
 YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
 
 # as tests.conf.test_rules.BROKEN
@@ -56,6 +57,20 @@ BROKEN = [
     ({"model.sliding_window": 8, "model.attention_chunk_size": 8}, 1, "they are 8 and 8", "attention_chunk_size=null"),
     ({"model.sliding_window": 8, "model.first_full_attention_layers": 4}, 1, "4 of 4 layers", "layers=3"),
     ({"model.sliding_window": 8, "model.full_attention_every": 1}, 1, "full_attention_every >= 2", "every=2"),
+    (
+        {"model.rope_scaling.type": "longrope", "model.rope_scaling.original_max_position_embeddings": 64},
+        1,
+        "needs model.rope_scaling.short_factor of 32 positive numbers, one for each frequency, but it is []",
+        "model.rope_scaling.type=null",
+    ),
+    ({"model.rope_scaling.long_mscale": 2.0}, 1, "needs model.rope_scaling.type=longrope", "long_mscale=1.0"),
+    ({**SPARSE, **MIXER, "model.moe.renormalize": True}, 1, "needs model.moe.sparse_mixer_eps=null", "normalize=null"),
+    (
+        {**SPARSE, **MIXER, "model.moe.score_function": "sigmoid"},
+        1,
+        "sparse_mixer_eps needs model.moe.score_function=softmax",
+        "model.moe.sparse_mixer_eps=null",
+    ),
     ({"model.no_rope_every": 5}, 1, "model.no_rope_every <= model.num_layers, but 5 > 4", "model.no_rope_every=null"),
     ({"model.no_rope_every": 1}, 1, "model.no_rope_every >= 2, but it is 1", "model.no_rope_every=2"),
     ({"model.attention_temperature": 0.1}, 1, "needs model.no_rope_every", "model.attention_temperature=null"),
@@ -71,8 +86,13 @@ BROKEN = [
         "the size of a head is even (rotary embeddings rotate pairs) and positive, but it",
         "model.partial_rotary_factor=0.2",
     ),
-    ({"model.rope_scaling.type": "liner"}, 1, "is one of null, linear, llama3, yarn, but liner", "scaling.type=linear"),
-    ({"model.rope_scaling.factor": 2.0}, 1, "needs model.rope_scaling.type other than null", "factor=1.0"),
+    (
+        {"model.rope_scaling.type": "liner"},
+        1,
+        "is one of null, linear, llama3, yarn, longrope, but liner",
+        "scaling.type=linear",
+    ),
+    ({"model.rope_scaling.factor": 2.0}, 1, "needs model.rope_scaling.type=linear, llama3 or yarn", "factor=1.0"),
     ({"model.rope_scaling.factor": 0.5}, 1, "model.rope_scaling.factor >= 1, but it is 0.5", "factor=1"),
     ({"model.rope_scaling.beta_fast": 2.0}, 1, "beta_fast needs model.rope_scaling.type=yarn", "beta_fast=32.0"),
     (

@@ -28,6 +28,7 @@ GPT_OSS = tiny(
     **{"full_attention_every": 2, "attention_sinks": True, "attention_output_bias": True},
     **{"activation": "clamped_swiglu", "swiglu_alpha": 1.3, "swiglu_limit": 0.9},
 )
+MIXER = MoeConfig(num_experts=4, top_k=2, sparse_mixer_eps=0.4, capacity_factor=None)
 LLAMA4 = tiny(
     MoeConfig(
         **{"num_experts": 4, "top_k": 2, "score_function": "sigmoid", "renormalize": False, "gate_on": "input"},
@@ -55,6 +56,7 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         (LLAMA4, False),
         (replace(LLAMA4, **MULTIPLIERS), True),
         (replace(LLAMA4, qk_norm=None, attention_temperature=None, no_rope_every=2, attention_multiplier=0.3), False),
+        (tiny(MIXER, norm="layernorm", head_bias=True, logit_multiplier=0.7, tie_embeddings=True), False),
         (tiny(DROPPING, **MULTIPLIERS), False),
         (tiny(DROPPING, norm="layernorm"), False),
         (tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"), False),
@@ -71,6 +73,7 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         "llama 4",
         "llama 4, multipliers, documents",
         "no rotary embedding",
+        "phi-3.5-moe",
         "multipliers",
         "layer norm",
         "layer norm, 1 + weight",
@@ -214,6 +217,7 @@ COSTED = {
         **{"ffn_bias": True, "attention_output_bias": True, "activation": "clamped_swiglu"},
     ),
     "layer norm": tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"),
+    "output bias": tiny(head_bias=True, tie_embeddings=True),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 

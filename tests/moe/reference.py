@@ -96,6 +96,17 @@ def scores_of(logits_E: Tensor, moe: MoeConfig) -> Tensor:
     return softmax(logits_E) if moe.score_function == "softmax" else 1 / (1 + torch.exp(-logits_E))
 
 
+def sparse_mixer(logits_E: Tensor, chosen: list[int], eps: float) -> list[Tensor]:
+    """The gate of each choice: its share in the softmax over the experts that are left and near the best of them."""
+    gates = []
+    for k, expert in enumerate(chosen):
+        left = [e for e in range(len(logits_E)) if e not in chosen[:k]]
+        best = max(logits_E[e].item() for e in left)
+        near = [e for e in left if best - logits_E[e].item() <= 2 * eps * max(abs(logits_E[e].item()), best)]
+        gates.append(torch.exp(logits_E[expert]) / sum(torch.exp(logits_E[e]) for e in near))
+    return gates
+
+
 def route(
     logits_E: Tensor, moe: MoeConfig, bias_E: Tensor | float = 0.0, chosen: list[int] | None = None
 ) -> tuple[Tensor, list[int], list[Tensor]]:
@@ -106,11 +117,14 @@ def route(
     """
     scores_E = scores_of(logits_E, moe)
     if chosen is None:
-        ranked_E = logits_E if moe.softmax_order == "after" else scores_E + bias_E
+        by_logits = moe.softmax_order == "after" or moe.sparse_mixer_eps is not None
+        ranked_E = logits_E if by_logits else scores_E + bias_E
         of_group = 1 if moe.group_score == "max" else 2
         chosen = choose(ranked_E, moe.top_k, moe.num_expert_groups, moe.top_k_groups, of_group)
     if moe.load_balancing == "expert_choice":
         gates = [scores_E[e] for e in chosen]
+    elif moe.sparse_mixer_eps is not None:
+        gates = sparse_mixer(logits_E, chosen, moe.sparse_mixer_eps)
     elif moe.softmax_order == "after":
         gates = list(softmax(logits_E[chosen]))
     else:
@@ -313,7 +327,7 @@ def decoder(
         x_BSD = x_BSD + model.residual_multiplier * out_BSD
     head_VD = weights.get("head.weight", weights["embedding.weight"])
     final_BSD = norm_all(x_BSD, weights, "final_norm", model)
-    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier
+    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier + weights.get("head.bias", 0.0)
     cap = model.logit_softcap
     return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap), sparse
 

@@ -118,6 +118,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 BIASES = {
     "norm": "layernorm",
+    "head_bias": True,
     "attention_sinks": True,
     "attention_output_bias": True,
     "ffn_bias": True,

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from parallel.local_launcher import RankPool
-from tests.models.hf.helpers import run_import, save_by_hand, save_model
+from tests.models.hf.helpers import LENGTH, run_import, save_by_hand, save_model
 from tests.training.helpers import write_corpus
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -38,6 +38,13 @@ ERNIE_PLAIN |= {"tie_word_embeddings": False, "moe_layer_interval": 2}
 MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
 MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": LENGTH}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.5, 3.0, 8.0]}
+LONGROPE |= {"short_mscale": 1.1, "long_mscale": 1.24}
+PHIMOE = {"attention_bias": True, "lm_head_bias": True, "sliding_window": 20, "rope_parameters": LONGROPE}
+PHIMOE |= {"router_jitter_noise": 0.3, "num_local_experts": 4, "router_aux_loss_coef": 0.0}
+PHIMOE_PLAIN = {"router_jitter_noise": 0.3, "num_local_experts": 4, "router_aux_loss_coef": 0.0}
+PHIMOE_PLAIN |= {"tie_word_embeddings": True, "rope_parameters": PLAIN}
 LLAMA4 = {"num_hidden_layers": 4, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2}
 LLAMA4 |= {"attention_chunk_size": 20, "no_rope_layer_interval": 2, "floor_scale": 8, "attn_scale": 0.5}
 LLAMA4 |= {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "attention_bias": True}
@@ -124,6 +131,8 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "ernie4_5_moe_plain": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe_plain", corpus, **ERNIE_PLAIN),
         "llama4": save_model("Llama4", folder / "llama4", corpus, **LLAMA4),
         "llama4_plain": save_model("Llama4", folder / "llama4_plain", corpus, **LLAMA4_PLAIN),
+        "phimoe": save_model("Phimoe", folder / "phimoe", corpus, **PHIMOE),
+        "phimoe_plain": save_model("Phimoe", folder / "phimoe_plain", corpus, **PHIMOE_PLAIN),
         "hub": save_by_hand(folder / "hub"),
     }
 

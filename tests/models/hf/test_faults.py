@@ -16,6 +16,7 @@ from conf.schema import ModelConfig, MoeConfig
 from models.hf.configuration import config_of, differences, family_for, model_of
 from models.hf.families import FAMILIES
 from parallel.local_launcher import RankPool
+from tests.models.hf.conftest import LONGROPE
 from tests.models.hf.helpers import run_export, run_import
 from tests.training.helpers import ROOT, tiny_config, train
 from training import hf_verify
@@ -146,6 +147,13 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true: only false"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method="noaux_tc": only greedy, group_limited_greedy'),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "needs topk_group < n_group"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok=4: only 2"),
+        ("phimoe", {"router_jitter_noise": 0.0}, "router_jitter_noise=0.0: only a positive number"),
+        ("phimoe", {"input_jitter_noise": 0.01}, "Set it to 0.0 to import"),
+        ("phimoe", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope_type="yarn": only default, longrope'),
+        ("phimoe", {"rope_scaling": LONGROPE | {"short_mscale": "1"}}, 'short_mscale="1" is invalid'),
+        ("phimoe", {"rope_scaling": LONGROPE | {"long_factor": [0.0]}}, "long_factor=[0.0] is invalid"),
+        ("phimoe", {"rope_scaling": LONGROPE}, "short_factor of 4 numbers instead of 64"),
         ("llama4_text", {"no_rope_layers": [0] * 48}, "only every n-th layer without rotary embedding"),
         ("llama4_text", {"moe_layers": [1, 4, 5]}, "moe_layers=[1, 4, 5]: only every n-th layer, and a number of"),
         ("llama4_text", {"attention_chunk_size": None}, "since layer_types has chunked_attention"),

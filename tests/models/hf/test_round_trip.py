@@ -61,6 +61,11 @@ def attention_gradients(prefix: str, attention: torch.nn.Module) -> dict[str, Te
     return grads
 
 
+def gradients_of(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """Of its weight and its bias, if it has one."""
+    return {f"{name}.{part}": parameter.grad for part, parameter in module.named_parameters()}
+
+
 def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same of Transformers' model, its gradients under our names and in our layout.
 
@@ -75,16 +80,14 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
     out.loss.backward()
     if model.config.model_type in STORED_AS_COMPUTED:
         return out.logits[0].detach(), out.loss.detach(), gradients_by_mapping(model, shapes)
-    grads = {
-        "embedding.weight": model.model.embed_tokens.weight.grad,
-        "final_norm.weight": model.model.norm.weight.grad,
-    }
-    if not model.config.tie_word_embeddings:
-        grads["head.weight"] = model.lm_head.weight.grad
+    grads = {"embedding.weight": model.model.embed_tokens.weight.grad, **gradients_of("final_norm", model.model.norm)}
+    grads |= gradients_of("head", model.lm_head)
+    if model.config.tie_word_embeddings:
+        del grads["head.weight"]
     for i, layer in enumerate(model.model.layers):
-        grads[f"layers.{i}.attention_norm.weight"] = layer.input_layernorm.weight.grad
-        grads[f"layers.{i}.ffn_norm.weight"] = layer.post_attention_layernorm.weight.grad
-        grads[f"layers.{i}.attention.out.weight"] = layer.self_attn.o_proj.weight.grad
+        grads |= gradients_of(f"layers.{i}.attention_norm", layer.input_layernorm)
+        grads |= gradients_of(f"layers.{i}.ffn_norm", layer.post_attention_layernorm)
+        grads |= gradients_of(f"layers.{i}.attention.out", layer.self_attn.o_proj)
         grads |= attention_gradients(f"layers.{i}.attention.", layer.self_attn)
         shared = getattr(layer.mlp, "shared_experts", getattr(layer.mlp, "shared_expert", None))
         for part in ("gate", "up", "down") if shared is not None else ():
@@ -96,7 +99,8 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
             grads[f"layers.{i}.attention.{part}_layernorm.weight"] = norm
         if hasattr(layer.mlp, "experts"):
             both, down = layer.mlp.experts.gate_up_proj.grad, layer.mlp.experts.down_proj.grad
-            grads[f"layers.{i}.ffn.router.weight"] = layer.mlp.gate.weight.grad
+            router = getattr(layer.mlp, "gate", None) or layer.mlp.router
+            grads[f"layers.{i}.ffn.router.weight"] = router.weight.grad
             grads[f"layers.{i}.ffn.experts.w_in"] = torch.stack(both.chunk(2, 1), 1).permute(0, 3, 1, 2)
             grads[f"layers.{i}.ffn.experts.w_out"] = down.transpose(1, 2)
         else:
@@ -152,9 +156,11 @@ FAMILIES = [
     "ernie4_5_moe_plain",
     "llama4",
     "llama4_plain",
+    "phimoe",
+    "phimoe_plain",
 ]
 
-FOUR_RANKS = ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe", "llama4"]
+FOUR_RANKS = ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe", "llama4", "phimoe"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
