@@ -63,7 +63,8 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.kv_lora_rank"] is None,
         "model.num_query_groups model.head_dim model.qk_norm model.attention_bias model.clip_qkv "
         "model.partial_rotary_factor model.attention_output_bias model.attention_sinks "
-        "model.attention_multiplier model.norm_zero_centered model.no_rope_every",
+        "model.attention_multiplier model.norm_zero_centered model.no_rope_every "
+        "model.attention_output_gate",
     ),
     (
         "model.no_rope_every",

@@ -208,6 +208,10 @@ class ModelConfig:
     attention_output_bias: bool = False
     """Add a bias to the output projection of attention, initialised to zero and without weight decay (gpt-oss,
     arXiv:2508.10925)."""
+    attention_output_gate: str | None = setting(None, choices=(None, "head", "elementwise"))
+    """Multiply what a query attends to, before the output projection, by the sigmoid of a further projection of the
+    query's token (arXiv:2505.06708, section 2.2): null, head or elementwise. head: a number for each query head.
+    elementwise: one for each of its dimensions (Qwen3-Next). null: no gate."""
     attention_sinks: bool = False
     """Add a learned logit for each query head to the denominator of its softmax, initialised to zero and without weight
     decay, so that a head can attend to nothing (gpt-oss, arXiv:2508.10925, section 2.3; related to arXiv:2309.17453,
@@ -355,6 +359,16 @@ class ModelConfig:
     def query_width(self) -> int:
         """Size of all query heads together."""
         return self.num_attention_heads * self.head_width
+
+    @property
+    def gate_width(self) -> int:
+        """Number of attention's gates (attention_output_gate) of a token."""
+        return {None: 0, "head": self.num_attention_heads}.get(self.attention_output_gate, self.query_width)
+
+    @property
+    def qkv_width(self) -> int:
+        """Size of queries, gates, keys and values of all heads together, in grouped-query attention."""
+        return self.query_width + self.gate_width + 2 * self.key_width
 
     @property
     def key_width(self) -> int:

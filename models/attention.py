@@ -91,10 +91,11 @@ class Attention(CoreAttention):
         self.scale = 1.0 if multiplier is None else multiplier * model.head_width**0.5
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
-        # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
+        # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
+        # tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
             model.hidden_size,
-            model.query_width + 2 * model.key_width,
+            model.qkv_width,
             gather_output=False,
             bias=model.attention_bias,
             **linear,
@@ -106,6 +107,8 @@ class Attention(CoreAttention):
             bias=model.attention_output_bias,
             **linear,
         )
+        queries = self.heads // self.groups * self.width
+        self.parts = queries, model.gate_width // model.query_groups, self.width, self.width
         self.full_norm = model.qk_norm == "full"
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
@@ -143,8 +146,7 @@ class Attention(CoreAttention):
         qkv, bias = self.qkv(x_SBD)
         qkv = qkv if bias is None else qkv + bias
         s, b, _ = qkv.shape
-        queries = self.heads // self.groups
-        q, k, v = qkv.view(s, b, self.groups, -1).split([queries * self.width, self.width, self.width], -1)
+        q, gate, k, v = qkv.view(s, b, self.groups, -1).split(self.parts, -1)
         q = q.reshape(s, b, self.heads, self.width)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
@@ -154,7 +156,11 @@ class Attention(CoreAttention):
             q, k = self._rotated(q, k, cos, sin)
         elif temperature_SB11 is not None or self.scale != 1:
             q = (q * (self.scale if temperature_SB11 is None else temperature_SB11 * self.scale)).to(q.dtype)
-        y_SBD, bias = self.out(self.attend(q, k, v, pieces, self.sinks))
+        attended = self.attend(q, k, v, pieces, self.sinks)
+        if self.parts[1]:
+            gate_SBH_ = gate.reshape(s, b, self.heads, -1).sigmoid()  # [S, B, H, N], or 1 for N
+            attended = (attended.unflatten(2, (self.heads, -1)) * gate_SBH_).flatten(2)
+        y_SBD, bias = self.out(attended)
         return y_SBD if bias is None else y_SBD + bias
 
     def _rotated(self, q_SBHN: Tensor, k_SBGN: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def attention_matrices(model: ModelConfig) -> list[tuple[int, int, str | None]]:
     d, heads = model.hidden_size, model.num_attention_heads
     out: tuple[int, int, str | None] = (model.output_width, d, "inner")
     if model.kv_lora_rank is None:
-        return [(d, model.query_width + 2 * model.key_width, "outer"), out]
+        return [(d, model.qkv_width, "outer"), out]
     up = heads * (model.qk_nope_head_dim + model.v_head_dim)
     latent = [(d, model.kv_lora_rank + model.qk_rope_head_dim, None), (model.kv_lora_rank, up, "outer"), out]
     if model.q_lora_rank is None:
@@ -51,7 +51,7 @@ def attention_vectors(model: ModelConfig) -> tuple[int, int]:
     if model.kv_lora_rank is not None:
         return 0, model.kv_lora_rank + (model.q_lora_rank or 0)
     sharded = model.query_width + model.key_width if model.qk_norm == "full" else 0
-    sharded += model.query_width + 2 * model.key_width if model.attention_bias else 0
+    sharded += model.qkv_width if model.attention_bias else 0
     sharded += model.num_attention_heads if model.attention_sinks else 0
     replicated = 2 * model.head_width if model.qk_norm == "head" else 0
     return sharded, replicated + (model.hidden_size if model.attention_output_bias else 0)

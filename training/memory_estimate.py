@@ -210,6 +210,8 @@ def _kept_by_attention(model: ModelConfig, layout: Layout) -> float:
     # Queries and keys after the rotary embedding, the fused projection, which contains the values, and the output
     # (twice with torch's attention).
     kept = 4 * query + 3 * key
+    if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
+        kept += 2 * model.gate_width + query
     if model.qk_norm is not None:  # inputs of its norms
         kept += query + key
     if model.clip_qkv is not None:  # inputs and outputs of clipping

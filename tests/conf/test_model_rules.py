@@ -71,6 +71,8 @@ BROKEN = [
         "sparse_mixer_eps needs model.moe.score_function=softmax",
         "model.moe.sparse_mixer_eps=null",
     ),
+    ({"model.attention_output_gate": "heads"}, 1, "is one of null, head, elementwise, but heads", "output_gate=head"),
+    ({**LATENT, "model.attention_output_gate": "head"}, 1, "output_gate needs model.kv_lora_rank=null", "gate=null"),
     ({"model.no_rope_every": 5}, 1, "model.no_rope_every <= model.num_layers, but 5 > 4", "model.no_rope_every=null"),
     ({"model.no_rope_every": 1}, 1, "model.no_rope_every >= 2, but it is 1", "model.no_rope_every=2"),
     ({"model.attention_temperature": 0.1}, 1, "needs model.no_rope_every", "model.attention_temperature=null"),

@@ -199,6 +199,8 @@ COSTED = {
     "norms of queries and keys": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, qk_norm="head"),
     "biases of attention": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, attention_bias=True),
     "norms over all heads": tiny(num_attention_heads=4, num_query_groups=2, qk_norm="full"),
+    "gates of heads": tiny(num_attention_heads=4, num_query_groups=2, attention_output_gate="head"),
+    "gates": tiny(num_attention_heads=4, head_dim=6, attention_output_gate="elementwise", attention_bias=True),
     "wide heads": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6),
     "shared experts and biases": tiny(
         MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)

@@ -35,7 +35,8 @@ def documents(positions_S: list[int], document_mask: bool) -> list[int]:
 def attention(
     x_SD: Tensor, weights: Weights, model: ModelConfig, positions_S: list[int], document_mask: bool, rope: bool = True
 ) -> Tensor:
-    """One sequence. The rows of qkv are, for each key/value group, its queries, its key and its value.
+    """One sequence. The rows of qkv are, for each key/value group, its queries, their gates, its key
+    and its value.
 
     Args:
         rope: whether there is a rotary embedding.
@@ -44,9 +45,13 @@ def attention(
     scale = model.attention_multiplier or 1 / math.sqrt(width)
     groups = model.num_query_groups or model.num_attention_heads
     queries = model.num_attention_heads // groups
-    projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]
-    if model.attention_bias:
-        projected_SGHN = [heads + weights["qkv.bias"].view(heads.shape) for heads in projected_SGHN]
+    rows_SGR = [(weights["qkv.weight"] @ x_D + weights.get("qkv.bias", 0.0)).view(groups, -1) for x_D in x_SD]
+    gates = rows_SGR[0].shape[1] - (queries + 2) * width  # of a group, between its queries and its key
+    gates_SGR = [rows_GR[:, queries * width : queries * width + gates] for rows_GR in rows_SGR]
+    projected_SGHN = [
+        torch.cat([rows_GR[:, : queries * width], rows_GR[:, queries * width + gates :]], 1).view(groups, -1, width)
+        for rows_GR in rows_SGR
+    ]
     if model.qk_norm in ("head", "full"):
         projected_SGHN = [norm_heads(heads_GHN, weights, model, queries) for heads_GHN in projected_SGHN]
     if model.clip_qkv:
@@ -78,7 +83,11 @@ def attention(
                 scores = torch.exp(torch.stack([query_N @ key_N for key_N in keys]) * scale)
                 sink = torch.exp(weights["sinks"][g * queries + h]) if model.attention_sinks else 0.0
                 total = scores.sum() + sink
-                heads.append(sum(score / total * value_N for score, value_N in zip(scores, values, strict=True)))
+                attended_N = sum(score / total * value_N for score, value_N in zip(scores, values, strict=True))
+                if model.attention_output_gate:
+                    gate = gates_SGR[s][g].view(queries, -1)[h]  # a number, or one for each dimension
+                    attended_N = attended_N / (1 + torch.exp(-gate))
+                heads.append(attended_N)
         rows.append(weights["out.weight"] @ torch.cat(heads) + weights.get("out.bias", 0.0))
     return torch.stack(rows)
 

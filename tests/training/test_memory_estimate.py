@@ -126,6 +126,7 @@ BIASES = {
 }
 
 NOPE = {"qk_norm": "l2", "no_rope_every": 2, "attention_temperature": 0.1, "attention_temperature_tokens": 8}
+NOPE |= {"attention_output_gate": "elementwise"}
 
 
 @pytest.mark.parametrize(
