@@ -1,6 +1,7 @@
 """The parts that families share: the fields and tensors of Llama's decoder (transformers/models/llama)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from conf.schema import ModelConfig
@@ -139,11 +140,17 @@ def attention_bias_fields(default: bool) -> tuple[Field, ...]:
     return tuple(Field("attention_bias", setting, default) for setting in ("attention_bias", "attention_output_bias"))
 
 
+def biases_differ(model: ModelConfig) -> str | None:
+    """Family.refuse of families with `attention_bias_fields`."""
+    if model.attention_bias == model.attention_output_bias:
+        return None
+    return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
+
+
 def unlike_softmax_after(model: ModelConfig) -> str | None:
-    """Family.refuse of families with `attention_bias_fields` and a softmax over the selected logits."""
-    if model.attention_bias != model.attention_output_bias:
-        return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
-    return None if model.moe.top_k > 1 else "model.moe.top_k=1: the softmax over one selected logit is 1"
+    """The same with a softmax over the selected logits."""
+    one = "model.moe.top_k=1: the softmax over one selected logit is 1"
+    return biases_differ(model) or (one if model.moe.top_k == 1 else None)
 
 
 NORM_TOPK = Field(
@@ -181,14 +188,21 @@ NORMS = (
     WeightMapping(LAYER + "ffn_norm.weight", (f"model.{LAYER}post_attention_layernorm.weight",)),
 )
 HEAD_BIAS = WeightMapping("head.bias", ("lm_head.bias",))
-NORM_BIASES = tuple(
-    WeightMapping(rule.parameter.replace("weight", "bias"), (rule.tensors[0].replace("weight", "bias"),))
-    for rule in (*NORMS, EMBEDDING_AND_HEAD[1])
-)
 DENSE_FFN = tuple(
     WeightMapping(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",))
     for part in ("gate", "up", "down")
 )
+
+
+def biases_of(weights: Sequence[WeightMapping]) -> tuple[WeightMapping, ...]:
+    """The biases of linear layers or norms, by the mappings of their weights."""
+
+    def bias(name: str) -> str:
+        return name.removesuffix("weight") + "bias"
+
+    return tuple(replace(rule, parameter=bias(rule.parameter), tensors=(bias(rule.tensors[0]),)) for rule in weights)
+
+
 QK_NORMS = tuple(
     WeightMapping(f"{LAYER}attention.{part}_layernorm.weight", (f"model.{LAYER}self_attn.{part}_norm.weight",))
     for part in ("q", "k")

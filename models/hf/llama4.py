@@ -12,6 +12,7 @@ from models.hf.decoder import (
     LAYER,
     NORMS,
     attention_bias_fields,
+    biases_differ,
     decoder_fields,
     local_fields,
 )
@@ -57,10 +58,8 @@ def _sparse(_: Any, config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _refuse(model: ModelConfig) -> str | None:
-    if model.attention_bias != model.attention_output_bias:
-        return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
     if model.qk_norm in (None, "l2"):
-        return None
+        return biases_differ(model)
     return f"model.qk_norm={model.qk_norm}, but the family normalises after the rotary embedding, without weights"
 
 

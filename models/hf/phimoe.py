@@ -11,10 +11,11 @@ from models.hf.decoder import (
     DROPLESS,
     EMBEDDING_AND_HEAD,
     HEAD_BIAS,
-    NORM_BIASES,
     NORMS,
     attention_bias_fields,
     balancing_field,
+    biases_differ,
+    biases_of,
     decoder_fields,
     sparse_ffn,
 )
@@ -40,8 +41,8 @@ def _no_noise(value: float, _: Mapping[str, Any]) -> float:
 
 
 def _refuse(model: ModelConfig) -> str | None:
-    if model.attention_bias != model.attention_output_bias:
-        return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
+    if reason := biases_differ(model):
+        return reason
     if model.moe.sparse_mixer_eps is None:
         return "model.moe.sparse_mixer_eps=null, but the family has gates by SparseMixer"
     return None if model.moe.top_k == 2 else f"model.moe.top_k={model.moe.top_k}, but the family has only 2"
@@ -63,7 +64,14 @@ PHIMOE = Family(
         balancing_field(0.001),
     ),
     weights=(
-        *(*EMBEDDING_AND_HEAD, HEAD_BIAS, *NORMS, *NORM_BIASES, *ATTENTION, *ATTENTION_BIASES),
+        *(
+            *EMBEDDING_AND_HEAD,
+            HEAD_BIAS,
+            *NORMS,
+            *biases_of((*NORMS, EMBEDDING_AND_HEAD[1])),
+            *ATTENTION,
+            *ATTENTION_BIASES,
+        ),
         *sparse_ffn("block_sparse_moe", "w1", "w3", "w2"),
     ),
     rope_theta=1e6,

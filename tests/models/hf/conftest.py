@@ -32,12 +32,13 @@ GLM4 |= {"use_qk_norm": True, "attention_bias": True, "rope_parameters": HALF}
 GLM4_PLAIN = {**EXPERTS, "num_mtp_layers": 0, "norm_topk_prob": False, "head_dim": 8, "first_k_dense_replace": 0}
 GLM4_PLAIN |= {"rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}}
 ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 2}
-ERNIE |= {"pad_token_id": None, "head_dim": 12, "rope_parameters": PLAIN}
-ERNIE_PLAIN = {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "head_dim": 8}
+ERNIE |= {"pad_token_id": None, "head_dim": 12, "rope_parameters": PLAIN, "use_bias": True}
+ERNIE_PLAIN = {**ERNIE, "use_bias": False, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "head_dim": 8}
 ERNIE_PLAIN |= {"tie_word_embeddings": False, "moe_layer_interval": 2}
 MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
 MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": LENGTH}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.5, 3.0, 8.0]}
 LONGROPE |= {"short_mscale": 1.1, "long_mscale": 1.24}
@@ -67,29 +68,41 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {
         "mixtral": save_model("Mixtral", folder / "mixtral", corpus, sliding_window=20, **moe),
         "llama": save_model(
-            "Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 300.0}
+            "Llama",
+            folder / "llama",
+            corpus,
+            **{"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"rope_theta": 300.0}},
+            **{"attention_bias": True, "mlp_bias": True},
         ),
-        "qwen3": save_model("Qwen3", folder / "qwen3", corpus, head_dim=12, rope_parameters=YARN),
+        "llama_plain": save_model("Llama", folder / "llama_plain", corpus),
+        "qwen3": save_model(
+            "Qwen3", folder / "qwen3", corpus, head_dim=12, rope_parameters=YARN, attention_bias=True, **WINDOW
+        ),
+        "qwen3_plain": save_model("Qwen3", folder / "qwen3_plain", corpus, head_dim=8),
         "qwen3_moe": save_model(
             "Qwen3Moe",
             folder / "qwen3_moe",
             corpus,
             **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
             **{"mlp_only_layers": [0], "norm_topk_prob": True, "router_aux_loss_coef": 0.0},
+            **{"attention_bias": True, "use_sliding_window": True, "sliding_window": 20},
         ),
         "olmoe": save_model(
             "Olmoe",
             folder / "olmoe",
             corpus,
             **{"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0, "clip_qkv": 1.5},
+            attention_bias=True,
         ),
-        "qwen2": save_model("Qwen2", folder / "qwen2", corpus),
+        "qwen2": save_model("Qwen2", folder / "qwen2", corpus, **WINDOW),
+        "qwen2_plain": save_model("Qwen2", folder / "qwen2_plain", corpus),
         "qwen2_moe": save_model(
             "Qwen2Moe",
             folder / "qwen2_moe",
             corpus,
             **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 2},
             **{"shared_expert_intermediate_size": 24, "router_aux_loss_coef": 0.0},
+            **{"use_sliding_window": True, "sliding_window": 20},
         ),
         "gpt_oss": save_model(
             "GptOss",

@@ -91,7 +91,7 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
         grads |= attention_gradients(f"layers.{i}.attention.", layer.self_attn)
         shared = getattr(layer.mlp, "shared_experts", getattr(layer.mlp, "shared_expert", None))
         for part in ("gate", "up", "down") if shared is not None else ():
-            grads[f"layers.{i}.ffn.shared.ffn.{part}.weight"] = getattr(shared, f"{part}_proj").weight.grad
+            grads |= gradients_of(f"layers.{i}.ffn.shared.ffn.{part}", getattr(shared, f"{part}_proj"))
         if hasattr(layer.mlp, "shared_expert_gate"):
             grads[f"layers.{i}.ffn.shared.gate"] = layer.mlp.shared_expert_gate.weight.grad
         for part in "qk" if hasattr(layer.self_attn, "q_norm") else "":
@@ -105,7 +105,7 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
             grads[f"layers.{i}.ffn.experts.w_out"] = down.transpose(1, 2)
         else:
             for part in ("gate", "up", "down"):
-                grads[f"layers.{i}.ffn.{part}.weight"] = getattr(layer.mlp, f"{part}_proj").weight.grad
+                grads |= gradients_of(f"layers.{i}.ffn.{part}", getattr(layer.mlp, f"{part}_proj"))
     return out.logits[0].detach(), out.loss.detach(), grads
 
 
@@ -135,10 +135,13 @@ def gradients_by_mapping(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -
 FAMILIES = [
     "mixtral",
     "llama",
+    "llama_plain",
     "qwen3",
+    "qwen3_plain",
     "qwen3_moe",
     "olmoe",
     "qwen2",
+    "qwen2_plain",
     "qwen2_moe",
     "gpt_oss",
     "gpt_oss_plain",
