@@ -107,12 +107,11 @@ class Attention(CoreAttention):
             bias=model.attention_output_bias,
             **linear,
         )
-        queries = self.heads // self.groups * self.width
-        self.parts = queries, model.gate_width // model.query_groups, self.width, self.width
-        self.full_norm = model.qk_norm == "full"
+        queries, gates = (width // model.query_groups for width in (model.query_width, model.gate_width))
+        self.parts = queries, gates, self.width, self.width
+        self.full_norm, self.l2_norm = model.qk_norm == "full", model.qk_norm == "l2"
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
-        self.l2_norm = model.qk_norm == "l2"
         if self.l2_norm:
             self.register_buffer("ones_N", torch.ones(self.width, dtype=config.params_dtype), persistent=False)
         elif model.qk_norm is not None:
