@@ -50,6 +50,12 @@ CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
 CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
 CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
 ALIKE = {"document_mask": True, "begin_alike": True}
+LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
+LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
+GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
+LONGROPE = RopeScalingConfig("longrope", original_max_position_embeddings=12, long_mscale=1.2)
+LONGROPE.short_factor, LONGROPE.long_factor = [1.0, 1.0, 1.5, 2.0], [1.0, 2.0, 4.0, 8.0]
+PHIMOE = {"norm": "layernorm", "head_bias": True, "rope_scaling": LONGROPE}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
@@ -76,6 +82,10 @@ VARIANTS = {
     "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),
     "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
     "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
+    "llama4": Variant(LLAMA4, GATED_INPUTS, document_mask=True),
+    "phimoe": Variant(PHIMOE, {"sparse_mixer_eps": 0.3}),
+    "gated": Variant({"attention_output_gate": "head", "attention_bias": True, "qk_norm": "head"}, {"every": 2}),
+    "gated_dense": Variant({"attention_output_gate": "elementwise", "head_dim": 12}, {"num_experts": 0}),
     "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
     "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
     "muon": Variant(moe={"num_shared_experts": 1, "every": 4, "expert_bias": True}, optim=MUON),
@@ -110,9 +120,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon mtp",
+        "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
@@ -139,15 +149,21 @@ MATRIX = [
             "muon_mla",
             "mtp_documents",
             "mtp_latent",
+            "llama4",
+            "phimoe",
+            "gated",
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent",
+        "mtp_latent gated",
     ),
     Layouts(
         "pp2",
         2,
         {"pp": 2},
-        ["dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"],
+        [
+            *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
+            *("llama4", "phimoe", "gated"),
+        ],
         "dropless qwen3 olmoe muon mtp mtp_documents",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
@@ -161,9 +177,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated"),
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents",
+        "drops sinkhorn rope mla_documents chunks mtp_documents llama4",
     ),
     Layouts(
         "cp4",
@@ -173,9 +189,11 @@ MATRIX = [
         "gpt_oss",
     ),
     Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp"], "dropless muon mtp"),
-    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek"], "deepseek"),
+    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
-    Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon"], "dropless muon"),
+    Layouts(
+        "ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4"], "dropless muon"
+    ),
     Layouts(
         "dp2",
         2,
@@ -204,7 +222,9 @@ MATRIX = [
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless", "mtp_latent"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
     Layouts("cp2 dp2 +overlap", 4, {"cp": 2, **OVERLAP}, ["drops"]),
-    Layouts("tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss"], "dropless"),
+    Layouts(
+        "tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4", "phimoe"], "dropless"
+    ),
     Layouts(
         "tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops", "mtp"], "switch"
     ),

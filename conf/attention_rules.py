@@ -1,9 +1,10 @@
 """Rules for the settings of attention and of rotary embeddings."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
-from conf.config_view import ConfigView, Violation, divisible, divisors, multiples
+from conf.config_view import ConfigView, Violation, divisible, divisors, format_value, multiples
 
 EVEN = "is even (rotary embeddings rotate pairs)"
 
@@ -11,6 +12,10 @@ EVEN = "is even (rotary embeddings rotate pairs)"
 def attention_rules(cfg: ConfigView) -> Iterator[Violation]:
     yield from _heads(cfg) if cfg["model.kv_lora_rank"] is None else _latent(cfg)
     yield from _local_attention(cfg)
+    every, layers = "model.no_rope_every", "model.num_layers"
+    if cfg[every] is not None and cfg[every] > cfg[layers]:
+        actual = f"{cfg[every]} > {cfg[layers]}, so every layer would have a rotary embedding"
+        yield Violation(f"{every} <= {layers}", actual, {every: [None], layers: [cfg[every]]})
     yield from _rope_scaling(cfg)
 
 
@@ -56,14 +61,22 @@ def _latent(cfg: ConfigView) -> Iterator[Violation]:
 def _rope_scaling(cfg: ConfigView) -> Iterator[Violation]:
     section = "model.rope_scaling"
     kind, original, theta = cfg[f"{section}.type"], f"{section}.original_max_position_embeddings", "model.rope_theta"
-    if kind in ("llama3", "yarn") and cfg[original] is None:
+    if kind in ("llama3", "yarn", "longrope") and cfg[original] is None:
         actual = "it is null: set it to the length of sequences in pre-training"
         suggestions = {f"{section}.type": [None, "linear"]}
         yield Violation(f"{section}.type={kind} needs {original}", actual, suggestions)
+    factors = cfg["model.rotary_width"] // 2
+    for key in (f"{section}.short_factor", f"{section}.long_factor") if kind == "longrope" else ():
+        if len(cfg[key]) != factors or not all(0 < value < math.inf for value in cfg[key]):
+            yield Violation(
+                f"{section}.type=longrope needs {key} of {factors} positive numbers, one for each frequency",
+                f"it is {format_value(cfg[key])}",
+                {f"{section}.type": [None, "linear"]},
+            )
     low, high = f"{section}.low_freq_factor", f"{section}.high_freq_factor"
-    if kind == "llama3" and cfg[low] >= cfg[high]:
-        actual = f"{cfg[low]:g} >= {cfg[high]:g}"
-        yield Violation(f"{low} < {high}", actual, {high: [4 * cfg[low]], low: [cfg[high] / 4]})
+    if kind == "llama3" and cfg[low] > cfg[high]:
+        actual = f"{cfg[low]:g} > {cfg[high]:g}"
+        yield Violation(f"{low} <= {high}", actual, {high: [4 * cfg[low]], low: [cfg[high] / 4]})
     slow, fast = f"{section}.beta_slow", f"{section}.beta_fast"
     if kind == "yarn" and cfg[slow] > cfg[fast]:
         actual = f"{cfg[slow]:g} > {cfg[fast]:g}"

@@ -49,6 +49,7 @@ def fp8_rules(cfg: ConfigView) -> Iterator[Violation]:
         sharded = [hidden, *sharded, ("the width of queries", cfg["model.query_width"], "parallel.tp")]
     if cfg["model.kv_lora_rank"] is None:
         sharded += [("the width of keys and values", 2 * cfg["model.key_width"], "parallel.tp")]
+        sharded += [("the number of gates of attention", cfg["model.gate_width"], "parallel.tp")]
     for name, size, degree in [*(sharded if linear else []), *(w for w in widths if w[2] == "parallel.etp")]:
         product = FP8_BLOCK * (cfg[degree] if degree else 1)
         if size % product:

@@ -63,16 +63,27 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.kv_lora_rank"] is None,
         "model.num_query_groups model.head_dim model.qk_norm model.attention_bias model.clip_qkv "
         "model.partial_rotary_factor model.attention_output_bias model.attention_sinks "
-        "model.attention_multiplier model.norm_zero_centered",
+        "model.attention_multiplier model.norm_zero_centered model.no_rope_every "
+        "model.attention_output_gate",
     ),
     (
-        "model.rope_scaling.type other than null",
-        lambda c: c["model.rope_scaling.type"] is not None,
+        "model.no_rope_every",
+        lambda c: c["model.no_rope_every"] is not None,
+        "model.attention_temperature",
+    ),
+    (
+        "model.attention_temperature",
+        lambda c: c["model.attention_temperature"] is not None,
+        "model.attention_temperature_tokens",
+    ),
+    (
+        "model.rope_scaling.type=linear, llama3 or yarn",
+        lambda c: c["model.rope_scaling.type"] in ("linear", "llama3", "yarn"),
         "model.rope_scaling.factor",
     ),
     (
-        "model.rope_scaling.type=llama3 or yarn",
-        lambda c: c["model.rope_scaling.type"] in ("llama3", "yarn"),
+        "model.rope_scaling.type=llama3, yarn or longrope",
+        lambda c: c["model.rope_scaling.type"] in ("llama3", "yarn", "longrope"),
         "model.rope_scaling.original_max_position_embeddings",
     ),
     (
@@ -85,6 +96,12 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.rope_scaling.type"] == "yarn",
         "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.truncate "
         "model.rope_scaling.attention_factor model.rope_scaling.mscale_all_dim",
+    ),
+    (
+        "model.rope_scaling.type=longrope",
+        lambda c: c["model.rope_scaling.type"] == "longrope",
+        "model.rope_scaling.short_factor model.rope_scaling.long_factor model.rope_scaling.short_mscale "
+        "model.rope_scaling.long_mscale",
     ),
     (
         "model.rope_scaling.mscale_all_dim",
@@ -100,7 +117,8 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.eval_capacity_factor model.moe.aux_loss_coeff model.moe.load_balancing model.moe.z_loss_coeff "
         "model.moe.bias_update_rate model.moe.jitter model.moe.force_balance model.moe.backend model.moe.expert_bias "
         "model.moe.num_shared_experts model.moe.expert_dropout model.moe.expert_chunk_rows "
-        "model.moe.ffn_hidden_size model.moe.first_dense_layers model.moe.router_bias",
+        "model.moe.ffn_hidden_size model.moe.first_dense_layers model.moe.router_bias model.moe.gate_on "
+        "model.moe.sparse_mixer_eps",
     ),
     (
         "model.moe.score_function=softmax",
@@ -111,6 +129,19 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.moe.softmax_order=before",
         lambda c: c["model.moe.softmax_order"] == "before",
         "model.moe.renormalize model.moe.bias_update_rate",
+    ),
+    (
+        "model.moe.sparse_mixer_eps=null",
+        lambda c: c["model.moe.sparse_mixer_eps"] is None,
+        "model.moe.renormalize model.moe.softmax_order model.moe.bias_update_rate model.moe.num_expert_groups",
+    ),
+    (
+        "model.moe.score_function=softmax, and model.moe.load_balancing by a loss",
+        lambda c: (
+            c["model.moe.score_function"] == "softmax"
+            and c["model.moe.load_balancing"] not in ("sinkhorn", "expert_choice")
+        ),
+        "model.moe.sparse_mixer_eps",
     ),
     (
         "model.moe.num_experts > 0 and a capacity factor",

@@ -1,20 +1,16 @@
-"""The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py.
+"""The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
+conf/moe_schema.py and conf/rope_schema.py.
 
-Defaults are defined in these two files only; the YAML files in conf/GROUP/ are presets, which override some of them.
+Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
 """
 
 from dataclasses import dataclass, field
 
-from conf.model_schema import (  # noqa: F401 - all names of the schema are importable from this module
-    ACTIVATIONS,
-    DROP_POLICIES,
-    LOAD_BALANCING,
-    RECOMPUTE,
-    ModelConfig,
-    MoeConfig,
-    RopeScalingConfig,
-)
+# All names of the schema are importable from this module.
+from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
+from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
+from conf.rope_schema import RopeScalingConfig  # noqa: F401
 from conf.setting import setting
 
 DATA_KINDS = ("stdlib", "text", "megatron", "blend")

@@ -75,9 +75,15 @@ class Attention(CoreAttention):
         config: TransformerConfig,
         groups: Groups,
         ops: Ops = DEFAULT_OPS,
+        *,
+        rope: bool = True,
     ):
+        """Args:
+        rope: whether the layer has a rotary embedding.
+        """
         super().__init__(groups, ops)
         ranks = groups.tp.size()
+        self.rope, self.eps = rope, model.norm_eps
         self.width = model.head_width
         self.heads, self.groups = model.num_attention_heads // ranks, model.query_groups // ranks
         # Kernels multiply the products by head_width ** -0.5.
@@ -85,10 +91,11 @@ class Attention(CoreAttention):
         self.scale = 1.0 if multiplier is None else multiplier * model.head_width**0.5
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
-        # Rows per key/value group: its queries, its key, its value. So a tensor-parallel slice is whole groups.
+        # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
+        # tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
             model.hidden_size,
-            model.query_width + 2 * model.key_width,
+            model.qkv_width,
             gather_output=False,
             bias=model.attention_bias,
             **linear,
@@ -100,10 +107,14 @@ class Attention(CoreAttention):
             bias=model.attention_output_bias,
             **linear,
         )
-        self.full_norm = model.qk_norm == "full"
+        queries, gates = (width // model.query_groups for width in (model.query_width, model.gate_width))
+        self.parts = queries, gates, self.width, self.width
+        self.full_norm, self.l2_norm = model.qk_norm == "full", model.qk_norm == "l2"
         self.q_layernorm: RMSNorm | None = None
         self.k_layernorm: RMSNorm | None = None
-        if model.qk_norm is not None:
+        if self.l2_norm:
+            self.register_buffer("ones_N", torch.ones(self.width, dtype=config.params_dtype), persistent=False)
+        elif model.qk_norm is not None:
             how = model, config.params_dtype, groups, ops.rms_norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
         queries = self.heads // self.groups * self.width
@@ -123,20 +134,53 @@ class Attention(CoreAttention):
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=config.params_dtype))
             set_sharding(self.sinks, (0, groups.tp), std=0.0)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
-        """pieces: from attention_pieces."""
+    def forward(
+        self,
+        x_SBD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pieces: list[Piece] | None,
+        temperature_SB11: Tensor | None = None,
+    ) -> Tensor:
+        """Args:
+        pieces: from attention_pieces.
+        temperature_SB11: factor of the queries of a layer without rotary embedding; None: 1.
+        """
         qkv, bias = self.qkv(x_SBD)
         qkv = qkv if bias is None else qkv + bias
         s, b, _ = qkv.shape
-        queries = self.heads // self.groups
-        q, k, v = qkv.view(s, b, self.groups, -1).split([queries * self.width, self.width, self.width], -1)
+        q, gate, k, v = qkv.view(s, b, self.groups, -1).split(self.parts, -1)
         q = q.reshape(s, b, self.heads, self.width)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = norm_queries_and_keys(q, k, (self.q_layernorm, self.k_layernorm), self.full_norm, self.tp)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        how = cos, sin, self.ops.apply_rotary
-        q = Rotary.rotate(q, *how, interleave=self.interleave, scale=self.scale)
-        k = Rotary.rotate(k, *how, interleave=self.interleave)
-        y_SBD, bias = self.out(self.attend(q, k, v, pieces, self.sinks))
+        if self.rope:
+            q, k = self._rotated(q, k, cos, sin)
+        elif temperature_SB11 is not None or self.scale != 1:
+            q = (q * (self.scale if temperature_SB11 is None else temperature_SB11 * self.scale)).to(q.dtype)
+        attended = self.attend(q, k, v, pieces, self.sinks)
+        if self.parts[1]:
+            gate_SBH_ = gate.reshape(s, b, self.heads, -1).sigmoid()  # [S, B, H, N], or 1 for N
+            attended = (attended.unflatten(2, (self.heads, -1)) * gate_SBH_).flatten(2)
+        y_SBD, bias = self.out(attended)
         return y_SBD if bias is None else y_SBD + bias
+
+    def _rotated(self, q_SBHN: Tensor, k_SBGN: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, times their scale, and keys after the rotary embedding and the norm that follows it."""
+        how, scale = (cos, sin, self.ops.apply_rotary), 1.0 if self.l2_norm else self.scale
+        q_SBHN = Rotary.rotate(q_SBHN, *how, interleave=self.interleave, scale=scale)
+        k_SBGN = Rotary.rotate(k_SBGN, *how, interleave=self.interleave)
+        if not self.l2_norm:
+            return q_SBHN, k_SBGN
+        norm, gain_N = self.ops.rms_norm, self.ones_N if self.scale == 1 else self.ones_N * self.scale
+        return norm(q_SBHN, gain_N, self.eps), norm(k_SBGN, self.ones_N, self.eps)
+
+
+def query_temperature(positions_SB: Tensor, model: ModelConfig) -> Tensor | None:
+    """fp32 [S, B, 1, 1], the factor of queries in layers without rotary embedding (Llama 4; after arXiv:2501.19399,
+    section 2); None: it is 1."""
+    if model.attention_temperature is None:
+        return None
+    steps_SB = torch.floor((positions_SB + 1) / model.attention_temperature_tokens)
+    return (1 + model.attention_temperature * torch.log1p(steps_SB))[..., None, None]

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from models.attention import Attention
+from models.attention import Attention, query_temperature
 from models.init import initialise
 from models.mla import LatentAttention
 from models.mtp import MTPLayer, MTPStatistics, targets_of
@@ -61,8 +61,9 @@ class ModelBuildContext:
         )
 
 
-Attend = tuple[Tensor, Tensor, list[Piece] | None]
-"""Cosines and sines of the positions, and who attends to whom (ops.attention_pieces.attention_pieces)."""
+Attend = tuple[Tensor, Tensor, list[Piece] | None, Tensor | None]
+"""Cosines and sines of the positions, who attends to whom (ops.attention_pieces.attention_pieces), and the temperature
+of queries without rotary embedding (models.attention.query_temperature)."""
 
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
@@ -76,7 +77,9 @@ class Block(nn.Module):
         groups = context.runtime.groups
         self.attention_norm, self.ffn_norm = context.norm(), context.norm()
         ops = context.ops
-        attention = Attention if context.model.kv_lora_rank is None else LatentAttention
+        attention = LatentAttention
+        if context.model.kv_lora_rank is None:
+            attention = partial(Attention, rope=context.model.has_rope(layer))
         self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
         self.multiplier = context.model.residual_multiplier
@@ -100,7 +103,6 @@ class Block(nn.Module):
             use_gemm_backend(self, float8.linear)
 
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
-        """attend: cosines and sines of the positions, and who attends to whom."""
         run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, batch_ctx)
         if report is not None:
@@ -180,7 +182,7 @@ class ModelChunk(MegatronModule):
             model.vocab_size,
             config=context.config,
             init_method=None,
-            bias=False,
+            bias=model.head_bias,
             gather_output=False,
             skip_weight_param_allocation=tied_here,
             tp_group=groups.tp,
@@ -192,6 +194,8 @@ class ModelChunk(MegatronModule):
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
             set_sharding(self.head.weight, (0, groups.tp), std=std)
+        if model.head_bias:
+            set_sharding(self.head.bias, (0, groups.tp), std=0.0)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """This stage's copy of the embedding."""
@@ -218,12 +222,14 @@ class ModelChunk(MegatronModule):
             (fp32), or without labels the logits [B, S, V].
         """
         x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
-        cos, sin = self.rotary(self._mine(positions_BS).t())
+        cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
+        temperature = query_temperature(self._mine(positions_BS).t(), self.model)
         further = self.post_process and batch_ctx.mode == TRAIN and labels_BS is not None
         predicting = [*self.mtp.values()] if further else []
         blocks = [*self.layers.values(), *(layer.block for layer in predicting)]
         attend = {
-            local: (cos, sin, self._pieces(positions_BS, batch_ctx, local)) for local in {b.local for b in blocks}
+            local: (cos, sin, self._pieces(positions_BS, batch_ctx, local), temperature)
+            for local in {b.local for b in blocks}
         }
         for layer in self.layers.values():
             x_SBD = layer(x_SBD, attend[layer.local], batch_ctx)

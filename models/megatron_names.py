@@ -21,8 +21,9 @@ _TOP = {
     "embedding.weight": "embedding.word_embeddings.weight",
     "final_norm.weight": "decoder.final_layernorm.weight",
     "head.weight": "output_layer.weight",
+    "head.bias": "output_layer.bias",
 }
-_PADDED = ("embedding.weight", "head.weight")
+_PADDED = ("embedding.weight", "head.weight", "head.bias")
 """May have more rows than the vocabulary."""
 _LAYER = {
     "attention_norm.weight": ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),

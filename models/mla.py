@@ -70,8 +70,19 @@ class LatentAttention(CoreAttention):
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, pieces: list[Piece] | None) -> Tensor:
-        """pieces: from attention_pieces."""
+    def forward(
+        self,
+        x_SBD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pieces: list[Piece] | None,
+        temperature_SB11: Tensor | None = None,
+    ) -> Tensor:
+        """Args:
+        pieces: from attention_pieces.
+        temperature_SB11: None, since every layer has a rotary embedding.
+        """
+        assert temperature_SB11 is None
         q = (self.q(x_SBD) if hasattr(self, "q") else self.q_up(self.q_norm(self.q_down(x_SBD))))[0]
         latent_SBL, position_SBP = self.kv_down(x_SBD).split([self.rank, self.rope], -1)
         kv = self.kv_up(self.kv_norm(latent_SBL))[0].unflatten(-1, (self.heads, -1))

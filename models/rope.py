@@ -24,16 +24,31 @@ class Rotary(nn.Module):
 
     def __init__(self, width: int, theta: float, max_positions: int, scaling: RopeScalingConfig = UNSCALED):
         super().__init__()
-        frequencies = scaled(theta ** -(torch.arange(0, width, 2) / width), theta, scaling)
-        angle = torch.outer(torch.arange(max_positions).float(), frequencies)
-        factor = attention_factor(scaling)
-        self.register_buffer("cos", angle.cos() * factor, persistent=False)
-        self.register_buffer("sin", angle.sin() * factor, persistent=False)
+        unscaled = theta ** -(torch.arange(0, width, 2) / width)
+        self._register("cos", "sin", scaled(unscaled, theta, scaling), max_positions, attention_factor(scaling))
+        self.short_length: int | None = None
+        """LongRoPE: the length of a sequence up to which the frequencies are these. None: they always are."""
+        if scaling.type == "longrope":
+            self.short_length = scaling.original_max_position_embeddings
+            long = unscaled / torch.tensor(scaling.long_factor)
+            self._register("long_cos", "long_sin", long, max_positions, scaling.long_mscale)
 
-    def forward(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, B, 1, W/2], fp32, contiguous."""
+    def _register(self, cos: str, sin: str, frequencies: Tensor, positions: int, factor: float) -> None:
+        angle = torch.outer(torch.arange(positions).float(), frequencies)
+        self.register_buffer(cos, angle.cos() * factor, persistent=False)
+        self.register_buffer(sin, angle.sin() * factor, persistent=False)
+
+    def forward(self, positions_SB: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, B, 1, W/2], fp32, contiguous.
+
+        Args:
+            length: of the whole sequence, of which LongRoPE's frequencies depend.
+        """
+        tables = (self.cos, self.sin)
+        if self.short_length is not None and length > self.short_length:
+            tables = (self.long_cos, self.long_sin)
         # What an index gives lies in memory as the index does, which may be a batch turned round.
-        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in (self.cos, self.sin))
+        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in tables)
 
     @staticmethod
     def rotate(
@@ -63,13 +78,17 @@ def scaled(frequencies: Tensor, theta: float, scaling: RopeScalingConfig) -> Ten
     original = scaling.original_max_position_embeddings
     if scaling.type is None:
         return frequencies
+    if scaling.type == "longrope":  # of sequences that are not longer than those of pre-training
+        return frequencies / torch.tensor(scaling.short_factor)
     low = frequencies / scaling.factor
     if scaling.type == "linear":
         return low
     assert original is not None
     if scaling.type == "llama3":
         rotations = original * frequencies / (2 * math.pi)
-        kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        between = scaling.high_freq_factor - scaling.low_freq_factor  # 0: none is interpolated
+        kept = rotations - scaling.low_freq_factor
+        kept = kept / between if between else (kept >= 0).float()
     else:
         width = 2 * len(frequencies)
         first, last = (_dimension(b, width, theta, original) for b in (scaling.beta_fast, scaling.beta_slow))
@@ -88,6 +107,8 @@ def _dimension(rotations: float, width: int, theta: float, original: int) -> flo
 
 def attention_factor(scaling: RopeScalingConfig) -> float:
     """The factor of rotated queries and keys."""
+    if scaling.type == "longrope":
+        return scaling.short_mscale
     if scaling.type != "yarn":
         return 1.0
     if scaling.attention_factor is not None:

@@ -240,6 +240,8 @@ def dispatcher_for(moe: MoeConfig, ep: int, etp: int) -> tuple[str, str]:
         return "local", "every expert is on every rank"
     if moe.dispatcher in ("all_to_all", "all_gather"):
         return moe.dispatcher, "asked for"
+    if moe.gate_on == "input":
+        return "all_to_all", "tokens are multiplied by their gates before they travel"
     if moe.load_balancing == "expert_choice":
         return "all_to_all", "how many experts take a token differs between ranks"
     if moe.top_k > ep > 1:

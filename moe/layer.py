@@ -20,7 +20,7 @@ from moe.metrics import LoadStatistics, Report
 from moe.router import Router
 from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
-from ops.dispatch import Assignments
+from ops.dispatch import Assignments, with_gated_inputs
 from ops.implementations import Ops
 from ops.routing import Routing, count_loads
 from parallel.activation_checkpoint import checkpointed, save_for_recompute
@@ -211,14 +211,17 @@ class MoELayer(nn.Module):
             rank, ranks = self.tp.rank(), self.tp.size()
             experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
-        assignments = Assignments(experts_TK, gates_TK, keep_TK, names_TK)
-        started = self.dispatcher.start(
-            mine_SBD.flatten(0, 1), assignments, self._slots(routing, batch_ctx, x_SBD.shape[1])
-        )
+        x_TD, assignments = mine_SBD.flatten(0, 1), Assignments(experts_TK, gates_TK, keep_TK, names_TK)
+        gated = self.moe.gate_on == "input"
+        if gated:
+            x_TD, assignments = with_gated_inputs(x_TD, assignments)
+        started = self.dispatcher.start(x_TD, assignments, self._slots(routing, batch_ctx, x_SBD.shape[1]))
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
         y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx))
-        out_SBD = self.dispatcher.combine(y_RD, sent).view(mine_SBD.shape)
+        out_TD = self.dispatcher.combine(y_RD, sent)
+        out_TD = out_TD.unflatten(0, experts_TK.shape).sum(1) if gated else out_TD
+        out_SBD = out_TD.view(mine_SBD.shape)
         if self.share_tokens:
             out_SBD = gather_from_sequence_parallel_region(out_SBD, tensor_parallel_output_grad=False, group=self.tp)
         return out_SBD if shared_SBD is None else out_SBD + shared_SBD

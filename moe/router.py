@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from moe.balanced_routing import ForceBalance, expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
-from moe.score_functions import SCORE_FUNCTIONS
+from moe.score_functions import SCORE_FUNCTIONS, sparse_mixer_gates
 from ops.implementations import DEFAULT_OPS, Ops
 from ops.operation import Implementation, Operation
 from ops.routing import FUSED_SCORE_FUNCTIONS, FusedRoute, RouterStats, Routing, Rule
@@ -107,6 +107,8 @@ class Router(nn.Module):
         some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
+        elif self.moe.sparse_mixer_eps is not None:
+            gates_TK = sparse_mixer_gates(logits_TE, some_TK, self.moe.sparse_mixer_eps)
         else:
             gates_TK = scored.scores.gather(1, some_TK)
             if rule.renormalize:
@@ -146,7 +148,7 @@ class Router(nn.Module):
         if planned:
             padding_M = None if padding_T is None else all_gather(padding_T, self.micro_batch_group)
             ranked_TE = logits_TE + sinkhorn_potentials(all_gather(logits_TE, self.micro_batch_group), padding_M)
-        elif self.rule.after or self.moe.load_balancing == "sinkhorn":
+        elif self.rule.after or self.moe.load_balancing == "sinkhorn" or self.moe.sparse_mixer_eps is not None:
             ranked_TE = logits_TE
         else:
             ranked_TE = scores_TE if self.bias is None else scores_TE + self.bias
@@ -183,6 +185,8 @@ def _unsupported_reason(context: RunContext) -> str | None:
     moe = context.model.moe
     if moe.score_function not in FUSED_SCORE_FUNCTIONS:
         return f"has no {moe.score_function} scores"
+    if moe.sparse_mixer_eps is not None:
+        return "has no SparseMixer"
     if moe.load_balancing in ("sinkhorn", "expert_choice"):
         return f"routes each token by itself, and {moe.load_balancing} chooses over the whole micro-batch"
     return "takes no num_expert_groups: it chooses groups of experts first" if moe.num_expert_groups > 1 else None

@@ -33,6 +33,23 @@ class Scores:
         return gates_TK / (gates_TK.sum(-1, keepdim=True) + TINY)
 
 
+def sparse_mixer_gates(logits_TE: Tensor, experts_TK: Tensor, eps: float) -> Tensor:
+    """[T, K]: SparseMixer's gates without its sampling (Phi-3.5-MoE; arXiv:2310.00811, arXiv:2409.12136, section 3.1).
+
+    Args:
+        experts_TK: those with the largest logits, in their order.
+        eps: half of the distance, relative to the larger magnitude, within which a logit is near the largest.
+    """
+    gates, left_TE = [], logits_TE
+    for expert_T1 in experts_TK.split(1, dim=1):
+        with torch.no_grad():
+            best_T1 = left_TE.amax(1, keepdim=True)
+            far_TE = (best_T1 - logits_TE) / logits_TE.abs().maximum(best_T1) > 2 * eps
+        gates.append(left_TE.masked_fill(far_TE, -torch.inf).softmax(-1).gather(1, expert_T1))
+        left_TE = left_TE.scatter(1, expert_T1, -torch.inf)
+    return torch.cat(gates, dim=1)
+
+
 @dataclass(frozen=True)
 class ScoreFunction:
     """A value of model.moe.score_function."""

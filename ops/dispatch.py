@@ -6,6 +6,7 @@ Legend: T tokens of this rank, D hidden, K choices per token, R routed rows.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ops.permute import Permutation, PermutedTokens
@@ -22,6 +23,16 @@ class Assignments:
     """False where the choice is dropped."""
     names_TK: Tensor | None = None
     """int64, a name for every choice that travels with its row. None: rows stay nameless."""
+
+
+def with_gated_inputs(x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Assignments]:
+    """Each token times each of its gates [T * K, D], and their assignments, one each, whose gates are 1."""
+    of_one, gates_TK = (lambda t_TK: t_TK.reshape(-1, 1)), assignments.gates_TK
+    # In the experts' precision, as the gates of outputs (ops.permute.unpermute).
+    gated_TKD = x_TD.unsqueeze(1) * gates_TK.unsqueeze(2).to(x_TD.dtype)
+    names = None if assignments.names_TK is None else of_one(assignments.names_TK)
+    ones, kept = torch.ones_like(of_one(gates_TK), requires_grad=False), of_one(assignments.keep_TK)
+    return gated_TKD.flatten(0, 1), Assignments(of_one(assignments.experts_TK), ones, kept, names)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def _apex(context: RunContext) -> Norm:
 def _trial(norm: Norm, context: RunContext) -> list[Tensor]:
     """Rows of every width that the run has: of the hidden size and, with qk_norm, of queries and keys."""
     model, results = context.model, []
-    heads = {None: [], "head": [model.head_width], "full": [model.query_width, model.key_width]}[model.qk_norm]
+    heads = [] if model.qk_norm is None else [model.head_width]
+    if model.qk_norm == "full":
+        heads = [model.query_width, model.key_width]
     for width in (model.hidden_size, *heads):
         x, weight = (context.randn(*shape, seed=len(shape)).requires_grad_() for shape in ((8, width), (width,)))
         y = norm(x, weight, model.norm_eps)

@@ -37,7 +37,7 @@ def attention_matrices(model: ModelConfig) -> list[tuple[int, int, str | None]]:
     d, heads = model.hidden_size, model.num_attention_heads
     out: tuple[int, int, str | None] = (model.output_width, d, "inner")
     if model.kv_lora_rank is None:
-        return [(d, model.query_width + 2 * model.key_width, "outer"), out]
+        return [(d, model.qkv_width, "outer"), out]
     up = heads * (model.qk_nope_head_dim + model.v_head_dim)
     latent = [(d, model.kv_lora_rank + model.qk_rope_head_dim, None), (model.kv_lora_rank, up, "outer"), out]
     if model.q_lora_rank is None:
@@ -51,7 +51,7 @@ def attention_vectors(model: ModelConfig) -> tuple[int, int]:
     if model.kv_lora_rank is not None:
         return 0, model.kv_lora_rank + (model.q_lora_rank or 0)
     sharded = model.query_width + model.key_width if model.qk_norm == "full" else 0
-    sharded += model.query_width + 2 * model.key_width if model.attention_bias else 0
+    sharded += model.qkv_width if model.attention_bias else 0
     sharded += model.num_attention_heads if model.attention_sinks else 0
     replicated = 2 * model.head_width if model.qk_norm == "head" else 0
     return sharded, replicated + (model.hidden_size if model.attention_output_bias else 0)
@@ -96,6 +96,7 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     vectors += (2 * layers + 1 + 3 * further) * d if model.norm == "layernorm" else 0
     vectors += dense * ffn_biases(model, model.ffn_hidden_size)
     vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
+    vectors += model.vocab_size if model.head_bias else 0
     shared += d if moe.shared_expert_gate else 0
     outside = sparse * (router + shared) + layers * (attention + norms) + dense * ffn + d
     outside += further * (2 * d * d + 3 * d)  # the projection of two hidden states, and three norms

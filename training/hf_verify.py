@@ -107,7 +107,8 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
         kept[name] = (output[0] if isinstance(output, tuple) else output)[0].float().contiguous()
 
-    for index, layer in enumerate(model.get_decoder().layers):
+    decoder = model.get_decoder()
+    for index, layer in enumerate(getattr(decoder, "model", decoder).layers):  # Llama4ForCausalLM gives itself
         layer.register_forward_hook(partial(keep, name=f"{LAYER}{index}"))
     with torch.no_grad():
         kept[LOGITS] = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().contiguous()

@@ -173,7 +173,7 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
         spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
     norm = 2 * d if model.norm == "layernorm" else d
     copied = (sparse + dense) * (2 * norm + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
-    copied += stage.is_last * norm + further * (2 * d * d + 3 * norm)
+    copied += stage.is_last * (norm + model.head_bias * model.vocab_size / layout.tp) + further * (2 * d * d + 3 * norm)
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
@@ -238,6 +238,8 @@ def _kept_by_attention(model: ModelConfig, layout: Layout) -> float:
     # Queries and keys after the rotary embedding, the fused projection, which contains the values, and the output
     # (twice with torch's attention).
     kept = 4 * query + 3 * key
+    if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
+        kept += 2 * model.gate_width + query
     if model.qk_norm is not None:  # inputs of its norms
         kept += query + key
     if model.clip_qkv is not None:  # inputs and outputs of clipping

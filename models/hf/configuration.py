@@ -61,7 +61,12 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
     wrong += rope_wrong
     if wrong:
         raise ValueError(f"{where} has unsupported settings: {'; '.join(wrong)}")
-    return family, _settings(values | rope | {"name": family.name})
+    model = _settings(values | rope | {"name": family.name})
+    scaling, frequencies = model.rope_scaling, model.rotary_width // 2
+    for key in ("short_factor", "long_factor") if scaling.type == "longrope" else ():
+        if (count := len(getattr(scaling, key))) != frequencies:
+            raise ValueError(f"{where} has unsupported settings: {key} of {count} numbers instead of {frequencies}")
+    return family, model
 
 
 def _key_in(config: Mapping[str, Any], field: Field) -> str:

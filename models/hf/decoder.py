@@ -1,6 +1,7 @@
 """The parts that families share: the fields and tensors of Llama's decoder (transformers/models/llama)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from conf.schema import ModelConfig
@@ -45,31 +46,35 @@ def decoder_fields(
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def window_fields(size: int | None, is_sliding: Callable[[int], list[bool]]) -> tuple[Field, ...]:
-    """sliding_window and layer_types.
+def local_fields(
+    kind: str, key: str, size: int | None, is_local: Callable[[Mapping[str, Any]], list[bool]]
+) -> tuple[Field, ...]:
+    """The size of windows or chunks, and layer_types.
 
     Args:
-        size: the default of sliding_window.
-        is_sliding: number of layers -> which of them have a window if config.json has no layer_types.
+        kind: of the layers with local attention, in layer_types.
+        key: of their size in config.json, and the setting.
+        size: the default of `key`.
+        is_local: config.json with defaults -> which layers are of this kind if it has no layer_types.
     """
 
-    def sliding(config: Mapping[str, Any]) -> list[bool]:
+    def local(config: Mapping[str, Any]) -> list[bool]:
         layers = config["num_hidden_layers"]
-        kinds = config["layer_types"] or [SLIDING if local else FULL for local in is_sliding(layers)]
-        if others := sorted({str(kind) for kind in kinds} - {SLIDING, FULL}):
-            raise ValueError(f"has {', '.join(others)}: only {SLIDING}, {FULL}")
+        kinds = config["layer_types"] or [kind if is_one else FULL for is_one in is_local(config)]
+        if others := sorted({str(other) for other in kinds} - {kind, FULL}):
+            raise ValueError(f"has {', '.join(others)}: only {kind}, {FULL}")
         if len(kinds) != layers:
             raise ValueError(f"must have an entry for each of the {layers} layers")
-        return [kind == SLIDING for kind in kinds]
+        return [other == kind for other in kinds]
 
-    def window(value: int | None, config: Mapping[str, Any]) -> int | None:
-        if value is None and any(sliding(config)):
-            raise ValueError("must be a positive integer, since layer_types has sliding_attention")
-        return value if any(sliding(config)) else None
+    def width(value: int | None, config: Mapping[str, Any]) -> int | None:
+        if value is None and any(local(config)):
+            raise ValueError(f"must be a positive integer, since layer_types has {kind}")
+        return value if any(local(config)) else None
 
     def pattern(value: Any, config: Mapping[str, Any]) -> tuple[int | None, int]:
         """(full_attention_every, first_full_attention_layers)."""
-        wanted = sliding(config)
+        wanted = local(config)
         if not any(wanted):
             return None, 0
         for first in range(len(wanted)):
@@ -79,13 +84,18 @@ def window_fields(size: int | None, is_sliding: Callable[[int], list[bool]]) -> 
         raise ValueError("only every n-th layer, and a number of first layers, with full attention")
 
     def kinds(_: Any, model: ModelConfig) -> list[str]:
-        return [SLIDING if layer in model.local_layers else FULL for layer in range(model.num_layers)]
+        return [kind if layer in model.local_layers else FULL for layer in range(model.num_layers)]
 
     return (
-        Field("sliding_window", "sliding_window", size, nullable=True, from_hf=window, to_hf=lambda v, _: v or size),
+        Field(key, key, size, nullable=True, from_hf=width, to_hf=lambda value, _: value or size),
         Field("layer_types", "full_attention_every", [], from_hf=lambda v, c: pattern(v, c)[0], to_hf=kinds),
         Field("layer_types", "first_full_attention_layers", [], from_hf=lambda v, c: pattern(v, c)[1], to_hf=kinds),
     )
+
+
+def alternating(config: Mapping[str, Any]) -> list[bool]:
+    """Local attention in layers 0, 2, 4, ..."""
+    return [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
 
 
 def _count_sparse(config: Mapping[str, Any]) -> int:
@@ -130,11 +140,17 @@ def attention_bias_fields(default: bool) -> tuple[Field, ...]:
     return tuple(Field("attention_bias", setting, default) for setting in ("attention_bias", "attention_output_bias"))
 
 
+def biases_differ(model: ModelConfig) -> str | None:
+    """Family.refuse of families with `attention_bias_fields`."""
+    if model.attention_bias == model.attention_output_bias:
+        return None
+    return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
+
+
 def unlike_softmax_after(model: ModelConfig) -> str | None:
-    """Family.refuse of families with `attention_bias_fields` and a softmax over the selected logits."""
-    if model.attention_bias != model.attention_output_bias:
-        return "model.attention_bias and attention_output_bias differ, but the family has one setting for both"
-    return None if model.moe.top_k > 1 else "model.moe.top_k=1: the softmax over one selected logit is 1"
+    """The same with a softmax over the selected logits."""
+    one = "model.moe.top_k=1: the softmax over one selected logit is 1"
+    return biases_differ(model) or (one if model.moe.top_k == 1 else None)
 
 
 NORM_TOPK = Field(
@@ -171,10 +187,22 @@ NORMS = (
     WeightMapping(LAYER + "attention_norm.weight", (f"model.{LAYER}input_layernorm.weight",)),
     WeightMapping(LAYER + "ffn_norm.weight", (f"model.{LAYER}post_attention_layernorm.weight",)),
 )
+HEAD_BIAS = WeightMapping("head.bias", ("lm_head.bias",))
 DENSE_FFN = tuple(
     WeightMapping(f"{LAYER}ffn.{part}.weight", (f"model.{LAYER}mlp.{part}_proj.weight",))
     for part in ("gate", "up", "down")
 )
+
+
+def biases_of(weights: Sequence[WeightMapping]) -> tuple[WeightMapping, ...]:
+    """The biases of linear layers or norms, by the mappings of their weights."""
+
+    def bias(name: str) -> str:
+        return name.removesuffix("weight") + "bias"
+
+    return tuple(replace(rule, parameter=bias(rule.parameter), tensors=(bias(rule.tensors[0]),)) for rule in weights)
+
+
 QK_NORMS = tuple(
     WeightMapping(f"{LAYER}attention.{part}_layernorm.weight", (f"model.{LAYER}self_attn.{part}_norm.weight",))
     for part in ("q", "k")

@@ -7,11 +7,14 @@ from typing import Any
 from conf.schema import ModelConfig
 from models.hf.decoder import (
     ATTENTION,
+    ATTENTION_BIASES,
     DENSE_FFN,
     EMBEDDING_AND_HEAD,
+    HEAD_BIAS,
     LAYER,
     NORMS,
     SPARSE_FFN,
+    biases_of,
     decoder_fields,
 )
 from models.hf.deepseek_v2 import SHARED_FFN, TRAINING
@@ -20,6 +23,9 @@ from models.hf.family import Family, Field, Layout, WeightMapping
 
 _ONE_ROW = Layout(lambda parts, _: parts[0].squeeze(0), lambda whole, _: [whole.unsqueeze(0)])
 """The correction bias [1, E] <-> [E]."""
+
+_BIASES = ("attention_bias", "attention_output_bias", "ffn_bias", "head_bias")
+"""The settings of use_bias. Routed experts have none."""
 
 
 def _every(value: int | None, config: Mapping[str, Any]) -> int:
@@ -37,6 +43,8 @@ def _last_layer(_: int, model: ModelConfig) -> int:
 def _refuse(model: ModelConfig) -> str | None:
     if model.moe.top_k == 1:
         return "model.moe.top_k=1: the family divides the selected scores by their sum, so that the gate would be 1"
+    if len({getattr(model, setting) for setting in _BIASES}) > 1:
+        return f"model.{', '.join(_BIASES)} differ, but the family has one setting for all"
     return needs_bias(model)
 
 
@@ -50,6 +58,7 @@ ERNIE4_5_MOE = Family(
             if field.key != "tie_word_embeddings"
         ),
         Field("tie_word_embeddings", "tie_embeddings", True),
+        *(Field("use_bias", setting, False) for setting in _BIASES),
         Field("intermediate_size", "ffn_hidden_size", 12288),
         Field("moe_intermediate_size", "moe.ffn_hidden_size", 1536, to_hf=lambda _, model: model.expert_width),
         Field("moe_num_experts", "moe.num_experts", 64, aliases=("num_experts",)),
@@ -61,10 +70,11 @@ ERNIE4_5_MOE = Family(
     ),
     weights=(
         *(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, *DENSE_FFN, *SPARSE_FFN, *SHARED_FFN),
+        *(*ATTENTION_BIASES, HEAD_BIAS, *biases_of(DENSE_FFN), *biases_of(SHARED_FFN)),
         WeightMapping(LAYER + "ffn.router.bias", (f"model.{LAYER}mlp.moe_statics.e_score_correction_bias",), _ONE_ROW),
     ),
     rope_theta=500000.0,
-    disabled={"moe_norm_min": 1e-12, "use_bias": False},  # use_bias would add one to the output layer
+    disabled={"moe_norm_min": 1e-12},
     settings={"rope_interleave": (True,), "moe.renormalize": (True, None)},
     training={**TRAINING, "moe.bias_update_rate": 0.0},
     neutral_keys=("router_aux_loss_coef",),

@@ -107,6 +107,8 @@ class Family:
     """Further keys of config.json that do not change what the model computes."""
     rope_parameters: Mapping[str, Any] | None = None
     """Of the rotary embedding if config.json has neither these nor rope_scaling. None: no scaling."""
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    """What rope_type may be."""
     partial_rotary: float | None = None
     """partial_rotary_factor if config.json does not have it. None: the family rotates whole heads."""
     ignored_tensors: tuple[str, ...] = ()

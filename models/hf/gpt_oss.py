@@ -10,11 +10,13 @@ from models.hf.decoder import (
     EMBEDDING_AND_HEAD,
     LAYER,
     NORMS,
+    SLIDING,
+    alternating,
     attention_bias_fields,
     balancing_field,
     decoder_fields,
+    local_fields,
     unlike_softmax_after,
-    window_fields,
 )
 from models.hf.family import Family, Field, Layout, WeightMapping
 
@@ -42,7 +44,7 @@ GPT_OSS = Family(
         Field("swiglu_alpha", "swiglu_alpha", 1.702),
         Field("swiglu_limit", "swiglu_limit", 7.0),
         *attention_bias_fields(True),
-        *window_fields(128, lambda layers: [(i + 1) % 2 == 1 for i in range(layers)]),
+        *local_fields(SLIDING, "sliding_window", 128, alternating),
         Field("intermediate_size", "ffn_hidden_size", 2880, to_hf=lambda _, model: model.expert_width),
         Field("num_local_experts", "moe.num_experts", 128, aliases=("num_experts",)),
         Field("num_experts_per_tok", "moe.top_k", 4, aliases=("experts_per_token",)),

@@ -1,5 +1,8 @@
 """Qwen2, dense and sparse (transformers/models/qwen2 and qwen2_moe: configuration_*.py, modeling_*.py)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from models.hf.decoder import (
     ATTENTION,
     DENSE_FFN,
@@ -15,7 +18,7 @@ from models.hf.decoder import (
     decoder_fields,
 )
 from models.hf.family import Family, Field, WeightMapping
-from models.hf.qwen3 import DISABLED, WINDOW
+from models.hf.qwen3 import DISABLED, late_layers, window_fields
 
 SHARED = f"model.{LAYER}mlp.shared_expert"
 SHARED_FFN = (
@@ -26,11 +29,19 @@ SHARED_FFN = (
     WeightMapping(f"{LAYER}ffn.shared.gate", (f"{SHARED}_gate.weight",)),
 )
 
+
+def _even_layers(config: Mapping[str, Any]) -> list[bool]:
+    """A window in layers 0, 2, 4, ... before max_window_layers."""
+    count = config["max_window_layers"] if config["use_sliding_window"] else 0
+    return [layer % 2 == 0 and layer < count for layer in range(config["num_hidden_layers"])]
+
+
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     fields=(
         *decoder_fields(vocab_size=151936, hidden_size=4096, layers=32, heads=32, groups=32, eps=1e-6),
+        *window_fields(late_layers),
         Field("intermediate_size", "ffn_hidden_size", 22016),
     ),
     weights=(*EMBEDDING_AND_HEAD, *NORMS, *ATTENTION, QKV_BIAS, *DENSE_FFN),
@@ -38,7 +49,6 @@ QWEN2 = Family(
     disabled=DISABLED,
     settings={"attention_bias": (True,)},
     training={},
-    neutral_keys=WINDOW,
 )
 
 QWEN2_MOE = Family(
@@ -47,6 +57,7 @@ QWEN2_MOE = Family(
     fields=(
         *decoder_fields(vocab_size=151936, hidden_size=2048, layers=24, heads=16, groups=16, eps=1e-6),
         Field("qkv_bias", "attention_bias", True),
+        *window_fields(_even_layers, unused=0),
         Field("intermediate_size", "ffn_hidden_size", 5632),
         Field("moe_intermediate_size", "moe.ffn_hidden_size", 1408, to_hf=lambda _, model: model.expert_width),
         Field(
@@ -66,5 +77,4 @@ QWEN2_MOE = Family(
     disabled=DISABLED,
     settings={"moe.num_shared_experts": (1,), "moe.shared_expert_gate": (True,)},
     training=DROPLESS,
-    neutral_keys=WINDOW,
 )

@@ -22,6 +22,7 @@ _SCALING: dict[str, tuple[str, ...]] = {
         *("factor", _ORIGINAL, "beta_fast", "beta_slow", "truncate"),
         *("attention_factor", "mscale", "mscale_all_dim"),
     ),
+    "longrope": ("short_factor", "long_factor", "short_mscale", "long_mscale", _ORIGINAL),
 }
 """rope_type -> its further keys, which are those of conf.schema.RopeScalingConfig."""
 
@@ -37,8 +38,8 @@ def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, 
     theta = found.pop("rope_theta", None) or config.get("rope_theta") or family.rope_theta
     partial = found.pop(PARTIAL, config.get(PARTIAL, _rotated_share(config) or family.partial_rotary or 1.0))
     wrong = []
-    if kind not in _SCALING:
-        wrong.append(f"rope_type={json.dumps(kind)}: only {', '.join(_SCALING)}")
+    if kind not in family.rope_types:
+        wrong.append(f"rope_type={json.dumps(kind)}: only {', '.join(family.rope_types)}")
     elif unknown := sorted(found.keys() - {*_SCALING[kind]}):
         wrong.append(f"{', '.join(unknown)} with rope_type={kind}: only {', '.join(_SCALING[kind]) or 'rope_theta'}")
     if family.partial_rotary is None and partial != 1:
@@ -68,18 +69,27 @@ def _complete(found: dict[str, Any], kind: str, config: Mapping[str, Any]) -> li
         found.setdefault(_ORIGINAL, longest)
     if kind == "yarn" and longest and _ORIGINAL in found:
         found.setdefault("factor", longest / found[_ORIGINAL])
-    needed = _SCALING[kind] if kind == "llama3" else [key for key in _SCALING[kind] if key in ("factor", _ORIGINAL)]
+    needed = (
+        _SCALING[kind]
+        if kind in ("llama3", "longrope")
+        else [key for key in _SCALING[kind] if key in ("factor", _ORIGINAL)]
+    )
     wrong = [f"{key} is missing" for key in needed if key not in found]
     for field in dataclasses.fields(RopeScalingConfig):
         value = found.get(field.name)
         if field.name == "truncate" or value is None:
             valid = value is None or isinstance(value, bool)
+        elif "bounds" in field.metadata:
+            valid = _is_number(value) and field.metadata["bounds"].contain(value)
         else:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            valid = number and field.metadata["bounds"].contain(value)
+            valid = isinstance(value, list) and all(_is_number(one) and one > 0 for one in value)
         if not valid:
             wrong.append(f"{field.name}={json.dumps(value)} is invalid")
     return wrong
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def with_rope(config: dict[str, Any], family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
 LATENT = {"model.kv_lora_rank": 128}
+MIXER = {"model.moe.top_k": 2, "model.moe.sparse_mixer_eps": 0.01}
 YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
 
 # as tests.conf.test_rules.BROKEN
@@ -61,11 +62,33 @@ BROKEN = [
     ({"model.mtp_num_layers": -1}, 1, "model.mtp_num_layers >= 0, but it is -1", "model.mtp_num_layers=0"),
     ({"model.mtp_loss_scaling_factor": 0.3}, 1, "needs model.mtp_num_layers > 0", "mtp_loss_scaling_factor=0.1"),
     ({"model.clip_qkv": 0.0}, 1, "model.clip_qkv > 0, but it is 0.0", "model.clip_qkv=null"),
-    ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, but heads", "model.qk_norm=head"),
+    ({"model.qk_norm": "heads"}, 1, "model.qk_norm is one of null, head, full, l2, but heads", "model.qk_norm=head"),
     ({"model.full_attention_every": 2}, 1, "needs model.sliding_window or", "model.full_attention_every=null"),
     ({"model.sliding_window": 8, "model.attention_chunk_size": 8}, 1, "they are 8 and 8", "attention_chunk_size=null"),
     ({"model.sliding_window": 8, "model.first_full_attention_layers": 4}, 1, "4 of 4 layers", "layers=3"),
     ({"model.sliding_window": 8, "model.full_attention_every": 1}, 1, "full_attention_every >= 2", "every=2"),
+    (
+        {"model.rope_scaling.type": "longrope", "model.rope_scaling.original_max_position_embeddings": 64},
+        1,
+        "needs model.rope_scaling.short_factor of 32 positive numbers, one for each frequency, but it is []",
+        "model.rope_scaling.type=null",
+    ),
+    ({"model.rope_scaling.long_mscale": 2.0}, 1, "needs model.rope_scaling.type=longrope", "long_mscale=1.0"),
+    ({**SPARSE, **MIXER, "model.moe.renormalize": True}, 1, "needs model.moe.sparse_mixer_eps=null", "normalize=null"),
+    (
+        {**SPARSE, **MIXER, "model.moe.score_function": "sigmoid"},
+        1,
+        "sparse_mixer_eps needs model.moe.score_function=softmax",
+        "model.moe.sparse_mixer_eps=null",
+    ),
+    ({"model.attention_output_gate": "heads"}, 1, "is one of null, head, elementwise, but heads", "output_gate=head"),
+    ({**LATENT, "model.attention_output_gate": "head"}, 1, "output_gate needs model.kv_lora_rank=null", "gate=null"),
+    ({"model.no_rope_every": 5}, 1, "model.no_rope_every <= model.num_layers, but 5 > 4", "model.no_rope_every=null"),
+    ({"model.no_rope_every": 1}, 1, "model.no_rope_every >= 2, but it is 1", "model.no_rope_every=2"),
+    ({"model.attention_temperature": 0.1}, 1, "needs model.no_rope_every", "model.attention_temperature=null"),
+    ({"model.attention_temperature_tokens": 9}, 1, "needs model.attention_temperature", "temperature_tokens=8192"),
+    ({"model.moe.gate_on": "input"}, 1, "gate_on needs model.moe.num_experts > 0", "gate_on=output"),
+    ({**LATENT, "model.no_rope_every": 2}, 1, "no_rope_every needs model.kv_lora_rank=null", "no_rope_every=null"),
     ({"model.moe.router_bias": True}, 1, "router_bias needs model.moe.num_experts > 0", "router_bias=false"),
     ({"model.head_dim": 63}, 1, "model.head_dim is even (rotary embeddings rotate pairs), but it is 63", "head_dim=64"),
     ({"model.partial_rotary_factor": 1.5}, 1, "partial_rotary_factor > 0 and <= 1", "partial_rotary_factor=1.0"),
@@ -75,8 +98,13 @@ BROKEN = [
         "the size of a head is even (rotary embeddings rotate pairs) and positive, but it",
         "model.partial_rotary_factor=0.2",
     ),
-    ({"model.rope_scaling.type": "liner"}, 1, "is one of null, linear, llama3, yarn, but liner", "scaling.type=linear"),
-    ({"model.rope_scaling.factor": 2.0}, 1, "needs model.rope_scaling.type other than null", "factor=1.0"),
+    (
+        {"model.rope_scaling.type": "liner"},
+        1,
+        "is one of null, linear, llama3, yarn, longrope, but liner",
+        "scaling.type=linear",
+    ),
+    ({"model.rope_scaling.factor": 2.0}, 1, "needs model.rope_scaling.type=linear, llama3 or yarn", "factor=1.0"),
     ({"model.rope_scaling.factor": 0.5}, 1, "model.rope_scaling.factor >= 1, but it is 0.5", "factor=1"),
     ({"model.rope_scaling.beta_fast": 2.0}, 1, "beta_fast needs model.rope_scaling.type=yarn", "beta_fast=32.0"),
     (
@@ -89,10 +117,10 @@ BROKEN = [
     ({**YARN, "model.rope_scaling.beta_slow": 64.0}, 1, "beta_slow <= model.rope_scaling.beta_fast", "beta_fast=64.0"),
     ({**YARN, "model.rope_theta": 0.5}, 1, "type=yarn needs model.rope_theta > 1", "model.rope_theta=10000.0"),
     (
-        {**YARN, "model.rope_scaling.type": "llama3", "model.rope_scaling.low_freq_factor": 4.0},
+        {**YARN, "model.rope_scaling.type": "llama3", "model.rope_scaling.low_freq_factor": 5.0},
         1,
-        "low_freq_factor < model.rope_scaling.high_freq_factor, but 4 >= 4",
-        "high_freq_factor=16.0",
+        "low_freq_factor <= model.rope_scaling.high_freq_factor, but 5 > 4",
+        "high_freq_factor=20.0",
     ),
     ({"model.q_lora_rank": 8}, 1, "model.q_lora_rank needs model.kv_lora_rank", "model.q_lora_rank=null"),
     ({"model.v_head_dim": 64}, 1, "model.v_head_dim needs model.kv_lora_rank", "model.v_head_dim=128"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from tests.moe.reference import Sparse, Weights, attention, dense_layer, norm_all, sparse_layer, under
+from tests.moe.reference import Sparse, dense_layer, norm_all, sparse_layer, under
+from tests.moe.reference_attention import Weights, attention
 
 
 def block(
@@ -19,19 +20,22 @@ def block(
     positions_BS: Tensor,
     document_mask: bool,
     *,
-    local: bool,
+    layer: int,
     routed: list[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Sparse | None]:
     """A layer's output, and what its experts did.
 
     Args:
+        layer: counted from 0; decides on local attention and rotary embedding.
         routed: the tokens (s, b) that a router sees, in order; the experts add nothing to others. None: all.
     """
     batch, sequence = positions_BS.shape
-    model = model if local else replace(model, sliding_window=None, attention_chunk_size=None)
+    rope = model.no_rope_every is None or (layer + 1) % model.no_rope_every > 0
+    if layer not in model.local_layers:
+        model = replace(model, sliding_window=None, attention_chunk_size=None)
     normed_BSD = norm_all(x_BSD, part, "attention_norm", model)
     attended = [
-        attention(x_SD, under(part, "attention."), model, positions_S, document_mask)
+        attention(x_SD, under(part, "attention."), model, positions_S, document_mask, rope)
         for x_SD, positions_S in zip(normed_BSD, positions_BS.tolist(), strict=True)
     ]
     x_BSD = x_BSD + model.residual_multiplier * torch.stack(attended)
@@ -64,8 +68,8 @@ def final_states(
     sparse: dict[int, Sparse] = {}
     x_BSD = embed(weights, model, tokens_BS)
     for layer in range(model.num_layers):
-        part, local = under(weights, f"layers.{layer}."), layer in model.local_layers
-        x_BSD, did = block(x_BSD, part, model, positions_BS, document_mask, local=local)
+        part = under(weights, f"layers.{layer}.")
+        x_BSD, did = block(x_BSD, part, model, positions_BS, document_mask, layer=layer)
         if did is not None:
             sparse[layer] = did
     return norm_all(x_BSD, weights, "final_norm", model), sparse
@@ -74,7 +78,7 @@ def final_states(
 def head(weights: Weights, model: ModelConfig, final_BSD: Tensor) -> Tensor:
     """Logits [B, S, V]."""
     head_VD = weights.get("head.weight", weights["embedding.weight"])
-    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier
+    logits_BSV = final_BSD @ head_VD.t() * model.logit_multiplier + weights.get("head.bias", 0.0)
     cap = model.logit_softcap
     return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap)
 

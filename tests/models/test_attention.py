@@ -55,6 +55,8 @@ PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]])
         {"num_attention_heads": 4, "num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.5},
         {"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "head", "attention_bias": True, "clip_qkv": 0.9},
         {"num_attention_heads": 1, "head_dim": 2},
+        {"num_attention_heads": 4, "num_query_groups": 2, "attention_output_gate": "head", "attention_bias": True},
+        {"num_attention_heads": 4, "num_query_groups": 2, "attention_output_gate": "elementwise", "qk_norm": "head"},
         {"num_attention_heads": 2, "sliding_window": 3},
         {"num_attention_heads": 2, "attention_chunk_size": 3, "attention_output_bias": True},
         {"num_attention_heads": 4, "num_query_groups": 2, "attention_sinks": True, "sliding_window": 2},

@@ -28,6 +28,15 @@ GPT_OSS = tiny(
     **{"full_attention_every": 2, "attention_sinks": True, "attention_output_bias": True},
     **{"activation": "clamped_swiglu", "swiglu_alpha": 1.3, "swiglu_limit": 0.9},
 )
+MIXER = MoeConfig(num_experts=4, top_k=2, sparse_mixer_eps=0.4, capacity_factor=None)
+LLAMA4 = tiny(
+    MoeConfig(
+        **{"num_experts": 4, "top_k": 2, "score_function": "sigmoid", "renormalize": False, "gate_on": "input"},
+        **{"num_shared_experts": 1, "capacity_factor": 0.75},
+    ),
+    **{"num_layers": 3, "num_attention_heads": 4, "num_query_groups": 2, "attention_chunk_size": 2, "qk_norm": "l2"},
+    **{"full_attention_every": 3, "no_rope_every": 3, "attention_temperature": 0.7, "attention_temperature_tokens": 2},
+)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
 
 
@@ -44,6 +53,10 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         (tiny(activation="swiglu", tie_embeddings=True), False),
         (GPT_OSS, False),
         (replace(GPT_OSS, moe=MoeConfig(), ffn_bias=True), True),
+        (LLAMA4, False),
+        (replace(LLAMA4, **MULTIPLIERS), True),
+        (replace(LLAMA4, qk_norm=None, attention_temperature=None, no_rope_every=2, attention_multiplier=0.3), False),
+        (tiny(MIXER, norm="layernorm", head_bias=True, logit_multiplier=0.7, tie_embeddings=True), False),
         (tiny(DROPPING, **MULTIPLIERS), False),
         (tiny(DROPPING, norm="layernorm"), False),
         (tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"), False),
@@ -57,6 +70,10 @@ def tokens_of(batch: int, sequence: int, vocab: int = 16, seed: int = 0) -> torc
         "dense, tied",
         "gpt-oss",
         "gpt-oss, dense",
+        "llama 4",
+        "llama 4, multipliers, documents",
+        "no rotary embedding",
+        "phi-3.5-moe",
         "multipliers",
         "layer norm",
         "layer norm, 1 + weight",
@@ -182,6 +199,8 @@ COSTED = {
     "norms of queries and keys": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, qk_norm="head"),
     "biases of attention": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6, attention_bias=True),
     "norms over all heads": tiny(num_attention_heads=4, num_query_groups=2, qk_norm="full"),
+    "gates of heads": tiny(num_attention_heads=4, num_query_groups=2, attention_output_gate="head"),
+    "gates": tiny(num_attention_heads=4, head_dim=6, attention_output_gate="elementwise", attention_bias=True),
     "wide heads": tiny(num_attention_heads=4, num_query_groups=2, head_dim=6),
     "shared experts and biases": tiny(
         MoeConfig(num_experts=4, capacity_factor=None, num_shared_experts=2, shared_expert_gate=True, expert_bias=True)
@@ -201,14 +220,20 @@ COSTED = {
     ),
     "layer norm": tiny(norm="layernorm", norm_zero_centered=True, qk_norm="head"),
     "multi-token prediction": tiny(num_layers=3, mtp_num_layers=2),
+    "output bias": tiny(head_bias=True, tie_embeddings=True),
     "not gated": tiny(MoeConfig(num_experts=4, every=2, capacity_factor=None), activation="relu"),
 }
 
 
 FURTHER = replace(GPT_OSS, mtp_num_layers=2, norm="layernorm")
+DROPLESS_LLAMA4 = replace(LLAMA4, moe=replace(LLAMA4.moe, capacity_factor=None))
 
 
-@pytest.mark.parametrize("model", [*COSTED.values(), GPT_OSS, FURTHER], ids=[*COSTED, "gpt-oss", "further"])
+@pytest.mark.parametrize(
+    "model",
+    [*COSTED.values(), GPT_OSS, FURTHER, DROPLESS_LLAMA4],
+    ids=[*COSTED, "gpt-oss", "further", "llama 4"],
+)
 def test_parameters_are_as_many_as_planned(model: ModelConfig, runtime: Runtime) -> None:
     stage = whole_model(model, runtime)
     cost = model_cost(model, sequence_length=16)

@@ -55,8 +55,7 @@ def further_losses(
         embedded_BSD = norm_all(reference.embed(weights, model, read), part, "enorm", model)
         joined = torch.cat([embedded_BSD, norm_all(hidden_BSD, part, "hnorm", model)], -1)
         x_BSD = torch.stack([torch.stack([part["eh_proj.weight"] @ x_2D for x_2D in x_S2D]) for x_S2D in joined])
-        local = model.num_layers - 1 in model.local_layers
-        how = {"local": local, "routed": there}
+        how = {"layer": model.num_layers - 1, "routed": there}
         x_BSD, did = reference.block(x_BSD, under(part, "block."), model, POSITIONS, document_mask, **how)
         if did is not None:
             sparse[model.num_layers + k - 1] = did

@@ -1,5 +1,6 @@
 """Rotary embeddings against those of Transformers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ SCALINGS = [
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
         "original_max_position_embeddings": 512,
     },
     YARN,
@@ -75,6 +84,29 @@ def test_scaling_comes_back_from_a_config_json(parameters: dict[str, Any]) -> No
     assert with_rope(given, FAMILY, model) is given
     for base in ({}, {"rope_parameters": {"rope_theta": 3.0}}):
         assert rope_settings(with_rope(base, FAMILY, model), FAMILY) == (settings, [])
+
+
+@pytest.mark.parametrize("length", [400, 512, 513])
+def test_longrope_divides_by_the_factors_of_the_length(length: int) -> None:
+    """As Transformers' function does. Its PhimoeRotaryEmbedding does not tell it the length, so that it has the short
+    factors whatever the length."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    generator = torch.Generator().manual_seed(1)
+    short, long = ((1 + 9 * torch.rand(8, generator=generator)).tolist() for _ in range(2))
+    parameters = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512}
+    parameters |= {"short_factor": short, "long_factor": long, "short_mscale": 1.5, "long_mscale": 1.25}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 1024}
+    config = transformers.PhimoeConfig(**sizes, rope_parameters=parameters)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=length)
+    settings, wrong = rope_settings({"rope_parameters": parameters}, replace(FAMILY, rope_types=("longrope",)))
+    assert not wrong
+    cos, sin = Rotary(16, 1e4, 600, settings["rope_scaling"])(torch.arange(9)[:, None], length)
+    angles, mscale = torch.arange(9.0)[:, None] * frequencies, 1.5 if length <= 512 else 1.25
+    torch.testing.assert_close(cos[:, 0, 0], angles.cos() * mscale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin[:, 0, 0], angles.sin() * mscale, rtol=0, atol=1e-5)
+    family = replace(FAMILY, rope_types=("longrope",))
+    assert rope_settings(with_rope({}, family, tiny(**settings)), family) == (settings, [])
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "deepseek_v2"])

@@ -2,7 +2,7 @@
 papers, and sharing no code with moe/. Everything is differentiable, so gradients come from it as well.
 
 Legend: T tokens, D hidden, E experts, K choices per token, F expert hidden, G gate and up (or one projection),
-S sequence, B batch, N width of a head, V vocabulary.
+S sequence, B batch, V vocabulary.
 """
 
 import math
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig, MoeConfig
-
-Weights = dict[str, Tensor]
-"""float64 parameters by the names that the model gives them."""
+from tests.moe.reference_attention import Weights, rms_norm
 
 
 @dataclass
@@ -98,6 +96,17 @@ def scores_of(logits_E: Tensor, moe: MoeConfig) -> Tensor:
     return softmax(logits_E) if moe.score_function == "softmax" else 1 / (1 + torch.exp(-logits_E))
 
 
+def sparse_mixer(logits_E: Tensor, chosen: list[int], eps: float) -> list[Tensor]:
+    """The gate of each choice: its share in the softmax over the experts that are left and near the best of them."""
+    gates = []
+    for k, expert in enumerate(chosen):
+        left = [e for e in range(len(logits_E)) if e not in chosen[:k]]
+        best = max(logits_E[e].item() for e in left)
+        near = [e for e in left if best - logits_E[e].item() <= 2 * eps * max(abs(logits_E[e].item()), best)]
+        gates.append(torch.exp(logits_E[expert]) / sum(torch.exp(logits_E[e]) for e in near))
+    return gates
+
+
 def route(
     logits_E: Tensor, moe: MoeConfig, bias_E: Tensor | float = 0.0, chosen: list[int] | None = None
 ) -> tuple[Tensor, list[int], list[Tensor]]:
@@ -108,11 +117,14 @@ def route(
     """
     scores_E = scores_of(logits_E, moe)
     if chosen is None:
-        ranked_E = logits_E if moe.softmax_order == "after" else scores_E + bias_E
+        by_logits = moe.softmax_order == "after" or moe.sparse_mixer_eps is not None
+        ranked_E = logits_E if by_logits else scores_E + bias_E
         of_group = 1 if moe.group_score == "max" else 2
         chosen = choose(ranked_E, moe.top_k, moe.num_expert_groups, moe.top_k_groups, of_group)
     if moe.load_balancing == "expert_choice":
         gates = [scores_E[e] for e in chosen]
+    elif moe.sparse_mixer_eps is not None:
+        gates = sparse_mixer(logits_E, chosen, moe.sparse_mixer_eps)
     elif moe.softmax_order == "after":
         gates = list(softmax(logits_E[chosen]))
     else:
@@ -238,7 +250,8 @@ def sparse_layer(
             if kept[t][k]:
                 into = [w_in_EDGF[e, :, g, :] for g in range(w_in_EDGF.shape[2])]
                 biases = None if b_in_EGF is None else (list(b_in_EGF[e]), b_out_ED[e])
-                out_D = out_D + gates[t][k] * feed_forward(x_D, into, w_out_EFD[e], activation, biases, keep(t, k))
+                before, after = (gates[t][k], 1.0) if moe.gate_on == "input" else (1.0, gates[t][k])
+                out_D = out_D + after * feed_forward(before * x_D, into, w_out_EFD[e], activation, biases, keep(t, k))
         rows.append(out_D)
     counted = experts
     if (moe.bias_update_rate is not None or moe.num_expert_groups > 1) and moe.aux_loss_counts == "scores":
@@ -259,81 +272,12 @@ def shared_experts(x_D: Tensor, weights: Weights, activation: str) -> Tensor:
     return gate * dense_layer(x_D, under(weights, "ffn."), activation)
 
 
-def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return x_D / torch.sqrt((x_D * x_D).sum() / len(x_D) + eps) * weight_D
-
-
 def norm_all(x_BSD: Tensor, weights: Weights, name: str, model: ModelConfig) -> Tensor:
     gain_D = weights[f"{name}.weight"] + model.norm_zero_centered
     if model.norm == "layernorm":  # the RMSNorm of what is left without the mean, and a bias
         x_BSD = x_BSD - x_BSD.mean(-1, keepdim=True)
     normed = [torch.stack([rms_norm(x_D, gain_D, model.norm_eps) for x_D in x_SD]) for x_SD in x_BSD]
     return torch.stack(normed) + weights.get(f"{name}.bias", 0.0)
-
-
-def rotate(x_N: Tensor, position: int, theta: float) -> Tensor:
-    """Value i of the first half and value i of the second are the real and imaginary part of a number that turns by
-    position * theta^(-2i/N)."""
-    half = len(x_N) // 2
-    angle = position * theta ** (-2 * torch.arange(half, dtype=torch.float64) / len(x_N))
-    turned = torch.complex(x_N[:half], x_N[half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat((turned.real, turned.imag))
-
-
-def documents(positions_S: list[int], document_mask: bool) -> list[int]:
-    """The document of each token: a position 0 starts one. Without the mask all is one document."""
-    return [sum(p == 0 for p in positions_S[: s + 1]) if document_mask else 0 for s in range(len(positions_S))]
-
-
-def attention(
-    x_SD: Tensor, weights: Weights, model: ModelConfig, positions_S: list[int], document_mask: bool
-) -> Tensor:
-    """One sequence. The rows of qkv are, for each key/value group, its queries, its key and its value."""
-    width = model.head_dim or model.hidden_size // model.num_attention_heads
-    scale = model.attention_multiplier or 1 / math.sqrt(width)
-    groups = model.num_query_groups or model.num_attention_heads
-    queries = model.num_attention_heads // groups
-    projected_SGHN = [(weights["qkv.weight"] @ x_D).view(groups, queries + 2, width) for x_D in x_SD]
-    if model.attention_bias:
-        projected_SGHN = [heads + weights["qkv.bias"].view(heads.shape) for heads in projected_SGHN]
-    if model.qk_norm:
-        projected_SGHN = [norm_heads(heads_GHN, weights, model, queries) for heads_GHN in projected_SGHN]
-    if model.clip_qkv:
-        projected_SGHN = [heads.clamp(-model.clip_qkv, model.clip_qkv) for heads in projected_SGHN]
-    document_S = documents(positions_S, document_mask)
-    window, chunk = model.sliding_window or len(x_SD), model.attention_chunk_size or len(x_SD)
-    chunk_S = [position // chunk for position in (positions_S if document_mask else range(len(x_SD)))]
-    rows = []
-    for s, position in enumerate(positions_S):
-        seen = [
-            u for u in range(s + 1) if document_S[u] == document_S[s] and chunk_S[u] == chunk_S[s] and s - u < window
-        ]
-        heads = []
-        for g in range(groups):
-            keys = [rotate(projected_SGHN[u][g, queries], positions_S[u], model.rope_theta) for u in seen]
-            values = [projected_SGHN[u][g, queries + 1] for u in seen]
-            for h in range(queries):
-                query_N = rotate(projected_SGHN[s][g, h], position, model.rope_theta)
-                scores = torch.exp(torch.stack([query_N @ key_N for key_N in keys]) * scale)
-                sink = torch.exp(weights["sinks"][g * queries + h]) if model.attention_sinks else 0.0
-                total = scores.sum() + sink
-                heads.append(sum(score / total * value_N for score, value_N in zip(scores, values, strict=True)))
-        rows.append(weights["out.weight"] @ torch.cat(heads) + weights.get("out.bias", 0.0))
-    return torch.stack(rows)
-
-
-def norm_heads(heads_GHN: Tensor, weights: Weights, model: ModelConfig, queries: int) -> Tensor:
-    """The queries and keys of a token normalised, the values as they are."""
-    parts = {"q": heads_GHN[:, :queries], "k": heads_GHN[:, queries : queries + 1]}
-    normed = []
-    for name, part_GHN in parts.items():
-        weight, heads = (
-            weights[f"{name}_layernorm.weight"] + model.norm_zero_centered,
-            part_GHN.reshape(-1, part_GHN.shape[-1]),
-        )
-        rows = [heads.flatten()] if model.qk_norm == "full" else list(heads)
-        normed.append(torch.cat([rms_norm(row, weight, model.norm_eps) for row in rows]).view(part_GHN.shape))
-    return torch.cat([*normed, heads_GHN[:, queries + 1 :]], 1)
 
 
 def under(weights: Weights, prefix: str) -> Weights:

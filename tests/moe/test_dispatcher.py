@@ -140,3 +140,6 @@ def test_the_host_asks_once_and_with_slots_never(name: str, ranks) -> None:
 )
 def test_the_way_that_moves_less_is_taken(ep: int, etp: int, top_k: int, wanted: str, chosen: str) -> None:
     assert dispatcher_for(MoeConfig(top_k=top_k, dispatcher=wanted), ep, etp)[0] == chosen
+    # A token's rows differ where its gates multiply them, so that it cannot travel once for all of its experts.
+    by_input = dispatcher_for(MoeConfig(top_k=top_k, dispatcher=wanted, gate_on="input"), ep, etp)[0]
+    assert by_input == ("all_to_all" if (wanted, chosen) == ("auto", "all_gather") else chosen)

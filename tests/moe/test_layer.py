@@ -134,6 +134,7 @@ CASES = st.fixed_dictionaries(
         "bias": st.booleans(),
         "expert_bias": st.booleans(),
         "pad": st.booleans(),
+        "gate_on": st.just("output"),
         "shared": st.sampled_from((None, "plain", "gated")),
         "routing": st.sampled_from(("random", "collapsed", "tied")),
         "seed": st.integers(0, 1000),
@@ -160,6 +161,7 @@ PLAIN: dict[str, Any] = {
     "bias": False,
     "expert_bias": False,
     "pad": False,
+    "gate_on": "output",
     "shared": None,
     "routing": "random",
     "seed": 0,
@@ -173,6 +175,9 @@ PLAIN: dict[str, Any] = {
 @example(case=PLAIN | {"routing": "collapsed", "capacity_factor": 0.1})  # all but one token lose everything
 @example(case=PLAIN | {"routing": "tied", "top_k": 3, "capacity_factor": 1.0})
 @example(case=PLAIN | {"sequence": 0, "capacity_factor": 1.0})  # no tokens
+@example(case=PLAIN | {"gate_on": "input", "backend": "grouped_mm", "expert_bias": True})
+@example(case=PLAIN | {"gate_on": "input", "load_balancing": "expert_choice", "capacity_factor": 1.0})
+@example(case=PLAIN | {"gate_on": "input", "top_k": 3, "pad": True, "capacity_factor": 0.5, "padding": "some"})
 @example(case=PLAIN | {"load_balancing": "expert_choice", "capacity_factor": 0.1, "padding": "some"})
 @example(case=PLAIN | {"load_balancing": "sinkhorn", "padding": "some", "capacity_factor": 1.0, "jitter": 0.3})
 @example(case=PLAIN | {"load_balancing": "seq_aux_loss", "padding": "some", "drop_policy": "random"})
@@ -217,6 +222,7 @@ def sparse_layer_of(case: dict[str, Any], runtime: Runtime) -> MoELayer:
         bias_update_rate=0.1 if case["bias"] and by_loss and scores != "after" else None,
         expert_bias=case["expert_bias"],
         pad_to_capacity=case["pad"] and (chooses or case["capacity_factor"] is not None),
+        gate_on=case["gate_on"],
         num_shared_experts=2 if case["shared"] else 0,
         shared_expert_gate=case["shared"] == "gated",
         load_balancing=balancing,

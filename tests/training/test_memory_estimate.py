@@ -118,11 +118,15 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 BIASES = {
     "norm": "layernorm",
+    "head_bias": True,
     "attention_sinks": True,
     "attention_output_bias": True,
     "ffn_bias": True,
     "sliding_window": 16,
 }
+
+NOPE = {"qk_norm": "l2", "no_rope_every": 2, "attention_temperature": 0.1, "attention_temperature_tokens": 8}
+NOPE |= {"attention_output_gate": "elementwise"}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +141,15 @@ BIASES = {
         ("bf16", {}, {"num_query_groups": 2, "attention_bias": True, "clip_qkv": 1.0, "qk_norm": "full"}),
         ("fp8", {"every": 1, "top_k": 2, "capacity_factor": None}, {}),
         ("bf16", {"num_shared_experts": 1, "router_bias": True, "expert_bias": True}, BIASES),
+        ("bf16", {"every": 1, "top_k": 2, "gate_on": "input"}, NOPE),
         ("bf16", {"num_experts": 0}, {**LATENT, "q_lora_rank": 96}),
         ("fp8", {"every": 1}, LATENT),
         ("bf16", {}, {"mtp_num_layers": 2}),
         ("bf16", {}, {"mtp_num_layers": 1, "recompute": ["norm"]}),
     ],
     ids=[
-        *("switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases", "mla"),
-        *("mla fp8", "mtp", "mtp recompute"),
+        *("switch", "dense", "shared", "widths", "recompute", "recompute full", "clipped", "fp8", "biases"),
+        *("gated inputs", "mla", "mla fp8", "mtp", "mtp recompute"),
     ],
 )
 def test_one_rank_holds_what_is_estimated(

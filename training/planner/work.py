@@ -128,10 +128,13 @@ class _Stage:
         # Two norms (each read and written), two residuals (two read, one written); projections are split and laid out
         # for attention; the rotation is computed in fp32.
         block = 10 * outside + 2 * (q + 2 * k) + ROTARY * (q + k) + (2 * (q + k) if model.qk_norm else 0)
+        if model.attention_output_gate is not None:  # the sigmoid, and its product with what is attended to
+            block += (3 * model.gate_width + 2 * model.query_width) / tp
         hidden = self.tokens * (self.dense * model.ffn_hidden_size + self.sparse * model.shared_width) / tp
         hidden += self.sparse * self.rows * model.expert_width / layout.etp
         router = 4 * model.hidden_size / tp
-        permuted = self.sparse * self.rows * 4 * model.hidden_size
+        # Rows are read and written before the experts and after them, and once more if gates multiply their inputs.
+        permuted = self.sparse * self.rows * (6 if model.moe.gate_on == "input" else 4) * model.hidden_size
         values = self.tokens * (layers * block + self.sparse * router) + permuted
         # A gated activation of autograd: 5 passes forward and 14 backward, a plain one 2 and 3.
         forward, backward = (5, 14) if gates == 2 else (2, 3)

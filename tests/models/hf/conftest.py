@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.hf.helpers import run_import, save_by_hand, save_model
+from parallel.local_launcher import RankPool
+from tests.models.hf.helpers import LENGTH, run_import, save_by_hand, save_model
 from tests.training.helpers import write_corpus
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -31,11 +32,26 @@ GLM4 |= {"use_qk_norm": True, "attention_bias": True, "rope_parameters": HALF}
 GLM4_PLAIN = {**EXPERTS, "num_mtp_layers": 0, "norm_topk_prob": False, "head_dim": 8, "first_k_dense_replace": 0}
 GLM4_PLAIN |= {"rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}}
 ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 2}
-ERNIE |= {"pad_token_id": None, "head_dim": 12, "rope_parameters": PLAIN}
-ERNIE_PLAIN = {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "head_dim": 8}
+ERNIE |= {"pad_token_id": None, "head_dim": 12, "rope_parameters": PLAIN, "use_bias": True}
+ERNIE_PLAIN = {**ERNIE, "use_bias": False, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "head_dim": 8}
 ERNIE_PLAIN |= {"tie_word_embeddings": False, "moe_layer_interval": 2}
 MINIMAX = {"num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": HALF}
 MINIMAX_PLAIN = {"num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": PLAIN}
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": LENGTH}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.5, 3.0, 8.0]}
+LONGROPE |= {"short_mscale": 1.1, "long_mscale": 1.24}
+PHIMOE = {"attention_bias": True, "lm_head_bias": True, "sliding_window": 20, "rope_parameters": LONGROPE}
+PHIMOE |= {"router_jitter_noise": 0.3, "num_local_experts": 4, "router_aux_loss_coef": 0.0}
+PHIMOE_PLAIN = {"router_jitter_noise": 0.3, "num_local_experts": 4, "router_aux_loss_coef": 0.0}
+PHIMOE_PLAIN |= {"tie_word_embeddings": True, "rope_parameters": PLAIN}
+LLAMA4 = {"num_hidden_layers": 4, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 |= {"attention_chunk_size": 20, "no_rope_layer_interval": 2, "floor_scale": 8, "attn_scale": 0.5}
+LLAMA4 |= {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "attention_bias": True}
+LLAMA4 |= {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}
+LLAMA4_PLAIN = {"head_dim": 8, "num_local_experts": 4, "use_qk_norm": False, "attn_temperature_tuning": False}
+LLAMA4_PLAIN |= {"no_rope_layers": [1, 1], "layer_types": ["full_attention"] * 2, "rope_parameters": PLAIN}
 
 
 @pytest.fixture(scope="session")
@@ -52,29 +68,41 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {
         "mixtral": save_model("Mixtral", folder / "mixtral", corpus, sliding_window=20, **moe),
         "llama": save_model(
-            "Llama", folder / "llama", corpus, tie_word_embeddings=True, rope_parameters=LLAMA3 | {"rope_theta": 300.0}
+            "Llama",
+            folder / "llama",
+            corpus,
+            **{"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"rope_theta": 300.0}},
+            **{"attention_bias": True, "mlp_bias": True},
         ),
-        "qwen3": save_model("Qwen3", folder / "qwen3", corpus, head_dim=12, rope_parameters=YARN),
+        "llama_plain": save_model("Llama", folder / "llama_plain", corpus),
+        "qwen3": save_model(
+            "Qwen3", folder / "qwen3", corpus, head_dim=12, rope_parameters=YARN, attention_bias=True, **WINDOW
+        ),
+        "qwen3_plain": save_model("Qwen3", folder / "qwen3_plain", corpus, head_dim=8),
         "qwen3_moe": save_model(
             "Qwen3Moe",
             folder / "qwen3_moe",
             corpus,
             **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
             **{"mlp_only_layers": [0], "norm_topk_prob": True, "router_aux_loss_coef": 0.0},
+            **{"attention_bias": True, "use_sliding_window": True, "sliding_window": 20},
         ),
         "olmoe": save_model(
             "Olmoe",
             folder / "olmoe",
             corpus,
             **{"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0, "clip_qkv": 1.5},
+            attention_bias=True,
         ),
-        "qwen2": save_model("Qwen2", folder / "qwen2", corpus),
+        "qwen2": save_model("Qwen2", folder / "qwen2", corpus, **WINDOW),
+        "qwen2_plain": save_model("Qwen2", folder / "qwen2_plain", corpus),
         "qwen2_moe": save_model(
             "Qwen2Moe",
             folder / "qwen2_moe",
             corpus,
             **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 2},
             **{"shared_expert_intermediate_size": 24, "router_aux_loss_coef": 0.0},
+            **{"use_sliding_window": True, "sliding_window": 20},
         ),
         "gpt_oss": save_model(
             "GptOss",
@@ -114,16 +142,28 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "minimax_m2_plain": save_model("MiniMaxM2", folder / "minimax_m2_plain", corpus, **MINIMAX_PLAIN, **moe),
         "ernie4_5_moe": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe", corpus, **ERNIE),
         "ernie4_5_moe_plain": save_model("Ernie4_5_Moe", folder / "ernie4_5_moe_plain", corpus, **ERNIE_PLAIN),
+        "llama4": save_model("Llama4", folder / "llama4", corpus, **LLAMA4),
+        "llama4_plain": save_model("Llama4", folder / "llama4_plain", corpus, **LLAMA4_PLAIN),
+        "phimoe": save_model("Phimoe", folder / "phimoe", corpus, **PHIMOE),
+        "phimoe_plain": save_model("Phimoe", folder / "phimoe_plain", corpus, **PHIMOE_PLAIN),
         "hub": save_by_hand(folder / "hub"),
     }
 
 
-@pytest.fixture(scope="session")
-def runs(sources: dict[str, Path], ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs that they are imported as, each compared with its source."""
-    folder, made = tmp_path_factory.mktemp("hf_runs"), {}
-    for name, source in sources.items():
-        code, printed = run_import(ranks, source, folder / name)
+class Runs(dict[str, Path]):
+    """The runs that sources are imported as, each compared with its source when it is first asked for."""
+
+    def __init__(self, sources: dict[str, Path], ranks: RankPool, folder: Path):
+        super().__init__()
+        self.sources, self.ranks, self.folder = sources, ranks, folder
+
+    def __missing__(self, name: str) -> Path:
+        code, printed = run_import(self.ranks, self.sources[name], self.folder / name)
         assert code == 0 and "verified on" in printed, printed
-        made[name] = folder / name
-    return made
+        self[name] = self.folder / name
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def runs(sources: dict[str, Path], ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(sources, ranks, tmp_path_factory.mktemp("hf_runs"))

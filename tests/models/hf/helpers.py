@@ -38,7 +38,8 @@ def save_model(kind: str, folder: Path, corpus: Path, *, dtype: torch.dtype = to
     import transformers
 
     torch.manual_seed(3)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+    of_kind = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
+    config = of_kind(**{**SIZES, **settings})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -16,6 +16,7 @@ from conf.schema import ModelConfig, MoeConfig
 from models.hf.configuration import config_of, differences, family_for, model_of
 from models.hf.families import FAMILIES
 from parallel.local_launcher import RankPool
+from tests.models.hf.conftest import LONGROPE
 from tests.models.hf.helpers import run_export, run_import
 from tests.training.helpers import ROOT, tiny_config, train
 from training import hf_verify
@@ -114,12 +115,13 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=true: only false"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ("qwen3", {"use_sliding_window": "yes"}, 'use_sliding_window="yes": must be true or false'),
+        ("qwen3", {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
+        ("qwen3_moe", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ("qwen3_moe", {"mlp_only_layers": [0, 2]}, "mlp_only_layers=[0, 2]: only the first layers"),
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1: must be a list"),
         ("olmoe", {"clip_qkv": "8"}, 'clip_qkv="8": must be a number, or null'),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true: only false"),
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 3}, "only every n-th layer"),
         ("gpt_oss", {"layer_types": ["sliding_attention"]}, "must have an entry for each of the 36 layers"),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 36}, "has chunked_attention: only sliding_attention"),
         (
@@ -130,12 +132,11 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("gpt_oss", {"sliding_window": None}, "must be a positive integer, since layer_types has sliding_attention"),
         ("gpt_oss", {"hidden_act": "gelu"}, 'hidden_act="gelu": only silu'),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
-        ("qwen3", {"attention_bias": True}, "attention_bias=true: only false"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=true: only false"),
+        ("llama", {"mlp_bias": 1}, "mlp_bias=1: must be true or false"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=true: only false"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads=8: only num_attention_heads"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=softmax: only sigmoid"),
-        ("ernie4_5_moe", {"use_bias": True}, "use_bias=true: only false"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1: only 1e-12"),
         ("ernie4_5_moe", {"moe_layer_end_index": 7}, "the last layer, but it is 7"),
         ("glm4_moe", {"attention_dropout": 0.1}, "attention_dropout=0.1: only 0.0"),
         ("glm4_moe", {"use_qk_norm": "yes"}, 'use_qk_norm="yes": must be true or false'),
@@ -146,6 +147,19 @@ def test_an_unsupported_feature(changes: dict, expected: str) -> None:
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true: only false"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method="noaux_tc": only greedy, group_limited_greedy'),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "needs topk_group < n_group"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok=4: only 2"),
+        ("phimoe", {"router_jitter_noise": 0.0}, "router_jitter_noise=0.0: only a positive number"),
+        ("phimoe", {"input_jitter_noise": 0.01}, "Set it to 0.0 to import"),
+        ("phimoe", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope_type="yarn": only default, longrope'),
+        ("phimoe", {"rope_scaling": LONGROPE | {"short_mscale": "1"}}, 'short_mscale="1" is invalid'),
+        ("phimoe", {"rope_scaling": LONGROPE | {"long_factor": [0.0]}}, "long_factor=[0.0] is invalid"),
+        ("phimoe", {"rope_scaling": LONGROPE}, "short_factor of 4 numbers instead of 64"),
+        ("llama4_text", {"no_rope_layers": [0] * 48}, "only every n-th layer without rotary embedding"),
+        ("llama4_text", {"moe_layers": [1, 4, 5]}, "moe_layers=[1, 4, 5]: only every n-th layer, and a number of"),
+        ("llama4_text", {"attention_chunk_size": None}, "since layer_types has chunked_attention"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 48}, "only chunked_attention, full_attention"),
+        ("llama4_text", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: only 0.0"),
+        ("llama4_text", {"vision_config": {"hidden_size": 8}}, "unknown key of llama4_text"),
     ],
     ids=str,
 )

@@ -61,6 +61,11 @@ def attention_gradients(prefix: str, attention: torch.nn.Module) -> dict[str, Te
     return grads
 
 
+def gradients_of(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """Of its weight and its bias, if it has one."""
+    return {f"{name}.{part}": parameter.grad for part, parameter in module.named_parameters()}
+
+
 def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same of Transformers' model, its gradients under our names and in our layout.
 
@@ -75,20 +80,18 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
     out.loss.backward()
     if model.config.model_type in STORED_AS_COMPUTED:
         return out.logits[0].detach(), out.loss.detach(), gradients_by_mapping(model, shapes)
-    grads = {
-        "embedding.weight": model.model.embed_tokens.weight.grad,
-        "final_norm.weight": model.model.norm.weight.grad,
-    }
-    if not model.config.tie_word_embeddings:
-        grads["head.weight"] = model.lm_head.weight.grad
+    grads = {"embedding.weight": model.model.embed_tokens.weight.grad, **gradients_of("final_norm", model.model.norm)}
+    grads |= gradients_of("head", model.lm_head)
+    if model.config.tie_word_embeddings:
+        del grads["head.weight"]
     for i, layer in enumerate(model.model.layers):
-        grads[f"layers.{i}.attention_norm.weight"] = layer.input_layernorm.weight.grad
-        grads[f"layers.{i}.ffn_norm.weight"] = layer.post_attention_layernorm.weight.grad
-        grads[f"layers.{i}.attention.out.weight"] = layer.self_attn.o_proj.weight.grad
+        grads |= gradients_of(f"layers.{i}.attention_norm", layer.input_layernorm)
+        grads |= gradients_of(f"layers.{i}.ffn_norm", layer.post_attention_layernorm)
+        grads |= gradients_of(f"layers.{i}.attention.out", layer.self_attn.o_proj)
         grads |= attention_gradients(f"layers.{i}.attention.", layer.self_attn)
         shared = getattr(layer.mlp, "shared_experts", getattr(layer.mlp, "shared_expert", None))
         for part in ("gate", "up", "down") if shared is not None else ():
-            grads[f"layers.{i}.ffn.shared.ffn.{part}.weight"] = getattr(shared, f"{part}_proj").weight.grad
+            grads |= gradients_of(f"layers.{i}.ffn.shared.ffn.{part}", getattr(shared, f"{part}_proj"))
         if hasattr(layer.mlp, "shared_expert_gate"):
             grads[f"layers.{i}.ffn.shared.gate"] = layer.mlp.shared_expert_gate.weight.grad
         for part in "qk" if hasattr(layer.self_attn, "q_norm") else "":
@@ -96,17 +99,19 @@ def theirs(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, Te
             grads[f"layers.{i}.attention.{part}_layernorm.weight"] = norm
         if hasattr(layer.mlp, "experts"):
             both, down = layer.mlp.experts.gate_up_proj.grad, layer.mlp.experts.down_proj.grad
-            grads[f"layers.{i}.ffn.router.weight"] = layer.mlp.gate.weight.grad
+            router = getattr(layer.mlp, "gate", None) or layer.mlp.router
+            grads[f"layers.{i}.ffn.router.weight"] = router.weight.grad
             grads[f"layers.{i}.ffn.experts.w_in"] = torch.stack(both.chunk(2, 1), 1).permute(0, 3, 1, 2)
             grads[f"layers.{i}.ffn.experts.w_out"] = down.transpose(1, 2)
         else:
             for part in ("gate", "up", "down"):
-                grads[f"layers.{i}.ffn.{part}.weight"] = getattr(layer.mlp, f"{part}_proj").weight.grad
+                grads |= gradients_of(f"layers.{i}.ffn.{part}", getattr(layer.mlp, f"{part}_proj"))
     return out.logits[0].detach(), out.loss.detach(), grads
 
 
 STORED_AS_COMPUTED = {
     "gpt_oss": (),
+    "llama4_text": (),
     "granitemoe": (
         ("input_linear.weight", "experts.gate_up_proj"),
         ("output_linear.weight", "experts.down_proj"),
@@ -130,10 +135,13 @@ def gradients_by_mapping(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -
 FAMILIES = [
     "mixtral",
     "llama",
+    "llama_plain",
     "qwen3",
+    "qwen3_plain",
     "qwen3_moe",
     "olmoe",
     "qwen2",
+    "qwen2_plain",
     "qwen2_moe",
     "gpt_oss",
     "gpt_oss_plain",
@@ -149,7 +157,13 @@ FAMILIES = [
     "minimax_m2_plain",
     "ernie4_5_moe",
     "ernie4_5_moe_plain",
+    "llama4",
+    "llama4_plain",
+    "phimoe",
+    "phimoe_plain",
 ]
+
+FOUR_RANKS = ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe", "llama4", "phimoe"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,7 +191,7 @@ def test_an_export_gives_every_tensor_back(name: str, sources, runs, ranks: Rank
     assert index["weight_map"].keys() == tensors_in(sources[name]).keys()
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "glm4_moe", "minimax_m2", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_compute_what_transformers_does(name: str, sources, runs, ranks: RankPool, tmp_path: Path) -> None:
     write_reference(sources[name], IDS, "fp32", tmp_path / "reference.safetensors")
     here = InferenceConfig(precision="fp32", parallel=ParallelConfig(tp=2, ep=2, pp=2))
