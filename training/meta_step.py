@@ -201,9 +201,11 @@ def _without_device(on_gpu: bool) -> Iterator[_GatherBuffer]:
             of_all = chunked_ops.CPU_VALUES * torch.get_num_threads()
             stack.enter_context(mock.patch.object(chunked_ops, "GPU_VALUES", of_all))
         with contextlib.suppress(ImportError):
+            from triton.runtime.interpreter import InterpretedFunction
             from triton.runtime.jit import JITFunction
 
-            stack.enter_context(mock.patch.object(JITFunction, "run", lambda *args, **kwargs: None))
+            for kind in (JITFunction, InterpretedFunction):
+                stack.enter_context(mock.patch.object(kind, "run", lambda *args, **kwargs: None))
         yield buffer
 
 
