@@ -134,7 +134,7 @@ class Activations:
 
     def _backward_of_layer(self, sparse: bool) -> float:
         """What is recomputed, and gradients."""
-        again = max(0.0, self.layer(sparse=sparse, recompute=False) - self.layer(sparse=sparse))
+        again = max(self._activated(sparse), self.layer(sparse=sparse, recompute=False) - self.layer(sparse=sparse))
         above = self.outside * self.model.hidden_size * self.value
         if sparse:
             whole = bool({"full", "moe"} & set(self.model.recompute))
@@ -142,6 +142,16 @@ class Activations:
         width = self.model.ffn_hidden_size / self.layout.tp
         weight = width * self.model.hidden_size * self.value
         return again + above + self._added(weight) + self.tokens * width * self.value
+
+    def _activated(self, sparse: bool) -> float:
+        """What recomputing activations brings back; what it keeps instead, the second product's output, stays."""
+        of_experts = self.backend in SEPARATE or not sparse
+        if "activation" not in self.model.recompute or not of_experts:
+            return 0.0
+        again = self._hidden([]) - self._hidden(["activation"])
+        if not sparse:
+            return self.tokens * self.value * again * self.model.ffn_hidden_size / self.layout.tp
+        return self.rows * self.value * again * self.model.expert_width / self.layout.etp
 
     def _gradients_of_rows(self, recomputed: bool) -> float:
         """Those that arrive and those that are sent back, or were by the pass that is computed again."""

@@ -88,7 +88,8 @@ def meta_step(
 def _run(chunk: ModelChunk, config: Config, layout: Layout, on_gpu: bool, found: MetaStep) -> tuple[float, float]:
     """(bytes that the layers keep, bytes at the peak) of a pipeline chunk."""
     inputs = _inputs(chunk, config, layout)
-    live = LiveStorages([*chunk.parameters(), *chunk.buffers(), *filter(None, [chunk.input_tensor])])
+    given = [] if chunk.input_tensor is None else [chunk.input_tensor]
+    live = LiveStorages([*chunk.parameters(), *chunk.buffers(), *given])
     totals = [0.0]
     for block in chunk.layers.values():
         _record(block, live, found.of_layers["sparse" if block.sparse else "dense"], totals)
@@ -101,7 +102,7 @@ def _run(chunk: ModelChunk, config: Config, layout: Layout, on_gpu: bool, found:
         live.peak = live.total()
         out = out.mean() if chunk.post_process else out
         torch.autograd.backward([out], [torch.ones_like(out)])
-    received = 0 if chunk.input_tensor is None else chunk.input_tensor.nbytes
+    received = sum(tensor.nbytes for tensor in given)
     return totals[-1] - sent + received, live.peak + received
 
 
