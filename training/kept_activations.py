@@ -213,7 +213,7 @@ class Activations:
     @property
     def _gathers_in_kernel(self) -> bool:
         """Whether the experts' products read tokens from where they lie."""
-        return self.backend in ("triton", "grouped_mm_fused", "fp8", "native")
+        return self.backend in ("triton", "grouped_mm_fused", "native") or (self.backend == "fp8" and self.on_gpu)
 
     def _experts(self, again: list[str]) -> float:
         """Rows, what is computed of them, and which rows they are."""
@@ -228,7 +228,7 @@ class Activations:
         returned = rows if self.stays or self.by_all_gather else sent
         separate = self.backend in SEPARATE
         hidden = self._hidden(again) if separate else input_projections(model.activation)
-        if separate and "activation" in again and returned is sent:
+        if separate and "activation" in again and (returned is sent or self.backend == "loop"):
             returned += rows  # the second product's output is saved as well, and is not what travels back
         if not self.on_gpu:
             returned += rows if self.stays or self.by_all_gather else sent  # index_add saves what it adds
