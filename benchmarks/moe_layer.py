@@ -1,6 +1,7 @@
 """`python -m benchmarks.moe_layer`: compares a sparse layer, forward and backward, with a dense layer of the same
 active parameters, Megatron-Core's MoELayer and Transformers' Mixtral block, all dropless top-1 SwiGLU on the same
-tokens.
+tokens. Routing is that of an untrained router, and beside it force-balanced (`model.moe.force_balance`, Megatron-Core's
+`moe_router_force_load_balancing`), which is how most published speeds were measured.
 
 Legend: T tokens, D hidden, F expert hidden.
 """
@@ -24,6 +25,9 @@ from parallel.megatron_compat import moe_layer
 
 OURS, DENSE, BOUNDED = "switchyard", "dense", "expert_chunk_rows"
 MEGATRON = ("megatron",)
+FORCED = "switchyard balanced"
+BALANCED = {FORCED: OURS, "megatron balanced": MEGATRON[0]}
+"""With force-balanced routing, by what they are otherwise."""
 TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
 
 
@@ -39,14 +43,14 @@ class SwiGLU(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def model_config(args: argparse.Namespace, experts: int) -> ModelConfig:
+def model_config(args: argparse.Namespace, experts: int, *, balanced: bool = False) -> ModelConfig:
     return ModelConfig(
         num_layers=1,
         num_attention_heads=1,
         hidden_size=args.hidden,
         ffn_hidden_size=args.width,
         activation="swiglu",
-        moe=MoeConfig(num_experts=experts, top_k=1, capacity_factor=None, backend=args.backend),
+        moe=MoeConfig(num_experts=experts, top_k=1, capacity_factor=None, backend=args.backend, force_balance=balanced),
     )
 
 
@@ -143,7 +147,8 @@ def build(name: str, args: argparse.Namespace) -> Measurements:
 
 
 def build_layer(name: str, args: argparse.Namespace, experts: int, run: Any) -> nn.Module:
-    model, dtype = model_config(args, experts), torch.bfloat16
+    model, dtype = model_config(args, experts, balanced=name in BALANCED), torch.bfloat16
+    name = BALANCED.get(name, name)
     if name == OURS:
         return build_ours(model, run, dtype)
     if name == BOUNDED:
@@ -171,15 +176,17 @@ Outcome = tuple[dict[str, Result], dict[str, Peak]]
 
 def compare(args: argparse.Namespace) -> dict[int, Outcome]:
     """The results of all implementations, by number of experts."""
-    names = (OURS, DENSE, *MEGATRON, *(TRANSFORMERS if version("transformers") else ()))
+    names = (OURS, DENSE, *MEGATRON, *(TRANSFORMERS if version("transformers") else ()), *BALANCED)
     builds = {name: functools.partial(build, name, args) for name in (*names, BOUNDED)}
     found: dict[int, Outcome] = {}
-    with start_workers(builds, (OURS, DENSE, BOUNDED), peers_as_ours=args.peers_as_ours) as workers:
+    with start_workers(
+        builds, (OURS, DENSE, BOUNDED, "switchyard balanced"), peers_as_ours=args.peers_as_ours
+    ) as workers:
         timed_workers = {name: workers[name] for name in names}
         seconds = {n: alternate(timed_workers, f"seconds {n}", args.repetitions) for n in args.experts}
         for n in args.experts:
             results = {name: Result(seconds[n][name], workers[name].measure(f"saved {n}")) for name in names}
-            peaks = {name: worker.measure(f"peak {n}") for name, worker in workers.items()}
+            peaks = {name: w.measure(f"peak {n}") for name, w in workers.items() if name not in BALANCED}
             peaks[f"{OURS}, {BOUNDED}={args.chunk_rows}"] = peaks.pop(BOUNDED)
             found[n] = results, peaks
     return found
@@ -191,12 +198,15 @@ def fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
 
 
 def summary(by_experts: dict[int, dict[str, Result]]) -> dict[str, object]:
-    """ratio_dense: our time over the dense layer's, by number of experts. The others: the time of the fastest variant
-    of another implementation over ours, at the first number of experts; null if it is not installed."""
+    """ratio_dense: our time over the dense layer's, by number of experts. ratio_balanced: our time with force-balanced
+    routing over that with the router's, likewise. The others: the time of the fastest variant of another implementation
+    over ours, at the first number of experts; null if it is not installed."""
     first = next(iter(by_experts.values()))
     peers = {"ratio_megatron": fastest(first, MEGATRON), "ratio_transformers": fastest(first, TRANSFORMERS)}
     dense = {str(n): round(r[OURS].seconds / r[DENSE].seconds, 3) for n, r in by_experts.items()}
-    return {"ratio_dense": dense} | {k: s and round(s / first[OURS].seconds, 3) for k, s in peers.items()}
+    forced = {str(n): round(r[FORCED].seconds / r[OURS].seconds, 3) for n, r in by_experts.items()}
+    others = {name: s and round(s / first[OURS].seconds, 3) for name, s in peers.items()}
+    return {"ratio_dense": dense, "ratio_balanced": forced} | others
 
 
 def mib(size: int) -> float:

@@ -21,6 +21,7 @@ def megatron_config(model: ModelConfig) -> Any:
         moe_router_topk=model.moe.top_k,
         moe_router_pre_softmax=True,
         moe_router_dtype="fp32",
+        moe_router_force_load_balancing=model.moe.force_balance,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=model.moe.aux_loss_coeff,
         moe_z_loss_coeff=model.moe.z_loss_coeff,

@@ -1,6 +1,7 @@
 """`python -m benchmarks.published`: what `launch.plan` predicts beside published training steps of other trainers, time
-of a step and peak memory. Launches cost nothing here, since most of these runs used CUDA graphs or Transformer Engine's
-fused layers; data-parallel communication is overlapped, as it was there.
+of a step and peak memory. Launches cost nothing here and rotary embeddings and activations are single kernels, since
+these runs used TransformerEngine's fused layers or CUDA graphs; data-parallel communication is overlapped, as it was
+there.
 
 The rates are those of an H200 (conf/cluster/rates), measured before; nothing is fitted to the rows."""
 
@@ -72,6 +73,9 @@ MIXTRAL, QWEN, MOONLIGHT = "mixtral_8x7b", "qwen3_30b_a3b", "moonlight_16b_a3b"
 EP16, EP32 = "1/1/1/1/16/1", "2/8/4/1/32/1"
 STAGED = (NORM, Q235_STAGES, DEEP_EP)
 FP8 = ("precision=fp8", Q235_STAGES, DEEP_EP)
+# One layer more in place of multi-token prediction's.
+D3_MTP = ("model.num_layers=62", "parallel.pp_layers=[" + ",".join(["2"] * 30 + ["1"] * 2) + "]", DEEP_EP)
+D3_FP8 = ("precision=fp8", "parallel.pp_layers=[" + ",".join(["4"] * 13 + ["3"] * 3) + "]", DEEP_EP)
 LAST, HIDDEN = {"of_last_rank": True}, {"is_overlapped": True}
 LARGE = ("model.vocab_size=256000",)
 ROWS = [
@@ -108,7 +112,7 @@ ROWS = [
         11.636,
         None,
         SMALLER,
-        why_missed="TransformerEngine fuses what are passes over memory here",
+        why_missed="latent attention lays out keys and pads values here, TransformerEngine does not",
     ),
     Row(
         "20 gpt-oss 120B",
@@ -125,6 +129,22 @@ ROWS = [
         why_missed="58 TFLOP/s a GPU: a check of the model, not of its speed",
     ),
     Row("11 Qwen3 235B-A22B, FP8", "g", "qwen3_235b_a22b", 256, EP32, 1, 8192, True, 76.6, None, FP8),
+    Row("13 DeepSeek-V3", "c", "deepseek_v3", 1024, "2/8/4/1/64/1", 1, 16384, True, 61.756, None, D3_MTP),
+    Row(
+        "15 DeepSeek-V3, FP8",
+        "g",
+        "deepseek_v3",
+        256,
+        "1/8/2/1/32/1",
+        1,
+        4096,
+        True,
+        19.7,
+        None,
+        D3_FP8,
+        "b200",
+        why_missed="the all-to-all alone takes 16 s here: hidden or in FP8 there, which the source does not say",
+    ),
 ]
 
 
@@ -150,7 +170,7 @@ def predicted(row: Row) -> tuple[float, float]:
     config = row.configuration()
     layout = Layout.of(config.parallel, row.ranks)
     imbalance = 1.0 if row.forced else REAL
-    got = predict(config, layout, rates_of(row.cluster), imbalance=imbalance, host=False)
+    got = predict(config, layout, rates_of(row.cluster), imbalance=imbalance, host=False, fused=True)
     seconds = got.seconds - (got.parts["all-to-all"] if row.is_overlapped else 0.0)
     if not row.of_last_rank:
         return seconds, got.memory.total
@@ -175,8 +195,9 @@ def main() -> int:
         print(f"{row.name:<38} {'forced' if row.forced else 'real':<7} {'  '.join(cells)}  {row.why_missed}".rstrip())
     print()
     for what, values in errors.items():
-        near = sum(error <= 0.2 for error in values)
-        print(f"{what}: {near} of {len(values)} rows within 20 %, median error {statistics.median(values):.0%}")
+        bound = {"time": 0.2, "memory": 0.1}[what]
+        near = sum(error <= bound for error in values)
+        print(f"{what}: {near} of {len(values)} rows within {bound:.0%}, median error {statistics.median(values):.0%}")
     return 0
 
 

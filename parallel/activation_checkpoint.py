@@ -58,13 +58,13 @@ def checkpoint_without_output(
     if not torch.is_grad_enabled():
         return consumer(function(x))
     output = function(x)
-    storage = output.untyped_storage().data_ptr()
+    storage = output.untyped_storage()._cdata
     source = x.detach()
     uses, again = 0, None
 
     def pack(tensor: Tensor) -> Tensor | tuple[Any, ...]:
         nonlocal uses
-        if tensor.untyped_storage().data_ptr() != storage:
+        if tensor.untyped_storage()._cdata != storage:
             return tensor
         uses += 1
         return tensor.size(), tensor.stride(), tensor.storage_offset()

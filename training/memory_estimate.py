@@ -6,8 +6,9 @@ from conf.extensions import input_projections, kept_tensors
 from conf.fp8_rules import FP8_BLOCK, fp8_layers
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
-from training.flops import attention_matrices, attention_vectors, experts_per_token
+from training.flops import attention_matrices, attention_vectors
 from training.frozen import frozen_parameters
+from training.kept_activations import Activations
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,16 @@ def stage_memory(
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
     optimizer = optimizer_bytes(config, layout, stage, bf16=bf16)
     offload = on_gpu and config.optim.cpu_offload
-    tokens = train.micro_batch_size * train.sequence_length / layout.cp
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
     in_flight = micro_batches_in_flight(layout, stage.index, micro_batches)
-    # The input and output of the final norm, and the logits; and the same of each further prediction.
-    head = value * (2 * model.hidden_size + model.vocab_size / layout.tp) * (1 + model.mtp_num_layers)
-    head += value * model.mtp_num_layers * _kept_by_projection(model, layout)
-    kept = _kept_per_token(config, layout, stage.sparse, stage.dense, imbalance)
+    kept = Activations(config, layout, bf16, on_gpu, imbalance)
+    layers = stage.sparse * kept.layer(sparse=True) + stage.dense * kept.layer(sparse=False) + kept.shared()
+    beyond = kept.beyond(sparse=stage.sparse > 0, is_last=stage.is_last)
     return Memory(
         weights=value * (spread + experts),
         gradients=float(gradient * (trained_spread + trained_experts)),
         optimizer=0.0 if offload else optimizer,
-        activations=tokens * (in_flight * value * kept + stage.is_last * head),
+        activations=in_flight * layers + beyond + kept.gathered(),
         fp8_weights=_fp8_weights(config, layout, stage.index) if config.precision == "fp8" else 0.0,
         host=optimizer if offload else 0.0,
     )
@@ -198,50 +197,3 @@ def matrices(
         linear += [(gates * count, d, width), (count, width, d)]
     count, width = sparse * moe.num_experts / layout.ep, model.expert_width / layout.etp
     return linear, [(count, d, gates * width), (count, width, d)]
-
-
-def _kept_per_token(config: Config, layout: Layout, sparse: int, dense: int, imbalance: float) -> float:
-    """Values per token that are saved for the backward pass: the inputs of norms and matrix products."""
-    model = config.model
-    d, f, again = model.hidden_size, model.ffn_hidden_size, model.recompute
-    outside = d / layout.tp if layout.sequence_parallel else d
-    if "full" in again:
-        return (sparse + dense) * outside
-    block = outside * (2 if "norm" in again else 4)  # inputs and outputs of two norms
-    attention = outside + _kept_by_attention(model, layout)
-    gates = input_projections(model.activation)
-    hidden = gates if "activation" in again else 2 * gates  # of a gated one: both parts, act, product
-    # The ranks of a replica have tokens * top_k rows per layer, not padded.
-    rows = experts_per_token(model) * layout.etp / layout.tp * imbalance
-    # FP8 experts gather rows while reading, and save only the first product's output.
-    expert = model.expert_width / layout.etp
-    each = 2 * d + gates * expert if config.precision == "fp8" else 3 * d + hidden * expert
-    routed = rows * each + hidden * model.shared_width / layout.tp
-    per_sparse = 0 if "moe" in again else outside + routed
-    return sparse * (block + attention + per_sparse) + dense * (block + attention + hidden * f / layout.tp)
-
-
-def _kept_by_projection(model: ModelConfig, layout: Layout) -> float:
-    """Values per token that a layer for multi-token prediction saves before its block: the embedding, and both norms'
-    outputs."""
-    outside = model.hidden_size / (layout.tp if layout.sequence_parallel else 1)
-    return outside * (1 if {"norm", "full"} & {*model.recompute} else 3)
-
-
-def _kept_by_attention(model: ModelConfig, layout: Layout) -> float:
-    """Values per token that attention saves, without its input."""
-    query, key = model.query_width, model.key_width
-    if model.kv_lora_rank is not None:
-        # Queries, keys, padded values, the padded output and the values of it; inputs and outputs of the norms.
-        latent = 2 * ((model.q_lora_rank or 0) + model.kv_lora_rank) + model.qk_rope_head_dim
-        return (4 * query + model.output_width) / layout.tp + latent / (layout.tp if layout.sequence_parallel else 1)
-    # Queries and keys after the rotary embedding, the fused projection, which contains the values, and the output
-    # (twice with torch's attention).
-    kept = 4 * query + 3 * key
-    if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
-        kept += 2 * model.gate_width + query
-    if model.qk_norm is not None:  # inputs of its norms
-        kept += query + key
-    if model.clip_qkv is not None:  # inputs and outputs of clipping
-        kept += query + (2 if model.qk_norm else 1) * key
-    return kept / layout.tp

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import fp8_training, kernels, optimizer_states
 from benchmarks.measurement import Result, peak_bytes, saved_bytes
-from benchmarks.moe_layer import DENSE, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
+from benchmarks.moe_layer import DENSE, FORCED, MEGATRON, OURS, TRANSFORMERS, half_to_one_expert
 from benchmarks.moe_layer import summary as layer_summary
 from benchmarks.train_step import summary as step_summary
 from benchmarks.workers import alternate, start_workers, timed
@@ -49,10 +49,10 @@ def run(name: str) -> dict:
 
 def test_layer_benchmark_prints_its_ratios() -> None:
     printed = run("moe_layer")
-    assert list(printed) == ["ratio_dense", "ratio_megatron", "ratio_transformers", "peak_mib"]
+    assert list(printed) == ["ratio_dense", "ratio_balanced", "ratio_megatron", "ratio_transformers", "peak_mib"]
     assert {"switchyard", "dense", "megatron"} < printed["peak_mib"].keys()
-    assert list(printed["ratio_dense"]) == ["2", "4"]
-    assert min(*printed["ratio_dense"].values(), printed["ratio_megatron"]) > 0
+    assert list(printed["ratio_dense"]) == list(printed["ratio_balanced"]) == ["2", "4"]
+    assert min(*printed["ratio_dense"].values(), *printed["ratio_balanced"].values(), printed["ratio_megatron"]) > 0
     assert (printed["ratio_transformers"] is None) == (importlib.util.find_spec("transformers") is None)
 
 
@@ -138,9 +138,10 @@ def test_half_of_the_tokens_go_to_one_expert(runtime) -> None:
 
 def test_ratios_take_the_fastest_variant_of_a_peer() -> None:
     eager, grouped = TRANSFORMERS
-    seconds = {OURS: 2.0, DENSE: 1.0, MEGATRON[0]: 3.0, eager: 8.0, grouped: 5.0}
+    seconds = {OURS: 2.0, DENSE: 1.0, MEGATRON[0]: 3.0, eager: 8.0, grouped: 5.0, FORCED: 1.0}
     results = {name: Result(s, 0) for name, s in seconds.items()}
-    assert layer_summary({8: results}) == {"ratio_dense": {"8": 2.0}, "ratio_megatron": 1.5, "ratio_transformers": 2.5}
+    ratios = {"ratio_dense": {"8": 2.0}, "ratio_balanced": {"8": 0.5}}
+    assert layer_summary({8: results}) == ratios | {"ratio_megatron": 1.5, "ratio_transformers": 2.5}
     assert step_summary(results, tokens=60)["ratio_transformers"] == 2.5
     del results[eager], results[grouped]
     assert layer_summary({8: results})["ratio_transformers"] is None

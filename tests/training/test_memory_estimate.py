@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import (
     ClusterConfig,
@@ -22,6 +20,8 @@ from parallel.env import World
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from tests.moe.helpers import fp8_weight_bytes
+from training.kept_activations import Activations
+from training.live_storages import LiveStorages
 from training.memory_estimate import Memory, _fp8_weights, memory_per_rank
 from training.run_summary import summarize_run
 
@@ -34,35 +34,9 @@ def config(precision: str, moe: dict[str, Any] | None = None, **model: Any) -> C
     """Large enough that paddings and odd tensors do not count."""
     # What the logits take while the loss is computed is not kept in the tensors looked at here: few of them.
     sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 192, "vocab_size": 64, **model}
-    experts = MoeConfig(**{"num_experts": 4, "every": 2, "backend": "loop", **(moe or {})})
+    experts = MoeConfig(**{"num_experts": 4, "every": 2, "backend": "loop", "force_balance": True, **(moe or {})})
     train = TrainConfig(sequence_length=128, micro_batch_size=2, global_batch_size=16)
     return Config(model=ModelConfig(**sizes, moe=experts), train=train, precision=precision)
-
-
-class Live(TorchDispatchMode):
-    """Knows the storages that operations have made and that are still there.
-
-    Args:
-        own: the model's tensors, which operations give back as views.
-    """
-
-    def __init__(self, own: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.own = {tensor.untyped_storage()._cdata for tensor in own}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.kept = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.own:
-                storage = tensor.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def total(self) -> int:
-        self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
-        return sum(size for _, size in self.made.values())
 
 
 def held(world: World, settings: Config) -> Memory:
@@ -79,13 +53,14 @@ def held(world: World, settings: Config) -> Memory:
     batch |= {"positions": torch.arange(shape[1]).expand(shape), "loss_mask": torch.ones(shape)}
     micro_batches = settings.train.global_batch_size // (shape[0] * built.runtime.layout.dp)
     stage = engine.modules[-1]
-    live = Live([*stage.parameters(), *stage.buffers()])
-    forward = stage.forward
+    live = LiveStorages([*stage.parameters(), *stage.buffers()])
+    forward, kept = stage.forward, 0
 
     def watched(*args: Any, **named: Any) -> torch.Tensor:
+        nonlocal kept
         before = live.total()
         out = forward(*args, **named)
-        live.kept = live.total() - before
+        kept = live.total() - before
         return out
 
     stage.forward = watched
@@ -104,7 +79,7 @@ def held(world: World, settings: Config) -> Memory:
         weights=sum(map(_bytes, parameters)),
         gradients=sum(_bytes(b.grad_data) for b in buffers),
         optimizer=optimizer,
-        activations=live.kept - fp8_weights,
+        activations=kept - fp8_weights,
         fp8_weights=fp8_weights,
     )
     builder.stop()
@@ -160,7 +135,11 @@ def test_one_rank_holds_what_is_estimated(
     estimate = memory_per_rank(settings, Layout(1), bf16=precision != "fp32")
     for part in KEPT:
         assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
-    assert 0.75 < estimate.activations / found.activations < 1.33
+    of = Activations(settings, Layout(1), bf16=precision != "fp32", on_gpu=False)
+    sparse = [settings.model.is_sparse(layer) for layer in range(settings.model.num_layers)]
+    kept = sum(of.layer(sparse=s) for s in sparse) + of.shared() + of.head()
+    # Emulated FP8, which is for tests, keeps rounded copies that the estimate leaves out.
+    assert kept == pytest.approx(found.activations, rel=0.25 if precision == "fp8" else 0.05)
 
 
 SMALL = OptimConfig(grad_dtype="bf16", state_dtype="bf16")

@@ -38,17 +38,17 @@ MEASURED = {
 def test_one_h200_takes_what_is_predicted(overrides: str, found: tuple[float, float]) -> None:
     got = predict(composed([*overrides.split(), "cluster=h200"]), Layout(1), rates_of("h200"))
     assert got.seconds == pytest.approx(found[0], rel=0.2)
-    assert got.memory.total / 1e9 == pytest.approx(found[1], rel=0.06)
+    assert got.memory.total / 1e9 == pytest.approx(found[1], rel=0.02)
     assert sum(got.parts.values()) == pytest.approx(got.seconds)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_published_steps_are_near(row: Any) -> None:
-    """Other trainers' steps, with the worst error as the bound; those that are missed say why."""
+    """Other trainers' steps: time within 20 %, or why not, and memory within 10 %."""
     seconds, memory = predicted(row)
-    near = row.seconds is None or seconds == pytest.approx(row.seconds, rel=0.27)
+    near = row.seconds is None or seconds == pytest.approx(row.seconds, rel=0.2)
     assert near == (not row.why_missed)
-    assert row.peak_gb is None or memory / 1e9 == pytest.approx(row.peak_gb, rel=0.21)
+    assert row.peak_gb is None or memory / 1e9 == pytest.approx(row.peak_gb, rel=0.1)
 
 
 def schedule(pp: int, vpp: int, stage: int, micro_batches: int) -> float:

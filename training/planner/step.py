@@ -63,6 +63,7 @@ def predict(
     *,
     imbalance: float = 1.0,
     host: bool = True,
+    fused: bool = False,
     stages: Sequence[Stage] | None = None,
 ) -> Prediction:
     """Predicts a valid configuration (conf/rules.py).
@@ -70,13 +71,14 @@ def predict(
     Args:
         imbalance: rows of the experts of the rank that has most, relative to the mean.
         host: False: launches cost nothing, as with CUDA graphs.
+        fused: as for training.planner.work.stage_times.
         stages: as for memory_of.
     """
     train = config.train
     links = Links(layout, config.cluster)
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
     stages = stages or stages_of(config.model, layout)
-    times = [stage_times(config, layout, stage, rates, links, imbalance) for stage in stages]
+    times = [stage_times(config, layout, stage, rates, links, imbalance, fused=fused) for stage in stages]
     slowest = max(times, key=lambda t: t.total if host else t.forward.total() + t.backward.total())
     parts: Parts = Counter()
     for part in (slowest.forward, slowest.backward):

@@ -19,8 +19,11 @@ Parts = Counter[str]
 """Seconds by what they are spent on."""
 PASS_EFFICIENCY = 0.5
 """Share of a copy's bandwidth that passes over activations and gradients reach."""
-ROTARY = 15
-"""bf16 values read and written for each one that is rotated: in PyTorch's operations, in fp32."""
+ROTARY, ROTARY_FUSED = 15, 2
+"""bf16 values read and written for each one that is rotated: in PyTorch's operations, in fp32; and in one kernel."""
+GATED, GATED_FUSED = (5, 14), (3, 5)
+"""Passes over the hidden width of a gated activation, forward and backward: of autograd; and in one kernel each, which
+reads both parts and writes their product, and reads its gradient and both and writes theirs."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,37 @@ class StageTimes:
 
 
 def stage_times(
-    config: Config, layout: Layout, stage: Stage, rates: Rates, links: Links, imbalance: float
+    config: Config,
+    layout: Layout,
+    stage: Stage,
+    rates: Rates,
+    links: Links,
+    imbalance: float,
+    *,
+    fused: bool = False,
 ) -> StageTimes:
     """The times of the rank with most rows.
 
     Args:
         imbalance: its experts' rows relative to the mean.
+        fused: with kernels for rotary embeddings and activations, as TransformerEngine's.
     """
-    stage_work = _Stage(config, layout, stage, rates, links, imbalance)
+    stage_work = _Stage(config, layout, stage, rates, links, imbalance, fused)
     return stage_work.times()
 
 
 class _Stage:
-    def __init__(self, config: Config, layout: Layout, stage: Stage, rates: Rates, links: Links, imbalance: float):
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        stage: Stage,
+        rates: Rates,
+        links: Links,
+        imbalance: float,
+        fused: bool,
+    ):
+        self.fused = fused
         self.config, self.layout, self.rates, self.links = config, layout, rates, links
         self.model = config.model
         self.stage = stage
@@ -127,7 +148,8 @@ class _Stage:
         gates = input_projections(model.activation)
         # Two norms (each read and written), two residuals (two read, one written); projections are split and laid out
         # for attention; the rotation is computed in fp32.
-        block = 10 * outside + 2 * (q + 2 * k) + ROTARY * (q + k) + (2 * (q + k) if model.qk_norm else 0)
+        rotary = ROTARY_FUSED if self.fused else ROTARY
+        block = 10 * outside + 2 * (q + 2 * k) + rotary * (q + k) + (2 * (q + k) if model.qk_norm else 0)
         if model.attention_output_gate is not None:  # the sigmoid, and its product with what is attended to
             block += (3 * model.gate_width + 2 * model.query_width) / tp
         hidden = self.tokens * (self.dense * model.ffn_hidden_size + self.sparse * model.shared_width) / tp
@@ -136,8 +158,8 @@ class _Stage:
         # Rows are read and written before the experts and after them, and once more if gates multiply their inputs.
         permuted = self.sparse * self.rows * (6 if model.moe.gate_on == "input" else 4) * model.hidden_size
         values = self.tokens * (layers * block + self.sparse * router) + permuted
-        # A gated activation of autograd: 5 passes forward and 14 backward, a plain one 2 and 3.
-        forward, backward = (5, 14) if gates == 2 else (2, 3)
+        gated = GATED_FUSED if self.fused else GATED
+        forward, backward = gated if gates == 2 else (2, 3)
         self.forward["passes over memory"] += self._pass(values + forward * hidden)
         self.backward["passes over memory"] += self._pass(2 * values + backward * hidden)
 

@@ -1,0 +1,309 @@
+"""What a micro-batch keeps on a rank from its forward to its backward pass, and what that needs beyond it, as formulas:
+for every layer the tensors that its operations save. `training.meta_step` counts the same in the model
+itself, and tests hold the two together.
+
+Legend: D hidden size, F hidden size of a feed-forward layer or an expert, K assignments per token, R rows of experts, T
+tokens of a micro-batch on a context-parallel rank.
+"""
+
+from dataclasses import dataclass
+
+from conf.extensions import input_projections
+from conf.schema import Config, ModelConfig
+from parallel.layout import Layout
+from training.flops import experts_per_token
+
+INT, FLOAT = 8, 4
+"""Bytes of an index, and of what is computed in fp32 whatever the precision is."""
+SEPARATE = ("loop", "grouped_mm", "te")
+"""Backends of the experts whose products and activation are separate operations; the others keep only the first
+product's output."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one rank, in bytes of a micro-batch."""
+
+    config: Config
+    layout: Layout
+    bf16: bool
+    on_gpu: bool
+    imbalance: float = 1.0
+    """Rows of this rank's experts relative to the mean."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def value(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def tokens(self) -> float:
+        train = self.config.train
+        return train.micro_batch_size * train.sequence_length / self.layout.cp
+
+    @property
+    def outside(self) -> float:
+        """Tokens outside of tensor-parallel regions."""
+        return self.tokens / self.layout.tp if self.layout.sequence_parallel else self.tokens
+
+    @property
+    def sent(self) -> float:
+        """Rows that this rank sends to experts; capacity that is not used is not padded."""
+        return self.tokens / self.layout.tp * experts_per_token(self.model)
+
+    @property
+    def rows(self) -> float:
+        """R."""
+        return self.sent * self.layout.etp * self.imbalance
+
+    @property
+    def stays(self) -> bool:
+        """Whether all experts are on this rank."""
+        return self.layout.ep == self.layout.etp == 1
+
+    @property
+    def by_all_gather(self) -> bool:
+        """moe.dispatcher.dispatcher_for."""
+        moe, ep = self.model.moe, self.layout.ep
+        if self.stays or moe.dispatcher == "all_gather":
+            return not self.stays
+        return moe.dispatcher == "auto" and moe.load_balancing != "expert_choice" and moe.top_k > ep > 1
+
+    @property
+    def backend(self) -> str:
+        """Of the experts, where it is not measured."""
+        asked = self.model.moe.backend
+        if self.config.precision == "fp8":
+            return "fp8"
+        return asked if asked != "auto" else "grouped_mm" if self.on_gpu and self.bf16 else self._plain_backend
+
+    @property
+    def _plain_backend(self) -> str:
+        return "loop" if self.on_gpu else "fused"
+
+    def layer(self, *, sparse: bool, recompute: bool = True) -> float:
+        """Kept of a layer.
+
+        Args:
+            recompute: False: without activation checkpointing, which is what a backward pass brings back.
+        """
+        again = self.model.recompute if recompute else []
+        if "full" in again:
+            return self.outside * self.model.hidden_size * self.value + sparse * self._decision(keeps=True)
+        # The inputs of two norms, and their outputs, which are inputs of linear layers.
+        kept = self.outside * ((2 if "norm" in again else 4) * self.value * self.model.hidden_size + 2 * FLOAT)
+        kept += self._attention()
+        if not sparse:
+            return kept + self._mlp(self.model.ffn_hidden_size, again)
+        if "moe" in again:
+            return kept + self._decision(keeps=True)
+        kept += self._router() + self._experts(again)
+        return kept + (self._mlp(self.model.shared_width, again) if self.model.moe.num_shared_experts else 0.0)
+
+    def head(self) -> float:
+        """Input and output of the final norm, and the logits; and of each layer for multi-token prediction the same,
+        and what its projection keeps: the embedding, and unless recomputed both norms' outputs."""
+        model, d, value = self.model, self.model.hidden_size, self.value
+        one = self.outside * (2 * value * d + FLOAT) + self.tokens * value * model.vocab_size / self.layout.tp
+        again = bool({"norm", "full"} & {*model.recompute})
+        projection = self.outside * value * d * (1 if again else 3)
+        return one * (1 + model.mtp_num_layers) + projection * model.mtp_num_layers
+
+    def beyond(self, *, sparse: bool, is_last: bool) -> float:
+        """At the peak of a backward pass, beyond what the stage's layers keep: at its beginning, with the logits, or in
+        the last layer.
+
+        Args:
+            sparse: whether the last layer is.
+            is_last: whether it is the last stage.
+        """
+        return max(self._backward_of_layer(sparse), self._backward_of_head() if is_last else 0.0)
+
+    def _backward_of_head(self) -> float:
+        """Gradients of the output layer's weight and input. On a GPU the logits become their own gradient."""
+        model, value, layout = self.model, self.value, self.layout
+        logits, weight = (value * n * model.vocab_size / layout.tp for n in (self.tokens, model.hidden_size))
+        # Under sequence parallelism the input's gradient, and what is left of it when it has been scattered.
+        inputs = value * model.hidden_size * (self.tokens + layout.sequence_parallel * self.outside)
+        if self.on_gpu:
+            return self.head() + weight + inputs
+        return self.head() + max(logits, self._added(weight) + inputs)
+
+    def _added(self, gradient: float) -> float:
+        """With the copy that adding a bf16 gradient to an fp32 one makes on a CPU."""
+        return gradient * (3 if self.bf16 and not self.on_gpu and self.config.optim.grad_dtype == "fp32" else 1)
+
+    def _backward_of_layer(self, sparse: bool) -> float:
+        """What is recomputed, and gradients."""
+        again = max(self._activated(sparse), self.layer(sparse=sparse, recompute=False) - self.layer(sparse=sparse))
+        above = self.outside * self.model.hidden_size * self.value
+        if sparse:
+            whole = bool({"full", "moe"} & set(self.model.recompute))
+            return above + max(self._gradients_of_rows(whole) + whole * again, self._gradients_of_experts() + again)
+        width = self.model.ffn_hidden_size / self.layout.tp
+        weight = width * self.model.hidden_size * self.value
+        return again + above + self._added(weight) + self.tokens * width * self.value
+
+    def _activated(self, sparse: bool) -> float:
+        """What recomputing activations brings back; what it keeps instead, the second product's output, stays."""
+        of_experts = self.backend in SEPARATE or not sparse
+        if "activation" not in self.model.recompute or not of_experts:
+            return 0.0
+        again = self._hidden([]) - self._hidden(["activation"])
+        if not sparse:
+            return self.tokens * self.value * again * self.model.ffn_hidden_size / self.layout.tp
+        return self.rows * self.value * again * self.model.expert_width / self.layout.etp
+
+    def _gradients_of_rows(self, recomputed: bool) -> float:
+        """Those that arrive and those that are sent back, or were by the pass that is computed again."""
+        travels = not self.stays and not self.by_all_gather
+        return travels * (2 + recomputed) * self.rows * self.model.hidden_size * self.value
+
+    def _gradients_of_experts(self) -> float:
+        """Of the second product's input and weight; or of the first one's output, input and weight, when what comes
+        after it in the layer is gone; or, where experts are one operation, of all of them."""
+        model, value = self.model, self.value
+        gates, experts = input_projections(model.activation), model.moe.num_experts / self.layout.ep
+        width = model.expert_width / self.layout.etp
+        weight, rows = experts * width * model.hidden_size * value, self.rows * model.hidden_size * value
+        hidden = self.rows * width * value
+        if self.backend in SEPARATE:
+            first = self._added(gates * weight) + gates * hidden + rows - 2 * gates * hidden - rows
+            return max(self._added(weight) + hidden, first)
+        if self.on_gpu:
+            return (1 + gates) * weight + (2 + gates) * hidden + rows
+        of_one = 4 * gates * hidden / experts  # one expert after the other
+        scattered = rows if self.layout.etp > 1 else 0.0
+        return (1 + gates) * weight + max(scattered + of_one, self._added(gates * weight) - gates * weight)
+
+    def shared(self) -> float:
+        """Of a micro-batch on a stage, whatever its layers are: cosines and sines."""
+        return self.tokens * FLOAT * self.model.rotary_width
+
+    def gathered(self) -> float:
+        """Megatron-Core's buffer, into which sequence parallelism gathers, whatever the number of micro-batches."""
+        return self.tokens * self.model.hidden_size * self.value if self.layout.sequence_parallel else 0.0
+
+    def _decision(self, *, keeps: bool = False) -> float:
+        """Experts and gates of each assignment, and whether it was kept."""
+        tokens = self.outside if self.layout.sequence_parallel else self.tokens
+        return tokens * self.model.moe.top_k * (INT + (FLOAT if self._routes_in_kernel else 0) + keeps)
+
+    @property
+    def _routes_in_kernel(self) -> bool:
+        """moe.router.ROUTE."""
+        moe = self.model.moe
+        chosen = moe.load_balancing in ("sinkhorn", "expert_choice") or moe.num_expert_groups > 1
+        return self.on_gpu and not chosen and moe.score_function in ("softmax", "sigmoid")
+
+    def _router(self) -> float:
+        moe, d = self.model.moe, self.model.hidden_size
+        tokens = self.outside
+        scores = 1 if self._routes_in_kernel else 4 if moe.score_function == "sigmoid" else 2
+        kept = tokens * FLOAT * scores * moe.num_experts + self._decision()
+        kept += 0 if self._routes_in_kernel else tokens * (FLOAT * moe.top_k + 2 * FLOAT)
+        if moe.jitter:  # noise, and its product with the tokens, of which then no one else keeps the original
+            kept += tokens * d * (2 * FLOAT - (0 if self._keeps_tokens else self.value))
+        return kept
+
+    @property
+    def _keeps_tokens(self) -> bool:
+        """Whether something else than the router keeps the sparse layer's input."""
+        return bool(self.model.moe.num_shared_experts) or (self.stays and self._gathers_in_kernel)
+
+    @property
+    def _gathers_in_kernel(self) -> bool:
+        """Whether the experts' products read tokens from where they lie."""
+        return self.backend in ("triton", "grouped_mm_fused", "native") or (self.backend == "fp8" and self.on_gpu)
+
+    def _experts(self, again: list[str]) -> float:
+        """Rows, what is computed of them, and which rows they are."""
+        model, moe, value = self.model, self.model.moe, self.value
+        d, width = model.hidden_size, model.expert_width / self.layout.etp
+        rows, sent = self.rows, self.sent
+        inputs = rows
+        if self._gathers_in_kernel:
+            inputs = (
+                0.0 if self.stays else self.tokens / self.layout.tp * self.layout.ep if self.by_all_gather else rows
+            )
+        returned = rows if self.stays or self.by_all_gather else sent
+        separate = self.backend in SEPARATE
+        hidden = self._hidden(again) if separate else input_projections(model.activation)
+        if separate and "activation" in again and (returned is sent or self.backend == "loop"):
+            returned += rows  # the second product's output is saved as well, and is not what travels back
+        if not self.on_gpu:
+            returned += rows if self.stays or self.by_all_gather else sent  # index_add saves what it adds
+        if moe.expert_chunk_rows is not None and rows > moe.expert_chunk_rows:
+            hidden = 0.0  # InPieces keeps its input
+        if moe.expert_dropout:
+            hidden += 2 if separate else 1
+        indices = 2 * INT * sent if self.stays else 4 * INT * rows if not self.by_all_gather else INT * rows
+        return value * (d * (inputs + returned) + rows * hidden * width) + indices
+
+    def _hidden(self, again: list[str]) -> float:
+        """Tensors of hidden width of separate products and activation."""
+        activation = self.model.activation
+        gates = input_projections(activation)
+        if "activation" in again:
+            return gates
+        # Of a gated one both parts, the activated one and the product; clamped_swiglu adds 1 to the other one.
+        return {"relu": 1, "clamped_swiglu": 5}.get(activation, 2 * gates)
+
+    def _mlp(self, width: int, again: list[str]) -> float:
+        model = self.model
+        kept = self.tokens * self.value * self._hidden(again) * width / self.layout.tp
+        if "activation" in again:  # the second product's output as well
+            kept += self.tokens * self.value * model.hidden_size
+        if width == model.shared_width and model.moe.shared_expert_gate:
+            kept += self.outside * self.value * model.hidden_size
+        return kept
+
+    def _attention(self) -> float:
+        """Without its input."""
+        model, tp, value = self.model, self.layout.tp, self.value
+        query, key, heads = model.query_width, model.key_width, model.num_attention_heads
+        if model.kv_lora_rank is not None:
+            return self._latent_attention()
+        kept = value * self._core(query, key) + FLOAT * heads  # the log-sum-exps
+        if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
+            kept += value * (2 * model.gate_width + query)
+        if model.qk_norm is not None:  # inputs of its norms, and their scales
+            copied = self.on_gpu or model.qk_norm == "full"
+            kept += value * (query + copied * key)
+            kept += FLOAT * (2 * tp if model.qk_norm == "full" else heads + model.query_groups)
+        if model.clip_qkv is not None:  # inputs and outputs of clipping
+            kept += value * (query + (2 if model.qk_norm else 1) * key)
+        if model.attention_multiplier is not None:
+            kept += tp * FLOAT * model.rotary_width
+        return self.tokens * kept / tp
+
+    def _core(self, query: int, key: int) -> float:
+        """Values per token of the kernel: queries and keys after the rotary embedding, values, and the output."""
+        cp, several = self.layout.cp, self.config.train.micro_batch_size > 1
+        varlen = self.config.data.document_mask or self.model.attention_sinks or cp > 1
+        local = len(self.model.local_layers) / self.model.num_layers
+        whole = 4.0 * query + 3 * key  # values are part of the fused projection; the output is laid out anew
+        if not self.on_gpu:
+            return whole + (2 * (cp - 1) * key if cp > 1 else 0)
+        packed = 2.0 * query + 2 * key if several else 3.0 * query + 3 * key
+        if cp > 1:  # queries exchanged, keys and values of the whole sequence, and those that the two pieces see
+            packed = 3.0 * query + 2 * key * cp + 2 * key * (cp + 0.5)
+        return packed if varlen else local * packed + (1 - local) * whole
+
+    def _latent_attention(self) -> float:
+        model, tp, value = self.model, self.layout.tp, self.value
+        assert model.kv_lora_rank is not None
+        query, out, heads = model.query_width, model.output_width, model.num_attention_heads
+        # Queries, keys, padded values, the padded output and the values of it; or, where values are as wide as keys,
+        # those of the projection that they are part of, and the output laid out anew.
+        nope = heads * model.qk_nope_head_dim
+        core = 4 * query + out if model.v_head_dim < model.head_width else 2 * query + nope + out + 2 * out
+        down = model.q_lora_rank or 0
+        latent = value * 2 * (down + model.kv_lora_rank) + FLOAT * (1 + bool(down))
+        latent += 0 if self.on_gpu else value * model.qk_rope_head_dim
+        scaled = bool(model.rope_scaling.mscale_all_dim)
+        per_token = (value * core + FLOAT * heads) / tp + scaled * FLOAT * model.rotary_width
+        return self.tokens * per_token + self.outside * latent
