@@ -234,7 +234,7 @@ class Activations:
         hidden = self._hidden(again) if separate else input_projections(model.activation)
         if separate and "activation" in again and (returned is sent or self.backend == "loop"):
             returned += rows  # the second product's output is saved as well, and is not what travels back
-        if not self.on_gpu:
+        if not self.on_gpu and moe.gate_on == "output":
             returned += rows if self.stays or self.by_all_gather else sent  # index_add saves what it adds
         if moe.expert_chunk_rows is not None and rows > moe.expert_chunk_rows:
             hidden = 0.0  # InPieces keeps its input
@@ -271,14 +271,24 @@ class Activations:
         if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
             kept += value * (2 * model.gate_width + query)
         if model.qk_norm is not None:  # inputs of its norms, and their scales
-            copied = self.on_gpu or model.qk_norm == "full"
-            kept += value * (query + copied * key)
-            kept += FLOAT * (2 * tp if model.qk_norm == "full" else heads + model.query_groups)
+            # A CPU normalises a view of the fused projection per head, where heads are not laid out in groups.
+            of_head = query if model.query_groups < heads else 0
+            inputs = query + key if self.on_gpu else {"full": query + key, "l2": key}.get(model.qk_norm, of_head)
+            normed = self._with_rope if model.qk_norm == "l2" else 1.0
+            kept += normed * value * inputs
+            kept += normed * FLOAT * (2 * tp if model.qk_norm == "full" else heads + model.query_groups)
+        if model.attention_temperature is not None:
+            kept += (1 - self._with_rope) * (value * query + tp * FLOAT)
         if model.clip_qkv is not None:  # inputs and outputs of clipping
             kept += value * (query + (2 if model.qk_norm else 1) * key)
         if model.attention_multiplier is not None:
             kept += tp * FLOAT * model.rotary_width
         return self.tokens * kept / tp
+
+    @property
+    def _with_rope(self) -> float:
+        """Share of the layers that have a rotary embedding."""
+        return sum(map(self.model.has_rope, range(self.model.num_layers))) / self.model.num_layers
 
     def _core(self, query: int, key: int) -> float:
         """Values per token of the kernel: queries and keys after the rotary embedding, values, and the output."""
@@ -286,6 +296,9 @@ class Activations:
         varlen = self.config.data.document_mask or self.model.attention_sinks or cp > 1
         local = len(self.model.local_layers) / self.model.num_layers
         whole = 4.0 * query + 3 * key  # values are part of the fused projection; the output is laid out anew
+        # Without rotary embedding the fused projection itself, unless queries have to be laid out anew, and the output.
+        plain = 2.0 * query + 2 * key + query * (1 < self.model.query_groups < self.model.num_attention_heads)
+        whole = self._with_rope * whole + (1 - self._with_rope) * plain
         if not self.on_gpu:
             return whole + (2 * (cp - 1) * key if cp > 1 else 0)
         packed = 2.0 * query + 2 * key if several else 3.0 * query + 3 * key

@@ -21,7 +21,7 @@ from ops.varlen_attention import (
     varlen_attention,
 )
 from parallel.process_groups import Runtime
-from tests.moe import reference
+from tests.moe import reference_attention
 from tests.moe.helpers import CPU, assert_close, assert_gradients_close, in_float64, random, run_context, selected, tiny
 
 
@@ -72,7 +72,8 @@ def test_equals_the_reference(sizes: dict[str, Any], document_mask: bool, runtim
     x_SBD = random(8, 2, 16, seed=4)
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
     sequences = [
-        reference.attention(x64_SBD[:, b], weights, model, PACKED[b].tolist(), document_mask) for b in range(2)
+        reference_attention.attention(x64_SBD[:, b], weights, model, PACKED[b].tolist(), document_mask)
+        for b in range(2)
     ]
     wanted_SBD = torch.stack(sequences, dim=1)
     above_SBD = random(8, 2, 16, seed=9)

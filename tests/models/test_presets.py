@@ -106,6 +106,7 @@ LOOKUP_IS_NOT_ACTIVE = ("gpt_oss_20b", "gpt_oss_120b", "deepseek_v2_lite", "glm4
 
 def preset(name: str) -> ModelConfig:
     given = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    given = given.get("model", given)  # some also say how the model is trained
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), given))
     assert isinstance(model, ModelConfig)
     return model

@@ -38,6 +38,12 @@ SHAPE = {
     "train.global_batch_size": 8,
     "eval.sample_tokens": 8,
     "optim.warmup_steps": 4,
+    # As in the schema, whatever the preset says.
+    "optim.lr": 2e-3,
+    "model.embedding_multiplier": 1.0,
+    "model.init_scale": 0.1,
+    "model.qk_norm": "null",
+    "model.moe.aux_loss_coeff": 0.01,
 }
 
 

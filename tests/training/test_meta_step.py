@@ -110,7 +110,9 @@ def seen_by_hooks(world: World, overrides: str) -> tuple[float, float]:
         found = meta_step.meta_step(config, Layout(1), 0, on_gpu=False, bf16=True)
     finally:
         meta_step.ModelChunk.forward = run
-    return sum(saved.values()), found.kept + Activations(config, Layout(1), True, False).head()
+    of = Activations(config, Layout(1), True, False)
+    output = of.tokens * of.value * config.model.hidden_size  # of the last layer, which the head counts as its input
+    return sum(saved.values()), found.kept + of.head() - output
 
 
 @pytest.mark.parametrize("model", ["qwen3_30b_a3b", "deepseek_v2_lite", "switch_base_8"])
