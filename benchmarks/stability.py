@@ -185,12 +185,13 @@ def over_seeds(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """By variant and figure: the median of the seeds, their range (null for one seed), and whether the distance from
     the median of the first variant is within the larger of both ranges (null for one seed, and for the first)."""
     table: dict[str, Any] = {}
+    base_name = next(iter(found))
     for name, runs in found.items():
         table[name] = {}
         for key in runs[0]:
             values = [one[key] for one in runs]
             spread = max(values) - min(values) if len(values) > 1 and max(values) < float("inf") else None
-            first = table[next(iter(found))].get(key)
+            first = None if name == base_name else table[base_name][key]
             median, within = statistics.median(values), None
             if spread is not None and first is not None and first["range"] is not None:
                 within = abs(median - first["median"]) <= max(spread, first["range"])
