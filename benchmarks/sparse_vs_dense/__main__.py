@@ -45,6 +45,8 @@ SETTING = re.compile(r"[a-z_0-9.]+=")
 """The beginning of a setting of all runs, which may stand anywhere among the options."""
 BYTES_PER_TOKEN = 5
 """More than a token of code or prose has, so that a corpus of so many bytes is large enough."""
+SMALLEST_CORPUS = 8_000_000
+"""Bytes. Of a few files neither a tokenizer nor a held-out loss would say much."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +100,7 @@ def _checked(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value} is not a number from 1 on; nearest: --{name} 1")
 
 
-def open_study(args: argparse.Namespace, models: Sequence[Model]) -> Study:
+def chosen_study(args: argparse.Namespace, models: Sequence[Model]) -> Study:
     """The study of --out, its steps and corpus decided if they were not before.
 
     Raises:
@@ -113,13 +115,13 @@ def open_study(args: argparse.Namespace, models: Sequence[Model]) -> Study:
         each = [(*probe(probes, job, args.out), job.batch) for job in jobs]
         steps = affordable_steps(each * args.seeds, 60 * args.minutes)
         _say(f"{args.minutes:g} minutes suffice for {steps} steps of each run")
-    if not args.corpus and not corpus.exists():
+    if not args.corpus and (kept is None or not corpus.exists()):
         args.out.mkdir(parents=True, exist_ok=True)
         sequence = twin().config(overrides).train.sequence_length
-        needed = BYTES_PER_TOKEN * steps * max(args.batch) * sequence
+        needed = max(SMALLEST_CORPUS, BYTES_PER_TOKEN * steps * max(args.batch) * sequence)
         _say(describe(write_corpus(corpus, places(), int(1e6 * args.corpus_mb) if args.corpus_mb else needed)))
     study = Study(steps, str(corpus.absolute()), overrides)
-    study.open(args.out)
+    study.check(args.out)
     return study
 
 
@@ -158,8 +160,9 @@ def study_of(args: argparse.Namespace) -> dict[str, Any]:
         if study is None:
             raise ValueError(f"--report: {args.out} has no study; nearest: the command without --report")
     else:
-        study = open_study(args, models)
+        study = chosen_study(args, models)
         tokens = check_no_repeats(study, max(args.batch))
+        study.open(args.out)
         _say(f"{tokens['tokens']:,} tokens to train on, of which a run reads {tokens['tokens_of_largest_batch']:,}")
         train(study, models, args)
     result = analyse(study, models, args.batch, args.seeds, args.out, args.smooth or max(1, study.steps // 20))

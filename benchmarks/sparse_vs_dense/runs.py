@@ -104,13 +104,17 @@ class Study:
     overrides: tuple[str, ...] = ()
     """Settings of all runs, by the user."""
 
-    def open(self, folder: Path) -> None:
+    def check(self, folder: Path) -> None:
         """Raises ValueError: the folder has runs of a study with other settings."""
         kept = read(folder)
         if kept is not None and kept != self:
             mine, theirs = asdict(self), asdict(kept)
             differing = [f"{key} {theirs[key]!r}, not {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
             raise ValueError(f"--out {folder} has runs with {'; '.join(differing)}. Nearest: another --out")
+
+    def open(self, folder: Path) -> None:
+        """Makes the folder one of this study. Raises ValueError as `check`."""
+        self.check(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "study.json", json.dumps(asdict(self), indent=1).encode())
 
@@ -180,7 +184,9 @@ def probe(study: Study, job: Job, folder: Path) -> tuple[float, float]:
     if not path.exists():
         run_dir = folder / "probes" / job.name
         shutil.rmtree(run_dir, ignore_errors=True)
-        short = Study(PROBE_STEPS, "", (*study.overrides, "eval.every=0", "eval.final_batches=1", "checkpoint.every=0"))
+        only_last = [f"{what}.every={PROBE_STEPS}" for what in ("eval", "checkpoint")]
+        only_last += ["eval.batches=1", "eval.final_batches=1"]
+        short = Study(PROBE_STEPS, "", (*study.overrides, *only_last))
         whole = launch(short.command(job, run_dir))
         steps = [row["step_seconds"] for row in json_lines(run_dir / METRICS) if "loss" in row]
         write_atomically(path, json.dumps([statistics.median(steps[2:]), whole - sum(steps)]).encode())
