@@ -14,8 +14,9 @@ from typing import Any
 
 from training.run_files import write_atomically
 
-SMALLEST, LARGEST = 256, 2**20
-"""Bytes of a file. Shorter ones are mostly empty modules, longer ones tables and generated code."""
+SMALLEST, LARGEST = 256, 2**17
+"""Bytes of a file. Shorter ones are mostly empty modules; longer ones, often tables and generated code, would each be
+a large part of the held-out text."""
 _TEXT = (".md", ".rst", ".txt")
 _LICENCES = ("license", "licence", "copying", "notice", "copyright", "authors")
 _LOGS = ("changelog", "changes", "news", "readme", "history")
@@ -141,5 +142,5 @@ def describe(account: dict[str, Any]) -> str:
     return (
         f"corpus: {account['bytes'] / 1e6:.1f} MB, of {account['files']:,} files of {account['file_bytes'] / 1e6:.0f} "
         f"MB on disk: {', '.join(parts)}; left out on the way: {account['duplicates']:,} duplicates, "
-        f"{account['unusable']:,} that are no UTF-8 text of {SMALLEST} B to {LARGEST / 2**20:.0f} MiB"
+        f"{account['unusable']:,} that are no UTF-8 text of {SMALLEST} B to {LARGEST // 2**10} KiB"
     )

@@ -18,7 +18,7 @@ from conf.schema import Config
 from training.flops import Cost, model_cost
 from training.run_files import METRICS, json_lines, json_object, write_atomically
 
-EVALUATIONS, EVALUATED = 20, 128
+EVALUATIONS, EVALUATED = 10, 256
 """Of a run: evaluations on held-out text, and the sequences of each."""
 CHECKPOINTS = 5
 PROBE_STEPS = 6

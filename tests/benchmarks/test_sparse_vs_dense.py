@@ -156,11 +156,11 @@ def test_runs_of_a_seed_differ_in_the_model_alone(tmp_path: Path) -> None:
 
 
 def test_affordable_steps() -> None:
-    """Two runs of 1 and 3 seconds a step at 128 sequences: an evaluation of a step's third, 20 of them, and 50 seconds
-    of everything else leave 1000 - 4 / 3 * 20 - 50 seconds for the steps."""
-    assert affordable_steps([(1.0, 20.0, 128), (3.0, 30.0, 128)], 1000.0) == 230
-    with pytest.raises(ValueError, match="--minutes 3, or fewer"):
-        affordable_steps([(1.0, 20.0, 128), (3.0, 30.0, 128)], 60.0)
+    """Two runs of 1 and 3 seconds a step at 256 sequences: an evaluation of a step's third, 10 of them, and 50 seconds
+    of everything else leave 1000 - 4 / 3 * 10 - 50 seconds for the steps."""
+    assert affordable_steps([(1.0, 20.0, 256), (3.0, 30.0, 256)], 1000.0) == 230
+    with pytest.raises(ValueError, match="--minutes 2, or fewer"):
+        affordable_steps([(1.0, 20.0, 256), (3.0, 30.0, 256)], 60.0)
 
 
 def write_run(folder: Path, found: list[dict[str, Any]]) -> None:
