@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from benchmarks.stability import REPEATED, STRESSED, _router, base, changed, figures
+from benchmarks import stability
+from benchmarks.stability import (
+    REPEATED,
+    STRESSED,
+    _router,
+    base,
+    changed,
+    figures,
+    over_seeds,
+    show,
+    unstable_rate,
+)
 from conf import rules
 from conf.schema import Config, DataConfig, ModelConfig, MoeConfig
 from moe.router import Router
@@ -30,6 +41,32 @@ def test_figures_of_a_run_that_rises_and_recovers() -> None:
 def test_a_loss_that_is_not_finite_is_an_endless_rise() -> None:
     rows = [row(1, 5.0, 1.0), row(2, None, 1.0), {"step": 2, "val_loss": 5.0}]
     assert figures(rows)["worst rise"] == float("inf")
+
+
+def test_a_run_that_ended_before_it_was_evaluated_has_no_held_out_loss() -> None:
+    found = figures([row(1, 9.0, 1.0), row(2, None, 1.0)])
+    assert found["held-out"] == found["best held-out"] == float("inf")
+
+
+def test_effects_within_the_range_of_the_seeds_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = {"as shipped": (5.0, 5.25, 5.0), "little": (5.125, 5.0, 5.25), "much": (6.0, 6.0, 6.125)}
+    table = over_seeds({name: [{"loss": value} for value in values] for name, values in seeds.items()})
+    assert table["as shipped"]["loss"] == {"median": 5.0, "range": 0.25, "within_range": None}
+    assert table["little"]["loss"] == {"median": 5.125, "range": 0.25, "within_range": True}
+    assert table["much"]["loss"] == {"median": 6.0, "range": 0.125, "within_range": False}
+    show("title", table)
+    shown = capsys.readouterr().out
+    assert "~5.1250 (0.2500)" in shown and " 6.0000 (0.1250)" in shown and "~6" not in shown
+    one = over_seeds({"as shipped": [{"loss": 5.0}], "much": [{"loss": 6.0}]})
+    assert one["much"]["loss"] == {"median": 6.0, "range": None, "within_range": None}
+    show("title", one)
+    assert "one seed: no range" in capsys.readouterr().out
+
+
+def test_the_lowest_unstable_rate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stability, "measure", lambda variant, steps, seed, data, lr: {"worst rise": 40 * lr})
+    assert unstable_rate([0.1, 0.01, 0.03], 10, DataConfig()) == (0.03, True)
+    assert unstable_rate([0.01, 0.02], 10, DataConfig()) == (0.02, False)
 
 
 @pytest.mark.parametrize("variant", [*STRESSED.values(), *REPEATED.values()], ids=str)
