@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conf.schema import ParallelConfig
-from parallel import checkpoint, checkpoint_format, checkpoint_manifest, progress_sync, weight_loading
+from parallel import checkpoint, checkpoint_format, checkpoint_manifest, optimizer_state, progress_sync, weight_loading
 from parallel.checkpoint import Checkpointer, NonFiniteState
 from parallel.checkpoint_manifest import MANIFEST, UnsupportedVersion
 from parallel.env import World
@@ -267,7 +267,7 @@ def test_what_is_not_finite_is_not_saved(runtime, tmp_path, kind):
     saver.save(state(1))
     tensors = optimizer_tensors(engine)[kind]
     name = next(iter(tensors))
-    shard = helpers.optimizer_state._optimizer_shards(engine)[engine.modules[0].get_parameter(name)]
+    shard = optimizer_state._optimizer_shards(engine)[engine.modules[0].get_parameter(name)]
     (shard.master.data if kind == "weights" else shard.inner.state[shard.master][kind])[0] = float("nan")
     with pytest.raises(
         NonFiniteState, match=f"step_00000002 is not written: {kind} of {name} is not finite.*step_00000001"

@@ -12,6 +12,11 @@ OWN = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.s
 # Where something foreign is changed, or called although its name is private, and why it is not in one of the modules
 # that are there for it.
 PLACES = ("parallel/megatron_compat.py", "parallel/torch_private.py", "conf/hydra_private.py")
+META_STEP = (
+    *("layers", "torch", "torch.Tensor", "torch.utils._python_dispatch"),
+    *("torch.utils._python_dispatch._disable_current_modes", "torch.ops.aten._scaled_dot_product_flash_attention"),
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+)
 ALLOWED = {
     ("training/builder.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting",
     ("parallel/engine.py", "torch._foreach_mul_"): "documented, in spite of its name",
@@ -28,6 +33,14 @@ ALLOWED = {
     ("benchmarks/measurement.py", "torch.utils._python_dispatch.TorchDispatchMode"): "counts bytes; no part of a run",
     ("benchmarks/measurement.py", "torch.utils._pytree.tree_leaves"): "counts bytes; no part of a run",
     ("benchmarks/train_step.py", "MixtralForCausalLM._from_config"): "another project's, which is timed",
+    **{
+        ("training/live_storages.py", name): "counts bytes; no part of a run"
+        for name in ("torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves")
+    },
+    **{
+        ("training/meta_step.py", name): "a step on meta tensors, which have no device; undone after it"
+        for name in META_STEP
+    },
 }
 
 
