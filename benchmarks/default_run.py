@@ -36,7 +36,7 @@ VARIANTS = {
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The figures by which runs are compared, from the rows of a metrics.jsonl."""
     steps = [row for row in rows if "loss" in row]
-    late = [row for row in steps if row["step"] > SETTLED and "dropped_fraction" in row]
+    late = [row for row in steps if row["step"] > SETTLED and row["dropped_fraction"] is not None]
     loads = [row["load_max_over_mean"] for row in late]
     return {
         "bits/byte": [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row][-1],
@@ -44,7 +44,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
         "max. dropped": max((row["dropped_fraction"] for row in late), default=0.0),
         "max. load": max(loads, default=0.0),
         "steps above 2": sum(load > 2 for load in loads),
-        "max. dead": max((row["dead_experts"] for row in steps if "dead_experts" in row), default=0),
+        "max. dead": max(row["dead_experts"] or 0 for row in steps),
     }
 
 
