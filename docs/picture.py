@@ -27,7 +27,7 @@ def main(run_dir: Path, picture: Path) -> None:
     right.plot(at, [line["load_max_over_mean"] for line in steps], color="#bc6c25", label="busiest expert / mean")
     right.set(xlabel="step", title="balance of the worst sparse layer", ylim=(0, None))
     share = right.twinx()
-    share.plot(at, [100 * line["dropped_fraction"] for line in steps], color="#606c38", label="dropped choices, %")
+    share.plot(at, [100 * line["dropped_fraction"] for line in steps], color="#606c38", label="dropped assignments, %")
     share.set(ylim=(0, 100))
     handles = [*right.get_legend_handles_labels()[0], *share.get_legend_handles_labels()[0]]
     right.legend(handles, [h.get_label() for h in handles], frameon=False)
