@@ -98,5 +98,5 @@ def test_commands_in_the_documentation_name_settings_that_exist(document: str) -
 
 
 def test_overrides_are_found_in_the_documentation() -> None:
-    assert ("launch/train.sh", "train.steps=400") in typed("README.md")
+    assert ("launch/train.sh", "train.steps=200") in typed("README.md")
     assert ("launch.check", "parallel.ep=8") in typed("docs/guides/layouts.md")
