@@ -117,22 +117,25 @@ class Attention(CoreAttention):
         elif model.qk_norm is not None:
             how = model, config.params_dtype, groups, ops.rms_norm
             self.q_layernorm, self.k_layernorm = (qk_layernorm(w, *how) for w in (model.query_width, model.key_width))
-        queries = self.heads // self.groups * self.width
-        heads = Matrices((queries, self.width, self.width), are_heads=True)
-        std = (model.init_scale / model.hidden_size) ** 0.5
-        set_sharding(self.qkv.weight, (0, groups.tp), std=std, matrices=heads)
-        if model.attention_bias:
-            set_sharding(self.qkv.bias, (0, groups.tp), std=0.0)
-        std = (model.init_scale / model.query_width) ** 0.5
-        set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
-        if model.attention_output_bias:
-            set_sharding(self.out.bias, replicas=(groups.tp,), std=0.0)
-            # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-            self.out.bias.sequence_parallel = config.sequence_parallel
+        self._set_shardings(model, sequence_parallel=config.sequence_parallel)
         self.sinks: nn.Parameter | None = None
         if model.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=config.params_dtype))
             set_sharding(self.sinks, (0, groups.tp), std=0.0)
+
+    def _set_shardings(self, model: ModelConfig, *, sequence_parallel: bool) -> None:
+        queries = self.heads // self.groups * self.width
+        heads = Matrices((queries, self.width, self.width), are_heads=True)
+        std = (model.init_scale / model.hidden_size) ** 0.5
+        set_sharding(self.qkv.weight, (0, self.tp), std=std, matrices=heads)
+        if model.attention_bias:
+            set_sharding(self.qkv.bias, (0, self.tp), std=0.0)
+        std = (model.init_scale / model.query_width) ** 0.5
+        set_sharding(self.out.weight, (1, self.tp), std=std, matrices=Matrices())
+        if model.attention_output_bias:
+            set_sharding(self.out.bias, replicas=(self.tp,), std=0.0)
+            # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+            self.out.bias.sequence_parallel = sequence_parallel
 
     def forward(
         self,

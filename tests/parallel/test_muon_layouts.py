@@ -61,11 +61,11 @@ def alone(ranks: RankPool) -> dict[str, tuple[Any, Any]]:
 def test_every_layout_has_the_same_weights_and_momenta(ranks: RankPool, alone: dict[str, Any], name: str) -> None:
     size, degrees = LAYOUTS[name]
     for kind, variant in (("swiglu", TINY), ("latent", LATENT)):
-        told, wanted = alone[kind]
+        reported, wanted = alone[kind]
         # Rounds of a few matrices, and of one.
         every = ranks.run(size, trained, ParallelConfig(**degrees), variant, MUON, 4096, timeout=120)
         again, got = every[0]
-        np.testing.assert_allclose(again, told, rtol=1e-5)
+        np.testing.assert_allclose(again, reported, rtol=1e-5)
         assert set(got) == {"weights", "momentum_buffer", "exp_avg", "exp_avg_sq"}
         for tensors in wanted:
             assert got[tensors].keys() == wanted[tensors].keys()
@@ -75,10 +75,10 @@ def test_every_layout_has_the_same_weights_and_momenta(ranks: RankPool, alone: d
 
 def test_momenta_in_bf16_are_the_same_under_another_layout(ranks: RankPool, alone: dict[str, Any]) -> None:
     """A few are rounded to the other neighbour, as sums of gradients differ in their last bits."""
-    told, wanted = alone["bf16 moments"]
+    reported, wanted = alone["bf16 moments"]
     layout = ParallelConfig(tp=2, ep=2)
     again, got = ranks.run(2, trained, layout, TINY, replace(MUON, state_dtype="bf16"), timeout=60)[0]
-    np.testing.assert_allclose(again, told, rtol=1e-4)
+    np.testing.assert_allclose(again, reported, rtol=1e-4)
     pairs = [(got["momentum_buffer"][key], whole) for key, whole in wanted["momentum_buffer"].items()]
     different = torch.cat([(mine != whole).flatten() for mine, whole in pairs])
     assert different.float().mean() < 0.01
@@ -89,9 +89,9 @@ def test_momenta_in_bf16_are_the_same_under_another_layout(ranks: RankPool, alon
 
 def test_offload_changes_no_bit(ranks: RankPool) -> None:
     plain = replace(MUON, clip_grad=0.5, state_dtype="bf16", grad_dtype="bf16")
-    told, wanted = ranks.run(2, trained, ParallelConfig(ep=2), BF16, plain, timeout=60)[0]
+    reported, wanted = ranks.run(2, trained, ParallelConfig(ep=2), BF16, plain, timeout=60)[0]
     again, got = ranks.run(2, trained, ParallelConfig(ep=2), BF16, replace(plain, cpu_offload=True), timeout=60)[0]
-    assert again == told and min(norm for _, norm in told) > 0.5
+    assert again == reported and min(norm for _, norm in reported) > 0.5
     assert_same_bits(got, wanted)
 
 
@@ -102,7 +102,7 @@ def saved(world: World, parallel: ParallelConfig, root: Path, variant: Variant, 
         train(engine, range(3))
         Checkpointer(root, engine, keep=2).save(state(3, world.size))
         kept = optimizer_tensors(engine)
-        return {"kept": kept, "told": train(engine, range(3, 5)), "end": optimizer_tensors(engine)}
+        return {"kept": kept, "reported": train(engine, range(3, 5)), "end": optimizer_tensors(engine)}
 
 
 def resumed(world: World, parallel: ParallelConfig, root: Path, variant: Variant, optim: OptimConfig) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def resumed(world: World, parallel: ParallelConfig, root: Path, variant: Variant
         engine = build_engine(runtime, variant, optim)
         Checkpointer(root, engine, keep=2).resume(pytest.fail)
         kept = optimizer_tensors(engine)
-        return {"kept": kept, "told": train(engine, range(3, 5)), "end": optimizer_tensors(engine)}
+        return {"kept": kept, "reported": train(engine, range(3, 5)), "end": optimizer_tensors(engine)}
 
 
 @pytest.mark.parametrize(("variant", "optim"), [(TINY, MUON), (BF16, SMALL)], ids=["fp32", "bf16"])
@@ -120,14 +120,14 @@ def test_a_resumed_run_has_the_same_bits_and_opens_under_other_layouts(
     size, degrees = LAYOUTS["tp2 ep2 +sequence"]
     before = ranks.run(size, saved, ParallelConfig(**degrees), tmp_path, variant, optim, timeout=120)[0]
     after = ranks.run(size, resumed, ParallelConfig(**degrees), tmp_path, variant, optim, timeout=120)[0]
-    assert after["told"] == before["told"]
+    assert after["reported"] == before["reported"]
     for when in ("kept", "end"):
         assert_same_bits(after[when], before[when])
     for size, degrees in ((1, {}), LAYOUTS["pp2 vpp2 dp2"]):
         other = ranks.run(size, resumed, ParallelConfig(**degrees), tmp_path, variant, optim, timeout=120)[0]
         assert_same_bits(other["kept"], before["kept"])
         # bf16 rounds differently under another layout, and a few tokens then choose another expert.
-        np.testing.assert_allclose(other["told"], before["told"], rtol=1e-5 if variant is TINY else 2e-2)
+        np.testing.assert_allclose(other["reported"], before["reported"], rtol=1e-5 if variant is TINY else 2e-2)
 
 
 def test_a_checkpoint_has_one_tensor_of_a_matrix_and_no_other_optimizer_takes_it(runtime: Any, tmp_path: Path) -> None:
@@ -159,24 +159,24 @@ def owners(world: World, parallel: ParallelConfig) -> dict[str, Any]:
         dense = [p for p in named if getattr(p, "allreduce", True)]
         shards = {p: (shard.start, shard.end) for p, shard in _optimizer_shards(engine).items()}
         units = units_of(dense, shards, runtime.groups.dp_cp, runtime.groups.tp)
-        told = [(named[unit.parameter], unit.owner, unit.ranges) for unit in units]
+        reported = [(named[unit.parameter], unit.owner, unit.ranges) for unit in units]
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, told)
-        assert everyone == [told] * world.size
+        dist.all_gather_object(everyone, reported)
+        assert everyone == [reported] * world.size
         whole_matrices.ROUND = 3 * 44 * 32
         rounds = rounds_of(units, runtime.groups.tp.size())
         assert sorted(map(id, units)) == sorted(id(unit) for round_ in rounds for unit in round_)
         most = max(
             sum(unit.owner == owner for unit in round_) for round_ in rounds for owner in {u.owner for u in units}
         )
-        return {"told": told, "most": most}
+        return {"reported": reported, "most": most}
 
 
 def test_the_rank_that_holds_most_of_a_matrix_computes_it(ranks: RankPool) -> None:
     got = ranks.run(4, owners, ParallelConfig(tp=2), timeout=60)[0]
-    for _, (data, _), ranges in got["told"]:
+    for _, (data, _), ranges in got["reported"]:
         sizes = {rank: end - start for rank, (start, end) in ranges.items()}
         assert sizes[data] == max(sizes.values())
-    assert {owner for _, owner, _ in got["told"]} == {(d, t) for d in range(2) for t in range(2)}
-    assert any(len(ranges) == 2 for _, _, ranges in got["told"])  # one lies on both data-parallel ranks
+    assert {owner for _, owner, _ in got["reported"]} == {(d, t) for d in range(2) for t in range(2)}
+    assert any(len(ranges) == 2 for _, _, ranges in got["reported"])  # one lies on both data-parallel ranks
     assert 1 < got["most"] <= 5  # of 32 x 32 to 44 x 32 elements
