@@ -55,7 +55,8 @@ def stage_times(
 
     Args:
         imbalance: its experts' rows relative to the mean.
-        fused: with kernels for rotary embeddings and activations, as TransformerEngine's.
+        fused: with kernels for rotary embeddings and activations, and products that add to the gradient buffer, as
+            TransformerEngine's.
     """
     stage_work = _Stage(config, layout, stage, rates, links, imbalance, fused)
     return stage_work.times()
@@ -147,9 +148,9 @@ class _Stage:
         q, k = model.query_width / tp, model.key_width / tp
         gates = input_projections(model.activation)
         # Two norms (each read and written), two residuals (two read, one written); projections are split and laid out
-        # for attention; the rotation is computed in fp32.
-        rotary = ROTARY_FUSED if self.fused else ROTARY
-        block = 10 * outside + 2 * (q + 2 * k) + rotary * (q + k) + (2 * (q + k) if model.qk_norm else 0)
+        # for attention, in latent attention with values padded to the width of keys, unless kernels take other values.
+        value = model.output_width / tp if self.fused and model.kv_lora_rank is not None else k
+        block = 10 * outside + 2 * (q + k + value) + self._rotated(q, k) + (2 * (q + k) if model.qk_norm else 0)
         if model.attention_output_gate is not None:  # the sigmoid, and its product with what is attended to
             block += (3 * model.gate_width + 2 * model.query_width) / tp
         hidden = self.tokens * (self.dense * model.ffn_hidden_size + self.sparse * model.shared_width) / tp
@@ -162,6 +163,15 @@ class _Stage:
         forward, backward = gated if gates == 2 else (2, 3)
         self.forward["passes over memory"] += self._pass(values + forward * hidden)
         self.backward["passes over memory"] += self._pass(2 * values + backward * hidden)
+
+    def _rotated(self, query: float, key: float) -> float:
+        """Values of a token that rotary embeddings read and write, of queries and keys of these widths: of the rotated
+        dimensions, in fp32 without a kernel. In latent attention all heads share the rotated dimensions of a key."""
+        rotary = ROTARY_FUSED if self.fused else ROTARY
+        share = self.model.rotary_width / self.model.head_width
+        if self.model.kv_lora_rank is not None:
+            key = self.model.head_width
+        return rotary * share * (query + key)
 
     def _collectives(self) -> None:
         model, layout, links = self.model, self.layout, self.links
@@ -213,8 +223,10 @@ class _Stage:
         self.backward["recompute"] += again.total()
 
     def _accumulate(self) -> None:
-        """A weight gradient is read, and added to the gradient buffer."""
+        """A weight gradient is read, and added to the gradient buffer; fused, the product adds it itself."""
         spread, experts = stage_parameters(self.model, self.layout, self.stage)
         kept = 2 if self.config.optim.grad_dtype == "bf16" else 4
-        moved = (spread + experts) * (2 + 2 * kept) + 4 * experts  # grouped_mm's gradient is laid out anew
+        moved = (spread + experts) * 2 * kept
+        if not self.fused:
+            moved += 2 * (spread + experts) + 4 * experts  # grouped_mm's gradient is laid out anew
         self.backward["gradient accumulation"] += moved / (self.rates.memory * 0.65)
