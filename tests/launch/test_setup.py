@@ -178,7 +178,7 @@ OVERRIDES = ["run.name=a b", "data.files=['x y.txt',\"z\"]", "", "optim={lr: 1}"
 
 @pytest.mark.parametrize(("script", "module"), [("train.sh", "launch.train"), ("test.sh", "pytest")])
 def test_first_command_sets_up_and_passes_arguments_untouched(clone, tmp_path, script, module):
-    process = clone.start(script, *OVERRIDES, cwd=tmp_path)
+    process = clone.start(script, *OVERRIDES, cwd=tmp_path, TEST_PROCESSES="1")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     lines = out.splitlines()
@@ -188,6 +188,22 @@ def test_first_command_sets_up_and_passes_arguments_untouched(clone, tmp_path, s
     other = {"train.sh": "test.sh", "test.sh": "train.sh"}[script]
     assert clone.run(other).returncode == 0
     assert clone.calls("-m pip") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "distributed"),
+    [
+        (["tests/moe", "-k", "a b"], "3", ["-n", "3", "--dist", "loadgroup"]),
+        (["tests/moe"], "1", []),
+        (["-n", "2"], "3", []),
+        (["--pdb"], "3", []),
+        (["tests/moe/test_router.py::test_it"], "3", []),
+    ],
+)
+def test_tests_run_in_several_processes(clone, arguments, processes, distributed):
+    clone.run("setup.sh")
+    lines = clone.run("test.sh", *arguments, TEST_PROCESSES=processes).stdout.splitlines()
+    assert lines[1:] == [f"<{argument}>" for argument in [*distributed, *arguments]]
 
 
 def test_slurm_job_without_venv_is_told_to_set_up(clone):
