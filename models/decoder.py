@@ -3,10 +3,10 @@
 Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this rank's slice).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,9 @@ from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext
+from parallel.linear import INIT_LATER
 from parallel.process_groups import Runtime
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Block(nn.Module):
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
         run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, batch_ctx)
-        if report is not None:
+        if report is not None and isinstance(self.ffn, MoELayer):
             self.ffn.record(report, batch_ctx)
         return x_SBD
 
@@ -141,16 +142,18 @@ class ModelChunk(MegatronModule):
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
         std = (model.init_scale / model.hidden_size) ** 0.5
-        self.embedding: nn.Module | None = None
+        self.embedding: tp.VocabParallelEmbedding | None = None
         self.mtp_statistics: MTPStatistics | None = None
         if self.pre_process or (self.post_process and model.mtp_num_layers):
             self._build_embedding(context, std)
-        self.layers = nn.ModuleDict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
+        layers = {str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)}
+        self.layers = cast("Mapping[str, Block]", nn.ModuleDict(layers))
         if self.post_process:
             self.final_norm = context.norm()
             self._build_head(context, std)
             further = (MTPLayer(context, Block(context, i)) for i in model.mtp_layers)
-            self.mtp = nn.ModuleDict({str(k): layer for k, layer in enumerate(further)})
+            mtp = nn.ModuleDict({str(k): layer for k, layer in enumerate(further)})
+            self.mtp = cast("Mapping[str, MTPLayer]", mtp)
             self.mtp_statistics = MTPStatistics(model.mtp_num_layers) if model.mtp_num_layers else None
         self.to(context.runtime.device)
         initialise(self, context.seed)
@@ -160,36 +163,37 @@ class ModelChunk(MegatronModule):
         self.embedding = tp.VocabParallelEmbedding(
             model.vocab_size,
             model.hidden_size,
-            init_method=None,
+            init_method=INIT_LATER,
             config=context.config,
             reduce_scatter_embeddings=context.config.sequence_parallel,
             tp_group=groups.tp,
         )
         self._set_table_sharding(self.embedding.weight, std, copy=not self.pre_process)
 
-    def _set_table_sharding(self, weight_VD: nn.Parameter, std: float, *, copy: bool) -> None:
+    def _set_table_sharding(self, weight_VD: nn.Parameter | None, std: float, *, copy: bool) -> None:
         """Of the embedding, or of its copy on the last stage."""
-        set_sharding(weight_VD, (0, self.groups.tp), std=std, alias="embedding.weight" if copy else None)
+        alias = "embedding.weight" if copy else None
+        table_VD = set_sharding(weight_VD, (0, self.groups.tp), std=std, alias=alias)
         # Gives it a bucket of its own, sharded over data-parallel ranks as on the other stage that holds it.
         # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
-        weight_VD.shared, weight_VD.shared_embedding = copy, self.share_embeddings_and_output_weights
+        mark(table_VD, shared=copy, shared_embedding=self.share_embeddings_and_output_weights)
 
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
-        tied_here = model.tie_embeddings and self.embedding is not None
+        tied_to = self.embedding if model.tie_embeddings else None
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
             config=context.config,
-            init_method=None,
+            init_method=INIT_LATER,
             bias=model.head_bias,
             gather_output=False,
-            skip_weight_param_allocation=tied_here,
+            skip_weight_param_allocation=tied_to is not None,
             tp_group=groups.tp,
         )
-        if tied_here:
+        if tied_to is not None:
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
-            self.head.weight = self.embedding.weight
+            self.head.weight = tied_to.weight
         elif model.tie_embeddings:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
@@ -221,7 +225,7 @@ class ModelChunk(MegatronModule):
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
             (fp32), or without labels the logits [B, S, V].
         """
-        x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
+        x_SBD = self._embed(tokens_BS) if self.pre_process else cast("Tensor", self.input_tensor)
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
         temperature = query_temperature(self._mine(positions_BS).t(), self.model)
         further = self.post_process and batch_ctx.mode == TRAIN and labels_BS is not None
