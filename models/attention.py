@@ -18,9 +18,9 @@ from ops.attention_pieces import Piece
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
-from parallel.linear import linear_options
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 
 class CoreAttention(nn.Module):

@@ -3,7 +3,7 @@
 Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this rank's slice).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -20,6 +20,7 @@ from conf.schema import ModelConfig
 from models.attention import Attention, query_temperature
 from models.init import initialise
 from models.mla import LatentAttention
+from models.module_dict import module_dict
 from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
 from models.rope import Rotary
@@ -34,9 +35,9 @@ from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext
-from parallel.linear import INIT_LATER
 from parallel.process_groups import Runtime
 from parallel.sharding import mark, set_sharding
+from parallel.tensor_parallel import INIT_LATER
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class ModelChunk(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings or model.mtp_num_layers > 0
         """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
-        self.input_tensor: Tensor | None = None
+        self.input_tensor = cast("Tensor", None)
+        """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
         self.token_losses = context.ops.token_losses
 
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
@@ -146,14 +148,12 @@ class ModelChunk(MegatronModule):
         self.mtp_statistics: MTPStatistics | None = None
         if self.pre_process or (self.post_process and model.mtp_num_layers):
             self._build_embedding(context, std)
-        layers = {str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)}
-        self.layers = cast("Mapping[str, Block]", nn.ModuleDict(layers))
+        self.layers = module_dict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:
             self.final_norm = context.norm()
             self._build_head(context, std)
             further = (MTPLayer(context, Block(context, i)) for i in model.mtp_layers)
-            mtp = nn.ModuleDict({str(k): layer for k, layer in enumerate(further)})
-            self.mtp = cast("Mapping[str, MTPLayer]", mtp)
+            self.mtp = module_dict({str(k): layer for k, layer in enumerate(further)})
             self.mtp_statistics = MTPStatistics(model.mtp_num_layers) if model.mtp_num_layers else None
         self.to(context.runtime.device)
         initialise(self, context.seed)
@@ -180,7 +180,7 @@ class ModelChunk(MegatronModule):
 
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
-        tied_to = self.embedding if model.tie_embeddings else None
+        tied_here = model.tie_embeddings and self.embedding is not None
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
@@ -188,12 +188,13 @@ class ModelChunk(MegatronModule):
             init_method=INIT_LATER,
             bias=model.head_bias,
             gather_output=False,
-            skip_weight_param_allocation=tied_to is not None,
+            skip_weight_param_allocation=tied_here,
             tp_group=groups.tp,
         )
-        if tied_to is not None:
+        if tied_here:
+            assert self.embedding is not None
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
-            self.head.weight = tied_to.weight
+            self.head.weight = self.embedding.weight
         elif model.tie_embeddings:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
@@ -208,7 +209,8 @@ class ModelChunk(MegatronModule):
         return self.head.weight if self.post_process else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.input_tensor = cast("Tensor", received)  # None on the first stage, which does not read it
 
     def forward(
         self,
@@ -225,7 +227,7 @@ class ModelChunk(MegatronModule):
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
             (fp32), or without labels the logits [B, S, V].
         """
-        x_SBD = self._embed(tokens_BS) if self.pre_process else cast("Tensor", self.input_tensor)
+        x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
         temperature = query_temperature(self._mine(positions_BS).t(), self.model)
         further = self.post_process and batch_ctx.mode == TRAIN and labels_BS is not None

@@ -17,9 +17,9 @@ from models.rope import Rotary, softmax_scale
 from ops.attention_pieces import Piece
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.collectives import GatherSequence
-from parallel.linear import linear_options
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 EPS = 1e-6
 """Of the norms of compressed vectors: in Transformers it does not follow rms_norm_eps."""

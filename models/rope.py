@@ -50,11 +50,12 @@ class Rotary(nn.Module):
         Args:
             length: of the whole sequence, of which LongRoPE's frequencies depend.
         """
-        cos, sin = self.cos, self.sin
+        tables = (self.cos, self.sin)
         if self.short_length is not None and length > self.short_length:
-            cos, sin = self.long_cos, self.long_sin
+            tables = (self.long_cos, self.long_sin)
         # What an index gives lies in memory as the index does, which may be a batch turned round.
-        return cos[positions_SB].unsqueeze(2).contiguous(), sin[positions_SB].unsqueeze(2).contiguous()
+        cos, sin = (table[positions_SB].unsqueeze(2).contiguous() for table in tables)
+        return cos, sin
 
     @staticmethod
     def rotate(

@@ -11,9 +11,9 @@ from conf.extensions import input_projections
 from conf.schema import ModelConfig
 from ops.activations import activate
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
-from parallel.linear import linear_options
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 
 class MLP(nn.Module):

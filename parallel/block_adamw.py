@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from conf.schema import OptimConfig
 from parallel.block_update import Block, UpdateBlock, in_torch, random_bits, round_to_bf16, rounding_seed
 from parallel.chunked_ops import rows_at_once
-from parallel.megatron_compat import gradient_of, optimizer_range, parameters_in_norm, replace_inner_optimizer
+from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
 from parallel.optimizers import OPTIMIZERS
 from parallel.process_groups import Groups
 from parallel.sharding import logical_name, sharding_of
@@ -297,6 +297,11 @@ def _matrix_step(
             family.step(momentum, apply)
 
     return step
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """What the gradients of a step are added up in: a view of a bucket of Megatron-Core's."""
+    return parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gradients_for_norm(part: Any) -> list[Tensor]:

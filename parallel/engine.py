@@ -23,7 +23,7 @@ from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
-from parallel.megatron_compat import cuda_type_names, gradient_of, parameters_in_norm, set_optimizer_class
+from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
 from parallel.process_groups import Runtime
 
 Batch = dict[str, Tensor]
@@ -308,5 +308,5 @@ class Engine:
     def nonfinite_gradients(self, limit: int = 3) -> list[str]:
         """Names of at most `limit` parameters whose gradient on this rank is not finite."""
         named = ((n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad)
-        bad = (name for name, p in named if not torch.isfinite(gradient_of(p)).all())
+        bad = (name for name, p in named if not torch.isfinite(block_adamw.gradient_of(p)).all())
         return [name for name, _ in zip(bad, range(limit), strict=False)]

@@ -295,11 +295,6 @@ def is_since(major: int, minor: int) -> bool:
     return tuple(int(n) for n in megatron.core.__version__.split(".")[:2]) >= (major, minor)
 
 
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """What the gradients of a step are added up in: a view of a bucket."""
-    return parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def parameters_in_norm(optimizer: Any) -> list[nn.Parameter]:
     """The shards of a distributed optimizer that count in the gradient norm on this rank: replicated parameters count
     on one rank. Megatron-Core's own function has another name in 0.19 and reads only each shard's `grad`."""
