@@ -19,7 +19,8 @@ from ops.implementations import DEFAULT_OPS, Ops
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import Matrices, set_sharding
+from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 
 class CoreAttention(nn.Module):
@@ -69,6 +70,8 @@ class CoreAttention(nn.Module):
 class Attention(CoreAttention):
     """Grouped-query attention: projects, rotates and attends. Heads are sharded over tensor-parallel ranks."""
 
+    ones_N: Tensor
+
     def __init__(
         self,
         model: ModelConfig,
@@ -90,7 +93,7 @@ class Attention(CoreAttention):
         multiplier = model.attention_multiplier
         self.scale = 1.0 if multiplier is None else multiplier * model.head_width**0.5
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
-        linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True}
+        linear = linear_options(config, groups.tp)
         # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
         # tensor-parallel slice is whole groups.
         self.qkv = tp.ColumnParallelLinear(
@@ -135,7 +138,7 @@ class Attention(CoreAttention):
         if model.attention_output_bias:
             set_sharding(self.out.bias, replicas=(self.tp,), std=0.0)
             # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-            self.out.bias.sequence_parallel = sequence_parallel
+            mark(self.out.bias, sequence_parallel=sequence_parallel)
 
     def forward(
         self,

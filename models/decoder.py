@@ -6,7 +6,7 @@ Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this ra
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from conf.schema import ModelConfig
 from models.attention import Attention, query_temperature
 from models.init import initialise
 from models.mla import LatentAttention
+from models.module_dict import module_dict
 from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
 from models.rope import Rotary
@@ -35,7 +36,8 @@ from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext
 from parallel.process_groups import Runtime
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
+from parallel.tensor_parallel import INIT_LATER
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Block(nn.Module):
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
         run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
         x_SBD, report = run(x_SBD, attend, batch_ctx)
-        if report is not None:
+        if report is not None and isinstance(self.ffn, MoELayer):
             self.ffn.record(report, batch_ctx)
         return x_SBD
 
@@ -135,22 +137,23 @@ class ModelChunk(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings or model.mtp_num_layers > 0
         """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
-        self.input_tensor: Tensor | None = None
+        self.input_tensor = cast("Tensor", None)
+        """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
         self.token_losses = context.ops.token_losses
 
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
         std = (model.init_scale / model.hidden_size) ** 0.5
-        self.embedding: nn.Module | None = None
+        self.embedding: tp.VocabParallelEmbedding | None = None
         self.mtp_statistics: MTPStatistics | None = None
         if self.pre_process or (self.post_process and model.mtp_num_layers):
             self._build_embedding(context, std)
-        self.layers = nn.ModuleDict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
+        self.layers = module_dict({str(i): Block(context, i) for i in layout.chunk_layers(index, model.num_layers)})
         if self.post_process:
             self.final_norm = context.norm()
             self._build_head(context, std)
             further = (MTPLayer(context, Block(context, i)) for i in model.mtp_layers)
-            self.mtp = nn.ModuleDict({str(k): layer for k, layer in enumerate(further)})
+            self.mtp = module_dict({str(k): layer for k, layer in enumerate(further)})
             self.mtp_statistics = MTPStatistics(model.mtp_num_layers) if model.mtp_num_layers else None
         self.to(context.runtime.device)
         initialise(self, context.seed)
@@ -160,19 +163,20 @@ class ModelChunk(MegatronModule):
         self.embedding = tp.VocabParallelEmbedding(
             model.vocab_size,
             model.hidden_size,
-            init_method=None,
+            init_method=INIT_LATER,
             config=context.config,
             reduce_scatter_embeddings=context.config.sequence_parallel,
             tp_group=groups.tp,
         )
         self._set_table_sharding(self.embedding.weight, std, copy=not self.pre_process)
 
-    def _set_table_sharding(self, weight_VD: nn.Parameter, std: float, *, copy: bool) -> None:
+    def _set_table_sharding(self, weight_VD: nn.Parameter | None, std: float, *, copy: bool) -> None:
         """Of the embedding, or of its copy on the last stage."""
-        set_sharding(weight_VD, (0, self.groups.tp), std=std, alias="embedding.weight" if copy else None)
+        alias = "embedding.weight" if copy else None
+        table_VD = set_sharding(weight_VD, (0, self.groups.tp), std=std, alias=alias)
         # Gives it a bucket of its own, sharded over data-parallel ranks as on the other stage that holds it.
         # Megatron-Core sums the gradients of the two copies, and counts only one in the gradient norm.
-        weight_VD.shared, weight_VD.shared_embedding = copy, self.share_embeddings_and_output_weights
+        mark(table_VD, shared=copy, shared_embedding=self.share_embeddings_and_output_weights)
 
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
@@ -181,13 +185,14 @@ class ModelChunk(MegatronModule):
             model.hidden_size,
             model.vocab_size,
             config=context.config,
-            init_method=None,
+            init_method=INIT_LATER,
             bias=model.head_bias,
             gather_output=False,
             skip_weight_param_allocation=tied_here,
             tp_group=groups.tp,
         )
         if tied_here:
+            assert self.embedding is not None
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
             self.head.weight = self.embedding.weight
         elif model.tie_embeddings:
@@ -204,7 +209,8 @@ class ModelChunk(MegatronModule):
         return self.head.weight if self.post_process else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.input_tensor = cast("Tensor", received)  # None on the first stage, which does not read it
 
     def forward(
         self,

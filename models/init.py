@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from parallel.sharding import Sharding, logical_name
+from parallel.sharding import Sharding, logical_name, sharding_of
+
+Part = tuple[torch.Tensor, Sharding, tuple[int, ...], float, int, tuple[object, ...]]
+"""The arguments of `_write`."""
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
@@ -30,21 +33,23 @@ def draw(shape: tuple[int, ...], std: float, source: torch.Generator) -> torch.T
     return x.erfinv_().mul_(std * math.sqrt(2)).clamp_(-BOUND * std, BOUND * std)
 
 
-def _write(part: torch.Tensor, within: Sharding, shape: tuple[int, ...], std: float, key: tuple[object, ...]) -> None:
+def _write(
+    part: torch.Tensor, within: Sharding, shape: tuple[int, ...], std: float, seed: int, key: tuple[object, ...]
+) -> None:
     with torch.no_grad():  # it is a thread's own setting
-        part.copy_(within.shard(draw(shape, std, generator(*key))))
+        part.copy_(within.shard(draw(shape, std, generator(seed, *key))))
 
 
-def _parts(name: str, parameter: nn.Parameter, sharding: Sharding, seed: int) -> Iterator[tuple]:
+def _parts(name: str, parameter: nn.Parameter, sharding: Sharding, std: float, seed: int) -> Iterator[Part]:
     """The arguments of `_write` for every piece of a parameter that has a generator of its own."""
     shape = sharding.logical_shape(parameter.shape)
     if not sharding.per_expert:
-        yield parameter, sharding, shape, sharding.std, (seed, name)
+        yield parameter, sharding, shape, std, seed, (name,)
         return
     first = sharding.shard_index_and_count(0)[0] * len(parameter)
     within = Sharding(tuple((axis - 1, group) for axis, group in sharding.sharded_dims if axis > 0))
     for index in range(len(parameter)):
-        yield parameter[index], within, shape[1:], sharding.std, (seed, name, first + index)
+        yield parameter[index], within, shape[1:], std, seed, (name, first + index)
 
 
 @torch.no_grad()
@@ -54,13 +59,13 @@ def initialise(module: nn.Module, seed: int) -> None:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         written = []
         for name, parameter in module.named_parameters():
-            sharding = parameter.sharding
+            sharding = sharding_of(parameter)
             if parameter.is_meta:  # of a planned rank, which has shapes alone
                 continue
             if not sharding.std:
                 parameter.fill_(1.0 if sharding.std is None else 0.0)
                 continue
-            for part in _parts(logical_name(name, parameter), parameter, sharding, seed):
+            for part in _parts(logical_name(name, parameter), parameter, sharding, sharding.std, seed):
                 written.append(pool.submit(_write, *part))
         for one in written:
             one.result()

@@ -93,12 +93,11 @@ def find(
     gates = input_projections(model.activation)
     found, missing, misshapen = dict[str, Stored](), [], []
     for name, shape in shapes.items():
-        for place in _places(name, shape, gates):
-            if place.tensor in stored:
-                break
-        else:
+        places = [*_places(name, shape, gates)]
+        place = next((place for place in places if place.tensor in stored), None)
+        if place is None:
             if not name.endswith((".last_load", ".router.bias")):
-                missing.append(place.tensor)
+                missing.append(places[-1].tensor)
             continue
         wanted = (model.num_layers, *place.shape) if place.layer else place.shape
         is_shape = stored[place.tensor][1]

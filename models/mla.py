@@ -18,7 +18,8 @@ from ops.attention_pieces import Piece
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import Matrices, set_sharding
+from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 EPS = 1e-6
 """Of the norms of compressed vectors: in Transformers it does not follow rms_norm_eps."""
@@ -45,17 +46,17 @@ class LatentAttention(CoreAttention):
         self.nope, self.rope, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
         self.rank, self.scale = model.kv_lora_rank, softmax_scale(model.rope_scaling)
         self.sequence_parallel = config.sequence_parallel
-        linear = {"config": config, "init_method": None, "tp_group": groups.tp, "skip_bias_add": True, "bias": False}
+        linear = linear_options(config, groups.tp)
 
         def column(inner: int, outer: int) -> nn.Module:
-            layer = tp.ColumnParallelLinear(inner, outer, gather_output=False, **linear)
+            layer = tp.ColumnParallelLinear(inner, outer, gather_output=False, bias=False, **linear)
             std = (model.init_scale / inner) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
 
         def norm(width: int) -> RMSNorm:
-            how = {"dtype": config.params_dtype, "sequence_parallel": config.sequence_parallel, "groups": groups}
-            return RMSNorm(width, EPS, function=ops.rms_norm, **how)
+            dtype, split = config.params_dtype, config.sequence_parallel
+            return RMSNorm(width, EPS, function=ops.rms_norm, dtype=dtype, sequence_parallel=split, groups=groups)
 
         queries = column(model.q_lora_rank or model.hidden_size, model.query_width)
         if model.q_lora_rank is None:
@@ -66,7 +67,9 @@ class LatentAttention(CoreAttention):
         self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
         self.kv_norm = norm(self.rank)
         self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
-        self.out = tp.RowParallelLinear(model.output_width, model.hidden_size, input_is_parallel=True, **linear)
+        self.out = tp.RowParallelLinear(
+            model.output_width, model.hidden_size, input_is_parallel=True, bias=False, **linear
+        )
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 
@@ -117,7 +120,7 @@ class ReplicatedLinear(nn.Module):
         std = (model.init_scale / inner) ** 0.5
         self.weight = set_sharding(weight, replicas=(groups.tp,), std=std, matrices=Matrices())
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return nn.functional.linear(x_SBD, self.weight)

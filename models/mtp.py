@@ -99,6 +99,8 @@ def _ahead(x_BS: Tensor, by: int, otherwise: int) -> Tensor:
 class MTPStatistics(nn.Module):
     """Running sums over this rank's tokens: of the losses of each layer in nats, and of their number."""
 
+    sums_2K: Tensor
+
     def __init__(self, layers: int):
         super().__init__()
         # float64: counts stay exact and sums of many steps keep their digits.

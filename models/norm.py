@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ops.norm import Norm
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         self.weight = set_sharding(weight_D, replicas=(groups.tp,), std=0.0 if zero_centered else None)
         # Under sequence parallelism each tensor-parallel rank sees other tokens: Megatron-Core then sums this
         # gradient over the tensor-parallel group.
-        self.weight.sequence_parallel = sequence_parallel
+        mark(self.weight, sequence_parallel=sequence_parallel)
 
     @property
     def gain(self) -> Tensor:
@@ -57,7 +57,7 @@ class LayerNorm(RMSNorm):
         super().__init__(hidden_size, eps, dtype=dtype, sequence_parallel=sequence_parallel, groups=groups, **how)
         bias_D = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
         self.bias = set_sharding(bias_D, replicas=(groups.tp,), std=0.0)
-        self.bias.sequence_parallel = sequence_parallel
+        mark(self.bias, sequence_parallel=sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.gain, self.bias, self.eps)

@@ -16,7 +16,7 @@ from models.norm import RMSNorm
 from ops.norm import Norm
 from parallel.chunked_ops import rows_at_once
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import set_sharding, sharding_of
 
 
 def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Groups, function: Norm) -> RMSNorm:
@@ -29,10 +29,17 @@ def qk_layernorm(width: int, model: ModelConfig, dtype: torch.dtype, groups: Gro
     """
     full = model.qk_norm == "full"
     size = width // groups.tp.size() if full else model.head_width
-    how = {"dtype": dtype, "sequence_parallel": False, "groups": groups, "zero_centered": model.norm_zero_centered}
-    norm = RMSNorm(size, model.norm_eps, function=function, **how)
+    norm = RMSNorm(
+        size,
+        model.norm_eps,
+        function=function,
+        dtype=dtype,
+        sequence_parallel=False,
+        groups=groups,
+        zero_centered=model.norm_zero_centered,
+    )
     if full:  # sharded as the heads are
-        set_sharding(norm.weight, (0, groups.tp), std=norm.weight.sharding.std)
+        set_sharding(norm.weight, (0, groups.tp), std=sharding_of(norm.weight).std)
     return norm
 
 
@@ -66,7 +73,9 @@ class _ShardedRMSNorms(torch.autograd.Function):
     """One message for both in each direction: a number per row and tensor, in fp32."""
 
     @staticmethod
-    def forward(ctx, q_RW: Tensor, k_RW: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, tp: Any):
+    def forward(
+        ctx: Any, q_RW: Tensor, k_RW: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, tp: Any
+    ) -> tuple[Tensor, ...]:
         ctx.tp, xs = tp, (q_RW, k_RW)
         means_2R = q_RW.new_empty((2, len(q_RW)), dtype=torch.float32)
         for x_RW, mean_R in zip(xs, means_2R, strict=True):
@@ -82,7 +91,7 @@ class _ShardedRMSNorms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         """As ops.norm._InBlocks, but for the mean of dy * weight * n, which is over all ranks' widths."""
         q_RW, k_RW, q_weight, k_weight, scales_2R = ctx.saved_tensors
         each = [*zip((q_RW, k_RW), dys, scales_2R, (q_weight.float(), k_weight.float()), strict=True)]

@@ -4,6 +4,7 @@ Legend: S sequence (this rank's slice), B batch, H heads of this rank, N width o
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ class Rotary(nn.Module):
     Args:
         width: number of dimensions of a head that are rotated.
     """
+
+    cos: Tensor
+    sin: Tensor
+    long_cos: Tensor
+    long_sin: Tensor
 
     def __init__(self, width: int, theta: float, max_positions: int, scaling: RopeScalingConfig = UNSCALED):
         super().__init__()
@@ -48,7 +54,8 @@ class Rotary(nn.Module):
         if self.short_length is not None and length > self.short_length:
             tables = (self.long_cos, self.long_sin)
         # What an index gives lies in memory as the index does, which may be a batch turned round.
-        return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in tables)
+        cos, sin = (table[positions_SB].unsqueeze(2).contiguous() for table in tables)
+        return cos, sin
 
     @staticmethod
     def rotate(
@@ -133,7 +140,14 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_SBHN: Tensor, cos: Tensor, sin: Tensor, apply: ApplyRotary, first: int, interleave: bool, scale: float
+        ctx: Any,
+        x_SBHN: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        apply: ApplyRotary,
+        first: int,
+        interleave: bool,
+        scale: float,
     ) -> Tensor:
         if scale != 1:
             cos, sin = cos * scale, sin * scale
@@ -148,7 +162,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_SBHN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_SBHN: Tensor) -> tuple[Tensor | None, ...]:
         (cos, sin), (apply, first, interleave, scale) = ctx.saved_tensors, ctx.how
         dx_SBHN = grad_SBHN.new_empty(grad_SBHN.shape)
         grad, dx = _rotated_part(grad_SBHN, dx_SBHN, first, 2 * cos.shape[-1], scale)

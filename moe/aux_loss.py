@@ -3,6 +3,8 @@
 Legend: E experts, B sequences of the micro-batch, or 1 where it is balanced as a whole.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ class AttachLoss(torch.autograd.Function):
     its parameters whatever the pipeline schedule does with the output."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.like = scale, loss.detach()
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full_like(ctx.like, ctx.scale), None

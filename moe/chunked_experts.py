@@ -5,6 +5,7 @@ else 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[slice, list[tupl
 def piece_of(weight: Tensor, experts: slice) -> Tensor:
     """These experts' part of a weight, which knows what it is a part of."""
     piece = weight.detach()[experts]
-    piece.part_of = (weight, experts)
+    piece.part_of = (weight, experts)  # pyright: ignore[reportAttributeAccessIssue]
     return piece
 
 
@@ -45,7 +46,7 @@ class InPieces(torch.autograd.Function):
     than `limit` rows of hidden width are ever there."""
 
     @staticmethod
-    def forward(ctx, run: Run, limit: int, counts: Sequence[int], x_RD: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, limit: int, counts: Sequence[int], x_RD: Tensor, *weights: Tensor) -> Tensor:
         ctx.run, ctx.limit, ctx.counts = run, limit, counts
         # The weights themselves, not what autograd would give back of them: a GEMM backend keeps things on a parameter.
         ctx.weights = weights
@@ -59,7 +60,7 @@ class InPieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         (x_RD,), weights = ctx.saved_tensors, ctx.weights
         dx_RD, *dweights = (torch.empty_like(t) for t in (x_RD, *weights))
         for experts, parts in pieces(ctx.counts, ctx.limit):

@@ -45,7 +45,7 @@ def unsupported_reason(context: RunContext) -> str | None:
 
 def _buffer(group: dist.ProcessGroup, hidden_size: int) -> Any:
     """Memory that DeepEP's kernels write to across ranks; one for all layers."""
-    from deep_ep import Buffer
+    from deep_ep import Buffer  # pyright: ignore[reportAttributeAccessIssue]  # the package, not this file
 
     if (group, hidden_size) not in _buffers:
         hidden_bytes, nvl, rdma = hidden_size * 2, 0, 0
@@ -66,7 +66,7 @@ class _Arrived:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer: Any, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Any:
+    def forward(ctx: Any, buffer: Any, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Any:
         per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(experts_TK, num_experts)
         x_ND, experts_NK, gates_NK, counts, handle, _ = buffer.dispatch(
             x_TD,
@@ -82,19 +82,19 @@ class _Send(torch.autograd.Function):
         return x_ND, gates_NK, experts_NK, _Arrived(counts, handle)
 
     @staticmethod
-    def backward(ctx, dx_ND: Tensor, dgates_NK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx_ND: Tensor, dgates_NK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dx_TD, dgates_TK, _ = ctx.buffer.combine(dx_ND.contiguous(), ctx.handle, topk_weights=dgates_NK.float())
         return None, dx_TD, dgates_TK, None, None
 
 
 class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer: Any, y_ND: Tensor, handle: Any) -> Tensor:
+    def forward(ctx: Any, buffer: Any, y_ND: Tensor, handle: Any) -> Tensor:
         ctx.buffer, ctx.handle = buffer, handle
         return buffer.combine(y_ND, handle)[0]
 
     @staticmethod
-    def backward(ctx, dout_TD: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[None, Tensor, None]:
         return None, ctx.buffer.dispatch(dout_TD.contiguous(), handle=ctx.handle)[0], None
 
 
@@ -127,7 +127,7 @@ class DeepEPDispatcher:
 
 def _load(context: RunContext) -> DispatcherFactory:
     try:
-        import deep_ep  # noqa: F401
+        import deep_ep  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except Exception as error:
         raise ImportError("not installed: DeepEP") from error
     return lambda num_experts, hidden_size, groups, permutation: DeepEPDispatcher(num_experts, groups, hidden_size)

@@ -14,7 +14,7 @@ Legend: T tokens of this rank, D hidden, E experts, L experts of this rank, K ch
 P ranks that rows come from, N = P * T tokens of these ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -99,12 +99,18 @@ class Travelling:
     assignments: Assignments
     padded: bool
     counts: list[int]
-    order_R: Tensor | None = None
-    """The order that groups the arrived rows by expert; None: they are."""
-    send: list[int] = field(default_factory=list)
-    receive: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TravellingAlone(Travelling):
+    """Rows on their way to their experts alone."""
+
+    order_R: Tensor
+    """The order that groups the arrived rows by expert."""
+    send: list[int]
+    receive: list[int]
     """Rows to and from each expert-parallel rank."""
-    gathered: list[int] = field(default_factory=list)
+    gathered: list[int]
     """Rows of each expert-tensor-parallel rank."""
 
 
@@ -116,7 +122,7 @@ class AllToAllDispatcher:
         self.num_experts, self.permutation = num_experts, permutation
         self.ep, self.etp = groups.ep, groups.etp
 
-    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Travelling:
+    def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> TravellingAlone:
         expert, local = masked_experts(assignments, self.num_experts), self.num_experts // self.ep.size()
         sources = self.ep.size() * self.etp.size()
         if slots is None:
@@ -135,7 +141,7 @@ class AllToAllDispatcher:
             self.permutation.permute(x_TD, choice_R, assignments.experts_TK.shape[1], slots is not None), collective
         )
         order_R = expert_R.argsort(stable=True)
-        return Travelling(
+        return TravellingAlone(
             handle, collective, choice_R, assignments, slots is not None, counts, order_R, send, receive, gathered
         )
 
@@ -152,7 +158,7 @@ class AllToAllDispatcher:
         send, receive, gathered, counts = ([next(told) for _ in part] for part in parts)
         return send, receive, gathered, counts, arrived_PL
 
-    def finish(self, started: Travelling) -> Dispatched:
+    def finish(self, started: TravellingAlone) -> Dispatched:
         rows = self._over_etp(wait_collective(started.handle, started.collective), started)
         names_R = take_names(started.assignments.names_TK, started.choice_R)
         if names_R is not None:
@@ -162,11 +168,11 @@ class AllToAllDispatcher:
             PermutedTokens(rows, PermuteIndices(started.order_R, 1, self.permutation)), started.counts, names_R, started
         )
 
-    def _over_etp(self, rows: Tensor, started: Travelling) -> Tensor:
+    def _over_etp(self, rows: Tensor, started: TravellingAlone) -> Tensor:
         return GatherRagged.apply(rows, started.gathered, self.etp) if self.etp.size() > 1 else rows
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        way: Travelling = sent.way_back
+        way: TravellingAlone = sent.way_back
         arrived = torch.empty_like(way.order_R)
         arrived[way.order_R] = torch.arange(len(arrived), device=arrived.device)
         y_RD = y_RD.index_select(0, arrived)
@@ -229,8 +235,12 @@ class AllGatherDispatcher:
 
 DISPATCHERS: dict[str, DispatcherFactory] = {
     "local": lambda num_experts, hidden_size, groups, permutation: LocalDispatcher(num_experts, permutation),
-    "all_to_all": lambda num_experts, hidden_size, *others: AllToAllDispatcher(num_experts, *others),
-    "all_gather": lambda num_experts, hidden_size, *others: AllGatherDispatcher(num_experts, *others),
+    "all_to_all": lambda num_experts, hidden_size, groups, permutation: AllToAllDispatcher(
+        num_experts, groups, permutation
+    ),
+    "all_gather": lambda num_experts, hidden_size, groups, permutation: AllGatherDispatcher(
+        num_experts, groups, permutation
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from ops.experts import ExpertBackend, of_rows
 from ops.permute import PermutedTokens
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
 from parallel.process_groups import Groups
-from parallel.sharding import Matrices, set_sharding
+from parallel.sharding import Matrices, mark, set_sharding
 
 
 class Experts(nn.Module):
@@ -47,7 +47,8 @@ class Experts(nn.Module):
             # Sharded as well, though every rank's partial sum has all D columns: each rank adds its own columns, once.
             self.b_out = nn.Parameter(torch.empty(local, hidden // groups.etp.size(), dtype=dtype))
             placed += [(self.b_in, 2, 0.0, None), (self.b_out, 1, 0.0, None)]
-            self.b_in.no_decay = self.b_out.no_decay = True
+            for bias in (self.b_in, self.b_out):
+                mark(bias, no_decay=True)
             before = groups.etp.rank() * self.b_out.shape[1]
             self.columns = (before, hidden - before - self.b_out.shape[1])
             """Before and after those of b_out."""
@@ -55,7 +56,7 @@ class Experts(nn.Module):
             cut = (0, groups.ep), (axis, groups.etp)
             set_sharding(weight, *cut, std=std, per_expert=True, matrices=matrices)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
-            weight.allreduce = False
+            mark(weight, allreduce=False)
 
     def forward(self, permuted: PermutedTokens, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
         """counts: rows of each expert. Returns [R, D], partial sums over etp where F is sharded."""

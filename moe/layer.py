@@ -33,6 +33,8 @@ class MoELayer(nn.Module):
     """A Switch layer (Fedus et al. 2021, arXiv:2101.03961, section 2). Tokens whose choices are all dropped come out
     as zero: the residual around the layer passes them on."""
 
+    step_load_2E: Tensor
+
     def __init__(
         self,
         model: ModelConfig,

@@ -64,6 +64,10 @@ def _over_tokens(metric: RouterMetric, layer: RouterPass) -> Tensor:
 class LoadStatistics(nn.Module):
     """One sparse layer's running sums over this rank's tokens."""
 
+    load_E: Tensor
+    sums: Tensor
+    maxima: Tensor
+
     def __init__(self, num_experts: int):
         super().__init__()
         # float64: counts stay exact and sums of many steps keep their digits.

@@ -12,7 +12,8 @@ from conf.schema import ModelConfig
 from ops.activations import activate
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
 from parallel.process_groups import Groups
-from parallel.sharding import Matrices, set_sharding
+from parallel.sharding import Matrices, mark, set_sharding
+from parallel.tensor_parallel import linear_options
 
 
 class MLP(nn.Module):
@@ -23,15 +24,13 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, width = model.activation_name, width or model.ffn_hidden_size
         self.recompute = "activation" in model.recompute
-        linear = {"config": config, "bias": model.ffn_bias, "init_method": None, "tp_group": groups.tp}
-        linear["skip_bias_add"] = True  # it is added here, whatever multiplies
-        into = {"gather_output": False, **linear}
+        linear, bias = linear_options(config, groups.tp), model.ffn_bias  # it is added here, whatever multiplies
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
-        self.up = tp.ColumnParallelLinear(model.hidden_size, width, **into)
+        self.up = tp.ColumnParallelLinear(model.hidden_size, width, gather_output=False, bias=bias, **linear)
         self.gate = None
         if input_projections(model.activation) == 2:
-            self.gate = tp.ColumnParallelLinear(model.hidden_size, width, **into)
-        self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, **linear)
+            self.gate = tp.ColumnParallelLinear(model.hidden_size, width, gather_output=False, bias=bias, **linear)
+        self.down = tp.RowParallelLinear(width, model.hidden_size, input_is_parallel=True, bias=bias, **linear)
         for layer in filter(None, (self.up, self.gate)):
             std = (model.init_scale / model.hidden_size) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
@@ -42,7 +41,7 @@ class MLP(nn.Module):
                 set_sharding(layer.bias, (0, groups.tp), std=0.0)
             set_sharding(self.down.bias, replicas=(groups.tp,), std=0.0)
             # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-            self.down.bias.sequence_parallel = config.sequence_parallel
+            mark(self.down.bias, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return checkpointed(self._run, x_SBD, save_ops=MATMUL_OPS) if self.recompute else self._run(x_SBD)

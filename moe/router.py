@@ -21,7 +21,7 @@ from parallel.activation_checkpoint import save_for_recompute
 from parallel.batch_context import TRAIN
 from parallel.collectives import all_gather
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class Router(nn.Module):
@@ -57,12 +57,12 @@ class Router(nn.Module):
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
         self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-        self.weight.sequence_parallel = sequence_parallel
+        mark(self.weight, sequence_parallel=sequence_parallel)
         self.logit_bias: nn.Parameter | None = None
         if self.moe.router_bias:
             logit_bias_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32))
             self.logit_bias = set_sharding(logit_bias_E, replicas=(groups.tp,), std=0.0)
-            self.logit_bias.sequence_parallel = sequence_parallel
+            mark(self.logit_bias, sequence_parallel=sequence_parallel)
         # Set by rule and not by gradient, but kept, placed and saved as parameters.
         self.bias: nn.Parameter | None = None
         self.last_load: nn.Parameter | None = None
@@ -135,7 +135,7 @@ class Router(nn.Module):
             counted_E: the same of what the balancing loss counts (Routing.counted_TK); None: it counts the choices.
         """
         if self.bias is not None and self.moe.bias_update_rate:
-            self.bias += self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype)
+            self.bias.add_(self.moe.bias_update_rate * (load_E.mean() - load_E).sign().to(self.bias.dtype))
         if self.last_load is not None:
             counted_E = load_E if counted_E is None else counted_E
             self.last_load.copy_(counted_E / counted_E.mean())

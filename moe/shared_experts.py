@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from moe.mlp import MLP
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class SharedExperts(nn.Module):
@@ -23,7 +23,7 @@ class SharedExperts(nn.Module):
             self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))
             set_sharding(self.gate, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
             # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-            self.gate.sequence_parallel = config.sequence_parallel
+            mark(self.gate, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         y_SBD = self.ffn(x_SBD)

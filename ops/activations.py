@@ -6,6 +6,7 @@ Legend: R rows, F hidden width, G 2 for gated activations (gate, up), else 1.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +64,12 @@ def clamped_swiglu(alpha: float, limit: float) -> Activation:
         """Keeps its input alone for the backward pass."""
 
         @staticmethod
-        def forward(ctx, h: Tensor) -> Tensor:
+        def forward(ctx: Any, h: Tensor) -> Tensor:
             ctx.save_for_backward(h)
             return function(h)
 
         @staticmethod
-        def backward(ctx, grad: Tensor) -> Tensor:
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             return gradient(grad, *ctx.saved_tensors)
 
     return Activation(

@@ -1,5 +1,7 @@
 """The optimizer: its class, torch's AdamW or a package's, and the update of a block where BlockAdamW is needed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from parallel.block_update import Block, UpdateBlock, in_torch
 from parallel.optimizers import OPTIMIZERS
 
 
-def _trial(adamw: type[torch.optim.Optimizer], context: RunContext) -> list[Tensor]:
+def _trial(adamw: Callable[..., torch.optim.Optimizer], context: RunContext) -> list[Tensor]:
     """Five steps of two tensors."""
     sizes, fp32 = (7, 1000), torch.float32
     weights = [context.randn(n, seed=n, dtype=fp32).requires_grad_() for n in sizes]

@@ -30,9 +30,11 @@ class Memory(Protocol):
 
     def recall(self) -> str | None:
         """The implementation that this run has used so far."""
+        ...
 
     def timings(self, key: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
         """(seconds by name, whether they were measured just now)."""
+        ...
 
 
 def choose(
@@ -53,7 +55,7 @@ def choose(
     ruled, why = default
     if context.config.train.deterministic:
         return ruled, f"{why}; not measured, since train.deterministic=true takes what the rule says", False
-    if (kept := memory.recall()) in names:
+    if (kept := memory.recall()) is not None and kept in names:
         return kept, "as before in this run", False
     device = context.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name")

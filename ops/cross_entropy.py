@@ -4,6 +4,7 @@ Legend: R tokens (any shape), V vocabulary (this rank's slice).
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ class SoftCap(torch.autograd.Function):
     """cap * tanh(logits / cap), in place, in fp32 block by block."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, cap: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
         ctx.mark_dirty(logits)
         for block in _row_blocks(logits):
             block.copy_((block.float() / cap).tanh_().mul_(cap))
@@ -31,7 +32,7 @@ class SoftCap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (capped,) = ctx.saved_tensors
         dlogits = torch.empty_like(capped)
         for block, above, below in zip(*map(_row_blocks, (capped, grad, dlogits)), strict=True):
@@ -46,7 +47,7 @@ def _row_blocks(logits: Tensor) -> tuple[Tensor, ...]:
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_RV: Tensor, labels_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor, group: dist.ProcessGroup) -> Tensor:
         vocabulary = logits_RV.shape[1]
         local_R = labels_R - group.rank() * vocabulary
         mine_R = (local_R >= 0) & (local_R < vocabulary)
@@ -69,7 +70,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_R: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
         dlogits_RV = torch.empty_like(ctx.saved_tensors[0])
         parts = (t.split(ctx.rows) for t in (*ctx.saved_tensors, grad_R, dlogits_RV))
         for logits, local, mine, share, grad, dlogits in zip(*parts, strict=True):
@@ -109,7 +110,7 @@ def _trial(losses: TokenLosses, context: RunContext) -> list[Tensor]:
     vocabulary = context.model.vocab_size // context.groups.tp.size()
     logits = (4 * context.randn(9, vocabulary, dtype=torch.float32)).to(context.dtype).requires_grad_()
     labels = torch.tensor([0, 3, 999, 4999, 4096, 7, 7, 500, vocabulary - 1], device=context.device) % vocabulary
-    values = losses(logits * 1, labels, _Alone())
+    values = losses(logits * 1, labels, cast("dist.ProcessGroup", _Alone()))
     (gradient,) = torch.autograd.grad(values, logits, torch.linspace(-1, 1, 9, device=context.device))
     return [values.detach(), gradient]
 

@@ -54,9 +54,11 @@ class Dispatcher(Protocol):
 
     def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Any:
         """Sends the rows of the kept assignments. slots: rows of each expert from each rank; None: those there are."""
+        ...
 
     def finish(self, started: Any) -> Dispatched:
         """Waits for the rows that come to this rank."""
+        ...
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """[T, D]: the sum over each token's kept assignments of gate * expert output; zero where all were dropped.
@@ -64,6 +66,7 @@ class Dispatcher(Protocol):
         Args:
             y_RD: the experts' answers to the rows, partial sums where the experts are sharded over etp.
         """
+        ...
 
 
 class DispatcherFactory(Protocol):

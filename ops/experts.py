@@ -137,7 +137,7 @@ def _grouped_mm_fused(context: RunContext) -> ExpertBackend:
 
 def _te(context: RunContext) -> ExpertBackend:
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
     except Exception as error:  # a half-installed package raises more than ImportError
         kind = ImportError if isinstance(error, ImportError) else Unavailable
         raise kind(f"needs the package transformer-engine, which does not import ({error})") from error

@@ -55,7 +55,7 @@ def _scaled_mm(context: RunContext) -> Float8:
 def _trial(float8: Float8, context: RunContext) -> list[Tensor]:
     """Experts, and linear layers of rows and blocks that are no multiples of four, where layouts of scales begin to
     differ."""
-    results = EXPERTS.trial(float8.experts, context) if context.model.moe.num_experts else []
+    results = [*EXPERTS.trial(float8.experts, context)] if context.model.moe.num_experts else []
     if float8.linear is None:
         return results
     for inner, outer in ((384, 256), (context.model.hidden_size, context.model.hidden_size)):

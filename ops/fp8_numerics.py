@@ -37,7 +37,7 @@ class Quantised:
 
     def transpose(self) -> "Quantised":
         """The same numbers with rows and columns exchanged."""
-        return Quantised(self.values.transpose(-1, -2), self.scale.transpose(-1, -2), self.block[::-1])
+        return Quantised(self.values.transpose(-1, -2), self.scale.transpose(-1, -2), (self.block[1], self.block[0]))
 
 
 def scale_of(amax: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Legend: T tokens, V vocabulary (this rank's slice).
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ class Kernels(Protocol):
     def sums(self, logits_TV: Tensor, mine_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(the largest logit, the sum of e^(logit - largest), the label's logit or 0 where it is not among these) of
         each token, fp32."""
+        ...
 
     def become_gradient(
         self, logits_TV: Tensor, mine_T: Tensor, largest_T: Tensor, sum_T: Tensor, grad_T: Tensor
@@ -29,7 +30,7 @@ class _TokenLoss(torch.autograd.Function):
     largest tensor of a step."""
 
     @staticmethod
-    def forward(ctx, kernels: Kernels, logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels, logits_TV: Tensor, labels_T: Tensor, group: dist.ProcessGroup) -> Tensor:
         logits_TV = logits_TV.contiguous()
         mine_T = (labels_T - group.rank() * logits_TV.shape[1]).contiguous()
         largest_T, sum_T, label_T = kernels.sums(logits_TV, mine_T)
@@ -45,7 +46,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[None, Tensor, None, None]:
         assert not ctx.spent, "the logits have become their gradient: there is no second backward pass"
         ctx.spent = True
         logits_TV, *about = ctx.saved_tensors

@@ -9,7 +9,7 @@ the next expert, or multiplied by zero.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x_RD: Tensor,
         counts: Sequence[int],
         w_in_LDGF: Tensor,
@@ -92,7 +92,7 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, h_RGF, keep_RF, w_in_LDGF, w_out_LFD = ctx.saved_tensors
         dx_RD, dw_in, dw_out = (torch.empty_like(t) for t in (x_RD, w_in_LDGF, w_out_LFD))
         db_in_LGF = w_in_LDGF.new_empty((len(ctx.windows), *w_in_LDGF.shape[2:])) if ctx.has_bias else None

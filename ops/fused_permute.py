@@ -5,7 +5,7 @@ Legend: T tokens, D hidden, K choices per token, R routed rows.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ class Kernels(Protocol):
 
     def gather(self, source_TD: Tensor, choice_R: Tensor, gates_TK: Tensor | None, top_k: int) -> Tensor:
         """[R, D]: the source of each row's choice, times its gate if there are gates; zeros for choice T * K."""
+        ...
 
     def add(self, rows_RD: Tensor, slot: Tensor, gates_TK: Tensor | None, tokens: int, top_k: int) -> Tensor:
         """[T, D]: the sum of the rows of each token's choices, times their gates if there are any."""
+        ...
 
     def gate_gradient(self, rows_RD: Tensor, slot: Tensor, grad_TD: Tensor, gates_TK: Tensor) -> Tensor:
         """[T, K], as the gates are: the product of each choice's row with its token's gradient."""
+        ...
 
 
 def slots_of(choice_R: Tensor, choices: int) -> Tensor:
@@ -33,20 +36,20 @@ def slots_of(choice_R: Tensor, choices: int) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, permutation: "KernelPermutation", x_TD: Tensor, choice_R: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, permutation: "KernelPermutation", x_TD: Tensor, choice_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(choice_R)
         ctx.permutation, ctx.sizes = permutation, (top_k, len(x_TD))
         return permutation.kernels.gather(x_TD.contiguous(), choice_R.contiguous(), None, top_k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_RD: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[None, Tensor, None, None]:
         return None, ctx.permutation.permute_backward(grad_RD, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels: Kernels, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels, y_RD: Tensor, choice_R: Tensor, gates_TK: Tensor) -> Tensor:
         y_RD, gates_TK, choice_R = y_RD.contiguous(), gates_TK.contiguous(), choice_R.contiguous()
         slot = slots_of(choice_R, gates_TK.numel())
         ctx.kernels = kernels
@@ -55,7 +58,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TD: Tensor) -> tuple[None, Tensor, None, Tensor]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[None, Tensor, None, Tensor]:
         y_RD, choice_R, gates_TK, slot = ctx.saved_tensors
         grad_TD = grad_TD.contiguous()
         dgates_TK = ctx.kernels.gate_gradient(y_RD, slot, grad_TD, gates_TK)

@@ -34,32 +34,39 @@ class GemmBackend(Protocol):
 
     def groups(self, counts: list[int], device: torch.device) -> Any:
         """Which rows are whose."""
+        ...
 
     def weight(self, w_LKN: Tensor) -> Weight: ...
 
     def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Any:
         """The left operand of `product`: x, or of x [T, K] the rows that row_R names."""
+        ...
 
     def product(self, x_RK: Any, w_LKN: Any, groups: Any, dtype: torch.dtype) -> Tensor:
         """y [R, N]: each row times its expert's weight, added up in fp32."""
+        ...
 
     def activate(self, h_RGF: Tensor, name: str, keep_RF: Tensor | None) -> Any:
         """a [R, F] = act(h), times keep (dropout) if there is one, as the left operand of `product`."""
+        ...
 
     def activate_back(
         self, h_RGF: Tensor, da_RF: Tensor, name: str, keep_RF: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
         """(a [R, F] again, the gradient of h [R, G * F] for that of a, the latter again as a left operand). da may be
         overwritten."""
+        ...
 
     def columns(self, x_RK: Tensor, groups: Any, row_R: Tensor | None = None) -> tuple[Tensor, ...]:
         """An operand of `weight_gradient`, as tensors that autograd can keep from forward to backward; with row_R, only
         the first of the two operands, as in `rows`."""
+        ...
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Any, w: Tensor) -> Tensor:
         """x.T @ dy [L, K, N] of each expert in the shape and the precision of the weight w; zeros where an expert has
         no rows. Where w has an fp32 main gradient it may be added there instead, and a tensor without meaning comes
         back (Megatron-Core's convention: w.grad_added_to_main_grad)."""
+        ...
 
 
 def main_gradient(w: Tensor) -> Tensor | None:
@@ -69,7 +76,7 @@ def main_gradient(w: Tensor) -> Tensor | None:
     main = getattr(w, "main_grad", None)
     if main is None or main.dtype != torch.float32 or not hasattr(w, "grad_added_to_main_grad"):
         return None
-    w.grad_added_to_main_grad = True
+    w.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
     return main
 
 
@@ -129,15 +136,15 @@ class Reference:
     def weight_gradient(
         self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: list[Window], w: Tensor
     ) -> Tensor:
-        (x_RK, *row_R), (dy_RN,) = x_RK, dy_RN
-        x_RK = x_RK.index_select(0, *row_R) if row_R else x_RK
-        dw_LKN = w.new_zeros((len(groups), x_RK.shape[1], dy_RN.shape[1]))
+        (left_RK, *row_R), (right_RN,) = x_RK, dy_RN
+        left_RK = left_RK.index_select(0, *row_R) if row_R else left_RK
+        dw_LKN = w.new_zeros((len(groups), left_RK.shape[1], right_RN.shape[1]))
         for at, dw_KN in zip(groups, dw_LKN, strict=True):
             if at.start < at.stop:
                 # Of the window's rows only the expert's own count.
-                x = torch.zeros_like(x_RK[at.first : at.last])
-                x[at.start - at.first : at.stop - at.first] = x_RK[at.start : at.stop]
-                torch.mm(x.t(), dy_RN[at.first : at.last], out=dw_KN)
+                x = torch.zeros_like(left_RK[at.first : at.last])
+                x[at.start - at.first : at.stop - at.first] = left_RK[at.start : at.stop]
+                torch.mm(x.t(), right_RN[at.first : at.last], out=dw_KN)
         return dw_LKN.view(w.shape)
 
 

@@ -16,7 +16,7 @@ def triton_unsupported_reason(device: torch.device, capability: tuple[int, int])
         needed, has = (".".join(map(str, c)) for c in (capability, found))
         return f"needs a GPU of compute capability {needed}; this one has {has}"
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         return f"needs the package triton, which does not import ({error}): bash launch/setup.sh kernels"
     return None

@@ -29,18 +29,19 @@ class _Kept:
     weight: Weight
 
 
-def kept_weight(gemm: GemmBackend, w_LKN: Tensor, owner: nn.Parameter) -> Weight:
+def kept_weight(gemm: GemmBackend, w_LKN: Tensor, owner: Tensor) -> Weight:
     """The weight as the backend takes it, kept on its parameter until the next optimizer step (`forget_weights`)."""
     kept = getattr(owner, "kept_weight", None)
     if kept is None or kept.gemm is not gemm or kept.version != owner._version:
-        kept = owner.kept_weight = _Kept(gemm, owner._version, gemm.weight(w_LKN.detach()))
+        kept = _Kept(gemm, owner._version, gemm.weight(w_LKN.detach()))
+        owner.kept_weight = kept  # pyright: ignore[reportAttributeAccessIssue]
     return kept.weight
 
 
 def forget_weights(module: nn.Module) -> None:
     """Called when the optimizer is about to change the weights, which it does behind autograd's back."""
     for parameter in module.parameters():
-        parameter.__dict__.pop("kept_weight", None)
+        vars(parameter).pop("kept_weight", None)
 
 
 def _expert_weight(gemm: GemmBackend, w: Tensor) -> Weight:
@@ -55,7 +56,7 @@ class ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         gemm: GemmBackend,
         x_RD: Tensor,
         counts: Sequence[int],
@@ -83,7 +84,7 @@ class ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         (h_RGF, keep_RF, *x_columns), gemm, groups = ctx.saved_tensors, ctx.gemm, ctx.groups
         w_in_LDGF, w_out_LFD = ctx.weights
         w_in, w_out = _expert_weight(gemm, w_in_LDGF), _expert_weight(gemm, w_out_LFD)
@@ -110,7 +111,9 @@ class LinearFunction(torch.autograd.Function):
     parallelism x is gathered (again in backward, so that the whole sequence is not kept)."""
 
     @staticmethod
-    def forward(ctx, x_SBK: Tensor, w_NK: Tensor, gemm: GemmBackend, gather: bool, reduce: bool, group: Any) -> Tensor:
+    def forward(
+        ctx: Any, x_SBK: Tensor, w_NK: Tensor, gemm: GemmBackend, gather: bool, reduce: bool, group: Any
+    ) -> Tensor:
         ctx.save_for_backward(x_SBK)
         ctx.w_NK, ctx.gemm, ctx.gather, ctx.reduce, ctx.group = w_NK, gemm, gather, reduce, group
         whole_SBK = all_gather(x_SBK, group) if gather else x_SBK
@@ -122,7 +125,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_SBN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_SBN: Tensor) -> tuple[Tensor | None, ...]:
         (x_SBK,), gemm, w_NK, group = ctx.saved_tensors, ctx.gemm, ctx.w_NK, ctx.group
         whole_SBK = all_gather(x_SBK, group) if ctx.gather else x_SBK
         x_RK, dy_RN = whole_SBK.flatten(0, -2), dy_SBN.flatten(0, -2)

@@ -4,6 +4,7 @@ Legend: R rows, D hidden.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class _InBlocks(torch.autograd.Function):
     """In fp32 block by block. A CPU has no kernel for it: torch's own is eight operations over the whole of x."""
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ctx.rows = rows_at_once(x_RD.shape[1], x_RD.device)
         y_RD, scale_R1 = torch.empty_like(x_RD), x_RD.new_empty((x_RD.shape[0], 1), dtype=torch.float32)
         for x, y, scale in zip(*(t.split(ctx.rows) for t in (x_RD, y_RD, scale_R1)), strict=True):
@@ -39,7 +40,7 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
         """With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)), dweight = sum(dy * n)."""
         x_RD, weight_D, scale_R1 = ctx.saved_tensors
         dx_RD, weight = torch.empty_like(x_RD), weight_D.float()
@@ -60,7 +61,9 @@ def rms_norm_in_blocks(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _apex(context: RunContext) -> Norm:
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+    from apex.normalization.fused_layer_norm import (  # pyright: ignore[reportMissingImports]
+        fused_rms_norm_affine,
+    )
 
     return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
 
@@ -78,7 +81,7 @@ def _trial(norm: Norm, context: RunContext) -> list[Tensor]:
     return results
 
 
-RMS_NORM = Operation(
+RMS_NORM: Operation[Norm] = Operation(
     field="rms_norm",
     name="norm",
     reference=lambda context: Implementation("torch rms_norm", lambda context: torch_rms_norm),

@@ -114,14 +114,15 @@ def _tried(
         Unavailable: why it is left out.
     """
     problem: Exception | None = None
+    loaded: list[T] = []
     try:
-        value = candidate.loaded(context)
+        loaded.append(candidate.loaded(context))
     except (ImportError, Unavailable) as error:
         problem = error
     except Exception as error:
         problem = Unavailable(f"does not import ({type(error).__name__})")
     _raise_together(operation, context, problem, ImportError(f"not installed: {candidate}"))
-    wanted, difference = expected(), float("inf")
+    (value,), wanted, difference = loaded, expected(), float("inf")
     try:
         difference = largest_difference(operation.trial(value, context), wanted)
         if difference > operation.tolerance[context.dtype]:

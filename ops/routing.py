@@ -6,6 +6,7 @@ D hidden, B sequences of the micro-batch, or 1 where it is balanced as a whole, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,13 +117,13 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         return x_TD.float() @ weight_ED.t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
         return (dlogits_TE @ weight_ED).to(x_TD.dtype), dlogits_TE.t() @ x_TD.float()
 

@@ -21,6 +21,6 @@ def te_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Te
 @cache
 def _layer(experts: int, inner: int, outer: int) -> nn.Module:
     """Without weights of its own: every call brings them."""
-    from transformer_engine.pytorch import GroupedLinear
+    from transformer_engine.pytorch import GroupedLinear  # pyright: ignore[reportMissingImports]
 
     return GroupedLinear(experts, inner, outer, bias=False, params_dtype=torch.bfloat16, device="meta")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +54,13 @@ class _Joined(torch.autograd.Function):
     each part's own share of the probabilities; a sink, which has no value, only adds to the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], sinks_H: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], sinks_H: Tensor | None) -> Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for first, *others in _runs(pieces):
             joined = _forward(q[first.queries], k[first.keys], v[first.keys], causal=True)
             for part in others:
                 attended = _forward(*part.ordered(q, k, v), causal=part.reversed)
-                joined = _join(joined, tuple(t.flip(2) for t in attended) if part.reversed else attended)
+                joined = _join(joined, (attended[0].flip(2), attended[1].flip(2)) if part.reversed else attended)
             if sinks_H is not None:
                 joined = _add_sinks(*joined, sinks_H)
             out[first.queries], lse[first.queries[:3]] = joined
@@ -70,7 +70,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks_H = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for run in _runs(ctx.pieces):
@@ -106,8 +106,8 @@ class _Part(NamedTuple):
     """The first query sees all of these keys, each one after it one less: in reversed order it is causal."""
 
     def ordered(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = q[self.queries], k[self.keys], v[self.keys]
-        return tuple(t.flip(2) for t in parts) if self.reversed else parts
+        q, k, v = q[self.queries], k[self.keys], v[self.keys]
+        return (q.flip(2), k.flip(2), v.flip(2)) if self.reversed else (q, k, v)
 
 
 def _runs(pieces: list[Piece]) -> Iterator[list[_Part]]:
@@ -155,7 +155,7 @@ def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
     out = out_a[:, :, first] * (lse_a[:, :, first] - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None]
     if lse.shape == lse_a.shape:
         return out, lse
-    return tuple(torch.cat([t, rest[:, :, first.stop :]], 2) for t, rest in ((out, out_a), (lse, lse_a)))
+    return torch.cat([out, out_a[:, :, first.stop :]], 2), torch.cat([lse, lse_a[:, :, first.stop :]], 2)
 
 
 def _add_sinks(out: Tensor, lse: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +238,7 @@ class _WithSinks(torch.autograd.Function):
     _Joined."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
         *packing, before, sinks_H = arguments
         limits = {"window_size_left": before, "window_size_right": 0}
         out, lse_HT, *_ = aten._flash_attention_forward(q, k, v, *packing, 0.0, before < 0, False, **limits)
@@ -250,7 +250,7 @@ class _WithSinks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_HT, sinks_H, *offsets = ctx.saved_tensors
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
         how = (*offsets, *ctx.sizes, 0.0, ctx.before < 0, seed, seed)
@@ -278,7 +278,8 @@ def _varlen() -> Callable[..., Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return lambda *arguments: varlen_attn(*arguments[:-1], window_size=(arguments[-1], 0), **gqa)
+    attend = cast("Callable[..., Tensor]", varlen_attn)
+    return lambda *arguments: attend(*arguments[:-1], window_size=(arguments[-1], 0), **gqa)
 
 
 def _trial(attend: VarlenAttention, context: RunContext) -> list[Tensor]:
@@ -294,7 +295,8 @@ def _trial(attend: VarlenAttention, context: RunContext) -> list[Tensor]:
         for seed, (h, tokens) in enumerate(((heads, 128), (keys, 256), (keys, 256)))
     ]
     sinks = [context.randn(heads, seed=4).requires_grad_()] if model.attention_sinks else []
-    out = attend(*leaves, pieces, *(sinks or (None,)))
+    q_BHSN, k_BGKN, v_BGKN = leaves
+    out = attend(q_BHSN, k_BGKN, v_BGKN, pieces, sinks[0] if sinks else None)
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *sinks], context.randn(*out.shape, seed=3))]
 
 

@@ -58,13 +58,14 @@ def checkpoint_without_output(
     if not torch.is_grad_enabled():
         return consumer(function(x))
     output = function(x)
-    storage = output.untyped_storage()._cdata
+    # The storage's own address: that of its values is not unique where it is empty.
+    storage = output.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     source = x.detach()
     uses, again = 0, None
 
     def pack(tensor: Tensor) -> Tensor | tuple[Any, ...]:
         nonlocal uses
-        if tensor.untyped_storage()._cdata != storage:
+        if tensor.untyped_storage()._cdata != storage:  # pyright: ignore[reportPrivateUsage]
             return tensor
         uses += 1
         return tensor.size(), tensor.stride(), tensor.storage_offset()

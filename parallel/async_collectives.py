@@ -55,24 +55,24 @@ def wait_collective(handle: Tensor, collective: AsyncCollective) -> Tensor:
 
 class _StartCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, collective: AsyncCollective) -> Tensor:
+    def forward(ctx: Any, x: Tensor, collective: AsyncCollective) -> Tensor:
         ctx.collective = collective
         collective.launch(collective.forward, x)
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, handle: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, handle: Tensor) -> tuple[Tensor, None]:
         return ctx.collective.wait(), None
 
 
 class _WaitCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, handle: Tensor, collective: AsyncCollective) -> Tensor:
+    def forward(ctx: Any, handle: Tensor, collective: AsyncCollective) -> Tensor:
         ctx.collective = collective
         return collective.wait()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.collective.launch(ctx.collective.backward, grad)
         return grad.new_empty(0), None
 
@@ -84,12 +84,12 @@ def _all_to_all(send: list[int], receive: list[int], group: dist.ProcessGroup, x
 
 def _all_gather(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, x, group=group, async_op=True)
+    return out, dist.all_gather_into_tensor(out, x, group=group, async_op=True)  # pyright: ignore[reportDeprecated]
 
 
 def _reduce_scatter(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Any]:
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-    return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
+    return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)  # pyright: ignore[reportDeprecated]
 
 
 def async_all_to_all(send: list[int], receive: list[int], group: dist.ProcessGroup) -> AsyncCollective:

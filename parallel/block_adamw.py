@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from parallel.chunked_ops import rows_at_once
 from parallel.megatron_compat import optimizer_range, parameters_in_norm, replace_inner_optimizer
 from parallel.optimizers import OPTIMIZERS
 from parallel.process_groups import Groups
-from parallel.sharding import logical_name
+from parallel.sharding import logical_name, sharding_of
 from parallel.whole_matrices import WholeMatrices
 
 GPU_BLOCK = 2**22
@@ -258,8 +258,8 @@ def install(
         for parameter, shard in optimizer_shards(part).items():
             at = slice(shard.start, shard.end)
             weight = parameter.data.view(-1)[at] if parameter.dtype == torch.bfloat16 else None
-            gradient = parameter.main_grad.view(-1)[at]
-            steps = parameter.sharding.index_steps(parameter.shape)
+            gradient = gradient_of(parameter).view(-1)[at]
+            steps = sharding_of(parameter).index_steps(parameter.shape)
             kept = rule.state_of(parameter)
             state = None if kept is rule.state else kept
             targets[shard.master] = _Target(gradient, weight, names[parameter], shard.start, steps, state)
@@ -284,17 +284,24 @@ def _matrix_step(
 
     def momentum(parameter: nn.Parameter, start: int, end: int) -> Tensor:
         shard = shards[parameter]
-        return shard.inner.add_to_momentum(shard.master, slice(start - shard.start, end - shard.start))
+        return cast("BlockAdamW", shard.inner).add_to_momentum(
+            shard.master, slice(start - shard.start, end - shard.start)
+        )
 
     def apply(parameter: nn.Parameter, start: int, end: int, direction: Tensor) -> None:
         shard = shards[parameter]
-        shard.inner.subtract(shard.master, slice(start - shard.start, end - shard.start), direction)
+        cast("BlockAdamW", shard.inner).subtract(shard.master, slice(start - shard.start, end - shard.start), direction)
 
     def step() -> None:
         for family in families:
             family.step(momentum, apply)
 
     return step
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """What the gradients of a step are added up in: a view of a bucket of Megatron-Core's."""
+    return parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gradients_for_norm(part: Any) -> list[Tensor]:

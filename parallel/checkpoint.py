@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ class Checkpointer:
         return final
 
     @contextlib.contextmanager
-    def _explained(self, final: Path, aside: Path) -> Iterator[None]:
+    def _explained(self, final: Path, aside: Path) -> Generator[None]:
         """Adds context to a storage error, which is the same on all ranks."""
         try:
             yield

@@ -146,7 +146,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
         }
         wrong = _wrong(state, files, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        wrong = f"does not follow format {FORMAT}: {error!r}"
+        raise CheckpointDamaged(f"does not follow format {FORMAT}: {error!r}") from None
     if wrong:
         raise CheckpointDamaged(wrong)
     return {"state": state, "files": files, "tensors": tensors}

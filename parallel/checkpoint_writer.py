@@ -7,9 +7,12 @@ once.
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from parallel.checkpoint_format import StoredTensor, TensorShard, write_tensors
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing import ShardedTensor
 
 
 class CheckpointWriter:
@@ -35,7 +38,7 @@ class CheckpointWriter:
         self.stored: dict[str, StoredTensor] = {}
         """The tensors that all ranks write."""
         for number, described in enumerate(shards):
-            for shard in described:
+            for shard in cast("list[ShardedTensor]", described):
                 tensor = self.stored.setdefault(shard.key, StoredTensor(tuple(shard.global_shape), []))
                 tensor.shards.append(
                     TensorShard(_file_of(number), tuple(shard.global_offset), tuple(shard.local_shape))

@@ -34,7 +34,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     if device.type != "cpu":
         blocks = [block for t in tensors for block in t.flatten().split(rows_at_once(1, device))]
-        return torch.stack(torch._foreach_norm(blocks, 2, torch.float64)).square().sum()
+        norms_of_blocks = torch._foreach_norm(blocks, 2, torch.float64)  # pyright: ignore[reportPrivateUsage]
+        return torch.stack(norms_of_blocks).square().sum()
     norms: list[Tensor] = []
     for values in (t.flatten() for t in tensors):
         whole = len(values) // NORM_ROW * NORM_ROW

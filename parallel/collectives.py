@@ -1,4 +1,9 @@
-"""Synchronous collectives, with and without gradients. All act along dimension 0."""
+"""Synchronous collectives, with and without gradients. All act along dimension 0.
+
+torch 2.13 has new names for all_gather_into_tensor and reduce_scatter_tensor, which earlier versions lack.
+"""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,14 +15,14 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)  # pyright: ignore[reportDeprecated]
     return out
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sums x over ranks and returns this rank's 1/n of the rows. Not differentiable."""
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)  # pyright: ignore[reportDeprecated]
     return out
 
 
@@ -25,12 +30,12 @@ class GatherSequence(torch.autograd.Function):
     """all_gather whose gradient is a reduce_scatter."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return all_gather(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(grad, ctx.group), None
 
 
@@ -54,12 +59,12 @@ class GatherRagged(torch.autograd.Function):
     """All-gather of `counts[r]` rows from rank r, whose gradient is a reduce-scatter."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.route = (counts, group)
         return _gather_ragged(x, counts, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter_ragged(grad, *ctx.route), None, None
 
 
@@ -67,10 +72,10 @@ class ReduceScatterRagged(torch.autograd.Function):
     """Reduce-scatter that keeps `counts[r]` rows on rank r, whose gradient is an all-gather."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.route = (counts, group)
         return _reduce_scatter_ragged(x, counts, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather_ragged(grad, *ctx.route), None, None

@@ -10,7 +10,7 @@ Legend: B batch, S sequence.
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -60,12 +60,18 @@ NO_OVERLAP = Overlap()
 def _build_optimizer(
     optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], overlap: Overlap, adam: type[torch.optim.Optimizer]
 ) -> Any:
-    from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        ChainedOptimizer,
+        OptimizerConfig,
+        ParamGroupOverride,
+        ParamKey,
+        get_megatron_optimizer,
+    )
     from megatron.core.optimizer.optimizer_config import ParamPredicate
 
     # No weight decay for norms and biases. Megatron-Core decides by shape, but experts' biases are rows of a matrix.
     fixed = ParamPredicate("no_decay", lambda p: p.dim() == 1 or getattr(p, "no_decay", False))
-    no_decay = {ParamKey(predicate=fixed): ParamGroupOverride(wd_mult=0.0)}
+    no_decay = {ParamKey(predicate=fixed): ParamGroupOverride(wd_mult=0.0)}  # pyright: ignore[reportCallIssue]
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -81,6 +87,7 @@ def _build_optimizer(
     )
     with cuda_type_names():
         optimizer = get_megatron_optimizer(config, chunks, no_decay, use_gloo_process_groups=False)
+    assert isinstance(optimizer, ChainedOptimizer)
     betas = optim.beta1, optim.beta2
     for part in optimizer.chained_optimizers:
         set_optimizer_class(part, adam, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas, eps=optim.eps)
@@ -121,7 +128,7 @@ class Engine:
         self.forward_passes = 0
         """Counts the forward passes that have started: a sign of progress for the watchdog."""
         self.chunks: list[Any] = list(self.modules)
-        self.optimizer = None
+        self.optimizer: Any = None
         self._step_matrices: Callable[[], None] = lambda: None
         if optim is not None:
             if frozen:
@@ -224,7 +231,7 @@ class Engine:
         device = self.runtime.device
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
-        iterators = [iter(enumerate(batches)) for _ in self.chunks]
+        iterators: list[Iterator[tuple[int, Batch]]] = [enumerate(batches) for _ in self.chunks]
         micro_batch, sequence = batches[0]["tokens"].shape
         return self._schedule(
             forward_step_func=step,
@@ -264,7 +271,7 @@ class Engine:
             optimizer.prepare_grads()
         norm = self._grad_norm()
         applied = math.isfinite(norm + loss)
-        for module in self.modules:
+        for module in cast("list[Chunk]", self.modules):
             module.end_step(applied=applied)
         if not applied:
             return norm, False
@@ -276,7 +283,7 @@ class Engine:
         elif scale != 1.0:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:  # a stage may be frozen altogether
-                torch._foreach_mul_(grads, scale)
+                torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateUsage]
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases
@@ -301,5 +308,5 @@ class Engine:
     def nonfinite_gradients(self, limit: int = 3) -> list[str]:
         """Names of at most `limit` parameters whose gradient on this rank is not finite."""
         named = ((n, p) for module in self.modules for n, p in module.named_parameters() if p.requires_grad)
-        bad = (name for name, p in named if not torch.isfinite(p.main_grad).all())
+        bad = (name for name, p in named if not torch.isfinite(block_adamw.gradient_of(p)).all())
         return [name for name, _ in zip(bad, range(limit), strict=False)]

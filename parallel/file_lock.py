@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 _BEAT = 1.0
@@ -28,7 +28,7 @@ class LockTimeout(TimeoutError):
 @contextlib.contextmanager
 def hold_lock(
     lock: int, path: Path, *, timeout: float, waiting: Callable[[str], None] = lambda what: None
-) -> Iterator[None]:
+) -> Generator[None]:
     """Context manager that holds the lock.
 
     Args:

@@ -95,7 +95,7 @@ class StagedGroup(dist.ProcessGroup):
     """A gloo process group that accepts tensors on any device."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]  # a base class's, which the stubs leave out
         kind = dist.ProcessGroup.BackendType.GLOO
         self.inner = dist.ProcessGroup(store, rank, size)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout)

@@ -66,26 +66,26 @@ class Layout:
         first = sum(sizes[:chunk])
         return range(first, first + sizes[chunk])
 
-    def _strides(self, grid: str) -> dict[str, tuple[int, int]]:
+    def strides(self, grid: str) -> dict[str, tuple[int, int]]:
         """(stride, size) of each axis of a grid."""
         sizes = [getattr(self, axis) for axis in GRIDS[grid]]
         return {axis: (math.prod(sizes[:i]), sizes[i]) for i, axis in enumerate(GRIDS[grid])}
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """A rank's coordinate on every axis of both grids."""
-        axes = self._strides("attention") | self._strides("experts")
+        axes = self.strides("attention") | self.strides("experts")
         return {axis: rank // stride % size for axis, (stride, size) in axes.items()}
 
     def group(self, rank: int, *axes: str) -> list[int]:
         """The ranks whose coordinates differ from this rank's only on the given axes of one grid, in rank order."""
-        grid = self._strides(next(name for name, known in GRIDS.items() if set(axes) <= set(known)))
+        grid = self.strides(next(name for name, known in GRIDS.items() if set(axes) <= set(known)))
         first = rank - sum(rank // stride % size * stride for stride, size in (grid[axis] for axis in axes))
         steps = [range(0, stride * size, stride) for stride, size in (grid[axis] for axis in axes)]
         return sorted(first + sum(step) for step in itertools.product(*steps))
 
     def nodes_of(self, axis: str, ranks_per_node: int) -> int:
         """The largest number of nodes that a group of an axis spans."""
-        stride, size = (self._strides("attention") | self._strides("experts"))[axis]
+        stride, size = (self.strides("attention") | self.strides("experts"))[axis]
         heads = (rank for rank in range(self.world) if rank // stride % size == 0)
         return max(len({(head + i * stride) // ranks_per_node for i in range(size)}) for head in heads)
 
@@ -99,7 +99,7 @@ class Layout:
 
 def groups_across_nodes(layout: Layout, ranks_per_node: int) -> list[str]:
     """A sentence for each kind of group that should lie within a node and does not, by decreasing traffic."""
-    strides = layout._strides("attention") | layout._strides("experts")
+    strides = layout.strides("attention") | layout.strides("experts")
     found = []
     for axis, why in SHARE_A_NODE.items():
         (stride, size), nodes = strides[axis], layout.nodes_of(axis, ranks_per_node)

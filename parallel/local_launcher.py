@@ -15,10 +15,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from parallel.device_env import may_have_gpu
 from parallel.env import World
@@ -110,7 +110,9 @@ class RankPool:
         self.size = size
         self._held_signals, self._sent = held_signals, set[int]()
         self._forks = not may_have_gpu()
-        self._context = multiprocessing.get_context("forkserver" if self._forks else "spawn")
+        self._context = (
+            multiprocessing.get_context("forkserver") if self._forks else multiprocessing.get_context("spawn")
+        )
         if self._forks:
             self._context.set_forkserver_preload(list(preload))
         self._ranks: list[tuple[Any, Connection]] = []
@@ -142,6 +144,7 @@ class RankPool:
             # Not daemonic, so that ranks may have child processes.
             process = self._context.Process(target=_serve, args=(there,), daemon=False)
             process.start()
+            assert process.pid is not None
             there.close()
             self._ranks.append((process, here))
             for number in list(self._sent):
@@ -177,7 +180,7 @@ class RankPool:
         watched, death = False, ""
         while waiting:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait(list(waiting), left)
+            ready = cast("list[Connection]", wait(list(waiting), left))
             if not ready:
                 raise RankFailed(death or f"ranks {sorted(waiting.values())} did not finish within {timeout:g} s")
             for connection in ready:
@@ -256,7 +259,7 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) 
 
 
 @contextlib.contextmanager
-def fake_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
+def fake_rank(layout: Layout, rank: int) -> "Generator[Runtime]":
     """One rank of a world of any size, without peers. Its process groups have their sizes but communicate nothing, and
     modules built inside are on the meta device. For counting what a rank of a layout would hold."""
     import torch
@@ -268,16 +271,20 @@ def fake_rank(layout: Layout, rank: int) -> "Iterator[Runtime]":
 
     def group(*axes: str) -> dist.ProcessGroup:
         # Megatron-Core's own function would create every group of the world, not only this rank's.
-        return dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
+        made = dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
 
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=layout.world)
     try:
+        world = dist.group.WORLD
+        assert world is not None
         groups = Groups(
             **{name: group(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
             dp_cp=group("dp", "cp"),
             tp_cp=group("tp", "cp"),
             embedding=None,
-            world=dist.group.WORLD,
+            world=world,
         )
         meta = torch.device("meta")
         with meta, layers_made_on(meta):

@@ -14,14 +14,14 @@ import contextlib
 import functools
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import _device_constructors
+from torch.utils._device import _device_constructors  # pyright: ignore[reportPrivateUsage]
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ CPU_PATCHES = (
 
 
 @contextlib.contextmanager
-def _patched(*patches: Patch) -> Iterator[None]:
+def _patched(*patches: Patch) -> Generator[None]:
     saved: Saved = []
     try:
         for patch in patches:
@@ -153,7 +153,11 @@ def _no_compile(function: Any = None, **options: Any) -> Any:
 
 
 def _not_for_megatron(is_available: Callable[[], bool]) -> Callable[[], bool]:
-    return lambda: not sys._getframe(1).f_globals["__name__"].startswith("megatron.") and is_available()
+    def answer() -> bool:
+        asks = sys._getframe(1).f_globals["__name__"]  # pyright: ignore[reportPrivateUsage]
+        return not asks.startswith("megatron.") and is_available()
+
+    return answer
 
 
 IMPORT_PATCHES = (
@@ -179,8 +183,10 @@ def import_core() -> ModuleType:
     can still be forked."""
     with _patched(*IMPORT_PATCHES):
         import megatron.core
-        from megatron.core.distributed import param_and_grad_buffer  # noqa: F401
-        from megatron.core.tensor_parallel import random  # noqa: F401
+        from megatron.core.distributed import (
+            param_and_grad_buffer,  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        )
+        from megatron.core.tensor_parallel import random  # noqa: F401  # pyright: ignore[reportUnusedImport]
     return megatron.core
 
 
@@ -203,7 +209,7 @@ def _cuda_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def cuda_type_names() -> Iterator[None]:
+def cuda_type_names() -> Generator[None]:
     """Inside, and without CUDA, `tensor.type()` returns the name of the CUDA type. Entered while get_megatron_optimizer
     runs, which sorts parameters by strings such as 'torch.cuda.BFloat16Tensor'; not for longer, because other libraries
     call tensor.type() too."""
@@ -232,7 +238,7 @@ def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **def
 
 
 @contextlib.contextmanager
-def layers_made_on(device: torch.device) -> Iterator[None]:
+def layers_made_on(device: torch.device) -> Generator[None]:
     """Inside, Megatron-Core's layers are created on `device` instead of torch.cuda.current_device()."""
     with _patched(Patch("torch.cuda", ("current_device",), lambda _: _returning(device), "Shapes without memory.")):
         yield
@@ -255,7 +261,10 @@ def moe_layer(config: Any) -> nn.Module:
 
     name_missing_gemm()
     spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
-    build = spec if is_since(0, 19) else functools.partial(spec.module, submodules=spec.submodules)
+    if is_since(0, 19):
+        build = cast("Callable[..., nn.Module]", spec)
+    else:
+        build = functools.partial(cast("Callable[..., nn.Module]", spec.module), submodules=spec.submodules)
     return build(config, layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
 
 
@@ -275,7 +284,7 @@ def replace_linear_product(module: nn.Module, product: Callable[..., Tensor]) ->
 
     for layer in module.modules():
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            layer._forward_impl = forward_impl
+            layer._forward_impl = forward_impl  # pyright: ignore[reportPrivateUsage]
 
 
 @functools.cache

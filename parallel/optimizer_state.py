@@ -19,7 +19,7 @@ from parallel.block_adamw import BlockAdamW, OptimizerShard, optimizer_shards
 from parallel.checkpoint_format import StoredTensor
 from parallel.engine import Engine
 from parallel.optimizers import OPTIMIZERS
-from parallel.sharding import logical_name
+from parallel.sharding import logical_name, sharding_of
 
 
 def _optimizer_shards(engine: Engine) -> dict[nn.Parameter, OptimizerShard]:
@@ -40,19 +40,19 @@ def moments(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The logical shape of every parameter of which this rank holds a shard."""
-    return {name: p.sharding.logical_shape(p.shape) for name, p in _named(engine)}
+    return {name: sharding_of(p).logical_shape(p.shape) for name, p in _named(engine)}
 
 
 def states(engine: Engine) -> list[str]:
     """Names of this rank's parameters that are set by a rule (Sharding.is_state)."""
-    return [name for name, p in _named(engine) if p.sharding.is_state]
+    return [name for name, p in _named(engine) if sharding_of(p).is_state]
 
 
 def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The logical shape of every checkpoint tensor of which this rank holds a shard. Parameters without a gradient have
     no moments."""
     return {
-        f"{kind}.{name}": p.sharding.logical_shape(p.shape)
+        f"{kind}.{name}": sharding_of(p).logical_shape(p.shape)
         for name, p in _named(engine)
         for kind in (("weights", *moments(engine, p)) if p.requires_grad else ("weights",))
     }
@@ -91,7 +91,7 @@ def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
     """Megatron-Core's ShardedTensor for this rank's shard of a logical tensor."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    offsets = [(axis, group.rank(), group.size()) for axis, group in parameter.sharding.sharded_dims]
+    offsets = [(axis, group.rank(), group.size()) for axis, group in sharding_of(parameter).sharded_dims]
     return ShardedTensor.from_rank_offsets(key, local, *offsets)
 
 
@@ -124,7 +124,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
     for index, (name, parameter) in enumerate(_named(engine)):
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
         if not parameter.requires_grad:  # complete on every rank, and in no optimizer
-            if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
+            if group.rank() == index % group.size() and sharding_of(parameter).is_first_replica():
                 copy = parameter.detach().cpu().clone()  # written while training continues
                 tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
             continue
@@ -134,7 +134,7 @@ def to_save(engine: Engine) -> dict[str, Any]:
         for kind, part in parts.items():
             dtype = torch.float32 if kind == "weights" else moment_dtype
             whole = _assemble(engine, parameter, part, shard, index, dtype)
-            if group.rank() == index % group.size() and parameter.sharding.is_first_replica():
+            if group.rank() == index % group.size() and sharding_of(parameter).is_first_replica():
                 tensors[f"{kind}.{name}"] = _sharded(f"{kind}.{name}", whole.detach().cpu(), parameter)
     return tensors
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.registry import Registry
+from parallel.sharding import sharding_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Optimizer:
 
     def state_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What is kept of each element of a parameter."""
-        return self.state if self.matrix_state is None or parameter.sharding.matrices is None else self.matrix_state
+        return self.state if self.matrix_state is None or sharding_of(parameter).matrices is None else self.matrix_state
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ class Optimizer:
 def _adamw(block: Update) -> None:
     """Loshchilov and Hutter 2019 (arXiv:1711.05101, algorithm 2), by torch's fused kernel."""
     count = torch.full((), block.step, dtype=torch.float32, device=block.weight.device)
-    torch._fused_adamw_(
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]
         [block.weight], [block.gradient], [block.state["exp_avg"]], [block.state["exp_avg_sq"]], [], [count],
         lr=block.lr, beta1=block.betas[0], beta2=block.betas[1], weight_decay=block.weight_decay, eps=block.eps,
         amsgrad=False, maximize=False,

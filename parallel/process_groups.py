@@ -137,22 +137,30 @@ def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        distributed_timeout_minutes=wait.total_seconds() / 60,
+        # A fraction too: it becomes a timedelta.
+        distributed_timeout_minutes=wait.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=False,
     )
+    embedding = ps.get_embedding_group(check_initialized=False)
     return Groups(
-        tp=ps.get_tensor_model_parallel_group(),
-        cp=ps.get_context_parallel_group(),
-        pp=ps.get_pipeline_model_parallel_group(),
-        dp=ps.get_data_parallel_group(),
-        dp_cp=ps.get_data_parallel_group(with_context_parallel=True),
-        tp_cp=ps.get_tensor_and_context_parallel_group(),
-        ep=ps.get_expert_model_parallel_group(),
-        etp=ps.get_expert_tensor_parallel_group(),
-        edp=ps.get_expert_data_parallel_group(),
-        embedding=ps.get_embedding_group(check_initialized=False),
-        world=dist.group.WORLD,
+        tp=_made(ps.get_tensor_model_parallel_group()),
+        cp=_made(ps.get_context_parallel_group()),
+        pp=_made(ps.get_pipeline_model_parallel_group()),
+        dp=_made(ps.get_data_parallel_group()),
+        dp_cp=_made(ps.get_data_parallel_group(with_context_parallel=True)),
+        tp_cp=_made(ps.get_tensor_and_context_parallel_group()),
+        ep=_made(ps.get_expert_model_parallel_group()),
+        etp=_made(ps.get_expert_tensor_parallel_group()),
+        edp=_made(ps.get_expert_data_parallel_group()),
+        embedding=None if embedding is None else _made(embedding),
+        world=_made(dist.group.WORLD),
     )
+
+
+def _made(group: object) -> dist.ProcessGroup:
+    """torch's functions may return a number, on a rank outside of the group."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _warm_up(groups: Groups, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 generators; libraries may."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,12 +12,17 @@ _TRACKER = "tracker."
 """Prefix of the names of Megatron-Core's generators."""
 
 
-def random_state() -> dict[str, Tensor]:
-    """Name of each generator's state -> int64, float64 or uint8 tensor."""
+def _tracker() -> Any:
+    """Megatron-Core's generators."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+    return get_cuda_rng_tracker()
+
+
+def random_state() -> dict[str, Tensor]:
+    """Name of each generator's state -> int64, float64 or uint8 tensor."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state())
     states = {
         "python": torch.tensor([version, *internal], dtype=torch.int64),
         "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
@@ -27,7 +32,7 @@ def random_state() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    tracked: dict[str, Any] = get_cuda_rng_tracker().get_states()
+    tracked: dict[str, Any] = _tracker().get_states()
     return states | {f"{_TRACKER}{name}": state.cpu().clone() for name, state in tracked.items()}
 
 
@@ -37,8 +42,6 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     version, *internal = states["python"].tolist()
     has_gauss, gauss = states["python_gauss"].tolist()
     random.setstate((version, tuple(internal), gauss if has_gauss else None))
@@ -49,4 +52,4 @@ def restore_random_state(states: dict[str, Tensor]) -> None:
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     tracked = {name.removeprefix(_TRACKER): state for name, state in states.items() if name.startswith(_TRACKER)}
-    get_cuda_rng_tracker().set_states(tracked)
+    _tracker().set_states(tracked)

@@ -148,8 +148,8 @@ def join(world: World, timeout: float) -> dist.Store:
 def _listen(world: World) -> socket.socket:
     found = socket.getaddrinfo(world.address, world.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
-    several_nodes = world.local_size < world.size
-    if several_nodes and (address[0].startswith("127.") or address[0] == "::1"):
+    several_nodes, host = world.local_size < world.size, str(address[0])
+    if several_nodes and (host.startswith("127.") or host == "::1"):
         address = ("", world.port)  # /etc/hosts maps this node's own name to the loopback address
     try:
         return socket.create_server(address[:2], family=family, backlog=max(128, world.size))

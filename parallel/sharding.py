@@ -6,6 +6,7 @@ A *logical parameter* is the whole parameter, as one rank alone would hold it.
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -97,8 +98,33 @@ class Sharding:
         return logical
 
 
+class Marks(TypedDict, total=False):
+    """What Megatron-Core, and the optimizer, read of a parameter beside its values."""
+
+    sequence_parallel: bool
+    """Whether its gradient is summed over the tensor-parallel group, whose ranks see different tokens."""
+    allreduce: bool
+    """False: its gradient is reduced over the expert-data-parallel group."""
+    no_decay: bool
+    """Whether it is left out of the weight decay, as norms and biases are by their shape."""
+    shared: bool
+    """Whether it is a copy, which does not count in the gradient norm."""
+    shared_embedding: bool
+    """Whether another stage has the embedding too, so that it gets a bucket of its own."""
+    tensor_model_parallel: bool
+    """Whether every tensor-parallel rank's shard counts in the gradient norm, and not only that of rank 0."""
+    partition_dim: int
+    partition_stride: int
+
+
+def mark(parameter: nn.Parameter, **marks: Unpack[Marks]) -> None:
+    """Sets attributes of a parameter that are read elsewhere."""
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+
+
 def set_sharding(
-    parameter: nn.Parameter,
+    parameter: nn.Parameter | None,
     *sharded_dims: tuple[int, dist.ProcessGroup],
     replicas: tuple[dist.ProcessGroup, ...] = (),
     std: float | None = None,
@@ -107,17 +133,25 @@ def set_sharding(
     is_state: bool = False,
     matrices: Matrices | None = None,
 ) -> nn.Parameter:
-    """Sets `parameter.sharding` and returns the parameter. The arguments are the fields of `Sharding`."""
-    parameter.sharding = Sharding(sharded_dims, replicas, std, per_expert, alias, is_state, matrices)
+    """Sets `parameter.sharding` and returns the parameter. The other arguments are the fields of `Sharding`.
+
+    Args:
+        parameter: not None, which Megatron-Core's linear layers declare for one that is made without a weight.
+    """
+    assert parameter is not None
+    sharding = Sharding(sharded_dims, replicas, std, per_expert, alias, is_state, matrices)
+    parameter.sharding = sharding  # pyright: ignore[reportAttributeAccessIssue]
     if sharded_dims:
-        # Megatron-Core's attributes of a sharded parameter: the gradient norm counts every rank's shard. Without them
-        # it would count tensor-parallel rank 0 alone.
-        parameter.tensor_model_parallel = True
-        parameter.partition_dim, parameter.partition_stride = sharded_dims[-1][0], 1
+        mark(parameter, tensor_model_parallel=True, partition_dim=sharded_dims[-1][0], partition_stride=1)
     return parameter
+
+
+def sharding_of(parameter: nn.Parameter) -> Sharding:
+    """What set_sharding has set."""
+    return parameter.sharding  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def logical_name(name: str, parameter: nn.Parameter) -> str:
     """The name of the logical parameter. Module paths are the same on all ranks; an alias has the name of its
     original."""
-    return parameter.sharding.alias or name
+    return sharding_of(parameter).alias or name

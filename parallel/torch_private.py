@@ -12,14 +12,14 @@ def default_store() -> "dist.Store":
     """The store of the default process group."""
     import torch.distributed as dist
 
-    return dist.distributed_c10d._get_default_store()
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
 def ranks_of_groups() -> dict[str, list[int]]:
     """Name of each process group, as in the flight recorder -> its global ranks, sorted."""
     import torch.distributed as dist
 
-    world = dist.distributed_c10d._world
+    world = dist.distributed_c10d._world  # pyright: ignore[reportPrivateUsage]
     return {name: sorted(world.pg_group_ranks.get(group, {})) for group, name in world.pg_names.items()}
 
 
@@ -27,7 +27,7 @@ def flight_recorder_dump() -> str | bytes | None:
     """The flight recorder's collectives as JSON, without stack traces; None if this build has no recorder."""
     import torch
 
-    calls = torch._C._distributed_c10d
+    calls = torch._C._distributed_c10d  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         if hasattr(calls, name):
             return getattr(calls, name)(True, False)

@@ -209,7 +209,7 @@ class Watchdog:
         if self.world.size > 1:
             # A separate connection: a waiting thread must not block the main thread's use of the store.
             given = self._given_store or default_store()
-            self._store = TimeoutStore(lambda: dist.PrefixStore("watch", given.clone()))
+            self._store = TimeoutStore(lambda: dist.PrefixStore("watch", given.clone()))  # pyright: ignore[reportAttributeAccessIssue]
             with contextlib.suppress(StoreTimeout):  # connects now, while the store exists
                 self._ask(lambda store: None)
             local_launcher.send_to_parent("watched", None)
@@ -258,17 +258,19 @@ class Watchdog:
                 seen, since = now, time.monotonic()
             waited = time.monotonic() - (since if self._progress else answered)
             if failed or waited > self._stall_limit:
-                frames = _frames_of_thread(sys._current_frames().get(self._main))
+                now_running = sys._current_frames()  # pyright: ignore[reportPrivateUsage]  # documented
+                frames = _frames_of_thread(now_running.get(self._main))
                 status = rank_status(now[0], frames, trace=_trace())
                 return self._end(self._report(status))
 
     def _report(self, status: RankStatus) -> str:
         """Announces a failure with this rank's status, logs its stack traces, and returns the diagnosis of all ranks'
         reports. Empty: every rank failed with an exception of its own."""
+        # Not threading.enumerate, whose lock a thread that hangs may hold.
+        known: dict[int, threading.Thread] = threading._active  # pyright: ignore[reportAttributeAccessIssue]
         stacks = [
-            f"thread {threading._active[ident].name if ident in threading._active else ident}:\n"
-            + "".join(traceback.format_stack(frame))
-            for ident, frame in sys._current_frames().items()
+            f"thread {known[ident].name if ident in known else ident}:\n" + "".join(traceback.format_stack(frame))
+            for ident, frame in sys._current_frames().items()  # pyright: ignore[reportPrivateUsage]
         ]
         me = f"rank {self.world.rank} was"
         what = status.error or "no progress on this rank, or a failure on another"

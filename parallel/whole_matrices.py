@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.muon import replace_by_directions
-from parallel.sharding import Matrices
+from parallel.sharding import Matrices, sharding_of
 
 ROUND = 2**26
 """Elements of the matrices that a rank computes at once, which bounds temporary memory."""
@@ -229,6 +229,8 @@ def units_of(
     load = {(d, t): 0 for d in range(data.size()) for t in range(tensor.size())}
     for index, parameter in enumerate(parameters):
         held = {rank: spans[index] for rank, spans in enumerate(everyone) if spans[index][0] < spans[index][1]}
+        matrices = sharding_of(parameter).matrices
+        assert matrices is not None
         for first, shape, cut in _pieces(parameter, tensor):
             size = math.prod(shape)
             spans = {rank: (max(0, start - first), min(size, end - first)) for rank, (start, end) in held.items()}
@@ -236,15 +238,15 @@ def units_of(
             most = max(ranges, key=lambda rank: ranges[rank][1] - ranges[rank][0])
             owner = min(((most, t) for t in range(tensor.size())), key=load.__getitem__)
             load[owner] += size
-            units.append(Unit(parameter, first, shape, cut, parameter.sharding.matrices, ranges, owner))
+            units.append(Unit(parameter, first, shape, cut, matrices, ranges, owner))
     return units
 
 
 def _pieces(parameter: nn.Parameter, tensor: dist.ProcessGroup) -> Iterator[tuple[int, tuple[int, ...], int | None]]:
     """(first element, shape, dimension sharded over the tensor-parallel ranks) of each expert, or of the parameter."""
     shape = tuple(parameter.shape)
-    cut = next((dim for dim, group in parameter.sharding.sharded_dims if group is tensor), None)
-    if not parameter.sharding.per_expert:
+    cut = next((dim for dim, group in sharding_of(parameter).sharded_dims if group is tensor), None)
+    if not sharding_of(parameter).per_expert:
         yield 0, shape, cut
         return
     for expert in range(shape[0]):

@@ -22,7 +22,8 @@ WEIGHTS = "weights."
 """Prefix of the names of parameters in a checkpoint."""
 FILE_BYTES = 2**30
 """Maximum size of a checkpoint's file, unless it holds a single parameter."""
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def write_checkpoint(

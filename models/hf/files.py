@@ -64,8 +64,7 @@ class Source:
         self._index: dict[str, str] | None = None
         if (self.directory / INDEX).is_file():
             found = read_json(self.directory / INDEX).get("weight_map")
-            texts = isinstance(found, dict) and all(isinstance(v, str) and Path(v).name == v for v in found.values())
-            if not texts:
+            if not (isinstance(found, dict) and all(isinstance(v, str) and Path(v).name == v for v in found.values())):
                 raise ValueError(f"{self.directory / INDEX} has no weight_map from tensors to files")
             self._index = found
             return [self.directory / name for name in sorted(set(found.values()))]

@@ -5,7 +5,8 @@ Legend: B batch, H heads, G key/value groups, S sequence, N width of a head.
 
 import ctypes
 import math
-from ctypes import POINTER, c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ class _View(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
 
 
-def _view(t_BHSN: Tensor) -> "POINTER(_View)":
+def _view(t_BHSN: Tensor) -> "ctypes._Pointer[_View]":  # pyright: ignore[reportPrivateUsage]
     assert t_BHSN.device.type == "cpu" and t_BHSN.dtype == torch.bfloat16
     assert t_BHSN.dim() == 4 and t_BHSN.stride(3) == 1
     return ctypes.pointer(_View(t_BHSN.data_ptr(), *t_BHSN.stride()[:3]))
 
 
-def _shape(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> "POINTER(_Shape)":
+def _shape(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> "ctypes._Pointer[_Shape]":  # pyright: ignore[reportPrivateUsage]
     batch, heads, sequence, width = q_BHSN.shape
     assert v_BGSN.shape == k_BGSN.shape == (batch, k_BGSN.shape[1], sequence, width) and heads % k_BGSN.shape[1] == 0
     return ctypes.pointer(_Shape(batch, heads, k_BGSN.shape[1], sequence, width, 1 / math.sqrt(width)))
@@ -46,7 +47,7 @@ def _like(t_BHSN: Tensor) -> Tensor:
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
         q_BHSN, k_BGSN, v_BGSN = (_readable(t) for t in (q_BHSN, k_BGSN, v_BGSN))
         out_BHSN, lse_BHS = _like(q_BHSN), q_BHSN.new_empty(q_BHSN.shape[:3], dtype=torch.float32)
         views = (_view(t) for t in (q_BHSN, k_BGSN, v_BGSN, out_BHSN))
@@ -56,12 +57,12 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout_BHSN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dout_BHSN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, out_BHSN, lse_BHS = ctx.saved_tensors
-        dout_BHSN, gradients = _readable(dout_BHSN), [_like(t) for t in inputs]
-        views = (_view(t) for t in (*inputs, out_BHSN, dout_BHSN, *gradients))
+        dout_BHSN, (dq, dk, dv) = _readable(dout_BHSN), (_like(t) for t in inputs)
+        views = (_view(t) for t in (*inputs, out_BHSN, dout_BHSN, dq, dk, dv))
         call(library().switchyard_attention_back, _shape(*inputs), *views, data_of(lse_BHS))
-        return tuple(gradients)
+        return dq, dk, dv
 
 
 def causal_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:

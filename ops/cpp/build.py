@@ -28,8 +28,10 @@ FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cpp"))
 INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 """As torch names what a processor has."""
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma"]
-FLAGS += [f"-m{name.replace('_', '')}" for name in INSTRUCTIONS]
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma"),
+    *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
+]
 
 
 _PATIENCE = 60.0

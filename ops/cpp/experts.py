@@ -27,9 +27,9 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _numbers(row_R: Tensor | None) -> Tensor | None:
-    assert row_R is None or row_R.dtype == torch.int64
-    return None if row_R is None else row_R.contiguous()
+def _numbers(row_R: Tensor) -> Tensor:
+    assert row_R.dtype == torch.int64
+    return row_R.contiguous()
 
 
 def _dense_or_none(t: Tensor | None) -> Tensor | None:
@@ -60,7 +60,7 @@ class NativeGemmBackend:
         return Weight(dense_LKN, dense_LKN.transpose(1, 2))
 
     def rows(self, x_RK: Tensor, row_R: Tensor | None = None) -> Operand:
-        return Operand(_dense(x_RK), _numbers(row_R))
+        return Operand(_dense(x_RK), None if row_R is None else _numbers(row_R))
 
     def product(self, x_RK: Operand, w_LKN: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
         experts, inner, outer = w_LKN.shape
@@ -102,14 +102,14 @@ class NativeGemmBackend:
         return (_dense(x_RK),) if row_R is None else (_dense(x_RK), _numbers(row_R))
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Tensor, w: Tensor) -> Tensor:
-        (x_RK, *row_R), (dy_RN,) = x_RK, dy_RN
+        (left_RK, *row_R), (right_RN,) = x_RK, dy_RN
         main = main_gradient(w)
-        assert int(groups[-1]) == len(dy_RN) and (main is None or main.dtype == torch.float32)
+        assert int(groups[-1]) == len(right_RN) and (main is None or main.dtype == torch.float32)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
         call(
             library().switchyard_weight_gradient,
-            c_int64(len(groups) - 1), data_of(groups), data_of(x_RK), data_of(row_R[0] if row_R else None),
-            data_of(dy_RN), c_int64(x_RK.shape[1]), c_int64(dy_RN.shape[1]),
+            c_int64(len(groups) - 1), data_of(groups), data_of(left_RK), data_of(row_R[0] if row_R else None),
+            data_of(right_RN), c_int64(left_RK.shape[1]), c_int64(right_RN.shape[1]),
             data_of(dw if main is None else main), c_bool(main is not None),
         )  # fmt: skip
         return dw

@@ -4,6 +4,7 @@ Legend: T tokens, D hidden, E experts.
 """
 
 from ctypes import c_int64
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ops.cpp.build import data_of, library, threads
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         assert x_TD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32
         assert x_TD.device.type == "cpu" and x_TD.shape[1] == weight_ED.shape[1]
         x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
@@ -27,7 +28,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
         (x_TD, weight_ED), dlogits_TE = ctx.saved_tensors, dlogits_TE.contiguous()
         dx_TD, dweight_ED = torch.empty_like(x_TD), torch.empty_like(weight_ED)
         library().switchyard_router_logits_back(

@@ -4,6 +4,7 @@ Legend: T tokens, V vocabulary (this rank's slice), R rows, D hidden, P parts of
 """
 
 from ctypes import c_float, c_int64
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ class _Losses:
     def sums(self, logits_TV: Tensor, mine_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert logits_TV.dtype == torch.bfloat16 and mine_T.dtype == torch.int64
         tokens, vocabulary = logits_TV.shape
-        sums = tuple(logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        largest_T, sum_T, label_T = (logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
         library().switchyard_cross_entropy_sums(
-            c_int64(tokens), c_int64(vocabulary), data_of(logits_TV), data_of(mine_T), *map(data_of, sums), threads()
-        )
-        return sums
+            c_int64(tokens), c_int64(vocabulary),
+            *map(data_of, (logits_TV, mine_T, largest_T, sum_T, label_T)), threads(),
+        )  # fmt: skip
+        return largest_T, sum_T, label_T
 
     def become_gradient(
         self, logits_TV: Tensor, mine_T: Tensor, largest_T: Tensor, sum_T: Tensor, grad_T: Tensor
@@ -42,7 +44,7 @@ token_losses = losses_with(_Losses())
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         assert x_RD.dtype == weight_D.dtype == torch.bfloat16
         x_RD, weight_D = x_RD.contiguous(), weight_D.contiguous()
         y_RD, scale_R = torch.empty_like(x_RD), x_RD.new_empty(len(x_RD), dtype=torch.float32)
@@ -55,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
         (x_RD, weight_D, scale_R), dy_RD = ctx.saved_tensors, dy_RD.contiguous()
         dx_RD = torch.empty_like(x_RD)
         parts_PD = x_RD.new_empty((-(-len(x_RD) // PART), x_RD.shape[1]), dtype=torch.float32)

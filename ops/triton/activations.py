@@ -3,16 +3,16 @@
 Legend: R rows, F expert hidden, G 2 for gated activations (gate, up), else 1. Blocks are 128 wide: BLOCK.
 """
 
-import triton
 import triton.language as tl
 
 from ops.triton.fp8_cast import inverse, scale_bits
+from ops.triton.jit import jit
 
 KINDS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
 """The nonlinearity of each activation of ops.activations."""
 
 
-@triton.jit
+@jit
 def nonlinear(x, KIND: tl.constexpr):
     """(f(x), f'(x)) in fp32."""
     if KIND == "silu":
@@ -28,7 +28,7 @@ def nonlinear(x, KIND: tl.constexpr):
         return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
 
 
-@triton.jit
+@jit
 def _write(
     x, ptr, q_ptr, scale_ptr, R, F, stride_scale, half, halves, model_type: tl.constexpr, ROUND: tl.constexpr,
     KEEP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
@@ -52,7 +52,7 @@ def _write(
         tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["R"])
+@jit(do_not_specialize=["R"])
 def activate(
     h_ptr, keep_ptr, a_ptr, q_ptr, scale_ptr, R, F, stride_scale, KIND: tl.constexpr, G: tl.constexpr,
     DROP: tl.constexpr, ROUND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,7 +71,7 @@ def activate(
     _write(a, a_ptr, q_ptr, scale_ptr, R, F, stride_scale, 0, 1, h_ptr.dtype.element_ty, ROUND, not ROUND, BR, BLOCK)
 
 
-@triton.jit(do_not_specialize=["R"])
+@jit(do_not_specialize=["R"])
 def activate_back(
     h_ptr, da_ptr, keep_ptr, a_ptr, dh_ptr, q_ptr, scale_ptr, R, F, stride_scale, KIND: tl.constexpr, G: tl.constexpr,
     DROP: tl.constexpr, ROUND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,

@@ -9,6 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ops.triton.jit import jit
 from parallel.block_update import Block
 
 BLOCK = 1024
@@ -17,7 +18,7 @@ WHOLE = 2**62, 0, 0
 """A step of Sharding.index_steps that changes no index."""
 
 
-@triton.jit
+@jit
 def _rounded(x, bits, target: tl.constexpr):
     """To the target's type: stochastically to bf16, by the lower 16 of the bits."""
     if target == tl.bfloat16:
@@ -25,7 +26,7 @@ def _rounded(x, bits, target: tl.constexpr):
     return x.to(target)
 
 
-@triton.jit
+@jit
 def _random_bits(index, seed):
     """block_update.random_bits."""
     bits = index.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True)
@@ -34,11 +35,13 @@ def _random_bits(index, seed):
     return bits ^ (bits >> 16)
 
 
-_VARYING = ["N", "first", "seed", "inner1", "skipped1", "first1", "inner2", "skipped2", "first2"]
-_VARYING += ["grad_scale", "step_size", "decay", "root2", "eps"]
+_VARYING = [
+    *("N", "first", "seed", "inner1", "skipped1", "first1", "inner2", "skipped2", "first2"),
+    *("grad_scale", "step_size", "decay", "root2", "eps"),
+]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@jit(do_not_specialize=_VARYING)
 def adamw(
     weight_ptr, gradient_ptr, m_ptr, v_ptr, model_ptr,
     N, first, seed, inner1, skipped1, first1, inner2, skipped2, first2,

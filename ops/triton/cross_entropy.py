@@ -4,16 +4,16 @@ Legend: T tokens, V vocabulary (this rank's slice).
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ops.fused_cross_entropy import losses_with
+from ops.triton.jit import jit
 
 BLOCK = 4096
 
 
-@triton.jit
+@jit
 def cross_entropy_sums(logits_ptr, labels_ptr, largest_ptr, sum_ptr, label_ptr, V, stride_t, BLOCK: tl.constexpr):
     """One program a token: the largest logit and the sum of exponentials below it, kept up to date block by block
     (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), and the label's logit."""
@@ -33,7 +33,7 @@ def cross_entropy_sums(logits_ptr, labels_ptr, largest_ptr, sum_ptr, label_ptr, 
     tl.store(sum_ptr + token, total)
 
 
-@triton.jit
+@jit
 def cross_entropy_gradient(
     logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, V, stride_t, BLOCK: tl.constexpr
 ):  # fmt: skip

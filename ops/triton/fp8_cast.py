@@ -3,24 +3,25 @@
 Legend: R rows, K columns, L experts, N columns of a weight. Blocks are 128 wide: BLOCK.
 """
 
-import triton
 import triton.language as tl
 
+from ops.triton.jit import jit
 
-@triton.jit
+
+@jit
 def scale_bits(amax):
     """The bits of numerics.scale_of(amax): a power of two."""
     bits = (tl.maximum(amax, 7.888609052210118e-31) * 0.002232142857142857).to(tl.int32, bitcast=True)
     return (bits + 0x7FFFFF) & 0x7F800000
 
 
-@triton.jit
+@jit
 def inverse(bits):
     """One over a power of two, exactly; 0 over infinity, so that what is infinite becomes not a number."""
     return tl.where(bits < 0x7F800000, (254 << 23) - bits, 0).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["R"])
+@jit(do_not_specialize=["R"])
 def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, stride_scale, BR: tl.constexpr, BLOCK: tl.constexpr):
     """x [R, K] -> q [R, K], scale transposed [K / BLOCK, R]: one scale for 1 x BLOCK. Products read one block's scales
     of many rows. The grid is (R / BR, K / BLOCK)."""
@@ -36,7 +37,7 @@ def round_rows(x_ptr, q_ptr, scale_ptr, R, K, stride_xr, stride_scale, BR: tl.co
     tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=rows < R)
 
 
-@triton.jit
+@jit
 def round_columns(
     x_ptr, q_ptr, scale_ptr, row_ptr, tiles_ptr, K, padded, stride_xr,
     GATHER: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
@@ -65,7 +66,7 @@ def round_columns(
     tl.store(scale_ptrs, bits.to(tl.float32, bitcast=True), mask=columns < K)
 
 
-@triton.jit
+@jit
 def round_weight(w_ptr, q_ptr, qt_ptr, scale_ptr, K, N, stride_wl, stride_wk, stride_wn, BLOCK: tl.constexpr):
     """w [L, K, N] -> q [L, K, N], transposed [L, N, K], scale [L, K / BLOCK, N / BLOCK]: one for BLOCK x BLOCK.
     The grid is (K / BLOCK, N / BLOCK, L)."""

@@ -95,7 +95,8 @@ class TritonGemmBackend:
             return y_RN
         narrow = x_RK.scale is not None
         scales, strides = (y_RN, y_RN), [0] * 5
-        if narrow:
+        if x_RK.scale is not None:
+            assert w_LKN.scale is not None
             scales = (x_RK.scale, w_LKN.scale)
             # Along an axis with a single scale, which all of the axis reads, the stride is 0. Not for a single row: it
             # is row 0, and the stride stays what it is for more.
@@ -159,15 +160,16 @@ class TritonGemmBackend:
         return (x_RK,) if row_R is None else (x_RK, row_R)
 
     def weight_gradient(self, x_RK: tuple[Tensor, ...], dy_RN: tuple[Tensor, ...], groups: Groups, w: Tensor) -> Tensor:
-        narrow = x_RK[0].dtype == E4M3
+        x, x_last, gathered = x_RK[0], x_RK[-1], len(x_RK) > 1
+        narrow = x.dtype == E4M3
         if narrow:  # operands come transposed: rows are the inner dimension, which FP8 products read contiguously
-            x, dy = x_RK[0].t(), dy_RN[0].t()
+            x, dy = x.t(), dy_RN[0].t()
         else:  # a copy of gathered rows costs far less than looking them up in each tile (docs/kernels.md)
-            x, dy = x_RK[0].index_select(0, x_RK[1]) if len(x_RK) > 1 else x_RK[0], dy_RN[0]
+            x, dy = x.index_select(0, x_last) if gathered else x, dy_RN[0]
         main = main_gradient(w)
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
         grouped_gemm.grouped_weight_gradient[(programs(x.device),)](
-            x, dy, dw if main is None else main, x_RK[-1], dy_RN[-1],
+            x, dy, dw if main is None else main, x_last, dy_RN[-1],
             groups.padded_starts if narrow else groups.starts, len(groups.counts), x.shape[1], dy.shape[1],
             *x.stride(), *dy.stride(), FP8=narrow, ADD=main is not None, GROUP=8, num_warps=8,
             **gradient_tile(x.device, narrow),

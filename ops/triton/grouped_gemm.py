@@ -4,11 +4,12 @@ Legend: R rows grouped by expert, K inner and N outer dimension of the forward p
 operands (ops/fp8_numerics.py); a stride of 0 spreads one scale over an axis.
 """
 
-import triton
 import triton.language as tl
 
+from ops.triton.jit import jit
 
-@triton.jit(do_not_specialize=["num_row_tiles"])
+
+@jit(do_not_specialize=["num_row_tiles"])
 def grouped_product(
     x_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, row_ptr, tiles_ptr, num_row_tiles, N, K,
     stride_xr, stride_wl, stride_wk, stride_wn, stride_yr,
@@ -59,12 +60,12 @@ def grouped_product(
                     w = w_ptr.load([expert.to(tl.int32) * N + column, k * BK]).T
                 else:
                     w = w_ptr.load([expert.to(tl.int32) * K + k * BK, column])
-            else:
+            else:  # DESCRIPTORS is a constant: what is bound above is bound here
                 left = K - k * BK
-                x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
-                w = tl.load(w_ptrs, mask=(inner[:, None] < left) & (columns[None, :] < N), other=0.0)
-                x_ptrs += BK
-                w_ptrs += BK * stride_wk
+                x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+                w = tl.load(w_ptrs, mask=(inner[:, None] < left) & (columns[None, :] < N), other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+                x_ptrs += BK  # pyright: ignore[reportPossiblyUnboundVariable]
+                w_ptrs += BK * stride_wk  # pyright: ignore[reportPossiblyUnboundVariable]
             if SCALES == "none":
                 acc = tl.dot(x, w, acc)
             elif SCALES == "rows":
@@ -82,7 +83,7 @@ def grouped_product(
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@jit
 def grouped_weight_gradient(
     x_ptr, dy_ptr, dw_ptr, x_scale_ptr, dy_scale_ptr, starts_ptr, num_experts, K, N,
     stride_xr, stride_xk, stride_dyr, stride_dyn,
@@ -131,7 +132,7 @@ def grouped_weight_gradient(
         _write(dw_ptrs, right, first_k, first_n + BN // 2, K, N, ADD, BM, BN // 2)
 
 
-@triton.jit
+@jit
 def _write(dw_ptr, acc, first_k, first_n, K, N, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     ks, ns = first_k + tl.arange(0, BM), first_n + tl.arange(0, BN)
     ptrs = dw_ptr + ks[:, None].to(tl.int64) * N + ns[None, :]

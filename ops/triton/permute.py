@@ -4,14 +4,14 @@ Legend: T tokens, D hidden, K choices per token, R routed rows.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ops.fused_permute import KernelPermutation
+from ops.triton.jit import jit
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def gather_rows(
     source_ptr, choice_ptr, gates_ptr, out_ptr, T, D, K: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def gather_rows(
     tl.store(out_ptr + row * D + columns, x, mask=columns < D)
 
 
-@triton.jit
+@jit
 def add_rows(
     rows_ptr, slot_ptr, gates_ptr, out_ptr, D, K: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def add_rows(
     tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@jit
 def gate_gradient(rows_ptr, slot_ptr, grad_ptr, out_ptr, D, K: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, K]: the product of a choice's row with its token's gradient [T, D]; 0 for a choice without a row. The
     grid is (T, K)."""

@@ -3,16 +3,19 @@
 Legend: R rows, D hidden.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.triton.jit import jit
 from ops.triton.tiling import programs
 
 
-@triton.jit
+@jit
 def rms_norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, D, eps, BLOCK: tl.constexpr):
     """y = x * scale * weight with scale [R] = 1 / sqrt(mean(x^2) + eps), fp32. One program a row, D <= BLOCK."""
     row = tl.program_id(0).to(tl.int64)
@@ -25,7 +28,7 @@ def rms_norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, D, eps, BLOCK: tl.cons
     tl.store(scale_ptr + row, scale)
 
 
-@triton.jit(do_not_specialize=["R"])
+@jit(do_not_specialize=["R"])
 def rms_norm_backward(x_ptr, weight_ptr, dy_ptr, scale_ptr, dx_ptr, parts_ptr, R, D, BLOCK: tl.constexpr):
     """dx, and in parts [programs, D] each program's share of the weight's gradient, added up in the order of rows."""
     columns = tl.arange(0, BLOCK)
@@ -47,7 +50,7 @@ def rms_norm_backward(x_ptr, weight_ptr, dy_ptr, scale_ptr, dx_ptr, parts_ptr, R
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         (rows, hidden), x_RD = x_RD.shape, x_RD.contiguous()
         y_RD, scale_R = torch.empty_like(x_RD), x_RD.new_empty(rows, dtype=torch.float32)
         ctx.launch = {"BLOCK": triton.next_power_of_2(hidden), "num_warps": 8 if hidden > 2048 else 4}
@@ -58,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_RD, weight_D, scale_R = ctx.saved_tensors
         (rows, hidden), dx_RD = x_RD.shape, torch.empty_like(x_RD)
         parts_PD = x_RD.new_empty((4 * programs(x_RD.device), hidden), dtype=torch.float32)

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.triton.jit import jit
+
 HEADS = 8
 """Heads of a program: of a token the angles are read once for them."""
 _STRIDES = ["x_s", "x_b", "x_h", "out_s", "out_b", "out_h"]
 
 
-@triton.jit(do_not_specialize=["B", "H", *_STRIDES])
+@jit(do_not_specialize=["B", "H", *_STRIDES])
 def rotate(
     x_ptr, cos_ptr, sin_ptr, out_ptr, B, H, HALF, x_s, x_b, x_h, x_n, out_s, out_b, out_h, out_n,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,

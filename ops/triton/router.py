@@ -3,7 +3,12 @@ scores are never written.
 
 Legend: T tokens, E experts, K choices per token, B sequences of the micro-batch, or 1 where it is balanced as a whole,
 S positions: T = S * B in the order of (position, sequence), P programs that share a sequence, C = 2 * E + 3 sums.
+
+Triton's stubs have tl.sum and tl.max return a tuple or a constant, where a kernel gets a tensor: hence the rules that
+are ignored.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops.routing import FUSED_SCORE_FUNCTIONS, TINY, RouterStats, Routing, Rule
+from ops.triton.jit import jit
 from ops.triton.tiling import programs
 from parallel.activation_checkpoint import LIBRARY, MUST_SAVE_OPS
 
@@ -22,7 +28,7 @@ NONE = tl.constexpr(-(2**31))
 """Comes after every float."""
 
 
-@triton.jit
+@jit
 def in_order(x):
     """int32 in the order in which torch sorts floats: both zeros are equal, and not-a-number is the largest."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
@@ -30,26 +36,26 @@ def in_order(x):
     return tl.where(x == x, bits, 0x7FFFFFFF)
 
 
-@triton.jit
+@jit
 def softmax_of(x, here):
     """(softmax, logsumexp) of each row of x [T, E], over the columns that are here."""
     largest = tl.max(tl.where(here, x, -float("inf")), axis=1)
-    powers = tl.where(here, tl.exp(x - largest[:, None]), 0.0)
+    powers = tl.where(here, tl.exp(x - largest[:, None]), 0.0)  # pyright: ignore[reportArgumentType, reportCallIssue]
     total = tl.sum(powers, axis=1)
-    return powers / total[:, None], largest + tl.log(total)
+    return powers / total[:, None], largest + tl.log(total)  # pyright: ignore[reportArgumentType]
 
 
-@triton.jit
+@jit
 def sigmoid_of(x, here):
     return tl.where(here, 1 / (1 + tl.exp(-x)), 0.0)
 
 
-@triton.jit
+@jit
 def log_sigmoid_of(x):
     return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
 
 
-@triton.jit
+@jit
 def best(rank, score, columns, places, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """Scores [T, BK] of the K experts of the highest rank, among equals the lower one first, those experts, and rank
     [T, E] with NONE in their places."""
@@ -59,12 +65,12 @@ def best(rank, score, columns, places, K: tl.constexpr, BT: tl.constexpr, BK: tl
         hit = columns[None, :] == expert[:, None]
         place = (places == k)[None, :]
         experts = tl.where(place, expert[:, None], experts)
-        scores = tl.where(place, tl.sum(tl.where(hit, score, 0.0), axis=1)[:, None], scores)
+        scores = tl.where(place, tl.sum(tl.where(hit, score, 0.0), axis=1)[:, None], scores)  # pyright: ignore[reportArgumentType]
         rank = tl.where(hit, NONE, rank)
     return scores, experts, rank
 
 
-@triton.jit
+@jit
 def route_forward(
     logits_ptr, bias_ptr, padding_ptr, gates_ptr, experts_ptr, sums_ptr, S, E, scale,
     K: tl.constexpr, SIGMOID: tl.constexpr, AFTER: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr,
@@ -104,7 +110,7 @@ def route_forward(
         if AFTER or (SIGMOID and RENORMALIZE):
             gates, _ = softmax_of(gates, chosen)
         elif RENORMALIZE:
-            gates = gates / (tl.sum(gates, axis=1) + LITTLE)[:, None]
+            gates = gates / (tl.sum(gates, axis=1) + LITTLE)[:, None]  # pyright: ignore[reportArgumentType]
         target = token[:, None] * K + places[None, :]
         tl.store(gates_ptr + target, tl.where(live[:, None], gates * scale, 0.0), mask=there[:, None] & chosen)
         tl.store(experts_ptr + target, tl.where(live[:, None], experts, E).to(tl.int64), mask=there[:, None] & chosen)
@@ -123,7 +129,7 @@ def route_forward(
     tl.store(sums_ptr + 2 * E + 2, tl.sum(square, axis=0))
 
 
-@triton.jit
+@jit
 def route_backward(
     logits_ptr, experts_ptr, dgates_ptr, dprobs_ptr, dz_ptr, dlogits_ptr, S, E, scale,
     K: tl.constexpr, SIGMOID: tl.constexpr, AFTER: tl.constexpr, RENORMALIZE: tl.constexpr,
@@ -140,7 +146,7 @@ def route_backward(
     source = token[:, None] * K + places[None, :]
     experts = tl.load(experts_ptr + source, mask=there[:, None] & (places < K)[None, :], other=E).to(tl.int32)
     chosen = experts < E
-    live = tl.max(chosen.to(tl.int32), axis=1) > 0
+    live = tl.max(chosen.to(tl.int32), axis=1) > 0  # pyright: ignore[reportOperatorIssue]
     x = tl.load(logits_ptr + token[:, None] * E + columns[None, :], mask=live[:, None] & real, other=0.0)
     softmax, log_sum = softmax_of(x, real)
 
@@ -151,32 +157,32 @@ def route_backward(
     if AFTER or (SIGMOID and RENORMALIZE):
         weighed = x_chosen if AFTER else log_sigmoid_of(x_chosen)
         gates, _ = softmax_of(tl.where(live[:, None], weighed, 0.0), chosen | ~live[:, None])
-        by_chosen = gates * (dgates - tl.sum(gates * dgates, axis=1)[:, None])
+        by_chosen = gates * (dgates - tl.sum(gates * dgates, axis=1)[:, None])  # pyright: ignore[reportArgumentType]
     elif RENORMALIZE:
         score = tl.where(chosen, tl.exp(x_chosen - log_sum[:, None]), 0.0)
-        total = (tl.sum(score, axis=1) + LITTLE)[:, None]
-        by_chosen = (dgates - (tl.sum(score * dgates, axis=1)[:, None] / total)) / total
+        total = (tl.sum(score, axis=1) + LITTLE)[:, None]  # pyright: ignore[reportArgumentType]
+        by_chosen = (dgates - (tl.sum(score * dgates, axis=1)[:, None] / total)) / total  # pyright: ignore[reportArgumentType]
     spread = tl.zeros((BT, BE), dtype=tl.float32)
     for k in range(K):
         place = (places == k)[None, :]
         expert = tl.sum(tl.where(place, experts, 0), axis=1)
         value = tl.sum(tl.where(place, by_chosen, 0.0), axis=1)
-        spread += tl.where(columns[None, :] == expert[:, None], value[:, None], 0.0)
+        spread += tl.where(columns[None, :] == expert[:, None], value[:, None], 0.0)  # pyright: ignore[reportArgumentType]
 
     dprobs = tl.load(dprobs_ptr + sequence * E + columns, mask=columns < E, other=0.0)[None, :]
     if SIGMOID:
         probs, _ = softmax_of(log_sigmoid_of(x), real)
         slope = sigmoid_of(-x, real)  # of a sigmoid's logarithm
-        dx = probs * (dprobs - tl.sum(probs * dprobs, axis=1)[:, None]) * slope
+        dx = probs * (dprobs - tl.sum(probs * dprobs, axis=1)[:, None]) * slope  # pyright: ignore[reportArgumentType]
         if AFTER:
             dx += spread
         else:
             dx += spread * slope * (1.0 if RENORMALIZE else sigmoid_of(x, real))
     elif AFTER:
-        dx = softmax * (dprobs - tl.sum(softmax * dprobs, axis=1)[:, None]) + spread
+        dx = softmax * (dprobs - tl.sum(softmax * dprobs, axis=1)[:, None]) + spread  # pyright: ignore[reportArgumentType]
     else:
         dscore = dprobs + spread
-        dx = softmax * (dscore - tl.sum(softmax * dscore, axis=1)[:, None])
+        dx = softmax * (dscore - tl.sum(softmax * dscore, axis=1)[:, None])  # pyright: ignore[reportArgumentType]
     dx += 2 * tl.load(dz_ptr) * log_sum[:, None] * softmax
     target = dlogits_ptr + token[:, None] * E + columns[None, :]
     tl.store(target, tl.where(live[:, None], dx, 0.0), mask=there[:, None] & real)
@@ -231,7 +237,7 @@ MUST_SAVE_OPS.add(choose_and_weigh)
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits_TE: Tensor, bias_E: Tensor | None, padding_T: Tensor | None, rule: Rule, sequences: int
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, padding_T: Tensor | None, rule: Rule, sequences: int
     ) -> tuple[Tensor, ...]:
         bias_E, padding_T = (None if t is None else t.contiguous() for t in (bias_E, padding_T))
         logits_TE, experts = logits_TE.contiguous(), logits_TE.shape[1]
@@ -246,7 +252,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dgates_TK: Tensor, *above: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dgates_TK: Tensor, *above: Tensor) -> tuple[Tensor, None, None, None, None]:
         (logits_TE, experts_TK), rule, (_, _, dprobs_BE, dz, _, _) = ctx.saved_tensors, ctx.rule, above
         (tokens, experts), dlogits_TE = logits_TE.shape, torch.empty_like(logits_TE)
         positions, tile = tokens // ctx.sequences, launch(experts, rule.top_k)

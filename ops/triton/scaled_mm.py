@@ -45,6 +45,7 @@ class ScaledMmBackend(Float8GemmBackend):
 
     def product(self, x_RK: Operand, w_LKN: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
         (rows,) = groups.counts
+        assert x_RK.scale is not None and w_LKN.scale is not None
         kinds = KINDS[self.recipe.rows], KINDS[self.recipe.weight]
         return _multiply(x_RK.values, w_LKN.values[0], (x_RK.scale, w_LKN.scale[0]), kinds, dtype)[:rows]
 
@@ -78,5 +79,6 @@ def _multiply(
 def _aligned(w: Operand) -> Operand:
     """The scales [L, K / 128, N / 128] along the inner dimension first, and of that a multiple of four: with fewer,
     cuBLASLt reads those of the next column."""
+    assert w.scale is not None
     scale = F.pad(w.scale.transpose(1, 2), (0, -w.scale.shape[1] % ALIGNED)).contiguous()
     return Operand(w.values, scale.transpose(1, 2))
