@@ -97,7 +97,7 @@ def build_engine(
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
-    """Random tokens in two documents a sequence, some tokens masked out for evaluation."""
+    """Random tokens in two documents a sequence, some masked out of the loss."""
     text = torch.randint(0, VOCABULARY, (sequences, SEQUENCE + 1), generator=torch.Generator().manual_seed(key))
     positions = torch.cat([torch.arange(5), torch.arange(SEQUENCE - 5)]).expand(sequences, -1)
     return {

@@ -36,7 +36,7 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         )
         lengths = loaded.tokenizer.byte_lengths() if loaded.tokenizer else None
         result = evaluate(loaded.built, windows, lengths, batches=config.batches)
-        console.note(f"{loaded.directory}: {result.tokens:,} tokens of {_what(config)}")
+        console.note(f"{loaded.directory}: {result.tokens:,.10g} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)
         for note in prepared.notes:
