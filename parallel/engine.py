@@ -27,8 +27,8 @@ from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_op
 from parallel.process_groups import Runtime
 
 Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, positions int64 and loss_mask fp32 (the weight of each label in the loss), each
-[B, S] over the whole sequence; optionally padding bool [B, S], True for padding."""
+"""One micro-batch: tokens, labels, positions int64 [B, S] over the whole sequence; optionally loss_mask fp32 [B, S],
+the weight of each label in the loss (without it 1), and padding bool [B, S], True for padding."""
 
 
 class Chunk(Protocol):
@@ -169,7 +169,9 @@ class Engine:
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             # Not over the micro-batch's own weights: every label of the global batch counts alike, wherever it is.
-            mean = (losses_BS * self._cp_shard(batch["loss_mask"])).sum() / labels
+            if "loss_mask" in batch:
+                losses_BS = losses_BS * self._cp_shard(batch["loss_mask"])
+            mean = losses_BS.sum() / labels
             return mean, mean.detach().clone()
 
         with self.compute_timer:
@@ -181,8 +183,9 @@ class Engine:
 
     def _mean_weight(self, batches: list[Batch]) -> Tensor:
         """The weights of the labels of the global batch, added up, per micro-batch: a scalar on the device."""
-        weight = sum(batch["loss_mask"].sum(dtype=torch.float64).cpu() for batch in batches)
-        total = torch.as_tensor(weight, dtype=torch.float64, device=self.runtime.device)
+        masks = (batch.get("loss_mask", torch.ones(batch["labels"].shape)) for batch in batches)
+        weights = torch.stack([mask.sum(dtype=torch.float64).cpu() for mask in masks])
+        total = weights.sum().to(self.runtime.device)
         dist.all_reduce(total, group=self.runtime.groups.dp)
         mean = (total / (len(batches) * self.runtime.layout.dp)).float()
         return mean.where(mean > 0, 1.0)  # without any, the loss is 0
