@@ -21,7 +21,7 @@ class DataSource:
     files: str | None
     """Description of data.files for messages. None: the source has no files."""
     yields: Literal["documents", "tokens", "conversations"] = "documents"
-    """Text to be tokenised, .bin/.idx pairs, or conversations to be rendered and tokenised."""
+    """Text to be tokenised, .bin/.idx pairs, or (of data=chat alone) conversations to be rendered and tokenised."""
     read: Callable[[str, str], Iterator[str]] | None = None
     """(path, data.text_key) -> the text of each document, in order. None: read by the suffix of the file, as
     data=text."""
