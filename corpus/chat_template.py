@@ -151,7 +151,7 @@ class ChatTemplate:
         text, blocks = self._render(messages, False, tools)
         replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         weights = [_weight(messages[i]) for i in replies]
-        if not _GENERATION.search(self._source(tools)):
+        if not self.marks_assistant(tools):
             return text, [(self._span(messages, i, text, tools), w) for i, w in zip(replies, weights, strict=True)]
         if len(blocks) == len(replies):
             return text, list(zip(blocks, weights, strict=True))
@@ -175,6 +175,10 @@ class ChatTemplate:
             f"{self.name} writes {what}: the assistant's tokens cannot be found; "
             "mark them in the template with {% generation %} ... {% endgeneration %}"
         )
+
+    def marks_assistant(self, tools: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        """Whether the template has `{% generation %}` blocks."""
+        return bool(_GENERATION.search(self._source(tools)))
 
     def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         return self.tool_source if tools and self.tool_source else self.source
@@ -214,10 +218,9 @@ def encode_chat(
     text, spans = template.assistant_spans(messages, tools)
     ids, offsets = tokenizer.encode_with_special(text)
     weights = [0.0] * len(ids)
-    marked = bool(_GENERATION.search(template.source))
     for (begin, end), weight in spans:
         inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
-        if not marked:
+        if not template.marks_assistant(tools):
             inside = _until_end_of_turn(inside, ids, text, offsets, tokenizer)
         for i in inside:
             weights[i] = weight
