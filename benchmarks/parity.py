@@ -50,6 +50,7 @@ CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
 CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
 CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
 ALIKE = {"document_mask": True, "begin_alike": True}
+PACKED = {"document_mask": True, "packed": True}
 LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
 LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
 GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
@@ -93,6 +94,8 @@ VARIANTS = {
     "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
     "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
     "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
+    "chat": Variant({"attention_sinks": True}, {"drop_policy": "probability", "bias_update_rate": 0.01}, **PACKED),
+    "chat_mtp": Variant(MTP, {"load_balancing": "seq_aux_loss"}, **PACKED),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -120,7 +123,7 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat"),
         ],
         "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
@@ -152,9 +155,10 @@ MATRIX = [
             "llama4",
             "phimoe",
             "gated",
+            "chat_mtp",
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated",
+        "mtp_latent gated chat_mtp",
     ),
     Layouts(
         "pp2",
@@ -162,7 +166,7 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated"),
+            *("llama4", "phimoe", "gated", "chat_mtp"),
         ],
         "dropless qwen3 olmoe muon mtp mtp_documents",
     ),
@@ -177,9 +181,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp"),
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents llama4",
+        "drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat",
     ),
     Layouts(
         "cp4",
@@ -198,8 +202,8 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents"],
-        "switch global global_bias muon",
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp"],
+        "switch global global_bias muon chat",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -226,7 +230,11 @@ MATRIX = [
         "tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4", "phimoe"], "dropless"
     ),
     Layouts(
-        "tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops", "mtp"], "switch"
+        "tp2 pp2 vpp2 ep2 dp2 +sequence",
+        8,
+        {**EIGHT, "sequence_parallel": True},
+        ["switch", "drops", "mtp", "chat"],
+        "switch",
     ),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
@@ -267,7 +275,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
     from models.mtp import collect_losses
 
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
-    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
+    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike, as_packed=variant.packed)
     results, loads, first = [], [], None
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()

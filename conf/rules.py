@@ -325,6 +325,12 @@ def _data(cfg: ConfigView) -> Iterator[Violation]:
             "there are none: give data.files=[PATH,...], or train on Python's own source files",
             {"data.kind": ["stdlib"]},
         )
+    if kind == "chat" and cfg["data.packing"] and not cfg["data.document_mask"]:
+        yield Violation(
+            "data=chat with data.packing=true needs data.document_mask=true",
+            "conversations in a sequence would attend to each other",
+            {"data.document_mask": [True], "data.packing": [False]},
+        )
 
 
 def _blend(cfg: ConfigView) -> Iterator[Violation]:
@@ -333,7 +339,8 @@ def _blend(cfg: ConfigView) -> Iterator[Violation]:
     if not cfg["data.blend"]:
         example = "data.blend=[{weight: 1, kind: stdlib}, {weight: 2, kind: text, files: [PATH]}]"
         yield Violation("data=blend needs data.blend", f"it has no parts; for example '{example}'")
-    kinds = [kind for kind in dict.fromkeys((*DATA_KINDS, *registered("data.kind"))) if kind != "blend"]
+    known = dict.fromkeys((*DATA_KINDS, *registered("data.kind")))
+    kinds = [kind for kind in known if kind not in ("blend", "chat")]
     for index, part in enumerate(cfg["data.blend"]):
         name = f"data.blend[{index}]"
         if not 0 < part.weight < math.inf:

@@ -27,8 +27,8 @@ from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_op
 from parallel.process_groups import Runtime
 
 Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence; optionally
-padding bool [B, S], True for padding."""
+"""One micro-batch: tokens, labels, positions int64 [B, S] over the whole sequence; optionally loss_mask fp32 [B, S],
+the weight of each label in the loss (without it 1), and padding bool [B, S], True for padding."""
 
 
 class Chunk(Protocol):
@@ -160,7 +160,8 @@ class Engine:
             step: the optimizer step; seeds the layers' random numbers.
 
         Returns:
-            The mean cross-entropy over the global batch's tokens in nats, a scalar, the same on every rank.
+            The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask; a scalar, the same on
+            every rank.
         """
         from megatron.core.distributed import finalize_model_grads
 
@@ -169,11 +170,15 @@ class Engine:
             chunk.train()
         # Megatron-Core multiplies the main loss by cp and divides it by the number of micro-batches, and its gradient
         # buckets divide by dp * cp. The same factors must apply to losses that layers attach themselves.
-        batch_ctx = BatchContext(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
+        labels = self._mean_weight(batches)
+        scale = self.runtime.layout.cp / len(batches)
+        batch_ctx = BatchContext(TRAIN, loss_scale=scale, loss_labels=labels, step=step)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            # Training sequences are packed: every token counts.
-            mean = losses_BS.sum() / batch["labels"].numel()
+            # Not over the micro-batch's own weights: every label of the global batch counts alike, wherever it is.
+            if "loss_mask" in batch:
+                losses_BS = losses_BS * self._cp_shard(batch["loss_mask"])
+            mean = losses_BS.sum() / labels
             return mean, mean.detach().clone()
 
         with self.compute_timer:
@@ -183,8 +188,18 @@ class Engine:
         # Summed over cp, averaged over dp; tensor-parallel ranks have the same value.
         return self._sum_last_stage(parts, 1).squeeze(0) / (len(batches) * layout.dp)
 
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(sum of the losses of the unmasked tokens in nats, their number) over the micro-batches of all ranks."""
+    def _mean_weight(self, batches: list[Batch]) -> Tensor:
+        """The weights of the labels of the global batch, added up, per micro-batch: a scalar on the device."""
+        masks = (batch.get("loss_mask", torch.ones(batch["labels"].shape)) for batch in batches)
+        weights = torch.stack([mask.sum(dtype=torch.float64).cpu() for mask in masks])
+        total = weights.sum().to(self.runtime.device)
+        dist.all_reduce(total, group=self.runtime.groups.dp)
+        mean = (total / (len(batches) * self.runtime.layout.dp)).float()
+        return mean.where(mean > 0, 1.0)  # without any, the loss is 0
+
+    def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
+        """(sum of the losses of the labels in nats, weighted by loss_mask, sum of these weights) over the micro-batches
+        of all ranks."""
         for chunk in self.chunks:
             chunk.eval()
 
@@ -196,7 +211,7 @@ class Engine:
         with torch.no_grad():
             parts = self.run_forward(batches, loss, BatchContext(EVALUATE))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
-        return nats, round(tokens)
+        return nats, tokens
 
     def run_forward(
         self, batches: list[Batch], loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor]], batch_ctx: BatchContext

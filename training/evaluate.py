@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from corpus.stream import ValidWindows, micro_batches
+from corpus.stream import HeldOut, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
 
@@ -18,8 +18,9 @@ class EvalResult:
     """The result of an evaluation, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy in nats per token."""
-    tokens: int
+    """Mean cross-entropy in nats per token, weighted as the tokens are."""
+    tokens: float
+    """Sum of the weights of the predicted tokens: their number, except for conversations with other weights."""
     bits_per_byte: float | None
     """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer."""
 
@@ -28,7 +29,7 @@ class EvalResult:
 
 
 def evaluate(
-    built: BuiltModel, windows: ValidWindows, byte_lengths: np.ndarray | None, *, batches: int | None
+    built: BuiltModel, windows: HeldOut, byte_lengths: np.ndarray | None, *, batches: int | None
 ) -> EvalResult:
     """Every rank calls this together.
 
@@ -44,7 +45,7 @@ def evaluate(
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
-    nats, tokens = 0.0, 0
+    nats, tokens = 0.0, 0.0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))

@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from conf.config_view import format_value
 from conf.override_text import command, override
+from corpus.chat_stream import describe_example
+from corpus.open_data import held_out_samples, training_stream
 from corpus.prepare import Prepared
-from corpus.stream import TrainStream, ValidWindows, micro_batches
+from corpus.stream import micro_batches
 from corpus.tokenizer import Tokenizer
 from models.mtp import collect_losses
 from moe.expert_load import ExpertLoad
@@ -64,15 +66,11 @@ class Trainer:
         self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
-        self.stream = TrainStream(
-            prepared,
-            sequence_length=train.sequence_length,
-            seed=train.seed,
-            cache_dir=data.cache_dir,
-            document_mask=data.document_mask,
-            note=console.note,
-        )
-        self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
+        size = train.sequence_length
+        self.stream = training_stream(prepared, data, sequence_length=size, seed=train.seed, note=console.note)
+        self.windows = held_out_samples(prepared, data, sequence_length=size)
+        if data.kind == "chat" and self.tokenizer:
+            console.note(describe_example(self.stream.sample(0), self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)

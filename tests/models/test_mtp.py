@@ -19,6 +19,9 @@ from tests.moe.reference import Sparse, Weights, norm_all, under
 LENGTH = 7
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]])
 LOSS_MASK = torch.ones(2, LENGTH).index_put((torch.tensor([0, 1, 1]), torch.tensor([2, 4, 6])), torch.tensor(0.0))
+LOSS_MASK[:, 3] = torch.tensor([0.25, 0.5])
+LABELS = 11.0
+"""What the losses of a micro-batch are divided by."""
 DROPPING = MoeConfig(num_experts=4, top_k=2, every=2, capacity_factor=0.75, aux_loss_coeff=0.3, z_loss_coeff=0.1)
 SEQUENCE_AUX = MoeConfig(
     num_experts=4,
@@ -33,7 +36,7 @@ SEQUENCE_AUX = MoeConfig(
 def further_losses(
     weights: Weights, model: ModelConfig, text: list[list[int]], mask: list[list[float]], document_mask: bool
 ) -> tuple[list[list[Tensor]], dict[int, Sparse]]:
-    """(for each depth the cross-entropies that count, what each sparse layer did).
+    """(for each depth the cross-entropies that count, weighted, what each sparse layer did).
 
     Args:
         text: the S + 1 tokens of each sequence.
@@ -63,12 +66,18 @@ def further_losses(
         logits_BSV = reference.head(weights, model, hidden_BSD)
         losses.append(
             [
-                torch.logsumexp(logits_BSV[b, i], 0) - logits_BSV[b, i, text[b][i + k + 1]]
+                mask[b][i + k] * (torch.logsumexp(logits_BSV[b, i], 0) - logits_BSV[b, i, text[b][i + k + 1]])
                 for i, b in there
                 if mask[b][i + k]
             ]
         )
     return losses, sparse
+
+
+def weight_of(k: int, document_mask: bool) -> float:
+    """The weights of the targets of layer k, added up."""
+    where = [(b, i) for b in range(2) for i in range(LENGTH - k)]
+    return sum(LOSS_MASK[b, i + k].item() for b, i in where if not document_mask or same_document(b, i, i + k + 1))
 
 
 def same_document(b: int, first: int, last: int) -> bool:
@@ -110,16 +119,18 @@ def test_equals_the_formula(model: ModelConfig, document_mask: bool, recompute: 
     next_BS = reference.cross_entropy(logits_BSV, text_BS[:, 1:])
     coeffs = model.moe.aux_loss_coeff, model.moe.z_loss_coeff
     auxiliary = sum(coeffs[0] * did.aux_loss + coeffs[1] * did.z_loss for did in sparse.values())
-    further = sum(sum(of_layer) / (2 * LENGTH) for of_layer in losses) / model.mtp_num_layers
+    further = sum(sum(of_layer) / LABELS for of_layer in losses) / model.mtp_num_layers
     (next_BS.mean() + 0.5 * (auxiliary + model.mtp_loss_scaling_factor * further)).backward()
 
-    got_BS = run(stage, text_BS, BatchContext(loss_scale=0.5), runtime)
+    labels = torch.tensor(LABELS, device=runtime.device)
+    got_BS = run(stage, text_BS, BatchContext(loss_scale=0.5, loss_labels=labels), runtime)
     got_BS.mean().backward()
     assert_close(got_BS, next_BS)
     assert_gradients_close(stage, weights)
     assert model.routed_layers == sorted(sparse) == sorted(stage.sparse())
     means = collect_losses([stage], model.mtp_num_layers, runtime.device)
-    assert means == pytest.approx([sum(of_layer).item() / len(of_layer) for of_layer in losses], rel=1e-5)
+    wanted = [sum(of_layer).item() / weight_of(k, document_mask) for k, of_layer in enumerate(losses, start=1)]
+    assert means == pytest.approx(wanted, rel=1e-5)
     assert collect_losses([stage], model.mtp_num_layers, runtime.device) == [0.0] * model.mtp_num_layers
 
 
