@@ -22,6 +22,7 @@ from models.init import initialise
 from models.mla import LatentAttention
 from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
+from models.reward_head import RewardHead
 from models.rope import Rotary
 from moe.aux_loss import AttachLoss
 from moe.layer import MoELayer
@@ -133,7 +134,7 @@ class ModelChunk(MegatronModule):
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = model.tie_embeddings or model.mtp_num_layers > 0
+        self.share_embeddings_and_output_weights = model.ties_head or model.mtp_num_layers > 0
         """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
         self.input_tensor: Tensor | None = None
         self.token_losses = context.ops.token_losses
@@ -176,7 +177,10 @@ class ModelChunk(MegatronModule):
 
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
-        tied_here = model.tie_embeddings and self.embedding is not None
+        if model.reward_head:
+            self.head = RewardHead(model.hidden_size, context.config, groups)
+            return
+        tied_here = model.ties_head and self.embedding is not None
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
@@ -190,7 +194,7 @@ class ModelChunk(MegatronModule):
         if tied_here:
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
             self.head.weight = self.embedding.weight
-        elif model.tie_embeddings:
+        elif model.ties_head:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
             set_sharding(self.head.weight, (0, groups.tp), std=std)
@@ -201,7 +205,7 @@ class ModelChunk(MegatronModule):
         """This stage's copy of the embedding."""
         if self.embedding is not None:
             return self.embedding.weight
-        return self.head.weight if self.post_process else None
+        return self.head.weight if self.post_process and not self.model.reward_head else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -219,7 +223,7 @@ class ModelChunk(MegatronModule):
 
         Returns:
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
-            (fp32), or without labels the logits [B, S, V].
+            (fp32), or without labels the logits [B, S, V]; of a reward model the reward of every token [B, S].
         """
         x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
@@ -236,6 +240,8 @@ class ModelChunk(MegatronModule):
         if not self.post_process:
             return x_SBD
         x_SBD = self.final_norm(x_SBD)
+        if self.model.reward_head:
+            return self.head(x_SBD).t()
         if predicting:
             x_SBD = self._predict_further(x_SBD, positions_BS, attend[predicting[0].block.local], batch_ctx)
         logits_SBV = self._logits(x_SBD)
