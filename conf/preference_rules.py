@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from conf.config_view import ConfigView, Violation, divisors, format_value, multiples
+from conf.preference_schema import sequences_per_prompt
 
 
 def preference_rules(cfg: ConfigView) -> Iterator[Violation]:
@@ -43,7 +44,7 @@ def _sequences(cfg: ConfigView) -> Iterator[Violation]:
         actual = f"it is {cfg[sample]}, and a reward model writes no text"
         yield Violation(f"model.reward_head needs {sample}=0", actual, {sample: [0]})
     micro, ranked = "train.micro_batch_size", "preference.max_responses"
-    responses = cfg[ranked] if cfg[objective] == "reward" else 2
+    responses = sequences_per_prompt(cfg[objective], cfg.config.preference)
     if responses and cfg[micro] % responses:
         what = ranked if cfg[objective] == "reward" else "2"
         suggestions = {micro: multiples(cfg[micro], responses)}

@@ -28,3 +28,8 @@ class PreferenceConfig:
     center_rewards_coefficient: float = setting(0.0, ge=0)
     """Coefficient of the mean squared sum of two responses' rewards, which keeps rewards near zero (Eisenstein et al.
     2023, arXiv:2312.09244, section 2)."""
+
+
+def sequences_per_prompt(objective: str, settings: PreferenceConfig) -> int:
+    """Sequences that a prompt takes in a micro-batch, the most responses that it can have."""
+    return settings.max_responses if objective == "reward" else 2

@@ -19,6 +19,9 @@ REFERENCE = "reference_logps"
 """Key of a micro-batch: log-probabilities of the responses under the reference [B]."""
 REWARD_METRICS = ("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy")
 
+PREFERENCE_METRICS = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
+"""Of any objective."""
+
 
 def response_logps(losses_BS: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Tensor:
     """Log-probability [B] of each response: of the labels that loss_mask counts, summed in fp64. The same on every rank
@@ -97,8 +100,3 @@ OBJECTIVES: dict[str, Callable[[PreferenceConfig], Objective]] = {"dpo": DirectP
 def objective_of(name: str, settings: PreferenceConfig) -> Objective | None:
     """None: language modelling."""
     return OBJECTIVES[name](settings) if name in OBJECTIVES else None
-
-
-def sequences_per_prompt(name: str, settings: PreferenceConfig) -> int:
-    """K, the sequences of a prompt in a micro-batch."""
-    return settings.max_responses if name == "reward" else 2

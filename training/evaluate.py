@@ -1,16 +1,23 @@
 """Evaluation: loss and bits per byte of held-out text."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from corpus.stream import ValidWindows, micro_batches
+from corpus.stream import Stream, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
+
+
+class Windows(Stream, Protocol):
+    """Held-out sequences; `sample` beyond the last one returns padding."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -18,23 +25,57 @@ class EvalResult:
     """The result of an evaluation, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy in nats per token."""
+    """Mean cross-entropy in nats per token, or the objective's mean loss."""
     tokens: int
+    """What the mean is over: labels, or prompts."""
     bits_per_byte: float | None
-    """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer."""
+    """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer and for
+    preferences."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of the objective's metrics."""
 
     def row(self, step: int) -> dict[str, Any]:
-        return {"step": step, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+        further = {f"val_{name}": value for name, value in self.metrics.items()}
+        return {"step": step, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte, **further}
 
 
 def evaluate(
-    built: BuiltModel, windows: ValidWindows, byte_lengths: np.ndarray | None, *, batches: int | None
+    built: BuiltModel, windows: Windows, byte_lengths: np.ndarray | None, *, batches: int | None
 ) -> EvalResult:
     """Every rank calls this together.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id [V]; None where the text is not known.
         batches: global batches from the start of the held-out text; None: all of it.
+    """
+    if built.engine.objective is not None:
+        return _evaluate_objective(built, windows, batches)
+    nats, tokens = 0.0, 0
+    text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
+    for _, batch in global_batches(built, windows, batches):
+        batch_nats, batch_tokens = built.engine.evaluate(batch)
+        nats, tokens = nats + batch_nats, tokens + batch_tokens
+        if byte_lengths is not None:
+            text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
+    dist.all_reduce(text_bytes, group=built.runtime.groups.dp)
+    bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
+    return EvalResult(nats / tokens, tokens, bits)
+
+
+def _evaluate_objective(built: BuiltModel, windows: Windows, batches: int | None) -> EvalResult:
+    sums, count = dict.fromkeys(("loss", *built.engine.objective.metrics), 0.0), 0
+    for _, batch in global_batches(built, windows, batches):
+        of_batch, prompts = built.engine.evaluate_objective(batch)
+        sums, count = {name: sums[name] + value for name, value in of_batch.items()}, count + prompts
+    means = {name: total / count for name, total in sums.items()}
+    return EvalResult(means.pop("loss"), count, None, means)
+
+
+def global_batches(built: BuiltModel, windows: Windows, batches: int | None) -> Iterator[tuple[int, list[Batch]]]:
+    """(index of its first window, this rank's micro-batches) of each global batch, in the order of the windows.
+
+    Args:
+        batches: number of global batches; None: all.
     """
     train, groups = built.config.train, built.runtime.groups
     dp = groups.dp.size()
@@ -44,29 +85,23 @@ def evaluate(
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
-    nats, tokens = 0.0, 0
-    text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
         if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp
-        batch = list(
-            micro_batches(
-                windows,
-                first_sample=i * per_batch,
-                micro_batch_size=micro,
-                num_micro_batches=min(most, wanted),
-                dp_rank=groups.dp.rank(),
-                dp_size=dp,
-            )
+        yield (
+            i * per_batch,
+            [
+                *micro_batches(
+                    windows,
+                    first_sample=i * per_batch,
+                    micro_batch_size=micro,
+                    num_micro_batches=min(most, wanted),
+                    dp_rank=groups.dp.rank(),
+                    dp_size=dp,
+                )
+            ],
         )
-        batch_nats, batch_tokens = built.engine.evaluate(batch)
-        nats, tokens = nats + batch_nats, tokens + batch_tokens
-        if byte_lengths is not None:
-            text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
-    dist.all_reduce(text_bytes, group=groups.dp)
-    bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
-    return EvalResult(nats / tokens, tokens, bits)
 
 
 def _bytes(batch: Batch, byte_lengths: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conf.config_view import format_value
 from conf.override_text import command, override
 from corpus.prepare import Prepared
-from corpus.stream import TrainStream, ValidWindows, micro_batches
+from corpus.stream import micro_batches
 from corpus.tokenizer import Tokenizer
 from models.mtp import collect_losses
 from moe.expert_load import ExpertLoad
@@ -30,6 +30,7 @@ from training.generate import encode_prompt, generate
 from training.lr_schedule import learning_rate, schedule_jump
 from training.metrics import RunLog, mfu, peak_flops
 from training.nonfinite import SkipCounter
+from training.preferences import open_data, set_reference
 from training.profiler import Profiler
 from training.requeue import DONE, STOPPED
 from training.run_dir import RunDir
@@ -57,22 +58,13 @@ class Trainer:
 
     def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console):
         self.built, self.config, self.run_dir, self.console = built, built.config, run_dir, console
-        train, data = self.config.train, self.config.data
         self.is_main = built.runtime.world.rank == 0
         self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
-        self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
+        self.tokenizer = Tokenizer.load(prepared.tokenizer, self.config.data.eod_token) if prepared.tokenizer else None
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
-        self.stream = TrainStream(
-            prepared,
-            sequence_length=train.sequence_length,
-            seed=train.seed,
-            cache_dir=data.cache_dir,
-            document_mask=data.document_mask,
-            note=console.note,
-        )
-        self.windows = ValidWindows(prepared, sequence_length=train.sequence_length, document_mask=data.document_mask)
+        self.stream, self.windows = open_data(self.config, prepared, console.note)
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)
@@ -92,11 +84,12 @@ class Trainer:
         """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load)."""
         settings = self.config.checkpoint
         resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
+        source = None
         if resumed is not None:
-            newest, state = resumed
+            source, state = resumed
             self.progress = Progress(**{**state, "world_size": self.progress.world_size})
             self.saved_step = self.progress.step
-            self.console.note(f"continuing from {newest}")
+            self.console.note(f"continuing from {source}")
             if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
                 self.console.warning(f"the data are not those of the earlier steps: {changed}")
             if self.is_main and (jump := schedule_jump(self._last_rate(), self.progress.step, self.config)):
@@ -112,6 +105,9 @@ class Trainer:
             self.console.note(f"weights from {source}")
             if mismatch:
                 self.console.warning(f"checkpoint.load_except={format_value(settings.load_except)}: {mismatch}")
+        at = {"loaded": source, "step": self.progress.step}
+        if done := set_reference(self.built, self.stream, self.windows, self.run_dir.path, **at):
+            self.console.note(done)
         if self.owner:
             self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
@@ -299,6 +295,7 @@ class Trainer:
             **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
             **of_ranks,
         }
+        row |= self.built.engine.metrics
         if mtp_losses:
             row["mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
         if skipped:
