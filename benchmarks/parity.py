@@ -19,12 +19,14 @@ import numpy as np
 from benchmarks.tiny import (
     MICRO_BATCHES,
     OPTIM,
-    PADDING_BS,
     VOCABULARY,
     Variant,
     build_engine,
+    evaluated,
     gradients,
+    micro_batch,
     my_batches,
+    preference_batch,
     started,
 )
 from conf.schema import ModelConfig, ParallelConfig, RopeScalingConfig
@@ -93,6 +95,8 @@ VARIANTS = {
     "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
     "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
     "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
+    "dpo": Variant({"tie_embeddings": True}, objective="dpo"),
+    "reward": Variant({"reward_head": True}, {"capacity_factor": None, "every": 2}, objective="reward"),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -109,6 +113,7 @@ class Layouts:
     """The variants, separated by spaces, that the tests run as well."""
 
 
+PREFERENCES = ("dpo", "reward")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
@@ -120,9 +125,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", *PREFERENCES),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "dpo reward drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
@@ -151,10 +156,10 @@ MATRIX = [
             "mtp_latent",
             "llama4",
             "phimoe",
-            "gated",
+            *("gated", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated",
+        "mtp_latent gated dpo reward",
     ),
     Layouts(
         "pp2",
@@ -162,14 +167,14 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated"),
+            *("llama4", "phimoe", "gated", *PREFERENCES),
         ],
-        "dropless qwen3 olmoe muon mtp mtp_documents",
+        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
-    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp"], "switch"),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp", *PREFERENCES], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
     Layouts(
         "cp2",
@@ -177,9 +182,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", *PREFERENCES),
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents llama4",
+        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4",
     ),
     Layouts(
         "cp4",
@@ -188,7 +193,7 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp"], "dropless muon mtp"),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp", *PREFERENCES], "dpo reward dropless muon mtp"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
@@ -198,8 +203,8 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents"],
-        "switch global global_bias muon",
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", *PREFERENCES],
+        "dpo reward switch global global_bias muon",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -217,7 +222,7 @@ MATRIX = [
         "cp2 tp2 +sequence",
         4,
         {"cp": 2, **SEQUENCE_PARALLEL},
-        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks", "mtp_documents"],
+        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks", "mtp_documents", *PREFERENCES],
     ),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless", "mtp_latent"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
@@ -251,7 +256,7 @@ class Outcome:
     evaluation: tuple[float, int]
     logits_V: np.ndarray
     further: list[float]
-    """Losses of multi-token prediction."""
+    """Losses of multi-token prediction; the metrics of preferences in every step."""
     gradients: dict[str, np.ndarray] | None
     """Gradients of step 1, on rank 0 only."""
 
@@ -267,14 +272,16 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
     from models.mtp import collect_losses
 
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
-    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
-    results, loads, first = [], [], None
+    make = preference_batch if engine.objective else micro_batch
+    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike, make=make)
+    results, loads, first, metrics = [], [], None, []
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()
         if step == 0:
             first = gradients(engine)
         results.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
         loads.append(_expert_load(engine, variant.config()))
+        metrics += engine.metrics.values()
     losses, norms = (list(column) for column in zip(*results, strict=True))
     sparse, averaged = [load for load in loads if load is not None], ("router_entropy", "aux_loss", "z_loss")
     return Outcome(
@@ -283,10 +290,10 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for name in averaged for x in load.metric(name)],
-        engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
+        evaluated(engine, batches(99)),
         # 11 tokens: not divisible by the degrees of context and tensor parallelism.
-        next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
-        collect_losses(engine.modules, variant.config().mtp_num_layers, runtime.device),
+        np.zeros(1) if variant.objective == "reward" else next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
+        [*collect_losses(engine.modules, variant.config().mtp_num_layers, runtime.device), *metrics],
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
 
@@ -324,7 +331,7 @@ def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
         "held-out loss": relative(got.evaluation[0], wanted.evaluation[0]),
         "held-out tokens": equal(got.evaluation[1] == wanted.evaluation[1]),
         "logits": relative(got.logits_V, wanted.logits_V),
-        **({"loss of multi-token prediction": relative(got.further, wanted.further)} if wanted.further else {}),
+        **({"further metrics": relative(got.further, wanted.further)} if wanted.further else {}),
         **grads,
     }
 

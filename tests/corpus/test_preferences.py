@@ -100,9 +100,10 @@ def write(path, rows):
     return str(path)
 
 
-def settings(tmp_path, tokenizer, rows, **given):
+def settings(tmp_path, tokenizer, rows, /, **given):
     files = [write(tmp_path / "rows.jsonl", rows)]
-    values = {"kind": "preference", "files": files, "cache_dir": str(tmp_path / "cache"), "tokenizer": str(tokenizer)}
+    given = {"tokenizer": str(tokenizer)} | given
+    values = {"kind": "preference", "files": files, "cache_dir": str(tmp_path / "cache")}
     return DataConfig(**values | given)
 
 
@@ -160,11 +161,11 @@ def test_bad_rows_are_counted_and_named_or_end_the_run(tmp_path, tokenizer):
     (note,) = prepare(data, vocab_size=280, sequence_length=16, max_responses=3).notes
     assert "3 rows skipped" in note and "line 5 has two answers alike" in note and "line 7 has 10" in note
     data.strict = True
-    with pytest.raises(ValueError, match="rows.jsonl line 5 has two answers alike"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 5 has two answers alike"):
         prepare(data, vocab_size=280, sequence_length=16, max_responses=3)
     with pytest.raises(ValueError, match="none of its 3 rows can be used"):
         prepare(settings(tmp_path, tokenizer, BAD_ROWS), vocab_size=280, sequence_length=16)
-    with pytest.raises(ValueError, match="needs data.tokenizer"):
+    with pytest.raises(ValueError, match=r"needs data\.tokenizer"):
         prepare(settings(tmp_path, tokenizer, rows(4), tokenizer=None), vocab_size=280, sequence_length=16)
 
 
