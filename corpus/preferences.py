@@ -177,6 +177,38 @@ def encode(preference: Preference, tokenizer: Tokenizer, template: ChatTemplate)
     return encoded
 
 
+def conversation_ids(row: Any, tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """Token ids of a conversation to be judged, as `encode` gives those of a prompt with a response.
+
+    Args:
+        row: has `messages`, or `prompt` and `response`, each a string or a list of messages.
+
+    Raises:
+        BadRow: it has not, or the chat template refuses it.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(row if isinstance(row, str) else f"is a JSON {type(row).__name__}, not an object")
+    prompt, response = row.get("prompt"), row.get("response")
+    messages = row.get("messages")
+    if messages is None:
+        if missing := [name for name in ("prompt", "response") if row.get(name) is None]:
+            raise BadRow(f"has no field {' and no field '.join(missing)} (nor messages)")
+        if isinstance(prompt, str) and isinstance(response, str):
+            assert tokenizer.eod_id is not None
+            return [*tokenizer.encode(prompt + response), tokenizer.eod_id]
+        turns = []
+        for role, given in (("user", prompt), ("assistant", response)):
+            turns += [{"role": role, "content": given}] if isinstance(given, str) else given
+        messages = turns
+    _check_messages("messages", messages)
+    if not messages:
+        raise BadRow("has no messages")
+    try:
+        return tokenizer.encode_with_special(template.render(_as_messages(messages)))[0]
+    except ValueError as error:
+        raise BadRow(f"cannot be written as a conversation: {error}") from None
+
+
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -143,7 +143,7 @@ def start(
 
     overlap = Overlap.of(config.parallel, run.backend)
     optim = config.optim if train else None
-    objective = objective_of(config.train.objective, config.preference)
+    objective = objective_of(config.train.objective, config.preference) if train else None
     engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block, objective)
     cost = model_cost(config.model, config.train.sequence_length)
     facts = Facts(

@@ -10,6 +10,7 @@ Legend: B sequences, S sequence (this rank's shard), P prompts, K responses.
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from torch import Tensor
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import Config
 from corpus.preference_stream import PreferenceSet, PreferenceStream, held_out_set, training_set
-from corpus.prepare import Prepared
+from corpus.prepare import Prepared, Source
 from corpus.stream import Stream, TrainStream, ValidWindows
-from models.objectives import response_logps
+from models.objectives import objective_of, response_logps
 from parallel.batch_context import EVALUATE, BatchContext
 from parallel.engine import Batch
 from training.builder import BuiltModel
-from training.evaluate import global_batches
+from training.evaluate import EvalResult, Windows, evaluate, global_batches
 from training.run_files import write_atomically
 
 REFERENCE_FILE = "reference.npz"
@@ -72,7 +73,7 @@ def set_reference(
         return None
     assert isinstance(stream, PreferenceStream)
     splits: dict[str, PreferenceSet] = {"train": stream.prompts, "valid": held_out}
-    data = hashlib.sha256(json.dumps([prompts.source.sha256 for prompts in splits.values()]).encode()).hexdigest()
+    data = _data_key(stream.prompts.source, held_out.source)
     weights = f"initial weights of seed {built.config.train.seed}"
     if loaded is not None:
         weights = hashlib.sha256((loaded / "manifest.json").read_bytes()).hexdigest()
@@ -124,25 +125,59 @@ def _read_kept(path: Path, key: dict[str, str], step: int) -> dict[str, np.ndarr
     )
 
 
+def evaluate_held_out(built: BuiltModel, prepared: Prepared, run_dir: Path, *, batches: int | None) -> EvalResult:
+    """The objective on the held-out preferences of a trained run. Every rank calls this together.
+
+    Raises:
+        ValueError: the log-probabilities of the reference are missing, or of other preferences.
+    """
+    config = built.config
+    _, held_out = open_data(config, prepared, print)
+    assert isinstance(held_out, PreferenceSet)
+    if config.train.objective == "dpo":
+        data = _data_key(*prepared.train, *prepared.valid)
+        kept = _agree_on_kept(built, run_dir / REFERENCE_FILE, {"data": data}, 1)
+        assert kept is not None
+        held_out.reference_PK = kept["valid"]
+    built.engine.objective = objective_of(config.train.objective, config.preference)
+    return evaluate(built, held_out, None, batches=batches)
+
+
+def _data_key(train: Source, valid: Source) -> str:
+    return hashlib.sha256(json.dumps([train.sha256, valid.sha256]).encode()).hexdigest()
+
+
 def reference_logps(built: BuiltModel, prompts: PreferenceSet) -> np.ndarray:
     """fp64 [P, K]: log-probability of each response under the current weights, without dropout and jitter. Every rank
     calls this together and gets the same."""
+    cp = built.runtime.groups.cp
+    values = value_of_each(built, prompts, lambda losses_BS, batch: response_logps(losses_BS, batch, cp))
+    return values.view(-1, prompts.responses).numpy()
+
+
+def value_of_each(built: BuiltModel, sequences: Windows, value: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+    """fp64 [sequences], on the CPU. Every rank calls this together and gets the same.
+
+    Args:
+        value: the model's output on the last stage and a micro-batch -> a value of each sequence [B], the same on every
+            rank of context parallelism.
+    """
     engine, groups = built.engine, built.runtime.groups
     micro, dp = built.config.train.micro_batch_size, groups.dp.size()
     for chunk in engine.chunks:
         chunk.eval()
 
-    def logps(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        logps_B = response_logps(losses_BS, batch, groups.cp)
-        return logps_B.sum(), logps_B
+    def step(output_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        value_B = value(output_BS, batch)
+        return value_B.sum(), value_B
 
-    values = torch.zeros(len(prompts), dtype=torch.float64, device=built.runtime.device)
+    values = torch.zeros(len(sequences), dtype=torch.float64, device=built.runtime.device)
     counts_here = groups.tp.rank() == groups.cp.rank() == 0
     with torch.no_grad():
-        for first, batches in global_batches(built, prompts, None):
-            for j, part in enumerate(engine.run_forward(batches, logps, BatchContext(EVALUATE))):
+        for first, batches in global_batches(built, sequences, None):
+            for j, part in enumerate(engine.run_forward(batches, step, BatchContext(EVALUATE))):
                 start = first + (j * dp + groups.dp.rank()) * micro
                 if counts_here and start < len(values):
                     values[start : start + micro] = part[: len(values) - start]
     dist.all_reduce(values)
-    return values.view(-1, prompts.responses).cpu().numpy()
+    return values.cpu()
