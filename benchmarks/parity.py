@@ -253,7 +253,7 @@ class Outcome:
     """Per step (S) and sparse layer; without axes L and E for a dense model."""
     router: list[float]
     """Entropy, auxiliary and z-loss of all steps and layers."""
-    evaluation: tuple[float, int]
+    evaluation: tuple[Any, float]
     logits_V: np.ndarray
     further: list[float]
     """Losses of multi-token prediction; the metrics of preferences in every step."""

@@ -140,12 +140,12 @@ def my_batches(
     return batches
 
 
-def evaluated(engine: Engine, batches: list[Batch]) -> tuple[float, float]:
-    """(sum of the losses of labels, or of the objective and its metrics; number of labels, or of prompts)."""
+def evaluated(engine: Engine, batches: list[Batch]) -> tuple[Any, float]:
+    """(sum of the losses of labels, or sums of the objective and its metrics; number of labels, or of prompts)."""
     if engine.objective is None:
         return engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches])
     sums, prompts = engine.evaluate_objective(batches)
-    return sum(sums.values()), prompts
+    return [*sums.values()], prompts
 
 
 def gather(engine: Engine, part: Callable[[nn.Parameter, OptimizerShard], Tensor | None]) -> dict[str, Tensor]:
