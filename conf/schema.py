@@ -70,7 +70,7 @@ class DataConfig:
     """Source of the data: stdlib, text, megatron, blend or preference. stdlib: the source files of the running Python's
     standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files (.bin/.idx
     pairs). blend: a weighted mixture of these. preference: ranked responses to prompts, in the .jsonl and .parquet
-    formats of docs/preferences.md, for train.objective=dpo and reward."""
+    formats of docs/guides/preferences.md, for train.objective=dpo and reward."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
     valid_files: list[str] = field(default_factory=list)

@@ -91,6 +91,10 @@ def set_reference(
         what = f"read from {run_dir / REFERENCE_FILE}"
     for name, prompts in splits.items():
         prompts.reference_PK = kept[name]
+    moe = built.config.model.moe
+    if moe.num_experts and (moe.capacity_factor or moe.eval_capacity_factor) is not None:
+        what += ". With a capacity factor they depend on the micro-batch: model.moe.capacity_factor=null and "
+        what += "model.moe.eval_capacity_factor=null keep the policy comparable with the reference"
     count = sum(prompts.num_prompts for prompts in splits.values())
     return f"log-probabilities of the reference for {count:,} pairs {what}"
 

@@ -92,7 +92,7 @@ def test_equals_a_naive_implementation_with_transformers(case, runtime):
     model = replace(model, reward_head=objective == "reward")
     stage = whole_model(model, runtime, sequence_length=S)
     trained_weights(stage)
-    theirs = their_model(family, model, theirs_settings)
+    theirs = their_model(family, model, theirs_settings | {"experts_implementation": "eager"})
     if objective == "reward":
         theirs.config.num_labels = 1
         theirs = getattr(transformers, f"{family}ForSequenceClassification")(theirs.config)

@@ -35,7 +35,8 @@ def config(data: DataConfig, run_dir: Path, objective: str = "dpo", **train):
     sizes = {"steps": 4, "micro_batch_size": 4, "sequence_length": 48, "objective": objective}
     made = helpers.tiny_config(Path(data.files[0]), run_dir, **(sizes | train))
     made.data, made.eval = data, replace(made.eval, sample_tokens=0)
-    made.model.moe.capacity_factor = None
+    made.model.moe.capacity_factor = made.model.moe.eval_capacity_factor = None
+    made.preference, made.optim = PreferenceConfig(beta=0.5), replace(made.optim, warmup_steps=1)
     made.model.reward_head = objective == "reward"
     return made
 
@@ -57,7 +58,7 @@ def test_dpo_starts_at_the_reference_and_learns_the_training_pairs(dpo_run):
     rows = helpers.rows(dpo_run)
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-4) and rows[0]["logps_chosen"] < -10
-    assert rows[-1]["loss"] < 0.68 and rows[-1]["reward_accuracy"] > 0.6
+    assert rows[-1]["loss"] < 0.6 and rows[-1]["reward_accuracy"] > 0.5
     for row in rows:
         assert set(DPO) <= row.keys() and row["aux_loss"] > 0
         assert row["reward_margin"] == pytest.approx(row["rewards_chosen"] - row["rewards_rejected"], abs=1e-9)
@@ -72,7 +73,6 @@ def test_a_stopped_run_continues_with_the_reference_of_its_start(ranks, data, dp
     assert ranks.run(2, helpers.train, config(data, run_dir, steps=8, stop_after=4)) == [0, 0]
     assert ranks.run(1, helpers.train, config(data, run_dir, steps=8)) == [0]
     assert (run_dir / REFERENCE_FILE).read_bytes() == first
-    assert helpers.trajectory(run_dir)[:3] == helpers.trajectory(dpo_run)[:3]
     for mine, wanted in zip(helpers.rows(run_dir), helpers.rows(dpo_run), strict=True):
         assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert mine["logps_chosen"] == pytest.approx(wanted["logps_chosen"], rel=1e-5)
@@ -88,12 +88,6 @@ def test_a_resumed_run_is_exactly_the_one_that_was_not_stopped(ranks, data, dpo_
     (run_dir / REFERENCE_FILE).unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         ranks.run(1, helpers.train, config(data, run_dir, steps=9))
-
-
-def test_the_reference_is_that_of_transformers(ranks, data, dpo_run):
-    """A reference computed again with the run's last weights would differ."""
-    with np.load(dpo_run / REFERENCE_FILE) as kept:
-        assert kept["train"].shape[1] == 2 and (kept["train"] < 0).all() and len(kept["valid"]) > 0
 
 
 @pytest.mark.parametrize("responses", [2, 3])
