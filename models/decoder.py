@@ -223,7 +223,8 @@ class ModelChunk(MegatronModule):
 
         Returns:
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
-            (fp32), or without labels the logits [B, S, V]; of a reward model the reward of every token [B, S].
+            (fp32), or without labels the logits [B, S, V]; of a reward model the reward of every token
+            [B, S], or without labels [B, S, 1].
         """
         x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
@@ -241,7 +242,8 @@ class ModelChunk(MegatronModule):
             return x_SBD
         x_SBD = self.final_norm(x_SBD)
         if self.model.reward_head:
-            return self.head(x_SBD).t()
+            rewards_BS = self.head(x_SBD).t()
+            return rewards_BS if labels_BS is not None else rewards_BS[..., None]
         if predicting:
             x_SBD = self._predict_further(x_SBD, positions_BS, attend[predicting[0].block.local], batch_ctx)
         logits_SBV = self._logits(x_SBD)
