@@ -10,6 +10,7 @@ import pytest
 from benchmarks import synthetic_preferences
 from conf.schema import DataConfig, PreferenceConfig
 from corpus.tokenizer import Tokenizer
+from parallel.local_launcher import RankFailed
 from tests.training import helpers
 from training.preferences import REFERENCE_FILE
 
@@ -86,7 +87,7 @@ def test_a_resumed_run_is_exactly_the_one_that_was_not_stopped(ranks, data, dpo_
     mine, wanted = ([[row[key] for key in keys] for row in helpers.rows(path)] for path in (run_dir, dpo_run))
     assert mine == wanted
     (run_dir / REFERENCE_FILE).unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(RankFailed, match="cannot be read"):
         ranks.run(1, helpers.train, config(data, run_dir, steps=9))
 
 
