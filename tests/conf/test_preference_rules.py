@@ -45,7 +45,7 @@ def test_what_works(given):
         (config(train={"micro_batch_size": 1}), "train.micro_batch_size % 2 == 0"),
         (
             config("reward", head=True, preference={"max_responses": 3}),
-            "4 % 3 = 1; nearest: train.micro_batch_size=",
+            "4 % 3 = 1; nearest: preference.max_responses=2",
         ),
         (config(preference={"max_responses": 4}), "preference.max_responses needs train.objective=reward"),
         (config("reward", head=True, preference={"beta": 0.5}), "preference.beta needs train.objective=dpo"),

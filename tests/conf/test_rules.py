@@ -309,7 +309,7 @@ BROKEN = [
     ({"train.profile": [3]}, 1, "it is [3]", "train.profile=[1,3]"),
     ({"train.profile": [3, 8], "train.stop_after": 5}, 1, "b <= 5", "train.profile=[3,5]"),
     ({"data.kind": "text"}, 1, "data=text needs data.files", "data.kind=stdlib"),
-    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text or data=megatron", "data.files=[]"),
+    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text, data=megatron or data=preference", "data.files=[]"),
     ({"data.valid_files": ["a.txt"]}, 1, "data.valid_files needs data other than stdlib", "data.valid_files=[]"),
 ]
 

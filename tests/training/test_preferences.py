@@ -37,7 +37,9 @@ def config(data: DataConfig, run_dir: Path, objective: str = "dpo", **train):
     made = helpers.tiny_config(Path(data.files[0]), run_dir, **(sizes | train))
     made.data, made.eval = data, replace(made.eval, sample_tokens=0)
     made.model.moe.capacity_factor = made.model.moe.eval_capacity_factor = None
-    made.preference, made.optim = PreferenceConfig(beta=0.5), replace(made.optim, warmup_steps=1)
+    made.optim = replace(made.optim, warmup_steps=1)
+    if objective == "dpo":
+        made.preference = PreferenceConfig(beta=0.5)
     made.model.reward_head = objective == "reward"
     return made
 
