@@ -42,7 +42,8 @@ def training_loss(objective: Objective, cp: dist.ProcessGroup) -> StepLoss:
     def loss(output_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         losses_N, metrics_NM, counts_N = objective.terms(output_BS, batch, cp)
         mean = _sums(losses_N, metrics_NM, counts_N) / counts_N.sum().clamp(min=1)
-        return mean[0], mean.detach() / cp.size()
+        # Not a view: a pipeline stage frees the data of its output.
+        return mean[0].clone(), mean.detach() / cp.size()
 
     return loss
 

@@ -352,6 +352,7 @@ class Trainer:
         held_out = self._evaluate(self.config.eval.final_batches)
         self._log_evaluation(log, held_out)
         sample = self._sample()
+        writes = [] if self.config.model.reward_head else [[".venv/bin/python", "-m", "launch.generate"]]
         path = self.run_dir.path
         text = [override("checkpoint", str(path)), override("prompt", "def ")]
         if self.config.extensions:
@@ -365,7 +366,7 @@ class Trainer:
                 ("run directory", str(path)),
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
                 ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
-                ("write text", command([".venv/bin/python", "-m", "launch.generate"], text)),
+                *(("write text", command(generate_text, text)) for generate_text in writes),
                 ("continue", self.run_dir.command(2 * self.config.train.steps)),
             ],
         )

@@ -16,6 +16,7 @@ from corpus.tokenizer import Tokenizer
 from launch.score import main, scored
 from tests.models.hf.helpers import in_rank, run_export
 from tests.training.test_preferences import config, data  # noqa: F401
+from tests.training.test_runs import printed
 
 ROWS = [
     {"messages": [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "The sum is 3."}]},
@@ -82,9 +83,9 @@ def test_the_mean_minus_standard_deviations():
     rows = [Row("line 1", {"id": 7}, 1.0), Row("line 2", {"id": 8}, 1.0)]
     lines = [json.loads(line) for line in scored(rows, np.array([[1.0, 2.0], [3.0, 2.0], [8.0, 2.0]]), 0.5)]
     std = ((9 + 1 + 16) / 3) ** 0.5
-    assert lines[0] == pytest.approx(
-        {"id": 7, "reward": 4 - 0.5 * std, "reward_mean": 4.0, "reward_std": std, "rewards": [1.0, 3.0, 8.0]}
-    )
+    assert lines[0].pop("rewards") == [1.0, 3.0, 8.0]
+    wanted = {"id": 7, "reward": 4 - 0.5 * std, "reward_mean": 4.0, "reward_std": std}
+    assert lines[0] == pytest.approx(wanted)
     assert lines[1]["reward"] == 2.0 and lines[1]["id"] == 8
 
 
@@ -103,13 +104,14 @@ def test_rows_that_are_no_conversations(ranks, run_dir, tmp_path, row, told):
 
 
 def test_a_reward_model_is_evaluated_on_its_held_out_prompts_and_writes_no_text(ranks, run_dir):
-    from launch import evaluate, generate
+    from launch import generate
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in rows if "val_loss" in row)
     settings = EvaluateConfig(checkpoint=str(run_dir), precision="fp32")
-    code, told = ranks.run(1, in_rank, evaluate.main, settings)[0]
-    assert code == 0 and f"accuracy        {logged['val_reward_accuracy']:.3f}" in told, told
+    told = ranks.run(1, printed, "evaluate", settings)[0]
+    for line in ("accuracy        {val_reward_accuracy:.3f}", "held-out loss   {val_loss:.4f}\n"):
+        assert line.format(**logged) in told
     code, told = ranks.run(1, in_rank, generate.main, GenerateConfig(checkpoint=str(run_dir), prompt="a"))[0]
     assert code == 2 and "reward model" in told
 
