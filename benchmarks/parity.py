@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.parity_variants import VARIANTS
 from benchmarks.tiny import (
     MICRO_BATCHES,
     OPTIM,
@@ -29,7 +30,7 @@ from benchmarks.tiny import (
     preference_batch,
     started,
 )
-from conf.schema import ModelConfig, ParallelConfig, RopeScalingConfig
+from conf.schema import ModelConfig, ParallelConfig
 from models.logits import next_token_logits
 from parallel.engine import Engine, Overlap
 from parallel.env import World
@@ -40,65 +41,6 @@ LIMIT = 1e-5
 """Maximum relative deviation, from the order of fp32 sums; loads and drops must be equal."""
 SECONDS = 300.0
 """Time limit per layout."""
-
-# Methods other than Switch's that decide over the whole micro-batch, or could depend on the order of its tokens.
-DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
-DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
-GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
-GPT_OSS = {"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True, "attention_bias": True}
-GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
-CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
-CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
-CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
-CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
-ALIKE = {"document_mask": True, "begin_alike": True}
-LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
-LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
-GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
-LONGROPE = RopeScalingConfig("longrope", original_max_position_embeddings=12, long_mscale=1.2)
-LONGROPE.short_factor, LONGROPE.long_factor = [1.0, 1.0, 1.5, 2.0], [1.0, 2.0, 4.0, 8.0]
-PHIMOE = {"norm": "layernorm", "head_bias": True, "rope_scaling": LONGROPE}
-YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
-MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
-MLA |= {"rope_interleave": True}
-MUON = {"name": "muon"}
-MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
-
-VARIANTS = {
-    "drops": Variant(),
-    "dropless": Variant({"tie_embeddings": True}, {"capacity_factor": None, "every": 2}, document_mask=True),
-    "switch": Variant({"tie_embeddings": True}, {"top_k": 1}),
-    "switch_documents": Variant(moe={"top_k": 1, "every": 2}, document_mask=True),
-    "deepseek": Variant(moe=DEEPSEEK),
-    "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
-    "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
-    "global": Variant(moe=GLOBAL),
-    "global_bias": Variant(moe=GLOBAL | {"bias_update_rate": 0.01}),
-    "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
-    "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
-    "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
-    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20, "first_dense_layers": 1}),
-    "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
-    "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
-    "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
-    "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),
-    "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
-    "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
-    "llama4": Variant(LLAMA4, GATED_INPUTS, document_mask=True),
-    "phimoe": Variant(PHIMOE, {"sparse_mixer_eps": 0.3}),
-    "gated": Variant({"attention_output_gate": "head", "attention_bias": True, "qk_norm": "head"}, {"every": 2}),
-    "gated_dense": Variant({"attention_output_gate": "elementwise", "head_dim": 12}, {"num_experts": 0}),
-    "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
-    "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
-    "muon": Variant(moe={"num_shared_experts": 1, "every": 4, "expert_bias": True}, optim=MUON),
-    "muon_mla": Variant(MLA, {"num_experts": 8}, optim=MUON),
-    "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
-    "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
-    "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
-    "dpo": Variant({"tie_embeddings": True}, objective="dpo"),
-    "reward": Variant({"reward_head": True}, {"capacity_factor": None, "every": 2}, objective="reward"),
-    "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
-}
 
 
 @dataclass(frozen=True)
@@ -125,7 +67,7 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", *PREFERENCES),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", *PREFERENCES),
         ],
         "dpo reward drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
@@ -156,10 +98,10 @@ MATRIX = [
             "mtp_latent",
             "llama4",
             "phimoe",
-            *("gated", *PREFERENCES),
+            *("gated", "chat_mtp", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated dpo reward",
+        "mtp_latent gated chat_mtp dpo reward",
     ),
     Layouts(
         "pp2",
@@ -167,7 +109,7 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated", *PREFERENCES),
+            *("llama4", "phimoe", "gated", "chat_mtp", *PREFERENCES),
         ],
         "dpo reward dropless qwen3 olmoe muon mtp mtp_documents",
     ),
@@ -182,9 +124,10 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", *PREFERENCES),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp"),
+            *PREFERENCES,
         ],
-        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4",
+        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat",
     ),
     Layouts(
         "cp4",
@@ -203,8 +146,8 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", *PREFERENCES],
-        "dpo reward switch global global_bias muon",
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp", *PREFERENCES],
+        "dpo reward switch global global_bias muon chat",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -231,7 +174,11 @@ MATRIX = [
         "tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4", "phimoe"], "dropless"
     ),
     Layouts(
-        "tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops", "mtp"], "switch"
+        "tp2 pp2 vpp2 ep2 dp2 +sequence",
+        8,
+        {**EIGHT, "sequence_parallel": True},
+        ["switch", "drops", "mtp", "chat"],
+        "switch",
     ),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
     Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
@@ -273,7 +220,8 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
 
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
     make = preference_batch if engine.objective else micro_batch
-    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike, make=make)
+    how = {"begin_alike": variant.begin_alike, "as_packed": variant.packed, "make": make}
+    batches = functools.partial(my_batches, runtime, **how)
     results, loads, first, metrics = [], [], None, []
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()

@@ -40,6 +40,8 @@ class Variant:
     document_mask: bool = False
     begin_alike: bool = False
     """All documents begin with the same token, so that under document_mask the first tokens have equal gates."""
+    packed: bool = False
+    """Sequences as of packed conversations: padding at the end, and weights of the labels that are 0, 1 or less."""
     dtype: torch.dtype = torch.float32
     seed: int = 1
     optim: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +103,7 @@ def build_engine(
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
-    """Random tokens in two documents a sequence, some tokens masked out for evaluation."""
+    """Random tokens in two documents a sequence, some masked out of the loss."""
     text = torch.randint(0, VOCABULARY, (sequences, SEQUENCE + 1), generator=torch.Generator().manual_seed(key))
     positions = torch.cat([torch.arange(5), torch.arange(SEQUENCE - 5)]).expand(sequences, -1)
     return {
@@ -129,15 +131,28 @@ def preference_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     }
 
 
+def packed(batch: Batch) -> Batch:
+    """The micro-batch as one of packed conversations: the padding is a document of its own."""
+    mask_BS = batch["loss_mask"].masked_fill(PADDING_BS, 0.0) * torch.where(batch["labels"] % 4 == 1, 0.3, 1.0)
+    begins_BS = PADDING_BS.int().argmax(1, keepdim=True)
+    positions_BS = torch.where(PADDING_BS, torch.arange(SEQUENCE) - begins_BS, batch["positions"])
+    return batch | {"loss_mask": mask_BS, "padding": PADDING_BS, "positions": positions_BS}
+
+
 def my_batches(
-    runtime: Runtime, step: int, *, begin_alike: bool = False, make: Callable[[int], Batch] = micro_batch
+    runtime: Runtime,
+    step: int,
+    *,
+    begin_alike: bool = False,
+    as_packed: bool = False,
+    make: Callable[[int], Batch] = micro_batch,
 ) -> list[Batch]:
     """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
     mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
     batches = [make(100 * step + i) for i in mine]
     if begin_alike:
         batches = [b | {"tokens": b["tokens"].masked_fill(b["positions"] == 0, 7)} for b in batches]
-    return batches
+    return [packed(batch) for batch in batches] if as_packed else batches
 
 
 def evaluated(engine: Engine, batches: list[Batch]) -> tuple[Any, float]:

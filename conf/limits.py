@@ -46,6 +46,7 @@ def _min_sharding(cfg: Any) -> float:
 
 CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     # (condition as text, condition as code, settings that have no effect unless it holds)
+    ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
     (
@@ -250,12 +251,15 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
-    ("data=text, data=megatron or data=preference", lambda c: takes_files(c["data.kind"]), "data.files"),
+    ("data=text, megatron, chat or preference", lambda c: takes_files(c["data.kind"]), "data.files"),
     ("data other than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
     ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend"),
     (
         "data=text or data=blend",
-        lambda c: c["data.kind"] == "blend" or (takes_files(c["data.kind"]) and yields_documents(c["data.kind"])),
+        lambda c: (
+            c["data.kind"] == "blend"
+            or (c["data.kind"] != "chat" and takes_files(c["data.kind"]) and yields_documents(c["data.kind"]))
+        ),
         "data.text_key",
     ),
     ("data.valid_files=[]", lambda c: not c["data.valid_files"], "data.valid_fraction"),

@@ -31,7 +31,7 @@ from conf.printable import one_line
 from conf.schema import DATA_KINDS, LOGGERS, RECOMPUTE, Config
 
 Checker = Callable[[ConfigView], list[Violation]]
-_ALONE = ("blend", "preference")
+_ALONE = ("blend", "chat", "preference")
 """Kinds of data that cannot be part of a blend."""
 _FURTHER = ", each with further changes"
 
@@ -327,6 +327,12 @@ def _data(cfg: ConfigView) -> Iterator[Violation]:
             f"data={kind} needs data.files",
             "there are none: give data.files=[PATH,...], or train on Python's own source files",
             {"data.kind": ["stdlib"]},
+        )
+    if kind == "chat" and cfg["data.packing"] and not cfg["data.document_mask"]:
+        yield Violation(
+            "data=chat with data.packing=true needs data.document_mask=true",
+            "conversations in a sequence would attend to each other",
+            {"data.document_mask": [True], "data.packing": [False]},
         )
 
 

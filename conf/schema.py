@@ -14,7 +14,7 @@ from conf.preference_schema import OBJECTIVES, PREFERENCE_LOSSES, PreferenceConf
 from conf.rope_schema import RopeScalingConfig  # noqa: F401
 from conf.setting import setting
 
-DATA_KINDS = ("stdlib", "text", "megatron", "blend", "preference")
+DATA_KINDS = ("stdlib", "text", "megatron", "blend", "chat", "preference")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "muon")
 MUON_ITERATIONS = 5
@@ -67,12 +67,13 @@ class BlendPart:
 @dataclass
 class DataConfig:
     kind: str = setting("stdlib", choices=DATA_KINDS)
-    """Source of the data: stdlib, text, megatron, blend or preference. stdlib: the source files of the running Python's
-    standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files (.bin/.idx
-    pairs). blend: a weighted mixture of these. preference: ranked responses to prompts, in the .jsonl and .parquet
-    formats of docs/guides/preferences.md, for train.objective=dpo and reward."""
+    """Source of the data: stdlib, text, megatron, blend, chat or preference. stdlib: the source files of the running
+    Python's standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files
+    (.bin/.idx pairs). blend: a weighted mixture of these. chat: conversations, in .jsonl .jsonl.gz .jsonl.zst .parquet
+    files, of which the assistant's tokens are trained on (docs/fine_tuning.md). preference: ranked responses to
+    prompts, in the same formats, for train.objective=dpo and reward (docs/guides/preferences.md)."""
     files: list[str] = field(default_factory=list)
-    """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
+    """Paths or globs (text, chat), or prefixes without .bin/.idx (megatron)."""
     valid_files: list[str] = field(default_factory=list)
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
     valid_fraction: float = setting(0.02, gt=0, lt=1)
@@ -83,8 +84,9 @@ class DataConfig:
     text_key: str = "text"
     """Name of the field that holds the text in .jsonl and .parquet rows."""
     strict: bool = False
-    """Stop at the first .jsonl or .parquet row without text (null, another type, no such field, invalid JSON). false:
-    skip such rows and report their number and positions; a file without any valid row is an error in both cases."""
+    """Stop at the first .jsonl or .parquet row without text (null, another type, no such field, invalid JSON), or of
+    data=chat without a valid conversation. false: skip such rows and report their number and positions; a file without
+    any valid row is an error in both cases."""
     tokenizer: str | None = None
     """Path of a Hugging Face tokenizer.json, or of a directory that holds one, as `save_pretrained` writes it. The run
     keeps the directory's settings and chat template too, and an export gives them back. null: train a byte-level BPE of
@@ -98,6 +100,16 @@ class DataConfig:
     """Reset attention and positions at document boundaries."""
     blend: list[BlendPart] = field(default_factory=list)
     """The parts of data=blend: [{weight: 1, kind: text, files: [PATH]}, ...]."""
+    packing: bool = True
+    """With data=chat, whether several conversations share a sequence, each attending to itself alone (which needs
+    data.document_mask). They are packed by best-fit decreasing in windows of shuffled conversations. false: one
+    conversation per sequence. The rest of a sequence is padding."""
+    too_long: str = setting("truncate", choices=("truncate", "drop"))
+    """What happens to conversations of data=chat with more than train.sequence_length + 1 tokens: truncate (the end is
+    left out) or drop. Their number is printed."""
+    chat_template: str | None = None
+    """File with the Jinja template of data=chat. null: that of the tokenizer's directory, or else a plain one that
+    needs no special token but the one that ends a document."""
     cache_dir: str = "~/.cache/switchyard"
     """Directory in which tokenizers and token files are cached. Entries are addressed by content and verified by hash.
     Without write permission existing entries are still used. Users who share a cache must trust each other: whoever can

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from conf.schema import DataConfig
 from corpus.tokenizer import Tokenizer
-from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER, companions
+from corpus.tokenizer_files import CHAT_TEMPLATE, COMPANION_DIR, TOKENIZER, companions
 
 Message = Mapping[str, Any]
 """A role, its content, and what else the template reads (tool_calls, reasoning_content, ...); `weight` is the factor
@@ -99,12 +100,21 @@ class ChatTemplate:
         config = _read_json(files.get("tokenizer_config.json"))
         special = {"eos_token": eod_token, **_special_tokens(_read_json(files.get("special_tokens_map.json")))}
         special |= _special_tokens(config)
-        if jinja := files.get("chat_template.jinja"):
+        if jinja := files.get(CHAT_TEMPLATE):
             return cls(_read(jinja), str(jinja), special)
         if not config.get("chat_template"):
             return cls(DEFAULT_TEMPLATE, DEFAULT_NAME, special)
         source, tool_source = _named(config["chat_template"], files["tokenizer_config.json"])
         return cls(source, str(files["tokenizer_config.json"]), special, tool_source)
+
+    @classmethod
+    def of_data(cls, data: DataConfig, tokenizer: str) -> "ChatTemplate":
+        """The template of data.chat_template, or else of the tokenizer. Raises ValueError as `of`."""
+        of_tokenizer = cls.of(tokenizer, data.eod_token)
+        if data.chat_template is None:
+            return of_tokenizer
+        path = Path(data.chat_template).expanduser()
+        return cls(_read(path), str(path), of_tokenizer.special_tokens)
 
     def identity(self) -> list[Any]:
         """Everything that the rendered text depends on, JSON-serialisable."""
@@ -233,7 +243,7 @@ def _weight(message: Message) -> float:
 class _GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}` around what the assistant generates, as in Transformers."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)

@@ -65,8 +65,8 @@ def _parts(data: DataConfig) -> list[BlendPart]:
 
 def _held_out(data: DataConfig) -> list[DatasetSpec]:
     """data.valid_files by kind: for megatron data and blends, those without the suffix of a text file are prefixes. For
-    sources of extensions they are like data.files."""
-    if data.valid_files and data.kind not in DATA_KINDS:
+    chat and sources of extensions they are like data.files."""
+    if data.valid_files and (data.kind == "chat" or data.kind not in DATA_KINDS):
         files = _files(BlendPart(kind=data.kind, files=data.valid_files))
         return [DatasetSpec(data.kind, files, weight=0.0, valid_share=1.0)]
     may_be_prefix = data.kind in ("megatron", "blend")

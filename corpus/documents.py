@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ROW_SUFFIXES = TEXT_SUFFIXES[1:]
+"""Of files whose documents are rows with fields."""
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _BLOCK = 256 * 1024
 _MAX_ZSTD_WINDOW = 2**31  # bytes, as of `zstd --long=31`
@@ -30,8 +32,8 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _BadRow:
-    """A row without valid text."""
+class BadRow:
+    """A row that cannot be used, such as one without valid text."""
 
     where: str
     why: str
@@ -39,11 +41,25 @@ class _BadRow:
 
 @dataclass
 class SkippedRows:
-    """The rows of a file that were skipped because they have no valid text."""
+    """The rows of a file that were skipped because they cannot be used."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
     """Positions and problems of the first ones."""
+
+    def add(self, row: BadRow, path: str, *, strict: bool) -> None:
+        """Counts a row. Raises ValueError with `strict`."""
+        if strict:
+            raise ValueError(f"{path} {row.where}{row.why}")
+        self.count += 1
+        if len(self.first) < _MAX_NAMED_ROWS:
+            self.first.append(f"{row.where}{row.why}")
+
+    def check_usable(self, path: str) -> None:
+        """Called if a file has no other rows. Raises ValueError."""
+        if self.count:
+            others = f"; none of its {self.count} rows can be used" if self.count > 1 else ""
+            raise ValueError(f"{path} {self.first[0]}{others}")
 
     def note(self, path: str) -> str:
         """The message for the user."""
@@ -55,6 +71,11 @@ class SkippedRows:
 def is_text_file(path: str) -> bool:
     """Whether the suffix is one of TEXT_SUFFIXES."""
     return path.endswith(TEXT_SUFFIXES)
+
+
+def has_rows(path: str) -> bool:
+    """Whether the suffix is one of ROW_SUFFIXES."""
+    return path.endswith(ROW_SUFFIXES)
 
 
 def standard_library_files() -> list[str]:
@@ -150,16 +171,11 @@ def read_documents(
                 if row.text:
                     yield row
                 continue
-            if strict:
-                raise ValueError(f"{path} {row.where}{row.why}")
-            skipped.count += 1
-            if len(skipped.first) < _MAX_NAMED_ROWS:
-                skipped.first.append(f"{row.where}{row.why}")
+            skipped.add(row, path, strict=strict)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    if skipped.count and not usable:
-        others = f"; none of its {skipped.count} rows can be used" if skipped.count > 1 else ""
-        raise ValueError(f"{path} {skipped.first[0]}{others}")
+    if not usable:
+        skipped.check_usable(path)
 
 
 def _read_plain(path: str) -> Iterator[Document]:
@@ -177,7 +193,15 @@ def _without_mark(start: bytes, path: str) -> bytes:
     return start.removeprefix(_BYTE_ORDER_MARK)
 
 
-def _read_jsonl(path: str, text_key: str) -> Iterator[Document | _BadRow]:
+def _read_jsonl(path: str, text_key: str) -> Iterator[Document | BadRow]:
+    for where, row, replaced, done in _json_rows(path):
+        value = row if isinstance(row, BadRow) else _field(row, text_key, where)
+        yield Document(value, replaced, done) if isinstance(value, str) else value
+
+
+def _json_rows(path: str) -> Iterator[tuple[str, Any, int, float]]:
+    """Of each line: its name, the JSON value or a BadRow, how many invalid UTF-8 sequences were replaced, and the
+    fraction of the file read so far."""
     import zstandard
 
     number = 0
@@ -187,28 +211,66 @@ def _read_jsonl(path: str, text_key: str) -> Iterator[Document | _BadRow]:
                 line = _without_mark(line, path)
             if line.strip():
                 text, replaced = _decode(line)
-                value = _field(text, text_key, f"line {number}")
-                yield Document(value, replaced, done) if isinstance(value, str) else value
+                yield f"line {number}", _parsed(text, f"line {number}"), replaced, done
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise ValueError(f"{path} is damaged after line {number}: {error}") from error
 
 
-def _field(line: str, text_key: str, where: str) -> str | _BadRow:
-    """The text of a JSON row."""
+def _parsed(line: str, where: str) -> Any:
     try:
-        row = _parse(line)
+        return _parse(line)
     except json.JSONDecodeError as error:
-        return _BadRow(where, f" is not valid JSON: {error.msg}, column {error.colno}")
+        return BadRow(where, f" is not valid JSON: {error.msg}, column {error.colno}")
     except RecursionError:
-        return _BadRow(where, " is nested too deeply")
+        return BadRow(where, " is nested too deeply")
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRow, float]]:
+    """The rows of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file as objects: of each its position, its fields, and
+    the fraction of the file read so far. Nothing is required of the fields.
+
+    Raises:
+        ValueError: another kind of file, or one that cannot be read or is damaged.
+    """
+    try:
+        if path.endswith(".parquet"):
+            yield from _parquet_rows(path)
+        elif path.endswith(ROW_SUFFIXES):
+            for where, row, _, done in _json_rows(path):
+                if not isinstance(row, (dict, BadRow)):
+                    row = BadRow(where, f" is a JSON {_kind(row)}, not an object")
+                yield where, row, done
+        else:
+            raise ValueError(f"{path} has no rows; supported are {' '.join(ROW_SUFFIXES)}")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any], float]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row, number / file.metadata.num_rows
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged after row {number}: {error}") from error
+
+
+def _field(row: Any, text_key: str, where: str) -> str | BadRow:
+    """The text of a JSON row."""
     if not isinstance(row, dict):
-        return _BadRow(where, f" is a JSON {_kind(row)}, not an object with a field {text_key!r}")
+        return BadRow(where, f" is a JSON {_kind(row)}, not an object with a field {text_key!r}")
     if text_key not in row:
         names = ", ".join(row) or "none"
-        return _BadRow(where, f" has no field {text_key!r}; set text_key to one that it has: {names}")
+        return BadRow(where, f" has no field {text_key!r}; set text_key to one that it has: {names}")
     value = row[text_key]
     if not isinstance(value, str):
-        return _BadRow(where, f": field {text_key!r} is {_kind(value)}, not a string")
+        return BadRow(where, f": field {text_key!r} is {_kind(value)}, not a string")
     return _without_lone_surrogates(value)
 
 
@@ -225,7 +287,7 @@ def _parse(line: str) -> Any:
         return json.loads(line, parse_int=float)
 
 
-def _read_parquet(path: str, text_key: str) -> Iterator[Document | _BadRow]:
+def _read_parquet(path: str, text_key: str) -> Iterator[Document | BadRow]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -240,7 +302,7 @@ def _read_parquet(path: str, text_key: str) -> Iterator[Document | _BadRow]:
             for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                 number += 1
                 if value is None:
-                    yield _BadRow(f"row {number}", f": column {text_key!r} is null")
+                    yield BadRow(f"row {number}", f": column {text_key!r} is null")
                 else:
                     yield Document(*_decode(value), done=number / file.metadata.num_rows)
     except arrow.ArrowNotImplementedError as error:

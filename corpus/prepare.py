@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.schema import DataConfig
 from corpus.cache import Cache
+from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
@@ -131,13 +132,13 @@ def prepare(
         return _of_preferences(data, cache, notes, sizes, held_out_only=held_out_only, progress=progress)
     found = dataset_specs(data, held_out_only)
     try:
-        corpora = {i: TextCorpus(i, data.text_key, strict=data.strict) for i in found if i.source.yields == "documents"}
+        corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
         _hash_files([path for spec in corpora for path in spec.files], cache, progress)
         vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
         parts = []
         for spec in found:
             if spec in corpora:
-                folder = _tokenise(corpora[spec], vocabulary, data.eod_token, cache, progress)
+                folder = _tokenise(corpora[spec], vocabulary, data, cache, progress)
                 parts.append(_read_manifest(folder, spec.weight))
             else:
                 vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
@@ -149,7 +150,9 @@ def prepare(
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
     prepared = _combine(parts, vocabulary, notes)
-    if held_out_only:
+    if data.kind == "chat":
+        _check_conversations(prepared, data, held_out_only)
+    elif held_out_only:
         _check_held_out(prepared, 1, data)
     else:
         _check_training(prepared, sequence_length)
@@ -247,19 +250,36 @@ def _train_tokenizer(
     return cache.entry("tokenizers", [settings, [corpus.identity(cache) for corpus in training]], build)
 
 
-def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, eod_token: str, cache: Cache, progress: Progress) -> Path:
+def _corpus(spec: DatasetSpec, data: DataConfig) -> TextCorpus:
+    if spec.source.yields == "documents":
+        return TextCorpus(spec, data.text_key, strict=data.strict)
+    from corpus.chat import ChatCorpus
+
+    return ChatCorpus(spec, data.text_key, strict=data.strict)
+
+
+def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, data: DataConfig, cache: Cache, progress: Progress) -> Path:
     """The cache entry with the token files of the corpus and its manifest."""
     path = vocabulary.path
     assert path is not None
-    key = [_FORMAT, corpus.identity(cache), cache.sha256(path), eod_token]
-    return cache.entry("tokens", key, lambda folder: write_corpus(corpus, path, eod_token, folder, progress))
+    key = [_FORMAT, corpus.identity(cache), cache.sha256(path), data.eod_token]
+    if corpus.spec.source.yields == "conversations":
+        from corpus.chat import ChatCorpus, write_chat
+        from corpus.chat_template import ChatTemplate
+
+        assert isinstance(corpus, ChatCorpus)
+        template = ChatTemplate.of_data(data, path)
+        key.append(template.identity())
+        return cache.entry("tokens", key, lambda folder: write_chat(corpus, template, path, folder, progress))
+    return cache.entry("tokens", key, lambda folder: write_corpus(corpus, path, data.eod_token, folder, progress))
 
 
 def _read_manifest(folder: Path, weight: float) -> _Part:
     manifest, sha256 = json.loads((folder / "manifest.json").read_text()), digests(folder)
     sources: dict[str, list[Source]] = {"train": [], "valid": []}
     for split, counts in manifest["splits"].items():
-        digest = _key([sha256[f"{split}.idx"], sha256[f"{split}.bin"]])
+        files = [f"{split}{suffix}" for suffix in (".idx", ".bin", WEIGHTS)]
+        digest = _key([sha256[name] for name in files if name in sha256])
         sources[split] = [Source(str(folder / split), weight, 0, counts["num_documents"], counts["num_tokens"], digest)]
     return _Part(**sources, **manifest["held_out"], notes=manifest["notes"])
 
@@ -333,6 +353,13 @@ def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str]) -> P
         valid_gzip_bytes=sum(part.valid_gzip_bytes for part in parts) if known else None,
         notes=[*notes, *(note for part in parts for note in part.notes)],
     )
+
+
+def _check_conversations(prepared: Prepared, data: DataConfig, held_out_only: bool) -> None:
+    if not prepared.train and not held_out_only:
+        raise ValueError("no conversation is left to train on; lower data.valid_fraction or add conversations")
+    if not prepared.valid:
+        raise ValueError("no conversation is held out; set data.valid_files, or raise data.valid_fraction")
 
 
 def _check_training(prepared: Prepared, sequence_length: int) -> None:

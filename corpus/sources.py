@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from conf.registry import Registry
-from corpus.documents import expand, standard_library_files
+from corpus.documents import ROW_SUFFIXES, expand, has_rows, standard_library_files
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class DataSource:
     """data.files -> absolute paths; of token files without .bin/.idx. Raises ValueError if there are none."""
     files: str | None
     """Description of data.files for messages. None: the source has no files."""
-    yields: Literal["documents", "tokens"] = "documents"
-    """Text to be tokenised, or .bin/.idx pairs."""
+    yields: Literal["documents", "tokens", "conversations"] = "documents"
+    """Text to be tokenised, .bin/.idx pairs, or conversations to be rendered and tokenised."""
     read: Callable[[str, str], Iterator[str]] | None = None
     """(path, data.text_key) -> the text of each document, in order. None: read by the suffix of the file, as
     data=text."""
@@ -40,9 +40,17 @@ def _prefixes(files: Sequence[str]) -> list[str]:
     return [os.path.abspath(os.path.expanduser(prefix)) for prefix in files]
 
 
+def _rows(files: Sequence[str]) -> list[str]:
+    found = expand(list(files))
+    if plain := [path for path in found if not has_rows(path)]:
+        raise ValueError(f"data=chat needs files with rows ({' '.join(ROW_SUFFIXES)}), but {plain[0]} has none")
+    return found
+
+
 SOURCES = Registry(
     "data source",
     DataSource("stdlib", lambda files: standard_library_files(), files=None, name_of=_library_name),
     DataSource("text", lambda files: expand(list(files)), files="paths or globs of text files"),
+    DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
     DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs", yields="tokens"),
 )

@@ -39,6 +39,12 @@ class Stream(Protocol):
         ...
 
 
+class HeldOut(Stream, Protocol):
+    """Held-out samples, which also have padding bool [S]: True for padding."""
+
+    def __len__(self) -> int: ...
+
+
 class TrainStream:
     """The infinite stream of training samples, a weighted blend of sources."""
 

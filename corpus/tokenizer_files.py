@@ -6,7 +6,8 @@ from pathlib import Path
 from corpus.documents import nearest_existing
 
 TOKENIZER = "tokenizer.json"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 """Files that say how the tokenizer of a directory is used: special tokens, chat template. Training does not read them;
 a run keeps them in COMPANION_DIR, and an export writes them beside the weights."""
 COMPANION_DIR = "tokenizer"

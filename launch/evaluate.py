@@ -5,6 +5,7 @@ from dataclasses import replace
 from conf.commands import EvaluateConfig
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import DataConfig
+from corpus.documents import has_rows
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from parallel.env import World
@@ -26,7 +27,7 @@ def main(config: EvaluateConfig) -> int:
 def evaluate_rank(world: World, config: EvaluateConfig) -> int:
     """`main` on one rank; rank 0 prints."""
     with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
-        from corpus.stream import ValidWindows
+        from corpus.open_data import held_out_samples
         from training.evaluate import evaluate
 
         data = _data(config, loaded)
@@ -35,12 +36,10 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         noncausal.check_predicts_tokens(loaded.built.config.model)
         prepared = _prepare(data, loaded, own_text=bool(config.data.files), console=console)
         run = loaded.built.config
-        windows = ValidWindows(
-            prepared, sequence_length=run.train.sequence_length, document_mask=run.data.document_mask
-        )
+        windows = held_out_samples(prepared, data, sequence_length=run.train.sequence_length)
         lengths = loaded.tokenizer.byte_lengths() if loaded.tokenizer else None
         result = evaluate(loaded.built, windows, lengths, batches=config.batches)
-        console.note(f"{loaded.directory}: {result.tokens:,} tokens of {_what(config)}")
+        console.note(f"{loaded.directory}: {result.tokens:,.10g} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)
         for note in prepared.notes:
@@ -79,7 +78,9 @@ def _data(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
         return data
     if loaded.tokenizer is None:
         raise ValueError(f"data.files: {loaded.run_dir} has no {TOKENIZER}, so that text cannot be tokenised")
-    own = replace(data, kind="text", files=config.data.files, text_key=config.data.text_key, valid_files=[], blend=[])
+    # Of a run on conversations, files with rows are conversations as well.
+    kind = "chat" if data.kind == "chat" and all(map(has_rows, config.data.files)) else "text"
+    own = replace(data, kind=kind, files=config.data.files, text_key=config.data.text_key, valid_files=[], blend=[])
     return own
 
 

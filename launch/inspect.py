@@ -64,8 +64,8 @@ def _ids(config: InspectConfig, loaded: LoadedModel) -> list[int]:
 
 
 def _held_out(loaded: LoadedModel, most: int) -> list[int]:
+    from corpus.open_data import held_out_samples
     from corpus.prepare import prepare
-    from corpus.stream import ValidWindows
 
     run, kept = loaded.built.config, loaded.run_dir / TOKENIZER
     if run.data.kind == "preference":
@@ -73,7 +73,7 @@ def _held_out(loaded: LoadedModel, most: int) -> list[int]:
     data = replace(run.data, tokenizer=str(kept) if kept.exists() else None)
     size = run.train.sequence_length
     prepared = prepare(data, vocab_size=run.model.vocab_size, sequence_length=size)
-    windows = ValidWindows(prepared, sequence_length=size, document_mask=False)
+    windows = held_out_samples(prepared, data, sequence_length=size)
     ids: list[int] = []
     for index in range(min(len(windows), -(-most // size))):
         sample = windows.sample(index)

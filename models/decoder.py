@@ -264,9 +264,9 @@ class ModelChunk(MegatronModule):
         return x_SBD if self.config.sequence_parallel else x_SBD.transpose(0, 1).contiguous()
 
     def _predict_further(self, x_SBD: Tensor, positions_BS: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
-        """x_SBD, the output of the final norm, with the loss of multi-token prediction attached. It is averaged over
-        all tokens of the micro-batch, as the loss of the next token is: those that do not count add nothing
-        (DeepSeek-V3, arXiv:2412.19437, eq. 24 and 25)."""
+        """x_SBD, the output of the final norm, with the loss of multi-token prediction attached. Its sum is divided by
+        what that of the next token is: targets that do not exist add nothing (DeepSeek-V3, arXiv:2412.19437, eq. 24
+        and 25)."""
         assert self.mtp_statistics is not None
         total, hidden_SBD = x_SBD.new_zeros((), dtype=torch.float32), x_SBD
         for index, layer in enumerate(self.mtp.values()):
@@ -275,11 +275,11 @@ class ModelChunk(MegatronModule):
             padding_BS = padding_BS if batch_ctx.padding_BS is None else padding_BS | batch_ctx.padding_BS
             embedding_SBD = self._embed(self._mine(targets.tokens_BS))
             hidden_SBD = layer(hidden_SBD, embedding_SBD, attend, replace(batch_ctx, padding_BS=padding_BS))
-            labels_SB, counts_BS = self._mine(targets.labels_BS).t(), self._mine(targets.counts_BS)
-            losses_BS = self.token_losses(self._logits(hidden_SBD), labels_SB, self.groups.tp).t()
-            losses_BS = losses_BS.where(counts_BS, 0.0)
-            self.mtp_statistics(index, losses_BS, counts_BS)
-            total = total + losses_BS.sum() / positions_BS.numel()
+            labels_SB, weights_BS = self._mine(targets.labels_BS).t(), self._mine(targets.weights_BS)
+            losses_BS = self.token_losses(self._logits(hidden_SBD), labels_SB, self.groups.tp).t() * weights_BS
+            self.mtp_statistics(index, losses_BS, weights_BS)
+            labels = positions_BS.numel() if batch_ctx.loss_labels is None else batch_ctx.loss_labels
+            total = total + losses_BS.sum() / labels
         loss = self.model.mtp_loss_scaling_factor / len(self.mtp) * total
         return AttachLoss.apply(x_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else x_SBD
 

@@ -66,8 +66,8 @@ class Targets:
     exists_BS: Tensor
     """Whether the latter lies within the sequence and, with document_mask, in the document of the position. Elsewhere
     tokens and labels have no meaning, and the position counts as padding."""
-    counts_BS: Tensor
-    """Whether it exists and counts in the loss."""
+    weights_BS: Tensor
+    """Its weight in the loss; 0 where it does not exist."""
 
 
 def targets_of(batch_ctx: BatchContext, positions_BS: Tensor, layer: int, *, document_mask: bool) -> Targets:
@@ -85,8 +85,8 @@ def targets_of(batch_ctx: BatchContext, positions_BS: Tensor, layer: int, *, doc
         document_BS = (positions_BS == 0).cumsum(1)
         exists_BS = document_BS == _ahead(document_BS, layer + 1, -1)
     ahead_BS = _ahead(labels_BS, layer, 0)
-    counts_BS = exists_BS if mask_BS is None else exists_BS & (_ahead(mask_BS, layer, 0) != 0)
-    return Targets(_ahead(labels_BS, layer - 1, 0), ahead_BS, exists_BS, counts_BS)
+    weights_BS = exists_BS.float() if mask_BS is None else _ahead(mask_BS, layer, 0) * exists_BS
+    return Targets(_ahead(labels_BS, layer - 1, 0), ahead_BS, exists_BS, weights_BS)
 
 
 def _ahead(x_BS: Tensor, by: int, otherwise: int) -> Tensor:
@@ -97,7 +97,7 @@ def _ahead(x_BS: Tensor, by: int, otherwise: int) -> Tensor:
 
 
 class MTPStatistics(nn.Module):
-    """Running sums over this rank's tokens: of the losses of each layer in nats, and of their number."""
+    """Running sums over this rank's tokens: of the weighted losses of each layer in nats, and of their weights."""
 
     def __init__(self, layers: int):
         super().__init__()
@@ -105,9 +105,9 @@ class MTPStatistics(nn.Module):
         self.register_buffer("sums_2K", torch.zeros(2, layers, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
-    def forward(self, layer: int, losses_BS: Tensor, counts_BS: Tensor) -> None:
-        """Adds a pass to the sums. layer: counted from 0; losses_BS: 0 where a token does not count."""
-        self.sums_2K[:, layer] += torch.stack([losses_BS.sum(dtype=torch.float64), counts_BS.sum().double()])
+    def forward(self, layer: int, losses_BS: Tensor, weights_BS: Tensor) -> None:
+        """Adds a pass to the sums. layer: counted from 0; losses_BS: weighted."""
+        self.sums_2K[:, layer] += torch.stack([x.sum(dtype=torch.float64) for x in (losses_BS, weights_BS)])
 
 
 def collect_losses(chunks: Sequence[Any], layers: int, device: torch.device) -> list[float]:
@@ -126,4 +126,4 @@ def collect_losses(chunks: Sequence[Any], layers: int, device: torch.device) -> 
             sums_2K += chunk.mtp_statistics.sums_2K
             chunk.mtp_statistics.sums_2K.zero_()
     dist.all_reduce(sums_2K)  # tensor-parallel ranks have the same, in both sums
-    return (sums_2K[0] / sums_2K[1].clamp(min=1)).tolist()
+    return (sums_2K[0] / sums_2K[1].where(sums_2K[1] > 0, 1.0)).tolist()

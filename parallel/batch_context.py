@@ -30,7 +30,10 @@ class BatchContext:
     labels_BS: Tensor | None = None
     """Labels of the whole sequence, from which those further ahead are read; None: there are none."""
     loss_mask_BS: Tensor | None = None
-    """Of the whole sequence: 0 where a label counts in no loss; None: all count."""
+    """Of the whole sequence: the weight of each label in the loss, 0 where it counts in none; None: all count."""
+    loss_labels: Tensor | None = None
+    """What the sum of a micro-batch's weighted losses is divided by: the mean of the sums of the weights over the
+    micro-batches of the global batch. None: the tokens of the micro-batch."""
 
 
 DEFAULT_CONTEXT = BatchContext()

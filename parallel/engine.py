@@ -155,8 +155,8 @@ class Engine:
             step: the optimizer step; seeds the layers' random numbers.
 
         Returns:
-            The mean cross-entropy over the global batch's tokens in nats, or the objective's mean loss over its
-            prompts; a scalar, the same on every rank.
+            The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask, or the objective's
+            mean loss over its prompts; a scalar, the same on every rank.
         """
         from megatron.core.distributed import finalize_model_grads
 
@@ -165,11 +165,15 @@ class Engine:
             chunk.train()
         # Megatron-Core multiplies the main loss by cp and divides it by the number of micro-batches, and its gradient
         # buckets divide by dp * cp. The same factors must apply to losses that layers attach themselves.
-        batch_ctx = BatchContext(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
+        labels = self._mean_weight(batches)
+        scale = self.runtime.layout.cp / len(batches)
+        batch_ctx = BatchContext(TRAIN, loss_scale=scale, loss_labels=labels, step=step)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            # Training sequences are packed: every token counts.
-            mean = losses_BS.sum() / batch["labels"].numel()
+            # Not over the micro-batch's own weights: every label of the global batch counts alike, wherever it is.
+            if "loss_mask" in batch:
+                losses_BS = losses_BS * self._cp_shard(batch["loss_mask"])
+            mean = losses_BS.sum() / labels
             return mean, mean.detach().clone()
 
         names = self.objective.metrics if self.objective else ()
@@ -183,8 +187,18 @@ class Engine:
         self.metrics = dict(zip(names, means[1:].tolist(), strict=True))
         return means[0]
 
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(sum of the losses of the unmasked tokens in nats, their number) over the micro-batches of all ranks."""
+    def _mean_weight(self, batches: list[Batch]) -> Tensor:
+        """The weights of the labels of the global batch, added up, per micro-batch: a scalar on the device."""
+        masks = (batch.get("loss_mask", torch.ones(batch["labels"].shape)) for batch in batches)
+        weights = torch.stack([mask.sum(dtype=torch.float64).cpu() for mask in masks])
+        total = weights.sum().to(self.runtime.device)
+        dist.all_reduce(total, group=self.runtime.groups.dp)
+        mean = (total / (len(batches) * self.runtime.layout.dp)).float()
+        return mean.where(mean > 0, 1.0)  # without any, the loss is 0
+
+    def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
+        """(sum of the losses of the labels in nats, weighted by loss_mask, sum of these weights) over the micro-batches
+        of all ranks."""
         for chunk in self.chunks:
             chunk.eval()
 
@@ -196,7 +210,7 @@ class Engine:
         with torch.no_grad():
             parts = self.run_forward(batches, loss, BatchContext(EVALUATE))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
-        return nats, round(tokens)
+        return nats, tokens
 
     def evaluate_objective(self, batches: list[Batch]) -> tuple[dict[str, float], int]:
         """({"loss" and each metric of the objective: its sum over the prompts that count}, their number) over the

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence; optionally
-padding bool [B, S], True for padding; further tensors [B] that an objective needs."""
+"""One micro-batch: tokens, labels, positions int64 [B, S] over the whole sequence; optionally loss_mask fp32 [B, S],
+the weight of each label in the loss (without it 1), and padding bool [B, S], True for padding; further tensors [B] that
+an objective needs."""
 
 StepLoss = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 """(the model's output on the last stage, the micro-batch) -> (the loss to run backward from, what is returned)."""

@@ -3,21 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from corpus.stream import Stream, micro_batches
+from corpus.stream import HeldOut, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
-
-
-class Windows(Stream, Protocol):
-    """Held-out sequences; `sample` beyond the last one returns padding."""
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -25,9 +19,10 @@ class EvalResult:
     """The result of an evaluation, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy in nats per token, or the objective's mean loss."""
-    tokens: int
-    """What the mean is over: labels, or prompts."""
+    """Mean cross-entropy in nats per token, weighted as the tokens are; or the objective's mean loss."""
+    tokens: float
+    """Sum of the weights of the predicted tokens: their number, except for conversations with other weights. Or the
+    number of prompts."""
     bits_per_byte: float | None
     """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer and for
     preferences."""
@@ -40,7 +35,7 @@ class EvalResult:
 
 
 def evaluate(
-    built: BuiltModel, windows: Windows, byte_lengths: np.ndarray | None, *, batches: int | None
+    built: BuiltModel, windows: HeldOut, byte_lengths: np.ndarray | None, *, batches: int | None
 ) -> EvalResult:
     """Every rank calls this together.
 
@@ -50,7 +45,7 @@ def evaluate(
     """
     if built.engine.objective is not None:
         return _evaluate_objective(built, windows, batches)
-    nats, tokens = 0.0, 0
+    nats, tokens = 0.0, 0.0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for _, batch in global_batches(built, windows, batches):
         batch_nats, batch_tokens = built.engine.evaluate(batch)
@@ -62,7 +57,7 @@ def evaluate(
     return EvalResult(nats / tokens, tokens, bits)
 
 
-def _evaluate_objective(built: BuiltModel, windows: Windows, batches: int | None) -> EvalResult:
+def _evaluate_objective(built: BuiltModel, windows: HeldOut, batches: int | None) -> EvalResult:
     sums, count = dict.fromkeys(("loss", *built.engine.objective.metrics), 0.0), 0
     for _, batch in global_batches(built, windows, batches):
         of_batch, prompts = built.engine.evaluate_objective(batch)
@@ -71,7 +66,7 @@ def _evaluate_objective(built: BuiltModel, windows: Windows, batches: int | None
     return EvalResult(means.pop("loss"), count, None, means)
 
 
-def global_batches(built: BuiltModel, windows: Windows, batches: int | None) -> Iterator[tuple[int, list[Batch]]]:
+def global_batches(built: BuiltModel, windows: HeldOut, batches: int | None) -> Iterator[tuple[int, list[Batch]]]:
     """(index of its first window, this rank's micro-batches) of each global batch, in the order of the windows.
 
     Args:

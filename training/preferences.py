@@ -21,20 +21,21 @@ from torch import Tensor
 
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import Config
+from corpus.open_data import held_out_samples, training_stream
 from corpus.preference_stream import PreferenceSet, PreferenceStream, held_out_set, training_set
 from corpus.prepare import Prepared, Source
-from corpus.stream import Stream, TrainStream, ValidWindows
+from corpus.stream import HeldOut, Stream
 from models.objectives import objective_of, response_logps
 from parallel.batch_context import EVALUATE, BatchContext
 from parallel.engine import Batch
 from training.builder import BuiltModel
-from training.evaluate import EvalResult, Windows, evaluate, global_batches
+from training.evaluate import EvalResult, evaluate, global_batches
 from training.run_files import write_atomically
 
 REFERENCE_FILE = "reference.npz"
 
 
-def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, ValidWindows | PreferenceSet]:
+def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, HeldOut]:
     """The training stream and the held-out windows of a run."""
     train, data = config.train, config.data
     length = train.sequence_length
@@ -43,15 +44,8 @@ def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, Va
         prompts = training_set(prepared, sequence_length=length, responses=responses)
         held_out = held_out_set(prepared, sequence_length=length, responses=responses)
         return PreferenceStream(prompts, seed=train.seed), held_out
-    stream = TrainStream(
-        prepared,
-        sequence_length=length,
-        seed=train.seed,
-        cache_dir=data.cache_dir,
-        document_mask=data.document_mask,
-        note=note,
-    )
-    return stream, ValidWindows(prepared, sequence_length=length, document_mask=data.document_mask)
+    stream = training_stream(prepared, data, sequence_length=length, seed=train.seed, note=note)
+    return stream, held_out_samples(prepared, data, sequence_length=length)
 
 
 def set_reference(
@@ -159,7 +153,7 @@ def reference_logps(built: BuiltModel, prompts: PreferenceSet) -> np.ndarray:
     return values.view(-1, prompts.responses).numpy()
 
 
-def value_of_each(built: BuiltModel, sequences: Windows, value: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+def value_of_each(built: BuiltModel, sequences: HeldOut, value: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """fp64 [sequences], on the CPU. Every rank calls this together and gets the same.
 
     Args:

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
-from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER, companions
+from corpus.tokenizer_files import CHAT_TEMPLATE, COMPANION_DIR, TOKENIZER, companions
 from training.compatibility import describe_changes, differences, model_differences, overrides_to_restore
 from training.requeue import Ownership
 from training.run_files import EXPERT_LOAD, METRICS, write_atomically
@@ -109,6 +109,10 @@ class RunDir:
             for file in companions(tokenizer):
                 (self.path / COMPANION_DIR).mkdir(exist_ok=True)
                 write_atomically(self.path / COMPANION_DIR / file.name, file.read_bytes())
+            if config.data.chat_template is not None:
+                (self.path / COMPANION_DIR).mkdir(exist_ok=True)
+                template = Path(config.data.chat_template).expanduser().read_bytes()
+                write_atomically(self.path / COMPANION_DIR / CHAT_TEMPLATE, template)
         write_atomically(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
     def _check_tokenizer(self, tokenizer: str | None) -> None:

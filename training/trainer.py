@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from conf.config_view import format_value
 from conf.override_text import command, override
+from corpus.chat_stream import describe_example
 from corpus.prepare import Prepared
 from corpus.stream import micro_batches
 from corpus.tokenizer import Tokenizer
@@ -65,6 +66,8 @@ class Trainer:
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
         self.stream, self.windows = open_data(self.config, prepared, console.note)
+        if self.config.data.kind == "chat" and self.tokenizer:
+            console.note(describe_example(self.stream.sample(0), self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)

@@ -61,6 +61,7 @@ def parsed(value: str) -> object:
 
 
 FP8 = {"precision": "fp8"}
+CHAT = {"data.kind": "chat", "data.files": ["a.jsonl"], "data.document_mask": True}
 
 # settings, world size, and what the message must contain: the actual values and the suggestion
 BROKEN = [
@@ -309,7 +310,11 @@ BROKEN = [
     ({"train.profile": [3]}, 1, "it is [3]", "train.profile=[1,3]"),
     ({"train.profile": [3, 8], "train.stop_after": 5}, 1, "b <= 5", "train.profile=[3,5]"),
     ({"data.kind": "text"}, 1, "data=text needs data.files", "data.kind=stdlib"),
-    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text, data=megatron or data=preference", "data.files=[]"),
+    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text, megatron, chat or preference", "data.files=[]"),
+    ({"data.too_long": "drop"}, 1, "data.too_long needs data=chat", "data.too_long=truncate"),
+    ({**CHAT, "data.text_key": "x"}, 1, "data.text_key needs data=text or data=blend", "data.text_key=text"),
+    ({**CHAT, "data.document_mask": False}, 1, "needs data.document_mask=true", "data.document_mask=true"),
+    ({**CHAT, "data.too_long": "cut"}, 1, "data.too_long is one of truncate, drop", "data.too_long=truncate"),
     ({"data.valid_files": ["a.txt"]}, 1, "data.valid_files needs data other than stdlib", "data.valid_files=[]"),
 ]
 
@@ -353,6 +358,7 @@ def test_all_violations_in_one_message():
         ([BlendPart(weight=0.0, kind="stdlib")], "data.blend[0].weight > 0, but it is 0"),
         ([BlendPart(kind="stdlib"), BlendPart(kind="txt", files=["a"])], "data.blend[1].kind is one of stdlib, text"),
         ([BlendPart(kind="blend")], "data.blend[0].kind is one of"),
+        ([BlendPart(kind="chat", files=["a.jsonl"])], "data.blend[0].kind is one of stdlib, text, megatron, but"),
         ([BlendPart(kind="megatron")], "data.blend[0].files is needed"),
         ([BlendPart(kind="stdlib", files=["a"])], "data.blend[0].files has an effect only"),
     ],

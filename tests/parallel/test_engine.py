@@ -201,8 +201,15 @@ def test_losses_are_those_of_the_logits(runtime):
     assert tokens == sum(int(b["loss_mask"].sum()) for b in batches) < sum(n.numel() for n in nats)
     masked = sum((n * b["loss_mask"]).sum().item() for n, b in zip(nats, batches, strict=True))
     assert counted == pytest.approx(masked, rel=1e-6)
-    # In training every token counts.
-    assert engine.forward_backward(batches, step=0).item() == pytest.approx(torch.stack(nats).mean().item(), rel=1e-6)
+    assert engine.forward_backward(batches, step=0).item() == pytest.approx(masked / tokens, rel=1e-6)
+    # Weights are fractions too, and a micro-batch without any adds nothing.
+    for batch, factor in zip(batches, (0.25, 0.0, 1.0, 0.5), strict=True):
+        batch["loss_mask"] = batch["loss_mask"] * factor
+    weighted = sum((n * b["loss_mask"]).sum().item() for n, b in zip(nats, batches, strict=True))
+    wanted = weighted / sum(b["loss_mask"].sum().item() for b in batches)
+    assert engine.forward_backward(batches, step=0).item() == pytest.approx(wanted, rel=1e-6) != masked / tokens
+    nothing = [batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])} for batch in batches]
+    assert engine.forward_backward(nothing, step=0).item() == 0.0
 
 
 def test_next_logits_are_those_after_the_last_token(runtime):
