@@ -173,7 +173,8 @@ def test_parquet_has_the_same_rows(tmp_path, tokenizer):
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    pairs = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": str(i)}]} for i in range(5, 15)]
+    prompts = [[USER | {"content": f"{i} + 1?"}] for i in range(10)]
+    pairs = [{"prompt": prompt, "chosen": [GOOD], "rejected": [BAD]} for prompt in prompts]
     parquet.write_table(arrow.Table.from_pylist(pairs), tmp_path / "rows.parquet")
     sizes = {"vocab_size": 280, "sequence_length": 64}
     both = [
