@@ -30,7 +30,9 @@ _NAMED_ROWS = 3
 
 
 @dataclass
-class _Split:
+class _Growing:
+    """The arrays while they grow."""
+
     tokens: array = field(default_factory=lambda: array("i"))
     counts: bytearray = field(default_factory=bytearray)
     sequences: array = field(default_factory=lambda: array("q"))
@@ -43,15 +45,26 @@ class _Split:
             self.sequences.append(len(self.tokens))
         self.prompts.append(len(self.sequences))
 
-    def save(self, prefix: Path) -> None:
+    def save(self, prefix: Path, chosen: np.ndarray) -> list[int]:
+        """Writes some of the prompts. Returns the numbers of prompts and of tokens.
+
+        Args:
+            chosen: bool [prompts].
+        """
+        responses, lengths = (
+            np.diff(np.frombuffer(ends, np.int64), prepend=0) for ends in (self.prompts, self.sequences)
+        )
+        sequences = np.repeat(chosen, responses)
+        places = np.repeat(sequences, lengths)
         parts = (
-            np.frombuffer(self.tokens, np.int32),
-            np.frombuffer(self.counts, np.bool_),
-            np.frombuffer(self.sequences, np.int64),
-            np.frombuffer(self.prompts, np.int64),
+            np.frombuffer(self.tokens, np.int32)[places],
+            np.frombuffer(self.counts, np.bool_)[places],
+            np.cumsum(lengths[sequences]),
+            np.cumsum(responses[chosen]),
         )
         for name, part in zip(ARRAYS, parts, strict=True):
             np.save(f"{prefix}.{name}.npy", part, allow_pickle=False)
+        return [int(chosen.sum()), int(places.sum())]
 
 
 @dataclass(frozen=True)
@@ -112,17 +125,16 @@ def prepare_preferences(
 
     def build(folder: Path) -> None:
         reader = _Reader(tokenizer, template, sequence_length, max_responses, strict=data.strict)
-        pairs = [*reader.read(files, progress)]
-        valid = _held_out([preference for preference, _ in pairs], share)
-        splits = {"train": _Split(), "valid": _Split()}
-        for (_, responses), is_held_out in zip(pairs, valid, strict=True):
-            splits["valid" if is_held_out else "train"].add(responses)
+        everything, hashes = _Growing(), array("d")
+        for preference, responses in reader.read(files, progress):
+            everything.add(responses)
+            hashes.append(_hash(preference))
+        is_valid = _held_out(np.frombuffer(hashes), share)
         for _, responses in reader.read(held_out, progress):
-            splits["valid"].add(responses)
-        for name, split in splits.items():
-            if split.prompts:
-                split.save(folder / name)
-        counts = {name: [len(split.prompts), len(split.tokens)] for name, split in splits.items() if split.prompts}
+            everything.add(responses)
+        is_valid = np.concatenate([is_valid, np.ones(len(everything.prompts) - len(is_valid), np.bool_)])
+        chosen = {"train": ~is_valid, "valid": is_valid}
+        counts = {name: everything.save(folder / name, which) for name, which in chosen.items() if which.any()}
         (folder / "manifest.json").write_text(json.dumps({"splits": counts, "notes": reader.notes}))
 
     folder = cache.entry("preferences", key, build)
@@ -140,17 +152,16 @@ def prepare_preferences(
     )
 
 
-def _held_out(preferences: list[Preference], share: float) -> list[bool]:
-    """By a hash of the prompt, so that equal prompts are in the same split; at least one prompt, unless the share is
-    0."""
-    hashes = [
-        int.from_bytes(hashlib.sha256(preference.key.encode()).digest()[:6], "big") / 2**48
-        for preference in preferences
-    ]
-    threshold = share
-    if 0 < share < 1 and hashes and min(hashes) >= share:
-        threshold = np.nextafter(min(hashes), 1.0)
-    return [value < threshold for value in hashes]
+def _hash(preference: Preference) -> float:
+    """A number in [0, 1) that depends on the prompt alone, so that equal prompts are in the same split."""
+    return int.from_bytes(hashlib.sha256(preference.key.encode()).digest()[:6], "big") / 2**48
+
+
+def _held_out(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Whether each prompt is held out: those with a hash below the share, or else the one with the smallest; none if
+    the share is 0."""
+    threshold = np.nextafter(hashes.min(), 1.0) if 0 < share < 1 and hashes.min() >= share else share
+    return hashes < threshold
 
 
 class _Reader:

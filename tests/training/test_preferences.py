@@ -12,7 +12,7 @@ from conf.schema import DataConfig, PreferenceConfig
 from corpus.tokenizer import Tokenizer
 from parallel.local_launcher import RankFailed
 from tests.training import helpers
-from training.preferences import REFERENCE_FILE
+from training.preferences import REFERENCE_FILE, _read_kept
 
 DPO = ("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy", "logps_chosen", "logps_rejected")
 
@@ -91,6 +91,22 @@ def test_a_resumed_run_is_exactly_the_one_that_was_not_stopped(ranks, data, dpo_
     (run_dir / REFERENCE_FILE).unlink()
     with pytest.raises(RankFailed, match="cannot be read"):
         ranks.run(1, helpers.train, config(data, run_dir, steps=9))
+
+
+def test_the_reference_of_other_weights_or_data_is_not_used(tmp_path):
+    """At step 0 it is computed again; later that is not possible any more."""
+    path, key = tmp_path / REFERENCE_FILE, {"data": "a", "weights": "b", "precision": "fp32"}
+    assert _read_kept(path, key, 0) is None and "cannot be read" in _read_kept(path, key, 3)
+    np.savez(path, key=np.array(json.dumps(key)), train=np.ones((3, 2)), valid=np.ones((1, 2)))
+    for other, at_start, later in (
+        (key, True, True),
+        (key | {"weights": "c"}, False, True),  # a run that continues cannot know them
+        (key | {"precision": "bf16"}, False, True),
+        (key | {"data": "c"}, False, False),
+    ):
+        assert isinstance(_read_kept(path, other, 0), dict) == at_start
+        assert isinstance(_read_kept(path, other, 3), dict) == later
+    assert "of other preferences" in _read_kept(path, key | {"data": "c"}, 3)
 
 
 @pytest.mark.parametrize("responses", [2, 3])
