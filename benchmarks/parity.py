@@ -16,18 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.parity_variants import VARIANTS
 from benchmarks.tiny import (
     MICRO_BATCHES,
     OPTIM,
-    PADDING_BS,
     VOCABULARY,
     Variant,
     build_engine,
+    evaluated,
     gradients,
+    micro_batch,
     my_batches,
+    preference_batch,
     started,
 )
-from conf.schema import ModelConfig, ParallelConfig, RopeScalingConfig
+from conf.schema import ModelConfig, ParallelConfig
 from models.logits import next_token_logits
 from parallel.engine import Engine, Overlap
 from parallel.env import World
@@ -38,66 +41,6 @@ LIMIT = 1e-5
 """Maximum relative deviation, from the order of fp32 sums; loads and drops must be equal."""
 SECONDS = 300.0
 """Time limit per layout."""
-
-# Methods other than Switch's that decide over the whole micro-batch, or could depend on the order of its tokens.
-DEEPSEEK = {"score_function": "sigmoid", "num_experts": 8, "num_expert_groups": 4, "top_k_groups": 2}
-DEEPSEEK |= {"load_balancing": "seq_aux_loss", "drop_policy": "probability", "bias_update_rate": 0.01}
-GLOBAL = {"load_balancing": "global_aux_loss", "jitter": 0.1, "drop_policy": "random", "every": 2}
-GPT_OSS = {"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True, "attention_bias": True}
-GPT_OSS |= {"attention_output_bias": True, "activation": "clamped_swiglu"}
-CHUNKS = {"attention_chunk_size": 5, "ffn_bias": True, "attention_sinks": True}
-CHUNKS |= {"norm": "layernorm", "norm_zero_centered": True, "qk_norm": "full"}
-CHUNKS |= {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
-CHUNKS |= {"logit_multiplier": 0.5, "logit_softcap": 2.0}
-ALIKE = {"document_mask": True, "begin_alike": True}
-PACKED = {"document_mask": True, "packed": True}
-LLAMA4 = {"attention_chunk_size": 5, "full_attention_every": 2, "no_rope_every": 2, "qk_norm": "l2"}
-LLAMA4 |= {"attention_temperature": 0.5, "attention_temperature_tokens": 4, "rope_interleave": True}
-GATED_INPUTS = {"score_function": "sigmoid", "renormalize": False, "gate_on": "input", "num_shared_experts": 1}
-LONGROPE = RopeScalingConfig("longrope", original_max_position_embeddings=12, long_mscale=1.2)
-LONGROPE.short_factor, LONGROPE.long_factor = [1.0, 1.0, 1.5, 2.0], [1.0, 2.0, 4.0, 8.0]
-PHIMOE = {"norm": "layernorm", "head_bias": True, "rope_scaling": LONGROPE}
-YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
-MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
-MLA |= {"rope_interleave": True}
-MUON = {"name": "muon"}
-MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
-
-VARIANTS = {
-    "drops": Variant(),
-    "dropless": Variant({"tie_embeddings": True}, {"capacity_factor": None, "every": 2}, document_mask=True),
-    "switch": Variant({"tie_embeddings": True}, {"top_k": 1}),
-    "switch_documents": Variant(moe={"top_k": 1, "every": 2}, document_mask=True),
-    "deepseek": Variant(moe=DEEPSEEK),
-    "expert_choice": Variant(moe={"load_balancing": "expert_choice", "capacity_factor": 0.75}),
-    "sinkhorn": Variant(moe={"load_balancing": "sinkhorn", "jitter": 0.1, "drop_policy": "random"}),
-    "global": Variant(moe=GLOBAL),
-    "global_bias": Variant(moe=GLOBAL | {"bias_update_rate": 0.01}),
-    "ties": Variant(moe={"drop_policy": "probability", "capacity_factor": 0.5}, **ALIKE),
-    "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
-    "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
-    "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20, "first_dense_layers": 1}),
-    "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
-    "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
-    "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
-    "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),
-    "mla_documents": Variant(MLA, {"first_dense_layers": 1}, document_mask=True),
-    "gpt_oss": Variant(GPT_OSS, {"softmax_order": "after", "router_bias": True, "expert_bias": True}),
-    "llama4": Variant(LLAMA4, GATED_INPUTS, document_mask=True),
-    "phimoe": Variant(PHIMOE, {"sparse_mixer_eps": 0.3}),
-    "gated": Variant({"attention_output_gate": "head", "attention_bias": True, "qk_norm": "head"}, {"every": 2}),
-    "gated_dense": Variant({"attention_output_gate": "elementwise", "head_dim": 12}, {"num_experts": 0}),
-    "chunks": Variant(CHUNKS, {"num_experts": 0}, document_mask=True),
-    "dense": Variant({"tie_embeddings": True}, {"num_experts": 0}),
-    "muon": Variant(moe={"num_shared_experts": 1, "every": 4, "expert_bias": True}, optim=MUON),
-    "muon_mla": Variant(MLA, {"num_experts": 8}, optim=MUON),
-    "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
-    "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
-    "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
-    "chat": Variant({"attention_sinks": True}, {"drop_policy": "probability", "bias_update_rate": 0.01}, **PACKED),
-    "chat_mtp": Variant(MTP, {"load_balancing": "seq_aux_loss"}, **PACKED),
-    "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
-}
 
 
 @dataclass(frozen=True)
@@ -112,6 +55,7 @@ class Layouts:
     """The variants, separated by spaces, that the tests run as well."""
 
 
+PREFERENCES = ("dpo", "reward")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
@@ -123,9 +67,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", *PREFERENCES),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "dpo reward drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
@@ -154,11 +98,10 @@ MATRIX = [
             "mtp_latent",
             "llama4",
             "phimoe",
-            "gated",
-            "chat_mtp",
+            *("gated", "chat_mtp", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated chat_mtp",
+        "mtp_latent gated chat_mtp dpo reward",
     ),
     Layouts(
         "pp2",
@@ -166,14 +109,14 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated", "chat_mtp"),
+            *("llama4", "phimoe", "gated", "chat_mtp", *PREFERENCES),
         ],
-        "dropless qwen3 olmoe muon mtp mtp_documents",
+        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
-    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp"], "switch"),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp", *PREFERENCES], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
     Layouts(
         "cp2",
@@ -182,8 +125,9 @@ MATRIX = [
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
             *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp"),
+            *PREFERENCES,
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat",
+        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat",
     ),
     Layouts(
         "cp4",
@@ -192,7 +136,7 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp"], "dropless muon mtp"),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp", *PREFERENCES], "dpo reward dropless muon mtp"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
@@ -202,8 +146,8 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp"],
-        "switch global global_bias muon chat",
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp", *PREFERENCES],
+        "dpo reward switch global global_bias muon chat",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -221,7 +165,7 @@ MATRIX = [
         "cp2 tp2 +sequence",
         4,
         {"cp": 2, **SEQUENCE_PARALLEL},
-        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks", "mtp_documents"],
+        ["drops", "deepseek", "qwen3", "olmoe", "mla", "gpt_oss", "chunks", "mtp_documents", *PREFERENCES],
     ),
     Layouts("cp2 pp2", 4, {"cp": 2, "pp": 2}, ["dropless", "mtp_latent"]),
     Layouts("cp2 ep2", 2, {"cp": 2, "ep": 2}, ["deepseek", "switch"]),
@@ -256,10 +200,10 @@ class Outcome:
     """Per step (S) and sparse layer; without axes L and E for a dense model."""
     router: list[float]
     """Entropy, auxiliary and z-loss of all steps and layers."""
-    evaluation: tuple[float, int]
+    evaluation: tuple[Any, float]
     logits_V: np.ndarray
     further: list[float]
-    """Losses of multi-token prediction."""
+    """Losses of multi-token prediction; the metrics of preferences in every step."""
     gradients: dict[str, np.ndarray] | None
     """Gradients of step 1, on rank 0 only."""
 
@@ -275,14 +219,17 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
     from models.mtp import collect_losses
 
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
-    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike, as_packed=variant.packed)
-    results, loads, first = [], [], None
+    make = preference_batch if engine.objective else micro_batch
+    how = {"begin_alike": variant.begin_alike, "as_packed": variant.packed, "make": make}
+    batches = functools.partial(my_batches, runtime, **how)
+    results, loads, first, metrics = [], [], None, []
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()
         if step == 0:
             first = gradients(engine)
         results.append((loss, engine.update(OPTIM.lr, loss=loss)[0]))
         loads.append(_expert_load(engine, variant.config()))
+        metrics += engine.metrics.values()
     losses, norms = (list(column) for column in zip(*results, strict=True))
     sparse, averaged = [load for load in loads if load is not None], ("router_entropy", "aux_loss", "z_loss")
     return Outcome(
@@ -291,10 +238,10 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
         np.array([load.load_LE for load in sparse]),
         np.array([load.dropped_L for load in sparse]),
         [float(x) for load in sparse for name in averaged for x in load.metric(name)],
-        engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches(99)]),
+        evaluated(engine, batches(99)),
         # 11 tokens: not divisible by the degrees of context and tensor parallelism.
-        next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
-        collect_losses(engine.modules, variant.config().mtp_num_layers, runtime.device),
+        np.zeros(1) if variant.objective == "reward" else next_token_logits(engine, VOCABULARY, [*range(11)]).numpy(),
+        [*collect_losses(engine.modules, variant.config().mtp_num_layers, runtime.device), *metrics],
         {name: whole.numpy() for name, whole in first.items()} if runtime.world.rank == 0 else None,
     )
 
@@ -332,7 +279,7 @@ def deviations(got: Outcome, wanted: Outcome) -> dict[str, float]:
         "held-out loss": relative(got.evaluation[0], wanted.evaluation[0]),
         "held-out tokens": equal(got.evaluation[1] == wanted.evaluation[1]),
         "logits": relative(got.logits_V, wanted.logits_V),
-        **({"loss of multi-token prediction": relative(got.further, wanted.further)} if wanted.further else {}),
+        **({"further metrics": relative(got.further, wanted.further)} if wanted.further else {}),
         **grads,
     }
 

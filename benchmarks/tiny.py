@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig
+from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
 from parallel import optimizer_state
 from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
 from parallel.env import World
@@ -46,6 +46,8 @@ class Variant:
     seed: int = 1
     optim: dict[str, Any] = field(default_factory=dict)
     """Settings of the optimizer other than OPTIM's."""
+    objective: str = "language_modeling"
+    preference: dict[str, Any] = field(default_factory=dict)
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
 
@@ -81,6 +83,7 @@ def build_engine(
 ) -> Engine:
     from models.decoder import ModelBuildContext, ModelChunk
     from models.megatron_config import transformer_config
+    from models.objectives import objective_of
     from ops.experts import ExpertBackend
     from ops.fp8 import Float8
     from ops.implementations import Ops
@@ -95,7 +98,8 @@ def build_engine(
     def build_chunk(chunk: int) -> ModelChunk:
         return ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
 
-    return Engine(core, runtime, optim, build_chunk, overlap, adam)
+    objective = objective_of(variant.objective, PreferenceConfig(**variant.preference))
+    return Engine(core, runtime, optim, build_chunk, overlap, adam, objective=objective)
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
@@ -110,6 +114,23 @@ def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     }
 
 
+def preference_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
+    """Two responses to each prompt of three random tokens, of different lengths."""
+    batch, at = micro_batch(key, sequences), torch.arange(SEQUENCE)
+    length_B = torch.tensor([6 + (7 * key + 5 * i) % (SEQUENCE - 5) for i in range(sequences)])[:, None]
+    tokens = batch["tokens"].clone()
+    tokens[1::2, :3] = tokens[::2, :3]
+    noise = torch.randn(sequences, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+    return {
+        "tokens": tokens.where(at < length_B, 0),
+        "labels": tokens.roll(-1, 1).where(at < length_B - 1, 0),
+        "positions": at.expand(sequences, -1),
+        "loss_mask": ((at >= 2) & (at < length_B - 1)).float(),
+        "padding": at >= length_B,
+        "reference_logps": -4.2 * (length_B[:, 0] - 3) + noise,
+    }
+
+
 def packed(batch: Batch) -> Batch:
     """The micro-batch as one of packed conversations: the padding is a document of its own."""
     mask_BS = batch["loss_mask"].masked_fill(PADDING_BS, 0.0) * torch.where(batch["labels"] % 4 == 1, 0.3, 1.0)
@@ -118,13 +139,28 @@ def packed(batch: Batch) -> Batch:
     return batch | {"loss_mask": mask_BS, "padding": PADDING_BS, "positions": positions_BS}
 
 
-def my_batches(runtime: Runtime, step: int, *, begin_alike: bool = False, as_packed: bool = False) -> list[Batch]:
+def my_batches(
+    runtime: Runtime,
+    step: int,
+    *,
+    begin_alike: bool = False,
+    as_packed: bool = False,
+    make: Callable[[int], Batch] = micro_batch,
+) -> list[Batch]:
     """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
     mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
-    batches = [micro_batch(100 * step + i) for i in mine]
+    batches = [make(100 * step + i) for i in mine]
     if begin_alike:
         batches = [b | {"tokens": b["tokens"].masked_fill(b["positions"] == 0, 7)} for b in batches]
     return [packed(batch) for batch in batches] if as_packed else batches
+
+
+def evaluated(engine: Engine, batches: list[Batch]) -> tuple[Any, float]:
+    """(sum of the losses of labels, or sums of the objective and its metrics; number of labels, or of prompts)."""
+    if engine.objective is None:
+        return engine.evaluate([batch | {"padding": PADDING_BS} for batch in batches])
+    sums, prompts = engine.evaluate_objective(batches)
+    return [*sums.values()], prompts
 
 
 def gather(engine: Engine, part: Callable[[nn.Parameter, OptimizerShard], Tensor | None]) -> dict[str, Tensor]:

@@ -40,13 +40,13 @@ def input_projections(activation: str) -> int:
 def takes_files(data_kind: str) -> bool:
     """Whether a data source reads data.files."""
     entry = registered("data.kind").get(data_kind)
-    return data_kind in ("text", "megatron", "chat") if entry is None else entry.files is not None
+    return data_kind in ("text", "megatron", "chat", "preference") if entry is None else entry.files is not None
 
 
 def yields_documents(data_kind: str) -> bool:
     """Whether a data source gives text that is to be tokenised."""
     entry = registered("data.kind").get(data_kind)
-    return data_kind != "megatron" if entry is None else entry.yields != "tokens"
+    return data_kind not in ("megatron", "preference") if entry is None else entry.yields != "tokens"
 
 
 def kept_tensors(optimizer: str, *, of_matrices: bool) -> int:

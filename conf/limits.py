@@ -218,6 +218,18 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         ),
         "model.moe.backend",
     ),
+    (
+        "train.objective=dpo",
+        lambda c: c["train.objective"] == "dpo",
+        "preference.loss preference.beta preference.label_smoothing",
+    ),
+    ("preference.loss other than ipo", lambda c: c["preference.loss"] != "ipo", "preference.label_smoothing"),
+    (
+        "train.objective=reward",
+        lambda c: c["train.objective"] == "reward",
+        "preference.max_responses preference.center_rewards_coefficient",
+    ),
+    ("data other than preference", lambda c: c["data.kind"] != "preference", "data.document_mask"),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
     ("optim.name=muon", lambda c: c["optim.name"] == "muon", "optim.muon_momentum"),
     (
@@ -239,7 +251,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
-    ("data=text, data=megatron or data=chat", lambda c: takes_files(c["data.kind"]), "data.files"),
+    ("data=text, megatron, chat or preference", lambda c: takes_files(c["data.kind"]), "data.files"),
     ("data other than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
     ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend"),
     (

@@ -104,6 +104,11 @@ class ModelConfig:
     head_bias: bool = False
     """Add a bias to the output layer, initialised to zero and without weight decay (Phi-3.5-MoE, arXiv:2404.14219). It
     is not multiplied by logit_multiplier."""
+    reward_head: bool = False
+    """Replace the output layer by a linear layer to one number, the reward: a reward model (Ouyang et al. 2022,
+    arXiv:2203.02155, section 3.4), trained with train.objective=reward. Its initial weights have a standard deviation
+    of 1 / sqrt(hidden_size + 1) (Stiennon et al. 2020, arXiv:2009.01325, appendix B.1). tie_embeddings and head_bias
+    then have no effect."""
     rope_theta: float = setting(10000.0, gt=0)
     """Base of the rotary embedding's frequencies (RoFormer, arXiv:2104.09864)."""
     partial_rotary_factor: float = setting(1.0, gt=0, le=1)
@@ -167,6 +172,16 @@ class ModelConfig:
     def is_local(self, layer: int) -> bool:
         """Whether a layer has local attention. Those for multi-token prediction are like the last one."""
         return min(layer, self.num_layers - 1) in self.local_layers
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the output layer shares the embedding's weights."""
+        return self.tie_embeddings and not self.reward_head
+
+    @property
+    def output_size(self) -> int:
+        """Outputs of the output layer for a token."""
+        return 1 if self.reward_head else self.vocab_size
 
     @property
     def mtp_layers(self) -> range:

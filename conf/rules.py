@@ -26,10 +26,13 @@ from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS, MODEL_SETTINGS
 from conf.nearest import nearest_layouts
+from conf.preference_rules import preference_rules
 from conf.printable import one_line
 from conf.schema import DATA_KINDS, LOGGERS, RECOMPUTE, Config
 
 Checker = Callable[[ConfigView], list[Violation]]
+_ALONE = ("blend", "chat", "preference")
+"""Kinds of data that cannot be part of a blend."""
 _FURTHER = ", each with further changes"
 
 
@@ -83,7 +86,7 @@ def violations(cfg: ConfigView) -> list[Violation]:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
     sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, batch_rules)
-    sections += (_schedule, _names, _load, _loggers, _data, _blend, _unused)
+    sections += (preference_rules, _schedule, _names, _load, _loggers, _data, _blend, _unused)
     return found + [violation for section in sections for violation in section(cfg)]
 
 
@@ -339,8 +342,7 @@ def _blend(cfg: ConfigView) -> Iterator[Violation]:
     if not cfg["data.blend"]:
         example = "data.blend=[{weight: 1, kind: stdlib}, {weight: 2, kind: text, files: [PATH]}]"
         yield Violation("data=blend needs data.blend", f"it has no parts; for example '{example}'")
-    known = dict.fromkeys((*DATA_KINDS, *registered("data.kind")))
-    kinds = [kind for kind in known if kind not in ("blend", "chat")]
+    kinds = [kind for kind in dict.fromkeys((*DATA_KINDS, *registered("data.kind"))) if kind not in _ALONE]
     for index, part in enumerate(cfg["data.blend"]):
         name = f"data.blend[{index}]"
         if not 0 < part.weight < math.inf:

@@ -1,5 +1,5 @@
 """The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
-conf/moe_schema.py and conf/rope_schema.py.
+conf/moe_schema.py and conf/rope_schema.py, those of preferences in conf/preference_schema.py.
 
 Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 # All names of the schema are importable from this module.
 from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
 from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
+from conf.preference_schema import OBJECTIVES, PREFERENCE_LOSSES, PreferenceConfig  # noqa: F401
 from conf.rope_schema import RopeScalingConfig  # noqa: F401
 from conf.setting import setting
 
-DATA_KINDS = ("stdlib", "text", "megatron", "blend", "chat")
+DATA_KINDS = ("stdlib", "text", "megatron", "blend", "chat", "preference")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "muon")
 MUON_ITERATIONS = 5
@@ -66,10 +67,11 @@ class BlendPart:
 @dataclass
 class DataConfig:
     kind: str = setting("stdlib", choices=DATA_KINDS)
-    """Source of the data: stdlib, text, megatron, blend or chat. stdlib: the source files of the running Python's
-    standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files (.bin/.idx
-    pairs). blend: a weighted mixture of these. chat: conversations, in .jsonl .jsonl.gz .jsonl.zst .parquet files, of
-    which the assistant's tokens are trained on (docs/fine_tuning.md)."""
+    """Source of the data: stdlib, text, megatron, blend, chat or preference. stdlib: the source files of the running
+    Python's standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files
+    (.bin/.idx pairs). blend: a weighted mixture of these. chat: conversations, in .jsonl .jsonl.gz .jsonl.zst .parquet
+    files, of which the assistant's tokens are trained on (docs/fine_tuning.md). preference: ranked responses to
+    prompts, in the same formats, for train.objective=dpo and reward (docs/guides/preferences.md)."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text, chat), or prefixes without .bin/.idx (megatron)."""
     valid_files: list[str] = field(default_factory=list)
@@ -116,6 +118,10 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
+    objective: str = setting("language_modeling", choices=OBJECTIVES)
+    """What is minimised: language_modeling, dpo or reward. language_modeling: the cross-entropy of the next token. dpo:
+    a loss on pairs of responses, against the weights that the run starts from (preference.loss). reward: the ranking
+    loss of a reward model. The last two need data=preference."""
     steps: int = setting(200, ge=1)
     """Optimizer steps of the whole schedule."""
     micro_batch_size: int = setting(4, ge=1)
@@ -331,6 +337,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -105,6 +105,7 @@ def prepare(
     progress: Progress | None = None,
     held_out_only: bool = False,
     timeout: float = 600.0,
+    max_responses: int = 2,
 ) -> Prepared:
     """Validates the data, tokenises what is not in the cache, and describes the result.
 
@@ -117,15 +118,19 @@ def prepare(
             raises ends the preparation.
         held_out_only: all of the data is held out, and may be shorter than a sequence: evaluation on given files.
         timeout: seconds to wait for another process that does the work without making progress.
+        max_responses: of data=preference, the most that a prompt has.
 
     Raises:
         LockTimeout: the timeout has expired.
         ValueError: invalid settings or files; the message names them and what would work.
     """
     progress = progress or (lambda what, done: None)
-    found = dataset_specs(data, held_out_only)
     notes: list[str] = []
     cache = Cache(data.cache_dir, notes.append, timeout=timeout, waiting=lambda what: progress(what, 0.0))
+    if data.kind == "preference":
+        sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "max_responses": max_responses}
+        return _of_preferences(data, cache, notes, sizes, held_out_only=held_out_only, progress=progress)
+    found = dataset_specs(data, held_out_only)
     try:
         corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
         _hash_files([path for spec in corpora for path in spec.files], cache, progress)
@@ -153,6 +158,25 @@ def prepare(
         _check_training(prepared, sequence_length)
         _check_held_out(prepared, sequence_length, data)
     return prepared
+
+
+def _of_preferences(
+    data: DataConfig, cache: Cache, notes: list[str], sizes: dict[str, int], *, held_out_only: bool, progress: Progress
+) -> Prepared:
+    """A document is a prompt with its responses."""
+    from corpus.prepare_preferences import prepare_preferences
+
+    try:
+        found = prepare_preferences(data, cache, **sizes, held_out_only=held_out_only, progress=progress)
+    finally:
+        cache.save_facts()
+    train, valid = (
+        [Source(split.prefix, 1.0, 0, split.prompts, split.tokens, split.sha256)] if split else []
+        for split in (found.train, found.valid)
+    )
+    return Prepared(
+        train, valid, found.tokenizer, found.vocab_size, found.eod_id, None, None, notes=[*notes, *found.notes]
+    )
 
 
 def _hash_files(paths: list[str], cache: Cache, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from typing import get_type_hints
 from conf import commands
 from conf.limits import CHOICES
 from conf.schema import Config
+from conf.score_config import ScoreConfig
 from launch.help_text import documented_settings
 from launch.overrides import CONF
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "scaling": None,
     "compare": None,
     "evaluate": commands.EvaluateConfig,
+    "score": ScoreConfig,
     "inspect": commands.InspectConfig,
     "generate": commands.GenerateConfig,
     "import_hf": commands.ImportConfig,

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from conf.commands import EvaluateConfig
+from conf.preference_schema import sequences_per_prompt
 from conf.schema import DataConfig
 from corpus.documents import has_rows
 from corpus.prepare import Prepared, prepare
@@ -30,6 +31,9 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         from training.evaluate import evaluate
 
         data = _data(config, loaded)
+        if data.kind == "preference":
+            return _evaluate_preferences(config, loaded, data, console)
+        noncausal.check_predicts_tokens(loaded.built.config.model)
         prepared = _prepare(data, loaded, own_text=bool(config.data.files), console=console)
         run = loaded.built.config
         windows = held_out_samples(prepared, data, sequence_length=run.train.sequence_length)
@@ -41,6 +45,24 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         for note in prepared.notes:
             console.note(note)
         console.held_out(result.row(loaded.step), prepared.gzip_bits_per_byte())
+    return 0
+
+
+def _evaluate_preferences(config: EvaluateConfig, loaded: LoadedModel, data: DataConfig, console: Console) -> int:
+    """The run's objective on its held-out preferences."""
+    from training.preferences import evaluate_held_out
+
+    run = loaded.built.config
+    prepared = prepare(
+        data,
+        vocab_size=run.model.vocab_size,
+        sequence_length=run.train.sequence_length,
+        progress=console.progress,
+        max_responses=sequences_per_prompt(run.train.objective, run.preference),
+    )
+    result = evaluate_held_out(loaded.built, prepared, loaded.run_dir, batches=config.batches)
+    console.note(f"{loaded.directory}: {result.tokens:,} prompts of the run's held-out preferences")
+    console.held_out(result.row(loaded.step), None)
     return 0
 
 

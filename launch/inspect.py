@@ -68,6 +68,8 @@ def _held_out(loaded: LoadedModel, most: int) -> list[int]:
     from corpus.prepare import prepare
 
     run, kept = loaded.built.config, loaded.run_dir / TOKENIZER
+    if run.data.kind == "preference":
+        raise ValueError(f"{loaded.run_dir} was trained on preferences and has no held-out text; give text=FILE")
     data = replace(run.data, tokenizer=str(kept) if kept.exists() else None)
     size = run.train.sequence_length
     prepared = prepare(data, vocab_size=run.model.vocab_size, sequence_length=size)

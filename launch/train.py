@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from conf import rules
+from conf.preference_schema import sequences_per_prompt
 from conf.printable import visible
 from conf.schema import Config
 from corpus.prepare import Prepared, prepare
@@ -105,6 +106,7 @@ def prepare_run(config: Config, run_dir: RunDir | None, console: Console, stop: 
             sequence_length=config.train.sequence_length,
             progress=progress,
             timeout=config.runtime.timeout,
+            max_responses=sequences_per_prompt(config.train.objective, config.preference),
         )
         if run_dir:
             run_dir.adopt(config, prepared.tokenizer)

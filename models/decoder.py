@@ -23,6 +23,7 @@ from models.mla import LatentAttention
 from models.module_dict import module_dict
 from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
+from models.reward_head import RewardHead
 from models.rope import Rotary
 from moe.aux_loss import AttachLoss
 from moe.layer import MoELayer
@@ -135,7 +136,7 @@ class ModelChunk(MegatronModule):
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = model.tie_embeddings or model.mtp_num_layers > 0
+        self.share_embeddings_and_output_weights = model.ties_head or model.mtp_num_layers > 0
         """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
         self.input_tensor = cast("Tensor", None)
         """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
@@ -180,7 +181,10 @@ class ModelChunk(MegatronModule):
 
     def _build_head(self, context: ModelBuildContext, std: float) -> None:
         model, groups = context.model, context.runtime.groups
-        tied_here = model.tie_embeddings and self.embedding is not None
+        if model.reward_head:
+            self.head = RewardHead(model.hidden_size, context.config, groups)
+            return
+        tied_here = model.ties_head and self.embedding is not None
         self.head = tp.ColumnParallelLinear(
             model.hidden_size,
             model.vocab_size,
@@ -195,7 +199,7 @@ class ModelChunk(MegatronModule):
             assert self.embedding is not None
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
             self.head.weight = self.embedding.weight
-        elif model.tie_embeddings:
+        elif model.ties_head:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
             set_sharding(self.head.weight, (0, groups.tp), std=std)
@@ -206,7 +210,7 @@ class ModelChunk(MegatronModule):
         """This stage's copy of the embedding."""
         if self.embedding is not None:
             return self.embedding.weight
-        return self.head.weight if self.post_process else None
+        return self.head.weight if self.post_process and not self.model.reward_head else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -225,7 +229,8 @@ class ModelChunk(MegatronModule):
 
         Returns:
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
-            (fp32), or without labels the logits [B, S, V].
+            (fp32), or without labels the logits [B, S, V]; of a reward model the reward of every token
+            [B, S], or without labels [B, S, 1].
         """
         x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
@@ -242,6 +247,9 @@ class ModelChunk(MegatronModule):
         if not self.post_process:
             return x_SBD
         x_SBD = self.final_norm(x_SBD)
+        if self.model.reward_head:
+            rewards_BS = self.head(x_SBD).t()
+            return rewards_BS if labels_BS is not None else rewards_BS[..., None]
         if predicting:
             x_SBD = self._predict_further(x_SBD, positions_BS, attend[predicting[0].block.local], batch_ctx)
         logits_SBV = self._logits(x_SBD)

@@ -24,11 +24,8 @@ from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
 from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
+from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
 from parallel.process_groups import Runtime
-
-Batch = dict[str, Tensor]
-"""One micro-batch: tokens, labels, positions int64 [B, S] over the whole sequence; optionally loss_mask fp32 [B, S],
-the weight of each label in the loss (without it 1), and padding bool [B, S], True for padding."""
 
 
 class Chunk(Protocol):
@@ -110,6 +107,7 @@ class Engine:
         adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
         frozen: Collection[str] = (),
         update_block: UpdateBlock | None = None,
+        objective: Objective | None = None,
     ):
         """Args:
         config: Megatron-Core's TransformerConfig.
@@ -118,6 +116,7 @@ class Engine:
         adam: the class of the optimizer.
         frozen: logical names of parameters that are not trained.
         update_block: the update of BlockAdamW; None: in plain PyTorch.
+        objective: what is minimised; None: the cross-entropy of the next token.
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -125,6 +124,9 @@ class Engine:
         self.config, self.runtime, self.optim = config, runtime, optim
         self.modules = [build_chunk(i) for i in range(runtime.layout.vpp)]
         """The pipeline chunks without the DistributedDataParallel wrapper."""
+        self.objective = objective
+        self.metrics: dict[str, float] = {}
+        """The objective's metrics of the last forward_backward: means over the global batch."""
         self.forward_passes = 0
         """Counts the forward passes that have started: a sign of progress for the watchdog."""
         self.chunks: list[Any] = list(self.modules)
@@ -160,8 +162,8 @@ class Engine:
             step: the optimizer step; seeds the layers' random numbers.
 
         Returns:
-            The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask; a scalar, the same on
-            every rank.
+            The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask, or the objective's
+            mean loss over its prompts; a scalar, the same on every rank.
         """
         from megatron.core.distributed import finalize_model_grads
 
@@ -181,12 +183,16 @@ class Engine:
             mean = losses_BS.sum() / labels
             return mean, mean.detach().clone()
 
+        names = self.objective.metrics if self.objective else ()
+        step_loss = training_loss(self.objective, self.runtime.groups.cp) if self.objective else loss
         with self.compute_timer:
-            parts = self.run_forward(batches, loss, batch_ctx)
+            parts = self.run_forward(batches, step_loss, batch_ctx)
         finalize_model_grads(self.chunks)
         layout = self.runtime.layout
         # Summed over cp, averaged over dp; tensor-parallel ranks have the same value.
-        return self._sum_last_stage(parts, 1).squeeze(0) / (len(batches) * layout.dp)
+        means = self._sum_last_stage(parts, 1 + len(names)) / (len(batches) * layout.dp)
+        self.metrics = dict(zip(names, means[1:].tolist(), strict=True))
+        return means[0]
 
     def _mean_weight(self, batches: list[Batch]) -> Tensor:
         """The weights of the labels of the global batch, added up, per micro-batch: a scalar on the device."""
@@ -213,9 +219,20 @@ class Engine:
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, tokens
 
-    def run_forward(
-        self, batches: list[Batch], loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor]], batch_ctx: BatchContext
-    ) -> list[Tensor]:
+    def evaluate_objective(self, batches: list[Batch]) -> tuple[dict[str, float], int]:
+        """({"loss" and each metric of the objective: its sum over the prompts that count}, their number) over the
+        micro-batches of all ranks."""
+        assert self.objective is not None
+        for chunk in self.chunks:
+            chunk.eval()
+        names = ("loss", *self.objective.metrics)
+        with torch.no_grad():
+            step_loss = evaluation_sums(self.objective, self.runtime.groups.cp)
+            parts = self.run_forward(batches, step_loss, BatchContext(EVALUATE))
+        *sums, count = self._sum_last_stage(parts, len(names) + 1).tolist()
+        return dict(zip(names, sums, strict=True)), round(count)
+
+    def run_forward(self, batches: list[Batch], loss: StepLoss, batch_ctx: BatchContext) -> list[Tensor]:
         """Runs micro-batches through the pipeline; with batch_ctx.mode TRAIN also their backward passes.
 
         Args:
@@ -260,8 +277,7 @@ class Engine:
         )
 
     def _cp_shard(self, x_BS: Tensor) -> Tensor:
-        cp = self.runtime.groups.cp
-        return x_BS.chunk(cp.size(), dim=1)[cp.rank()].contiguous()
+        return shard_over(x_BS, self.runtime.groups.cp)
 
     def _sum_last_stage(self, parts: list[Tensor], width: int) -> Tensor:
         """Sums the results of the last stage over micro-batches and ranks. Returns fp64 [width], the same on every

@@ -11,6 +11,7 @@ from conf.extensions import import_extensions
 from conf.schema import PRECISIONS, Config
 from models.decoder import ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
+from models.objectives import objective_of
 from models.operations import select_ops
 from ops.run_context import RunContext
 from parallel import megatron_compat, process_groups
@@ -142,7 +143,8 @@ def start(
 
     overlap = Overlap.of(config.parallel, run.backend)
     optim = config.optim if train else None
-    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block)
+    objective = objective_of(config.train.objective, config.preference) if train else None
+    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block, objective)
     cost = model_cost(config.model, config.train.sequence_length)
     facts = Facts(
         config, world, run, train, precision, why_precision, chosen, ops.experts, overlap, cost, frozen, inspected

@@ -190,15 +190,17 @@ class Console:
         """Prints an evaluation during training: step, val_loss, val_bits_per_byte (or None)."""
         loss, bits = row["val_loss"], row["val_bits_per_byte"]
         compression = "" if bits is None else f"  bits/byte {bits:.3f}"
-        line = f"step {row['step']}  held-out loss {loss:.4f}  perplexity {_perplexity(loss)}{compression}"
+        further = "  ".join(f"{what} {value}" for what, value in _beside_loss(row))
+        line = f"step {row['step']}  held-out loss {loss:.4f}  {further}{compression}"
         self._print(_text((line, "cyan")))
 
     def held_out(self, row: Row, gzip_bits_per_byte: float | None) -> None:
         """Prints loss, perplexity and, if known, bits per byte of held-out text."""
         loss, bits = row["val_loss"], row["val_bits_per_byte"]
         self._print(_text())
-        self._pair("held-out loss", f"{loss:.4f} nats/token")
-        self._pair("perplexity", _perplexity(loss))
+        self._pair("held-out loss", f"{loss:.4f}" if "val_reward_accuracy" in row else f"{loss:.4f} nats/token")
+        for what, value in _beside_loss(row):
+            self._pair(what, value)
         if bits is not None:
             compared = "" if gzip_bits_per_byte is None else f"   gzip -9: {gzip_bits_per_byte:.3f} bits/byte"
             self._pair("bits per byte", f"{bits:.3f}{compared}")
@@ -360,6 +362,13 @@ def _text(*parts: tuple[str, str]) -> "Text":
     from rich.text import Text
 
     return Text.assemble(*((visible(part), style) for part, style in parts))
+
+
+def _beside_loss(row: Row) -> list[tuple[str, str]]:
+    """What an evaluation shows beside the loss: perplexity, or of preferences accuracy and margin."""
+    if "val_reward_accuracy" not in row:
+        return [("perplexity", _perplexity(row["val_loss"]))]
+    return [("accuracy", f"{row['val_reward_accuracy']:.3f}"), ("margin", f"{row['val_reward_margin']:.4g}")]
 
 
 def _perplexity(loss: float) -> str:

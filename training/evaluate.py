@@ -1,7 +1,8 @@
 """Evaluation: loss and bits per byte of held-out text."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,19 @@ class EvalResult:
     """The result of an evaluation, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy in nats per token, weighted as the tokens are."""
+    """Mean cross-entropy in nats per token, weighted as the tokens are; or the objective's mean loss."""
     tokens: float
-    """Sum of the weights of the predicted tokens: their number, except for conversations with other weights."""
+    """Sum of the weights of the predicted tokens: their number, except for conversations with other weights. Or the
+    number of prompts."""
     bits_per_byte: float | None
-    """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer."""
+    """Cross-entropy in bits over the UTF-8 bytes of the predicted tokens; None without a tokenizer and for
+    preferences."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of the objective's metrics."""
 
     def row(self, step: int) -> dict[str, Any]:
-        return {"step": step, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+        further = {f"val_{name}": value for name, value in self.metrics.items()}
+        return {"step": step, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte, **further}
 
 
 def evaluate(
@@ -37,6 +43,35 @@ def evaluate(
         byte_lengths: UTF-8 bytes of each token id [V]; None where the text is not known.
         batches: global batches from the start of the held-out text; None: all of it.
     """
+    if built.engine.objective is not None:
+        return _evaluate_objective(built, windows, batches)
+    nats, tokens = 0.0, 0.0
+    text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
+    for _, batch in global_batches(built, windows, batches):
+        batch_nats, batch_tokens = built.engine.evaluate(batch)
+        nats, tokens = nats + batch_nats, tokens + batch_tokens
+        if byte_lengths is not None:
+            text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
+    dist.all_reduce(text_bytes, group=built.runtime.groups.dp)
+    bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
+    return EvalResult(nats / tokens, tokens, bits)
+
+
+def _evaluate_objective(built: BuiltModel, windows: HeldOut, batches: int | None) -> EvalResult:
+    sums, count = dict.fromkeys(("loss", *built.engine.objective.metrics), 0.0), 0
+    for _, batch in global_batches(built, windows, batches):
+        of_batch, prompts = built.engine.evaluate_objective(batch)
+        sums, count = {name: sums[name] + value for name, value in of_batch.items()}, count + prompts
+    means = {name: total / count for name, total in sums.items()}
+    return EvalResult(means.pop("loss"), count, None, means)
+
+
+def global_batches(built: BuiltModel, windows: HeldOut, batches: int | None) -> Iterator[tuple[int, list[Batch]]]:
+    """(index of its first window, this rank's micro-batches) of each global batch, in the order of the windows.
+
+    Args:
+        batches: number of global batches; None: all.
+    """
     train, groups = built.config.train, built.runtime.groups
     dp = groups.dp.size()
     # Micro-batches have the same windows for any number of ranks, since capacity is defined per micro-batch. The last
@@ -45,29 +80,23 @@ def evaluate(
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
-    nats, tokens = 0.0, 0.0
-    text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
         if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp
-        batch = list(
-            micro_batches(
-                windows,
-                first_sample=i * per_batch,
-                micro_batch_size=micro,
-                num_micro_batches=min(most, wanted),
-                dp_rank=groups.dp.rank(),
-                dp_size=dp,
-            )
+        yield (
+            i * per_batch,
+            [
+                *micro_batches(
+                    windows,
+                    first_sample=i * per_batch,
+                    micro_batch_size=micro,
+                    num_micro_batches=min(most, wanted),
+                    dp_rank=groups.dp.rank(),
+                    dp_size=dp,
+                )
+            ],
         )
-        batch_nats, batch_tokens = built.engine.evaluate(batch)
-        nats, tokens = nats + batch_nats, tokens + batch_tokens
-        if byte_lengths is not None:
-            text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
-    dist.all_reduce(text_bytes, group=groups.dp)
-    bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
-    return EvalResult(nats / tokens, tokens, bits)
 
 
 def _bytes(batch: Batch, byte_lengths: np.ndarray) -> float:

@@ -96,17 +96,17 @@ def model_cost(model: ModelConfig, sequence_length: int) -> Cost:
     vectors += (2 * layers + 1 + 3 * further) * d if model.norm == "layernorm" else 0
     vectors += dense * ffn_biases(model, model.ffn_hidden_size)
     vectors += sparse * ffn_biases(model, model.shared_width) if moe.num_shared_experts else 0
-    vectors += model.vocab_size if model.head_bias else 0
+    vectors += model.vocab_size if model.head_bias and not model.reward_head else 0
     shared += d if moe.shared_expert_gate else 0
     outside = sparse * (router + shared) + layers * (attention + norms) + dense * ffn + d
     outside += further * (2 * d * d + 3 * d)  # the projection of two hidden states, and three norms
-    table = model.vocab_size * d
-    not_multiplied = (table if model.tie_embeddings else 2 * table) + vectors
+    table, head = model.vocab_size * d, model.output_size * d
+    not_multiplied = (table if model.ties_head else table + head) + vectors
     total = outside + sparse * moe.num_experts * (expert + biases) + not_multiplied
     visited = experts_per_token(model)
     active = outside + round(sparse * visited * (expert + biases)) + not_multiplied
     # The embedding is a lookup, the output layer a product, of each prediction. The small contribution of norms is
     # included.
-    multiplied = outside + sparse * visited * expert + (1 + further) * table
+    multiplied = outside + sparse * visited * expert + (1 + further) * head
     scores = (model.query_width + model.output_width) * attention_span(model, sequence_length)
     return Cost(total, active, 6.0 * multiplied + 6.0 * scores)

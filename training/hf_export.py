@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import companions
 from models.hf.configuration import CONFIG, config_of, family_for, read_json
 from models.hf.family import Family
+from models.hf.sequence_classification import ONE_LABEL, sequence_classification
 from parallel.env import started_ranks
 from training import hf_verify
 from training.hf_runs import SINGLE_PROCESS, atomic_directory, origin_of
@@ -52,14 +54,20 @@ def export_model(config: ExportConfig) -> int:
     rules.check_layout(configured_here(run, config), ranks)
     origin = origin_of(run_dir.absolute())
     base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
-    family = family_for(run.model, config.family or base.get("model_type"))
+    family = family_for(replace(run.model, reward_head=False), config.family or base.get("model_type"))
     base = base if base.get("model_type") in (family.name, *family.aliases) else {}
+    theirs = config_of(family, run.model, base)
+    if run.model.reward_head:
+        if config.verify and config.parallel.tp > 1:
+            raise ValueError(f"parallel.tp={config.parallel.tp}: the rewards of a reward model are verified with 1")
+        family = sequence_classification(family)
+        theirs |= {"architectures": [family.architecture]} | ONE_LABEL
     output = Path(config.output).expanduser()
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:
         with atomic_directory(output) as aside:
             dtype = _write_weights(config, directory, aside, family, run, ranks)
-            _write_files(aside, run_dir, origin, tokenizer, config_of(family, run.model, base) | {"dtype": dtype}, run)
+            _write_files(aside, run_dir, origin, tokenizer, theirs | {"dtype": dtype}, run)
             if config.verify:
                 hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=config.dtype == "bf16")
             else:

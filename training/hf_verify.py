@@ -19,6 +19,7 @@ from models.hf.configuration import CONFIG, read_json
 from models.hf.families import family_named
 from models.hf.family import Family
 from models.hf.quantization import block_of
+from models.hf.sequence_classification import SUFFIX
 from parallel.env import World
 from training.load_checkpoint import LoadedModel, load_model, on_every_rank
 from training.output_redirect import redirect_output
@@ -107,11 +108,17 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
         kept[name] = (output[0] if isinstance(output, tuple) else output)[0].float().contiguous()
 
-    decoder = model.get_decoder()
+    rewards = type(model).__name__.endswith(SUFFIX)
+    decoder = model.model if rewards else model.get_decoder()
     for index, layer in enumerate(getattr(decoder, "model", decoder).layers):  # Llama4ForCausalLM gives itself
         layer.register_forward_hook(partial(keep, name=f"{LAYER}{index}"))
     with torch.no_grad():
-        kept[LOGITS] = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().contiguous()
+        model.eval()
+        if rewards:  # of every token, not of the last alone
+            logits = model.score(decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state)
+        else:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        kept[LOGITS] = logits[0].float().contiguous()
     save_file({**kept, IDS: torch.tensor(ids)}, path)
 
 
@@ -129,6 +136,8 @@ def _model_class(directory: Path, options: dict[str, Any]) -> Any:
     found = read_json(directory / CONFIG)["model_type"]
     family = family_named(found, CONFIG)
     if found == family.name:
+        if any(name.endswith(SUFFIX) for name in read_json(directory / CONFIG).get("architectures") or ()):
+            return transformers.AutoModelForSequenceClassification
         return transformers.AutoModelForCausalLM
     kind = getattr(transformers, family.architecture)
     options["config"] = kind.config_class.from_pretrained(directory, local_files_only=True)
@@ -224,7 +233,7 @@ def our_logits(loaded: LoadedModel, ids: list[int]) -> Any:
     """fp32 logits [S, V] on the CPU, the same on every rank."""
     from models.logits import sequence_logits
 
-    return sequence_logits(loaded.built.engine, loaded.built.config.model.vocab_size, ids)
+    return sequence_logits(loaded.built.engine, loaded.built.config.model.output_size, ids)
 
 
 def _round_weights(loaded: LoadedModel) -> None:
@@ -239,6 +248,8 @@ def _round_weights(loaded: LoadedModel) -> None:
 def _loss(logits_SV: Any, ids: list[int]) -> float:
     import torch
 
+    if logits_SV.shape[1] == 1:  # rewards
+        return 0.0
     return torch.nn.functional.cross_entropy(logits_SV[:-1].double(), torch.tensor(ids[1:])).item()
 
 

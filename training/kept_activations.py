@@ -107,10 +107,17 @@ class Activations:
         """Input and output of the final norm, and the logits; and of each layer for multi-token prediction the same,
         and what its projection keeps: the embedding, and unless recomputed both norms' outputs."""
         model, d, value = self.model, self.model.hidden_size, self.value
-        one = self.outside * (2 * value * d + FLOAT) + self.tokens * value * model.vocab_size / self.layout.tp
+        one = self.outside * (2 * value * d + FLOAT) + self._outputs()
         again = bool({"norm", "full"} & {*model.recompute})
         projection = self.outside * value * d * (1 if again else 3)
         return one * (1 + model.mtp_num_layers) + projection * model.mtp_num_layers
+
+    def _outputs(self) -> float:
+        """The logits; of a reward model its input in fp32, and a number for each token."""
+        model = self.model
+        if model.reward_head:
+            return self.outside * FLOAT * (1 + (model.hidden_size if self.value < FLOAT else 0))
+        return self.tokens * self.value * model.vocab_size / self.layout.tp
 
     def beyond(self, *, sparse: bool, is_last: bool) -> float:
         """At the peak of a backward pass, beyond what the stage's layers keep: at its beginning, with the logits, or in
@@ -125,9 +132,12 @@ class Activations:
     def _backward_of_head(self) -> float:
         """Gradients of the output layer's weight and input. On a GPU the logits become their own gradient."""
         model, value, layout = self.model, self.value, self.layout
-        logits, weight = (value * n * model.vocab_size / layout.tp for n in (self.tokens, model.hidden_size))
+        outputs = 1 if model.reward_head else model.vocab_size / layout.tp
+        logits, weight = (value * n * outputs for n in (self.tokens, model.hidden_size))
         # Under sequence parallelism the input's gradient, and what is left of it when it has been scattered.
         inputs = value * model.hidden_size * (self.tokens + layout.sequence_parallel * self.outside)
+        if model.reward_head:  # in fp32 first
+            inputs = self.outside * model.hidden_size * (value + FLOAT)
         if self.on_gpu:
             return self.head() + weight + inputs
         return self.head() + max(logits, self._added(weight) + inputs)

@@ -160,9 +160,9 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
     """Numbers of parameters of one rank: (outside experts, of experts)."""
     d, moe, sparse, dense = model.hidden_size, model.moe, stage.sparse, stage.dense
     spread, experts = (sum(n * k * m for n, k, m in part) for part in matrices(model, layout, sparse, dense))
-    tables = 1 if model.tie_embeddings and layout.pp == 1 else stage.is_first + stage.is_last
+    tables = 1 if model.ties_head and layout.pp == 1 else stage.is_first + stage.is_last
     further = model.mtp_num_layers if stage.is_last else 0
-    if further and layout.pp > 1 and not model.tie_embeddings:
+    if further and layout.pp > 1 and not model.ties_head:
         tables += 1  # a copy of the embedding
     cut_vectors, copied_vectors = attention_vectors(model)
     spread += (sparse + dense) * cut_vectors / layout.tp
@@ -171,10 +171,13 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
         gates = input_projections(model.activation) / layout.tp
         spread += dense * (gates * model.ffn_hidden_size + d) + shared * (gates * model.shared_width + d)
     norm = 2 * d if model.norm == "layernorm" else d
+    head_bias = model.vocab_size if model.head_bias and not model.reward_head else 0
     copied = (sparse + dense) * (2 * norm + copied_vectors) + sparse * (d + moe.router_bias) * moe.num_experts
-    copied += stage.is_last * (norm + model.head_bias * model.vocab_size / layout.tp) + further * (2 * d * d + 3 * norm)
+    copied += stage.is_last * (norm + head_bias / layout.tp) + further * (2 * d * d + 3 * norm)
     biases = input_projections(model.activation) * model.expert_width + d if moe.expert_bias else 0
     experts += sparse * moe.num_experts * biases / (layout.ep * layout.etp)
+    if model.reward_head:
+        tables, copied = stage.is_first, copied + stage.is_last * d
     return spread + tables * model.vocab_size * d / layout.tp + copied, experts
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from models.objectives import PREFERENCE_METRICS
 from moe.expert_load import ExpertLoad
 from moe.router_metrics import ROUTER_METRICS
 from training.expert_load_log import (
@@ -50,8 +51,10 @@ _KEYS_AFTER_ROUTERS = (
 OPTIONAL_STEP_KEYS = (
     "mtp_loss",  # of multi-token prediction, nats per token: mean over its layers, since the previous row
     "skipped",  # updates skipped since the previous row; absent if there are none
+    *PREFERENCE_METRICS,  # means over the step's prompts; with train.objective=dpo or reward
 )
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
+OPTIONAL_EVALUATION_KEYS = tuple(f"val_{name}" for name in PREFERENCE_METRICS)
 
 # Peak FLOP/s in bf16 from the data sheets, which assume 2:4 sparsity; a dense product reaches half. The names are the
 # complete ones that CUDA reports, so that MIG slices and variants (GH200, H100 for other markets) are unknown rather
@@ -79,6 +82,7 @@ def step_keys() -> tuple[str, ...]:
 def check_router_metrics() -> None:
     """Raises ValueError where a router metric has the name of another key of metrics.jsonl."""
     other = {*_KEYS_BEFORE_ROUTERS, *_KEYS_AFTER_ROUTERS, *OPTIONAL_STEP_KEYS, *EVALUATION_KEYS}
+    other |= {*OPTIONAL_EVALUATION_KEYS}
     for name in ROUTER_METRICS:
         if name in other:
             raise ValueError(f"router metric {name}: metrics.jsonl has another key {name}; give this one another name")
@@ -142,10 +146,11 @@ class RunLog:
             self._write(self._loads, *load_rows(step, load))
 
     def evaluation(self, row: Row) -> None:
-        """Writes an evaluation: all of EVALUATION_KEYS. A step has one: where a finished run is started again, the new
-        one takes the place of the one before."""
-        assert row.keys() == set(EVALUATION_KEYS), sorted(row)
-        kept = {key: row[key] for key in EVALUATION_KEYS}
+        """Writes an evaluation: all of EVALUATION_KEYS, some of OPTIONAL_EVALUATION_KEYS. A step has one: where a
+        finished run is started again, the new one takes the place of the one before."""
+        keys = (*EVALUATION_KEYS, *OPTIONAL_EVALUATION_KEYS)
+        assert set(EVALUATION_KEYS) <= row.keys() <= set(keys), sorted(row)
+        kept = {key: row[key] for key in keys if key in row}
         earlier = [] if self._logged else json_lines(self._path)
         if before := [one for one in earlier if one.get("step") == row["step"] and "val_loss" in one]:
             if before == [json_object(json_line(kept))]:
@@ -153,7 +158,7 @@ class RunLog:
             self._rows.close()
             rewrite_rows(self._path, lambda line: json_object(line) not in before)
             self._rows = self._path.open("a", encoding="utf-8")
-        values = {f"eval/{key.removeprefix('val_')}": row[key] for key in EVALUATION_KEYS[1:] if row[key] is not None}
+        values = {f"eval/{key.removeprefix('val_')}": row[key] for key in keys[1:] if row.get(key) is not None}
         self._loggers.each(lambda logger: logger.scalars(row["step"], values))
         self._write(self._rows, kept)
 

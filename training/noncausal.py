@@ -1,4 +1,4 @@
-"""Restrictions of models with expert-choice routing, which is not causal."""
+"""Restrictions of models with expert-choice routing, which is not causal; and of reward models."""
 
 from conf.schema import ModelConfig
 
@@ -15,11 +15,18 @@ def warning(model: ModelConfig) -> str | None:
 
 def check_can_generate(model: ModelConfig) -> None:
     """Raises ValueError if the model cannot generate text."""
+    check_predicts_tokens(model)
     if _looks_ahead(model):
         raise ValueError(
             "the model was trained with model.moe.load_balancing=expert_choice: its experts select among all tokens of "
             "a micro-batch, and in generation there are no later tokens. It can be evaluated but cannot generate text"
         )
+
+
+def check_predicts_tokens(model: ModelConfig) -> None:
+    """Raises ValueError for a reward model."""
+    if model.reward_head:
+        raise ValueError("it is a reward model, which predicts no tokens; python -m launch.score gives its rewards")
 
 
 def _looks_ahead(model: ModelConfig) -> bool:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from conf.config_view import format_value
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
-from corpus.open_data import held_out_samples, training_stream
 from corpus.prepare import Prepared
 from corpus.stream import micro_batches
 from corpus.tokenizer import Tokenizer
@@ -32,6 +31,7 @@ from training.generate import encode_prompt, generate
 from training.lr_schedule import learning_rate, schedule_jump
 from training.metrics import RunLog, mfu, peak_flops
 from training.nonfinite import SkipCounter
+from training.preferences import open_data, set_reference
 from training.profiler import Profiler
 from training.requeue import DONE, STOPPED
 from training.run_dir import RunDir
@@ -59,17 +59,14 @@ class Trainer:
 
     def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console):
         self.built, self.config, self.run_dir, self.console = built, built.config, run_dir, console
-        train, data = self.config.train, self.config.data
         self.is_main = built.runtime.world.rank == 0
         self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
         self.prepared = prepared
-        self.tokenizer = Tokenizer.load(prepared.tokenizer, data.eod_token) if prepared.tokenizer else None
+        self.tokenizer = Tokenizer.load(prepared.tokenizer, self.config.data.eod_token) if prepared.tokenizer else None
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
-        size = train.sequence_length
-        self.stream = training_stream(prepared, data, sequence_length=size, seed=train.seed, note=console.note)
-        self.windows = held_out_samples(prepared, data, sequence_length=size)
-        if data.kind == "chat" and self.tokenizer:
+        self.stream, self.windows = open_data(self.config, prepared, console.note)
+        if self.config.data.kind == "chat" and self.tokenizer:
             console.note(describe_example(self.stream.sample(0), self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size)
@@ -90,11 +87,12 @@ class Trainer:
         """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load)."""
         settings = self.config.checkpoint
         resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
+        source = None
         if resumed is not None:
-            newest, state = resumed
+            source, state = resumed
             self.progress = Progress(**{**state, "world_size": self.progress.world_size})
             self.saved_step = self.progress.step
-            self.console.note(f"continuing from {newest}")
+            self.console.note(f"continuing from {source}")
             if self.is_main and (changed := self.run_dir.changed_data(self.prepared)):
                 self.console.warning(f"the data are not those of the earlier steps: {changed}")
             if self.is_main and (jump := schedule_jump(self._last_rate(), self.progress.step, self.config)):
@@ -110,6 +108,9 @@ class Trainer:
             self.console.note(f"weights from {source}")
             if mismatch:
                 self.console.warning(f"checkpoint.load_except={format_value(settings.load_except)}: {mismatch}")
+        at = {"loaded": source, "step": self.progress.step}
+        if done := set_reference(self.built, self.stream, self.windows, self.run_dir.path, **at):
+            self.console.note(done)
         if self.owner:
             self.run_dir.keep_settings(self.owner, self.config, self.prepared)
 
@@ -297,6 +298,7 @@ class Trainer:
             **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
             **of_ranks,
         }
+        row |= self.built.engine.metrics
         if mtp_losses:
             row["mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
         if skipped:
@@ -353,6 +355,7 @@ class Trainer:
         held_out = self._evaluate(self.config.eval.final_batches)
         self._log_evaluation(log, held_out)
         sample = self._sample()
+        writes = [] if self.config.model.reward_head else [[".venv/bin/python", "-m", "launch.generate"]]
         path = self.run_dir.path
         text = [override("checkpoint", str(path)), override("prompt", "def ")]
         if self.config.extensions:
@@ -366,7 +369,7 @@ class Trainer:
                 ("run directory", str(path)),
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
                 ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
-                ("write text", command([".venv/bin/python", "-m", "launch.generate"], text)),
+                *(("write text", command(generate_text, text)) for generate_text in writes),
                 ("continue", self.run_dir.command(2 * self.config.train.steps)),
             ],
         )

@@ -310,7 +310,7 @@ BROKEN = [
     ({"train.profile": [3]}, 1, "it is [3]", "train.profile=[1,3]"),
     ({"train.profile": [3, 8], "train.stop_after": 5}, 1, "b <= 5", "train.profile=[3,5]"),
     ({"data.kind": "text"}, 1, "data=text needs data.files", "data.kind=stdlib"),
-    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text, data=megatron or data=chat", "data.files=[]"),
+    ({"data.files": ["a.txt"]}, 1, "data.files needs data=text, megatron, chat or preference", "data.files=[]"),
     ({"data.too_long": "drop"}, 1, "data.too_long needs data=chat", "data.too_long=truncate"),
     ({**CHAT, "data.text_key": "x"}, 1, "data.text_key needs data=text or data=blend", "data.text_key=text"),
     ({**CHAT, "data.document_mask": False}, 1, "needs data.document_mask=true", "data.document_mask=true"),

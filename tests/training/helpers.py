@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf import rules
+from conf.preference_schema import sequences_per_prompt
 from conf.schema import (
     CheckpointConfig,
     Config,
@@ -85,7 +86,12 @@ def tiny_config(corpus: Path, run_dir: Path, **train: Any) -> Config:
 def train(world: World, config: Config) -> int:
     """One rank of a run; every rank calls it (rank function for the pool). Returns the exit code."""
     rules.check(config, world.size)
-    prepared = prepare(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+    prepared = prepare(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        sequence_length=config.train.sequence_length,
+        max_responses=sequences_per_prompt(config.train.objective, config.preference),
+    )
     # As under a launcher: rank 0 opens the directory for all.
     run_dir = open_run_dir(config) if world.size == 1 else None
     if run_dir:

@@ -51,6 +51,8 @@ LAYOUTS = {
     "model=switch_base_8 model.num_layers=4 parallel.ep=2 model.moe.jitter=0.1": 2,
     "model=olmoe_1b_7b model.num_layers=2": 1,
     "model=mixtral_8x7b model.num_layers=2": 1,
+    "model=mixtral_8x7b model.num_layers=2 model.reward_head=true": 1,
+    f"model=mixtral_8x7b model.num_layers=2 model.reward_head=true {TP} parallel.ep=2": 2,
     f"model=mixtral_8x7b model.num_layers=2 {TP} parallel.ep=4 parallel.etp=2": 8,
     "model=mixtral_8x7b model.num_layers=4 parallel.pp=2 parallel.ep=2": 4,
     f"{QWEN} {TP} parallel.ep=8": 16,

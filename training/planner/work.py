@@ -200,8 +200,9 @@ class _Stage:
     def _head(self) -> None:
         model, tp = self.model, self.layout.tp
         predictions = 1 + model.mtp_num_layers
-        one = self.rates.dense(self.tokens, model.hidden_size, model.vocab_size / tp)
-        loss = self._pass(self.tokens * model.vocab_size / tp * 1.5)
+        outputs = 1 if model.reward_head else model.vocab_size / tp
+        one = self.rates.dense(self.tokens, model.hidden_size, outputs)
+        loss = self._pass(self.tokens * outputs * 1.5)
         self.forward["head"] += predictions * (one + loss)
         self.backward["head"] += predictions * (2 * one + loss)
         if model.mtp_num_layers:

@@ -1,0 +1,79 @@
+"""`python -m launch.score checkpoint=DIR input=FILE output=FILE`: rewards of conversations under a reward model, or an
+ensemble of them (checkpoint=[A,B,C])."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from conf.score_config import ScoreConfig
+from corpus.rows import ROW_SUFFIXES, Row, read_rows
+from launch.cli import command
+from parallel.env import World
+from training.console import Console
+from training.load_checkpoint import load_model, on_every_rank
+from training.run_files import write_atomically
+
+
+def main(config: ScoreConfig) -> int:
+    """Writes the rewards. Returns exit code 0.
+
+    Raises:
+        ValueError: no such checkpoint, one that is no reward model, rows that are no conversations, or a conversation
+            that is longer than the model's sequences.
+    """
+    if not checkpoints(config):
+        raise ValueError("checkpoint=[] names no reward model")
+    if not config.input.endswith(ROW_SUFFIXES) or not Path(config.input).is_file():
+        raise ValueError(f"input={config.input} is not a file with one of the suffixes {' '.join(ROW_SUFFIXES)}")
+    if not config.output.endswith(".jsonl") or Path(config.output).exists():
+        raise ValueError(f"output={config.output} must be a new file with the suffix .jsonl")
+    if not 0 <= config.deviations < float("inf"):
+        raise ValueError(f"deviations={config.deviations} must be >= 0")
+    return on_every_rank(score_rank, config)
+
+
+def checkpoints(config: ScoreConfig) -> list[str]:
+    given = config.checkpoint
+    return [given] if isinstance(given, str) else [str(path) for path in given]
+
+
+def score_rank(world: World, config: ScoreConfig) -> int:
+    """`main` on one rank; rank 0 writes."""
+    rows = list(read_rows(config.input))
+    if not rows:
+        raise ValueError(f"input={config.input} has no rows")
+    of_models = []
+    for path in checkpoints(config):
+        with load_model(path, config, world) as loaded:
+            from training.rewards import rewards_of
+
+            of_models.append(rewards_of(loaded, config.input, rows))
+    if world.rank == 0:
+        lines = "".join(scored(rows, np.stack(of_models), config.deviations))
+        write_atomically(Path(config.output), lines.encode())
+        with Console(rank=0) as console:
+            console.note(f"{len(rows):,} rewards in {config.output}")
+    return 0
+
+
+def scored(rows: Sequence[Row], rewards_MN: np.ndarray, deviations: float) -> list[str]:
+    """The rows as lines of JSON with their reward.
+
+    Args:
+        rewards_MN: of M models, for N rows.
+    """
+    mean_N, std_N = rewards_MN.mean(0), rewards_MN.std(0)
+    lines = []
+    for n, row in enumerate(rows):
+        fields = {"reward": float(mean_N[n] - deviations * std_N[n])}
+        if len(rewards_MN) > 1:
+            fields |= {"reward_mean": float(mean_N[n]), "reward_std": float(std_N[n])}
+            fields["rewards"] = rewards_MN[:, n].tolist()
+        lines.append(json.dumps({**row.value, **fields}, default=str) + "\n")
+    return lines
+
+
+if __name__ == "__main__":
+    command(ScoreConfig, "score", main)
