@@ -38,17 +38,28 @@ class Rotary(nn.Module):
         self.register_buffer(cos, angle.cos() * factor, persistent=False)
         self.register_buffer(sin, angle.sin() * factor, persistent=False)
 
-    def forward(self, positions_SB: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, positions_SB: Tensor, length: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """cos and sin [S, B, 1, W/2], fp32, contiguous.
 
         Args:
-            length: of the whole sequence, of which LongRoPE's frequencies depend.
+            length: of the whole sequence, of which LongRoPE's frequencies depend; or that of each sequence [B].
         """
         tables = (self.cos, self.sin)
-        if self.short_length is not None and length > self.short_length:
+        if isinstance(length, Tensor):
+            if self.short_length is not None:
+                return self._by_length(positions_SB, length > self.short_length)
+        elif self.short_length is not None and length > self.short_length:
             tables = (self.long_cos, self.long_sin)
         # What an index gives lies in memory as the index does, which may be a batch turned round.
         return tuple(table[positions_SB].unsqueeze(2).contiguous() for table in tables)
+
+    def _by_length(self, positions_SB: Tensor, is_long_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward, with LongRoPE's frequencies of each sequence by itself."""
+        both = ((self.cos, self.long_cos), (self.sin, self.long_sin))
+        is_long = is_long_B.to(positions_SB.device).view(1, -1, 1, 1)
+        chosen = (long[positions_SB].unsqueeze(2).where(is_long, short[positions_SB].unsqueeze(2)) for short, long in both)
+        cos, sin = (table.contiguous() for table in chosen)
+        return cos, sin
 
     @staticmethod
     def rotate(
