@@ -36,6 +36,8 @@ class Tokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True
         self._inner = inner
+        self._special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self._parsing: tokenizers.Tokenizer | None = None  # a copy that parses special tokens, made when needed
         self._split_pattern = _safe_split_pattern(json.loads(inner.to_str()))
         self.eod_id = eod_id
         """Id of the end-of-document token."""
@@ -97,6 +99,19 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text in which special tokens are parsed, such as a rendered chat template, and the first
+        character and end of each token in the text."""
+        if self._parsing is None:
+            self._parsing = tokenizers.Tokenizer.from_str(self._inner.to_str())
+            self._parsing.encode_special_tokens = False
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def is_special(self, i: int) -> bool:
+        """Whether an id is that of a special token."""
+        return i in self._special
 
     def segments(self, text: str) -> list[str]:
         """Splits a long text every _SEGMENT characters or slightly more, at positions that do not change the tokens, so
