@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": commands.EvaluateConfig,
     "inspect": commands.InspectConfig,
     "generate": commands.GenerateConfig,
+    "chat": commands.ChatConfig,
     "import_hf": commands.ImportConfig,
     "import_megatron": commands.ImportMegatronConfig,
     "upcycle": commands.UpcycleConfig,

@@ -14,19 +14,10 @@ from conf.schema import ModelConfig
 from models.kv_cache import KVCache
 from parallel.batch_context import GENERATE, BatchContext
 from parallel.engine import Batch, Engine
-from parallel.layout import Layout
+from parallel.layout import cache_unsupported_reason
 
 Routed = dict[int, tuple[list[list[int]], list[list[float]]]]
 """Of a sequence's new tokens: sparse layer -> (experts [S][K], gates [S][K])."""
-
-
-def cache_unsupported_reason(layout: Layout) -> str | None:
-    """Why generation under a layout has no key/value cache; None: it has one."""
-    if layout.cp > 1:
-        return "cp shards a sequence over ranks, of which each new token would be on one alone while the others wait"
-    if layout.sequence_parallel:
-        return "sequence_parallel shards the tokens of a pass over tp ranks, and a new token is alone in its pass"
-    return None
 
 
 class CachedLogits:
@@ -42,8 +33,8 @@ class CachedLogits:
         limit: tokens of a context, the sequence length of the model's rotary embedding at most.
         trace: keeps what the routers decide (`routed`).
         """
-        if reason := cache_unsupported_reason(engine.runtime.layout):
-            raise ValueError(f"a key/value cache is not supported by this layout: {reason}")
+        layout = engine.runtime.layout
+        assert cache_unsupported_reason(cp=layout.cp, sequence_parallel=layout.sequence_parallel) is None
         self.engine, self.model, self.limit, self.trace = engine, model, limit, trace
         self.contexts: list[list[int]] = []
         """The tokens that each sequence sees; none where it has ended."""

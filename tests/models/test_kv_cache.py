@@ -1,7 +1,6 @@
 """Text generation with a key/value cache computes what the whole context computes: for every kind of attention, in
 batches of sequences of unequal length, under every layout that has a cache."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ import torch
 from benchmarks.parity import VARIANTS
 from benchmarks.tiny import SEQUENCE, VOCABULARY, Variant, build_engine, started
 from conf.schema import ParallelConfig
-from models.cached_logits import CachedLogits, cache_unsupported_reason
+from models.cached_logits import CachedLogits
 from models.logits import next_token_logits
 from parallel.engine import Engine
 from parallel.env import World
-from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random
