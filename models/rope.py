@@ -57,7 +57,9 @@ class Rotary(nn.Module):
         """As forward, with LongRoPE's frequencies of each sequence by itself."""
         both = ((self.cos, self.long_cos), (self.sin, self.long_sin))
         is_long = is_long_B.to(positions_SB.device).view(1, -1, 1, 1)
-        chosen = (long[positions_SB].unsqueeze(2).where(is_long, short[positions_SB].unsqueeze(2)) for short, long in both)
+        chosen = (
+            long[positions_SB].unsqueeze(2).where(is_long, short[positions_SB].unsqueeze(2)) for short, long in both
+        )
         cos, sin = (table.contiguous() for table in chosen)
         return cos, sin
 

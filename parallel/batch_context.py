@@ -33,8 +33,8 @@ class BatchContext:
     loss_mask_BS: Tensor | None = None
     """Of the whole sequence: 0 where a label counts in no loss; None: all count."""
     cache: Any = None
-    """models.kv_cache.KVCache of the tokens before those of this pass, which are added to it; the model then returns the
-    logits of the last token alone. None: the pass holds whole sequences."""
+    """models.kv_cache.KVCache of the tokens before those of this pass, which are added to it; the model then returns
+    the logits of the last token alone. None: the pass holds whole sequences."""
     routing: dict[int, tuple[Tensor, Tensor]] | None = None
     """With a cache: takes the experts and gates [T, K] of this rank's tokens by sparse layer; None: they are not
     kept."""

@@ -41,10 +41,8 @@ def next_token(
         return int(logits_V.argmax())  # of equal ones the first
     # The largest logit is subtracted before the division, which could otherwise overflow at low temperatures.
     scaled_V = (logits_V.double() - largest.double()) / temperature
-    if top_k is None and top_p is None:
-        probability_V = torch.softmax(scaled_V, dim=0)
-    else:
-        probability_V = _kept(scaled_V, top_k, top_p)
+    everything = top_k is None and top_p is None
+    probability_V = torch.softmax(scaled_V, dim=0) if everything else _kept(scaled_V, top_k, top_p)
     # In the order of the vocabulary: rounding that reorders nearly equal tokens would change a draw among sorted ones.
     return int(torch.multinomial(probability_V, 1, generator=generator))
 

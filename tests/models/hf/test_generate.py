@@ -15,9 +15,7 @@ from parallel.local_launcher import RankPool
 from tests.models.hf.helpers import VOCABULARY
 from training.load_checkpoint import load_model
 
-PROMPTS = [
-    torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 23, 1, 12)
-]
+PROMPTS = [torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 23, 1, 12)]
 TOKENS = 30
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "llama4", "phimoe_plain", "granitemoe"]
 FAMILIES += ["olmoe", "glm4_moe"]
