@@ -105,9 +105,9 @@ class LatentAttention(CoreAttention):
         return self.out(self.attend(q, k, v, pieces))[0]
 
     def _attend_to_latents(self, q_SBHN: Tensor, seen_B1TW: Tensor, cache: LayerCache) -> Tensor:
-        """[S, B, H * M]. Keys and values of earlier tokens are not projected up: the projection is applied to the queries
-        and to what they attend to (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so that a head's key is the compressed
-        vector and the shared key, W wide, and its value the former."""
+        """[S, B, H * M]. Keys and values of earlier tokens are not projected up: the projection is applied to the
+        queries and to what they attend to (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so that a head's key is the
+        compressed vector and the shared key, W wide, and its value the former."""
         assert cache.visible is not None
 
         def absorb() -> tuple[Tensor, ...]:
