@@ -135,13 +135,11 @@ class InspectConfig(InferenceConfig):
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(InferenceConfig):
-    """python -m launch.generate: generates text from a checkpoint."""
+class SamplingConfig(InferenceConfig):
+    """How text is generated from a checkpoint."""
 
     checkpoint: str = "???"
     """Run directory (its newest intact checkpoint is used), or the directory of one step."""
-    prompt: str = ""
-    """Beginning of the text; taken literally."""
     max_tokens: int = 128
     """Maximum number of tokens to generate; generation stops earlier at the end-of-document token."""
     temperature: float = 0.8
@@ -153,6 +151,36 @@ class GenerateConfig(InferenceConfig):
     tokens."""
     seed: int = 1234
     """Seed of the sampling."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a text; they are no part of it."""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """python -m launch.generate: generates text from a checkpoint."""
+
+    prompt: str = ""
+    """Beginning of the text; taken literally."""
+    prompts: str | None = None
+    """File of prompts: .txt, one a line, or .jsonl, with `prompt` or `messages` in each row. null: `prompt` alone."""
+    output: str | None = None
+    """JSONL file to write, a row for each text; it must not exist. null: print the texts."""
+    samples: int = 1
+    """Number of texts per prompt."""
+    batch_size: int = 8
+    """Number of texts that are generated together; it does not change them."""
+    router_trace: str | None = None
+    """JSONL file to write, a row for each token: its experts and their weights in every sparse layer. null: none."""
+
+
+@dataclass(kw_only=True)
+class ChatConfig(SamplingConfig):
+    """python -m launch.chat: a conversation with a model in the terminal."""
+
+    max_tokens: int = 512
+    """Maximum number of tokens of an answer; it stops earlier at the end of the turn."""
+    system: str | None = None
+    """System message at the beginning of the conversation. null: none."""
 
 
 @dataclass(kw_only=True)

@@ -25,6 +25,7 @@ COMMANDS = {
     "score": ScoreConfig,
     "inspect": commands.InspectConfig,
     "generate": commands.GenerateConfig,
+    "chat": commands.ChatConfig,
     "import_hf": commands.ImportConfig,
     "import_megatron": commands.ImportMegatronConfig,
     "upcycle": commands.UpcycleConfig,

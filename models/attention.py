@@ -11,10 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from models.kv_cache import LayerCache
 from models.norm import RMSNorm
 from models.qk_norm import norm_queries_and_keys, qk_layernorm
 from models.rope import Rotary
 from ops.attention_pieces import Piece
+from ops.cached_attention import cached_attention
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
@@ -38,13 +40,21 @@ class CoreAttention(nn.Module):
         v_SBGM: Tensor,
         pieces: list[Piece] | None,
         sinks_H: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """[S, B, H * M]. Kernels need values as wide as queries and keys: narrower ones (M < N) are padded with zeros.
 
         Args:
             pieces: from attention_pieces.
             sinks_H: logits of the heads' sinks (ops.varlen_attention.VarlenAttention); they need pieces.
+            cache: of earlier tokens, to which keys and values are added; as wide as each other then.
         """
+        if cache is not None:
+            seen = cache.append(*(t.permute(1, 2, 0, 3) for t in (k_SBGN, v_SBGM)))
+            if cache.visible is not None:
+                q_BHSN, mask = q_SBHN.permute(1, 2, 0, 3), cache.visible.mask_B1ST
+                out_BHSN = cached_attention(q_BHSN, *seen, mask, scale=q_SBHN.shape[-1] ** -0.5, sinks_H=sinks_H)
+                return out_BHSN.permute(2, 0, 1, 3).flatten(2)
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
@@ -147,10 +157,12 @@ class Attention(CoreAttention):
         sin: Tensor,
         pieces: list[Piece] | None,
         temperature_SB11: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Args:
         pieces: from attention_pieces.
         temperature_SB11: factor of the queries of a layer without rotary embedding; None: 1.
+        cache: of earlier tokens; None: x is the whole sequence.
         """
         qkv, bias = self.qkv(x_SBD)
         qkv = qkv if bias is None else qkv + bias
@@ -165,7 +177,7 @@ class Attention(CoreAttention):
             q, k = self._rotated(q, k, cos, sin)
         elif temperature_SB11 is not None or self.scale != 1:
             q = (q * (self.scale if temperature_SB11 is None else temperature_SB11 * self.scale)).to(q.dtype)
-        attended = self.attend(q, k, v, pieces, self.sinks)
+        attended = self.attend(q, k, v, pieces, self.sinks, cache)
         if self.parts[1]:
             gate_SBH_ = gate.reshape(s, b, self.heads, -1).sigmoid()  # [S, B, H, N], or 1 for N
             attended = (attended.unflatten(2, (self.heads, -1)) * gate_SBH_).flatten(2)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from models.attention import Attention, query_temperature
 from models.init import initialise
+from models.kv_cache import KVCache, LayerCache
 from models.mla import LatentAttention
 from models.module_dict import module_dict
 from models.mtp import MTPLayer, MTPStatistics, targets_of
@@ -64,9 +65,9 @@ class ModelBuildContext:
         )
 
 
-Attend = tuple[Tensor, Tensor, list[Piece] | None, Tensor | None]
-"""Cosines and sines of the positions, who attends to whom (ops.attention_pieces.attention_pieces), and the temperature
-of queries without rotary embedding (models.attention.query_temperature)."""
+Attend = tuple[Tensor, Tensor, list[Piece] | None, Tensor | None, LayerCache | None]
+"""Cosines and sines of the positions, who attends to whom (ops.attention_pieces.attention_pieces), the temperature of
+queries without rotary embedding (models.attention.query_temperature), and the layer's cache of earlier tokens."""
 
 Ran = tuple[Tensor, Report | None]
 """The output of a block, and what a sparse one counted."""
@@ -229,17 +230,19 @@ class ModelChunk(MegatronModule):
 
         Returns:
             Hidden states [S, B, D] within the pipeline; on its last chunk the loss of every token [B, S] in nats
-            (fp32), or without labels the logits [B, S, V]; of a reward model the reward of every token
-            [B, S], or without labels [B, S, 1].
+            (fp32), or without labels the logits [B, S, V], with a cache those of the last token [B, 1, V]; of a reward
+            model the reward of every token [B, S], or without labels [B, S, 1].
         """
         x_SBD = self._embed(tokens_BS) if self.pre_process else self.input_tensor
+        if batch_ctx.cache is not None:
+            return self._continue(x_SBD, positions_BS, batch_ctx)
         cos, sin = self.rotary(self._mine(positions_BS).t(), positions_BS.shape[1])
         temperature = query_temperature(self._mine(positions_BS).t(), self.model)
         further = self.post_process and batch_ctx.mode == TRAIN and labels_BS is not None
         predicting = [*self.mtp.values()] if further else []
         blocks = [*self.layers.values(), *(layer.block for layer in predicting)]
         attend = {
-            local: (cos, sin, self._pieces(positions_BS, batch_ctx, local), temperature)
+            local: (cos, sin, self._pieces(positions_BS, batch_ctx, local), temperature, None)
             for local in {b.local for b in blocks}
         }
         for layer in self.layers.values():
@@ -256,6 +259,27 @@ class ModelChunk(MegatronModule):
         if labels_BS is None:
             return logits_SBV.transpose(0, 1)
         return self.token_losses(logits_SBV, labels_BS.t(), self.groups.tp).t()
+
+    def _continue(self, x_SBD: Tensor, positions_BS: Tensor, batch_ctx: BatchContext) -> Tensor:
+        """forward, of tokens that follow those in the cache, to which they are added."""
+        cache: KVCache = batch_ctx.cache
+        model, tokens = self.model, positions_BS.shape[1]
+        cos, sin = self.rotary(positions_BS.t(), cache.lengths(tokens))
+        temperature = query_temperature(positions_BS.t(), model)
+        kinds = {}
+        for local in {layer.local for layer in self.layers.values()}:
+            limits = {"window": model.sliding_window, "chunk": model.attention_chunk_size} if local else {}
+            visible = cache.visible(tokens, x_SBD.device, **limits)
+            pieces = None
+            if visible is None:
+                first_BS = cache.first_positions(tokens)
+                pieces = attention_pieces(first_BS, 0, 1, any(cache.padding), **limits, sinks=model.attention_sinks)
+            kinds[local] = visible, pieces
+        for index, layer in self.layers.items():
+            visible, pieces = kinds[layer.local]
+            attend = (cos, sin, pieces, temperature, cache.layer(int(index), visible))
+            x_SBD = layer(x_SBD, attend, batch_ctx)
+        return self._logits(self.final_norm(x_SBD[-1:])).transpose(0, 1) if self.post_process else x_SBD
 
     def _mine(self, x_BS: Tensor) -> Tensor:
         """This rank's slice of a whole sequence."""

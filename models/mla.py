@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from models.attention import CoreAttention
+from models.kv_cache import LayerCache
 from models.norm import RMSNorm
 from models.rope import Rotary, softmax_scale
 from ops.attention_pieces import Piece
+from ops.cached_attention import cached_attention
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
@@ -80,23 +82,53 @@ class LatentAttention(CoreAttention):
         sin: Tensor,
         pieces: list[Piece] | None,
         temperature_SB11: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Args:
         pieces: from attention_pieces.
         temperature_SB11: None, since every layer has a rotary embedding.
+        cache: of the compressed vectors and shared keys of earlier tokens; None: x is the whole sequence.
         """
         assert temperature_SB11 is None
         q = (self.q(x_SBD) if hasattr(self, "q") else self.q_up(self.q_norm(self.q_down(x_SBD))))[0]
         latent_SBL, position_SBP = self.kv_down(x_SBD).split([self.rank, self.rope], -1)
-        kv = self.kv_up(self.kv_norm(latent_SBL))[0].unflatten(-1, (self.heads, -1))
-        k_nope, v = kv.split([self.nope, self.value], -1)
+        latent_SBL = self.kv_norm(latent_SBL)
         apply, interleave = self.ops.apply_rotary, self.interleave
         q = q.unflatten(-1, (self.heads, -1))
         q = Rotary.rotate(q, cos, sin, apply, first=self.nope, interleave=interleave, scale=self.scale)
         shared = self._to_all_heads(position_SBP).unsqueeze(2)
         shared = Rotary.rotate(shared, cos, sin, apply, interleave=interleave)
+        if cache is not None:
+            (seen_B1TW,) = cache.append(torch.cat([latent_SBL.unsqueeze(2), shared], -1).permute(1, 2, 0, 3))
+            if cache.visible is not None:
+                return self.out(self._attend_to_latents(q, seen_B1TW, cache))[0]
+        kv = self.kv_up(latent_SBL)[0].unflatten(-1, (self.heads, -1))
+        k_nope, v = kv.split([self.nope, self.value], -1)
         k = torch.cat([k_nope, shared.expand(-1, -1, self.heads, -1)], -1)
         return self.out(self.attend(q, k, v, pieces))[0]
+
+    def _attend_to_latents(self, q_SBHN: Tensor, seen_B1TW: Tensor, cache: LayerCache) -> Tensor:
+        """[S, B, H * M]. Keys and values of earlier tokens are not projected up: the projection is applied to the
+        queries and to what they attend to (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so that a head's key is the
+        compressed vector and the shared key, W wide, and its value the former."""
+        assert cache.visible is not None
+
+        def absorb() -> tuple[Tensor, ...]:
+            # The layer's answer to the unit vectors is its weight, whatever computes its products.
+            unit_L1L = torch.eye(self.rank, dtype=seen_B1TW.dtype, device=seen_B1TW.device).unsqueeze(1)
+            up_LHE = self.kv_up(unit_L1L)[0].view(self.rank, self.heads, -1)
+            keys, values = up_LHE.split([self.nope, self.value], -1)
+            return keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous()
+
+        keys_HNL, values_HLM = cache.derived(absorb)
+        q_nope, q_rope = q_SBHN.split([self.nope, self.rope], -1)
+        s, b = q_SBHN.shape[:2]
+        compressed = torch.bmm(q_nope.permute(2, 0, 1, 3).flatten(1, 2), keys_HNL).unflatten(1, (s, b))
+        q_BHSW = torch.cat([compressed.permute(2, 0, 1, 3), q_rope.permute(1, 2, 0, 3)], -1)
+        scale = (self.nope + self.rope) ** -0.5
+        out_BHSW = cached_attention(q_BHSW, seen_B1TW, seen_B1TW, cache.visible.mask_B1ST, scale=scale)
+        latents = out_BHSW[..., : self.rank].permute(1, 2, 0, 3).flatten(1, 2)  # [H, S * B, L]
+        return torch.bmm(latents, values_HLM).unflatten(1, (s, b)).permute(1, 2, 0, 3).flatten(2)
 
     def _to_all_heads(self, position_SBP: Tensor) -> Tensor:
         """The shared key of this rank's whole slice of the sequence. Its gradient is the sum over tensor-parallel

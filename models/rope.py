@@ -44,17 +44,30 @@ class Rotary(nn.Module):
         self.register_buffer(cos, angle.cos() * factor, persistent=False)
         self.register_buffer(sin, angle.sin() * factor, persistent=False)
 
-    def forward(self, positions_SB: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, positions_SB: Tensor, length: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """cos and sin [S, B, 1, W/2], fp32, contiguous.
 
         Args:
-            length: of the whole sequence, of which LongRoPE's frequencies depend.
+            length: of the whole sequence, of which LongRoPE's frequencies depend; or that of each sequence [B].
         """
         tables = (self.cos, self.sin)
-        if self.short_length is not None and length > self.short_length:
+        if isinstance(length, Tensor):
+            if self.short_length is not None:
+                return self._by_length(positions_SB, length > self.short_length)
+        elif self.short_length is not None and length > self.short_length:
             tables = (self.long_cos, self.long_sin)
         # What an index gives lies in memory as the index does, which may be a batch turned round.
         cos, sin = (table[positions_SB].unsqueeze(2).contiguous() for table in tables)
+        return cos, sin
+
+    def _by_length(self, positions_SB: Tensor, is_long_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward, with LongRoPE's frequencies of each sequence by itself."""
+        both = ((self.cos, self.long_cos), (self.sin, self.long_sin))
+        is_long = is_long_B.to(positions_SB.device).view(1, -1, 1, 1)
+        chosen = (
+            long[positions_SB].unsqueeze(2).where(is_long, short[positions_SB].unsqueeze(2)) for short, long in both
+        )
+        cos, sin = (table.contiguous() for table in chosen)
         return cos, sin
 
     @staticmethod
@@ -77,7 +90,10 @@ class Rotary(nn.Module):
                 second half.
             scale: factor of the result.
         """
-        return _Rotate.apply(x_SBHN, cos, sin, apply, first, interleave, scale)
+        how = apply, first, interleave, scale
+        if torch.is_grad_enabled():
+            return _Rotate.apply(x_SBHN, cos, sin, *how)
+        return _rotated(x_SBHN, *_scaled_angles(cos, sin, scale), *how)
 
 
 def scaled(frequencies: Tensor, theta: float, scaling: RopeScalingConfig) -> Tensor:
@@ -149,16 +165,10 @@ class _Rotate(torch.autograd.Function):
         interleave: bool,
         scale: float,
     ) -> Tensor:
-        if scale != 1:
-            cos, sin = cos * scale, sin * scale
+        cos, sin = _scaled_angles(cos, sin, scale)
         ctx.save_for_backward(cos, sin)
         ctx.how = apply, first, interleave, scale
-        s, b, h, n = x_SBHN.shape
-        # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
-        out_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
-        x, out = _rotated_part(x_SBHN, out_SBHN, first, 2 * cos.shape[-1], scale)
-        apply(x.unflatten(-1, (-1, 2)).mT.flatten(-2) if interleave else x, cos, sin, out)
-        return out_SBHN
+        return _rotated(x_SBHN, cos, sin, apply, first, interleave, scale)
 
     @staticmethod
     @once_differentiable
@@ -174,8 +184,26 @@ class _Rotate(torch.autograd.Function):
         return dx_SBHN, *(None,) * 6
 
 
+def _scaled_angles(cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return (cos * scale, sin * scale) if scale != 1 else (cos, sin)
+
+
+def _rotated(
+    x_SBHN: Tensor, cos: Tensor, sin: Tensor, apply: ApplyRotary, first: int, interleave: bool, scale: float
+) -> Tensor:
+    """Rotary.rotate, of cosines and sines that the scale is part of."""
+    s, b, h, n = x_SBHN.shape
+    # In memory heads come before the sequence, as attention reads them: on a CPU it takes a tenth less time then.
+    out_SBHN = x_SBHN.new_empty((b, h, s, n)).permute(2, 0, 1, 3)
+    x, out = _rotated_part(x_SBHN, out_SBHN, first, 2 * cos.shape[-1], scale)
+    apply(x.unflatten(-1, (-1, 2)).mT.flatten(-2) if interleave else x, cos, sin, out)
+    return out_SBHN
+
+
 def _rotated_part(x_SBHN: Tensor, out_SBHN: Tensor, first: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
     """The rotated dimensions of x and of out; the others of out are set."""
+    if width == x_SBHN.shape[-1]:
+        return x_SBHN, out_SBHN
     widths = [first, width, x_SBHN.shape[-1] - first - width]
     (before, x, after), (out_before, out, out_after) = (t.split(widths, -1) for t in (x_SBHN, out_SBHN))
     for source, target in ((before, out_before), (after, out_after)):

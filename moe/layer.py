@@ -5,6 +5,7 @@ the micro-batch (all ranks that share it), K choices per token.
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
 from ops.dispatch import Assignments, with_gated_inputs
 from ops.implementations import Ops
-from ops.routing import Routing, count_loads
+from ops.routing import Choice, Routing, count_loads
 from parallel.activation_checkpoint import checkpointed, save_for_recompute
 from parallel.batch_context import DEFAULT_CONTEXT, EVALUATE, GENERATE, TRAIN, BatchContext
 from parallel.collectives import all_gather
@@ -68,9 +69,11 @@ class MoELayer(nn.Module):
         self.register_buffer("step_load_2E", step_load_2E, persistent=False)
         """Of the optimizer step under way: choices of each expert, and what the balancing loss counts."""
 
-    def forward(self, x_SBD: Tensor, batch_ctx: BatchContext = DEFAULT_CONTEXT) -> tuple[Tensor, Report]:
+    def forward(self, x_SBD: Tensor, batch_ctx: BatchContext = DEFAULT_CONTEXT) -> tuple[Tensor, Report | None]:
         """The output [S, B, D], and what was counted. The caller passes the latter to `record` once: under activation
-        recompute this runs twice."""
+        recompute this runs twice. With a cache nothing is counted: None."""
+        if batch_ctx.cache is not None:
+            return self._generate(x_SBD, batch_ctx), None
         return checkpointed(self._run, x_SBD, batch_ctx) if self.recompute else self._run(x_SBD, batch_ctx)
 
     def record(self, report: Report, batch_ctx: BatchContext) -> None:
@@ -87,6 +90,20 @@ class MoELayer(nn.Module):
         keep_TK, loss, report = self._balance(routing, padding_T, batch_ctx, x_SBD.shape[1])
         out_SBD = self._experts(x_SBD, routing, keep_TK, batch_ctx)
         return AttachLoss.apply(out_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else out_SBD, report
+
+    def _generate(self, x_SBD: Tensor, batch_ctx: BatchContext) -> Tensor:
+        """The output for tokens that follow those in a cache: dropless, without losses and metrics. Every token decides
+        by itself, so that ranks ask each other nothing."""
+        x_TD, padding_T = x_SBD.flatten(0, 1), self._padding(batch_ctx)
+        choice = self.router.choose(x_TD, padding_T, batch_ctx.mode)
+        if batch_ctx.routing is not None:
+            batch_ctx.routing[self.draws[1]] = choice.experts_TK, choice.gates_TK
+        tokens = len(x_TD)
+        if self.share_tokens and (short := -tokens % self.tp.size()):  # they are shared out by the token
+            x_TD, gates_TK = (F.pad(t, (0, 0, 0, short)) for t in (x_TD, choice.gates_TK))
+            choice = Choice(gates_TK, F.pad(choice.experts_TK, (0, 0, 0, short), value=self.moe.num_experts))
+        out_T1D = self._experts(x_TD.unsqueeze(1), choice, choice.experts_TK < self.moe.num_experts, batch_ctx)
+        return out_T1D[:tokens].view(x_SBD.shape)
 
     def _padding(self, batch_ctx: BatchContext) -> Tensor | None:
         """bool [T]: True where there is no token; None: there is one everywhere."""
@@ -178,7 +195,7 @@ class MoELayer(nn.Module):
             return moe.capacity_factor
         return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[batch_ctx.mode]
 
-    def _slots(self, routing: Routing, batch_ctx: BatchContext, sequences: int) -> int | None:
+    def _slots(self, routing: Choice, batch_ctx: BatchContext, sequences: int) -> int | None:
         """Rows that every expert gets from this rank where they are padded to the capacity, else None."""
         factor = self._capacity_factor(batch_ctx)
         if factor is None or not self.moe.pad_to_capacity:
@@ -189,7 +206,7 @@ class MoELayer(nn.Module):
         limit = alone * capacity(whole, self.moe.top_k, self.moe.num_experts, factor)
         return min(limit, tokens // self.tp.size() if self.share_tokens else tokens)
 
-    def _names(self, routing: Routing, batch_ctx: BatchContext) -> Tensor | None:
+    def _names(self, routing: Choice, batch_ctx: BatchContext) -> Tensor | None:
         """[T, K] names of the choices where noise belongs to them, else None."""
         if not self.moe.expert_dropout or batch_ctx.mode != TRAIN:
             return None
@@ -204,7 +221,7 @@ class MoELayer(nn.Module):
         named = key(seed, "expert dropout", batch_ctx.step, layer)
         return Dropout(self.moe.expert_dropout, named, names_R, self.experts.ffn_hidden_size)
 
-    def _experts(self, x_SBD: Tensor, routing: Routing, keep_TK: Tensor, batch_ctx: BatchContext) -> Tensor:
+    def _experts(self, x_SBD: Tensor, routing: Choice, keep_TK: Tensor, batch_ctx: BatchContext) -> Tensor:
         gates_TK, experts_TK, mine_SBD = routing.gates_TK, routing.experts_TK, x_SBD
         names_TK = self._names(routing, batch_ctx)
         if self.share_tokens:

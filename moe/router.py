@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from moe.balanced_routing import ForceBalance, expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
-from moe.score_functions import SCORE_FUNCTIONS, sparse_mixer_gates
+from moe.score_functions import SCORE_FUNCTIONS, Scores, sparse_mixer_gates
 from ops.implementations import DEFAULT_OPS, Ops
 from ops.operation import Implementation, Operation
-from ops.routing import FUSED_SCORE_FUNCTIONS, FusedRoute, RouterStats, Routing, Rule
+from ops.routing import FUSED_SCORE_FUNCTIONS, Choice, FusedRoute, RouterStats, Routing, Rule
 from ops.run_context import RunContext
 from parallel.activation_checkpoint import save_for_recompute
 from parallel.batch_context import TRAIN
@@ -87,13 +87,23 @@ class Router(nn.Module):
         mode: of parallel.batch_context; only training balances the choice by a plan.
         sequences: B of the router_stats, where tokens come in the order of (position, sequence).
         """
-        # Autocast would bring the product back to bf16.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.ops.router_logits(x_TD, self.weight)
-            logits_TE = logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
+        logits_TE = self._logits(x_TD)
         if self.moe.force_balance and mode == TRAIN:
             logits_TE = ForceBalance.apply(logits_TE, self.moe.top_k)
         return self.route(logits_TE, padding_T, mode, sequences)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        # Autocast would bring the product back to bf16.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.ops.router_logits(x_TD, self.weight)
+            return logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
+
+    def choose(self, x_TD: Tensor, padding_T: Tensor | None, mode: str) -> Choice:
+        """forward, without what losses and metrics want: for generation, where every token counts in time."""
+        logits_TE = self._logits(x_TD)
+        scored = self.score(logits_TE)
+        experts_TK = self._choose(logits_TE, scored.scores, padding_T, mode)
+        return Choice(self._gates(logits_TE, scored, experts_TK), experts_TK)
 
     def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
         """forward, of the logits."""
@@ -101,9 +111,15 @@ class Router(nn.Module):
         if self.ops.route is not None:
             routing = self.ops.route(logits_TE, self.bias, padding_T, self.rule, sequences)
             return replace(routing, counted_TK=counted_TK)
-        rule = self.rule
         scored = self.score(logits_TE)
         experts_TK = save_for_recompute(self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode))
+        gates_TK = self._gates(logits_TE, scored, experts_TK)
+        router_stats = RouterStats.of(logits_TE, scored.probs, experts_TK, padding_T, sequences)
+        return Routing(gates_TK, experts_TK, router_stats, logits_TE, counted_TK)
+
+    def _gates(self, logits_TE: Tensor, scored: Scores, experts_TK: Tensor) -> Tensor:
+        """[T, K] of the choice."""
+        rule = self.rule
         some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
@@ -113,8 +129,7 @@ class Router(nn.Module):
             gates_TK = scored.scores.gather(1, some_TK)
             if rule.renormalize:
                 gates_TK = scored.renormalized(gates_TK, some_TK)
-        router_stats = RouterStats.of(logits_TE, scored.probs, experts_TK, padding_T, sequences)
-        return Routing(gates_TK * rule.scale, experts_TK, router_stats, logits_TE, counted_TK)
+        return gates_TK * rule.scale
 
     def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
         """Routing.counted_TK. In the order of the logits, which is that of the scores."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,17 @@ def torch_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) ->
 
 
 grouped_experts = partial(experts_by, torch_grouped_product)
+
+FEW_ROWS = 256
+"""Of which a forward pass takes longer for the host's part than for the products, in text generation."""
+
+
+def fused_experts(x_RD: Tensor, counts: Sequence[int], w_in_LDGF: Tensor, w_out_LFD: Tensor, *others: Any) -> Tensor:
+    """loop_experts by FusedExperts; of few rows without a gradient, one product for all experts."""
+    aligned = x_RD.dtype == torch.float32 and x_RD.shape[1] % 4 == w_out_LFD.shape[1] % 4 == 0
+    if torch.is_grad_enabled() or not aligned or len(x_RD) > FEW_ROWS or x_RD.device.type != "cpu":
+        return FusedExperts.apply(x_RD, counts, w_in_LDGF, w_out_LFD, *others)
+    return grouped_experts(x_RD, counts, w_in_LDGF, w_out_LFD, *others)
 
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
@@ -293,7 +305,7 @@ EXPERTS = Operation(
         ),
         Implementation(
             "fused",
-            lambda context: ExpertBackend(FusedExperts.apply, recomputes_activation=True),
+            lambda context: ExpertBackend(fused_experts, recomputes_activation=True),
             "one operation, which keeps less for the backward pass than loop",
             is_default=lambda context: context.device.type == "cpu",
         ),

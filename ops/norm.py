@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
-from parallel.chunked_ops import rows_at_once
+from parallel.chunked_ops import CPU_VALUES, rows_at_once
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 """(x [..., D], weight [D], eps) -> normalised x."""
@@ -57,6 +57,8 @@ class _InBlocks(torch.autograd.Function):
 
 def rms_norm_in_blocks(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """torch_rms_norm for a CPU. x: [..., D]."""
+    if not torch.is_grad_enabled() and x.numel() <= CPU_VALUES:  # a block: torch's operations find it in cache, too
+        return torch_rms_norm(x, weight_D, eps)
     return _InBlocks.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
 
 

@@ -22,7 +22,9 @@ def apply_rotary(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, 
     """Writes x rotated by the angles, or by their negatives, into `out`; returns it. cos, sin: fp32 [S, B, 1, N/2]."""
     sin = -sin if backward else sin
     rows = rows_at_once(math.prod(x_SBHN.shape[1:]), x_SBHN.device)
-    for x, c, s, out in zip(*(t.split(rows) for t in (x_SBHN, cos, sin, out_SBHN)), strict=True):
+    whole = x_SBHN, cos, sin, out_SBHN
+    blocks = [whole] if len(x_SBHN) <= rows else zip(*(t.split(rows) for t in whole), strict=True)
+    for x, c, s, out in blocks:
         (a, b), (first, second) = x.float().chunk(2, -1), out.chunk(2, -1)
         first.copy_((a * c).addcmul_(b, s, value=-1))
         second.copy_((b * c).addcmul_(a, s))

@@ -74,7 +74,7 @@ class RouterStats:
 
 
 @dataclass(frozen=True)
-class Routing:
+class Choice:
     """The decision for T tokens."""
 
     gates_TK: Tensor
@@ -82,6 +82,12 @@ class Routing:
     experts_TK: Tensor
     """int64, the likeliest expert first; ties go to the lower expert. E where there is no choice: for padding, and for
     the places that expert choice leaves over."""
+
+
+@dataclass(frozen=True)
+class Routing(Choice):
+    """With what losses and metrics want of it."""
+
     router_stats: RouterStats
     """Of the scores of all experts, each token's divided by their sum: what is balanced and logged."""
     logits_TE: Tensor

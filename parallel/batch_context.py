@@ -4,6 +4,7 @@ Legend: B batch, S sequence.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,12 @@ class BatchContext:
     loss_labels: Tensor | None = None
     """What the sum of a micro-batch's weighted losses is divided by: the mean of the sums of the weights over the
     micro-batches of the global batch. None: the tokens of the micro-batch."""
+    cache: Any = None
+    """models.kv_cache.KVCache of the tokens before those of this pass, which are added to it; the model then returns
+    the logits of the last token alone. None: the pass holds whole sequences."""
+    routing: dict[int, tuple[Tensor, Tensor]] | None = None
+    """With a cache: takes the experts and gates [T, K] of this rank's tokens by sparse layer; None: they are not
+    kept."""
 
 
 DEFAULT_CONTEXT = BatchContext()

@@ -22,6 +22,15 @@ _ROWS = 16
 """Rows of the rank table; of a larger world the first and the last ranks are shown."""
 
 
+def cache_unsupported_reason(*, cp: int, sequence_parallel: bool) -> str | None:
+    """Why text generation under a layout has no key/value cache; None: it has one."""
+    if cp > 1:
+        return "cp shards a sequence over ranks, of which one would have each new token and the others nothing to do"
+    if sequence_parallel:
+        return "sequence_parallel shards the tokens of a pass over tp ranks, and a new token is alone in its pass"
+    return None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Degrees of parallelism over `world` ranks: (tp, cp, dp, pp) for attention and dense layers, (etp, ep, edp, pp)

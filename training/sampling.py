@@ -34,18 +34,27 @@ def next_token(
     import torch
 
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    sorted_V, token_V = torch.sort(logits_V.double(), descending=True, stable=True)
-    # The sort puts NaN first, so that checking the first logit detects any NaN or +inf; -inf means no token is allowed.
-    if not torch.isfinite(sorted_V[0]):
-        raise ValueError(f"no token can be drawn: the largest logit is {sorted_V[0].item()}")
+    largest = logits_V.max()  # NaN if one of them is; -inf means no token is allowed
+    if not torch.isfinite(largest):
+        raise ValueError(f"no token can be drawn: the largest logit is {largest.item()}")
     if temperature == 0:
-        return int(token_V[0])
-
-    kept_K = sorted_V[:top_k]
+        return int(logits_V.argmax())  # of equal ones the first
     # The largest logit is subtracted before the division, which could otherwise overflow at low temperatures.
-    probability_K = torch.softmax((kept_K - kept_K[0]) / temperature, dim=0)
+    scaled_V = (logits_V.double() - largest.double()) / temperature
+    everything = top_k is None and top_p is None
+    probability_V = torch.softmax(scaled_V, dim=0) if everything else _kept(scaled_V, top_k, top_p)
+    # In the order of the vocabulary: rounding that reorders nearly equal tokens would change a draw among sorted ones.
+    return int(torch.multinomial(probability_V, 1, generator=generator))
+
+
+def _kept(scaled_V: "Tensor", top_k: int | None, top_p: float | None) -> "Tensor":
+    """The probabilities [V] of the tokens that top_k and top_p keep; 0 for the others."""
+    import torch
+
+    sorted_V, token_V = torch.sort(scaled_V, descending=True, stable=True)
+    probability_K, token_K = torch.softmax(sorted_V[:top_k], dim=0), token_V[:top_k]
     if top_p is not None:
         before_K = torch.cumsum(probability_K, dim=0).roll(1)  # total probability of the more likely tokens
         before_K[0] = 0.0
         probability_K = torch.where(before_K < top_p, probability_K, 0.0)
-    return int(token_V[torch.multinomial(probability_K, 1, generator=generator)])
+    return torch.zeros_like(scaled_V).scatter_(0, token_K, probability_K)

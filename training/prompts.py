@@ -1,0 +1,88 @@
+"""Prompts for text generation: from a file, and as token ids."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corpus.chat_template import ChatTemplate, Message
+from corpus.documents import nearest_existing
+from corpus.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, or a conversation to answer."""
+
+    text: str = ""
+    messages: Sequence[Message] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As in a file."""
+        return {"prompt": self.text} if self.messages is None else {"messages": [*self.messages]}
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """The prompts of a file: .txt, one a line, empty lines left out; .jsonl, with `prompt` or `messages` in each row.
+
+    Raises:
+        ValueError: there is no such file, or a row is not a prompt; the message names file and line.
+    """
+    file = Path(path).expanduser()
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts={path}: prompts are read from .txt (one a line) and .jsonl (prompt or messages)")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise ValueError(f"prompts={path} does not exist{nearest_existing(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts={path} cannot be read: {error}") from None
+    rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    prompts = [Prompt(line) if file.suffix == ".txt" else _parsed(line, where) for where, line in rows]
+    if not prompts:
+        raise ValueError(f"prompts={path} has no prompts")
+    return prompts
+
+
+def _parsed(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "messages" not in row:
+        return Prompt(row["prompt"])
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages and "prompt" not in row:
+        if all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            return Prompt(messages=messages)
+        raise ValueError(f"{where}: each of messages needs a role and its content")
+    raise ValueError(f"{where} needs either prompt, a string, or messages, a list of role and content")
+
+
+class ChatFormat:
+    """How conversations become token ids, and what ends the model's turn."""
+
+    def __init__(self, tokenizer: Tokenizer, run_dir: Path):
+        """run_dir: has the template beside the tokenizer; without one the default template is used."""
+        self.tokenizer = tokenizer
+        eod = None if tokenizer.eod_id is None else tokenizer.token(tokenizer.eod_id)
+        self.template = ChatTemplate.of(run_dir, *([] if eod is None else [eod]))
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation up to where the model answers.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        return self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))[0]
+
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: that of a document, and the special token that the template writes after an
+        assistant's message."""
+        found = set() if self.tokenizer.eod_id is None else {self.tokenizer.eod_id}
+        answer = "switchyard"
+        text = self.template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+        after, _ = self.tokenizer.encode_with_special(text[text.rindex(answer) + len(answer) :])
+        found.update(next(([i] for i in after if self.tokenizer.is_special(i)), []))
+        return frozenset(found)
