@@ -93,6 +93,8 @@ VARIANTS = {
     "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
     "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
     "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
+    "replay": Variant(moe={"score_function": "sigmoid", "num_experts": 8, "drop_policy": "probability"}, replay=True),
+    "replay_mtp": Variant({"mtp_num_layers": 1}, {"every": 2}, replay=True),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -120,9 +122,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "replay"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "replay drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
@@ -152,9 +154,10 @@ MATRIX = [
             "llama4",
             "phimoe",
             "gated",
+            "replay",
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated",
+        "mtp_latent gated replay",
     ),
     Layouts(
         "pp2",
@@ -162,9 +165,9 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated"),
+            *("llama4", "phimoe", "gated", "replay_mtp"),
         ],
-        "dropless qwen3 olmoe muon mtp mtp_documents",
+        "dropless qwen3 olmoe muon mtp mtp_documents replay_mtp",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
@@ -177,9 +180,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "replay"),
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents llama4",
+        "drops sinkhorn rope mla_documents chunks mtp_documents llama4 replay",
     ),
     Layouts(
         "cp4",
@@ -188,7 +191,7 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp"], "dropless muon mtp"),
+    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp", "replay"], "dropless muon mtp replay"),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
@@ -198,8 +201,8 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents"],
-        "switch global global_bias muon",
+        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "replay"],
+        "switch global global_bias muon replay",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -267,7 +270,8 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
     from models.mtp import collect_losses
 
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
-    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike)
+    replayed = variant.config() if variant.replay else None
+    batches = functools.partial(my_batches, runtime, begin_alike=variant.begin_alike, replayed=replayed)
     results, loads, first = [], [], None
     for step in range(steps):
         loss = engine.forward_backward(batches(step), step=step).item()

@@ -44,6 +44,8 @@ class Variant:
     seed: int = 1
     optim: dict[str, Any] = field(default_factory=dict)
     """Settings of the optimizer other than OPTIM's."""
+    replay: bool = False
+    """Router replay: the batches have a routing, which no router would choose."""
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
 
@@ -108,12 +110,27 @@ def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     }
 
 
-def my_batches(runtime: Runtime, step: int, *, begin_alike: bool = False) -> list[Batch]:
-    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
+def routing(key: int, model: ModelConfig, sequences: int = MICRO_BATCH) -> Tensor:
+    """Random experts [B, S, L, K] of a micro-batch, different ones for a token."""
+    generator = torch.Generator().manual_seed(key)
+    layers, moe = len(model.sparse_layers), model.moe
+    return torch.rand(sequences, SEQUENCE, layers, moe.num_experts, generator=generator).argsort(-1)[..., : moe.top_k]
+
+
+def my_batches(
+    runtime: Runtime, step: int, *, begin_alike: bool = False, replayed: ModelConfig | None = None
+) -> list[Batch]:
+    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches.
+
+    Args:
+        replayed: a model whose routers replay a routing.
+    """
     mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
     batches = [micro_batch(100 * step + i) for i in mine]
     if begin_alike:
         batches = [b | {"tokens": b["tokens"].masked_fill(b["positions"] == 0, 7)} for b in batches]
+    if replayed:
+        batches = [b | {"routing": routing(100 * step + i, replayed)} for i, b in zip(mine, batches, strict=True)]
     return batches
 
 

@@ -116,6 +116,14 @@ class EvaluateConfig(InferenceConfig):
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     batches: int | None = None
     """Number of global batches of the run's size. null: all of the text."""
+    record_routing: str | None = None
+    """File to write the routing of the held-out text to: the experts of every token in every sparse layer
+    (docs/router_replay.md). null: none."""
+    record_routing_weights: bool = False
+    """Write the gates, too. Needs record_routing."""
+    replay_routing: str | None = None
+    """File of recorded routing: every token goes to the experts recorded there, whatever the router prefers. null:
+    none."""
 
 
 @dataclass(kw_only=True)

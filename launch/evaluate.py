@@ -1,6 +1,7 @@
 """`python -m launch.evaluate checkpoint=DIR [data.files=[...]]`: held-out loss, perplexity and bits per byte."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from conf.commands import EvaluateConfig
 from conf.schema import DataConfig
@@ -27,6 +28,7 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
     with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
         from corpus.stream import ValidWindows
         from training.evaluate import evaluate
+        from training.router_replay import ReplayedWindows, RoutingRecording
 
         data = _data(config, loaded)
         prepared = _prepare(data, loaded, own_text=bool(config.data.files), console=console)
@@ -35,7 +37,13 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
             prepared, sequence_length=run.train.sequence_length, document_mask=run.data.document_mask
         )
         lengths = loaded.tokenizer.byte_lengths() if loaded.tokenizer else None
-        result = evaluate(loaded.built, windows, lengths, batches=config.batches)
+        recording = None
+        if config.record_routing:
+            recording = RoutingRecording(loaded.built, weights=config.record_routing_weights)
+        text = ReplayedWindows(windows, Path(config.replay_routing), loaded.built) if config.replay_routing else windows
+        result = evaluate(loaded.built, text, lengths, batches=config.batches, recording=recording)
+        if recording and config.record_routing:
+            recording.save(Path(config.record_routing), windows)
         console.note(f"{loaded.directory}: {result.tokens:,} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)

@@ -1,13 +1,21 @@
 """The context of a micro-batch that the engine passes to every layer together with the tokens.
 
-Legend: B batch, S sequence.
+Legend: B batch, S sequence, L sparse layers, K choices per token.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 TRAIN, EVALUATE, GENERATE = "train", "evaluate", "generate"
+
+
+class RoutingRecorder(Protocol):
+    """Receives what the routers choose (moe.router_replay.RouterReplayRecorder)."""
+
+    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor) -> None:
+        """Called once per sparse layer and micro-batch, with this rank's shard of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,11 @@ class BatchContext:
     """Labels of the whole sequence, from which those further ahead are read; None: there are none."""
     loss_mask_BS: Tensor | None = None
     """Of the whole sequence: 0 where a label counts in no loss; None: all count."""
+    routing_BSLK: Tensor | None = None
+    """Router replay: the experts that the routers of the L sparse layers choose, over this rank's shard of the
+    sequence; None: the routers choose."""
+    recorder: RoutingRecorder | None = None
+    """Router replay: what receives the choices; None: nothing does."""
 
 
 DEFAULT_CONTEXT = BatchContext()

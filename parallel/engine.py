@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig
 from parallel import block_adamw
-from parallel.batch_context import EVALUATE, TRAIN, BatchContext
+from parallel.batch_context import EVALUATE, TRAIN, BatchContext, RoutingRecorder
 from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
@@ -28,7 +28,12 @@ from parallel.process_groups import Runtime
 
 Batch = dict[str, Tensor]
 """One micro-batch: tokens, labels, positions int64 and loss_mask fp32, each [B, S] over the whole sequence; optionally
-padding bool [B, S], True for padding."""
+padding bool [B, S], True for padding, and routing int [B, S, L, K], the experts that the routers of the L sparse layers
+are to choose (moe.router_replay)."""
+
+
+_SHARDED = ("tokens", "labels", "padding", "routing")
+"""What of a micro-batch is sharded over cp."""
 
 
 class Chunk(Protocol):
@@ -36,6 +41,9 @@ class Chunk(Protocol):
 
     def end_step(self, *, applied: bool) -> None:
         """Called at the end of a step, after its update was applied or skipped."""
+
+    def check_batch(self, batch: "Batch") -> None:
+        """Called with a micro-batch in host memory that has `routing`. Raises ValueError if it is not of this model."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +184,12 @@ class Engine:
         # Summed over cp, averaged over dp; tensor-parallel ranks have the same value.
         return self._sum_last_stage(parts, 1).squeeze(0) / (len(batches) * layout.dp)
 
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(sum of the losses of the unmasked tokens in nats, their number) over the micro-batches of all ranks."""
+    def evaluate(self, batches: list[Batch], recorder: RoutingRecorder | None = None) -> tuple[float, int]:
+        """(sum of the losses of the unmasked tokens in nats, their number) over the micro-batches of all ranks.
+
+        Args:
+            recorder: receives what the routers choose.
+        """
         for chunk in self.chunks:
             chunk.eval()
 
@@ -187,7 +199,7 @@ class Engine:
             return total.clone(), torch.stack([total, mask_BS.double().sum()])
 
         with torch.no_grad():
-            parts = self.run_forward(batches, loss, BatchContext(EVALUATE))
+            parts = self.run_forward(batches, loss, BatchContext(EVALUATE, recorder=recorder))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, round(tokens)
 
@@ -209,7 +221,7 @@ class Engine:
         def step(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             self.forward_passes += 1
             index, batch = next(batches)
-            sharded = {k: self._cp_shard(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
+            sharded = {k: self._cp_shard(batch[k]) for k in _SHARDED if k in batch}
             this = replace(
                 batch_ctx,
                 micro_batch=index * dp.size() + dp.rank(),
@@ -217,11 +229,15 @@ class Engine:
                 padding_BS=sharded.get("padding"),
                 labels_BS=batch.get("labels"),
                 loss_mask_BS=batch.get("loss_mask"),
+                routing_BSLK=sharded.get("routing"),
             )
             output = chunk(sharded["tokens"], batch["positions"], sharded.get("labels"), this)
             return output, lambda out: loss(out, batch)
 
         device = self.runtime.device
+        for batch in batches:
+            if "routing" in batch:
+                self.modules[0].check_batch(batch)
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         iterators = [iter(enumerate(batches)) for _ in self.chunks]

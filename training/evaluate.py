@@ -11,6 +11,7 @@ import torch.distributed as dist
 from corpus.stream import ValidWindows, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
+from training.router_replay import ReplayedWindows, RoutingRecording
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,22 @@ class EvalResult:
 
 
 def evaluate(
-    built: BuiltModel, windows: ValidWindows, byte_lengths: np.ndarray | None, *, batches: int | None
+    built: BuiltModel,
+    windows: ValidWindows | ReplayedWindows,
+    byte_lengths: np.ndarray | None,
+    *,
+    batches: int | None,
+    recording: RoutingRecording | None = None,
 ) -> EvalResult:
     """Every rank calls this together.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id [V]; None where the text is not known.
         batches: global batches from the start of the held-out text; None: all of it.
+        recording: collects what the routers choose.
+
+    Raises:
+        ValueError: windows have a recorded routing that is not theirs.
     """
     train, groups = built.config.train, built.runtime.groups
     dp = groups.dp.size()
@@ -44,9 +54,12 @@ def evaluate(
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
+    needed = needed if batches is None else min(batches, needed)
+    if isinstance(windows, ReplayedWindows):
+        windows.check(range(min(len(windows), needed * per_batch)))
     nats, tokens = 0.0, 0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
-    for i in range(needed if batches is None else min(batches, needed)):
+    for i in range(needed):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
         if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp
@@ -60,7 +73,9 @@ def evaluate(
                 dp_size=dp,
             )
         )
-        batch_nats, batch_tokens = built.engine.evaluate(batch)
+        batch_nats, batch_tokens = built.engine.evaluate(batch, recording.recorder if recording else None)
+        if recording:
+            recording.add(batch)
         nats, tokens = nats + batch_nats, tokens + batch_tokens
         if byte_lengths is not None:
             text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
