@@ -153,12 +153,13 @@ class Engine:
         self.compute_timer = DeviceTimer(runtime.device)
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""
 
-    def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:
+    def forward_backward(self, batches: list[Batch], *, step: int, recorder: RoutingRecorder | None = None) -> Tensor:
         """Computes the gradients of one global batch, reduced over all ranks.
 
         Args:
             batches: this data-parallel rank's micro-batches, assigned round-robin (corpus.stream.micro_batches).
             step: the optimizer step; seeds the layers' random numbers.
+            recorder: receives what the routers choose.
 
         Returns:
             The mean cross-entropy over the global batch's tokens in nats, a scalar, the same on every rank.
@@ -170,7 +171,7 @@ class Engine:
             chunk.train()
         # Megatron-Core multiplies the main loss by cp and divides it by the number of micro-batches, and its gradient
         # buckets divide by dp * cp. The same factors must apply to losses that layers attach themselves.
-        batch_ctx = BatchContext(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step)
+        batch_ctx = BatchContext(TRAIN, loss_scale=self.runtime.layout.cp / len(batches), step=step, recorder=recorder)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             # Training sequences are packed: every token counts.
