@@ -17,6 +17,7 @@ NOISY = Variant(
     {"num_experts": 8, "every": 2, "jitter": 0.1, "drop_policy": "random", "num_shared_experts": 1},
 )
 PLANNED = Variant({"recompute": ["full"]}, {"load_balancing": "sinkhorn", "drop_policy": "probability"})
+LIMIT = 400.0
 LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2 +sequence": (2, {"tp": 2, "sequence_parallel": True}),
@@ -61,7 +62,7 @@ def record_and_replay(world: World, degrees: dict[str, Any], recorded: list[Tens
 
 @pytest.fixture(scope="module")
 def one_rank(ranks) -> list[Any]:
-    return ranks.run(1, record_and_replay, {}, None, timeout=120.0)[0]
+    return ranks.run(1, record_and_replay, {}, None, timeout=LIMIT)[0]
 
 
 def test_one_rank_replays_its_own_routing(one_rank):
@@ -74,7 +75,7 @@ def test_one_rank_replays_its_own_routing(one_rank):
 def test_a_layout_records_and_replays_what_one_rank_recorded(name, ranks, one_rank):
     size, degrees = LAYOUTS[name]
     recorded = [experts for experts, _, _ in one_rank]
-    for rank in ranks.run(size, record_and_replay, degrees, recorded, timeout=120.0):
+    for rank in ranks.run(size, record_and_replay, degrees, recorded, timeout=LIMIT):
         for (experts, gates, same), (wanted, wanted_gates, _) in zip(rank, one_rank, strict=True):
             assert torch.equal(experts, wanted) and gates == pytest.approx(wanted_gates, rel=1e-6)
             assert same
