@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import shutil
@@ -88,18 +89,32 @@ class EvalTasks:
         from lm_eval.evaluator import simple_evaluate
 
         settings, limit = self.settings, self.settings.limit
-        found = simple_evaluate(
-            model,
-            tasks=self._manager.names,
-            num_fewshot=settings.num_fewshot,
-            limit=int(limit) if limit is not None and limit >= 1 else limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=self.log_samples,
-            apply_chat_template=settings.apply_chat_template,
-            task_manager=self._manager,
-        )
+        with _no_progress_bars():
+            found = simple_evaluate(
+                model,
+                tasks=self._manager.names,
+                num_fewshot=settings.num_fewshot,
+                limit=int(limit) if limit is not None and limit >= 1 else limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=self.log_samples,
+                apply_chat_template=settings.apply_chat_template,
+                task_manager=self._manager,
+            )
         assert found is not None
         return dict(found)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Context manager: tqdm's bars of lm-eval and datasets are not drawn, unless they are asked for by argument."""
+    from tqdm import tqdm
+
+    original: Any = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(original, disable=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original  # type: ignore[method-assign]
 
 
 def load_tasks(settings: TaskSettings) -> Any:
@@ -109,7 +124,6 @@ def load_tasks(settings: TaskSettings) -> Any:
         ValueError: there is no such task or directory, or a task cannot be loaded, for example because its data set is
             neither cached nor can be downloaded.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, which has threads
     from lm_eval.tasks import TaskManager
 
@@ -137,7 +151,8 @@ def load_tasks(settings: TaskSettings) -> Any:
         raise ValueError(f"tasks: lm-eval has no task {unknown[0]}; nearest: {', '.join(near)}")
     manager.names = names
     try:
-        manager.load(names)
+        with _no_progress_bars():
+            manager.load(names)
     except Exception as error:  # of datasets, huggingface_hub, YAML or a task's own code
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         offline = (
@@ -191,11 +206,19 @@ def flat(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """lm-eval's table of the results."""
-    from lm_eval.utils import make_table
-
-    tables = [make_table(results), *([make_table(results, "groups")] if results.get("groups") else [])]
-    return "\n".join(tables)
+    """A line for each task and metric: value, standard error, number of examples in a prompt."""
+    shots, lines = results.get("n-shot", {}), [("task", "metric", "value", "stderr", "few-shot")]
+    values = flat(results)
+    for name, value in values.items():
+        task, _, metric = name.rpartition("/")
+        if "_stderr" not in metric:
+            metric_name, comma, kind = metric.partition(",")
+            error = values.get(f"{task}/{metric_name}_stderr{comma}{kind}")
+            shown = "" if error is None else f"{error:.4f}"
+            lines.append((task, metric, f"{value:.4f}", shown, str(shots.get(task, ""))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(rows)
 
 
 def write_results(results: dict[str, Any], run_dir: Path, step: int, output: str | None) -> list[Path]:

@@ -12,7 +12,7 @@ import yaml
 from conf.commands import EvaluateConfig, ExportConfig
 from conf.schema import EvalTasksConfig, MoeConfig, ParallelConfig
 from parallel.env import World
-from parallel.local_launcher import RankFailed, RankPool
+from parallel.local_launcher import RankPool
 from tests.training.helpers import tiny_config, train, write_corpus
 
 pytestmark = pytest.mark.skipif(
@@ -27,11 +27,18 @@ LONG = "The cat sees a token. The dog takes the ball. "
 def write_tasks(folder: Path) -> Path:
     """Three tasks, some of whose samples are longer than the model's sequences."""
     choices = [
-        {"question": f"{LONG * (n % 3)}The {who}", "choices": [" sees a token.", " drops the ball.", " !"], "answer": n % 3}
+        {
+            "question": f"{LONG * (n % 3)}The {who}",
+            "choices": [" sees a token.", " drops the ball.", " !"],
+            "answer": n % 3,
+        }
         for n, who in enumerate(("cat", "dog", "router", "expert", "cat"))
     ]
     texts = [{"text": LONG * n + f"The expert drops {n}."} for n in range(4)]
-    answers = [{"question": f"{LONG * (n % 2) * 2}The {who} ", "answer": "sees a token"} for n, who in enumerate(("cat", "dog", "router"))]
+    answers = [
+        {"question": f"{LONG * (n % 2) * 2}The {who} ", "answer": "sees a token"}
+        for n, who in enumerate(("cat", "dog", "router"))
+    ]
     common: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1.0}}
     tasks: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "local_choice": (
@@ -129,9 +136,7 @@ def theirs(folder: Path) -> dict[str, Any]:
 
     settings = settings_for(folder, num_fewshot=None)
     manager = load_tasks(settings)
-    model = HFLM(
-        pretrained=str(folder / "hf"), device="cpu", batch_size=2, max_length=SEQUENCE, dtype="float32"
-    )
+    model = HFLM(pretrained=str(folder / "hf"), device="cpu", batch_size=2, max_length=SEQUENCE, dtype="float32")
     found = simple_evaluate(
         model, tasks=manager.names, task_manager=manager, bootstrap_iters=BOOTSTRAP, log_samples=True
     )
@@ -154,7 +159,7 @@ def same(got: Any, wanted: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("size", "degrees"), [(1, {}), (2, {"tp": 2, "sequence_parallel": True}), (2, {"pp": 2}), (2, {})], ids=str
+    ("size", "degrees"), [(1, {}), (2, {"tp": 2, "sequence_parallel": True}), (2, {"pp": 2})], ids=str
 )
 def test_the_results_are_those_of_lm_evals_hugging_face_model(
     size: int, degrees: dict[str, Any], ranks: RankPool, folder: Path, theirs: dict[str, Any]
@@ -183,27 +188,69 @@ def test_the_results_during_training_are_in_the_metrics(folder: Path) -> None:
     assert b"eval_tasks/local_text/bits_per_byte" in events
 
 
+def refusals(world: World, all_settings: list[EvaluateConfig]) -> list[str]:
+    """The message of each evaluation (rank function)."""
+    from launch.evaluate import tasks_rank
+
+    messages = []
+    for settings in all_settings:
+        with pytest.raises(ValueError) as error:
+            tasks_rank(world, settings)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) -> None:
+    (folder / "other").mkdir()
+    text = yaml.safe_load((folder / "tasks" / "local_text.yaml").read_text())
+    text["dataset_kwargs"]["data_files"] = {"test": str(folder / "nothing.jsonl")}
+    answer = yaml.safe_load((folder / "tasks" / "local_answer.yaml").read_text())
+    for name, task in {
+        "no_data": text,
+        "too_long": answer | {"generation_kwargs": {"until": ["."], "max_gen_toks": 32}},
+        "beams": answer | {"generation_kwargs": {"until": ["."], "max_gen_toks": 8, "num_beams": 4}},
+    }.items():
+        (folder / "other" / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
+    wanted = {
+        "has no chat template": {"apply_chat_template": True},
+        "include_path=nowhere is not a directory": {"include_path": "nowhere"},
+        "no_data cannot be loaded: FileNotFoundError": {"tasks": ["no_data"]},
+        "no room for its prompt in train.sequence_length=32": {"tasks": ["too_long"]},
+        "generation_kwargs num_beams are not supported": {"tasks": ["beams"]},
+        "lm-eval has no task beans; nearest: beams, ": {"tasks": ["beans"]},
+    }
+    other = {"include_path": str(folder / "other")}
+    settings = [settings_for(folder, **({} if "apply_chat_template" in c else other) | c) for c in wanted.values()]
+    (messages,) = ranks.run(1, refusals, settings, timeout=LIMIT)
+    for message, part in zip(messages, wanted, strict=True):
+        assert part in message and "\n" not in message
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("settings", "message"),
     [
-        ({"tasks": ["local_chioce"]}, r"no task local_chioce; nearest: local_choice"),
-        ({"apply_chat_template": True}, "has no chat template"),
-        ({"include_path": "nowhere"}, "include_path=nowhere is not a directory"),
-        ({"tasks": ["missing_data"]}, "missing_data cannot be loaded"),
+        ({"num_fewshot": 1}, r"num_fewshot needs tasks=\[\.\.\.\]"),
+        ({"tasks": ["a"], "batches": 1}, r"batches needs held-out text"),
+        ({"tasks": ["a"], "record_routing": "f"}, r"record_routing needs held-out text"),
+        ({"tasks": ["a"], "batch_size": 0}, r"batch_size >= 1, but it is 0; nearest: 1"),
+        ({"record_routing_weights": True}, "record_routing_weights needs record_routing"),
     ],
     ids=str,
 )
-def test_what_cannot_be_evaluated_is_one_message(
-    changes: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from training import eval_tasks
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
+    from launch.evaluate import main
 
-    missing = yaml.safe_load((folder / "tasks" / "local_text.yaml").read_text())
-    missing["dataset_kwargs"]["data_files"] = {"test": str(folder / "nothing.jsonl")}
-    (folder / "tasks" / "missing_data.yaml").write_text(yaml.safe_dump(missing | {"task": "missing_data"}))
-    settings = settings_for(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        if settings.apply_chat_template:
-            refuse_chat(settings)
-        else:
-            eval_tasks.load_tasks(settings)
+        main(EvaluateConfig(checkpoint="nowhere", **settings))
+
+
+def test_without_lm_eval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conf import eval_rules, rules
+    from conf.schema import Config
+    from launch.evaluate import main
+
+    monkeypatch.setattr(eval_rules, "lm_eval_is_installed", lambda: False)
+    with pytest.raises(ValueError, match=r"lm-eval: it is not installed: bash launch/setup\.sh eval"):
+        main(EvaluateConfig(checkpoint="nowhere", tasks=["arc_easy"]))
+    with pytest.raises(ValueError, match=r"lm-eval, but it is not installed: bash .* nearest: eval_tasks\.tasks=\[\]"):
+        rules.check(Config(eval_tasks=EvalTasksConfig(tasks=["arc_easy"])), 1)
