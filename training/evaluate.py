@@ -56,7 +56,7 @@ def evaluate(
     needed = -(-len(windows) // per_batch)
     needed = needed if batches is None else min(batches, needed)
     if isinstance(windows, ReplayedWindows):
-        windows.check(range(min(len(windows), needed * per_batch)))
+        windows.check(min(len(windows), needed * per_batch))
     nats, tokens = 0.0, 0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for i in range(needed):

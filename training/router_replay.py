@@ -1,7 +1,6 @@
 """Records the routing of an evaluation, and evaluates with a recorded routing. Legend: S sequence, L sparse layers, K
 choices per token."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,15 +56,15 @@ class ReplayedWindows:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def check(self, windows: Iterable[int]) -> None:
-        """Raises ValueError if one of these windows is not recorded, or was recorded of other tokens."""
+    def check(self, windows: int) -> None:
+        """Raises ValueError if one of the first windows is not recorded, or was recorded of other tokens."""
         recorded = len(self._recorded.tokens_NS)
-        for index in windows:
-            if index >= recorded:
-                raise ValueError(
-                    f"{self._path} has the routing of {recorded} windows of the text, and more are evaluated; set "
-                    "batches to as many as were recorded, or record again"
-                )
+        if windows > recorded:
+            raise ValueError(
+                f"{self._path} has the routing of {recorded} windows of the text, and {windows} are evaluated; set "
+                "batches to as many as were recorded, or record again"
+            )
+        for index in range(windows):
             if not torch.equal(self._windows.sample(index)["tokens"], self._recorded.tokens_NS[index].long()):
                 raise ValueError(
                     f"{self._path} was recorded on other tokens, first in window {index}: the data or the tokenizer "

@@ -79,7 +79,7 @@ def test_a_file_that_is_not_of_the_model_or_the_text_is_named(ranks: RankPool, t
     experts[..., 1] = 1
     good = RecordedRouting(experts, torch.zeros(24, 32, dtype=torch.int32), [1, 3], 4)
     cases = {
-        "has the routing of 2 windows of the text, and more are evaluated": {
+        "has the routing of 2 windows of the text, and ": {
             "experts_NSLK": experts[:2],
             "tokens_NS": good.tokens_NS[:2],
         },
