@@ -138,9 +138,11 @@ class RecordedRouting:
         ):
             if value != wanted:
                 raise ValueError(f"{path} was recorded with {name} {value}, and this model has {wanted}")
-        check_routing(
-            self.experts_NSLK, model, self.tokens_NS.shape, (self.experts_NSLK == self.num_experts)[:, :, 0, 0]
-        )
+        padding_NS = (self.experts_NSLK == self.num_experts)[:, :, 0, 0]
+        try:
+            check_routing(self.experts_NSLK, model, self.tokens_NS.shape, padding_NS)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class RouterReplayRecorder:

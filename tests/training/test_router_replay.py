@@ -104,7 +104,7 @@ def test_a_file_that_is_not_of_the_model_or_the_text_is_named(ranks: RankPool, t
     text.write_text("no tensors")
     paths = [*settings, text, trained / "nowhere.safetensors", *trained.glob("checkpoints/*/*.safetensors")][:12]
     wanted = [*cases, "cannot be read as a safetensors file", "does not exist", "is not a recorded routing"]
-    asked = [EvaluateConfig(checkpoint=str(trained), replay_routing=str(path), **HERE) for path in paths]
+    asked = [EvaluateConfig(checkpoint=str(trained), replay_routing=str(path), batches=3, **HERE) for path in paths]
     (messages,) = ranks.run(1, refusals, asked, timeout=LIMIT)
     assert len(messages) == len(wanted)
     for message, part in zip(messages, wanted, strict=True):
