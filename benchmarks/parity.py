@@ -67,9 +67,10 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", *PREFERENCES),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", "replay"),
+            *PREFERENCES,
         ],
-        "dpo reward drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "dpo reward replay drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
@@ -98,10 +99,10 @@ MATRIX = [
             "mtp_latent",
             "llama4",
             "phimoe",
-            *("gated", "chat_mtp", *PREFERENCES),
+            *("gated", "chat_mtp", "replay", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated chat_mtp dpo reward",
+        "mtp_latent gated chat_mtp replay dpo reward",
     ),
     Layouts(
         "pp2",
@@ -109,9 +110,9 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated", "chat_mtp", *PREFERENCES),
+            *("llama4", "phimoe", "gated", "chat_mtp", "replay_mtp", *PREFERENCES),
         ],
-        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents",
+        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents replay_mtp",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
@@ -124,10 +125,10 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp", "replay"),
             *PREFERENCES,
         ],
-        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat",
+        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat replay",
     ),
     Layouts(
         "cp4",
@@ -136,7 +137,13 @@ MATRIX = [
         ["drops", "dropless", "ties", "ties_choice", "per_sequence", "gpt_oss", "chunks"],
         "gpt_oss",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["switch", "dropless", "muon", "mtp", *PREFERENCES], "dpo reward dropless muon mtp"),
+    Layouts(
+        "ep2",
+        2,
+        {"ep": 2},
+        ["switch", "dropless", "muon", "mtp", "replay", *PREFERENCES],
+        "dpo reward dropless muon mtp replay",
+    ),
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
@@ -146,8 +153,11 @@ MATRIX = [
         "dp2",
         2,
         {},
-        ["switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp", *PREFERENCES],
-        "dpo reward switch global global_bias muon chat",
+        [
+            *("switch", "drops", "global", "global_bias", "muon", "mtp_documents", "chat", "chat_mtp", "replay"),
+            *PREFERENCES,
+        ],
+        "dpo reward switch global global_bias muon chat replay",
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
@@ -221,6 +231,7 @@ def _measure(runtime: Runtime, variant: Variant, overlap: Overlap, steps: int) -
     engine = build_engine(runtime, variant, dataclasses.replace(OPTIM, **variant.optim), overlap)
     make = preference_batch if engine.objective else micro_batch
     how = {"begin_alike": variant.begin_alike, "as_packed": variant.packed, "make": make}
+    how["replayed"] = variant.config() if variant.replay else None
     batches = functools.partial(my_batches, runtime, **how)
     results, loads, first, metrics = [], [], None, []
     for step in range(steps):

@@ -62,5 +62,7 @@ VARIANTS = {
     "reward": Variant({"reward_head": True}, {"capacity_factor": None, "every": 2}, objective="reward"),
     "chat": Variant({"attention_sinks": True}, {"drop_policy": "probability", "bias_update_rate": 0.01}, **PACKED),
     "chat_mtp": Variant(MTP, {"load_balancing": "seq_aux_loss"}, **PACKED),
+    "replay": Variant(moe={"score_function": "sigmoid", "num_experts": 8, "drop_policy": "probability"}, replay=True),
+    "replay_mtp": Variant({"mtp_num_layers": 1}, {"every": 2}, replay=True),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }

@@ -48,6 +48,8 @@ class Variant:
     """Settings of the optimizer other than OPTIM's."""
     objective: str = "language_modeling"
     preference: dict[str, Any] = field(default_factory=dict)
+    replay: bool = False
+    """Router replay: the batches have a routing, which no router would choose."""
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
 
@@ -114,6 +116,13 @@ def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     }
 
 
+def routing(key: int, model: ModelConfig, sequences: int = MICRO_BATCH) -> Tensor:
+    """Random experts [B, S, L, K] of a micro-batch, different ones for a token."""
+    generator = torch.Generator().manual_seed(key)
+    layers, moe = len(model.sparse_layers), model.moe
+    return torch.rand(sequences, SEQUENCE, layers, moe.num_experts, generator=generator).argsort(-1)[..., : moe.top_k]
+
+
 def preference_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:
     """Two responses to each prompt of three random tokens, of different lengths."""
     batch, at = micro_batch(key, sequences), torch.arange(SEQUENCE)
@@ -145,13 +154,20 @@ def my_batches(
     *,
     begin_alike: bool = False,
     as_packed: bool = False,
+    replayed: ModelConfig | None = None,
     make: Callable[[int], Batch] = micro_batch,
 ) -> list[Batch]:
-    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches."""
+    """This data-parallel rank's share of a step's MICRO_BATCHES micro-batches.
+
+    Args:
+        replayed: a model whose routers replay a routing.
+    """
     mine = range(runtime.groups.dp.rank(), MICRO_BATCHES, runtime.groups.dp.size())
     batches = [make(100 * step + i) for i in mine]
     if begin_alike:
         batches = [b | {"tokens": b["tokens"].masked_fill(b["positions"] == 0, 7)} for b in batches]
+    if replayed:
+        batches = [b | {"routing": routing(100 * step + i, replayed)} for i, b in zip(mine, batches, strict=True)]
     return [packed(batch) for batch in batches] if as_packed else batches
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.eval_schema import TaskSettings
 from conf.schema import Config, ModelConfig, ParallelConfig
 
 
@@ -108,14 +109,27 @@ class EvaluateDataConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(InferenceConfig):
-    """python -m launch.evaluate: loss, perplexity and bits per byte of a checkpoint on held-out text."""
+class EvaluateConfig(InferenceConfig, TaskSettings):
+    """python -m launch.evaluate: loss, perplexity and bits per byte of a checkpoint on held-out text, or its results on
+    evaluation tasks of lm-eval."""
 
     checkpoint: str = "???"
     """Run directory (its newest intact checkpoint is used), or the directory of one step."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     batches: int | None = None
     """Number of global batches of the run's size. null: all of the text."""
+    output: str | None = None
+    """JSON file for the results of tasks, besides that in the run directory. null: none."""
+    log_samples: bool = False
+    """Write prompts, answers and log-likelihoods of every sample of tasks, too."""
+    record_routing: str | None = None
+    """File to write the routing of the held-out text to: the experts of every token in every sparse layer
+    (docs/router_replay.md). null: none."""
+    record_routing_weights: bool = False
+    """Write the gates, too. Needs record_routing."""
+    replay_routing: str | None = None
+    """File of recorded routing: every token goes to the experts recorded there, whatever the router prefers. null:
+    none."""
 
 
 @dataclass(kw_only=True)

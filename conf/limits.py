@@ -250,6 +250,12 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("checkpoint.every > 0", lambda c: c["checkpoint.every"] > 0, "checkpoint.asynchronous"),
     ("checkpoint.load", lambda c: c["checkpoint.load"] is not None, "checkpoint.load_except"),
     ("eval.every > 0", lambda c: c["eval.every"] > 0, "eval.batches"),
+    (
+        "eval_tasks.tasks",
+        lambda c: bool(c["eval_tasks.tasks"]),
+        "eval_tasks.every eval_tasks.num_fewshot eval_tasks.limit eval_tasks.apply_chat_template "
+        "eval_tasks.include_path eval_tasks.batch_size",
+    ),
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
     ("data=text, megatron, chat or preference", lambda c: takes_files(c["data.kind"]), "data.files"),
     ("data other than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),

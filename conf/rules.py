@@ -21,6 +21,7 @@ from conf.config_view import (
     format_value,
     multiples,
 )
+from conf.eval_rules import eval_task_rules
 from conf.extensions import REGISTRIES, missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
@@ -86,7 +87,7 @@ def violations(cfg: ConfigView) -> list[Violation]:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
     sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, batch_rules)
-    sections += (preference_rules, _schedule, _names, _load, _loggers, _data, _blend, _unused)
+    sections += (preference_rules, _schedule, _names, _load, _loggers, eval_task_rules, _data, _blend, _unused)
     return found + [violation for section in sections for violation in section(cfg)]
 
 

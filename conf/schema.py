@@ -8,6 +8,7 @@ Nothing heavy is imported here, so that a configuration can be read and checked 
 from dataclasses import dataclass, field
 
 # All names of the schema are importable from this module.
+from conf.eval_schema import EvalTasksConfig
 from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
 from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
 from conf.preference_schema import OBJECTIVES, PREFERENCE_LOSSES, PreferenceConfig  # noqa: F401
@@ -335,6 +336,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    eval_tasks: EvalTasksConfig = field(default_factory=EvalTasksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -1,8 +1,12 @@
-"""`python -m launch.evaluate checkpoint=DIR [data.files=[...]]`: held-out loss, perplexity and bits per byte."""
+"""`python -m launch.evaluate checkpoint=DIR [data.files=[...]]`: held-out loss, perplexity and bits per byte;
+`tasks=[...]`: results on evaluation tasks of lm-eval instead (docs/guides/evaluation.md)."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 from conf.commands import EvaluateConfig
+from conf.eval_rules import check_installed
+from conf.eval_schema import TaskSettings
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import DataConfig
 from corpus.documents import has_rows
@@ -16,12 +20,48 @@ from training.run_dir import TOKENIZER
 
 
 def main(config: EvaluateConfig) -> int:
-    """Prints loss, perplexity and bits per byte of the run's held-out text, or of the given files. Returns exit code 0.
+    """Prints loss, perplexity and bits per byte of the run's held-out text, or of the given files, or the results on
+    tasks. Returns exit code 0.
 
     Raises:
-        ValueError: no such checkpoint, unreadable text, or an invalid layout.
+        ValueError: no such checkpoint, unreadable text, an invalid layout, settings that do not fit together, or tasks
+            that are not there.
     """
-    return on_every_rank(evaluate_rank, config)
+    _check(config)
+    return on_every_rank(tasks_rank if config.tasks else evaluate_rank, config)
+
+
+def _check(config: EvaluateConfig) -> None:
+    """Raises ValueError for settings that would be ignored or are out of bounds."""
+    if config.tasks:
+        check_installed()
+    defaults = EvaluateConfig(checkpoint=config.checkpoint)
+    of_tasks = [field.name for field in fields(TaskSettings) if field.name != "tasks"] + ["output", "log_samples"]
+    of_text = ["batches", "record_routing", "record_routing_weights", "replay_routing", "data"]
+    needs = "tasks=[...]" if not config.tasks else "held-out text: tasks=[]"
+    for name in of_text if config.tasks else of_tasks:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"{name} needs {needs}, and would be ignored")
+    if config.record_routing_weights and not config.record_routing:
+        raise ValueError("record_routing_weights needs record_routing, and would be ignored")
+    for field in fields(TaskSettings):
+        bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
+        if bounds is not None and value is not None and not bounds.contain(value):
+            raise ValueError(f"{field.name} {bounds}, but it is {value}; nearest: {bounds.nearest(field.default)}")
+
+
+def tasks_rank(world: World, config: EvaluateConfig) -> int:
+    """`main` on one rank, with tasks; rank 0 prints."""
+    with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
+        from training.eval_tasks import EvalTasks, table, write_results
+
+        tasks = EvalTasks(config, loaded.built, loaded.run_dir, log_samples=config.log_samples)
+        console.note(f"{loaded.directory}: {', '.join(config.tasks)}")
+        if results := tasks.run():
+            print(table(results))
+            for path in write_results(results, loaded.run_dir, loaded.step, config.output):
+                console.note(f"results: {path}")
+    return 0
 
 
 def evaluate_rank(world: World, config: EvaluateConfig) -> int:
@@ -29,6 +69,7 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
     with load_model(config.checkpoint, config, world) as loaded, Console(rank=world.rank) as console:
         from corpus.open_data import held_out_samples
         from training.evaluate import evaluate
+        from training.router_replay import ReplayedWindows, RoutingRecording
 
         data = _data(config, loaded)
         if data.kind == "preference":
@@ -38,7 +79,13 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         run = loaded.built.config
         windows = held_out_samples(prepared, data, sequence_length=run.train.sequence_length)
         lengths = loaded.tokenizer.byte_lengths() if loaded.tokenizer else None
-        result = evaluate(loaded.built, windows, lengths, batches=config.batches)
+        recording = None
+        if config.record_routing:
+            recording = RoutingRecording(loaded.built, weights=config.record_routing_weights)
+        text = ReplayedWindows(windows, Path(config.replay_routing), loaded.built) if config.replay_routing else windows
+        result = evaluate(loaded.built, text, lengths, batches=config.batches, recording=recording)
+        if recording and config.record_routing:
+            recording.save(Path(config.record_routing), windows)
         console.note(f"{loaded.directory}: {result.tokens:,.10g} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)

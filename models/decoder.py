@@ -30,6 +30,7 @@ from moe.aux_loss import AttachLoss
 from moe.layer import MoELayer
 from moe.metrics import Report
 from moe.mlp import MLP
+from moe.router_replay import check_routing
 from moe.shared_experts import SharedExperts
 from ops.attention_pieces import Piece, attention_pieces
 from ops.cross_entropy import SoftCap
@@ -343,6 +344,10 @@ class ModelChunk(MegatronModule):
         if self.post_process:
             blocks |= {i: layer.block for i, layer in zip(self.model.mtp_layers, self.mtp.values(), strict=True)}
         return {i: block.ffn for i, block in blocks.items() if isinstance(block.ffn, MoELayer)}
+
+    def check_batch(self, batch: dict[str, Tensor]) -> None:
+        """Raises ValueError if the routing of a micro-batch in host memory is not one of this model."""
+        check_routing(batch["routing"], self.model, batch["tokens"].shape, batch.get("padding"))
 
     def end_step(self, *, applied: bool) -> None:
         """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and

@@ -4,6 +4,8 @@ Legend: S sequence (this rank's slice), B batch, D hidden, T = S * B tokens of t
 the micro-batch (all ranks that share it), K choices per token.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
@@ -52,6 +54,9 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         self.moe, self.tp, self.draws = model.moe, groups.tp, draws
+        layers, layer = model.sparse_layers, draws[1]
+        self.replay_index = layers.index(layer) if layer in layers else None
+        """Of this layer in a recorded routing; None: it is not part of one (multi-token prediction)."""
         self.recompute = "moe" in model.recompute
         # Without sequence parallelism all tensor-parallel ranks hold the same tokens: each sends its share of them.
         self.share_tokens = groups.tp.size() > 1 and not sequence_parallel
@@ -77,7 +82,9 @@ class MoELayer(nn.Module):
         return checkpointed(self._run, x_SBD, batch_ctx) if self.recompute else self._run(x_SBD, batch_ctx)
 
     def record(self, report: Report, batch_ctx: BatchContext) -> None:
-        """Adds up what a training pass counted."""
+        """Adds up what a training pass counted, and passes on what the router chose if that is recorded."""
+        if report.chosen is not None and batch_ctx.recorder is not None:
+            batch_ctx.recorder.record(batch_ctx.micro_batch, self.draws[1], *report.chosen)
         if batch_ctx.mode == TRAIN:
             self.statistics(report)
             if self.router.follows_load:
@@ -86,8 +93,13 @@ class MoELayer(nn.Module):
     def _run(self, x_SBD: Tensor, batch_ctx: BatchContext) -> tuple[Tensor, Report]:
         padding_T = self._padding(batch_ctx)
         rows = x_SBD.shape[1] if self.moe.load_balancing == "seq_aux_loss" else 1
-        routing = self.router(self._jittered(x_SBD.flatten(0, 1), batch_ctx), padding_T, batch_ctx.mode, rows)
+        tokens_TD, replayed_TK = self._jittered(x_SBD.flatten(0, 1), batch_ctx), self._replayed(batch_ctx)
+        routing = self.router(tokens_TD, padding_T, batch_ctx.mode, rows, replayed_TK)
         keep_TK, loss, report = self._balance(routing, padding_T, batch_ctx, x_SBD.shape[1])
+        if batch_ctx.recorder is not None and self.replay_index is not None:
+            chosen = (routing.experts_TK, routing.gates_TK.detach())
+            experts_SBK, gates_SBK = (x_TK.unflatten(0, x_SBD.shape[:2]) for x_TK in chosen)
+            report = replace(report, chosen=(experts_SBK, gates_SBK))
         out_SBD = self._experts(x_SBD, routing, keep_TK, batch_ctx)
         return AttachLoss.apply(out_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
@@ -109,10 +121,18 @@ class MoELayer(nn.Module):
         """bool [T]: True where there is no token; None: there is one everywhere."""
         if batch_ctx.padding_BS is None:
             return None
-        padding_SB = batch_ctx.padding_BS.t()
-        if self.sequence_parallel:
-            padding_SB = padding_SB.chunk(self.tp.size())[self.tp.rank()]
-        return padding_SB.flatten()
+        return self._tokens_of(batch_ctx.padding_BS)
+
+    def _replayed(self, batch_ctx: BatchContext) -> Tensor | None:
+        """int64 [T, K]: the experts that the router is to choose; None: it chooses itself."""
+        if batch_ctx.routing_BSLK is None or self.replay_index is None:
+            return None
+        return self._tokens_of(batch_ctx.routing_BSLK[:, :, self.replay_index]).long()
+
+    def _tokens_of(self, x_BS: Tensor) -> Tensor:
+        """[B, S, ...] of this rank's shard over cp, as it holds the tokens: [T, ...]."""
+        x_SB = x_BS.transpose(0, 1)
+        return (x_SB.chunk(self.tp.size())[self.tp.rank()] if self.sequence_parallel else x_SB).flatten(0, 1)
 
     def _jittered(self, x_TD: Tensor, batch_ctx: BatchContext) -> Tensor:
         """What the router sees: while training, every value times a factor of its own between 1 - jitter and

@@ -34,6 +34,8 @@ class Report:
     counted_E: Tensor
     """What the balancing loss counts for each expert: its assignments, or the best of the scores
     (Routing.counted_TK)."""
+    chosen: tuple[Tensor, Tensor] | None = None
+    """For router replay: experts and gates of this rank's tokens, [S, B, K] each; None: nothing records them."""
 
     @staticmethod
     @torch.no_grad()

@@ -81,16 +81,24 @@ class Router(nn.Module):
         """Whether it wants the loads of an optimizer step (end_step)."""
         return bool(self.moe.bias_update_rate) or self.last_load is not None
 
-    def forward(self, x_TD: Tensor, padding_T: Tensor | None = None, mode: str = TRAIN, sequences: int = 1) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        padding_T: Tensor | None = None,
+        mode: str = TRAIN,
+        sequences: int = 1,
+        replayed_TK: Tensor | None = None,
+    ) -> Routing:
         """Args:
         padding_T: True where there is no token.
         mode: of parallel.batch_context; only training balances the choice by a plan.
         sequences: B of the router_stats, where tokens come in the order of (position, sequence).
+        replayed_TK: the experts to choose, in this order; None: those that the router prefers.
         """
         logits_TE = self._logits(x_TD)
         if self.moe.force_balance and mode == TRAIN:
             logits_TE = ForceBalance.apply(logits_TE, self.moe.top_k)
-        return self.route(logits_TE, padding_T, mode, sequences)
+        return self.route(logits_TE, padding_T, mode, sequences, replayed_TK)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         # Autocast would bring the product back to bf16.
@@ -105,14 +113,25 @@ class Router(nn.Module):
         experts_TK = self._choose(logits_TE, scored.scores, padding_T, mode)
         return Choice(self._gates(logits_TE, scored, experts_TK), experts_TK)
 
-    def route(self, logits_TE: Tensor, padding_T: Tensor | None, mode: str, sequences: int) -> Routing:
+    def route(
+        self,
+        logits_TE: Tensor,
+        padding_T: Tensor | None,
+        mode: str,
+        sequences: int,
+        replayed_TK: Tensor | None = None,
+    ) -> Routing:
         """forward, of the logits."""
         counted_TK = self._counted(logits_TE.detach(), padding_T)
-        if self.ops.route is not None:
+        if self.ops.route is not None and replayed_TK is None:  # the kernel chooses itself
             routing = self.ops.route(logits_TE, self.bias, padding_T, self.rule, sequences)
             return replace(routing, counted_TK=counted_TK)
         scored = self.score(logits_TE)
-        experts_TK = save_for_recompute(self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode))
+        if replayed_TK is None:
+            experts_TK = self._choose(logits_TE.detach(), scored.scores.detach(), padding_T, mode)
+        else:
+            experts_TK = self._masked(replayed_TK, padding_T)
+        experts_TK = save_for_recompute(experts_TK)
         gates_TK = self._gates(logits_TE, scored, experts_TK)
         router_stats = RouterStats.of(logits_TE, scored.probs, experts_TK, padding_T, sequences)
         return Routing(gates_TK, experts_TK, router_stats, logits_TE, counted_TK)
@@ -173,6 +192,9 @@ class Router(nn.Module):
             ranked_TE = -plan_ranks(ranked_TE)
         # A stable sort, because topk breaks ties differently from device to device.
         experts_TK = ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.moe.top_k]
+        return self._masked(experts_TK, padding_T)
+
+    def _masked(self, experts_TK: Tensor, padding_T: Tensor | None) -> Tensor:
         return experts_TK if padding_T is None else experts_TK.masked_fill(padding_T[:, None], self.moe.num_experts)
 
     def _let_experts_choose(self, scores_TE: Tensor, padding_T: Tensor | None) -> Tensor:

@@ -1,14 +1,21 @@
 """The context of a micro-batch that the engine passes to every layer together with the tokens.
 
-Legend: B batch, S sequence.
+Legend: B batch, S sequence, L sparse layers, K choices per token.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 TRAIN, EVALUATE, GENERATE = "train", "evaluate", "generate"
+
+
+class RoutingRecorder(Protocol):
+    """Receives what the routers choose (moe.router_replay.RouterReplayRecorder)."""
+
+    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor) -> None:
+        """Called once per sparse layer and micro-batch, with this rank's shard of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class BatchContext:
     routing: dict[int, tuple[Tensor, Tensor]] | None = None
     """With a cache: takes the experts and gates [T, K] of this rank's tokens by sparse layer; None: they are not
     kept."""
+    routing_BSLK: Tensor | None = None
+    """Router replay: the experts that the routers of the L sparse layers choose, over this rank's shard of the
+    sequence; None: the routers choose."""
+    recorder: RoutingRecorder | None = None
+    """Router replay: what receives the choices; None: nothing does."""
 
 
 DEFAULT_CONTEXT = BatchContext()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig
 from parallel import block_adamw
-from parallel.batch_context import EVALUATE, TRAIN, BatchContext
+from parallel.batch_context import EVALUATE, TRAIN, BatchContext, RoutingRecorder
 from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
 from parallel.device_timer import DeviceTimer
@@ -27,12 +27,18 @@ from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_op
 from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
 from parallel.process_groups import Runtime
 
+_SHARDED = ("tokens", "labels", "padding", "routing")
+"""What of a micro-batch is sharded over cp."""
+
 
 class Chunk(Protocol):
     """A pipeline chunk of the model."""
 
     def end_step(self, *, applied: bool) -> None:
         """Called at the end of a step, after its update was applied or skipped."""
+
+    def check_batch(self, batch: "Batch") -> None:
+        """Called with a micro-batch in host memory that has `routing`. Raises ValueError if it is not of this model."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +160,13 @@ class Engine:
         self.compute_timer = DeviceTimer(runtime.device)
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""
 
-    def forward_backward(self, batches: list[Batch], *, step: int) -> Tensor:
+    def forward_backward(self, batches: list[Batch], *, step: int, recorder: RoutingRecorder | None = None) -> Tensor:
         """Computes the gradients of one global batch, reduced over all ranks.
 
         Args:
             batches: this data-parallel rank's micro-batches, assigned round-robin (corpus.stream.micro_batches).
             step: the optimizer step; seeds the layers' random numbers.
+            recorder: receives what the routers choose.
 
         Returns:
             The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask, or the objective's
@@ -174,7 +181,7 @@ class Engine:
         # buckets divide by dp * cp. The same factors must apply to losses that layers attach themselves.
         labels = self._mean_weight(batches)
         scale = self.runtime.layout.cp / len(batches)
-        batch_ctx = BatchContext(TRAIN, loss_scale=scale, loss_labels=labels, step=step)
+        batch_ctx = BatchContext(TRAIN, loss_scale=scale, loss_labels=labels, step=step, recorder=recorder)
 
         def loss(losses_BS: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             # Not over the micro-batch's own weights: every label of the global batch counts alike, wherever it is.
@@ -203,9 +210,13 @@ class Engine:
         mean = (total / (len(batches) * self.runtime.layout.dp)).float()
         return mean.where(mean > 0, 1.0)  # without any, the loss is 0
 
-    def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
+    def evaluate(self, batches: list[Batch], recorder: RoutingRecorder | None = None) -> tuple[float, float]:
         """(sum of the losses of the labels in nats, weighted by loss_mask, sum of these weights) over the micro-batches
-        of all ranks."""
+        of all ranks.
+
+        Args:
+            recorder: receives what the routers choose.
+        """
         for chunk in self.chunks:
             chunk.eval()
 
@@ -215,7 +226,7 @@ class Engine:
             return total.clone(), torch.stack([total, mask_BS.double().sum()])
 
         with torch.no_grad():
-            parts = self.run_forward(batches, loss, BatchContext(EVALUATE))
+            parts = self.run_forward(batches, loss, BatchContext(EVALUATE, recorder=recorder))
         nats, tokens = self._sum_last_stage(parts, 2).tolist()
         return nats, tokens
 
@@ -248,7 +259,7 @@ class Engine:
         def step(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             self.forward_passes += 1
             index, batch = next(batches)
-            sharded = {k: self._cp_shard(batch[k]) for k in ("tokens", "labels", "padding") if k in batch}
+            sharded = {k: self._cp_shard(batch[k]) for k in _SHARDED if k in batch}
             this = replace(
                 batch_ctx,
                 micro_batch=index * dp.size() + dp.rank(),
@@ -256,11 +267,15 @@ class Engine:
                 padding_BS=sharded.get("padding"),
                 labels_BS=batch.get("labels"),
                 loss_mask_BS=batch.get("loss_mask"),
+                routing_BSLK=sharded.get("routing"),
             )
             output = chunk(sharded["tokens"], batch["positions"], sharded.get("labels"), this)
             return output, lambda out: loss(out, batch)
 
         device = self.runtime.device
+        for batch in batches:
+            if "routing" in batch:
+                self.modules[0].check_batch(batch)
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         iterators: list[Iterator[tuple[int, Batch]]] = [enumerate(batches) for _ in self.chunks]

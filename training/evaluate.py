@@ -12,6 +12,7 @@ import torch.distributed as dist
 from corpus.stream import HeldOut, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
+from training.router_replay import ReplayedWindows, RoutingRecording
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,31 @@ class EvalResult:
 
 
 def evaluate(
-    built: BuiltModel, windows: HeldOut, byte_lengths: np.ndarray | None, *, batches: int | None
+    built: BuiltModel,
+    windows: HeldOut,
+    byte_lengths: np.ndarray | None,
+    *,
+    batches: int | None,
+    recording: RoutingRecording | None = None,
 ) -> EvalResult:
     """Every rank calls this together.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id [V]; None where the text is not known.
         batches: global batches from the start of the held-out text; None: all of it.
+        recording: collects what the routers choose.
+
+    Raises:
+        ValueError: windows have a recorded routing that is not theirs.
     """
     if built.engine.objective is not None:
         return _evaluate_objective(built, windows, batches)
     nats, tokens = 0.0, 0.0
     text_bytes = torch.zeros(1, dtype=torch.float64, device=built.runtime.device)
     for _, batch in global_batches(built, windows, batches):
-        batch_nats, batch_tokens = built.engine.evaluate(batch)
+        batch_nats, batch_tokens = built.engine.evaluate(batch, recording.recorder if recording else None)
+        if recording:
+            recording.add(batch)
         nats, tokens = nats + batch_nats, tokens + batch_tokens
         if byte_lengths is not None:
             text_bytes += sum(_bytes(b, byte_lengths) for b in batch)
@@ -80,7 +92,10 @@ def global_batches(built: BuiltModel, windows: HeldOut, batches: int | None) -> 
     most = max(1, train.global_batch_size // (micro * dp))
     per_batch = most * micro * dp
     needed = -(-len(windows) // per_batch)
-    for i in range(needed if batches is None else min(batches, needed)):
+    needed = needed if batches is None else min(batches, needed)
+    if isinstance(windows, ReplayedWindows):
+        windows.check(min(len(windows), needed * per_batch))
+    for i in range(needed):
         wanted = -(-(len(windows) - i * per_batch) // (micro * dp))
         if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp

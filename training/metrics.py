@@ -55,6 +55,8 @@ OPTIONAL_STEP_KEYS = (
 )
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
 OPTIONAL_EVALUATION_KEYS = tuple(f"val_{name}" for name in PREFERENCE_METRICS)
+TASKS = "eval_tasks/"
+"""Prefix of the keys of evaluation tasks, which have lines of their own."""
 
 # Peak FLOP/s in bf16 from the data sheets, which assume 2:4 sparsity; a dense product reaches half. The names are the
 # complete ones that CUDA reports, so that MIG slices and variants (GH200, H100 for other markets) are unknown rather
@@ -161,6 +163,12 @@ class RunLog:
         values = {f"eval/{key.removeprefix('val_')}": row[key] for key in keys[1:] if row.get(key) is not None}
         self._loggers.each(lambda logger: logger.scalars(row["step"], values))
         self._write(self._rows, kept)
+
+    def tasks(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the results of evaluation tasks: {"TASK/METRIC": value}. Standard errors go to metrics.jsonl only."""
+        shown = {f"{TASKS}{name}": value for name, value in values.items() if "_stderr" not in name}
+        self._loggers.each(lambda logger: logger.scalars(step, shown))
+        self._write(self._rows, {"step": step, **{f"{TASKS}{name}": value for name, value in values.items()}})
 
     def close(self) -> None:
         """Draws the last step's load, if it is not drawn yet, and closes the files."""

@@ -1,6 +1,7 @@
 """Detects ranks that slow down the others. Legend: R ranks."""
 
 import os
+import resource
 from dataclasses import dataclass, field
 
 import torch
@@ -76,3 +77,10 @@ def figures(every_R3: Tensor) -> dict[str, float | int]:
         "data_seconds": data_R.max().item(),
         "memory_bytes": int(memory_R.max()),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

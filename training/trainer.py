@@ -1,7 +1,6 @@
 """The training loop."""
 
 import dataclasses
-import resource
 import time
 from typing import Any
 
@@ -38,7 +37,8 @@ from training.run_dir import RunDir
 from training.run_files import METRICS, json_lines
 from training.signals import FAIL, GO_ON, LEAVE, StopRequest
 from training.storage import StorageFailure
-from training.stragglers import Stragglers
+from training.stragglers import Stragglers, peak_memory
+from training.training_tasks import TrainingTasks
 
 
 @dataclasses.dataclass
@@ -72,6 +72,7 @@ class Trainer:
         self.progress = Progress(world_size=built.runtime.world.size)
         self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
+        self.tasks = TrainingTasks(built, run_dir, console, self.storage)
         self.layers = self.config.model.routed_layers
         self.stragglers = Stragglers(built.runtime.device)
         self.clock = StepTimer(built.runtime.device)
@@ -161,6 +162,9 @@ class Trainer:
                 evaluation = self._evaluate(config.eval.batches)
                 self.console.evaluation(evaluation.row(step))
                 self._log_evaluation(log, evaluation)
+                interrupted = self._agree(stop) or interrupted
+            if self.tasks.due(step) and step < last:
+                self.tasks.run(step, log)
                 interrupted = self._agree(stop) or interrupted
             self._finalize_save(wait=False)
         self.save()
@@ -278,7 +282,7 @@ class Trainer:
             built.runtime.device,
         )
         mtp_losses = collect_losses(built.engine.modules, self.config.model.mtp_num_layers, built.runtime.device)
-        of_ranks = self.stragglers.compare(_peak_memory(built.runtime.device))
+        of_ranks = self.stragglers.compare(peak_memory(built.runtime.device))
         if not log:
             return
         rate = train.global_batch_size * train.sequence_length / seconds
@@ -354,6 +358,7 @@ class Trainer:
         """Evaluates and prints the summary of the run: held-out loss, expert load, a sample, paths."""
         held_out = self._evaluate(self.config.eval.final_batches)
         self._log_evaluation(log, held_out)
+        self.tasks.run(self.progress.step, log)
         sample = self._sample()
         writes = [] if self.config.model.reward_head else [[".venv/bin/python", "-m", "launch.generate"]]
         path = self.run_dir.path
@@ -390,10 +395,3 @@ class Trainer:
             eod_id=self.tokenizer.eod_id,
         )
         return settings.sample_prompt, self.tokenizer.decode(list(tokens))
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the GPU's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
