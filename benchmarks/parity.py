@@ -60,6 +60,8 @@ YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8,
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
 MUON = {"name": "muon"}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 
 VARIANTS = {
@@ -93,6 +95,9 @@ VARIANTS = {
     "mtp": Variant({"mtp_num_layers": 1}, {"score_function": "sigmoid", "drop_policy": "probability"}),
     "mtp_documents": Variant(MTP | {"tie_embeddings": True}, {"bias_update_rate": 0.01}, document_mask=True),
     "mtp_latent": Variant(MLA | MTP, {"capacity_factor": None, "load_balancing": "seq_aux_loss"}),
+    "lora": Variant({"attention_bias": True, "qk_norm": "head"}, LORA_EXPERTS, lora=LORA),
+    "lora_mla": Variant(MLA | {"q_lora_rank": 20}, DEEPSEEK | {"num_shared_experts": 1}, lora=LORA),
+    "lora_dense": Variant({"tie_embeddings": True, "recompute": ["activation"]}, {"num_experts": 0}, lora=LORA),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
 
@@ -120,9 +125,9 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "lora", "lora_mla"),
         ],
-        "drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "lora lora_mla drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",

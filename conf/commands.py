@@ -213,6 +213,10 @@ class ExportConfig(InferenceConfig):
     """Type of the weights: fp32, bf16, or stored: imported weights keep their type, trained ones are fp32."""
     shard_gib: float = 5.0
     """Maximum size of a weight file, in GiB."""
+    merge: bool = False
+    """Of a run with adapters: add them to the weights, in fp32, and write the whole model."""
+    adapter: bool = False
+    """Of a run with adapters: write them alone, as adapter_config.json and adapter_model.safetensors of peft."""
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,5 @@
 """The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
-conf/moe_schema.py and conf/rope_schema.py.
+conf/moe_schema.py and conf/rope_schema.py, those of adapters in conf/lora_schema.py.
 
 Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
@@ -8,6 +8,7 @@ Nothing heavy is imported here, so that a configuration can be read and checked 
 from dataclasses import dataclass, field
 
 # All names of the schema are importable from this module.
+from conf.lora_schema import LoraConfig
 from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
 from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
 from conf.rope_schema import RopeScalingConfig  # noqa: F401
@@ -318,6 +319,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -16,14 +16,12 @@ from models.hf.family import Family
 from models.hf.quantization import block_of
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, SINGLE_PROCESS, atomic_directory, keep_settings, model_name
+from training.hf_runs import BESIDE, SINGLE_PROCESS, STEP, atomic_directory, keep_settings, model_name
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
 
 if TYPE_CHECKING:  # imports PyTorch; settings are validated before that
     from models.hf.files import Source
-
-STEP = "checkpoints/step_00000000"
 
 
 def import_model(config: ImportConfig) -> int:

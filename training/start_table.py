@@ -61,7 +61,7 @@ def start_table(facts: Facts) -> list[tuple[str, str, str]]:
     rows += [model]
     if config.model.moe.force_balance:
         rows += [("routing", "FORCED BALANCE", "model.moe.force_balance: for benchmarks; the model learns no routing")]
-    if facts.frozen.names:
+    if facts.frozen.total:
         rows += [("trained", *facts.frozen.describe())]
     if config.cluster.memory_gb:
         memory = memory_of_rank(config, facts.runtime, bf16=facts.precision != "fp32")
