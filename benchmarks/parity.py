@@ -125,41 +125,22 @@ MATRIX = [
         {"tp": 2},
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
-            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "lora", "lora_mla"),
+            *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense"),
+            *("lora", "lora_mla", "lora_dense"),
         ],
-        "lora lora_mla drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "lora lora_dense drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
         2,
         SEQUENCE_PARALLEL,
         [
-            "switch",
-            "dropless",
-            "deepseek",
-            "expert_choice",
-            "sinkhorn",
-            "global",
-            "global_bias",
-            "ties",
-            "ties_choice",
-            "per_sequence",
-            "qwen3",
-            "qwen2",
-            "olmoe",
-            "mla",
-            "mla_documents",
-            "gpt_oss",
-            "chunks",
-            "muon_mla",
-            "mtp_documents",
-            "mtp_latent",
-            "llama4",
-            "phimoe",
-            "gated",
+            *("switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global", "global_bias", "ties"),
+            *("ties_choice", "per_sequence", "qwen3", "qwen2", "olmoe", "mla", "mla_documents", "gpt_oss", "chunks"),
+            *("muon_mla", "mtp_documents", "mtp_latent", "llama4", "phimoe", "gated", "lora", "lora_mla", "lora_dense"),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated",
+        "mtp_latent gated lora_mla",
     ),
     Layouts(
         "pp2",
@@ -167,9 +148,9 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated"),
+            *("llama4", "phimoe", "gated", "lora", "lora_mla", "lora_dense"),
         ],
-        "dropless qwen3 olmoe muon mtp mtp_documents",
+        "dropless qwen3 olmoe muon mtp mtp_documents lora",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
@@ -182,9 +163,9 @@ MATRIX = [
         {"cp": 2},
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
-            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated"),
+            *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "lora", "lora_mla"),
         ],
-        "drops sinkhorn rope mla_documents chunks mtp_documents llama4",
+        "lora drops sinkhorn rope mla_documents chunks mtp_documents llama4",
     ),
     Layouts(
         "cp4",
@@ -197,7 +178,11 @@ MATRIX = [
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
-        "ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4"], "dropless muon"
+        "ep2 etp2",
+        4,
+        {"ep": 2, "etp": 2},
+        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla"],
+        "dropless muon lora",
     ),
     Layouts(
         "dp2",
@@ -206,7 +191,7 @@ MATRIX = [
         ["switch", "drops", "global", "global_bias", "muon", "mtp_documents"],
         "switch global global_bias muon",
     ),
-    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
+    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek", "lora"], "dropless lora"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
@@ -231,13 +216,22 @@ MATRIX = [
         "tp2 pp2 ep2", 4, {"tp": 2, "pp": 2, "ep": 2}, ["dropless", "switch", "gpt_oss", "llama4", "phimoe"], "dropless"
     ),
     Layouts(
-        "tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {**EIGHT, "sequence_parallel": True}, ["switch", "drops", "mtp"], "switch"
+        "tp2 pp2 vpp2 ep2 dp2 +sequence",
+        8,
+        {**EIGHT, "sequence_parallel": True},
+        ["switch", "drops", "mtp", "lora", "lora_mla"],
+        "switch lora",
     ),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
-    Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
+    Layouts(
+        "cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice", "lora_mla"], "drops expert_choice"
+    ),
     Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
     Layouts(
-        "cp2 tp2 pp2 +sequence", 8, {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL}, ["expert_choice", "global", "global_bias"]
+        "cp2 tp2 pp2 +sequence",
+        8,
+        {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL},
+        ["expert_choice", "global", "global_bias", "lora"],
     ),
 ]
 

@@ -49,7 +49,7 @@ class Variant:
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """Settings of low-rank adapters. Their B begins as random as A, so that both have a gradient at once."""
+    """Settings of low-rank adapters."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -80,7 +80,9 @@ def build_engine(
     optim: OptimConfig | None = OPTIM,
     overlap: Overlap = NO_OVERLAP,
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    b_std: float = 0.1,
 ) -> Engine:
+    """b_std: standard deviation of the adapters' B, which begins as 0 in a run."""
     from models.decoder import ModelBuildContext, ModelChunk
     from models.init import initialise
     from models.megatron_config import transformer_config
@@ -101,7 +103,7 @@ def build_engine(
         if lora.rank is not None:
             for name, parameter in made.named_parameters():
                 if name.endswith(".b") and is_adapter(name):
-                    parameter.sharding = dataclasses.replace(parameter.sharding, std=0.1)
+                    parameter.sharding = dataclasses.replace(parameter.sharding, std=b_std)
             initialise(made, variant.seed)
         return made
 

@@ -23,6 +23,12 @@ def lora_rules(cfg: ConfigView) -> Iterator[Violation]:
             "optim.name is muon",
             {"optim.name": ["adamw"], "lora.rank": [None]},
         )
+    if cfg["model.moe.bias_update_rate"]:
+        yield Violation(
+            "lora.rank needs model.moe.bias_update_rate=0: a balancing bias that changes is no part of the adapters",
+            f"it is {cfg['model.moe.bias_update_rate']:g}",
+            {"model.moe.bias_update_rate": [0.0], "lora.rank": [None]},
+        )
     if cfg["parallel.etp"] > 1 and cfg["model.moe.num_experts"]:
         # The factors that every expert-tensor-parallel rank needs whole are stored sharded over the hidden size.
         yield from divisible(cfg, "model.hidden_size", "parallel.etp")

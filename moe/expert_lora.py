@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf.lora_layers import AdaptedLayer
 from moe.counter_rng import key
 from moe.expert_dropout import Dropout
-from ops.adapted_experts import Factors, Product, adapted_experts
+from ops.adapted_experts import Adapted, Factors
 from parallel import batch_context
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
@@ -72,7 +72,7 @@ class ExpertAdapters(nn.ModuleDict):
         self.scale, self.dropout, self.seed, self.etp = scale, dropout, seed, groups.etp
         self.into = ("gate", "up") if gated else ("up",)
 
-    def started(self, product: Product, names_R: Tensor | None) -> "StartedAdapters":
+    def started(self, adapted: Adapted, names_R: Tensor | None) -> "StartedAdapters":
         """Those of one forward pass."""
         batch_ctx = batch_context.current()
         dropouts: dict[str, Dropout] = {}
@@ -81,7 +81,7 @@ class ExpertAdapters(nn.ModuleDict):
                 named = key(self.seed, "adapter dropout", batch_ctx.step, factors.layer.name)
                 dropouts[part] = Dropout(self.dropout, named, names_R, factors.layer.inner)
         tensors = {part: factors() for part, factors in self.items()}
-        return StartedAdapters(self, product, dropouts, tensors)
+        return StartedAdapters(self, adapted, dropouts, tensors)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StartedAdapters:
     """The adapters in a forward pass."""
 
     adapters: ExpertAdapters
-    product: Product
+    adapted: Adapted
     dropouts: dict[str, Dropout]
     tensors: dict[str, tuple[Tensor, Tensor]]
     """A and B."""
@@ -111,14 +111,13 @@ class StartedAdapters:
         rows: slice,
         *factors: Tensor,
     ) -> Tensor:
-        """ops.adapted_experts.adapted_experts of some rows."""
+        """ops.adapted_experts.Adapted of some rows."""
         found = {}
         for index, part in enumerate(self.tensors):
             a_LKr, b_LrN = factors[2 * index : 2 * index + 2]
             found[part] = Factors(a_LKr, b_LrN, self.adapters.scale, self._keep(part, rows, x_RD.dtype))
         into = [found.get(part) for part in self.adapters.into]
-        how = (activation, b_in, keep_RF, into, found.get("down"))
-        return adapted_experts(self.product, x_RD, counts, w_in, w_out, *how)
+        return self.adapted(x_RD, counts, w_in, w_out, activation, b_in, keep_RF, into, found.get("down"))
 
     def _keep(self, part: str, rows: slice, dtype: torch.dtype) -> Tensor | None:
         if part not in self.dropouts:

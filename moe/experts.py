@@ -76,7 +76,7 @@ class Experts(nn.Module):
         in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
         in_place = self.backend.permutes and not in_pieces and not permuted.padded and self.lora is None
         indices = (permuted.indices,) if in_place else ()
-        lora = self.lora and self.lora.started(self.backend.product, names_R)
+        lora = self.lora and self.lora.started(self.backend.adapted, names_R)
         function = lora.run if lora else self.backend.run
 
         def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *more: Tensor) -> Tensor:

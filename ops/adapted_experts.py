@@ -6,7 +6,7 @@ else 1, K inner and N outer dimension of a product, r rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -65,33 +65,75 @@ def frozen_product(gemm: GemmBackend) -> Product:
     return partial(_FrozenProduct.apply, gemm)
 
 
-def adapted_experts(
-    product: Product,
-    x_RD: Tensor,
-    counts: Sequence[int],
-    w_in_LDGF: Tensor,
-    w_out_LFD: Tensor,
-    activation: str,
-    b_in_LGF: Tensor | None,
-    keep_RF: Tensor | None,
-    into: Sequence[Factors | None],
-    out: Factors | None,
-) -> Tensor:
-    """y [R, D].
+@dataclass(frozen=True)
+class Adapted:
+    """Experts with adapters. What they add aside, each kind computes the same bits as without them."""
 
-    Args:
-        product: for the weights.
-        b_in_LGF, keep_RF: as in ops.experts.loop_experts.
-        into: of each input projection; None: it has no adapter.
-        out: of the output projection.
-    """
-    product = product if x_RD.shape[0] else loop_product  # a grouped product needs a row
-    h_RGF = product(x_RD, w_in_LDGF, counts).unflatten(-1, w_in_LDGF.shape[2:])
-    if b_in_LGF is not None:
-        h_RGF = h_RGF + torch.cat([b_GF.expand(n, -1, -1) for b_GF, n in zip(b_in_LGF, counts, strict=True)])
-    parts = h_RGF.unbind(-2)
-    parts = [h if f is None else h + f.update(x_RD, counts) for h, f in zip(parts, into, strict=True)]
-    act_RF = activate(parts, activation)
-    act_RF = act_RF if keep_RF is None else act_RF * keep_RF
-    y_RD = product(act_RF, w_out_LFD, counts)
-    return y_RD if out is None else y_RD + out.update(act_RF, counts)
+    product: Product = loop_product
+    """Of the weights. loop_product: everything is computed for one expert after the other."""
+    activates_in_fp32: bool = False
+    """Whether the activation is computed in fp32 and rounded once, as GEMM backends do."""
+
+    def __call__(
+        self,
+        x_RD: Tensor,
+        counts: Sequence[int],
+        w_in_LDGF: Tensor,
+        w_out_LFD: Tensor,
+        activation: str,
+        b_in_LGF: Tensor | None,
+        keep_RF: Tensor | None,
+        into: Sequence[Factors | None],
+        out: Factors | None,
+    ) -> Tensor:
+        """y [R, D].
+
+        Args:
+            b_in_LGF, keep_RF: as in ops.experts.loop_experts.
+            into: of each input projection; None: it has no adapter.
+            out: of the output projection.
+        """
+        if self.product is not loop_product and x_RD.shape[0]:  # a grouped product needs a row
+            return self._rows(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF, into, out)
+        counts = list(counts)
+        biases = [None] * len(counts) if b_in_LGF is None else b_in_LGF.split(1)
+        keeps = [None] * len(counts) if keep_RF is None else keep_RF.split(counts)
+        of_experts = zip(*(_by_expert(factors, counts) for factors in (*into, out)), strict=True)
+        weights = zip(w_in_LDGF.split(1), w_out_LFD.split(1), strict=True)
+        parts = zip(x_RD.split(counts), counts, weights, biases, keeps, of_experts, strict=True)
+        one = replace(self, product=loop_product)
+        return torch.cat(
+            [one._rows(x, [n], *w, activation, b, keep, found[:-1], found[-1]) for x, n, w, b, keep, found in parts]
+        )
+
+    def _rows(
+        self,
+        x_RD: Tensor,
+        counts: Sequence[int],
+        w_in_LDGF: Tensor,
+        w_out_LFD: Tensor,
+        activation: str,
+        b_in_LGF: Tensor | None,
+        keep_RF: Tensor | None,
+        into: Sequence[Factors | None],
+        out: Factors | None,
+    ) -> Tensor:
+        h_RGF = self.product(x_RD, w_in_LDGF, counts).unflatten(-1, w_in_LDGF.shape[2:])
+        if b_in_LGF is not None:
+            h_RGF = h_RGF + torch.cat([b_GF.expand(n, -1, -1) for b_GF, n in zip(b_in_LGF, counts, strict=True)])
+        updates = [h_RGF.new_zeros(()) if f is None else f.update(x_RD, counts) for f in into]
+        if any(into):
+            h_RGF = h_RGF + torch.stack([update.expand(h_RGF[:, 0].shape) for update in updates], 1)
+        act_RF = activate((h_RGF.float() if self.activates_in_fp32 else h_RGF).unbind(1), activation)
+        act_RF = (act_RF if keep_RF is None else act_RF * keep_RF).to(h_RGF.dtype)
+        y_RD = self.product(act_RF, w_out_LFD, counts)
+        return y_RD if out is None else y_RD + out.update(act_RF, counts)
+
+
+def _by_expert(factors: Factors | None, counts: list[int]) -> Sequence[Factors | None]:
+    """Of each expert. split, not indexing: see ops.experts.loop_experts."""
+    if factors is None:
+        return [None] * len(counts)
+    keeps = [None] * len(counts) if factors.keep_RK is None else factors.keep_RK.split(counts)
+    parts = zip(factors.a_LKr.split(1), factors.b_LrN.split(1), keeps, strict=True)
+    return [Factors(a, b, factors.scale, keep) for a, b, keep in parts]

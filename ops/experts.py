@@ -16,7 +16,7 @@ from torch import Tensor
 from conf.extensions import input_projections
 from ops import autotune
 from ops.activations import IN_KERNELS, activate
-from ops.adapted_experts import Product, frozen_product, loop_product
+from ops.adapted_experts import Adapted, Product, frozen_product
 from ops.cpp.build import native, slower_than_onednn
 from ops.fused_experts import FusedExperts
 from ops.gemm_backend import GemmBackend
@@ -25,6 +25,8 @@ from ops.grouped_mlp import experts_with
 from ops.operation import Implementation, Operation, Unavailable
 from ops.permute import PermuteIndices
 from ops.run_context import RunContext
+
+ONE_AFTER_THE_OTHER = Adapted()
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class ExpertBackend:
     """Takes, after these arguments, the PermuteIndices of the rows, and then tokens instead of rows."""
     recomputes_activation: bool = False
     """Computes the activation again in the backward pass anyway."""
-    product: Product = loop_product
-    """With adapters, which add to each product, the weights' own products."""
+    adapted: Adapted = ONE_AFTER_THE_OTHER
+    """What runs instead where the experts have adapters, which add to each product."""
 
     @classmethod
     def on(cls, gemm: GemmBackend) -> "ExpertBackend":
-        return cls(experts_with(gemm), permutes=True, recomputes_activation=True, product=frozen_product(gemm))
+        return cls(
+            experts_with(gemm), permutes=True, recomputes_activation=True, adapted=Adapted(frozen_product(gemm), True)
+        )
 
 
 def loop_experts(
@@ -142,7 +146,7 @@ def _te(context: RunContext) -> ExpertBackend:
         raise kind(f"needs the package transformer-engine, which does not import ({error})") from error
     from ops.te_grouped_gemm import te_grouped_product
 
-    return ExpertBackend(partial(experts_by, te_grouped_product), product=te_grouped_product)
+    return ExpertBackend(partial(experts_by, te_grouped_product), adapted=Adapted(te_grouped_product))
 
 
 def _misaligned(context: RunContext) -> str | None:
@@ -279,7 +283,7 @@ EXPERTS = Operation(
     implementations=[
         Implementation(
             "grouped_mm",
-            lambda context: ExpertBackend(grouped_experts, product=torch_grouped_product),
+            lambda context: ExpertBackend(grouped_experts, adapted=Adapted(torch_grouped_product)),
             "one launch for all experts",
             unsupported_reason=_misaligned,
             is_default=_on_gpu_in_bf16,
