@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # it imports PyTorch's distributed package; settings are vali
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""In a sparse model peft takes modules of these names for experts, also where they are dense layers or shared experts
+(peft.utils.transformers_weight_conversion). As parameters they are left alone."""
 _FUSED_BLOCK = "mlp"
 """What Transformers calls the sparse block, whatever the stored tensors call it."""
 
@@ -106,6 +109,8 @@ def write_adapter(directory: Path, checkpoint: Path, family: Family, run: Config
     for module, parts in experts.items():
         tensors |= _experts(weights, module, parts, ranks)
     alpha = scale_of(lora) * lora.rank
+    by_weight = [name for name in modules if run.model.moe.num_experts and name.endswith(_NAMES_OF_EXPERTS)]
+    parameters = [*(f"{name}.weight" for name in by_weight), *ranks]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -113,15 +118,15 @@ def write_adapter(directory: Path, checkpoint: Path, family: Family, run: Config
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0 if experts else lora.dropout,  # peft has none for experts, and refuses the file with it
+        "lora_dropout": 0.0 if parameters else lora.dropout,  # peft has none for parameters, and refuses it
         "use_rslora": False,
         "bias": "none",
-        "target_modules": list(modules),
+        "target_modules": [name for name in modules if name not in by_weight],
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
         "alpha_pattern": {n: alpha * r / lora.rank for n, r in ranks.items() if r != lora.rank},
     }
-    if experts:
-        config["target_parameters"] = list(ranks)
+    if parameters:
+        config["target_parameters"] = parameters
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
