@@ -172,6 +172,9 @@ class ImportConfig(InferenceConfig):
     """End-of-document token. null: the end-of-sequence token of the source."""
     sequence_length: int = 2048
     """Sequence length in tokens for evaluation and generation, limited to the maximum position of the source."""
+    adapter: str | None = None
+    """Directory of an adapter of peft (LoRA): output is then a run of adapters, and source the run directory of their
+    base, or of one of its steps. null: source is a model."""
 
 
 @dataclass(kw_only=True)

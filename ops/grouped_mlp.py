@@ -38,9 +38,11 @@ def kept_weight(gemm: GemmBackend, w_LKN: Tensor, owner: nn.Parameter) -> Weight
 
 
 def forget_weights(module: nn.Module) -> None:
-    """Called when the optimizer is about to change the weights, which it does behind autograd's back."""
+    """Called when the optimizer is about to change the weights, which it does behind autograd's back. Frozen ones stay
+    as they are."""
     for parameter in module.parameters():
-        parameter.__dict__.pop("kept_weight", None)
+        if parameter.requires_grad:
+            parameter.__dict__.pop("kept_weight", None)
 
 
 def expert_weight(gemm: GemmBackend, w: Tensor) -> Weight:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports PyTorch's distributed package; settings are vali
     from models.hf.convert import CheckpointWeights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """In a sparse model peft takes modules of these names for experts, also where they are dense layers or shared experts
 (peft.utils.transformers_weight_conversion). As parameters they are left alone."""
@@ -132,7 +132,7 @@ def write_adapter(directory: Path, checkpoint: Path, family: Family, run: Config
 
 
 def _named(module: str, a_rK: "Tensor", b_Nr: "Tensor") -> dict[str, "Tensor"]:
-    prefix = f"{_PREFIX}{module}."
+    prefix = f"{PREFIX}{module}."
     return {f"{prefix}lora_A.weight": a_rK.contiguous(), f"{prefix}lora_B.weight": b_Nr.contiguous()}
 
 

@@ -1,7 +1,6 @@
 """Exports a checkpoint as a Hugging Face model."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -47,7 +46,7 @@ def export_model(config: ExportConfig) -> int:
     if not config.shard_gib > 0:
         raise ValueError(f"shard_gib={config.shard_gib} must be > 0")
     if config.verify:
-        hf_verify.check_available(config.precision)
+        hf_verify.check_available(config.precision, adapter=config.adapter)
     from parallel.checkpoint_manifest import resolve
 
     directory = resolve(config.checkpoint)
@@ -58,7 +57,6 @@ def export_model(config: ExportConfig) -> int:
     origin = origin_of(run_dir.absolute())
     base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
     family = family_for(run.model, config.family or base.get("model_type"))
-    base = base if base.get("model_type") in (family.name, *family.aliases) else {}
     output = Path(config.output).expanduser()
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:
@@ -68,10 +66,9 @@ def export_model(config: ExportConfig) -> int:
                 write_adapter(aside, directory, family, run)
             if config.verify or not config.adapter:
                 whole.mkdir(exist_ok=True)
-                weights = _weights_to_write(config, directory, run)
-                dtype = _write_weights(config, weights, whole, family, run, ranks)
-                theirs = config_of(family, run.model, base) | {"dtype": dtype}
-                _write_files(whole, run_dir, origin, tokenizer, theirs, run)
+                dtype = write_model(
+                    config, _weights_to_write(config, directory, run), whole, family, run, run_dir, ranks
+                )
             if config.verify:
                 _verify(config, directory, run, aside, tokenizer)
             else:
@@ -84,6 +81,26 @@ def export_model(config: ExportConfig) -> int:
         return 1
     print(f"exported {directory} as {family.name}, {dtype} -> {output}")
     return 0
+
+
+def write_model(
+    config: ExportConfig,
+    weights: "CheckpointWeights",
+    directory: Path,
+    family: Family,
+    run: Config,
+    run_dir: Path,
+    threads: int,
+) -> str:
+    """Writes weights, configuration and tokenizer of a run. Returns the widest of the weights' dtypes."""
+    origin = origin_of(run_dir.absolute())
+    base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
+    base = base if base.get("model_type") in (family.name, *family.aliases) else {}
+    tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
+    dtype = _write_weights(config, weights, directory, family, run, threads)
+    theirs = config_of(family, run.model, base) | {"dtype": dtype}
+    _write_files(directory, run_dir, origin, tokenizer, theirs, run)
+    return dtype
 
 
 def _check_adapters(config: ExportConfig, run: Config) -> None:
@@ -104,11 +121,6 @@ def _check_adapters(config: ExportConfig, run: Config) -> None:
     if config.adapter and config.dtype != "stored":
         raise ValueError(
             f"dtype={config.dtype}: adapters are written as they are stored, in fp32; nearest: dtype=stored"
-        )
-    if config.adapter and config.verify and importlib.util.find_spec("peft") is None:
-        raise ValueError(
-            "adapter=true verify=true loads the adapters with peft, which is not installed: `bash launch/setup.sh` "
-            "installs it (the extra dev of pyproject.toml), or verify=false"
         )
 
 

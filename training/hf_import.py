@@ -36,7 +36,11 @@ def import_model(config: ImportConfig) -> int:
     if world.size > 1:
         raise ValueError(SINGLE_PROCESS)
     if config.verify:
-        hf_verify.check_available(config.precision)
+        hf_verify.check_available(config.precision, adapter=config.adapter is not None)
+    if config.adapter is not None:
+        from training.hf_adapter_import import import_adapter
+
+        return import_adapter(config, ranks)
     if not (source / THEIR_CONFIG).is_file():
         raise ValueError(f"source={config.source} is no directory with a {THEIR_CONFIG}, as `hf download` makes it")
     theirs = read_json(source / THEIR_CONFIG)

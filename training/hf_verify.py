@@ -53,8 +53,17 @@ class Comparison:
     """Whether ours is compared with its weights rounded to bf16, as the other's are."""
 
 
-def check_available(precision: str) -> None:
-    """Raises ValueError if the models cannot be compared here."""
+def check_available(precision: str, *, adapter: bool = False) -> None:
+    """Raises ValueError if the models cannot be compared here.
+
+    Args:
+        adapter: whether peft is needed, too.
+    """
+    if adapter and importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            "verify=true loads the adapters with peft, which is not installed: `bash launch/setup.sh` installs it (the "
+            "extra dev of pyproject.toml), or verify=false converts without verification"
+        )
     if precision not in BOUNDS:
         raise ValueError(f"precision={precision}: both models are compared in {' or '.join(BOUNDS)}; nearest: fp32")
     if importlib.util.find_spec("transformers") is None:
