@@ -23,6 +23,13 @@ def lora_rules(cfg: ConfigView) -> Iterator[Violation]:
             "optim.name is muon",
             {"optim.name": ["adamw"], "lora.rank": [None]},
         )
+    kept = [name for name in cfg["checkpoint.load_except"] if not name.startswith("model.")]
+    if kept != cfg["checkpoint.load_except"]:
+        yield Violation(
+            "lora.rank needs the model of checkpoint.load as it is: no setting of the model in checkpoint.load_except",
+            f"it is {format_value(cfg['checkpoint.load_except'])}, and frozen weights that are new would stay random",
+            {"checkpoint.load_except": [kept], "lora.rank": [None]},
+        )
     if cfg["model.moe.bias_update_rate"]:
         yield Violation(
             "lora.rank needs model.moe.bias_update_rate=0: a balancing bias that changes is no part of the adapters",

@@ -12,7 +12,7 @@ from benchmarks.parity import DEEPSEEK, LORA_EXPERTS, MLA
 from benchmarks.tiny import OPTIM, SEQUENCE, VOCABULARY, Variant, build_engine, gradients, my_batches, started
 from conf import rules
 from conf.lora_layers import adaptable_layers, adapted_layers, is_adapter
-from conf.schema import Config, LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
+from conf.schema import CheckpointConfig, Config, LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
 from models.logits import next_token_logits
 from ops.adapted_experts import Adapted, Factors, Product, frozen_product, loop_product
 from ops.experts import loop_experts, torch_grouped_product
@@ -110,6 +110,10 @@ def _config(**lora: Any) -> Config:
         (lambda c: replace(c, lora=LoraConfig(0)), "lora.rank >= 1"),
         (lambda c: replace(c, lora=LoraConfig(alpha=2.0)), "lora.alpha needs lora.rank"),
         (lambda c: replace(c, optim=OptimConfig(frozen=["embedding.weight"])), "optim.frozen must be empty"),
+        (
+            lambda c: replace(c, checkpoint=CheckpointConfig(load="runs/x", load_except=["model.num_layers"])),
+            "frozen weights that are new would stay random; nearest: checkpoint.load_except=[]",
+        ),
         (lambda c: replace(c, optim=OptimConfig(name="muon")), "Muon would orthogonalize the factors"),
         (
             lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, bias_update_rate=0.1))),
