@@ -1,5 +1,5 @@
-"""`python -m benchmarks.generate [--json]`: tokens per second of greedy text generation, ours and Transformers', with the
-same weights in fp32 on the same processor.
+"""`python -m benchmarks.generate [--json]`: tokens per second of greedy text generation, ours and Transformers', with
+the same weights in fp32 on the same processor.
 
 Each runs in its own process and they alternate; the first round is a warm-up, and the figures are medians. Transformers
 runs with its default implementation of the experts and with `eager`; the faster one counts. Both have to write the same

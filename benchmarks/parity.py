@@ -68,41 +68,23 @@ MATRIX = [
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
             *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", "replay"),
-            *PREFERENCES,
+            *("lora", "lora_mla", "lora_dense", *PREFERENCES),
         ],
-        "dpo reward replay drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe gated gated_dense",
+        "dpo reward replay lora lora_dense drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe "
+        "gated gated_dense",
     ),
     Layouts(
         "tp2 +sequence",
         2,
         SEQUENCE_PARALLEL,
         [
-            "switch",
-            "dropless",
-            "deepseek",
-            "expert_choice",
-            "sinkhorn",
-            "global",
-            "global_bias",
-            "ties",
-            "ties_choice",
-            "per_sequence",
-            "qwen3",
-            "qwen2",
-            "olmoe",
-            "mla",
-            "mla_documents",
-            "gpt_oss",
-            "chunks",
-            "muon_mla",
-            "mtp_documents",
-            "mtp_latent",
-            "llama4",
-            "phimoe",
-            *("gated", "chat_mtp", "replay", *PREFERENCES),
+            *("switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global", "global_bias", "ties"),
+            *("ties_choice", "per_sequence", "qwen3", "qwen2", "olmoe", "mla", "mla_documents", "gpt_oss", "chunks"),
+            *("muon_mla", "mtp_documents", "mtp_latent", "llama4", "phimoe", "gated", "lora", "lora_mla", "lora_dense"),
+            *("chat_mtp", "replay", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated chat_mtp replay dpo reward",
+        "mtp_latent gated chat_mtp replay dpo reward lora_mla",
     ),
     Layouts(
         "pp2",
@@ -110,9 +92,9 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated", "chat_mtp", "replay_mtp", *PREFERENCES),
+            *("llama4", "phimoe", "gated", "chat_mtp", "replay_mtp", "lora", "lora_mla", "lora_dense", *PREFERENCES),
         ],
-        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents replay_mtp",
+        "dpo reward dropless qwen3 olmoe muon mtp mtp_documents replay_mtp lora",
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
@@ -126,9 +108,9 @@ MATRIX = [
         [
             *("drops", "switch_documents", "deepseek", "sinkhorn", "qwen3", "olmoe", "rope", "mla", "mla_documents"),
             *("gpt_oss", "chunks", "mtp", "mtp_documents", "llama4", "phimoe", "gated", "chat", "chat_mtp", "replay"),
-            *PREFERENCES,
+            *("lora", "lora_mla", *PREFERENCES),
         ],
-        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat replay",
+        "dpo reward drops sinkhorn rope mla_documents chunks mtp_documents llama4 chat replay lora",
     ),
     Layouts(
         "cp4",
@@ -147,7 +129,11 @@ MATRIX = [
     Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
-        "ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4"], "dropless muon"
+        "ep2 etp2",
+        4,
+        {"ep": 2, "etp": 2},
+        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla"],
+        "dropless muon lora",
     ),
     Layouts(
         "dp2",
@@ -159,7 +145,7 @@ MATRIX = [
         ],
         "dpo reward switch global global_bias muon chat replay",
     ),
-    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek"], "dropless"),
+    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek", "lora"], "dropless lora"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
@@ -187,14 +173,19 @@ MATRIX = [
         "tp2 pp2 vpp2 ep2 dp2 +sequence",
         8,
         {**EIGHT, "sequence_parallel": True},
-        ["switch", "drops", "mtp", "chat"],
-        "switch",
+        ["switch", "drops", "mtp", "chat", "lora", "lora_mla"],
+        "switch lora",
     ),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
-    Layouts("cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice"], "drops expert_choice"),
+    Layouts(
+        "cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice", "lora_mla"], "drops expert_choice"
+    ),
     Layouts("cp2 tp2 pp2", 8, {"cp": 2, "tp": 2, "pp": 2}, ["switch"]),
     Layouts(
-        "cp2 tp2 pp2 +sequence", 8, {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL}, ["expert_choice", "global", "global_bias"]
+        "cp2 tp2 pp2 +sequence",
+        8,
+        {"cp": 2, "pp": 2, **SEQUENCE_PARALLEL},
+        ["expert_choice", "global", "global_bias", "lora"],
     ),
 ]
 

@@ -25,6 +25,8 @@ YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8,
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
 MUON = {"name": "muon"}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 
 VARIANTS = {
@@ -64,5 +66,8 @@ VARIANTS = {
     "chat_mtp": Variant(MTP, {"load_balancing": "seq_aux_loss"}, **PACKED),
     "replay": Variant(moe={"score_function": "sigmoid", "num_experts": 8, "drop_policy": "probability"}, replay=True),
     "replay_mtp": Variant({"mtp_num_layers": 1}, {"every": 2}, replay=True),
+    "lora": Variant({"attention_bias": True, "qk_norm": "head"}, LORA_EXPERTS, lora=LORA),
+    "lora_mla": Variant(MLA | {"q_lora_rank": 20}, DEEPSEEK | {"num_shared_experts": 1}, lora=LORA),
+    "lora_dense": Variant({"tie_embeddings": True, "recompute": ["activation"]}, {"num_experts": 0}, lora=LORA),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }

@@ -1,6 +1,7 @@
 """A tiny model under any layout, its training data, and its logical tensors gathered from all ranks, for the parity
 matrix and the tests of parallel/."""
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
+from conf.lora_layers import is_adapter
+from conf.schema import LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
 from parallel import optimizer_state
 from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
 from parallel.env import World
@@ -52,6 +54,8 @@ class Variant:
     """Router replay: the batches have a routing, which no router would choose."""
     gemm: Any = None
     """ops.gemm_backend.GemmBackend for the products of every layer."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Settings of low-rank adapters."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -82,8 +86,11 @@ def build_engine(
     optim: OptimConfig | None = OPTIM,
     overlap: Overlap = NO_OVERLAP,
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    b_std: float = 0.1,
 ) -> Engine:
+    """b_std: standard deviation of the adapters' B, which begins as 0 in a run."""
     from models.decoder import ModelBuildContext, ModelChunk
+    from models.init import initialise
     from models.megatron_config import transformer_config
     from models.objectives import objective_of
     from ops.experts import ExpertBackend
@@ -95,13 +102,21 @@ def build_engine(
     gemm, float8 = variant.gemm, None
     if gemm:
         float8 = Float8(ExpertBackend.on(gemm), gemm, range(model.num_layers))
-    context = ModelBuildContext(model, core, runtime, variant.seed, Ops(float8=float8))
+    lora = LoraConfig(**variant.lora)
+    context = ModelBuildContext(model, core, runtime, variant.seed, Ops(float8=float8), lora)
 
     def build_chunk(chunk: int) -> ModelChunk:
-        return ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
+        made = ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
+        if lora.rank is not None:
+            for name, parameter in made.named_parameters():
+                if name.endswith(".b") and is_adapter(name):
+                    parameter.sharding = dataclasses.replace(parameter.sharding, std=b_std)
+            initialise(made, variant.seed)
+        return made
 
     objective = objective_of(variant.objective, PreferenceConfig(**variant.preference))
-    return Engine(core, runtime, optim, build_chunk, overlap, adam, objective=objective)
+    only_adapters = is_adapter if lora.rank is not None else None
+    return Engine(core, runtime, optim, build_chunk, overlap, adam, objective=objective, trained=only_adapters)
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:

@@ -214,6 +214,9 @@ class ImportConfig(InferenceConfig):
     """End-of-document token. null: the end-of-sequence token of the source."""
     sequence_length: int = 2048
     """Sequence length in tokens for evaluation and generation, limited to the maximum position of the source."""
+    adapter: str | None = None
+    """Directory of an adapter of peft (LoRA): output is then a run of adapters, and source the run directory of their
+    base, or of one of its steps. null: source is a model."""
 
 
 @dataclass(kw_only=True)
@@ -255,6 +258,10 @@ class ExportConfig(InferenceConfig):
     """Type of the weights: fp32, bf16, or stored: imported weights keep their type, trained ones are fp32."""
     shard_gib: float = 5.0
     """Maximum size of a weight file, in GiB."""
+    merge: bool = False
+    """Of a run with adapters: add them to the weights, in fp32, and write the whole model."""
+    adapter: bool = False
+    """Of a run with adapters: write them alone, as adapter_config.json and adapter_model.safetensors of peft."""
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,7 @@ from conf.extensions import REGISTRIES, missing_package, registered, schedule_re
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
 from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS, MODEL_SETTINGS
+from conf.lora_rules import check_targets, lora_rules
 from conf.nearest import nearest_layouts
 from conf.preference_rules import preference_rules
 from conf.printable import one_line
@@ -86,9 +87,10 @@ def violations(cfg: ConfigView) -> list[Violation]:
     for violation in found:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
-    sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, batch_rules)
+    sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, lora_rules, batch_rules)
     sections += (preference_rules, _schedule, _names, _load, _loggers, eval_task_rules, _data, _blend, _unused)
-    return found + [violation for section in sections for violation in section(cfg)]
+    found += [violation for section in sections for violation in section(cfg)]
+    return found or [*check_targets(cfg)]
 
 
 def _suggest(violation: Violation, cfg: ConfigView, found: list[Violation], checker: Checker) -> str:

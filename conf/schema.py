@@ -1,5 +1,6 @@
 """The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
-conf/moe_schema.py and conf/rope_schema.py, those of preferences in conf/preference_schema.py.
+conf/moe_schema.py and conf/rope_schema.py, those of adapters in conf/lora_schema.py, of preferences in
+conf/preference_schema.py and of evaluation tasks in conf/eval_schema.py.
 
 Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 # All names of the schema are importable from this module.
 from conf.eval_schema import EvalTasksConfig
+from conf.lora_schema import LoraConfig
 from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
 from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
 from conf.preference_schema import OBJECTIVES, PREFERENCE_LOSSES, PreferenceConfig  # noqa: F401
@@ -338,6 +340,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     eval_tasks: EvalTasksConfig = field(default_factory=EvalTasksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

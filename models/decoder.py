@@ -4,7 +4,7 @@ Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this ra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,10 +16,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
+from conf.schema import LoraConfig, ModelConfig
 from models.attention import Attention, query_temperature
 from models.init import initialise
 from models.kv_cache import KVCache, LayerCache
+from models.lora import add_adapters
 from models.mla import LatentAttention
 from models.module_dict import module_dict
 from models.mtp import MTPLayer, MTPStatistics, targets_of
@@ -37,7 +38,7 @@ from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
-from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext
+from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext, entered
 from parallel.process_groups import Runtime
 from parallel.sharding import mark, set_sharding
 from parallel.tensor_parallel import INIT_LATER
@@ -53,6 +54,7 @@ class ModelBuildContext:
     seed: int
     """Of the initial weights and of the layers' random numbers."""
     ops: Ops = DEFAULT_OPS
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def norm(self) -> RMSNorm:
         return (LayerNorm if self.model.norm == "layernorm" else RMSNorm)(
@@ -115,6 +117,10 @@ class Block(nn.Module):
         return x_SBD
 
     def _run(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
+        with entered(batch_ctx):
+            return self._layers(x_SBD, attend, batch_ctx)
+
+    def _layers(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
         out_SBD = self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         x_SBD = torch.add(x_SBD, out_SBD, alpha=self.multiplier)
         if self.sparse:
@@ -158,6 +164,7 @@ class ModelChunk(MegatronModule):
             further = (MTPLayer(context, Block(context, i)) for i in model.mtp_layers)
             self.mtp = module_dict({str(k): layer for k, layer in enumerate(further)})
             self.mtp_statistics = MTPStatistics(model.mtp_num_layers) if model.mtp_num_layers else None
+        add_adapters(self.layers, model, context.lora, context.seed, context.config.params_dtype, groups)
         self.to(context.runtime.device)
         initialise(self, context.seed)
 

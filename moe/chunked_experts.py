@@ -61,15 +61,18 @@ class InPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        (x_RD,), weights = ctx.saved_tensors, ctx.weights
+        (x_RD,), every = ctx.saved_tensors, ctx.weights
+        trained = ctx.needs_input_grad[4:]
+        weights = [w for w, is_trained in zip(every, trained, strict=True) if is_trained]
         dx_RD, *dweights = (torch.empty_like(t) for t in (x_RD, *weights))
         for experts, parts in pieces(ctx.counts, ctx.limit):
             sums: list[Tensor] = []
-            mine = [piece_of(w, experts).requires_grad_() for w in weights]
+            pieces_of_weights = [piece_of(w, experts) for w in every]
+            mine = [w.requires_grad_() for w, is_trained in zip(pieces_of_weights, trained, strict=True) if is_trained]
             for rows, of_each in parts:
                 x = x_RD[rows].detach().requires_grad_()
                 with torch.enable_grad():
-                    y = ctx.run(rows, x, of_each, *mine)
+                    y = ctx.run(rows, x, of_each, *pieces_of_weights)
                 dx_RD[rows], *added = torch.autograd.grad(y, (x, *mine), dy_RD[rows])
                 # Sums of many pieces in fp32; one piece is its own sum.
                 sums = [s.float() + a for s, a in zip(sums, added, strict=True)] if sums else added
@@ -80,4 +83,5 @@ class InPieces(torch.autograd.Function):
             # Megatron-Core's hook leaves alone what is returned (ops.gemm_backend.main_gradient).
             if getattr(w, "grad_added_to_main_grad", False):
                 w.main_grad += dw
-        return None, None, None, dx_RD, *dweights
+        found = iter(dweights)
+        return None, None, None, dx_RD, *(next(found) if is_trained else None for is_trained in trained)

@@ -15,6 +15,7 @@ from conf.extensions import input_projections
 from conf.schema import ModelConfig
 from moe.chunked_experts import InPieces
 from moe.expert_dropout import Dropout
+from moe.expert_lora import ExpertAdapters
 from ops.experts import ExpertBackend, of_rows
 from ops.permute import PermutedTokens
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
@@ -52,24 +53,42 @@ class Experts(nn.Module):
             before = groups.etp.rank() * self.b_out.shape[1]
             self.columns = (before, hidden - before - self.b_out.shape[1])
             """Before and after those of b_out."""
+        self.lora: ExpertAdapters | None = None
+        """Low-rank adapters, which models.lora adds."""
         for weight, axis, std, matrices in placed:
             cut = (0, groups.ep), (axis, groups.etp)
             set_sharding(weight, *cut, std=std, per_expert=True, matrices=matrices)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             mark(weight, allreduce=False)
 
-    def forward(self, permuted: PermutedTokens, counts: Sequence[int], dropout: Dropout | None = None) -> Tensor:
-        """counts: rows of each expert. Returns [R, D], partial sums over etp where F is sharded."""
-        in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
-        in_place = self.backend.permutes and not in_pieces and not permuted.padded
-        indices = (permuted.indices,) if in_place else ()
+    def forward(
+        self,
+        permuted: PermutedTokens,
+        counts: Sequence[int],
+        dropout: Dropout | None = None,
+        names_R: Tensor | None = None,
+    ) -> Tensor:
+        """Returns [R, D], partial sums over etp where F is sharded.
 
-        def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *b_in: Tensor) -> Tensor:
+        Args:
+            counts: rows of each expert.
+            names_R: as Dropout.names_R, for the dropout of adapters; None: it is off.
+        """
+        in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
+        in_place = self.backend.permutes and not in_pieces and not permuted.padded and self.lora is None
+        indices = (permuted.indices,) if in_place else ()
+        lora = self.lora and self.lora.started(self.backend.adapted, names_R)
+        function = lora.run if lora else self.backend.run
+
+        def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *more: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
-            run = partial(checkpointed, self.backend.run, save_ops=MATMUL_OPS) if self.recompute else self.backend.run
-            return run(x, counts, w_in, w_out, self.activation, *(b_in or (None,)), keep, *indices)
+            b_in, factors = (None, more) if self.b_in is None else (more[0], more[1:])
+            further = (rows, *factors) if lora else indices
+            run = partial(checkpointed, function, save_ops=MATMUL_OPS) if self.recompute else function
+            return run(x, counts, w_in, w_out, self.activation, b_in, keep, *further)
 
         weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
+        weights += lora.factors if lora else ()
         x = permuted.x_TD if in_place else permuted.permute()
         if in_pieces:
             y_RD = InPieces.apply(run, self.chunk_rows, counts, x, *weights)

@@ -228,14 +228,15 @@ class MoELayer(nn.Module):
 
     def _names(self, routing: Choice, batch_ctx: BatchContext) -> Tensor | None:
         """[T, K] names of the choices where noise belongs to them, else None."""
-        if not self.moe.expert_dropout or batch_ctx.mode != TRAIN:
+        adapters = self.experts.lora is not None and self.experts.lora.dropout > 0
+        if not (self.moe.expert_dropout or adapters) or batch_ctx.mode != TRAIN:
             return None
         group = self.micro_batch_group
         place = {"part": group.rank(), "parts": group.size(), "micro_batch": batch_ctx.micro_batch}
         return name_choices(routing.experts_TK, self.moe.num_experts, **place)
 
     def _dropout(self, names_R: Tensor | None, batch_ctx: BatchContext) -> Dropout | None:
-        if names_R is None:
+        if names_R is None or not self.moe.expert_dropout:
             return None
         seed, layer = self.draws
         named = key(seed, "expert dropout", batch_ctx.step, layer)
@@ -257,7 +258,7 @@ class MoELayer(nn.Module):
         started = self.dispatcher.start(x_TD, assignments, self._slots(routing, batch_ctx, x_SBD.shape[1]))
         shared_SBD = None if self.shared is None else self.shared(x_SBD)
         sent = self.dispatcher.finish(started)
-        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx))
+        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx), sent.names_R)
         out_TD = self.dispatcher.combine(y_RD, sent)
         out_TD = out_TD.unflatten(0, experts_TK.shape).sum(1) if gated else out_TD
         out_SBD = out_TD.view(mine_SBD.shape)

@@ -17,6 +17,7 @@ from torch import Tensor
 from conf.extensions import input_projections
 from ops import autotune
 from ops.activations import IN_KERNELS, activate
+from ops.adapted_experts import Adapted, Product, frozen_product
 from ops.cpp.build import native, slower_than_onednn
 from ops.fused_experts import FusedExperts
 from ops.gemm_backend import GemmBackend
@@ -25,6 +26,8 @@ from ops.grouped_mlp import experts_with
 from ops.operation import Implementation, Operation, Unavailable
 from ops.permute import PermuteIndices
 from ops.run_context import RunContext
+
+ONE_AFTER_THE_OTHER = Adapted()
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class ExpertBackend:
     """Takes, after these arguments, the PermuteIndices of the rows, and then tokens instead of rows."""
     recomputes_activation: bool = False
     """Computes the activation again in the backward pass anyway."""
+    adapted: Adapted = ONE_AFTER_THE_OTHER
+    """What runs instead where the experts have adapters, which add to each product."""
 
     @classmethod
     def on(cls, gemm: GemmBackend) -> "ExpertBackend":
-        return cls(experts_with(gemm), permutes=True, recomputes_activation=True)
+        return cls(
+            experts_with(gemm), permutes=True, recomputes_activation=True, adapted=Adapted(frozen_product(gemm), True)
+        )
 
 
 def loop_experts(
@@ -79,10 +86,6 @@ def _split_or_none(t_RX: Tensor | None, counts: list[int]) -> Sequence[Tensor | 
     return [None] * len(counts) if t_RX is None else t_RX.split(counts)
 
 
-Product = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
-"""(x [R, K], w [L, K, N], counts) -> [R, N]: each expert's rows times its weight, R > 0."""
-
-
 def experts_by(
     product: Product,
     x_RD: Tensor,
@@ -103,9 +106,9 @@ def experts_by(
     return product(act if keep_RF is None else act * keep_RF, w_out_LFD, counts)
 
 
-def torch_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
+def torch_grouped_product(x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
     """A Product in one launch."""
-    return F.grouped_mm(x_RK, w_LKN, offs=_on_device(list(accumulate(counts)), x_RK.device))
+    return F.grouped_mm(x_RK, w.flatten(2), offs=_on_device(list(accumulate(counts)), x_RK.device))
 
 
 grouped_experts = partial(experts_by, torch_grouped_product)
@@ -155,7 +158,7 @@ def _te(context: RunContext) -> ExpertBackend:
         raise kind(f"needs the package transformer-engine, which does not import ({error})") from error
     from ops.te_grouped_gemm import te_grouped_product
 
-    return ExpertBackend(partial(experts_by, te_grouped_product))
+    return ExpertBackend(partial(experts_by, te_grouped_product), adapted=Adapted(te_grouped_product))
 
 
 def _misaligned(context: RunContext) -> str | None:
@@ -292,7 +295,7 @@ EXPERTS = Operation(
     implementations=[
         Implementation(
             "grouped_mm",
-            lambda context: ExpertBackend(grouped_experts),
+            lambda context: ExpertBackend(grouped_experts, adapted=Adapted(torch_grouped_product)),
             "one launch for all experts",
             unsupported_reason=_misaligned,
             is_default=_on_gpu_in_bf16,

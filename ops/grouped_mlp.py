@@ -39,12 +39,14 @@ def kept_weight(gemm: GemmBackend, w_LKN: Tensor, owner: Tensor) -> Weight:
 
 
 def forget_weights(module: nn.Module) -> None:
-    """Called when the optimizer is about to change the weights, which it does behind autograd's back."""
+    """Called when the optimizer is about to change the weights, which it does behind autograd's back. Frozen ones stay
+    as they are."""
     for parameter in module.parameters():
-        vars(parameter).pop("kept_weight", None)
+        if parameter.requires_grad:
+            vars(parameter).pop("kept_weight", None)
 
 
-def _expert_weight(gemm: GemmBackend, w: Tensor) -> Weight:
+def expert_weight(gemm: GemmBackend, w: Tensor) -> Weight:
     """Of w_in [L, D, G, F] or w_out [L, F, D], or of some experts' piece of it: kept for all experts at once."""
     whole, experts = getattr(w, "part_of", (w, slice(None)))
     return kept_weight(gemm, whole.flatten(2), whole)[experts]
@@ -69,7 +71,7 @@ class ExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         counts = list(counts)
         groups, row_R = gemm.groups(counts, x_RD.device), None if indices is None else indices.token_R()
-        w_in, w_out = _expert_weight(gemm, w_in_LDGF), _expert_weight(gemm, w_out_LFD)
+        w_in, w_out = expert_weight(gemm, w_in_LDGF), expert_weight(gemm, w_out_LFD)
         h_RN = gemm.product(gemm.rows(x_RD, row_R), w_in.forward, groups, x_RD.dtype)
         h_RGF = h_RN.unflatten(1, w_in_LDGF.shape[2:])
         if b_in_LGF is not None:
@@ -87,13 +89,16 @@ class ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         (h_RGF, keep_RF, *x_columns), gemm, groups = ctx.saved_tensors, ctx.gemm, ctx.groups
         w_in_LDGF, w_out_LFD = ctx.weights
-        w_in, w_out = _expert_weight(gemm, w_in_LDGF), _expert_weight(gemm, w_out_LFD)
+        w_in, w_out = expert_weight(gemm, w_in_LDGF), expert_weight(gemm, w_out_LFD)
         da_RF = gemm.product(gemm.rows(dy_RD), w_out.back, groups, dy_RD.dtype)
         a_RF, dh_RN, dh_rows = gemm.activate_back(h_RGF, da_RF, ctx.activation, keep_RF)
         dx = gemm.product(dh_rows, w_in.back, groups, dy_RD.dtype)
         dx = dx if ctx.indices is None else ctx.indices.permute_backward(dx, ctx.tokens)
-        dw_out = gemm.weight_gradient(gemm.columns(a_RF, groups), gemm.columns(dy_RD, groups), groups, w_out_LFD)
-        dw_in = gemm.weight_gradient(x_columns, gemm.columns(dh_RN, groups), groups, w_in_LDGF)
+        dw_in = dw_out = None  # of frozen weights
+        if ctx.needs_input_grad[4]:
+            dw_out = gemm.weight_gradient(gemm.columns(a_RF, groups), gemm.columns(dy_RD, groups), groups, w_out_LFD)
+        if ctx.needs_input_grad[3]:
+            dw_in = gemm.weight_gradient(x_columns, gemm.columns(dh_RN, groups), groups, w_in_LDGF)
         db_in = None
         if ctx.has_bias:
             db_in = torch.stack([dh.sum(0) for dh in dh_RN.split(ctx.counts)]).view(-1, *w_in_LDGF.shape[2:])
@@ -133,7 +138,9 @@ class LinearFunction(torch.autograd.Function):
         weight = kept_weight(gemm, w_NK.t().unsqueeze(0), w_NK)
         dx_SBK = gemm.product(gemm.rows(dy_RN), weight.back, groups, dy_RN.dtype).view(whole_SBK.shape)
         summed = dist.all_reduce(dx_SBK, group=group, async_op=True) if ctx.reduce else None
-        dw_NK = gemm.weight_gradient(gemm.columns(dy_RN, groups), gemm.columns(x_RK, groups), groups, w_NK)
+        dw_NK = None
+        if ctx.needs_input_grad[1]:
+            dw_NK = gemm.weight_gradient(gemm.columns(dy_RN, groups), gemm.columns(x_RK, groups), groups, w_NK)
         if summed:
             summed.wait()
         return reduce_scatter(dx_SBK, group) if ctx.gather else dx_SBK, dw_NK, None, None, None, None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
-def te_grouped_product(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
-    """[R, N]: each expert's rows times its weight, on transformer_engine.pytorch.GroupedLinear."""
+def te_grouped_product(x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
+    """[R, N]: each expert's rows times its weight [L, K, ...], on transformer_engine.pytorch.GroupedLinear."""
+    w_LKN = w.flatten(2)
     experts, inner, outer = w_LKN.shape
     # It has the outer dimension first, and takes contiguous weights. Autograd brings the gradient back.
     weights = {f"weight{e}": w_KN.t().contiguous() for e, w_KN in enumerate(w_LKN.unbind(0))}

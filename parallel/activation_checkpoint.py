@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from parallel import batch_context
+
 LIBRARY = torch.library.Library("switchyard", "DEF")
 """Operators that the policy of `checkpointed` can name. `torch.library.custom_op` is not used: its wrapper takes half a
 millisecond of host time per call."""
@@ -44,8 +46,15 @@ def checkpointed(function: Callable[..., Any], *args: Any, save_ops: frozenset[A
     if not torch.is_grad_enabled():
         return function(*args)
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, save_ops))
+    # The recomputation runs when another micro-batch may be the current one.
+    run = partial(_within, batch_context.current(), function)
     # Random numbers are hashes of a key (moe.counter_rng): there is no generator state to restore.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _within(batch_ctx: batch_context.BatchContext | None, function: Callable[..., Any], *args: Any) -> Any:
+    with batch_context.entered(batch_ctx):
+        return function(*args)
 
 
 def checkpoint_without_output(

@@ -3,6 +3,9 @@
 Legend: B batch, S sequence, L sparse layers, K choices per token.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,3 +60,23 @@ class BatchContext:
 
 DEFAULT_CONTEXT = BatchContext()
 """Training with an unscaled loss."""
+
+
+_CURRENT: ContextVar[BatchContext | None] = ContextVar("current batch context", default=None)
+
+
+def current() -> BatchContext | None:
+    """The context of the micro-batch that is computed now, for adapters, which hook into layers that are not told;
+    None outside of a block of the model. Recomputation (parallel.activation_checkpoint) restores that of the forward
+    pass."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def entered(batch_ctx: BatchContext | None) -> Iterator[None]:
+    """Makes it the current one."""
+    token = _CURRENT.set(batch_ctx)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

@@ -70,6 +70,8 @@ class Checkpointer:
         self.stages = 0
         """Counts the stages of saves and loads that have started: a sign of progress for the watchdog."""
         self.progress_sync = ProgressSync(engine.runtime.device, self._progress)
+        self.base: dict[str, str] | None = None
+        """Of adapters, what the manifest says of the weights that they are trained for."""
         self.last_good: Path | None = None
         """The newest complete checkpoint of this run: the one that was restored, or one saved since."""
 
@@ -267,7 +269,9 @@ class Checkpointer:
         aside = writer.aside
         lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writer.stored)
         assert lacking is None, lacking
-        write_manifest(aside, state, {name: entry for part in hashed for name, entry in part.items()}, writer.stored)
+        write_manifest(
+            aside, state, {name: entry for part in hashed for name, entry in part.items()}, writer.stored, self.base
+        )
         if replace:
             set_aside(final)
         try:
@@ -300,7 +304,9 @@ class Checkpointer:
         """
         manifest = read_manifest_together(directory)
         state, stored = manifest["state"], manifest["tensors"]
-        _, weights = find_weights(self.engine, directory, stored, partial=False)
+        if (manifest["base"] or {}).get("digest") != (self.base or {}).get("digest"):
+            raise ValueError(f"{directory} holds adapters of {manifest['base']}, but the weights are {self.base}")
+        _, weights = find_weights(self.engine, directory, stored, partial=False, only=self.engine.is_adapter)
         moments = optimizer_state.to_load(self.engine)
         self._together(lambda: optimizer_state.check_stored(self.engine, moments, directory, stored))
         tensors = {key: (shard.data, tuple(shard.global_offset)) for key, shard in {**weights, **moments}.items()}

@@ -64,17 +64,23 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(
-    directory: Path, state: dict[str, int], files: dict[str, list[Any]], tensors: dict[str, StoredTensor]
+    directory: Path,
+    state: dict[str, int],
+    files: dict[str, list[Any]],
+    tensors: dict[str, StoredTensor],
+    base: dict[str, str] | None = None,
 ) -> None:
     """Args:
     state: the training loop's COUNTERS.
     files: {name: [bytes, digest]}.
+    base: of adapters, {"path": of the checkpoint that they were trained for, "digest": of its manifest}.
     """
     shards = {
         name: {"shape": [*t.shape], "boxes": [[b.file, [*b.offset], [*b.size]] for b in t.shards]}
         for name, t in sorted(tensors.items())
     }
     said = {"format": FORMAT, "state": state, "files": files, "tensors": shards}
+    said |= {"base": base} if base else {}
     with (directory / MANIFEST).open("w") as file:
         json.dump({**said, "digest": _digest_of(said)}, file, indent=1)
         file.flush()
@@ -82,7 +88,8 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """{"state": the loop's counters, "files": {name: [bytes, digest]}, "tensors": {name: StoredTensor}}.
+    """{"state": the loop's counters, "files": {name: [bytes, digest]}, "tensors": {name: StoredTensor},
+    "base": as `write_manifest` takes it}.
 
     Raises:
         CheckpointDamaged: the manifest is missing, unreadable or changed.
@@ -149,7 +156,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
         raise CheckpointDamaged(f"does not follow format {FORMAT}: {error!r}") from None
     if wrong:
         raise CheckpointDamaged(wrong)
-    return {"state": state, "files": files, "tensors": tensors}
+    return {"state": state, "files": files, "tensors": tensors, "base": manifest.get("base")}
 
 
 def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:

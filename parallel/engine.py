@@ -114,6 +114,7 @@ class Engine:
         frozen: Collection[str] = (),
         update_block: UpdateBlock | None = None,
         objective: Objective | None = None,
+        trained: Callable[[str], bool] | None = None,
     ):
         """Args:
         config: Megatron-Core's TransformerConfig.
@@ -123,11 +124,14 @@ class Engine:
         frozen: logical names of parameters that are not trained.
         update_block: the update of BlockAdamW; None: in plain PyTorch.
         objective: what is minimised; None: the cross-entropy of the next token.
+        trained: whether a logical name is that of an adapter, which alone are trained and kept in checkpoints;
+            None: the model has no adapters.
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.config, self.runtime, self.optim = config, runtime, optim
+        self.is_adapter = trained
         self.modules = [build_chunk(i) for i in range(runtime.layout.vpp)]
         """The pipeline chunks without the DistributedDataParallel wrapper."""
         self.objective = objective
@@ -139,8 +143,10 @@ class Engine:
         self.optimizer: Any = None
         self._step_matrices: Callable[[], None] = lambda: None
         if optim is not None:
-            if frozen:
-                freeze(self.modules, frozen)
+            if trained:
+                freeze(self.modules, lambda name: not trained(name))
+            elif frozen:
+                freeze(self.modules, frozen.__contains__)
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=optim.grad_dtype == "fp32",

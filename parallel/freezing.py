@@ -1,7 +1,7 @@
 """Parameters that training leaves as they are (optim.frozen)."""
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -35,9 +35,9 @@ def _any_layer(name: str) -> str:
     return ".".join([parts[0], "*", *parts[2:]] if parts[0] == "layers" else parts)
 
 
-def freeze(modules: Sequence[nn.Module], frozen: Collection[str]) -> None:
+def freeze(modules: Sequence[nn.Module], is_frozen: Callable[[str], bool]) -> None:
     """Parameters of these logical names get no gradient. To be called before gradient buckets are made."""
     for module in modules:
         for name, parameter in module.named_parameters():
-            if logical_name(name, parameter) in frozen:
+            if is_frozen(logical_name(name, parameter)):
                 parameter.requires_grad = False

@@ -13,9 +13,9 @@ from torch import Tensor
 
 Batch = dict[str, Tensor]
 """One micro-batch: tokens, labels, positions int64 [B, S] over the whole sequence; optionally loss_mask fp32 [B, S],
-the weight of each label in the loss (without it 1), padding bool [B, S], True for padding, and routing int [B, S, L, K],
-the experts that the routers of the L sparse layers are to choose (moe.router_replay); further tensors [B] that an
-objective needs."""
+the weight of each label in the loss (without it 1), padding bool [B, S], True for padding, and routing int
+[B, S, L, K], the experts that the routers of the L sparse layers are to choose (moe.router_replay); further tensors [B]
+that an objective needs."""
 
 StepLoss = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 """(the model's output on the last stage, the micro-batch) -> (the loss to run backward from, what is returned)."""

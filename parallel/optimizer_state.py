@@ -33,6 +33,12 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
             yield logical_name(name, parameter), parameter
 
 
+def is_stored(engine: Engine, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a checkpoint of this run holds the parameter. One of adapters holds these, and state that is set by a
+    rule; the other weights are those of its base."""
+    return engine.is_adapter is None or engine.is_adapter(name) or parameter.sharding.is_state
+
+
 def moments(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
     """What the optimizer keeps of a parameter, as prefixes of a checkpoint's tensors."""
     return () if engine.optim is None else OPTIMIZERS[engine.optim.name].state_of(parameter)
@@ -54,6 +60,7 @@ def expected_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return {
         f"{kind}.{name}": sharding_of(p).logical_shape(p.shape)
         for name, p in _named(engine)
+        if is_stored(engine, name, p)
         for kind in (("weights", *moments(engine, p)) if p.requires_grad else ("weights",))
     }
 
@@ -122,6 +129,8 @@ def to_save(engine: Engine) -> dict[str, Any]:
     groups = engine.runtime.groups
     moment_dtype = torch.bfloat16 if engine.optim is not None and engine.optim.state_dtype == "bf16" else torch.float32
     for index, (name, parameter) in enumerate(_named(engine)):
+        if not is_stored(engine, name, parameter):
+            continue
         group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
         if not parameter.requires_grad:  # complete on every rank, and in no optimizer
             if group.rank() == index % group.size() and sharding_of(parameter).is_first_replica():

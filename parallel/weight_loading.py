@@ -1,6 +1,6 @@
 """Loads the weights of a checkpoint into a model and reports the ones that do not match."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,16 @@ class Mismatch:
         return "; ".join(f"{what}: {_shortened(names)}" for what, names in parts.items() if names)
 
 
-def match_weights(engine: Engine, stored: dict[str, Shape]) -> tuple[Mismatch, set[str]]:
+Select = Callable[[str], bool]
+"""Which of a model's weights are loaded, by logical name. State that is set by a rule is always among them."""
+
+
+def match_weights(engine: Engine, stored: dict[str, Shape], only: Select | None = None) -> tuple[Mismatch, set[str]]:
     """Compares the weights of a model with those of a checkpoint. Every rank calls this together.
 
     Args:
         stored: logical shapes of the checkpoint's tensors, by key.
+        only: the weights of the model to compare; None: all.
 
     Returns:
         The weights that do not match, and the keys of those that do. State that is set by a rule (Sharding.is_state)
@@ -59,6 +64,8 @@ def match_weights(engine: Engine, stored: dict[str, Shape]) -> tuple[Mismatch, s
     dist.all_gather_object(of_ranks, (optimizer_state.logical_shapes(engine), optimizer_state.states(engine)))
     model: dict[str, Shape] = {name: shape for shapes, _ in of_ranks for name, shape in shapes.items()}
     states = {name for _, names in of_ranks for name in names}
+    if only is not None:
+        model = {name: shape for name, shape in model.items() if only(name) or name in states}
     found = {key.removeprefix(_PREFIX): shape for key, shape in stored.items() if key.startswith(_PREFIX)}
     same = {name for name, shape in model.items() if found.get(name) == shape}
     mismatched = sorted((model.keys() & found.keys()) - same)
@@ -75,11 +82,16 @@ def _shortened(names: list[str]) -> str:
 
 
 def find_weights(
-    engine: Engine, directory: Path, stored: dict[str, StoredTensor], *, partial: bool
+    engine: Engine,
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    *,
+    partial: bool,
+    only: Select | None = None,
 ) -> tuple[Mismatch, dict[str, Any]]:
     """(the weights that do not match, empty shards for those that do). Arguments and errors as for `load_weights`."""
     shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.is_complete()}
-    mismatch, matching = match_weights(engine, shapes)
+    mismatch, matching = match_weights(engine, shapes, only)
     if mismatch and not partial:
         raise ValueError(f"{directory} is of another model: {mismatch}")
     if not matching:
@@ -88,13 +100,19 @@ def find_weights(
 
 
 def load_weights(
-    engine: Engine, directory: Path, *, partial: bool = False, progress_sync: ProgressSync | None = None
+    engine: Engine,
+    directory: Path,
+    *,
+    partial: bool = False,
+    progress_sync: ProgressSync | None = None,
+    only: Select | None = None,
 ) -> Mismatch:
     """Loads the weights, without optimizer states, into the model and the optimizer's master weights.
 
     Args:
         partial: keep the initial values of weights that are missing or of another shape, instead of raising.
         progress_sync: keeps the ranks of a training run in step while they read.
+        only: the weights of the model to load; None: all.
 
     Returns:
         The weights that do not match. State that is set by a rule (Sharding.is_state) may be missing from the
@@ -104,7 +122,7 @@ def load_weights(
         ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
     """
     stored = read_manifest_together(directory)["tensors"]
-    mismatch, wanted = find_weights(engine, directory, stored, partial=partial)
+    mismatch, wanted = find_weights(engine, directory, stored, partial=partial, only=only)
     targets = {key: (shard.data, tuple(shard.global_offset)) for key, shard in wanted.items()}
     read_together(directory, stored, targets, progress_sync)
     copy_weights(engine, {key: shard.data for key, shard in wanted.items()})

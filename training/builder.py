@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from conf.extensions import import_extensions
+from conf.lora_layers import is_adapter
 from conf.schema import PRECISIONS, Config
 from models.decoder import ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
@@ -18,8 +19,9 @@ from parallel import megatron_compat, process_groups
 from parallel.engine import Engine, Overlap
 from parallel.layout import Layout
 from parallel.process_groups import Runtime, World
+from training.adapters import run_cost
 from training.errors import RunFailed
-from training.flops import Cost, model_cost
+from training.flops import Cost
 from training.frozen import Frozen, frozen_parameters
 from training.measurements import Measurements
 from training.memory_estimate import optimizer_bytes, stages_of
@@ -131,7 +133,7 @@ def start(
     context = RunContext(config, run, dtype, train)
     ops, chosen = select_ops(context, Measurements(config.data.cache_dir, run_dir) if run_dir else None)
     core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
-    build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops)
+    build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops, config.lora)
 
     def build_chunk(chunk: int) -> ModelChunk:
         return ModelChunk(
@@ -144,8 +146,10 @@ def start(
     overlap = Overlap.of(config.parallel, run.backend)
     optim = config.optim if train else None
     objective = objective_of(config.train.objective, config.preference) if train else None
-    engine = Engine(core, run, optim, build_chunk, overlap, ops.adamw, frozen.names, ops.update_block, objective)
-    cost = model_cost(config.model, config.train.sequence_length)
+    trained = None if config.lora.rank is None else is_adapter
+    how = (overlap, ops.adamw, frozen.names, ops.update_block, objective, trained)
+    engine = Engine(core, run, optim, build_chunk, *how)
+    cost = run_cost(config)
     facts = Facts(
         config, world, run, train, precision, why_precision, chosen, ops.experts, overlap, cost, frozen, inspected
     )
@@ -163,7 +167,7 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
     memory = memory_of_rank(config, run, bf16=dtype == torch.bfloat16).total
     # A checkpoint: fp32 weights, and what the optimizer keeps in fp32 or bf16.
     (stage,) = stages_of(config.model, Layout(1))
-    disk = 4.0 * model_cost(config.model, config.train.sequence_length).total
+    disk = 4.0 * (run_cost(config).total if config.lora.rank is None else frozen_parameters(config).trained)
     disk += optimizer_bytes(config, Layout(1), stage, bf16=False)
     reports = inspect(run, Path(config.run.dir or "runs").expanduser())
     bad = find_problems(reports, memory=memory, disk=disk)

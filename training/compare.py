@@ -9,8 +9,9 @@ from statistics import median
 from typing import Any
 
 from conf.printable import one_line
+from training.adapters import run_cost
 from training.compatibility import flatten
-from training.flops import Cost, model_cost
+from training.flops import Cost
 from training.run_dir import load_config, read_settings
 from training.run_files import METRICS, json_lines
 
@@ -79,7 +80,7 @@ def _cost(path: Path) -> Cost | None:
         config = load_config(path)
     except ValueError:
         return None
-    return model_cost(config.model, config.train.sequence_length)
+    return run_cost(config)
 
 
 def differing(runs: Sequence[Summary]) -> list[str]:

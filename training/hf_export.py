@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf import rules
 from conf.commands import ExportConfig
-from conf.schema import Config
+from conf.schema import Config, LoraConfig
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import companions
 from models.hf.configuration import CONFIG, config_of, family_for, read_json
@@ -16,7 +16,9 @@ from models.hf.family import Family
 from models.hf.sequence_classification import ONE_LABEL, sequence_classification
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import SINGLE_PROCESS, atomic_directory, origin_of
+from training.adapters import base_of, found_base, open_weights
+from training.hf_adapter import write_adapter
+from training.hf_runs import SINGLE_PROCESS, STEP, atomic_directory, keep_settings, origin_of
 from training.load_checkpoint import configured_here
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
@@ -45,33 +47,38 @@ def export_model(config: ExportConfig) -> int:
     if not config.shard_gib > 0:
         raise ValueError(f"shard_gib={config.shard_gib} must be > 0")
     if config.verify:
-        hf_verify.check_available(config.precision)
+        hf_verify.check_available(config.precision, adapter=config.adapter)
     from parallel.checkpoint_manifest import resolve
 
     directory = resolve(config.checkpoint)
     run_dir = directory.parent.parent
     run = load_config(run_dir)
+    _check_adapters(config, run)
     rules.check_layout(configured_here(run, config), ranks)
     origin = origin_of(run_dir.absolute())
     base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
     family = family_for(replace(run.model, reward_head=False), config.family or base.get("model_type"))
-    base = base if base.get("model_type") in (family.name, *family.aliases) else {}
-    theirs = config_of(family, run.model, base)
-    if run.model.reward_head:
-        if config.verify and config.parallel.tp > 1:
-            raise ValueError(f"parallel.tp={config.parallel.tp}: the rewards of a reward model are verified with 1")
-        family = sequence_classification(family)
-        theirs |= {"architectures": [family.architecture]} | ONE_LABEL
+    if run.model.reward_head and config.verify and config.parallel.tp > 1:
+        raise ValueError(f"parallel.tp={config.parallel.tp}: the rewards of a reward model are verified with 1")
     output = Path(config.output).expanduser()
     tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
     try:
         with atomic_directory(output) as aside:
-            dtype = _write_weights(config, directory, aside, family, run, ranks)
-            _write_files(aside, run_dir, origin, tokenizer, theirs | {"dtype": dtype}, run)
+            whole = aside / "base" if config.adapter else aside
+            if config.adapter:
+                write_adapter(aside, directory, family, run)
+            if config.verify or not config.adapter:
+                whole.mkdir(exist_ok=True)
+                dtype = write_model(
+                    config, _weights_to_write(config, directory, run), whole, family, run, run_dir, ranks
+                )
             if config.verify:
-                hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=config.dtype == "bf16")
+                _verify(config, directory, run, aside, tokenizer)
             else:
                 print("verify=false: the converted weights were not verified")
+            if config.adapter:
+                dtype = f"adapters of rank {run.lora.rank}"
+                shutil.rmtree(whole, ignore_errors=True)
     except hf_verify.Different as found:
         print(f"{found}: {output} is not written")
         return 1
@@ -79,14 +86,99 @@ def export_model(config: ExportConfig) -> int:
     return 0
 
 
+def write_model(
+    config: ExportConfig,
+    weights: "CheckpointWeights",
+    directory: Path,
+    family: Family,
+    run: Config,
+    run_dir: Path,
+    threads: int,
+) -> str:
+    """Writes weights, configuration and tokenizer of a run. Returns the widest of the weights' dtypes."""
+    origin = origin_of(run_dir.absolute())
+    base = read_json(origin / CONFIG) if origin and (origin / CONFIG).is_file() else {}
+    base = base if base.get("model_type") in (family.name, *family.aliases) else {}
+    tokenizer = Tokenizer.load(str(path), run.data.eod_token) if (path := run_dir / TOKENIZER).is_file() else None
+    theirs = config_of(family, run.model, base)
+    if run.model.reward_head:
+        family = sequence_classification(family)
+        theirs |= {"architectures": [family.architecture]} | ONE_LABEL
+    dtype = _write_weights(config, weights, directory, family, run, threads)
+    _write_files(directory, run_dir, origin, tokenizer, theirs | {"dtype": dtype}, run)
+    return dtype
+
+
+def _check_adapters(config: ExportConfig, run: Config) -> None:
+    """Raises ValueError unless adapter and merge say, for a run with adapters alone, what to do with them."""
+    has = run.lora.rank is not None
+    if config.adapter and config.merge:
+        raise ValueError("adapter=true writes the adapters alone and merge=true the whole model: choose one")
+    if has and not (config.adapter or config.merge):
+        raise ValueError(
+            f"checkpoint={config.checkpoint} holds adapters: adapter=true writes them for peft, and merge=true a whole "
+            "model with the adapters merged"
+        )
+    if not has and (config.adapter or config.merge):
+        raise ValueError(
+            f"{'adapter' if config.adapter else 'merge'}=true needs a run with adapters, but lora.rank of "
+            f"checkpoint={config.checkpoint} is null; nearest: leave it out"
+        )
+    if config.adapter and config.dtype != "stored":
+        raise ValueError(
+            f"dtype={config.dtype}: adapters are written as they are stored, in fp32; nearest: dtype=stored"
+        )
+
+
+def _weights_to_write(config: ExportConfig, directory: Path, run: Config) -> "CheckpointWeights":
+    """Of the whole model: merged, or for adapters those of their base."""
+    from parallel.checkpoint_manifest import read_manifest
+
+    weights = open_weights(directory, run)
+    if not config.adapter:
+        return weights
+    from models.hf.convert import CheckpointWeights
+
+    recorded = base_of(directory)
+    assert recorded is not None
+    base = found_base(directory, recorded)
+    return CheckpointWeights(base, read_manifest(base)["tensors"])
+
+
+def _verify(config: ExportConfig, directory: Path, run: Config, aside: Path, tokenizer: Tokenizer | None) -> None:
+    """Raises Different if the model of Transformers in `aside` does not compute what the checkpoint does."""
+    if config.adapter:
+        hf_verify.check_same(config, aside / "base", directory, tokenizer, aside, adapter=aside)
+        return
+    rounded = config.dtype == "bf16"
+    if not (rounded and config.merge):
+        hf_verify.check_same(config, aside, directory, tokenizer, aside, rounded=rounded)
+        return
+    # Rounded were the merged weights: ours are merged, and then rounded, too.
+    merged = aside / "merged"
+    write_merged(directory, run, merged)
+    hf_verify.check_same(config, aside, merged / STEP, tokenizer, aside, rounded=True)
+    shutil.rmtree(merged)
+
+
+def write_merged(directory: Path, run: Config, output: Path) -> None:
+    """Writes a checkpoint of adapters as a run directory with the merged weights."""
+    from models.hf.convert import write_step
+
+    weights = open_weights(directory, run)
+    kinds = {name: (weights.dtype(name), shape) for name, shape in weights.shapes().items()}
+    output.mkdir()
+    keep_settings(output, replace(run, lora=LoraConfig()))
+    write_step(output / STEP, kinds, lambda name: iter([weights.read(name)]))
+
+
 def _write_weights(
-    config: ExportConfig, directory: Path, aside: Path, family: Family, run: Config, threads: int
+    config: ExportConfig, weights: "CheckpointWeights", aside: Path, family: Family, run: Config, threads: int
 ) -> str:
     """Writes the weights. Returns the widest of their dtypes, as in config.json."""
     import torch
 
-    from models.hf.convert import CheckpointWeights, write_shards
-    from parallel.checkpoint_manifest import read_manifest
+    from models.hf.convert import write_shards
     from training.model_shapes import logical_shapes
 
     redirection = redirect_output(0)
@@ -94,7 +186,6 @@ def _write_weights(
         shapes = logical_shapes(run.model)
     finally:
         redirection.undo()
-    weights = CheckpointWeights(directory, read_manifest(directory)["tensors"])
     parameters = _parameters(family, run, shapes, weights)
     dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     limit = int(config.shard_gib * 2**30)

@@ -16,14 +16,12 @@ from models.hf.family import Family
 from models.hf.quantization import block_of
 from parallel.env import started_ranks
 from training import hf_verify
-from training.hf_runs import BESIDE, SINGLE_PROCESS, atomic_directory, keep_settings, model_name
+from training.hf_runs import BESIDE, SINGLE_PROCESS, STEP, atomic_directory, keep_settings, model_name
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
 
 if TYPE_CHECKING:  # imports PyTorch; settings are validated before that
     from models.hf.files import Source
-
-STEP = "checkpoints/step_00000000"
 
 
 def import_model(config: ImportConfig) -> int:
@@ -38,7 +36,11 @@ def import_model(config: ImportConfig) -> int:
     if world.size > 1:
         raise ValueError(SINGLE_PROCESS)
     if config.verify:
-        hf_verify.check_available(config.precision)
+        hf_verify.check_available(config.precision, adapter=config.adapter is not None)
+    if config.adapter is not None:
+        from training.hf_adapter_import import import_adapter
+
+        return import_adapter(config, ranks)
     if not (source / THEIR_CONFIG).is_file():
         raise ValueError(f"source={config.source} is no directory with a {THEIR_CONFIG}, as `hf download` makes it")
     theirs = read_json(source / THEIR_CONFIG)

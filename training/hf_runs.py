@@ -13,6 +13,8 @@ import yaml
 from conf.schema import Config
 from training.run_dir import CONFIG, read_settings
 
+STEP = "checkpoints/step_00000000"
+"""The checkpoint of a run directory that a command makes."""
 BESIDE = "hf"
 """Folder of a run directory with the files that came beside the weights (models.hf.files)."""
 SINGLE_PROCESS = "start a single process, with NPROC=N to convert N files at a time and to verify on N simulated ranks"

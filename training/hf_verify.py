@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +54,17 @@ class Comparison:
     """Whether ours is compared with its weights rounded to bf16, as the other's are."""
 
 
-def check_available(precision: str) -> None:
-    """Raises ValueError if the models cannot be compared here."""
+def check_available(precision: str, *, adapter: bool = False) -> None:
+    """Raises ValueError if the models cannot be compared here.
+
+    Args:
+        adapter: whether peft is needed, too.
+    """
+    if adapter and importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            "verify=true loads the adapters with peft, which is not installed: `bash launch/setup.sh` installs it (the "
+            "extra dev of pyproject.toml), or verify=false converts without verification"
+        )
     if precision not in BOUNDS:
         raise ValueError(f"precision={precision}: both models are compared in {' or '.join(BOUNDS)}; nearest: fp32")
     if importlib.util.find_spec("transformers") is None:
@@ -77,8 +87,11 @@ def tokens_for(tokenizer: Tokenizer | None, vocab_size: int, length: int) -> tup
     return drawn.tolist(), "random ids, since there is no tokenizer"
 
 
-def write_reference(directory: Path, ids: list[int], precision: str, path: Path) -> None:
+def write_reference(directory: Path, ids: list[int], precision: str, path: Path, adapter: Path | None = None) -> None:
     """Writes the logits and the output of each layer of Transformers' model in `directory` to a safetensors file.
+
+    Args:
+        adapter: a directory with adapters that peft adds to the model; None: none.
 
     Raises:
         ValueError: Transformers cannot load it, or its weights do not match its model.
@@ -103,6 +116,8 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
     loading["unexpected_keys"] = [name for name in found if not is_of_mtp_layer(name, family, layers)]
     if wrong := {what: names for what, names in loading.items() if names}:
         raise ValueError(f"the weights in {directory} do not match the model of Transformers: {wrong}")
+    if adapter is not None:
+        _add_adapters(model, adapter)
     kept: dict[str, torch.Tensor] = {}
 
     def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
@@ -120,6 +135,23 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path)
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
         kept[LOGITS] = logits[0].float().contiguous()
     save_file({**kept, IDS: torch.tensor(ids)}, path)
+
+
+def _add_adapters(model: Any, adapter: Path) -> None:
+    """Raises ValueError if peft does not find a layer for each adapter, or an adapter for each layer."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(model, str(adapter))  # changes the model itself
+    if lost := [str(w.message) for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]:
+        raise ValueError(f"peft does not load {adapter}: {lost[0][:500]}")
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        wanted = len([*stored.keys()])
+    found = [name for name, _ in wrapped.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    if len(found) != wanted:
+        raise ValueError(f"peft has {len(found)} tensors of adapters, {adapter} has {wanted}")
 
 
 def is_of_mtp_layer(name: str, family: Family, num_layers: int) -> bool:
@@ -171,6 +203,7 @@ def check_same(
     folder: Path,
     *,
     rounded: bool = False,
+    adapter: Path | None = None,
 ) -> None:
     """Compares the model in the directory `theirs` with the checkpoint `ours` and prints what is apart.
 
@@ -178,6 +211,7 @@ def check_same(
         config: the precision and the layout to compute in.
         folder: for a file that is removed again.
         rounded: whether those of `theirs` are ours rounded to bf16.
+        adapter: of adapters for peft, to be added to `theirs`.
 
     Raises:
         Different: more than the bounds is.
@@ -188,7 +222,7 @@ def check_same(
     reference = folder / "reference.safetensors"
     redirection = redirect_output(0)
     try:
-        write_reference(theirs, ids, config.precision, reference)
+        write_reference(theirs, ids, config.precision, reference, adapter)
     finally:
         redirection.undo()
     code = compare(Comparison(config, str(ours), str(reference), BOUNDS[config.precision], text, rounded))

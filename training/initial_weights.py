@@ -8,6 +8,7 @@ from conf.extensions import yields_documents
 from conf.override_text import setting
 from conf.schema import Config, DataConfig
 from corpus.tokenizer_files import tokenizer_json
+from training.adapters import as_base, check_base
 from training.compatibility import describe_changes, model_differences, overrides_to_restore
 from training.run_dir import TOKENIZER, RunDir, checkpoint_dirs, expected_path, read_settings
 from training.run_files import json_object
@@ -37,8 +38,18 @@ def data_settings(config: Config, run_dir: RunDir | None) -> DataConfig:
         ValueError: checkpoint.load has no checkpoint, or one of another model or with another tokenizer.
     """
     if not config.checkpoint.load:
+        if config.lora.rank is not None:
+            raise ValueError(
+                f"lora.rank={config.lora.rank} needs checkpoint.load, the run whose weights the adapters are trained "
+                "for; it is null: set it to a run directory, or lora.rank=null to train all weights"
+            )
         return config.data
     path = run_dir.path if run_dir else expected_path(config)
+    if config.lora.rank is not None:
+        source = find_source(config.checkpoint.load)
+        as_base(source.directory)
+        if steps := checkpoint_dirs(path):
+            check_base(config.checkpoint.load, source.directory, steps[-1])
     if checkpoint_dirs(path):  # the run resumes from its own checkpoint; the source may not exist any more
         kept = path / TOKENIZER
         return _with_tokenizer(config.data, kept if kept.exists() else None)

@@ -13,6 +13,7 @@ from conf.schema import Config
 from corpus.tokenizer import Tokenizer
 from parallel.env import World, started_ranks
 from parallel.local_launcher import RankPool
+from training.adapters import base_of, found_base
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
@@ -99,6 +100,8 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
         from parallel.weight_loading import load_weights
 
         directory = resolve(path)
+        recorded = base_of(directory)
+        base = found_base(directory, recorded) if recorded else None
         megatron_compat.load()
         from training import builder
 
@@ -110,7 +113,9 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
             tokenizer = Tokenizer.load(str(run_dir / TOKENIZER), config.data.eod_token)
         built = builder.start(config, world, train=False)
         try:
-            load_weights(built.engine, directory)
+            if (is_adapter := built.engine.is_adapter) and base:
+                load_weights(built.engine, base, only=lambda name: not is_adapter(name))
+            load_weights(built.engine, directory, only=is_adapter)
             step = step_of(directory)
             assert step is not None
             yield LoadedModel(built, run_dir, directory, step, tokenizer)

@@ -12,8 +12,7 @@ from conf.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import COMPANION_DIR, companions, tokenizer_json
 from parallel.env import started_ranks
-from training.hf_import import STEP
-from training.hf_runs import atomic_directory, keep_settings, model_name
+from training.hf_runs import STEP, atomic_directory, keep_settings, model_name
 from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER
 

@@ -6,6 +6,7 @@ from conf.extensions import input_projections, kept_tensors
 from conf.fp8_rules import FP8_BLOCK, fp8_layers
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
+from training.adapters import adapter_parameters
 from training.flops import attention_matrices, attention_vectors
 from training.frozen import frozen_parameters
 from training.kept_activations import Activations
@@ -80,6 +81,7 @@ def stage_memory(
     spread, experts = stage_parameters(model, layout, stage)
     frozen = frozen_parameters(config)
     trained_spread, trained_experts = spread * frozen.dense_share, experts * frozen.expert_share
+    adapters = sum(adapter_parameters(config, layout, stage))
     gradient = 2 if bf16 and config.optim.grad_dtype == "bf16" else 4
     optimizer = optimizer_bytes(config, layout, stage, bf16=bf16)
     offload = on_gpu and config.optim.cpu_offload
@@ -89,8 +91,8 @@ def stage_memory(
     layers = stage.sparse * kept.layer(sparse=True) + stage.dense * kept.layer(sparse=False) + kept.shared()
     beyond = kept.beyond(sparse=stage.sparse > 0, is_last=stage.is_last)
     return Memory(
-        weights=value * (spread + experts),
-        gradients=float(gradient * (trained_spread + trained_experts)),
+        weights=value * (spread + experts + adapters),
+        gradients=float(gradient * (trained_spread + trained_experts + adapters)),
         optimizer=0.0 if offload else optimizer,
         activations=in_flight * layers + beyond + kept.gathered(),
         fp8_weights=_fp8_weights(config, layout, stage.index) if config.precision == "fp8" else 0.0,
@@ -105,13 +107,13 @@ def optimizer_bytes(config: Config, layout: Layout, stage: Stage, *, bf16: bool)
     of_matrices, of_others = (each * kept_tensors(optim.name, of_matrices=which) for which in (True, False))
     counts = stage_parameters(config.model, layout, stage)
     shares = (frozen.dense_share, frozen.matrix_share), (frozen.expert_share, frozen.expert_share)
-    total = 0.0
+    replicas = layout.dp * layout.cp, layout.edp
+    adapters = adapter_parameters(config, layout, stage)
+    total = sum((master + of_others) * count / copies for count, copies in zip(adapters, replicas, strict=True))
     families = matrices(config.model, layout, stage.sparse, stage.dense)
-    for count, (share, matrix_share), family, replicas in zip(
-        counts, shares, families, (layout.dp * layout.cp, layout.edp), strict=True
-    ):
+    for count, (share, matrix_share), family, copies in zip(counts, shares, families, replicas, strict=True):
         in_matrices = matrix_share * sum(n * inner * outer for n, inner, outer in family)
-        total += ((master + of_others) * share * count + (of_matrices - of_others) * in_matrices) / replicas
+        total += ((master + of_others) * share * count + (of_matrices - of_others) * in_matrices) / copies
     return total
 
 

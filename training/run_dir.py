@@ -178,6 +178,12 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
                 f"run.dir={path} has optimizer states of other parameters ({describe_changes(frozen)}). Restore "
                 f"this setting ({overrides_to_restore(frozen)}), or start another run with checkpoint.load={path}"
             )
+        if lora := {k: v for k, v in differences(old, new).items() if k.startswith("lora.") and k != "lora.dropout"}:
+            raise ValueError(
+                f"run.dir={path} has other adapters, or none ({describe_changes(lora)}). Restore "
+                f"{'this setting' if len(lora) == 1 else 'these settings'} ({overrides_to_restore(lora)}), or choose "
+                "another run.dir"
+            )
         if name := {k: v for k, v in differences(old, new).items() if k == "optim.name"}:
             raise ValueError(
                 f"run.dir={path} has the states of another optimizer ({describe_changes(name)}). Restore this setting "

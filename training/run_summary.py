@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from conf.schema import ClusterConfig, Config
 from parallel.layout import Layout
-from training.flops import model_cost
+from training.adapters import run_cost
 from training.memory_estimate import Memory, memory_per_rank
 from training.planner.rates import has_rates, rates_of
 from training.planner.step import predict
@@ -20,7 +20,7 @@ def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[lis
         ValueError: weights, gradients and optimizer states do not fit into a rank's memory.
     """
     train, cluster = config.train, config.cluster
-    cost = model_cost(config.model, train.sequence_length)
+    cost = run_cost(config)
     tokens = train.global_batch_size * train.sequence_length
     micro = train.global_batch_size // (train.micro_batch_size * layout.dp)
     bf16 = config.precision in ("bf16", "fp8") or (config.precision == "auto" and cluster.gpus)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from conf.lora_layers import adapted_layers
 from conf.schema import Config
+from ops.adapted_experts import loop_product
 from ops.experts import EXPERTS, ExpertBackend
 from ops.operation import Row
 from parallel.device_env import device_variables
@@ -52,6 +54,7 @@ def start_table(facts: Facts) -> list[tuple[str, str, str]]:
     rows += _layout_rows(layout, facts.world)
     rows += [facts.preflight] if facts.preflight else []
     rows += [(row.operation, row.name, row.why) for row in facts.chosen]
+    rows += _adapters_row(facts)
     model = ("model", *_model_words(config, facts.cost))
     if not facts.train:
         return [*rows, model]
@@ -61,7 +64,7 @@ def start_table(facts: Facts) -> list[tuple[str, str, str]]:
     rows += [model]
     if config.model.moe.force_balance:
         rows += [("routing", "FORCED BALANCE", "model.moe.force_balance: for benchmarks; the model learns no routing")]
-    if facts.frozen.names:
+    if facts.frozen.total:
         rows += [("trained", *facts.frozen.describe())]
     if config.cluster.memory_gb:
         memory = memory_of_rank(config, facts.runtime, bf16=facts.precision != "fp32")
@@ -100,6 +103,19 @@ def _layout_rows(layout: Layout, world: World) -> list[tuple[str, str, str]]:
         apart = "; ".join(groups_across_nodes(layout, world.local_size))
         rows += [("nodes", nodes, apart or "tensor, context and expert groups lie within a node")]
     return rows
+
+
+def _adapters_row(facts: Facts) -> list[tuple[str, str, str]]:
+    layers = adapted_layers(facts.config.model, facts.config.lora)
+    if not layers:
+        return []
+    why = "their scale is alpha / sqrt(rank)" if facts.config.lora.rslora else "their scale is alpha / rank"
+    if any(layer.experts for layer in layers) and facts.backend:
+        product = (
+            "of one expert after the other" if facts.experts.adapted.product is loop_product else f"by {facts.backend}"
+        )
+        why += f"; with adapters {facts.backend} does not compute whole experts: products {product}"
+    return [("adapters", f"rank {facts.config.lora.rank} of {len(layers)} layers", why)]
 
 
 def _recompute_row(parts: list[str], backend: str | None, experts: ExpertBackend) -> list[tuple[str, str, str]]:

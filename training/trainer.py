@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conf.config_view import format_value
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
 from corpus.prepare import Prepared
@@ -20,13 +19,13 @@ from moe.router_metrics import ROUTER_METRICS
 from parallel.checkpoint import Checkpointer, NonFiniteState
 from parallel.device_timer import StepTimer
 from parallel.optimizer_state import first_nonfinite
-from parallel.weight_loading import load_weights
 from training.builder import BuiltModel
 from training.console import Console
 from training.errors import RunDirTakenOver, RunFailed
 from training.evaluate import EvalResult, evaluate
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
+from training.load_initial import load_initial_weights
 from training.lr_schedule import learning_rate, schedule_jump
 from training.metrics import RunLog, mfu, peak_flops
 from training.nonfinite import SkipCounter
@@ -85,10 +84,11 @@ class Trainer:
         """Step and number of skipped updates at the last logged step."""
 
     def restore(self) -> None:
-        """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load)."""
-        settings = self.config.checkpoint
+        """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load). The weights that
+        adapters are trained for are loaded in both cases."""
+        settings, has_adapters = self.config.checkpoint, self.config.lora.rank is not None
+        source = load_initial_weights(self.built, self.checkpointer, self.console) if has_adapters else None
         resumed = self.checkpointer.resume(self.console.warning, fresh=settings.resume == "fresh")
-        source = None
         if resumed is not None:
             source, state = resumed
             self.progress = Progress(**{**state, "world_size": self.progress.world_size})
@@ -98,17 +98,8 @@ class Trainer:
                 self.console.warning(f"the data are not those of the earlier steps: {changed}")
             if self.is_main and (jump := schedule_jump(self._last_rate(), self.progress.step, self.config)):
                 self.console.warning(jump)
-        elif settings.load:
-            source = self.checkpointer.resolve(settings.load)
-            mismatch = load_weights(
-                self.built.engine,
-                source,
-                partial=bool(settings.load_except),
-                progress_sync=self.checkpointer.progress_sync,
-            )
-            self.console.note(f"weights from {source}")
-            if mismatch:
-                self.console.warning(f"checkpoint.load_except={format_value(settings.load_except)}: {mismatch}")
+        elif settings.load and not has_adapters:
+            source = load_initial_weights(self.built, self.checkpointer, self.console)
         at = {"loaded": source, "step": self.progress.step}
         if done := set_reference(self.built, self.stream, self.windows, self.run_dir.path, **at):
             self.console.note(done)

@@ -8,12 +8,12 @@ from conf import rules
 from conf.commands import UpcycleConfig
 from conf.config_view import format_value
 from conf.override_text import command, override
-from conf.schema import CheckpointConfig, Config, ModelConfig, MoeConfig, ParallelConfig, RunConfig
+from conf.schema import CheckpointConfig, Config, LoraConfig, ModelConfig, MoeConfig, ParallelConfig, RunConfig
 from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER
 from parallel.env import World, started_ranks
 from training import hf_verify
-from training.hf_import import STEP
-from training.hf_runs import atomic_directory, keep_settings, model_name
+from training.adapters import open_weights
+from training.hf_runs import STEP, atomic_directory, keep_settings, model_name
 from training.load_checkpoint import load_model
 from training.run_dir import load_config
 
@@ -43,7 +43,7 @@ def upcycle(config: UpcycleConfig) -> int:
     rules.check_layout(dataclasses.replace(run, parallel=config.parallel), ranks)
     try:
         with atomic_directory(output) as aside:
-            write_weights(config, source, aside / STEP, run.model)
+            write_weights(config, open_weights(source, dense), aside / STEP, run.model)
             keep_settings(aside, run)
             _keep_tokenizer(source.parent.parent, aside)
             if config.verify:
@@ -107,6 +107,7 @@ def _run_of(config: UpcycleConfig, dense: Config, output: Path) -> Config:
         model=model,
         checkpoint=CheckpointConfig(),
         parallel=ParallelConfig(),
+        lora=LoraConfig(),
         run=RunConfig(name=model.name),
     )
 

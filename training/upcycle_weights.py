@@ -14,7 +14,6 @@ from conf.commands import UpcycleConfig
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.convert import CheckpointWeights, write_step
 from models.init import draw, generator
-from parallel.checkpoint_manifest import read_manifest
 
 
 def gates_add_up(moe: MoeConfig) -> bool:
@@ -33,14 +32,13 @@ def output_scale(model: ModelConfig, granularity: int) -> float:
     return float(granularity) if gates_add_up(moe) else moe.num_experts * granularity / moe.top_k
 
 
-def write_weights(config: UpcycleConfig, source: Path, directory: Path, model: ModelConfig) -> None:
+def write_weights(config: UpcycleConfig, weights: CheckpointWeights, directory: Path, model: ModelConfig) -> None:
     """Writes the weights of the sparse model as a checkpoint of step 0.
 
     Args:
-        source: a step's directory of the dense model.
+        weights: of the dense model.
         directory: the step's directory to make.
     """
-    weights = CheckpointWeights(source, read_manifest(source)["tensors"])
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     parts: dict[str, Callable[[], Iterator[Tensor]]] = {}
     replaced = tuple(f"{_ffn(model, layer)}." for layer in model.routed_layers)

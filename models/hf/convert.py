@@ -56,6 +56,7 @@ def write_step(
     weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     parts: Callable[[str], Iterator[Tensor]],
     threads: int = 1,
+    base: dict[str, str] | None = None,
 ) -> None:
     """Writes a whole checkpoint of step 0 without optimizer states.
 
@@ -64,6 +65,7 @@ def write_step(
         weights: the type and shape of each parameter, by name.
         parts: name -> the parameter in pieces along its first axis; called by several threads.
         threads: the number of files that are written at the same time.
+        base: of adapters, as parallel.checkpoint_manifest.write_manifest takes it.
 
     Raises:
         OSError: the file cannot be written.
@@ -86,7 +88,7 @@ def write_step(
             shape = kinds[name][1]
             stored[name] = StoredTensor(shape, [TensorShard(file, (0,) * len(shape), shape)])
     counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
-    write_manifest(directory, counters, written, stored)
+    write_manifest(directory, counters, written, stored, base)
 
 
 def in_threads(threads: int, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from parallel.layout import Layout
-from training.flops import Cost, model_cost
+from training.adapters import run_cost
+from training.flops import Cost
 from training.memory_estimate import Memory, Stage, optimizer_bytes, stage_memory, stage_parameters, stages_of
 from training.planner.links import Links
 from training.planner.muon import muon_seconds
@@ -97,9 +98,7 @@ def predict(
     parts = Counter({name: seconds for name, seconds in parts.items() if seconds})
     memory = memory_of(config, layout, imbalance, stages)
     tokens = train.global_batch_size * train.sequence_length
-    return Prediction(
-        layout, memory, parts.total(), parts, model_cost(config.model, train.sequence_length), tokens, rates.peak
-    )
+    return Prediction(layout, memory, parts.total(), parts, run_cost(config), tokens, rates.peak)
 
 
 def memory_of(config: Config, layout: Layout, imbalance: float = 1.0, stages: Sequence[Stage] | None = None) -> Memory:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from conf.extensions import input_projections
 from conf.schema import Config
 from parallel.layout import Layout
+from training.adapters import adapter_parameters
 from training.flops import attention_span, experts_per_token
 from training.memory_estimate import Stage, matrices, stage_parameters
 from training.planner.links import Links
@@ -76,6 +77,8 @@ class _Stage:
         self.fused = fused
         self.config, self.layout, self.rates, self.links = config, layout, rates, links
         self.model = config.model
+        self.trained = config.lora.rank is None
+        """Whether the model's weights are trained, not adapters of them."""
         self.stage = stage
         self.sparse, self.dense = stage.sparse, stage.dense
         train = config.train
@@ -91,6 +94,7 @@ class _Stage:
     def times(self) -> StageTimes:
         self._linear()
         self._experts()
+        self._adapters()
         self._attention()
         self._passes()
         self._collectives()
@@ -111,7 +115,7 @@ class _Stage:
                 continue
             one = self.rates.dense(self.tokens, inner, outer, fp8=fp8)
             self.forward["linear layers"] += count * one
-            weight = self.rates.dense(self.tokens, inner, outer)
+            weight = self.rates.dense(self.tokens, inner, outer) if self.trained else 0.0
             self.backward["linear layers"] += count * (one + weight)
 
     def _experts(self) -> None:
@@ -120,9 +124,30 @@ class _Stage:
             if not count:
                 continue
             one = self.rates.grouped(count, self.rows_per_expert, inner, outer, fp8=self.fp8)
-            weight = self.rates.grouped_weight_gradient(count, self.rows_per_expert, inner, outer)
+            weight = 0.0
+            if self.trained:
+                weight = self.rates.grouped_weight_gradient(count, self.rows_per_expert, inner, outer)
             self.forward["experts"] += one
             self.backward["experts"] += one + weight
+
+    def _adapters(self) -> None:
+        """Of each, two narrow products forward and four backward, bound by memory: they read and write the layer's
+        input and output once each, and twice backward."""
+        spread, experts = self._adapted_widths()
+        values = self.tokens * spread + self.rows * experts
+        if values:
+            self.forward["adapters"] += self._pass(values)
+            self.backward["adapters"] += self._pass(2 * values)
+
+    def _adapted_widths(self) -> tuple[float, float]:
+        """Inner and outer dimensions of the adapted layers of a stage, added up: (of tokens, of experts' rows)."""
+        rank = self.config.lora.rank
+        if rank is None:
+            return 0.0, 0.0
+        layout = self.layout
+        spread, experts = adapter_parameters(self.config, layout, self.stage)
+        local = max(self.model.moe.num_experts / layout.ep, 1)
+        return spread / rank, experts / rank / local
 
     def _attention(self) -> None:
         model, train, layout = self.model, self.config.train, self.layout
@@ -204,7 +229,7 @@ class _Stage:
         one = self.rates.dense(self.tokens, model.hidden_size, outputs)
         loss = self._pass(self.tokens * outputs * 1.5)
         self.forward["head"] += predictions * (one + loss)
-        self.backward["head"] += predictions * (2 * one + loss)
+        self.backward["head"] += predictions * ((2 if self.trained else 1) * one + loss)
         if model.mtp_num_layers:
             tokens = self.tokens / (tp if self.layout.sequence_parallel else 1)
             joined = model.mtp_num_layers * self.rates.dense(tokens, 2 * model.hidden_size, model.hidden_size)
@@ -226,6 +251,8 @@ class _Stage:
     def _accumulate(self) -> None:
         """A weight gradient is read, and added to the gradient buffer; fused, the product adds it itself."""
         spread, experts = stage_parameters(self.model, self.layout, self.stage)
+        if not self.trained:
+            spread, experts = adapter_parameters(self.config, self.layout, self.stage)
         kept = 2 if self.config.optim.grad_dtype == "bf16" else 4
         moved = (spread + experts) * 2 * kept
         if not self.fused:
