@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class RewardHead(nn.Module):
@@ -23,7 +23,7 @@ class RewardHead(nn.Module):
         weight_1D = nn.Parameter(torch.empty(1, hidden_size, dtype=config.params_dtype))
         self.weight = set_sharding(weight_1D, replicas=(groups.tp,), std=(hidden_size + 1) ** -0.5)
         # Each tensor-parallel rank then sees other tokens, as in the norms.
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """fp32 [S, B], of all tokens on every tensor-parallel rank."""

@@ -17,7 +17,7 @@ from ops.adapted_experts import Adapted, Factors
 from parallel import batch_context
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class ExpertFactors(nn.Module):
@@ -36,7 +36,7 @@ class ExpertFactors(nn.Module):
         self.b = nn.Parameter(torch.empty(local, rank, layer.outer // ranks, dtype=dtype))
         for factor, dim, std in ((self.a, 1, (3 * layer.inner) ** -0.5), (self.b, 2, 0.0)):
             set_sharding(factor, (0, groups.ep), (dim, groups.etp), std=std, per_expert=True)
-            factor.allreduce = False  # as the experts' weights
+            mark(factor, allreduce=False)  # as the experts' weights
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """A and B as this rank multiplies them. It is a forward pass for Megatron-Core, which waits in a hook of the
@@ -72,15 +72,19 @@ class ExpertAdapters(nn.ModuleDict):
         self.scale, self.dropout, self.seed, self.etp = scale, dropout, seed, groups.etp
         self.into = ("gate", "up") if gated else ("up",)
 
+    def factors(self) -> list[tuple[str, ExpertFactors]]:
+        """By name of the projection."""
+        return [(part, factors) for part, factors in self.items() if isinstance(factors, ExpertFactors)]
+
     def started(self, adapted: Adapted, names_R: Tensor | None) -> "StartedAdapters":
         """Those of one forward pass."""
         batch_ctx = batch_context.current()
         dropouts: dict[str, Dropout] = {}
         if self.dropout and names_R is not None and batch_ctx is not None:
-            for part, factors in self.items():
+            for part, factors in self.factors():
                 named = key(self.seed, "adapter dropout", batch_ctx.step, factors.layer.name)
                 dropouts[part] = Dropout(self.dropout, named, names_R, factors.layer.inner)
-        tensors = {part: factors() for part, factors in self.items()}
+        tensors = {part: factors() for part, factors in self.factors()}
         return StartedAdapters(self, adapted, dropouts, tensors)
 
 

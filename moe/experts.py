@@ -4,7 +4,7 @@ Legend: R routed rows grouped by expert, D hidden, F expert hidden (this rank's 
 G 2 for gated activations, else 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -77,8 +77,8 @@ class Experts(nn.Module):
         in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
         in_place = self.backend.permutes and not in_pieces and not permuted.padded and self.lora is None
         indices = (permuted.indices,) if in_place else ()
-        lora = self.lora and self.lora.started(self.backend.adapted, names_R)
-        function = lora.run if lora else self.backend.run
+        lora = None if self.lora is None else self.lora.started(self.backend.adapted, names_R)
+        function: Callable[..., Tensor] = lora.run if lora else self.backend.run
 
         def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *more: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
@@ -87,7 +87,9 @@ class Experts(nn.Module):
             run = partial(checkpointed, function, save_ops=MATMUL_OPS) if self.recompute else function
             return run(x, counts, w_in, w_out, self.activation, b_in, keep, *further)
 
-        weights = (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
+        weights: tuple[Tensor, ...] = (
+            (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
+        )
         weights += lora.factors if lora else ()
         x = permuted.x_TD if in_place else permuted.permute()
         if in_pieces:

@@ -8,6 +8,7 @@ else 1, K inner and N outer dimension of a product, r rank.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,13 @@ class _FrozenProduct(torch.autograd.Function):
     """A Product by a GEMM backend, in its precision."""
 
     @staticmethod
-    def forward(ctx, gemm: GemmBackend, x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, gemm: GemmBackend, x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
         ctx.gemm, ctx.w, ctx.groups = gemm, w, gemm.groups(list(counts), x_RK.device)
         return gemm.product(gemm.rows(x_RK), expert_weight(gemm, w).forward, ctx.groups, x_RK.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         gemm = ctx.gemm
         weight = expert_weight(gemm, ctx.w)
         return None, gemm.product(gemm.rows(dy_RN.contiguous()), weight.back, ctx.groups, dy_RN.dtype), None, None
@@ -103,7 +104,10 @@ class Adapted:
         parts = zip(x_RD.split(counts), counts, weights, biases, keeps, of_experts, strict=True)
         one = replace(self, product=loop_product)
         return torch.cat(
-            [one._rows(x, [n], *w, activation, b, keep, found[:-1], found[-1]) for x, n, w, b, keep, found in parts]
+            [
+                one._rows(x, [n], w_in, w_out, activation, b, keep, found[:-1], found[-1])
+                for x, n, (w_in, w_out), b, keep, found in parts
+            ]
         )
 
     def _rows(

@@ -4,7 +4,7 @@ Legend: B batch, S sequence, L sparse layers, K choices per token.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,7 +73,7 @@ def current() -> BatchContext | None:
 
 
 @contextlib.contextmanager
-def entered(batch_ctx: BatchContext | None) -> Iterator[None]:
+def entered(batch_ctx: BatchContext | None) -> Generator[None]:
     """Makes it the current one."""
     token = _CURRENT.set(batch_ctx)
     try:

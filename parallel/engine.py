@@ -281,7 +281,7 @@ class Engine:
         device = self.runtime.device
         for batch in batches:
             if "routing" in batch:
-                self.modules[0].check_batch(batch)
+                cast("list[Chunk]", self.modules)[0].check_batch(batch)
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
         iterators: list[Iterator[tuple[int, Batch]]] = [enumerate(batches) for _ in self.chunks]

@@ -36,7 +36,7 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
 def is_stored(engine: Engine, name: str, parameter: nn.Parameter) -> bool:
     """Whether a checkpoint of this run holds the parameter. One of adapters holds these, and state that is set by a
     rule; the other weights are those of its base."""
-    return engine.is_adapter is None or engine.is_adapter(name) or parameter.sharding.is_state
+    return engine.is_adapter is None or engine.is_adapter(name) or sharding_of(parameter).is_state
 
 
 def moments(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
