@@ -173,10 +173,10 @@ MATRIX = [
         "tp2 pp2 vpp2 ep2 dp2 +sequence",
         8,
         {**EIGHT, "sequence_parallel": True},
-        ["switch", "drops", "mtp", "chat", "lora", "lora_mla"],
+        ["switch", "drops", "mtp", "lora", "lora_mla"],
         "switch lora",
     ),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents"]),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents", "chat"]),
     Layouts(
         "cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice", "lora_mla"], "drops expert_choice"
     ),
