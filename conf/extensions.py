@@ -17,6 +17,7 @@ REGISTRIES = {
     "logging.loggers": ("training.loggers", "LOGGERS"),
     "optim.name": ("parallel.optimizers", "OPTIMIZERS"),
     "optim.schedule": ("training.lr_schedule", "SCHEDULES"),
+    "train.objective": ("models.objectives", "OBJECTIVES"),
 }
 """Of each setting that an extension can add a value to: the module and its registry."""
 

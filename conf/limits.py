@@ -222,7 +222,12 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "train.objective=dpo",
         lambda c: c["train.objective"] == "dpo",
-        "preference.loss preference.beta preference.label_smoothing",
+        "preference.loss",
+    ),
+    (
+        "train.objective=dpo or another on pairs",
+        lambda c: c["train.objective"] not in ("language_modeling", "reward"),
+        "preference.beta preference.label_smoothing",
     ),
     ("preference.loss other than ipo", lambda c: c["preference.loss"] != "ipo", "preference.label_smoothing"),
     (

@@ -106,9 +106,8 @@ class ModelConfig:
     is not multiplied by logit_multiplier."""
     reward_head: bool = False
     """Replace the output layer by a linear layer to one number, the reward: a reward model (Ouyang et al. 2022,
-    arXiv:2203.02155, section 3.4), trained with train.objective=reward. Its initial weights have a standard deviation
-    of 1 / sqrt(hidden_size + 1) (Stiennon et al. 2020, arXiv:2009.01325, appendix B.1). tie_embeddings and head_bias
-    then have no effect."""
+    arXiv:2203.02155), trained with train.objective=reward. Its initial weights have a standard deviation of 1 /
+    sqrt(hidden_size + 1) (Stiennon et al. 2020, arXiv:2009.01325). tie_embeddings and head_bias then have no effect."""
     rope_theta: float = setting(10000.0, gt=0)
     """Base of the rotary embedding's frequencies (RoFormer, arXiv:2104.09864)."""
     partial_rotary_factor: float = setting(1.0, gt=0, le=1)

@@ -27,7 +27,7 @@ class PreferenceConfig:
     responses. A prompt with fewer is padded. Divides train.micro_batch_size."""
     center_rewards_coefficient: float = setting(0.0, ge=0)
     """Coefficient of the mean squared sum of two responses' rewards, which keeps rewards near zero (Eisenstein et al.
-    2023, arXiv:2312.09244, section 2)."""
+    2023, arXiv:2312.09244, eq. 2)."""
 
 
 def sequences_per_prompt(objective: str, settings: PreferenceConfig) -> int:

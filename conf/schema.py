@@ -124,7 +124,8 @@ class TrainConfig:
     objective: str = setting("language_modeling", choices=OBJECTIVES)
     """What is minimised: language_modeling, dpo or reward. language_modeling: the cross-entropy of the next token. dpo:
     a loss on pairs of responses, against the weights that the run starts from (preference.loss). reward: the ranking
-    loss of a reward model. The last two need data=preference."""
+    loss of a reward model. The last two, and those that an extension adds (CONTRIBUTING.md, Extending), need
+    data=preference."""
     steps: int = setting(200, ge=1)
     """Optimizer steps of the whole schedule."""
     micro_batch_size: int = setting(4, ge=1)

@@ -22,4 +22,4 @@ class ScoreConfig(InferenceConfig):
     written too."""
     deviations: float = 1.0
     """Of an ensemble, the number k of standard deviations that are subtracted from the mean (Coste et al. 2023,
-    arXiv:2310.02743, section 4; there of the variance). 0: the mean."""
+    arXiv:2310.02743; there of the variance). 0: the mean."""

@@ -6,11 +6,13 @@ Legend: B sequences, S sequence (this rank's shard), P prompts, K responses, M m
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.registry import Registry
 from conf.schema import PreferenceConfig
 from models.preference_losses import mean_over_pairs, pair_losses, ranking_losses
 from parallel.objective import Batch, Objective, shard_over, sum_over_ranks
@@ -93,10 +95,38 @@ class RewardModeling:
         return losses_P, metrics_PM, exists_PK[:, :2].all(1)
 
 
-OBJECTIVES: dict[str, Callable[[PreferenceConfig], Objective]] = {"dpo": DirectPreferences, "reward": RewardModeling}
-"""train.objective -> the objective. language_modeling is the engine's own."""
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """A value of train.objective, on the sequences of data=preference."""
+
+    name: str
+    make: Callable[[PreferenceConfig], Objective]
+    reference: bool = False
+    """Whether its micro-batches have the log-probabilities of the reference (REFERENCE)."""
+
+
+def _check_metrics(kind: ObjectiveKind) -> None:
+    if unknown := [name for name in kind.make(PreferenceConfig()).metrics if name not in PREFERENCE_METRICS]:
+        raise ValueError(
+            f"objective {kind.name}: metrics.jsonl has no {', '.join(unknown)}; its metrics are some of "
+            f"{', '.join(PREFERENCE_METRICS)}"
+        )
+
+
+OBJECTIVES: Registry[ObjectiveKind] = Registry(
+    "objective",
+    ObjectiveKind("dpo", DirectPreferences, reference=True),
+    ObjectiveKind("reward", RewardModeling),
+    check=_check_metrics,
+)
+"""Values of train.objective. language_modeling is the engine's own."""
+
+
+def needs_reference(name: str) -> bool:
+    """Whether an objective compares with a reference."""
+    return name in OBJECTIVES and OBJECTIVES[name].reference
 
 
 def objective_of(name: str, settings: PreferenceConfig) -> Objective | None:
     """None: language modelling."""
-    return OBJECTIVES[name](settings) if name in OBJECTIVES else None
+    return OBJECTIVES[name].make(settings) if name in OBJECTIVES else None

@@ -48,7 +48,7 @@ def ranking_losses(rewards_PK: Tensor, exists_PK: Tensor, *, centering: float = 
     2022, arXiv:2203.02155, eq. 1). Of two responses it is the loss of the Bradley-Terry model.
 
     Args:
-        centering: coefficient of the mean of (r_i + r_j)^2 over the same pairs (arXiv:2312.09244, section 2).
+        centering: coefficient of the mean of (r_i + r_j)^2 over the same pairs (arXiv:2312.09244, eq. 2).
     """
     first_PK1, second_P1K = rewards_PK[:, :, None], rewards_PK[:, None, :]
     losses_PKK = -F.logsigmoid(first_PK1 - second_P1K)

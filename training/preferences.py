@@ -25,7 +25,7 @@ from corpus.open_data import held_out_samples, training_stream
 from corpus.preference_stream import PreferenceSet, PreferenceStream, held_out_set, training_set
 from corpus.prepare import Prepared, Source
 from corpus.stream import HeldOut, Stream
-from models.objectives import objective_of, response_logps
+from models.objectives import needs_reference, objective_of, response_logps
 from parallel.batch_context import EVALUATE, BatchContext
 from parallel.engine import Batch
 from training.builder import BuiltModel
@@ -51,7 +51,7 @@ def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, He
 def set_reference(
     built: BuiltModel, stream: Stream, held_out: Any, run_dir: Path, *, loaded: Path | None, step: int
 ) -> str | None:
-    """Gives both sets the log-probabilities of the reference, for train.objective=dpo. Every rank calls this together.
+    """Gives both sets the log-probabilities of the reference, if the objective has one. Every rank calls this together.
 
     Args:
         loaded: the checkpoint whose weights the model has; None: initial weights.
@@ -63,7 +63,7 @@ def set_reference(
     Raises:
         ValueError: those of the earlier attempt are missing, or of other data.
     """
-    if built.config.train.objective != "dpo":
+    if not needs_reference(built.config.train.objective):
         return None
     assert isinstance(stream, PreferenceStream)
     splits: dict[str, PreferenceSet] = {"train": stream.prompts, "valid": held_out}
@@ -132,7 +132,7 @@ def evaluate_held_out(built: BuiltModel, prepared: Prepared, run_dir: Path, *, b
     config = built.config
     _, held_out = open_data(config, prepared, print)
     assert isinstance(held_out, PreferenceSet)
-    if config.train.objective == "dpo":
+    if needs_reference(config.train.objective):
         data = _data_key(*prepared.train, *prepared.valid)
         kept = _agree_on_kept(built, run_dir / REFERENCE_FILE, {"data": data}, 1)
         assert kept is not None
