@@ -124,7 +124,7 @@ class EvaluateConfig(InferenceConfig, TaskSettings):
     """Write prompts, answers and log-likelihoods of every sample of tasks, too."""
     record_routing: str | None = None
     """File to write the routing of the held-out text to: the experts of every token in every sparse layer
-    (docs/router_replay.md). null: none."""
+    (docs/guides/router_replay.md). null: none."""
     record_routing_weights: bool = False
     """Write the gates, too. Needs record_routing."""
     replay_routing: str | None = None

@@ -1,8 +1,8 @@
 """Router replay: the routing of a forward pass is recorded, and later passes are forced to route alike (rollout routing
 replay, arXiv:2510.11370; Megatron-Core's moe_enable_routing_replay).
 
-A file of recorded routing is a safetensors file, which docs/router_replay.md describes. Only the indices are replayed:
-gates are computed from the present logits at the replayed experts, so that the gradient reaches the router.
+A file of recorded routing is a safetensors file (docs/guides/router_replay.md). Only the indices are replayed: gates
+are computed from the present logits at the replayed experts, so that the gradient reaches the router.
 
 Legend: N sequences of a file, B sequences of a micro-batch, S sequence, L sparse layers, K choices per token.
 """

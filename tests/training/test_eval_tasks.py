@@ -26,19 +26,17 @@ LONG = "The cat sees a token. The dog takes the ball. "
 
 def write_tasks(folder: Path) -> Path:
     """Three tasks, some of whose samples are longer than the model's sequences."""
+    who = ("cat", "dog", "router", "expert", "cat")
     choices = [
         {
-            "question": f"{LONG * (n % 3)}The {who}",
+            "question": f"{LONG * 2 * (n % 3)}The {w}",
             "choices": [" sees a token.", " drops the ball.", " !"],
             "answer": n % 3,
         }
-        for n, who in enumerate(("cat", "dog", "router", "expert", "cat"))
+        for n, w in enumerate(who)
     ]
     texts = [{"text": LONG * n + f"The expert drops {n}."} for n in range(4)]
-    answers = [
-        {"question": f"{LONG * (n % 2) * 2}The {who} ", "answer": "sees a token"}
-        for n, who in enumerate(("cat", "dog", "router"))
-    ]
+    answers = [{"question": f"{LONG[:23] * 2 * n}The {w} takes", "answer": " a token"} for n, w in enumerate(who)]
     common: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1.0}}
     tasks: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "local_choice": (
@@ -173,7 +171,7 @@ def test_the_results_are_those_of_lm_evals_hugging_face_model(
             wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
             assert got["results"][task][name] == wanted, (task, name)
     answers = [text for (text,) in responses(theirs, "local_answer")]
-    assert any(answers) and not any("." in text for text in answers)
+    assert len(set(answers)) > 1 and not any("." in text for text in answers)
     written = sorted((folder / "run" / "eval_tasks").glob("step_00000012_*.json"))
     assert written and json.loads(written[-1].read_text())["step"] == 12
 
