@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,21 @@ def build_transformers(
     return _measurements(generate, batches, model)
 
 
+def _cpu_timed(step: Any) -> Any:
+    def run() -> float:
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+
+    return run
+
+
 def _measurements(generate: Any, batches: list[int], kept: object) -> Measurements:
     """kept: lives as long as the measurements."""
     found: dict[str, Any] = {"kept": lambda: kept is not None}
     for batch in batches:
         found[f"seconds {batch}"] = timed(partial(generate, batch))
+        found[f"CPU seconds {batch}"] = _cpu_timed(partial(generate, batch))
         found[f"tokens {batch}"] = partial(generate, batch)
     return found
 
@@ -125,11 +136,11 @@ def measure(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
             DEFAULT: partial(build_transformers, source, None, *how),
             EAGER: partial(build_transformers, source, "eager", *how),
         }
-        found = {}
+        found, unit = {}, "CPU seconds" if arguments.cpu_time else "seconds"
         with start_workers(builds, (OURS,), peers_as_ours=arguments.peers_as_ours) as workers:
             for batch in arguments.batch:
                 written = {name: worker.measure(f"tokens {batch}") for name, worker in workers.items()}
-                seconds = alternate(workers, f"seconds {batch}", arguments.repetitions)
+                seconds = alternate(workers, f"{unit} {batch}", arguments.repetitions)
                 rates = {name: batch * arguments.tokens / s for name, s in seconds.items()}
                 ratio = rates[OURS] / max(rates[DEFAULT], rates[EAGER])
                 same = written[OURS] == written[DEFAULT] == written[EAGER]
@@ -144,6 +155,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="generated after a prompt of 32")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="tokens per second of CPU time: other load counts less")
     parser.add_argument("--peers-as-ours", action="store_true", help=AS_OURS)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()

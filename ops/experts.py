@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +116,30 @@ FEW_ROWS = 256
 """Of which a forward pass takes longer for the host's part than for the products, in text generation."""
 
 
-def fused_experts(x_RD: Tensor, counts: Sequence[int], w_in_LDGF: Tensor, w_out_LFD: Tensor, *others: Any) -> Tensor:
-    """loop_experts by FusedExperts; of few rows without a gradient, one product for all experts."""
-    aligned = x_RD.dtype == torch.float32 and x_RD.shape[1] % 4 == w_out_LFD.shape[1] % 4 == 0
-    if torch.is_grad_enabled() or not aligned or len(x_RD) > FEW_ROWS or x_RD.device.type != "cpu":
-        return FusedExperts.apply(x_RD, counts, w_in_LDGF, w_out_LFD, *others)
-    return grouped_experts(x_RD, counts, w_in_LDGF, w_out_LFD, *others)
+def fused_experts(
+    x_RD: Tensor,
+    counts: Sequence[int],
+    w_in_LDGF: Tensor,
+    w_out_LFD: Tensor,
+    activation: str,
+    b_in_LGF: Tensor | None = None,
+    keep_RF: Tensor | None = None,
+) -> Tensor:
+    """loop_experts by FusedExperts; without a gradient, few rows by as few operations as there can be."""
+    if torch.is_grad_enabled() or len(x_RD) > FEW_ROWS:
+        return FusedExperts.apply(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF)
+    ends = [*accumulate(counts)]
+    busy = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
+    h_RGF, y_RD = x_RD.new_empty((len(x_RD), *w_in_LDGF.shape[2:])), torch.empty_like(x_RD)
+    h_RH, w_in_LDH = h_RGF.flatten(1), w_in_LDGF.flatten(2)
+    for e, rows in busy:
+        torch.mm(x_RD[rows], w_in_LDH[e], out=h_RH[rows])
+    h_RGF = h_RGF if b_in_LGF is None else h_RGF + of_rows(b_in_LGF, counts)
+    act = activate(h_RGF.unbind(1), activation)
+    act = act if keep_RF is None else act * keep_RF
+    for e, rows in busy:
+        torch.mm(act[rows], w_out_LFD[e], out=y_RD[rows])
+    return y_RD
 
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,0 +1,195 @@
+"""Batches of continuations, text as it comes, files of prompts, router traces and conversations."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.commands import ChatConfig, GenerateConfig
+from conf.schema import ParallelConfig
+from corpus.tokenizer import Tokenizer
+from launch import generate as command
+from launch.chat import main as chat_main
+from parallel.env import World
+from parallel.local_launcher import RankPool
+from tests.training.helpers import ROOT, tiny_config, train, write_corpus
+from training.prompts import read_prompts
+from training.text_stream import TextStream
+
+LIMIT = 120.0
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    config = tiny_config(write_corpus(folder), folder / "run", steps=2)
+    config.train.sequence_length, config.eval.sample_tokens = 64, 0
+    assert ranks.run(1, train, config, timeout=LIMIT) == [0]
+    return folder / "run"
+
+
+def generated(world: World, settings: GenerateConfig) -> int:
+    return command.generate_rank(world, settings)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    lines = [{"prompt": "The cat sees a"}, {"prompt": "A"}]
+    lines += [{"messages": [{"role": "user", "content": "The dog?"}]}, {"prompt": "The router drops the ball. The"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_text_does_not_depend_on_its_batch(ranks: RankPool, trained: Path, prompts: Path, tmp_path: Path) -> None:
+    """Nor on the ranks; another sample, prompt or seed has other random numbers."""
+
+    def texts(name: str, size: int = 1, **settings: Any) -> list[dict[str, Any]]:
+        config = GenerateConfig(
+            checkpoint=str(trained), prompts=str(prompts), samples=2, precision="fp32", max_tokens=9
+        )
+        for key, value in {"output": str(tmp_path / name), "temperature": 1.0, **settings}.items():
+            setattr(config, key, value)
+        assert ranks.run(size, generated, config, timeout=LIMIT) == [0] * size
+        return rows(tmp_path / name)
+
+    wanted = texts("wanted", batch_size=8)
+    assert [(row["index"], row["sample"]) for row in wanted] == [(i, s) for i in range(4) for s in range(2)]
+    assert "prompt" in wanted[0] and "messages" in wanted[4] and wanted[0]["text"] != wanted[1]["text"]
+    assert texts("alone", batch_size=1) == texts("three", batch_size=3, top_k=320) == wanted
+    assert texts("tp", size=2, parallel=ParallelConfig(tp=2)) == texts("dp", size=2, batch_size=3) == wanted
+    assert texts("seed", seed=5) != wanted
+
+
+def test_the_trace_has_every_token_once(ranks: RankPool, trained: Path, prompts: Path, tmp_path: Path) -> None:
+    found = []
+    for size, degrees, batch in ((1, {}, 4), (2, {"pp": 2}, 3), (2, {"ep": 2}, 3)):
+        trace, output = (tmp_path / f"{name}{len(found)}" for name in ("trace", "output"))
+        config = GenerateConfig(checkpoint=str(trained), prompts=str(prompts), max_tokens=5, precision="fp32")
+        config.output, config.router_trace, config.temperature, config.batch_size = str(output), str(trace), 0.0, batch
+        config.parallel = ParallelConfig(**degrees)
+        assert ranks.run(size, generated, config, timeout=LIMIT) == [0] * size
+        traced = {(row["index"], row["position"]): row for row in rows(trace)}
+        assert len(traced) == len(rows(trace))
+        # The last token that is generated is not read.
+        lengths = {row["index"]: row["prompt_tokens"] + row["tokens"] - 1 for row in rows(output)}
+        assert set(traced) == {(i, position) for i, length in lengths.items() for position in range(length)}
+        assert all(list(row["layers"]) == ["1"] for row in traced.values())
+        found.append(traced)
+    for other in found[1:]:
+        for key, row in other.items():
+            one, two = row["layers"]["1"], found[0][key]["layers"]["1"]
+            assert one["experts"] == two["experts"] and one["weights"] == pytest.approx(two["weights"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: Path) -> Tokenizer:
+    return Tokenizer.load(str(trained / "tokenizer.json"), "<|endoftext|>")
+
+
+def test_text_comes_by_whole_characters_and_ends_before_a_stop_string(tokenizer: Tokenizer) -> None:
+    text = "The cät sées 漢字. STOP it"
+    for stop, wanted in (((), text), (("STOP",), "The cät sées 漢字. "), (("字", "."), "The cät sées 漢")):
+        stream, pieces = TextStream(tokenizer, tokenizer.encode("A dog. "), stop), []
+        for token in tokenizer.encode(text):
+            pieces.append(stream.push(token))
+            assert "\N{REPLACEMENT CHARACTER}" not in pieces[-1] and not any(s in "".join(pieces) for s in stop)
+        pieces.append(stream.finish())
+        assert "".join(pieces) == stream.text == wanted and stream.stopped == bool(stop)
+    held = TextStream(tokenizer, [], ("never",))
+    assert "".join(map(held.push, tokenizer.encode("a nev"))) == "a " and held.finish() == "nev"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", "x", "are read from .txt"),
+        ("a.txt", "\n\n", "has no prompts"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 needs either prompt"),
+        ("b.jsonl", "{", "line 1 is not JSON"),
+        ("c.jsonl", '{"messages": [{"content": "a"}]}', "needs a role"),
+    ],
+)
+def test_a_file_that_has_no_prompts_is_named(name: str, text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"parallel": ParallelConfig(cp=2)}, r"parallel.cp=2 cannot generate text: cp shards"),
+        ({"parallel": ParallelConfig(tp=2, sequence_parallel=True)}, "sequence_parallel"),
+        ({"prompt": "a", "prompts": "b.txt"}, "both set"),
+        ({"stop": [""]}, "empty string"),
+        ({"samples": 0}, "samples=0 must be >= 1"),
+        ({"prompts": "nowhere.txt"}, "does not exist"),
+    ],
+)
+def test_settings_that_cannot_be_served(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        command.main(GenerateConfig(checkpoint="x", **settings))
+
+
+def test_a_conversation(trained: Path) -> None:
+    """Through a pipe: the same after /reset as at the beginning, another with a system message."""
+    lines = "The cat\n\nmore\n/reset\nThe cat\n/system The router drops\nThe cat\n/nothing\n"
+    words = [f"checkpoint={trained}", "precision=fp32", "temperature=0", "max_tokens=5"]
+    command_line = [sys.executable, "-m", "launch.chat", *words]
+    found = subprocess.run(command_line, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=LIMIT)
+    assert found.returncode == 0, found.stdout + found.stderr
+    first, second, reset, again, system, third, told = found.stdout.splitlines()
+    assert first == again and reset == "a new conversation" and "system message" in system
+    assert first.endswith("[max_tokens reached]") and second and third and told.startswith("no command /nothing")
+
+
+def talk(world: World, run: str) -> list[Any]:
+    """Answers with the cache of earlier turns, and what a new one gives after the same messages."""
+    from conf.commands import InferenceConfig
+    from training.chat import Conversation
+    from training.generate import Sampling
+    from training.load_checkpoint import load_model
+
+    with load_model(run, InferenceConfig(precision="fp32"), world) as loaded:
+        one, two = (Conversation(loaded.built, loaded.tokenizer, loaded.run_dir, Sampling(4)) for _ in range(2))
+        reads: list[int] = []
+        start_over = one.cached.start
+        one.cached.start = lambda contexts: reads.append(len(contexts[0])) or start_over(contexts)
+        answers = ["".join(one.answer(text)) for text in ("A", "b", "c")]
+        two.messages, two.turn = one.messages[:-2], one.turn - 1
+        pieces = one.answer("d")
+        next(pieces)
+        pieces.close()
+        return [answers, "".join(two.answer("c")), reads, one.messages[-1], one.finish_reason]
+
+
+def test_a_turn_reads_only_what_is_new(ranks: RankPool, trained: Path) -> None:
+    ((answers, again, reads, last, reason),) = ranks.run(1, talk, str(trained), timeout=LIMIT)
+    assert answers[-1] == again and len(reads) == 1
+    assert last["role"] == "assistant" and reason is None
+
+
+def test_chat_needs_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(ValueError, match="on one rank, and there are 2"):
+        chat_main(ChatConfig(checkpoint="x"))
+
+
+def test_few_rows_of_experts_equal_the_loop() -> None:
+    from ops.experts import fused_experts, loop_experts
+
+    draw = torch.Generator().manual_seed(0)
+    x, w_in, w_out, b_in = (torch.randn(*s, generator=draw) for s in ((7, 6), (4, 6, 2, 5), (4, 5, 6), (4, 2, 5)))
+    for counts in ([0, 3, 0, 4], [7, 0, 0, 0], [1, 2, 3, 1]):
+        arguments = (x, counts, w_in, w_out, "swiglu", b_in)
+        with torch.no_grad():
+            torch.testing.assert_close(fused_experts(*arguments), loop_experts(*arguments), rtol=1e-5, atol=1e-6)
