@@ -95,7 +95,7 @@ def test_fewest_ranks_hold_both_grids() -> None:
         (["ranks=0"], "world_size >= 1, but it is 0"),
         (["parallel.tp=2", "ranks=3"], "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 3 % 2 = 1"),
         (["data.files=[nowhere.txt]"], "nowhere.txt does not exist"),
-        (["rank=3"], "the nearest is ranks"),
+        (["ranxs=3"], "the nearest is ranks"),
         (["slurm.max_requeues=-1"], "slurm.max_requeues >= 0"),
         (["--slurm"], "cluster=h100"),
         (["--slurm", "cluster=h100", "ranks=9", "train.global_batch_size=18"], "nearest: ranks=8 or ranks=16"),
