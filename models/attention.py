@@ -50,10 +50,12 @@ class CoreAttention(nn.Module):
             cache: of earlier tokens, to which keys and values are added; as wide as each other then.
         """
         if cache is not None:
-            seen = cache.append(*(t.permute(1, 2, 0, 3) for t in (k_SBGN, v_SBGM)))
+            keys_BGTN, values_BGTN = cache.append(k_SBGN.permute(1, 2, 0, 3), v_SBGM.permute(1, 2, 0, 3))
             if cache.visible is not None:
                 q_BHSN, mask = q_SBHN.permute(1, 2, 0, 3), cache.visible.mask_B1ST
-                out_BHSN = cached_attention(q_BHSN, *seen, mask, scale=q_SBHN.shape[-1] ** -0.5, sinks_H=sinks_H)
+                out_BHSN = cached_attention(
+                    q_BHSN, keys_BGTN, values_BGTN, mask, scale=q_SBHN.shape[-1] ** -0.5, sinks_H=sinks_H
+                )
                 return out_BHSN.permute(2, 0, 1, 3).flatten(2)
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
         if self.cp.size() > 1:

@@ -5,6 +5,7 @@ Legend: R sequences, B sequences of this rank, S tokens of a pass, V vocabulary,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ class CachedLogits:
         tokens = [[0] * n + context for n, context in zip(padding, self.contexts, strict=True)]
         return self._forward(tokens, [False] * len(tokens), added)
 
-    def _mine(self, of_sequences: list, otherwise: object) -> list:
+    def _mine(self, of_sequences: list[Any], otherwise: object) -> list[Any]:
         """Of this data-parallel rank's sequences; `otherwise` for those that are missing from the last rank."""
         dp = self.engine.runtime.groups.dp
         each = -(-len(of_sequences) // dp.size())
@@ -137,12 +138,12 @@ class CachedLogits:
 
     def _gathered(self, routing: dict[int, tuple[Tensor, Tensor]], rows: int, added: list[int]) -> list[Routed]:
         """What all ranks' routers decided, by sequence."""
-        mine: dict[int, tuple[list, list]] = {}
+        mine: dict[int, tuple[list[Any], list[Any]]] = {}
         for layer, (experts_TK, gates_TK) in routing.items():
             of_rows = (t.unflatten(0, (-1, rows)).transpose(0, 1).tolist() for t in (experts_TK, gates_TK))
             experts_BSK, gates_BSK = of_rows
             mine[layer] = experts_BSK, gates_BSK
-        of_ranks: list = [None] * dist.get_world_size()
+        of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, (self.engine.runtime.groups.dp.rank(), mine))
         routed: list[Routed] = [{} for _ in added]
         for dp_rank, layers in of_ranks:

@@ -7,7 +7,7 @@ them in one product, as attention does queries, keys and values: that is what ot
 Legend: S sequence (this rank's slice), B batch, K inner and N outer dimension of a layer, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from moe.expert_lora import ExpertAdapters
 from parallel import batch_context
 from parallel.batch_context import TRAIN
 from parallel.process_groups import Groups
-from parallel.sharding import set_sharding
+from parallel.sharding import mark, set_sharding
 
 
 class Adapter(nn.Module):
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
     def _place(self, factor: nn.Parameter, dim: int | None, std: float) -> None:
         if dim is None:
             set_sharding(factor, replicas=(self.tp,), std=std)
-            factor.sequence_parallel = self.sequence
+            mark(factor, sequence_parallel=self.sequence)
         else:
             set_sharding(factor, (dim, self.tp), std=std)
 
@@ -92,7 +92,7 @@ class Adapter(nn.Module):
 
 
 def add_adapters(
-    blocks: nn.ModuleDict, model: ModelConfig, lora: LoraConfig, seed: int, dtype: torch.dtype, groups: Groups
+    blocks: Mapping[str, Any], model: ModelConfig, lora: LoraConfig, seed: int, dtype: torch.dtype, groups: Groups
 ) -> None:
     """Adds the adapters of lora.target to the blocks of a pipeline chunk, which are named by their index in the
     model."""

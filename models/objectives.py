@@ -40,7 +40,7 @@ class DirectPreferences:
     """DPO, IPO and length-normalised DPO (models.preference_losses.pair_losses) of pairs. What it calls the reward of a
     response is beta times its log-ratio (Rafailov et al. 2023, arXiv:2305.18290, section 5)."""
 
-    metrics = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
+    metrics: tuple[str, ...] = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
 
     def __init__(self, settings: PreferenceConfig):
         self.settings = settings
@@ -79,7 +79,7 @@ def sequence_rewards(rewards_BS: Tensor, batch: Batch, cp: dist.ProcessGroup) ->
 class RewardModeling:
     """The ranking loss of a reward model (models.preference_losses.ranking_losses)."""
 
-    metrics = REWARD_METRICS
+    metrics: tuple[str, ...] = REWARD_METRICS
 
     def __init__(self, settings: PreferenceConfig):
         self.settings = settings
