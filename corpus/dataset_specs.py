@@ -60,6 +60,10 @@ def _parts(data: DataConfig) -> list[BlendPart]:
     for part in data.blend:
         if part.weight <= 0:
             raise ValueError(f"data.blend: the weight {part.weight} of the {part.kind} part must be positive")
+        if part.kind == "chat":
+            raise ValueError(
+                "data.blend has no parts of kind chat; conversations are trained on by themselves: data=chat"
+            )
     return list(data.blend)
 
 

@@ -51,6 +51,6 @@ SOURCES = Registry(
     "data source",
     DataSource("stdlib", lambda files: standard_library_files(), files=None, name_of=_library_name),
     DataSource("text", lambda files: expand(list(files)), files="paths or globs of text files"),
-    DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
     DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs", yields="tokens"),
+    DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
 )
