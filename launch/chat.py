@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from conf.commands import ChatConfig
 from conf.printable import visible
@@ -13,6 +14,9 @@ from launch.generate import check_settings, tokenizer_of
 from parallel.env import started_ranks
 from training.load_checkpoint import load_model
 from training.noncausal import check_can_generate
+
+if TYPE_CHECKING:
+    from training.chat import Conversation
 
 HELP = "/reset: a new conversation; /system TEXT: one with this system message; Ctrl-C: stop an answer; Ctrl-D: end"
 
@@ -61,7 +65,7 @@ def _command(reset: Callable[..., None], line: str) -> str:
     return HELP if name == "/help" else f"no command {visible(name)}. {HELP}"
 
 
-def _answer(talk, line: str) -> None:
+def _answer(talk: "Conversation", line: str) -> None:
     """Prints the answer to a message as it comes."""
     note = ""
     pieces = talk.answer(line)

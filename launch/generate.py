@@ -65,6 +65,8 @@ def generate_rank(world: World, config: GenerateConfig) -> int:
     """`main` on one rank. All ranks generate the same text; rank 0 prints."""
     with load_model(config.checkpoint, config, world) as loaded, contextlib.ExitStack() as files:
         check_can_generate(loaded.built.config.model)
+        if config.router_trace is not None and not loaded.built.config.model.sparse_layers:
+            raise ValueError(f"router_trace={config.router_trace}: the model is dense, it has no router; leave it out")
         from training.generate import continue_batch
 
         continuations, prompts, sampling = _continuations(loaded, config)

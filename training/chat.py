@@ -1,8 +1,10 @@
 """A conversation with a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from corpus.tokenizer import Tokenizer
 from models.cached_logits import CachedLogits
@@ -24,6 +26,8 @@ class Conversation:
         self.limit = built.config.train.sequence_length
         self.cached = CachedLogits(built.engine, built.config.model, self.limit)
         self.messages: list[dict[str, str]] = []
+        self.seen: tuple[str, list[int]] = ("", [])
+        """The conversation up to the last answer as text, and as the tokens that the model has read and written."""
         self.turn = 0
         self.finish_reason: str | None = None
         """Of the last answer; None: it was broken off."""
@@ -34,7 +38,7 @@ class Conversation:
         """Begins a new conversation."""
         self.messages, self.turn = [] if system is None else [{"role": "system", "content": system}], 0
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Yields the answer to a message piece by piece. What has come of it is part of the conversation, also if the
         caller stops.
 
@@ -42,7 +46,8 @@ class Conversation:
             ValueError: the template refuses the conversation; the message is left out of it.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self.format.encode(messages)
+        written = self.format.template.render(messages, add_generation_prompt=True)
+        ids = self._encoded(written)
         self.messages, self.is_cut, self.finish_reason = messages, len(ids) > self.limit, None
         stream = TextStream(self.tokenizer, ids, self.stop)
         continuation = Continuation(ids, self.turn, 0, stream)
@@ -53,8 +58,19 @@ class Conversation:
         finally:
             self.finish_reason = continuation.finish_reason
             self.messages.append({"role": "assistant", "content": stream.text})
+            # Of an answer that was cut within its tokens, the text alone counts.
+            cut = stream.stopped or continuation.finish_reason is None
+            self.seen = ("", []) if cut else (written + stream.text, ids + continuation.ids)
 
-    def _read(self, ids: list[int]):
+    def _encoded(self, written: str) -> list[int]:
+        """The tokens of a conversation. Earlier answers keep the tokens that they were written with: encoded again,
+        their text could have others."""
+        text, ids = self.seen
+        if text and written.startswith(text):
+            return ids + self.format.encode_text(written[len(text) :])
+        return self.format.encode_text(written)
+
+    def _read(self, ids: list[int]) -> Tensor:
         """The logits after the conversation."""
         known = self.cached.contexts[0] if self.cached.contexts else []
         if known and len(known) < len(ids) <= self.limit and ids[: len(known)] == known:

@@ -75,7 +75,11 @@ class ChatFormat:
         Raises:
             ValueError: the template refuses the conversation.
         """
-        return self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))[0]
+        return self.encode_text(self.template.render(messages, add_generation_prompt=True))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of what the template has written, special ones among them."""
+        return self.tokenizer.encode_with_special(text)[0]
 
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer: that of a document, and the special token that the template writes after an

@@ -164,18 +164,20 @@ def talk(world: World, run: str) -> list[Any]:
         reads: list[int] = []
         start_over = one.cached.start
         one.cached.start = lambda contexts: reads.append(len(contexts[0])) or start_over(contexts)
-        answers = ["".join(one.answer(text)) for text in ("A", "b", "c")]
-        two.messages, two.turn = one.messages[:-2], one.turn - 1
-        pieces = one.answer("d")
+        first = "".join(one.answer("A"))
+        two.messages, two.turn, two.seen = one.messages, one.turn, one.seen
+        second, again = ("".join(conversation.answer("b")) for conversation in (one, two))
+        pieces = one.answer("c")
         next(pieces)
         pieces.close()
-        return [answers, "".join(two.answer("c")), reads, one.messages[-1], one.finish_reason]
+        return [first, second, again, reads, one.messages[-1]["role"], one.finish_reason]
 
 
 def test_a_turn_reads_only_what_is_new(ranks: RankPool, trained: Path) -> None:
-    ((answers, again, reads, last, reason),) = ranks.run(1, talk, str(trained), timeout=LIMIT)
-    assert answers[-1] == again and len(reads) == 1
-    assert last["role"] == "assistant" and reason is None
+    """The third one no longer fits, and is read anew."""
+    ((first, second, again, reads, last, reason),) = ranks.run(1, talk, str(trained), timeout=LIMIT)
+    assert first and second == again and len(reads) == 2
+    assert last == "assistant" and reason is None
 
 
 def test_chat_needs_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
