@@ -9,7 +9,7 @@ from conf.setting import setting
 class LoraConfig:
     """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): the weights of checkpoint.load are frozen, and to
     each adapted layer scale * B A x is added, of which only A and B are trained and kept in checkpoints
-    (docs/adapters.md)."""
+    (docs/guides/adapters.md)."""
 
     rank: int | None = setting(None, ge=1)
     """Rank of the adapters, r. null: no adapters; all weights are trained."""

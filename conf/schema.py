@@ -73,7 +73,7 @@ class DataConfig:
     """Source of the data: stdlib, text, megatron, blend, chat or preference. stdlib: the source files of the running
     Python's standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files
     (.bin/.idx pairs). blend: a weighted mixture of these. chat: conversations, in .jsonl .jsonl.gz .jsonl.zst .parquet
-    files, of which the assistant's tokens are trained on (docs/fine_tuning.md). preference: ranked responses to
+    files, of which the assistant's tokens are trained on (docs/guides/fine_tuning.md). preference: ranked responses to
     prompts, in the same formats, for train.objective=dpo and reward (docs/guides/preferences.md)."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text, chat), or prefixes without .bin/.idx (megatron)."""

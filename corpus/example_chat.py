@@ -1,5 +1,5 @@
-"""Writes a few hundred short conversations that a tiny model can learn, for docs/fine_tuning.md: sums, opposites,
-capitals, words in capitals or backwards, and one-line Python functions.
+"""Writes a few hundred short conversations that a tiny model can learn, for docs/guides/fine_tuning.md: sums,
+opposites, capitals, words in capitals or backwards, and one-line Python functions.
 
 `python -m corpus.example_chat chats.jsonl [conversations]`: the same file every time.
 """

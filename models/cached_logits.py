@@ -18,7 +18,7 @@ from parallel.engine import Batch, Engine
 from parallel.layout import cache_unsupported_reason
 
 Routed = dict[int, tuple[list[list[int]], list[list[float]]]]
-"""Of a sequence's new tokens: sparse layer -> (experts [S][K], gates [S][K])."""
+"""Of a sequence's new tokens: sparse layer -> (experts, gates), each `[S, K]`."""
 
 
 class CachedLogits:
