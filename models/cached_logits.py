@@ -101,7 +101,7 @@ class CachedLogits:
         mine = of_sequences[dp.rank() * each : (dp.rank() + 1) * each]
         return mine + [otherwise] * (each - len(mine))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, tokens_RS: list[list[int]], ended: list[bool], added: list[int]) -> Tensor:
         engine, cache = self.engine, self._cache
         groups, layout, device = engine.runtime.groups, engine.runtime.layout, engine.runtime.device

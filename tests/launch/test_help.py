@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from conf.commands import CheckConfig, EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, PrepareConfig
+from conf.commands import (
+    ChatConfig,
+    CheckConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PrepareConfig,
+)
 from conf.schema import Config
 from launch.help_text import COMPLETION, help_text, settings
 from launch.settings import setting_types
@@ -16,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "schema", [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig, ImportConfig, ExportConfig]
+    "schema",
+    [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig, ChatConfig, ImportConfig, ExportConfig],
 )
 def test_every_setting_has_a_summary_of_one_line(schema: type) -> None:
     found = list(settings(schema))
@@ -54,7 +63,7 @@ def test_version_is_ours() -> None:
     [
         ("python -m launch.train model=tiny_s", ["model=tiny_switch"]),
         ("bash launch/train.sh train.ste", ["train.steps="]),
-        ("python -m launch.generate prom", ["prompt="]),
+        ("python -m launch.generate prompt", ["prompt=", "prompts="]),
         ("python -m launch.train precision=b", ["precision=bf16"]),
         ("python setup.py x", []),
     ],

@@ -11,6 +11,8 @@ from benchmarks.tiny import SEQUENCE, VOCABULARY, Variant, build_engine, started
 from conf.schema import ParallelConfig
 from models.cached_logits import CachedLogits
 from models.logits import next_token_logits
+from moe.dispatcher import LocalDispatcher
+from ops.dispatch import Assignments
 from parallel.engine import Engine
 from parallel.env import World
 from parallel.local_launcher import RankPool
@@ -90,3 +92,41 @@ def test_a_layout_changes_nothing(size: int, degrees: dict[str, Any], names: lis
     for found in ranks.run(size, measured, degrees, names, timeout=120.0):
         for name, apart in found.items():
             assert max(apart) <= LIMIT, (name, apart)
+
+
+def test_padding_is_not_routed_and_an_ended_sequence_changes_nothing(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = build_engine(runtime, ATTENTION["drops"], optim=None), ATTENTION["drops"].config()
+    randomise(engine)
+    rows: list[int] = []
+    start = LocalDispatcher.start
+
+    def counted(dispatcher: LocalDispatcher, x_TD: torch.Tensor, assignments: Assignments, slots: Any = None) -> Any:
+        rows.append(int(assignments.keep_TK.sum()))
+        return start(dispatcher, x_TD, assignments, slots)
+
+    monkeypatch.setattr(LocalDispatcher, "start", counted)
+    cached = CachedLogits(engine, model, SEQUENCE)
+    cached.start(PROMPTS)
+    assert rows == [model.moe.top_k * sum(map(len, PROMPTS))] * model.num_layers
+    rows.clear()
+    together = [cached.step([1, None, 2, None])[[0, 2]], cached.step([3, None, 4, None])[[0, 2]]]
+    assert rows == [model.moe.top_k * 2] * model.num_layers * 2
+    cached.start([PROMPTS[0], PROMPTS[2]])
+    for wanted, tokens in zip(together, ([1, 2], [3, 4]), strict=True):
+        torch.testing.assert_close(cached.step(tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_several_tokens_at_once_are_those_one_by_one(runtime: Runtime) -> None:
+    """The second turn of a conversation, short of the limit and past it."""
+    for name in ("gpt_oss", "mla", "llama4", "phimoe"):
+        engine, model = build_engine(runtime, ATTENTION[name], optim=None), ATTENTION[name].config()
+        randomise(engine)
+        for further in ([9, 8, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9]):
+            cached = CachedLogits(engine, model, SEQUENCE)
+            cached.start([PROMPTS[1]])
+            got = cached.extend(further)[0]
+            wanted = next_token_logits(engine, VOCABULARY, cached.contexts[0])
+            assert (got - wanted).abs().max() <= LIMIT * wanted.abs().max()
+            assert len(cached.contexts[0]) == (12 if len(further) == 3 else SEQUENCE // 2)
