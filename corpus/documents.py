@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ROW_SUFFIXES = TEXT_SUFFIXES[1:]
@@ -37,6 +37,15 @@ class BadRow:
 
     where: str
     why: str
+
+
+class Row(NamedTuple):
+    where: str
+    """Its position in the file, for messages."""
+    value: dict[str, Any] | BadRow
+    """Its fields."""
+    done: float
+    """Fraction of the file read so far."""
 
 
 @dataclass
@@ -225,9 +234,8 @@ def _parsed(line: str, where: str) -> Any:
         return BadRow(where, " is nested too deeply")
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRow, float]]:
-    """The rows of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file as objects: of each its position, its fields, and
-    the fraction of the file read so far. Nothing is required of the fields.
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file as objects, of which nothing is required.
 
     Raises:
         ValueError: another kind of file, or one that cannot be read or is damaged.
@@ -239,14 +247,14 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRow, float]]
             for where, row, _, done in _json_rows(path):
                 if not isinstance(row, (dict, BadRow)):
                     row = BadRow(where, f" is a JSON {_kind(row)}, not an object")
-                yield where, row, done
+                yield Row(where, row, done)
         else:
             raise ValueError(f"{path} has no rows; supported are {' '.join(ROW_SUFFIXES)}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any], float]]:
+def _parquet_rows(path: str) -> Iterator[Row]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -256,7 +264,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any], float]]:
         for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", row, number / file.metadata.num_rows
+                yield Row(f"row {number}", row, number / file.metadata.num_rows)
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged after row {number}: {error}") from error
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus.chat_template import ChatTemplate, encode_chat
+from corpus.documents import BadRow
 from corpus.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
 
 
-class BadRow(ValueError):
+class InvalidRow(ValueError):
     """A row that cannot be used; the message continues a sentence that begins with its position."""
 
 
@@ -46,19 +47,17 @@ class Encoded:
     """Whether each token is one that the model generates as part of the response."""
 
 
-def parse(row: Any, max_responses: int) -> Preference:
+def parse(row: dict[str, Any] | BadRow, max_responses: int) -> Preference:
     """
     Raises:
-        BadRow: fields are missing or of another type, a response is empty, or two are alike.
+        InvalidRow: fields are missing or of another type, a response is empty, or two are alike.
     """
-    if isinstance(row, str):
-        raise BadRow(row)
-    if not isinstance(row, dict):
-        raise BadRow(f"is a JSON {type(row).__name__}, not an object")
+    if isinstance(row, BadRow):
+        raise InvalidRow(row.why.strip())
     responses = _responses(row)
     if not 2 <= len(responses) <= max_responses:
         more = f"; set preference.max_responses={len(responses)} with train.objective=reward"
-        raise BadRow(f"has {len(responses)} responses{more if len(responses) > 2 else '; at least 2 are compared'}")
+        raise InvalidRow(f"has {len(responses)} responses{more if len(responses) > 2 else '; at least 2 are compared'}")
     given = row.get("prompt")
     if given is not None and not isinstance(given, str):
         _check_messages("prompt", given)
@@ -68,10 +67,10 @@ def parse(row: Any, max_responses: int) -> Preference:
         preference = _of_messages(given, [_as_messages(response) for response in responses])
     for number, response in enumerate(preference.responses):
         if _is_empty(response):
-            raise BadRow(f"has an empty answer ({_name(row, number)})")
+            raise InvalidRow(f"has an empty answer ({_name(row, number)})")
     for (i, one), (j, other) in itertools.combinations(enumerate(preference.responses), 2):
         if one == other:
-            raise BadRow(f"has two answers alike ({_name(row, i)} and {_name(row, j)})")
+            raise InvalidRow(f"has two answers alike ({_name(row, i)} and {_name(row, j)})")
     return preference
 
 
@@ -82,12 +81,12 @@ def _name(row: dict[str, Any], number: int) -> str:
 def _responses(row: dict[str, Any]) -> list[Any]:
     if (ranked := row.get("responses")) is not None:
         if not isinstance(ranked, list):
-            raise BadRow(f"field 'responses' is {type(ranked).__name__}, not a list")
+            raise InvalidRow(f"field 'responses' is {type(ranked).__name__}, not a list")
         named = [(f"responses[{i}]", response) for i, response in enumerate(ranked)]
     else:
         if missing := [name for name in ("chosen", "rejected") if row.get(name) is None]:
             fields = ", ".join(row) or "none"
-            raise BadRow(f"has no field {' and no field '.join(missing)} (nor responses); its fields are {fields}")
+            raise InvalidRow(f"has no field {' and no field '.join(missing)} (nor responses); its fields are {fields}")
         named = [(name, row[name]) for name in ("chosen", "rejected")]
     for name, response in named:
         if not isinstance(response, str):
@@ -97,10 +96,10 @@ def _responses(row: dict[str, Any]) -> list[Any]:
 
 def _check_messages(name: str, messages: Any) -> None:
     if not isinstance(messages, list):
-        raise BadRow(f"field {name!r} is {type(messages).__name__}, not a string or a list of messages")
+        raise InvalidRow(f"field {name!r} is {type(messages).__name__}, not a string or a list of messages")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow(f"field {name!r} has an entry without a role; a message is {{role: ..., content: ...}}")
+            raise InvalidRow(f"field {name!r} has an entry without a role; a message is {{role: ..., content: ...}}")
 
 
 def _as_messages(response: str | Messages) -> Messages:
@@ -135,7 +134,7 @@ def _of_messages(prompt: str | Messages | None, responses: list[Messages]) -> Pr
             break
         shared += 1
     if not shared:
-        raise BadRow("has no prompt: neither a field 'prompt' nor messages that all its answers begin with")
+        raise InvalidRow("has no prompt: neither a field 'prompt' nor messages that all its answers begin with")
     return Preference(responses[0][:shared], [response[shared:] for response in responses])
 
 
@@ -153,7 +152,7 @@ def encode(preference: Preference, tokenizer: Tokenizer, template: ChatTemplate)
     with the first token that differs, as in TRL.
 
     Raises:
-        BadRow: the chat template refuses it, or two responses have the same tokens.
+        InvalidRow: the chat template refuses it, or two responses have the same tokens.
     """
     try:
         if preference.is_chat:
@@ -165,34 +164,34 @@ def encode(preference: Preference, tokenizer: Tokenizer, template: ChatTemplate)
             texts = tokenizer.encode_batch([preference.prompt + response for response in preference.responses])
             whole = [([*ids, tokenizer.eod_id], [1.0] * (len(ids) + 1)) for ids in texts]
     except ValueError as error:
-        raise BadRow(f"cannot be written as a conversation: {error}") from None
+        raise InvalidRow(f"cannot be written as a conversation: {error}") from None
     begin = min(_shared(prompt, ids) for ids, _ in whole)
     encoded = [
         Encoded(ids, [i >= max(begin, 1) and weight > 0 for i, weight in enumerate(weights)]) for ids, weights in whole
     ]
     if any(not any(one.counts) for one in encoded):
-        raise BadRow("has an answer without tokens of the assistant")
+        raise InvalidRow("has an answer without tokens of the assistant")
     if any(a.ids == b.ids for a, b in itertools.combinations(encoded, 2)):
-        raise BadRow("has two answers with the same tokens")
+        raise InvalidRow("has two answers with the same tokens")
     return encoded
 
 
-def conversation_ids(row: Any, tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+def conversation_ids(row: dict[str, Any] | BadRow, tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     """Token ids of a conversation to be judged, as `encode` gives those of a prompt with a response.
 
     Args:
         row: has `messages`, or `prompt` and `response`, each a string or a list of messages.
 
     Raises:
-        BadRow: it has not, or the chat template refuses it.
+        InvalidRow: it has not, or the chat template refuses it.
     """
-    if not isinstance(row, dict):
-        raise BadRow(row if isinstance(row, str) else f"is a JSON {type(row).__name__}, not an object")
+    if isinstance(row, BadRow):
+        raise InvalidRow(row.why.strip())
     prompt, response = row.get("prompt"), row.get("response")
     messages = row.get("messages")
     if messages is None:
         if missing := [name for name in ("prompt", "response") if row.get(name) is None]:
-            raise BadRow(f"has no field {' and no field '.join(missing)} (nor messages)")
+            raise InvalidRow(f"has no field {' and no field '.join(missing)} (nor messages)")
         if isinstance(prompt, str) and isinstance(response, str):
             assert tokenizer.eod_id is not None
             return [*tokenizer.encode(prompt + response), tokenizer.eod_id]
@@ -202,11 +201,11 @@ def conversation_ids(row: Any, tokenizer: Tokenizer, template: ChatTemplate) -> 
         messages = turns
     _check_messages("messages", messages)
     if not messages:
-        raise BadRow("has no messages")
+        raise InvalidRow("has no messages")
     try:
         return tokenizer.encode_with_special(template.render(_as_messages(messages)))[0]
     except ValueError as error:
-        raise BadRow(f"cannot be written as a conversation: {error}") from None
+        raise InvalidRow(f"cannot be written as a conversation: {error}") from None
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -16,10 +16,9 @@ import numpy as np
 from conf.schema import DataConfig
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate
-from corpus.documents import SkippedRows, expand
+from corpus.documents import SkippedRows, expand, read_rows
 from corpus.integrity import digests
-from corpus.preferences import BadRow, Encoded, Preference, encode, parse
-from corpus.rows import read_rows
+from corpus.preferences import Encoded, InvalidRow, Preference, encode, parse
 from corpus.text import Progress
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import tokenizer_json
@@ -184,7 +183,7 @@ class _Reader:
                 try:
                     preference = parse(row.value, self._most)
                     responses = self._encode(preference)
-                except BadRow as problem:
+                except InvalidRow as problem:
                     if self._strict:
                         raise ValueError(f"{path} {row.where} {problem}") from None
                     skipped.count += 1
@@ -205,5 +204,5 @@ class _Reader:
         responses = encode(preference, self._tokenizer, self._template)
         longest = max(len(response.ids) for response in responses)
         if longest > self._length:
-            raise BadRow(f"has {longest} tokens, more than train.sequence_length={self._length}")
+            raise InvalidRow(f"has {longest} tokens, more than train.sequence_length={self._length}")
         return responses

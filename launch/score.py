@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.score_config import ScoreConfig
-from corpus.rows import ROW_SUFFIXES, Row, read_rows
+from corpus.documents import ROW_SUFFIXES, Row, read_rows
 from launch.cli import command
 from parallel.env import World
 from training.console import Console
@@ -71,7 +71,8 @@ def scored(rows: Sequence[Row], rewards_MN: np.ndarray, deviations: float) -> li
         if len(rewards_MN) > 1:
             fields |= {"reward_mean": float(mean_N[n]), "reward_std": float(std_N[n])}
             fields["rewards"] = rewards_MN[:, n].tolist()
-        lines.append(json.dumps({**row.value, **fields}, default=str) + "\n")
+        assert isinstance(row.value, dict)  # rewards_of has refused others
+        lines.append(json.dumps(row.value | fields, default=str) + "\n")
     return lines
 
 

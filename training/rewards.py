@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from corpus.chat_template import ChatTemplate
-from corpus.preferences import BadRow, conversation_ids
-from corpus.rows import Row
+from corpus.documents import Row
+from corpus.preferences import InvalidRow, conversation_ids
 from corpus.tokenizer import Tokenizer
 from models.objectives import sequence_rewards
 from parallel.engine import Batch
@@ -65,7 +65,7 @@ def _ids(file: str, row: Row, tokenizer: Tokenizer, template: ChatTemplate, long
     try:
         ids = conversation_ids(row.value, tokenizer, template)
         if len(ids) > longest:
-            raise BadRow(f"has {len(ids)} tokens, more than the {longest} of the run's train.sequence_length")
-    except BadRow as problem:
+            raise InvalidRow(f"has {len(ids)} tokens, more than the {longest} of the run's train.sequence_length")
+    except InvalidRow as problem:
         raise ValueError(f"{file} {row.where} {problem}") from None
     return ids

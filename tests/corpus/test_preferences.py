@@ -7,8 +7,9 @@ import pytest
 
 from conf.schema import DataConfig
 from corpus.chat_template import ChatTemplate
+from corpus.documents import BadRow
 from corpus.preference_stream import PreferenceStream, held_out_set, training_set
-from corpus.preferences import BadRow, encode, parse
+from corpus.preferences import InvalidRow, encode, parse
 from corpus.prepare import prepare
 from corpus.tokenizer import Tokenizer
 
@@ -65,12 +66,11 @@ def test_the_formats_of_a_row(row, prompt, responses):
         ({"prompt": "a", "responses": ["b"]}, "at least 2"),
         ({"prompt": "a", "responses": ["b", "c", "d", "e"]}, "preference.max_responses=4"),
         ({"prompt": "a", "responses": "b"}, "'responses' is str"),
-        ([1], "a JSON list"),
-        ("is not valid JSON: x", "is not valid JSON: x"),
+        (BadRow("line 1", " is not valid JSON: x"), "is not valid JSON: x"),
     ],
 )
 def test_rows_that_cannot_be_used(row, told):
-    with pytest.raises(BadRow) as raised:
+    with pytest.raises(InvalidRow) as raised:
         parse(row, 3)
     assert told in str(raised.value)
 

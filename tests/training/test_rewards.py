@@ -11,7 +11,7 @@ import torch
 from benchmarks import synthetic_preferences
 from conf.commands import EvaluateConfig, GenerateConfig
 from conf.score_config import ScoreConfig
-from corpus.rows import Row
+from corpus.documents import Row
 from corpus.tokenizer import Tokenizer
 from launch.score import main, scored
 from tests.models.hf.helpers import in_rank, run_export
