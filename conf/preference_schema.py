@@ -6,6 +6,9 @@ from conf.setting import setting
 
 OBJECTIVES = ("language_modeling", "dpo", "reward")
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "sigmoid_norm")
+REWARD_METRICS = ("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy")
+PREFERENCE_METRICS = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
+"""What metrics.jsonl has of an objective beside its loss."""
 
 
 @dataclass

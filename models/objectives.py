@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.preference_schema import PREFERENCE_METRICS, REWARD_METRICS
 from conf.registry import Registry
 from conf.schema import PreferenceConfig
 from models.preference_losses import mean_over_pairs, pair_losses, ranking_losses
@@ -19,10 +20,6 @@ from parallel.objective import Batch, Objective, shard_over, sum_over_ranks
 
 REFERENCE = "reference_logps"
 """Key of a micro-batch: log-probabilities of the responses under the reference [B]."""
-REWARD_METRICS = ("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy")
-
-PREFERENCE_METRICS = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
-"""Of any objective."""
 
 
 def response_logps(losses_BS: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Tensor:
@@ -40,7 +37,7 @@ class DirectPreferences:
     """DPO, IPO and length-normalised DPO (models.preference_losses.pair_losses) of pairs. What it calls the reward of a
     response is beta times its log-ratio (Rafailov et al. 2023, arXiv:2305.18290, section 5)."""
 
-    metrics: tuple[str, ...] = (*REWARD_METRICS, "logps_chosen", "logps_rejected")
+    metrics: tuple[str, ...] = PREFERENCE_METRICS
 
     def __init__(self, settings: PreferenceConfig):
         self.settings = settings

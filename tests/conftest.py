@@ -40,6 +40,7 @@ def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (imp
         redirection.undo()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist (`-n N`), one worker runs all tests of a file, which share its fixtures, and one worker all
     tests of the local Slurm, of which there is one."""

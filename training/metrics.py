@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from models.objectives import PREFERENCE_METRICS
+from conf.preference_schema import PREFERENCE_METRICS
 from moe.expert_load import ExpertLoad
 from moe.router_metrics import ROUTER_METRICS
 from training.expert_load_log import (
