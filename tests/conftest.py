@@ -40,11 +40,9 @@ def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (imp
         redirection.undo()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Under pytest-xdist (`-n N`), one worker runs all tests of a file, which share its fixtures, and one worker all
     tests of the local Slurm, of which there is one."""
-    for item in items:
-        path = item.path.relative_to(item.config.rootpath)
-        group = "slurm" if path.parts[:2] == ("tests", "slurm") else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    path = item.path.relative_to(item.config.rootpath)
+    group = "slurm" if path.parts[:2] == ("tests", "slurm") else str(path)
+    item.add_marker(pytest.mark.xdist_group(group))
