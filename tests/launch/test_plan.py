@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,9 @@ def test_a_thousand_experts_on_thousands_of_gpus_take_seconds(tmp_path: Path) ->
     assert seconds < 60, "15 s on a machine with nothing else to do"
 
 
+PLOT = "nearest: plot=plan.png" if find_spec("matplotlib") else "needs matplotlib: bash launch/setup.sh plots"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -77,7 +81,7 @@ def test_a_thousand_experts_on_thousands_of_gpus_take_seconds(tmp_path: Path) ->
         (["cluster=h100", "ranks=8", "parallel.ep=3"], "nearest: "),
         (["cluster=h100", "ranks=7", "train.global_batch_size=1024"], "nearest: train.global_batch_size=1029"),
         (["model=qwen3_235b_a22b", "cluster=h100", "nodes=1"], "does not fit into 8 x 80 GB"),
-        (["model=qwen3_30b_a3b", "cluster=h100", "nodes=1", "plot=plan.xyz"], "nearest: plot=plan.png"),
+        (["model=qwen3_30b_a3b", "cluster=h100", "nodes=1", "plot=plan.xyz"], PLOT),
         (["cluster=h100", "nodes=1", "parallel.tp=-1"], "parallel.tp"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
