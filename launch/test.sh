@@ -20,5 +20,5 @@ processes=${TEST_PROCESSES:-$(default_processes)}
 case " $*" in *" -n"* | *" --pdb"* | *::*) processes=1 ;; esac
 distribute=()
 # tests/conftest.py says which tests stay together.
-[ "$processes" = 1 ] || distribute=(-n "$processes" --dist loadgroup)
+[ "$processes" = 1 ] || distribute=(-n "$processes")
 exec .venv/bin/python -m pytest "${distribute[@]}" "$@"

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tests: threads cost more than they give
 
@@ -40,9 +42,21 @@ def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (imp
         redirection.undo()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+class _ByFile(LoadScopeScheduling):
     """Under pytest-xdist (`-n N`), one worker runs all tests of a file, which share its fixtures, and one worker all
     tests of the local Slurm, of which there is one."""
-    path = item.path.relative_to(item.config.rootpath)
-    group = "slurm" if path.parts[:2] == ("tests", "slurm") else str(path)
-    item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return _ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests of the local Slurm take longest and mostly wait: they begin first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))

@@ -193,7 +193,7 @@ def test_first_command_sets_up_and_passes_arguments_untouched(clone, tmp_path, s
 @pytest.mark.parametrize(
     ("arguments", "processes", "distributed"),
     [
-        (["tests/moe", "-k", "a b"], "3", ["-n", "3", "--dist", "loadgroup"]),
+        (["tests/moe", "-k", "a b"], "3", ["-n", "3"]),
         (["tests/moe"], "1", []),
         (["-n", "2"], "3", []),
         (["--pdb"], "3", []),
