@@ -64,9 +64,7 @@ def test_a_data_source(tmp_path: Path) -> None:
     data = DataConfig(
         kind="csv", files=[f"{tmp_path}/*.csv"], text_key="review", valid_fraction=0.3, cache_dir=f"{tmp_path}/cache"
     )
-    with pytest.raises(
-        ValueError, match=r"data\.kind is one of stdlib, text, megatron, blend, chat, preference, but csv"
-    ):
+    with pytest.raises(ValueError, match=r"data\.kind is one of stdlib, text, .*, but csv"):
         rules.check(Config(data=data), 1)
     follow("A data source")
     rules.check(Config(data=data), 1)

@@ -44,11 +44,18 @@ __all__ = [
 ]
 
 
-def train(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+def train(engine: Engine, steps: Iterable[int], *, masked: bool = True) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step.
+
+    Args:
+        masked: whether a third of the labels has no loss.
+    """
     told = []
     for step in steps:
-        loss = engine.forward_backward(my_batches(engine.runtime, step), step=step).item()
+        batches = my_batches(engine.runtime, step)
+        for batch in batches if not masked else ():
+            del batch["loss_mask"]
+        loss = engine.forward_backward(batches, step=step).item()
         norm, applied = engine.update(OPTIM.lr, loss=loss)
         assert applied
         told.append((loss, norm))

@@ -114,7 +114,7 @@ def trained(world: World, parallel: ParallelConfig, variant: Variant, optim: Opt
     """(loss and norm of four steps, the optimizer's tensors) as rank function."""
     with started(world, parallel) as runtime:
         engine = build_engine(runtime, variant, optim, Overlap.of(parallel, runtime.backend))
-        return train(engine, range(4)), optimizer_tensors(engine)
+        return train(engine, range(4), masked=False), optimizer_tensors(engine)
 
 
 @pytest.mark.parametrize("variant", [FP32, BF16], ids=["fp32", "bf16"])
@@ -139,9 +139,7 @@ def alone(ranks) -> dict[str, tuple[Any, Any]]:
 
 def test_bf16_moments_stay_near_fp32(alone):
     (told, wanted), (again, got) = alone["plain"], alone["moments"]
-    (losses, norms), (wanted_losses, wanted_norms) = np.array(again).T, np.array(told).T
-    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-4)
-    np.testing.assert_allclose(norms[:3], wanted_norms[:3], rtol=2e-3)  # those of gradients drift apart sooner
+    np.testing.assert_allclose(again, told, rtol=2e-3)
     # Each of four steps rounds by at most 2**-8, mostly less.
     for kind, bound in (("weights", 1e-3), ("exp_avg", 2**-7), ("exp_avg_sq", 2**-7)):
         for name, whole in wanted[kind].items():
