@@ -189,7 +189,7 @@ def _generate(world: World, path: str) -> str:
     from launch import generate
 
     written: list[str] = []
-    with mock.patch.object(generate, "print", lambda text, **_: written.append(text), create=True):
+    with mock.patch.object(generate, "print", lambda text="\n", **_: written.append(text), create=True):
         generate.main(GenerateConfig(checkpoint=path, prompt="The cat", max_tokens=4, precision="fp32"))
     return "".join(written)
 
