@@ -8,6 +8,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tests: threads cost more than they give
+if "PYTEST_XDIST_WORKER" in os.environ:  # its workers have COLUMNS=80, which makes commands fold their tables
+    os.environ.pop("COLUMNS", None)
 
 import torch
 
