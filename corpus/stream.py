@@ -35,7 +35,7 @@ _INDEX_PARTS = ("document_index", "sample_index", "shuffle_index")
 
 class Stream(Protocol):
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """tokens, labels, positions int64 [S] and loss_mask float32 [S]."""
+        """tokens, labels, positions int64 [S] and, unless every label counts, loss_mask float32 [S]."""
         ...
 
 
@@ -73,13 +73,12 @@ class TrainStream:
         self._eod_id = prepared.eod_id if document_mask else None
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` >= 0: tokens, labels, positions int64 [S] and loss_mask float32 [S]."""
+        """Sample `index` >= 0: tokens, labels and positions, int64 [S]. Without a loss_mask: every label counts."""
         source, index_in_source = self._blend.locate(index)
         item = self._epochs[source].sample(index_in_source)
         return {
             "tokens": item["tokens"],
             "labels": item["labels"],
-            "loss_mask": item["loss_mask"],
             "positions": positions_within(item["tokens"], self._eod_id),
         }
 
