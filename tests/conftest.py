@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tests: threads cost more than they give
 if "PYTEST_XDIST_WORKER" in os.environ:  # its workers have COLUMNS=80, which makes commands fold their tables
@@ -44,18 +43,18 @@ def runtime() -> Iterator["parallel.process_groups.Runtime"]:  # noqa: F821 (imp
         redirection.undo()
 
 
-class _ByFile(LoadScopeScheduling):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under pytest-xdist (`-n N`), one worker runs all tests of a file, which share its fixtures, and one worker all
     tests of the local Slurm, of which there is one."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     config.option.loadscopereorder = False
-    return _ByFile(config, log)
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
