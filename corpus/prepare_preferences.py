@@ -101,18 +101,8 @@ def prepare_preferences(
     Raises:
         ValueError: as corpus.prepare.prepare.
     """
-    if data.tokenizer is None:
-        raise ValueError(
-            "data=preference needs data.tokenizer, or checkpoint.load of a run that has one: "
-            "the tokenizer of the model that is trained"
-        )
-    path = tokenizer_json(data.tokenizer, "data.tokenizer")
-    tokenizer, template = Tokenizer.load(path, data.eod_token), ChatTemplate.of(path, data.eod_token)
-    if tokenizer.vocab_size > vocab_size:
-        size = tokenizer.vocab_size
-        raise ValueError(
-            f"{path} has {size} tokens, more than model.vocab_size={vocab_size}; set model.vocab_size={size} or more"
-        )
+    path, tokenizer = _tokenizer(data, vocab_size)
+    template = ChatTemplate.of(path, data.eod_token)
     held_out = [] if held_out_only else expand(data.valid_files)
     files = [file for file in expand(data.files) if file not in held_out]
     if not files:
@@ -149,6 +139,23 @@ def prepare_preferences(
     return PreparedPreferences(
         **splits, tokenizer=path, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, notes=manifest["notes"]
     )
+
+
+def _tokenizer(data: DataConfig, vocab_size: int) -> tuple[str, Tokenizer]:
+    """The tokenizer and its path. Raises ValueError if there is none, or one that is larger than the model's."""
+    if data.tokenizer is None:
+        raise ValueError(
+            "data=preference needs data.tokenizer, or checkpoint.load of a run that has one: "
+            "the tokenizer of the model that is trained"
+        )
+    path = tokenizer_json(data.tokenizer, "data.tokenizer")
+    tokenizer = Tokenizer.load(path, data.eod_token)
+    if tokenizer.vocab_size > vocab_size:
+        size = tokenizer.vocab_size
+        raise ValueError(
+            f"{path} has {size} tokens, more than model.vocab_size={vocab_size}; set model.vocab_size={size} or more"
+        )
+    return path, tokenizer
 
 
 def _hash(preference: Preference) -> float:

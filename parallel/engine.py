@@ -209,8 +209,8 @@ class Engine:
 
     def _mean_weight(self, batches: list[Batch]) -> Tensor:
         """The weights of the labels of the global batch, added up, per micro-batch: a scalar on the device. Of running
-        text, without loss_mask, each rank knows it by itself."""
-        if not any("loss_mask" in batch for batch in batches):
+        text, without loss_mask, each rank knows it by itself; an objective does not need it."""
+        if self.objective is not None or not any("loss_mask" in batch for batch in batches):
             return torch.tensor(float(batches[0]["labels"].numel()), device=self.runtime.device)
         masks = (batch.get("loss_mask", torch.ones(batch["labels"].shape)) for batch in batches)
         weights = torch.stack([mask.sum(dtype=torch.float64).cpu() for mask in masks])

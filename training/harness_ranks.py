@@ -20,7 +20,7 @@ def score(built: BuiltModel, requests: list[Request], batch_size: int) -> list[t
 
 def continue_text(built: BuiltModel, prompt: list[int], settings: dict[str, Any], stop: Stop | None) -> list[int]:
     """The tokens that follow a prompt. Every rank calls this together; `stop` is rank 0's and looks at the tokens so
-    far. Whoever has a faster generator puts it here."""
+    far."""
     found: list[int] = []
     for token in generate(built, prompt, **settings):
         found.append(token)

@@ -33,7 +33,7 @@ def test_what_works(given):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (config(kind="stdlib"), "train.objective=dpo needs data=preference"),
         (config("language_modeling"), "data=preference needs train.objective=dpo or reward, but it is language_mod"),
@@ -54,7 +54,7 @@ def test_what_works(given):
         (config(preference={"loss": "hinge"}), "preference.loss is one of sigmoid, ipo, sigmoid_norm"),
     ],
 )
-def test_what_does_not(given, told):
+def test_what_does_not(given, message):
     with pytest.raises(ValueError) as raised:
         rules.check(given, 1)
-    assert told in str(raised.value)
+    assert message in str(raised.value)

@@ -49,7 +49,7 @@ def test_the_formats_of_a_row(row, prompt, responses):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "has no field rejected"),
         ({"prompt": "a", "text": "b"}, "has no field chosen and no field rejected"),
@@ -69,10 +69,10 @@ def test_the_formats_of_a_row(row, prompt, responses):
         (BadRow("line 1", " is not valid JSON: x"), "is not valid JSON: x"),
     ],
 )
-def test_rows_that_cannot_be_used(row, told):
+def test_rows_that_cannot_be_used(row, message):
     with pytest.raises(InvalidRow) as raised:
         parse(row, 3)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_the_tokens_of_strings_end_with_the_document(tokenizer):

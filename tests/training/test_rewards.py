@@ -46,17 +46,17 @@ def run_dir(ranks, data, tmp_path_factory) -> Path:  # noqa: F811
 def score(ranks, run_dir, output, checkpoint, **given):
     given = {"input": str(run_dir.parent / "rows.jsonl"), "precision": "fp32"} | given
     settings = ScoreConfig(checkpoint=checkpoint, output=str(output), **given)
-    code, told = ranks.run(1, in_rank, main, settings)[0]
+    code, message = ranks.run(1, in_rank, main, settings)[0]
     if code:
-        raise ValueError(told)
+        raise ValueError(message)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
 def test_scores_are_those_of_transformers(ranks, run_dir, tmp_path):
     import transformers
 
-    code, told = run_export(ranks, run_dir, tmp_path / "exported", precision="fp32")
-    assert code == 0 and "verified" in told, told
+    code, message = run_export(ranks, run_dir, tmp_path / "exported", precision="fp32")
+    assert code == 0 and "verified" in message, message
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
     assert theirs.config.num_labels == 1
     tokenizer = Tokenizer.load(str(run_dir / "tokenizer.json"), "<|endoftext|>")
@@ -90,16 +90,16 @@ def test_the_mean_minus_standard_deviations():
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"text": "a"}, "line 1 has no field prompt and no field response"),
         ({"messages": []}, "line 1 has no messages"),
         ({"prompt": "a" * 200, "response": "b"}, "more than the 48"),
     ],
 )
-def test_rows_that_are_no_conversations(ranks, run_dir, tmp_path, row, told):
+def test_rows_that_are_no_conversations(ranks, run_dir, tmp_path, row, message):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         score(ranks, run_dir, tmp_path / "scores.jsonl", str(run_dir), input=str(tmp_path / "rows.jsonl"))
 
 
@@ -109,11 +109,11 @@ def test_a_reward_model_is_evaluated_on_its_held_out_prompts_and_writes_no_text(
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in rows if "val_loss" in row)
     settings = EvaluateConfig(checkpoint=str(run_dir), precision="fp32")
-    told = ranks.run(1, printed, "evaluate", settings)[0]
+    message = ranks.run(1, printed, "evaluate", settings)[0]
     for line in ("accuracy        {val_reward_accuracy:.3f}", "held-out loss   {val_loss:.4f}\n"):
-        assert line.format(**logged) in told
-    code, told = ranks.run(1, in_rank, generate.main, GenerateConfig(checkpoint=str(run_dir), prompt="a"))[0]
-    assert code == 2 and "reward model" in told
+        assert line.format(**logged) in message
+    code, message = ranks.run(1, in_rank, generate.main, GenerateConfig(checkpoint=str(run_dir), prompt="a"))[0]
+    assert code == 2 and "reward model" in message
 
 
 def test_the_example_file_is_ranked():
