@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.parity import DEEPSEEK, LORA_EXPERTS, MLA
+from benchmarks.parity_variants import DEEPSEEK, LORA_EXPERTS, MLA
 from benchmarks.tiny import OPTIM, SEQUENCE, VOCABULARY, Variant, build_engine, gradients, my_batches, started
 from conf import rules
 from conf.lora_layers import adaptable_layers, adapted_layers, is_adapter
