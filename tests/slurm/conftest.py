@@ -15,7 +15,7 @@ _PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch")
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm_programs() -> None:
     """Skips where there is no Slurm; where SWITCHYARD_NEEDS_SLURM is set (.ci/run), that is a failure."""
     path = f"{os.environ['PATH']}:/usr/sbin"
     missing = [name for name in _PROGRAMS if not shutil.which(name, path=path)]
@@ -26,6 +26,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # Not under pytest's own folder, which others may not enter: munge refuses that.
     folder = Path(f"/tmp/switchyard-slurm-test-{os.getpid()}")
     # It ends when its standard input does: with this process, however that ends.

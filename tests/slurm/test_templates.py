@@ -148,7 +148,8 @@ def test_slurm_says_before_the_queue_what_it_would_not_take(cluster: Cluster, co
         assert refused.returncode == 1 and "allocation failure" in refused.stdout, refused
 
 
-def test_the_cluster_comes_and_goes(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("slurm_programs")
+def test_the_cluster_comes_and_goes() -> None:
     """up and down, as typed by hand, and nothing stays."""
     env = {**os.environ, "CLUSTER_DIR": f"/tmp/switchyard-slurm-updown-{os.getpid()}", "NODES": "2"}
     call = ["bash", str(LOCAL_CLUSTER)]

@@ -124,17 +124,22 @@ def _exchange(config: Config, layout: Layout, links: Links, micro_batches: int) 
 def _data_parallel(
     config: Config, layout: Layout, stages: Sequence[Stage], links: Links, forward: float, backward: float
 ) -> float:
-    """What the last backward pass does not hide of reducing gradients, and the first forward pass of gathering
-    parameters."""
+    """What backward passes do not hide of reducing gradients, and forward passes of gathering parameters.
+
+    A chunk gathers its parameters behind its first forward pass. It reduces its gradients behind its last backward pass
+    and, interleaved, behind those of the chunks before it: pp micro-batches go through each of them meanwhile. So all
+    reductions share the time from the last chunk's last backward pass on; the first chunk's has only its own pass."""
     kept = 2 if config.optim.grad_dtype == "bf16" else 4
+    chunks = layout.vpp
+    last_passes = (1 + (chunks - 1) * layout.pp) / chunks
     longest = 0.0
     for stage in stages:
         spread, experts = stage_parameters(config.model, layout, stage)
         reduced = links.ring("dp_cp", kept * spread) + links.ring("edp", kept * experts)
         gathered = links.ring("dp_cp", 2 * spread) + links.ring("edp", 2 * experts)
-        hidden = OVERLAPPED / layout.vpp
-        exposed = max(0.0, reduced - hidden * backward) + max(0.0, gathered - hidden * forward)
-        longest = max(longest, exposed)
+        of_first_chunk = (reduced - OVERLAPPED * backward) / chunks
+        exposed = max(0.0, of_first_chunk, reduced - OVERLAPPED * last_passes * backward)
+        longest = max(longest, exposed + max(0.0, gathered - OVERLAPPED * forward))
     return longest
 
 
