@@ -79,7 +79,7 @@ class OutputRedirection:
         self.crash_descriptor = shared.fileno()
         own = log_path
         if on_node:
-            own = _file_on_node(f"{log_path.parent.name}-rank{self._rank}")
+            own = _file_on_node(f"{log_path.parent.name[:50]}-rank{self._rank}")
         file = _LogFile(own, encoding="utf-8", errors="backslashreplace")
         self._undo.callback(file.close)
         file.setFormatter(logging.Formatter(f"%(asctime)s rank {self._rank} %(levelname)s %(name)s: %(message)s"))
