@@ -57,8 +57,8 @@ def implementation(engine: Any, tokens_BS: Tensor, labels_BS: Tensor) -> Impleme
     batch = {name: t.to(device) for name, t in batch.items()}
 
     def step() -> None:
-        loss = engine.forward_backward([batch], step=1).item()
-        engine.update(LR, loss=loss)
+        engine.compute_gradients([batch], step=1)
+        engine.update(LR)
 
     return Implementation(step, lambda: engine.modules[0](*batch.values()))
 

@@ -113,19 +113,30 @@ class MTPStatistics(nn.Module):
 
 
 def collect_losses(chunks: Sequence[Any], layers: int, device: torch.device) -> list[float]:
-    """The mean loss of each layer, in nats per token that counts, over all ranks and since the last call. Every rank
-    calls this together.
+    """`local_loss_sums` and `mean_losses` with an all-reduce in between; nothing without such layers."""
+    if not layers:
+        return []
+    sums_2K = local_loss_sums(chunks, layers, device)
+    dist.all_reduce(sums_2K)
+    return mean_losses(sums_2K)
+
+
+def local_loss_sums(chunks: Sequence[Any], layers: int, device: torch.device) -> Tensor:
+    """This rank's sums since the last call, fp64 [2, K], to be summed over all ranks.
 
     Args:
         chunks: this rank's pipeline chunks (ModelChunk).
-        layers: model.mtp_num_layers; 0: nothing to reduce.
+        layers: model.mtp_num_layers.
     """
-    if not layers:
-        return []
     sums_2K = torch.zeros(2, layers, dtype=torch.float64, device=device)
     for chunk in chunks:
         if chunk.mtp_statistics is not None:
             sums_2K += chunk.mtp_statistics.sums_2K
             chunk.mtp_statistics.sums_2K.zero_()
-    dist.all_reduce(sums_2K)  # tensor-parallel ranks have the same, in both sums
+    return sums_2K
+
+
+def mean_losses(sums_2K: Tensor) -> list[float]:
+    """The mean loss of each layer, in nats per token that counts, of the sums over all ranks."""
+    # Tensor-parallel ranks have the same, in both sums.
     return (sums_2K[0] / sums_2K[1].where(sums_2K[1] > 0, 1.0)).tolist()

@@ -103,16 +103,27 @@ def collect(
     micro_batches: int,
     device: torch.device,
 ) -> ExpertLoad | None:
-    """Reduces the statistics over all ranks and starts a new interval. Every rank calls this together.
-    None for a dense model.
+    """`local_sums` and `reduced_load` with an all-reduce in between. None for a dense model."""
+    if not layers:
+        return None
+    table, largest = local_sums(parts, layers, num_experts, device)
+    dist.all_reduce(table)
+    return reduced_load(table, largest, layers, num_experts, layout, micro_batches)
+
+
+def local_sums(
+    parts: dict[int, LoadStatistics], layers: list[int], num_experts: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """This rank's statistics; starts a new interval.
 
     Args:
         parts: this rank's sparse layers.
         layers: all sparse layers of the model, over all pipeline stages.
-        micro_batches: global micro-batches of the interval.
+
+    Returns:
+        What is summed over all ranks, fp64 [L, E + 1 + N]: loads, tokens and the metrics that are added up; and what
+        `reduced_load` takes the maximum of, [L, M].
     """
-    if not layers:
-        return None
     summed, by_max = _computed(by_max=False), _computed(by_max=True)
     table = torch.zeros(len(layers), num_experts + 1 + len(summed), dtype=torch.float64, device=device)
     largest = torch.full((len(layers), len(by_max)), float("-inf"), dtype=torch.float64, device=device)
@@ -121,7 +132,21 @@ def collect(
             table[index] = torch.cat([parts[layer].load_E, parts[layer].sums])
             largest[index] = parts[layer].maxima
             parts[layer].reset()
-    dist.all_reduce(table)
+    return table, largest
+
+
+def reduced_load(
+    table: Tensor, largest: Tensor, layers: list[int], num_experts: int, layout: Layout, micro_batches: int
+) -> ExpertLoad:
+    """The load over all ranks. Every rank calls this together: metrics with reduction="max", of which there are none
+    unless an extension adds one, take an all-reduce of their own.
+
+    Args:
+        table: `local_sums` of all ranks added up.
+        largest: this rank's maxima.
+        micro_batches: global micro-batches of the interval.
+    """
+    summed, by_max = _computed(by_max=False), _computed(by_max=True)
     if by_max:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     # Without sequence parallelism all tensor-parallel ranks route the same tokens.

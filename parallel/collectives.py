@@ -1,8 +1,9 @@
-"""Synchronous collectives, with and without gradients. All act along dimension 0.
+"""Synchronous collectives, with and without gradients. All but `sum_over_world` act along dimension 0.
 
 torch 2.13 has new names for all_gather_into_tensor and reduce_scatter_tensor, which earlier versions lack.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,3 +80,29 @@ class ReduceScatterRagged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather_ragged(grad, *ctx.route), None, None
+
+
+def sum_over_world(parts: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sums fp64 tensors over all ranks in one all-reduce, in which everything travels that a step sums over the world.
+    Not differentiable; the host waits for the result.
+
+    Args:
+        parts: named tensors of any shape, on `device` or in host memory. Every rank passes the same names in the same
+            order, with the same shapes.
+        device: of the collective.
+
+    Returns:
+        The sums, in host memory.
+    """
+    here = {name: x for name, x in parts.items() if x.device == device}
+    host = {name: x for name, x in parts.items() if name not in here}
+    pieces = [x.flatten() for x in here.values()]
+    if host:  # in one copy
+        pieces.append(torch.cat([x.flatten() for x in host.values()]).to(device))
+    message = torch.cat(pieces)
+    assert message.dtype == torch.float64
+    if dist.get_world_size() > 1:
+        dist.all_reduce(message)
+    order = here | host
+    sums = message.cpu().split([x.numel() for x in order.values()])
+    return {name: total.view(x.shape) for (name, x), total in zip(order.items(), sums, strict=True)}

@@ -8,7 +8,7 @@ Legend: B batch, S sequence.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,7 @@ from parallel import block_adamw
 from parallel.batch_context import EVALUATE, TRAIN, BatchContext, RoutingRecorder
 from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
+from parallel.collectives import sum_over_world
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
 from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
@@ -135,8 +136,13 @@ class Engine:
         self.modules = [build_chunk(i) for i in range(runtime.layout.vpp)]
         """The pipeline chunks without the DistributedDataParallel wrapper."""
         self.objective = objective
+        self._metric_names = objective.metrics if objective else ()
+        self.loss = math.nan
+        """Of the last step, once it is summed over all ranks: by `forward_backward` or by `update`."""
         self.metrics: dict[str, float] = {}
-        """The objective's metrics of the last forward_backward: means over the global batch."""
+        """The objective's metrics of the same step: means over the global batch."""
+        self.summed: dict[str, Tensor] = {}
+        """What the last `update` summed over all ranks, by name, in host memory."""
         self.forward_passes = 0
         """Counts the forward passes that have started: a sign of progress for the watchdog."""
         self.chunks: list[Any] = list(self.modules)
@@ -167,16 +173,22 @@ class Engine:
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""
 
     def forward_backward(self, batches: list[Batch], *, step: int, recorder: RoutingRecorder | None = None) -> Tensor:
-        """Computes the gradients of one global batch, reduced over all ranks.
+        """`compute_gradients`, and an all-reduce for the loss alone. Returns the mean cross-entropy over the global
+        batch's labels in nats, weighted by loss_mask, or the objective's mean loss over its prompts; a scalar, the same
+        on every rank."""
+        self.compute_gradients(batches, step=step, recorder=recorder)
+        total = self._losses.clone()
+        dist.all_reduce(total)
+        return self._mean_loss(total)
+
+    def compute_gradients(self, batches: list[Batch], *, step: int, recorder: RoutingRecorder | None = None) -> None:
+        """Computes the gradients of one global batch, reduced over the data-parallel ranks. The loss stays where it is
+        computed, until `update` sums it over the ranks together with the gradient norm.
 
         Args:
             batches: this data-parallel rank's micro-batches, assigned round-robin (corpus.stream.micro_batches).
             step: the optimizer step; seeds the layers' random numbers.
             recorder: receives what the routers choose.
-
-        Returns:
-            The mean cross-entropy over the global batch's labels in nats, weighted by loss_mask, or the objective's
-            mean loss over its prompts; a scalar, the same on every rank.
         """
         from megatron.core.distributed import finalize_model_grads
 
@@ -196,15 +208,19 @@ class Engine:
             mean = losses_BS.sum() / labels
             return mean, mean.detach().clone()
 
-        names = self.objective.metrics if self.objective else ()
         step_loss = training_loss(self.objective, self.runtime.groups.cp) if self.objective else loss
         with self.compute_timer:
             parts = self.run_forward(batches, step_loss, batch_ctx)
         finalize_model_grads(self.chunks)
-        layout = self.runtime.layout
+        self._losses = self._sum_micro_batches(parts, 1 + len(self._metric_names))
+        self._micro_batches = len(batches) * self.runtime.layout.dp
+
+    def _mean_loss(self, total: Tensor) -> Tensor:
+        """The step's loss, of the sums over all ranks; also sets `loss` and `metrics`."""
         # Summed over cp, averaged over dp; tensor-parallel ranks have the same value.
-        means = self._sum_last_stage(parts, 1 + len(names)) / (len(batches) * layout.dp)
-        self.metrics = dict(zip(names, means[1:].tolist(), strict=True))
+        means = total / self.runtime.layout.tp / self._micro_batches
+        self.loss, *metrics = means.tolist()
+        self.metrics = dict(zip(self._metric_names, metrics, strict=True))
         return means[0]
 
     def _mean_weight(self, batches: list[Batch]) -> Tensor:
@@ -306,15 +322,27 @@ class Engine:
     def _sum_last_stage(self, parts: list[Tensor], width: int) -> Tensor:
         """Sums the results of the last stage over micro-batches and ranks. Returns fp64 [width], the same on every
         rank."""
-        total = torch.zeros(width, dtype=torch.float64, device=self.runtime.device)
-        for part in parts:
-            total += part.double()
+        total = self._sum_micro_batches(parts, width)
         dist.all_reduce(total)
         return total / self.runtime.layout.tp
 
-    def update(self, lr: float, *, loss: float) -> tuple[float, bool]:
+    def _sum_micro_batches(self, parts: list[Tensor], width: int) -> Tensor:
+        """fp64 [width]: this rank's term of that sum, without dividing by tp. Zeros on other stages."""
+        total = torch.zeros(width, dtype=torch.float64, device=self.runtime.device)
+        for part in parts:
+            total += part.double()
+        return total
+
+    def update(
+        self, lr: float, *, loss: float | None = None, beside: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, bool]:
         """Clips the gradients and applies them. If the gradient norm or the loss is not finite, weights and moments are
         left unchanged.
+
+        Args:
+            loss: of the step, where forward_backward has summed it; None: it is summed together with the norm.
+            beside: further fp64 tensors to sum over all ranks in the same all-reduce (`summed`); the same names and
+                shapes on every rank.
 
         Returns:
             (global gradient norm before clipping, whether the update was applied).
@@ -324,7 +352,10 @@ class Engine:
         in_blocks = block_adamw.is_needed(optim)  # reads the gradients from the buckets
         if not in_blocks:
             optimizer.prepare_grads()
-        norm = self._grad_norm()
+        own = {"squared_norm": self._squared_norm()} | ({"losses": self._losses} if loss is None else {})
+        self.summed = sum_over_world({**own, **(beside or {})}, self.runtime.device)
+        norm = math.sqrt(self.summed["squared_norm"].item())
+        loss = self._mean_loss(self.summed["losses"]).item() if loss is None else loss
         applied = math.isfinite(norm + loss)
         for module in cast("list[Chunk]", self.modules):
             module.end_step(applied=applied)
@@ -346,9 +377,9 @@ class Engine:
         optimizer.step_with_ready_grads()
         return norm, True
 
-    def _grad_norm(self) -> float:
-        """The gradient norm over all ranks, every element counted once. Not Megatron-Core's own, which would use a
-        TransformerEngine or Apex kernel that nothing has verified."""
+    def _squared_norm(self) -> Tensor:
+        """This rank's term of the square of the gradient norm, fp64: over all ranks every element is counted once. Not
+        Megatron-Core's own, which would use a TransformerEngine or Apex kernel that nothing has verified."""
         parts = self.optimizer.chained_optimizers
         if self.optim is not None and block_adamw.is_needed(self.optim):
             grads = [g for part in parts for g in block_adamw.gradients_for_norm(part)]
@@ -357,8 +388,7 @@ class Engine:
         square = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if grads:
             square += sum_of_squares(grads)
-        dist.all_reduce(square)
-        return square.sqrt().item()
+        return square
 
     def nonfinite_gradients(self, limit: int = 3) -> list[str]:
         """Names of at most `limit` parameters whose gradient on this rank is not finite."""

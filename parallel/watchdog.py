@@ -1,10 +1,10 @@
 """A watchdog that ends all ranks of a job when one of them stalls, dies or fails.
 
-A thread on every rank monitors the progress of training and the rendezvous store. The rank that first detects a
-failure, which is an exception or a lack of progress, announces it in the store. All ranks then log their stack traces,
-report what they were doing and end. The message names the failed rank, its step and the collective that the others wait
-for. That collective is read from the stack trace; under NCCL, whose calls return immediately, from torch's flight
-recorder (parallel/flight_recorder.py).
+A thread on every rank monitors the progress of training and the rendezvous store, which one rank of each node asks for
+all of its node (parallel/node_watch.py). The rank that first detects a failure, which is an exception or a lack of
+progress, announces it in the store. All ranks then log their stack traces, report what they were doing and end. The
+message names the failed rank, its step and the collective that the others wait for. That collective is read from the
+stack trace; under NCCL, whose calls return immediately, from torch's flight recorder (parallel/flight_recorder.py).
 """
 
 import contextlib
@@ -29,11 +29,16 @@ from conf.printable import visible
 from parallel import flight_recorder, local_launcher, rendezvous
 from parallel.env import World, should_print
 from parallel.flight_recorder import Pending, Trace, format_ranks, missing_from
+from parallel.node_watch import NodeWatch
 from parallel.rendezvous import StoreTimeout, TimeoutStore
 from parallel.torch_private import default_store
 
 FAILED = 1
 """Exit code of a rank that the watchdog ends."""
+_REQUESTS = 4096
+"""Requests per second that the store gets at most, when all ranks wait for a diagnosis."""
+_KEYS = 64
+"""Reports that are read from the store at once."""
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG = logging.getLogger("switchyard")
 # What Megatron-Core waits for outside of torch.distributed, by the file of the innermost frame.
@@ -201,6 +206,7 @@ class Watchdog:
         self._grace = min(5.0, timeout / 5)
         self._stall_limit = timeout - 2 * self._grace - self._period
         self._hard_limit = 2 * timeout
+        self._crash_file = 1
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._main = threading.get_ident()
@@ -213,13 +219,21 @@ class Watchdog:
             with contextlib.suppress(StoreTimeout):  # connects now, while the store exists
                 self._ask(lambda store: None)
             local_launcher.send_to_parent("watched", None)
-            faulthandler.enable(file=1)  # in a run, train.log
+            faulthandler.enable(file=self._crash_file)
+            self._node = NodeWatch(self.world, self._period, lambda question: self._store.ask(question, self._period))
             self._thread.start()
         return self
 
     def follow(self, progress: Callable[[], tuple[int, Any]]) -> None:
         """Starts monitoring progress."""
         self._progress = progress
+
+    def dump_crashes_to(self, descriptor: int) -> None:
+        """Where stack traces are written if this process crashes, or hangs so that no Python code runs; until this
+        call, standard output."""
+        self._crash_file = descriptor
+        if self.world.size > 1:
+            faulthandler.enable(file=descriptor)
 
     def progress(self) -> tuple[int, Any]:
         return self._progress() if self._progress else (0, None)
@@ -235,24 +249,22 @@ class Watchdog:
             if message:
                 error.add_note(message)
         self._thread.join()
+        self._node.close()
         self._store.close()
         faulthandler.cancel_dump_traceback_later()
+        self.dump_crashes_to(1)  # the other file may be closed now
         if error is None:
             dist.barrier()  # the store must exist until no rank reads it any more
 
     def _run(self) -> None:
         seen, since = self.progress(), time.monotonic()
         answered = since
-        while not self._leaving.wait(self._period):
+        while not self._leaving.wait(self._node.pause):
             # If native code that holds the GIL blocks this thread too, faulthandler's C thread ends the process.
-            faulthandler.dump_traceback_later(self._hard_limit, exit=True, file=1)
-            try:
-                failed = self._store.ask(lambda store: store.check(["failure"]), self._period)
+            faulthandler.dump_traceback_later(self._hard_limit, exit=True, file=self._crash_file)
+            failed, has_answered = self._node.look()
+            if has_answered:
                 answered = time.monotonic()
-            except StoreTimeout:  # it may be busy; whether this is a failure is decided below
-                failed = False
-            except Exception:  # the store has ended; _report will say so
-                failed = True
             now = self.progress()
             if now != seen:
                 seen, since = now, time.monotonic()
@@ -283,7 +295,7 @@ class Watchdog:
                 self._ask(lambda store: store.set("diagnosis", message))
             end = time.monotonic() + 2 * self._grace
             while not (diagnosed := self._ask(lambda store: store.check(["diagnosis"]))) and time.monotonic() < end:
-                time.sleep(self._period / 4)
+                time.sleep(max(self._period / 4, self.world.size / _REQUESTS))
             message = f"the job ends; {me} in {status}"
             if diagnosed:
                 message = self._ask(lambda store: store.get("diagnosis")).decode()
@@ -301,18 +313,23 @@ class Watchdog:
 
     def _collect(self) -> str:
         """The diagnosis, after all ranks have reported or the grace period has expired."""
-        reports: dict[int, RankStatus] = {}
         end = time.monotonic() + self._grace
-        while len(reports) < self.world.size and time.monotonic() < end:
-            for rank in {*range(self.world.size)} - reports.keys():
-                key = f"rank {rank}"
-                if self._ask(lambda store, key=key: store.check([key])):
-                    reports[rank] = RankStatus.from_json(self._ask(lambda store, key=key: store.get(key)))
+        while time.monotonic() < end and self._ask(lambda store: store.add("reports", 0)) < self.world.size:
             time.sleep(self._period / 4)
-        reports = dict(sorted(reports.items()))
+        reports: dict[int, RankStatus] = {}
+        for first in range(0, self.world.size, _KEYS):
+            ranks = [*range(first, min(first + _KEYS, self.world.size))]
+            if not self._has_reported(*ranks):
+                ranks = [rank for rank in ranks if self._has_reported(rank)]
+            keys = [f"rank {rank}" for rank in ranks]
+            found = self._ask(lambda store, keys=keys: store.multi_get(keys)) if keys else []
+            reports |= dict(zip(ranks, map(RankStatus.from_json, found), strict=True))
         if len(reports) == self.world.size and all(status.error for status in reports.values()):
             return ""
         return diagnose(reports, self.world.size)
+
+    def _has_reported(self, *ranks: int) -> bool:
+        return self._ask(lambda store: store.check([f"rank {rank}" for rank in ranks]))
 
     def _end(self, message: str) -> None:
         """Ends this process, unless its main thread is already leaving."""
@@ -320,5 +337,6 @@ class Watchdog:
             return
         if not local_launcher.send_to_parent("diagnosis", message) and should_print(self.world, message):
             print(f"switchyard: error: {visible(message)}", file=sys.stderr, flush=True)
+        self._node.close()
         logging.shutdown()
         os._exit(FAILED)

@@ -37,7 +37,7 @@ _KEYS_BEFORE_ROUTERS = (
     "grad_norm",  # before clipping
     "tokens",  # since the beginning of the run
     "tokens_per_second",  # over all ranks
-    "step_seconds",  # mean since the previous row, including the optimizer and loading data
+    "step_seconds",  # mean since the previous row, including the optimizer and loading data; on a GPU a step late
     "mfu",  # model FLOPs utilisation, a fraction; None where the peak is unknown
     "world_size",
 )
@@ -46,7 +46,7 @@ _KEYS_AFTER_ROUTERS = (
     "slowest_seconds",  # the slowest rank's
     "slowest_rank",
     "data_seconds",  # time of loading data in a step, on the rank where it took longest
-    "memory_bytes",  # the largest peak of any rank
+    "memory_bytes",  # the largest peak of any rank, before the update of the step
 )
 OPTIONAL_STEP_KEYS = (
     "mtp_loss",  # of multi-token prediction, nats per token: mean over its layers, since the previous row

@@ -1,4 +1,8 @@
-"""Redirects warnings, log records and the output of C libraries from the terminal to train.log."""
+"""Redirects warnings, log records and the output of C libraries from the terminal to train.log.
+
+In a run on several nodes that file is on storage that all of them share. There only rank 0 writes to it; every other
+rank writes to a file on its node, and appends the end of that to train.log if it fails.
+"""
 
 import contextlib
 import logging
@@ -8,7 +12,10 @@ import sys
 import tempfile
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
+
+TAIL_BYTES = 2**16
+"""What a rank that fails copies of its own log at most: several stack traces of all its threads."""
 
 
 class OutputRedirection:
@@ -17,6 +24,8 @@ class OutputRedirection:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._attached = False
+        self.crash_descriptor = 1
+        """Where the stack traces of a crash belong: train.log, once `attach` knows it."""
         self._undo = contextlib.ExitStack()
         self._held_records = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
         self._held_output = self._undo.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed by undo)
@@ -52,20 +61,34 @@ class OutputRedirection:
         self._undo.callback(sys.stdout.flush)
         os.dup2(self._held_output.fileno(), 1)
 
-    def attach(self, log_path: Path) -> None:
+    def attach(self, log_path: Path, *, on_node: bool = False) -> None:
         """Writes the buffered output, and all later output, to `log_path`. Call it after the run directory is known and
         torch is imported: torch adds handlers to its loggers, which are replaced here. A second call has no effect.
 
+        Args:
+            on_node: write to a file in the node's directory for temporary files instead, which `undo` removes. Once
+                this rank has logged an error of its own, its end is copied to `log_path`, and the file is kept.
+
         Raises:
-            OSError: `log_path` cannot be written.
+            OSError: a file cannot be written.
         """
         if self._attached:
             return
-        file = _LogFile(log_path, encoding="utf-8", errors="backslashreplace")
+        shared = log_path.open("ab", buffering=0)
+        self._undo.callback(shared.close)
+        self.crash_descriptor = shared.fileno()
+        own = log_path
+        if on_node:
+            own = _file_on_node(f"{log_path.parent.name[:50]}-rank{self._rank}")
+        file = _LogFile(own, encoding="utf-8", errors="backslashreplace")
         self._undo.callback(file.close)
         file.setFormatter(logging.Formatter(f"%(asctime)s rank {self._rank} %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.handlers = [file]
+        if on_node:
+            copy = _CopyOnError(own, shared, f"rank {self._rank} on {os.uname().nodename}")
+            root.handlers.append(copy)  # after the file, which then has the record
+            self._undo.callback(copy.remove)
         self._held_records.setTarget(file)
         self._held_records.close()
         for logger in list(root.manager.loggerDict.values()):  # placeholders among them have no handlers
@@ -88,6 +111,39 @@ class OutputRedirection:
         """Ends the redirection, except for TORCH_CPP_LOG_LEVEL. Output that is still buffered, without `attach`, is
         discarded. A `Console` created in between must be closed first."""
         self._undo.close()
+
+
+def _file_on_node(name: str) -> Path:
+    """A new file in the node's directory for temporary files ($TMPDIR, else /tmp)."""
+    descriptor, path = tempfile.mkstemp(prefix=f"switchyard-{name}-", suffix=".log")
+    os.close(descriptor)
+    return Path(path)
+
+
+class _CopyOnError(logging.Handler):
+    """Copies the end of a rank's log to train.log when the rank fails: when it logs an error under the name
+    "switchyard", as the watchdog and the worker do. What was copied is not copied again."""
+
+    def __init__(self, path: Path, shared: BinaryIO, who: str) -> None:
+        super().__init__(logging.ERROR)
+        self._path, self._shared, self._who = path, shared, who
+        self._copied = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "switchyard":
+            return
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = max(self._copied, size - TAIL_BYTES)
+            file.seek(start)
+            header = f"--- from the log of {self._who}, {self._path} there, the last {size - start} bytes:\n"
+            self._shared.write(header.encode() + file.read(size - start))  # at once, since other ranks append too
+            self._copied = size
+
+    def remove(self) -> None:
+        """Removes the rank's log, unless it was copied because of a failure."""
+        if not self._copied:
+            self._path.unlink(missing_ok=True)
 
 
 class _LogFile(logging.FileHandler):

@@ -43,7 +43,7 @@ def restarts(env: Mapping[str, str] = os.environ) -> int:
 class Ownership:
     """Ensures that one process writes to a run directory. A rank can outlive its job: Slurm requeues a job if a node
     does not answer, while the ranks on that node continue. The process that starts last takes the directory over; the
-    earlier one notices it after its current step and stops writing."""
+    earlier one notices it within seconds and before it writes a checkpoint (training.agreement), and stops writing."""
 
     def __init__(self, run_dir: Path) -> None:
         """Takes the directory over from any earlier process."""

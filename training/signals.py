@@ -9,10 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, NoReturn, Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GO_ON, STOP, FAIL, LEAVE = 0, 1, 2, 3
@@ -171,16 +168,7 @@ class StopRequest:
                 if self._preparing and self.received is not None:
                     self.end_early()
 
-    def agreed(self, device: "torch.device", *, fail: bool = False, leave: bool = False) -> int:
-        """The most severe of all ranks' states: GO_ON, STOP if a rank has received a signal, FAIL if one cannot
-        continue, LEAVE if one must not write any more. Every rank calls this after every step, so that all stop after
-        the same step."""
-        import torch
-        import torch.distributed as dist
-
-        mine = LEAVE if leave else FAIL if fail else STOP if self.received is not None else GO_ON
-        if dist.get_world_size() == 1:
-            return mine
-        all_of_us = torch.tensor([mine], dtype=torch.int32, device=device)
-        dist.all_reduce(all_of_us, op=dist.ReduceOp.MAX)
-        return int(all_of_us.item())
+    def state(self, *, fail: bool = False, leave: bool = False) -> int:
+        """This rank's state: GO_ON, STOP if it has received a signal, FAIL if it cannot continue, LEAVE if it must not
+        write any more. The ranks agree on the most severe one (training.agreement)."""
+        return LEAVE if leave else FAIL if fail else STOP if self.received is not None else GO_ON

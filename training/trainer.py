@@ -4,7 +4,6 @@ import dataclasses
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from conf.override_text import command, override
@@ -12,13 +11,10 @@ from corpus.chat_stream import describe_example
 from corpus.prepare import Prepared
 from corpus.stream import micro_batches
 from corpus.tokenizer import Tokenizer
-from models.mtp import collect_losses
-from moe.expert_load import ExpertLoad
-from moe.metrics import collect
-from moe.router_metrics import ROUTER_METRICS
 from parallel.checkpoint import Checkpointer, NonFiniteState
 from parallel.device_timer import StepTimer
 from parallel.optimizer_state import first_nonfinite
+from training.agreement import Agreement, severest
 from training.builder import BuiltModel
 from training.console import Console
 from training.errors import RunDirTakenOver, RunFailed
@@ -27,7 +23,7 @@ from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.load_initial import load_initial_weights
 from training.lr_schedule import learning_rate, schedule_jump
-from training.metrics import RunLog, mfu, peak_flops
+from training.metrics import RunLog
 from training.nonfinite import SkipCounter
 from training.preferences import open_data, set_reference
 from training.profiler import Profiler
@@ -35,8 +31,7 @@ from training.requeue import DONE, STOPPED
 from training.run_dir import RunDir
 from training.run_files import METRICS, json_lines
 from training.signals import FAIL, GO_ON, LEAVE, StopRequest
-from training.storage import StorageFailure
-from training.stragglers import Stragglers, peak_memory
+from training.step_metrics import StepMetrics
 from training.training_tasks import TrainingTasks
 
 
@@ -56,10 +51,12 @@ class Progress:
 class Trainer:
     """Trains a model on this rank. Every rank calls every method together."""
 
-    def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console):
+    def __init__(self, built: BuiltModel, run_dir: RunDir, prepared: Prepared, console: Console, stop: StopRequest):
         self.built, self.config, self.run_dir, self.console = built, built.config, run_dir, console
         self.is_main = built.runtime.world.rank == 0
-        self.owner = run_dir.take_over(prepared.tokenizer) if self.is_main else None
+        self.stop = stop
+        self.agreement = Agreement(built.runtime, run_dir, self.config, prepared, console, stop)
+        self.storage = self.agreement.storage
         self.prepared = prepared
         self.tokenizer = Tokenizer.load(prepared.tokenizer, self.config.data.eod_token) if prepared.tokenizer else None
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
@@ -69,19 +66,14 @@ class Trainer:
             console.note(describe_example(self.stream.sample(0), self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size)
-        self.storage = StorageFailure(run_dir.path)
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.tasks = TrainingTasks(built, run_dir, console, self.storage)
-        self.layers = self.config.model.routed_layers
-        self.stragglers = Stragglers(built.runtime.device)
+        self.metrics = StepMetrics(built)
         self.clock = StepTimer(built.runtime.device)
-        self.load: ExpertLoad | None = None
         self.explained_drops: str | None = None
         self.saved_step: int | None = None
         self.waited = 0.0
         """Seconds for which the pending checkpoint has blocked training."""
-        self.logged = 0, 0
-        """Step and number of skipped updates at the last logged step."""
 
     def restore(self) -> None:
         """Resumes from the newest complete checkpoint, or loads initial weights (checkpoint.load). The weights that
@@ -103,8 +95,7 @@ class Trainer:
         at = {"loaded": source, "step": self.progress.step}
         if done := set_reference(self.built, self.stream, self.windows, self.run_dir.path, **at):
             self.console.note(done)
-        if self.owner:
-            self.run_dir.keep_settings(self.owner, self.config, self.prepared)
+        self.agreement.keep_settings()
 
     def _last_rate(self) -> float | None:
         """The learning rate of the restored step, if it was logged."""
@@ -115,7 +106,7 @@ class Trainer:
         """(current step, counters that increase while this rank makes progress), for the watchdog."""
         return self.progress.step + 1, (self.built.engine.forward_passes, self.checkpointer.stages)
 
-    def run(self, stop: StopRequest) -> int:
+    def run(self) -> int:
         """Trains to the last step. Returns DONE or STOPPED.
 
         Raises:
@@ -124,48 +115,53 @@ class Trainer:
         """
         log = self._open_log()
         try:
-            return self._run(stop, log)
+            return self._run(log)
         finally:
             if log:
                 log.close()
 
-    def _run(self, stop: StopRequest, log: RunLog | None) -> int:
+    def _run(self, log: RunLog | None) -> int:
         config, train = self.config, self.config.train
         profiler = Profiler(train.profile, self.run_dir.path / "profile", enabled=self.is_main)
         last = min(train.steps, train.stop_after or train.steps)
-        self.logged = self.progress.step, self.skips.total
-        interrupted = self._agree(stop)
+        self.metrics.start(self.progress.step, self.skips.total)
+        interrupted = self._heed(self.agreement.by_itself())
         while self.progress.step < last and not interrupted:
+            step = self.progress.step + 1
+            logged = step % train.log_every == 0 or step == last
             self.clock.start()
-            profiler.before(self.progress.step + 1)
-            loss, norm, lr = self._step()
+            profiler.before(step)
+            norm, lr = self._step(logged=logged)
             self.clock.stop()
-            profiler.after(self.progress.step)
-            step = self.progress.step
-            if step % train.log_every == 0 or step == last:
-                self._log(log, loss=loss, norm=norm, lr=lr, seconds=self.clock.read())
-            interrupted = self._agree(stop)
+            profiler.after(step)
+            if logged:
+                self._log(log, norm=norm, lr=lr, seconds=self.clock.read())
+            interrupted = self._heed(severest(self.built.engine.summed["states"]))
             # Before an evaluation, which may fail. Not while updates are being skipped, so that good checkpoints are
             # not replaced.
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.skips.in_row:
+            if self._saves(step) and not self.skips.in_row:
                 self.save()
             if config.eval.every and step % config.eval.every == 0 and step < last:
                 evaluation = self._evaluate(config.eval.batches)
                 self.console.evaluation(evaluation.row(step))
                 self._log_evaluation(log, evaluation)
-                interrupted = self._agree(stop) or interrupted
             if self.tasks.due(step) and step < last:
                 self.tasks.run(step, log)
-                interrupted = self._agree(stop) or interrupted
             self._finalize_save(wait=False)
+        interrupted = self._heed(self.agreement.by_itself()) or interrupted
         self.save()
         self._finalize_save(wait=True)
         if interrupted and self.progress.step < train.steps:
-            self.console.note(f"stopped by {stop.reason} after step {self.progress.step}")
+            self.console.note(f"stopped by {self.stop.reason} after step {self.progress.step}")
             return STOPPED
         self._finish(log)
-        self._agree(stop)
+        self._heed(self.agreement.by_itself())
         return DONE
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        every = self.config.checkpoint.every
+        return every > 0 and step % every == 0
 
     def _open_log(self) -> RunLog | None:
         log = None
@@ -180,20 +176,13 @@ class Trainer:
                 )
         return log
 
-    def _agree(self, stop: StopRequest) -> bool:
-        """Whether the ranks stop after this step.
+    def _heed(self, agreed: int) -> bool:
+        """Whether the ranks, which have agreed on a state, stop after this step.
 
         Raises:
             RunFailed: another process took over the run directory; or it cannot be written any more, in which case a
                 checkpoint of this step is written first.
         """
-        if self.is_main:
-            if self.console.log_error:
-                self.storage.add(self.console.log_error)
-            self.storage.look_for_directory(self._take_over)
-        lost = self.owner is not None and not self.owner.holds()
-        failed = self.storage.message is not None
-        agreed = stop.agreed(self.built.runtime.device, fail=failed, leave=lost)
         if agreed == LEAVE:
             raise RunDirTakenOver(f"another process has taken over {self.run_dir.path}: this one ends without writing")
         if agreed == FAIL:
@@ -204,12 +193,13 @@ class Trainer:
             raise self.storage.failed(self.progress.step)
         return agreed != GO_ON
 
-    def _take_over(self) -> None:
-        self.owner = self.run_dir.take_over(self.prepared.tokenizer)
-        self.run_dir.keep_settings(self.owner, self.config, self.prepared)
+    def _step(self, *, logged: bool) -> tuple[float, float]:
+        """Runs one optimizer step. Returns (gradient norm, learning rate).
 
-    def _step(self) -> tuple[float, float, float]:
-        """Runs one optimizer step. Returns (loss, gradient norm, learning rate)."""
+        Everything that the ranks tell each other travels in the all-reduce of the gradient norm, of which the host has
+        to know in the same step whether the update is applied: the loss, the state of each rank, and of a logged step
+        the metrics.
+        """
         train, groups = self.config.train, self.built.runtime.groups
         step = self.progress.step + 1
         micro, dp = train.micro_batch_size, groups.dp.size()
@@ -226,10 +216,15 @@ class Trainer:
         )
         data = time.perf_counter() - began
         engine = self.built.engine
-        loss = engine.forward_backward(batches, step=step).item()
-        self.stragglers.add(data=data, compute=engine.compute_timer.seconds())
+        engine.compute_gradients(batches, step=step)
         lr = learning_rate(step, self.config.optim, train.steps)
-        norm, applied = engine.update(lr, loss=loss)
+        beside = {"states": self.agreement.counts(look=self._saves(step))}
+        if logged:
+            self.metrics.stragglers.add(data=data, compute=engine.compute_timer.seconds())
+            beside |= self.metrics.local()
+        norm, applied = engine.update(lr, beside=beside)
+        if not logged:  # by now the GPU has done the step's work, and nobody waits for it
+            self.metrics.stragglers.add(data=data, compute=engine.compute_timer.seconds())
         if applied:
             self.skips.applied()
             self.progress.updates += 1
@@ -242,7 +237,7 @@ class Trainer:
         self.progress.step = step
         self.progress.samples += train.global_batch_size
         self.progress.tokens += train.global_batch_size * train.sequence_length
-        return loss, norm, lr
+        return norm, lr
 
     def _check_state(self, step: int) -> None:
         """Checks the model after a skipped update.
@@ -258,54 +253,22 @@ class Trainer:
                 f"checkpoint {good}: the same command continues from there; lower optim.lr if it happens again"
             )
 
-    def _log(self, log: RunLog | None, *, loss: float, norm: float, lr: float, seconds: float) -> None:
-        """Logs the current step. Router metrics and seconds per step cover the time since the previous logged step."""
-        train, built = self.config.train, self.built
-        parts = {i: layer.statistics for m in built.engine.modules for i, layer in m.sparse().items()}
-        steps, skipped = self.progress.step - self.logged[0], self.skips.total - self.logged[1]
-        self.logged = self.progress.step, self.skips.total
-        self.load = collect(
-            parts,
-            self.layers,
-            self.config.model.moe.num_experts,
-            built.runtime.layout,
-            steps * train.global_batch_size // train.micro_batch_size,
-            built.runtime.device,
-        )
-        mtp_losses = collect_losses(built.engine.modules, self.config.model.mtp_num_layers, built.runtime.device)
-        of_ranks = self.stragglers.compare(peak_memory(built.runtime.device))
+    def _log(self, log: RunLog | None, *, norm: float, lr: float, seconds: float) -> None:
+        """Logs the current step."""
+        step, metrics = self.progress.step, self.metrics
+        how = {"norm": norm, "lr": lr, "seconds": seconds}
+        sums, tokens, skipped = self.built.engine.summed, self.progress.tokens, self.skips.total
+        row = metrics.row(sums, step=step, tokens=tokens, skipped=skipped, **how)
         if not log:
             return
-        rate = train.global_batch_size * train.sequence_length / seconds
-        device = built.runtime.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        world = built.runtime.world.size
-        row = {
-            "step": self.progress.step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": self.progress.tokens,
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-            "mfu": mfu(built.cost.flops_per_token, rate, peak_flops(name, built.precision), world),
-            "world_size": world,
-            **(self.load.as_row() if self.load else dict.fromkeys(ROUTER_METRICS)),
-            **of_ranks,
-        }
-        row |= self.built.engine.metrics
-        if mtp_losses:
-            row["mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
-        if skipped:
-            row["skipped"] = skipped
         with self.storage.recording_errors():
-            log.step(row, self.load, mtp_losses)
-        self.console.step(row, train.steps)
-        if self.load and not self.explained_drops:
+            log.step(row, metrics.load, metrics.mtp_losses)
+        self.console.step(row, self.config.train.steps)
+        if metrics.load and not self.explained_drops:
             self.explained_drops = explain_drops(self.config.model.moe, row["dropped_fraction"])
             if self.explained_drops:
-                self.console.note(f"step {self.progress.step}: {self.explained_drops}")
-        if warning := self.stragglers.straggler_warning(of_ranks):
+                self.console.note(f"step {step}: {self.explained_drops}")
+        if warning := metrics.stragglers.straggler_warning(row):
             self.console.warning(warning)
 
     def _log_evaluation(self, log: RunLog | None, evaluation: EvalResult) -> None:
@@ -359,7 +322,7 @@ class Trainer:
         self.console.summary(
             held_out.row(self.progress.step),
             gzip_bits_per_byte=self.prepared.gzip_bits_per_byte(),
-            load=self.load,
+            load=self.metrics.load,
             sample=sample,
             paths=[
                 ("run directory", str(path)),

@@ -82,7 +82,7 @@ def _summary(
         return str(error)
     log = (run_dir.path if run_dir else expected_path(config)) / "train.log"
     with contextlib.suppress(OSError):
-        redirection.attach(log)
+        redirection.attach(log, on_node=_logs_on_node(world))
     _LOG.error("rank %d failed", world.rank, exc_info=error)
     verdict = getattr(error, "__notes__", None)  # by parallel.watchdog
     if verdict:
@@ -123,11 +123,12 @@ def _train_rank(
             built = builder.start(config, world, train=True, run_dir=kept_in, store=store)
         run_dir = run_dir or _agree_on_run_dir(world, config, prepared)
         log = run_dir.path / "train.log"
-        redirection.attach(log)
+        redirection.attach(log, on_node=_logs_on_node(world))
+        watch.dump_crashes_to(redirection.crash_descriptor)
         with Console(rank=world.rank, log_path=log) as console:
             if world.rank == 0:
                 _announce(console, built, run_dir, prepared)
-            trainer = Trainer(built, run_dir, prepared, console)
+            trainer = Trainer(built, run_dir, prepared, console, stop)
             if world.rank == 0:
                 with trainer.storage.recording_errors():
                     if built.backend and config.model.moe.backend == "auto":
@@ -135,16 +136,21 @@ def _train_rank(
                     environment.record(run_dir.path)
             watch.follow(trainer.progress_counters)
             trainer.restore()
-            return _train(trainer, stop)
+            return _train(trainer)
 
 
-def _train(trainer: "Trainer", stop: StopRequest) -> int:
+def _logs_on_node(world: World) -> bool:
+    """Whether this rank logs to a file on its node. On a single node all ranks share train.log."""
+    return world.rank != 0 and world.local_size < world.size
+
+
+def _train(trainer: "Trainer") -> int:
     """Trains and writes stop.json. Returns the exit code."""
     import torch.distributed as dist
 
     try:
-        code = trainer.run(stop)
-        reason = "all steps are taken" if code == DONE else stop.reason
+        code = trainer.run()
+        reason = "all steps are taken" if code == DONE else trainer.stop.reason
     except RunDirTakenOver as lost:
         trainer.console.warning(str(lost))
         # If an srun that has outlived its job failed, Slurm would kill the job's new step of the same number.

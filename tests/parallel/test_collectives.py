@@ -1,9 +1,11 @@
 """Each collective against plain tensor arithmetic over all ranks' inputs, which every rank can draw for itself."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import ParallelConfig
@@ -95,3 +97,20 @@ def test_values_and_gradients(ranks, n):
             got_y, got_grad = every[rank][case]
             assert torch.equal(got_y, y), (name, rows, rank)
             assert torch.equal(got_grad, grad), (name, rows, rank)
+
+
+def sum_parts(world: World) -> tuple[dict[str, Tensor], int]:
+    """The sums of what the ranks have, and the number of all-reduces (rank function for the pool)."""
+    with started(world, ParallelConfig()), mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spied:
+        mine = {name: drawn(name, world.rank, rows) for name, rows in (("a", 2), ("b", 0), ("c", 1))}
+        mine["d"] = torch.tensor(float(world.rank), dtype=torch.float64)
+        return collectives.sum_over_world(mine, torch.device("cpu")), spied.call_count
+
+
+def test_everything_is_summed_in_one_all_reduce(ranks):
+    for n in (1, 3):
+        wanted = {name: sum(drawn(name, r, rows) for r in range(n)) for name, rows in (("a", 2), ("b", 0), ("c", 1))}
+        wanted["d"] = torch.tensor(n * (n - 1) / 2, dtype=torch.float64)
+        for sums, calls in ranks.run(n, sum_parts, timeout=60):
+            assert calls == (n > 1) and [*sums] == [*wanted]
+            assert all(torch.equal(sums[name], whole) for name, whole in wanted.items())

@@ -35,6 +35,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         def synchronize(self) -> None:
             made.host = max(made.host, self.at)
 
+        def query(self) -> bool:
+            return self.at <= made.host
+
         def elapsed_time(self, end: "Event") -> float:
             assert max(self.at, end.at) <= made.host, "the device has not come to this event"
             return 1e3 * (end.at - self.at)
@@ -57,10 +60,16 @@ def test_the_optimizers_kernels_and_the_wait_for_data_belong_to_the_step(device:
     step(clock, device, data=0.25, model=2.0, optimizer=0.5)
     assert clock.read() == pytest.approx(2.75)
     device.host += 100.0  # an evaluation
-    for _ in range(2):
+    for _ in range(3):
         # While the optimizer's kernels run, the next step's data are fetched.
         step(clock, device, data=0.25, model=2.0, optimizer=0.5)
-    assert clock.read() == pytest.approx((2.75 + 2.5) / 2)
+    now = device.host
+    assert clock.read() == pytest.approx((2.75 + 2.5) / 2)  # of the two that have ended
+    assert clock.read() == pytest.approx((2.75 + 2.5) / 2)  # none since
+    assert device.host == now, "the host has waited for the optimizer"
+    step(clock, device, data=0.25, model=2.0, optimizer=1.5)
+    device.wait()
+    assert clock.read() == pytest.approx((2.5 + 3.5) / 2)
 
 
 def test_on_a_cpu_the_host_is_the_device() -> None:

@@ -16,6 +16,7 @@ from parallel.engine import Engine, Overlap
 from parallel.env import World
 from tests.parallel.helpers import (
     MICRO_BATCH,
+    OPTIM,
     VOCABULARY,
     Variant,
     build_engine,
@@ -157,6 +158,27 @@ def assert_untouched(engine: Engine, before: dict[str, dict[str, torch.Tensor]])
         assert all(torch.equal(tensor, before[kind][name]) for name, tensor in tensors.items())
     for name, parameter in engine.modules[0].named_parameters():
         assert torch.equal(parameter, before["weights"][name])
+
+
+def sum_together_and_apart(world: World) -> tuple[bool, list[float]]:
+    """Whether loss, norm and weights of two steps are those of steps that sum the loss by itself, and what else the
+    last step summed (rank function for the pool)."""
+    with started(world, ParallelConfig(tp=2)) as runtime:
+        apart, together = build_engine(runtime, SPARSE), build_engine(runtime, SPARSE)
+        figures = train(apart, range(2))
+        for step, (loss, norm) in enumerate(figures):
+            together.compute_gradients(my_batches(runtime, step), step=step)
+            beside = {"ranks": torch.tensor([world.rank, 1.0], dtype=torch.float64)}
+            if together.update(OPTIM.lr, beside=beside) != (norm, True) or together.loss != loss:
+                return False, []
+        mine, theirs = (weights(engine) for engine in (together, apart))
+        return all(torch.equal(weight, theirs[name]) for name, weight in mine.items()), together.summed[
+            "ranks"
+        ].tolist()
+
+
+def test_the_loss_travels_with_the_norm(ranks):
+    assert ranks.run(4, sum_together_and_apart, timeout=60) == [(True, [6.0, 4.0])] * 4
 
 
 def spoil_one_rank(world: World) -> tuple[bool, bool]:

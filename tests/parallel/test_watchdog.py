@@ -1,10 +1,12 @@
 """A rank that stalls, dies or fails ends the others soon, and all of them say where they were."""
 
+import json
 import logging
 import os
 import re
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,24 @@ def test_diagnosis_by_hand():
     )
     failed = "rank 1 failed in step 6, at c.py:3 (h): KeyError: 'x'"
     assert diagnose({0: waits, 1: fails, 2: stalls}, 3) == f"the job ends: {failed}; {waiting}"
+
+
+def test_the_reports_of_many_ranks_are_read_in_parts(monkeypatch):
+    """Those of two ranks, in different parts, are missing."""
+    store, watch = dist.HashStore(), Watchdog(World(0, 150), 0.2)
+    questions = []
+    monkeypatch.setattr(watch, "_ask", lambda question: (questions.append(question), question(store))[1])
+    waits = json.dumps(asdict(RankStatus(7, "a.py:1 (f)", "all_gather over ranks 0, 1")))
+    for rank in {*range(150)} - {70, 129}:
+        store.set(f"rank {rank}", waits)
+    store.add("reports", 148)
+    message = watch._collect()
+    assert message.startswith("the job ends: ranks 70, 129 do not respond (dead or frozen); rank 0 waits in step 7")
+    for rank in (70, 129):
+        store.set(f"rank {rank}", waits)
+    store.add("reports", 2)
+    questions.clear()
+    assert "respond" not in watch._collect() and len(questions) == 1 + 2 * 3
 
 
 def alone(world: World) -> None:

@@ -44,7 +44,7 @@ def test_a_rank_without_data_ends_the_run(tmp_path: Path) -> None:
     assert re.search(waits, message), message
     assert time.time() - (tmp_path / "run" / "then").stat().st_mtime < TIMEOUT + 0.5
     log = (tmp_path / "run" / "train.log").read_text()
-    for rank, function in ((0, "forward_backward"), (1, "stuck")):
+    for rank, function in ((0, "compute_gradients"), (1, "stuck")):
         record = log.split(f"rank {rank} ERROR switchyard: failure in step")[1].split(" ERROR ")[0]
         assert f", in {function}" in record
     assert log.count("the job ends: rank 1 stalled in step") == 2

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from tests.training.helpers import command_line, rows, start, write_corpus
-from training.signals import GO_ON, LEAVE, STOP, EndedEarly, StopRequest
+from training.signals import FAIL, GO_ON, LEAVE, STOP, EndedEarly, StopRequest
 
 LIMIT = 120.0
 
@@ -49,12 +48,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def test_a_signal_is_remembered(runtime: object) -> None:
+def test_a_signal_is_remembered() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
-        assert not stop.agreed(torch.device("cpu"))
+        assert stop.state() == GO_ON
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed(torch.device("cpu")) and stop.received == "SIGUSR1"
+        assert stop.state() == STOP and stop.received == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGTERM)  # asked already: nothing more
         assert stop.received == "SIGUSR1"
         with pytest.raises(EndedEarly, match="SIGUSR1"), stop.preparing(lambda: None):
@@ -72,10 +71,10 @@ def test_nohup_is_respected() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_to_leave_goes_before_to_stop(runtime: object) -> None:
+def test_to_leave_goes_before_to_fail_and_that_before_to_stop() -> None:
     stop = StopRequest((), received="SIGUSR1")
-    assert stop.agreed(torch.device("cpu")) == STOP and stop.agreed(torch.device("cpu"), leave=True) == LEAVE
-    assert StopRequest(()).agreed(torch.device("cpu")) == GO_ON
+    assert stop.state() == STOP and stop.state(fail=True) == FAIL
+    assert stop.state(fail=True, leave=True) == LEAVE
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conf.schema import ParallelConfig
+from parallel.collectives import sum_over_world
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.parallel.helpers import started
@@ -15,12 +16,13 @@ from training.stragglers import LINES, Stragglers, figures
 def slow_rank(world: World, slow: int) -> tuple[list[dict[str, float | int]], list[str | None]]:
     """Lines of two steps each in which one rank takes its time (rank function for the pool)."""
     with started(world, ParallelConfig()) as runtime:
-        stragglers = Stragglers(runtime.device)
+        stragglers = Stragglers()
         rows = []
         for _ in range(LINES + 2):
             for _ in range(2):
                 stragglers.add(data=0.5 if world.rank == slow else 0.25, compute=0.5)
-            rows.append(stragglers.compare(memory_bytes=100 + world.rank))
+            sums = sum_over_world({"ranks": stragglers.local(memory_bytes=100 + world.rank)}, runtime.device)
+            rows.append(figures(sums["ranks"]))
         return rows, [stragglers.straggler_warning(row) for row in rows]
 
 
@@ -38,7 +40,7 @@ def test_the_slowest_rank_is_named_once(ranks: RankPool) -> None:
 
 
 def test_only_one_that_stays_slow_is_told(runtime: object) -> None:
-    stragglers = Stragglers(torch.device("cpu"))
+    stragglers = Stragglers()
     stragglers.hosts = ["a", "b", "c"]
 
     def line(*own: float) -> str | None:
