@@ -39,6 +39,9 @@ def set_parallel_state(groups: "Groups", layout: Layout) -> None:
     for name in ("DATA_PARALLEL_GROUP", "INTRA_PARTIAL_DATA_PARALLEL_GROUP"):
         values[f"_{name}_WITH_CP"] = groups.dp_cp
     values["_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"] = alone
+    # Since 0.19 the data-parallel groups have a second name, for sharding that nothing here uses.
+    twice = {f"{name}_WITH_GTP_REMAT": group for name, group in values.items() if "DATA_PARALLEL_GROUP" in name}
+    values |= {name: group for name, group in twice.items() if hasattr(parallel_state, name)}
     members = {
         "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": groups.tp,
         "_PIPELINE_GLOBAL_RANKS": groups.pp,
