@@ -178,6 +178,12 @@ class ModelConfig:
         return self.tie_embeddings and not self.reward_head
 
     @property
+    def stages_share_embedding(self) -> bool:
+        """Whether the last pipeline stage, too, needs the embedding: as output layer, for multi-token prediction, or
+        for both."""
+        return self.ties_head or self.mtp_num_layers > 0
+
+    @property
     def output_size(self) -> int:
         """Outputs of the output layer for a token."""
         return 1 if self.reward_head else self.vocab_size

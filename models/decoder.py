@@ -144,8 +144,9 @@ class ModelChunk(MegatronModule):
         # What Megatron-Core's schedules ask of a model.
         self.pre_process, self.post_process = index == 0, index == chunks - 1
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = model.ties_head or model.mtp_num_layers > 0
-        """Whether the last stage, too, needs the embedding: as head, for multi-token prediction, or for both."""
+        self.share_embeddings_and_output_weights = model.stages_share_embedding
+        at_end = self.pre_process or self.post_process
+        assert groups.embedding is not None or not (at_end and model.stages_share_embedding)
         self.input_tensor = cast("Tensor", None)
         """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
         self.token_losses = context.ops.token_losses

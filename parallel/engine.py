@@ -25,8 +25,9 @@ from parallel.collectives import sum_over_world
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
 from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
+from parallel.megatron_groups import optimizer_groups
 from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
-from parallel.process_groups import Runtime
+from parallel.process_groups import Groups, Runtime
 
 _SHARDED = ("tokens", "labels", "padding", "routing")
 """What of a micro-batch is sharded over cp."""
@@ -62,7 +63,12 @@ NO_OVERLAP = Overlap()
 
 
 def _build_optimizer(
-    optim: OptimConfig, dtype: torch.dtype, chunks: list[Any], overlap: Overlap, adam: type[torch.optim.Optimizer]
+    optim: OptimConfig,
+    dtype: torch.dtype,
+    chunks: list[Any],
+    overlap: Overlap,
+    adam: type[torch.optim.Optimizer],
+    groups: Groups,
 ) -> Any:
     from megatron.core.optimizer import (
         ChainedOptimizer,
@@ -90,7 +96,9 @@ def _build_optimizer(
         overlap_param_gather=overlap.param_gather,
     )
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(config, chunks, no_decay, use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(
+            config, chunks, no_decay, use_gloo_process_groups=False, pg_collection=optimizer_groups(groups)
+        )
     assert isinstance(optimizer, ChainedOptimizer)
     betas = optim.beta1, optim.beta2
     for part in optimizer.chained_optimizers:
@@ -164,9 +172,9 @@ class Engine:
                 # The schedules disable gradient reduction until the last micro-batch.
                 wait = [chunk.no_sync for chunk in self.chunks]
                 config.no_sync_func = wait if len(wait) > 1 else wait[0]
-            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam)
+            groups = runtime.groups
+            self.optimizer = _build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam, groups)
             if block_adamw.is_needed(optim):
-                groups = runtime.groups
                 self._step_matrices = block_adamw.install(self.optimizer, optim, self.modules, groups, update_block)
         self._schedule = get_forward_backward_func()
         self.compute_timer = DeviceTimer(runtime.device)

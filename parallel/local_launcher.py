@@ -266,26 +266,12 @@ def fake_rank(layout: Layout, rank: int) -> "Generator[Runtime]":
     import torch.distributed as dist
 
     from parallel.megatron_compat import layers_made_on
-    from parallel.process_groups import Groups, Runtime
+    from parallel.process_groups import Runtime, build_groups
     from parallel.torch_private import fake_store
-
-    def group(*axes: str) -> dist.ProcessGroup:
-        # Megatron-Core's own function would create every group of the world, not only this rank's.
-        made = dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        return made
 
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=layout.world)
     try:
-        world = dist.group.WORLD
-        assert world is not None
-        groups = Groups(
-            **{name: group(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
-            dp_cp=group("dp", "cp"),
-            tp_cp=group("tp", "cp"),
-            embedding=None,
-            world=world,
-        )
+        groups = build_groups(layout, rank, embedding=True)
         meta = torch.device("meta")
         with meta, layers_made_on(meta):
             yield Runtime(World(rank, layout.world), layout, groups, meta, "fake")

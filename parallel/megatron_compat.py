@@ -1,5 +1,6 @@
-"""All patches of Megatron-Core, or for it, and all uses of its private names. No other module patches anything, which a
-test checks. Tested with versions 0.16.1 and 0.19.2.
+"""All patches of Megatron-Core, or for it, and all uses of its private names but those of its process groups
+(parallel/megatron_groups.py). No other module patches anything, which a test checks. Tested with versions 0.16.1 and
+0.19.2.
 
 - Without CUDA, CPU_PATCHES make Megatron-Core run on CPU tensors and gloo, so that tests, laptops and CI execute the
   same code as clusters. Megatron-Core names CUDA directly in hundreds of places; the patches cover those that training

@@ -1,9 +1,11 @@
 """Initializes and destroys the process groups of a run, and selects the device of each rank."""
 
+import contextlib
 import datetime
 import os
 import random
 import socket
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,13 +14,16 @@ import torch.distributed as dist
 
 from parallel import allocator, host_staged_gloo, megatron_compat, rendezvous
 from parallel.env import World
+from parallel.flight_recorder import format_ranks
 from parallel.layout import Layout
+from parallel.megatron_groups import set_parallel_state
 from parallel.threads import threads_per_rank
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups of a layout. They are passed explicitly, not read from Megatron-Core's globals."""
+    """The process groups that a rank is a member of. They are passed explicitly, not read from Megatron-Core's
+    globals."""
 
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup
@@ -34,13 +39,14 @@ class Groups:
     edp: dist.ProcessGroup
     """Ranks with the same experts and different tokens."""
     embedding: dist.ProcessGroup | None
-    """The first and the last pipeline stage, over which Megatron-Core sums the gradients of tied embeddings; None on
-    other stages."""
+    """The first and the last pipeline stage, over which Megatron-Core sums the gradients of an embedding that both
+    hold; None on other stages, and where the stages share no embedding."""
     world: dist.ProcessGroup
 
-    def __iter__(self):
-        """The groups that this rank belongs to."""
-        return (group for f in fields(self) if (group := getattr(self, f.name)) is not None)
+    def named(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
+        """(kind, group) of the groups that this rank belongs to. A group can be of several kinds: those of one rank
+        are all the same group."""
+        return ((f.name, group) for f in fields(self) if (group := getattr(self, f.name)) is not None)
 
 
 @dataclass(frozen=True)
@@ -87,18 +93,21 @@ def start(
     threads: int | None = None,
     backend: str | None = None,
     store: dist.Store | None = None,
+    embedding: bool = True,
 ) -> Runtime:
-    """Initializes torch.distributed and Megatron-Core's process groups, and runs one collective over each group, so
-    that a broken link is detected here and not in the first optimizer step.
+    """Initializes torch.distributed and this rank's process groups, and runs one collective over each group, so that a
+    broken link is detected here and not in the first optimizer step.
 
     Args:
         timeout: seconds that a rank waits for the others.
         threads: CPU threads of this rank; None: threads_per_rank.
         backend: None: the one that pick_device returns.
         store: the ranks' store, if they have met already; None: rendezvous here.
+        embedding: whether the first and the last pipeline stage both hold the embedding.
 
     Raises:
         RendezvousError: the rendezvous timed out.
+        RuntimeError: a process group does not communicate; named in the message.
     """
     device, picked = pick_device(world)
     backend = backend or picked
@@ -117,7 +126,8 @@ def start(
     if world.simulated and (loopback := _loopback()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # not reachable from the network
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=wait)
-    groups = _build_groups(layout, wait)
+    groups = build_groups(layout, world.rank, wait, embedding=embedding)
+    set_parallel_state(groups, layout)
     _warm_up(groups, device)
     seed_all(seed)
     return Runtime(world, layout, groups, device, backend, memory)
@@ -127,47 +137,94 @@ def _loopback() -> str | None:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
-def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:
-    from megatron.core import parallel_state as ps
-
-    ps.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        # A fraction too: it becomes a timedelta.
-        distributed_timeout_minutes=wait.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
-        create_gloo_process_groups=False,
-    )
-    embedding = ps.get_embedding_group(check_initialized=False)
-    return Groups(
-        tp=_made(ps.get_tensor_model_parallel_group()),
-        cp=_made(ps.get_context_parallel_group()),
-        pp=_made(ps.get_pipeline_model_parallel_group()),
-        dp=_made(ps.get_data_parallel_group()),
-        dp_cp=_made(ps.get_data_parallel_group(with_context_parallel=True)),
-        tp_cp=_made(ps.get_tensor_and_context_parallel_group()),
-        ep=_made(ps.get_expert_model_parallel_group()),
-        etp=_made(ps.get_expert_tensor_parallel_group()),
-        edp=_made(ps.get_expert_data_parallel_group()),
-        embedding=None if embedding is None else _made(embedding),
-        world=_made(dist.group.WORLD),
-    )
+AXES = {
+    "dp_cp": ("dp", "cp"),
+    "dp": ("dp",),
+    "tp_cp": ("tp", "cp"),
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "ep": ("ep",),
+    "etp": ("etp",),
+    "edp": ("edp",),
+}
+"""The kinds of groups, in the order in which every rank makes its group of each kind, and the axes that they span
+(parallel/layout.py)."""
+_SHARED = (("dp_cp", "dp"), ("tp_cp", "tp", "cp"), ("pp", "embedding"))
+"""Kinds of which two with the same ranks are one group: their collectives follow each other in the same order on every
+rank, and none of them overlaps with another's. Not so those of ep and tp, which the dispatch overlaps on purpose, or
+those of dp and edp, whose buckets become ready in the order of each rank's own backward pass."""
 
 
-def _made(group: object) -> dist.ProcessGroup:
-    """torch's functions may return a number, on a rank outside of the group."""
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = None, *, embedding: bool) -> Groups:
+    """The groups of one rank. It makes only those that it is a member of, and their members alone take part.
+
+    Nobody waits in a circle: every rank makes its groups in the order of `AXES`, and making one waits at most for its
+    members. When all ranks have made the first n kinds, each goes on to kind n + 1, where all members of every group
+    meet. Which kinds are one group is the same for all ranks, since the groups of a kind are the same pattern of ranks,
+    shifted. torch names a group by its ranks and by how many groups a process has made: the members of a group have
+    made equally many. Therefore the embedding group, which the stages between the first and the last do not make, is
+    the last one.
+
+    Args:
+        wait: how long a rank waits for the others; None: torch's default.
+        embedding: whether the first and the last stage both hold the embedding.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    made: dict[tuple[object, ...], dist.ProcessGroup] = {}
+
+    def group(kind: str, ranks: list[int]) -> dist.ProcessGroup:
+        if layout.world == 1:
+            return world
+        use = next((kinds for kinds in _SHARED if kind in kinds), kind)
+        key = (use, *ranks) if len(ranks) > 1 else ()  # all groups of one rank are one
+        if key not in made:
+            new = dist.new_group(
+                ranks, timeout=wait, use_local_synchronization=True, group_desc=kind if len(ranks) > 1 else "alone"
+            )
+            assert isinstance(new, dist.ProcessGroup)
+            made[key] = new
+        return made[key]
+
+    groups = {kind: group(kind, layout.group(rank, *axes)) for kind, axes in AXES.items()}
+    stages = layout.group(rank, "pp")
+    ends = [stages[0], stages[-1]] if layout.pp > 1 else stages
+    has_embedding = embedding and rank in ends
+    return Groups(**groups, embedding=group("embedding", ends) if has_embedding else None, world=world)
 
 
 def _warm_up(groups: Groups, device: torch.device) -> None:
-    for group in groups:
+    """One all-reduce over each group of several ranks, all under way at the same time.
+
+    Raises:
+        RuntimeError: one of them failed; names the group.
+    """
+    names: dict[dist.ProcessGroup, list[str]] = {}
+    for name, group in groups.named():
+        if group.size() > 1:
+            names.setdefault(group, []).append(name)
+    started = []
+    for group, kinds in names.items():
         one = torch.ones(1, device=device)
-        dist.all_reduce(one, group=group)
-        assert one.item() == group.size()
+        with _naming(kinds, group):
+            started.append((kinds, group, one, dist.all_reduce(one, group=group, async_op=True)))
+    for kinds, group, one, work in started:
+        with _naming(kinds, group):
+            assert work is not None
+            work.wait()
+            assert one.item() == group.size()
+
+
+@contextlib.contextmanager
+def _naming(kinds: list[str], group: dist.ProcessGroup) -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = format_ranks(dist.get_process_group_ranks(group))
+        raise RuntimeError(
+            f"the first message through the process group {'/'.join(kinds)} ({ranks}) failed: {error}"
+        ) from error
 
 
 def seed_all(seed: int) -> None:

@@ -7,6 +7,7 @@ belongs to another process that does not answer.
 import datetime
 import os
 import queue
+import resource
 import socket
 import threading
 import time
@@ -18,6 +19,12 @@ import torch.distributed as dist
 from parallel.env import World
 
 _POLL = 0.05
+_WAIT = 10.0
+"""Seconds after which a rank that waits for the others asks again."""
+_NAMED = 8
+"""Missing ranks that a message names."""
+_OTHER_FILES = 1024
+"""Open files that a process has beside the store's connections: libraries, data, checkpoints."""
 
 
 class RendezvousError(RuntimeError):
@@ -100,6 +107,7 @@ def join(world: World, timeout: float) -> dist.Store:
     end, where = time.monotonic() + timeout, f"{world.address}:{world.port}"
     wait, answer = datetime.timedelta(seconds=timeout), min(10.0, timeout)
     if world.rank == 0 and not is_agent_store(world):
+        _allow_connections(world)
         listening = _listen(world)
         tcp = dist.TCPStore(
             world.address, world.port, world.size, True, wait, False, master_listen_fd=listening.detach()
@@ -120,21 +128,26 @@ def join(world: World, timeout: float) -> dist.Store:
             mine.set("all", "")
         return tcp
 
-    def missing(tcp: dist.Store) -> list[int]:
-        return [rank for rank in range(world.size) if not shared(tcp).check([f"rank {rank}"])]
+    def have_all_joined() -> bool:
+        # The store answers once the key is there: a thousand ranks that ask again and again would keep it busy.
+        limit = min(_WAIT, max(_POLL, end - time.monotonic()))
+        try:
+            store.ask(lambda tcp: shared(tcp).wait(["all"], datetime.timedelta(seconds=limit)), limit + answer)
+        except dist.DistStoreError:
+            return False
+        return True
 
     try:
         # If rank 0 has joined at the last moment, it still gets some time to answer.
         tcp = store.ask(join_world, max(end - time.monotonic(), answer))
-        while not store.ask(lambda tcp: shared(tcp).check(["all"]), max(end - time.monotonic(), answer)):
+        while not have_all_joined():
             if time.monotonic() > end:
-                late = store.ask(missing, answer)
+                late = store.ask(lambda tcp: _missing(shared(tcp), range(world.size)), answer)
                 raise RendezvousError(
-                    f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late[:8]))}"
-                    f"{' and more' if len(late) > 8 else ''} did not join the rendezvous at {where} within "
+                    f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late[:_NAMED]))}"
+                    f"{' and more' if len(late) > _NAMED else ''} did not join the rendezvous at {where} within "
                     f"{timeout:g} s (runtime.timeout): dead, frozen, or still preparing data"
                 )
-            time.sleep(_POLL)
     except StoreTimeout:
         raise RendezvousError(
             f"the rendezvous at {where} accepts connections but does not answer within {timeout:g} s "
@@ -143,6 +156,37 @@ def join(world: World, timeout: float) -> dist.Store:
         ) from None
     store.close()
     return shared(tcp)
+
+
+def _missing(store: dist.Store, ranks: range) -> list[int]:
+    """The first ranks that have not joined, and at most one more than a message names, found by halving: the number of
+    requests is logarithmic in the world."""
+    if not ranks or store.check([f"rank {rank}" for rank in ranks]):
+        return []
+    if len(ranks) == 1:
+        return [ranks[0]]
+    half = len(ranks) // 2
+    first = _missing(store, ranks[:half])
+    return first if len(first) > _NAMED else first + _missing(store, ranks[half:])
+
+
+def _allow_connections(world: World) -> None:
+    """Raises this process' limit of open files: the store has a connection to every rank, and another one to each
+    rank's watchdog.
+
+    Raises:
+        RendezvousError: the hard limit is below the number of ranks.
+    """
+    wanted, (soft, hard) = 2 * world.size + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        if hard <= world.size:
+            raise RendezvousError(
+                f"rank 0 has a connection to each of {world.size:,} ranks, but may have only {hard:,} files open: "
+                "raise the hard limit (ulimit -Hn)"
+            )
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(world: World) -> socket.socket:

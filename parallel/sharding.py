@@ -91,11 +91,11 @@ class Sharding:
         """Whether this rank is the first of those that hold the same shard, data parallelism aside."""
         return self.alias is None and all(group.rank() == 0 for group in self.replicas)
 
-    def shard(self, logical: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a logical tensor, as a view."""
-        for dim, group in self.sharded_dims:
-            logical = logical.chunk(group.size(), dim=dim)[group.rank()]
-        return logical
+    def bounds(self, local: torch.Size) -> list[tuple[int, int]]:
+        """(start, end) of this rank's shard along every dimension of the logical parameter, given the shape of the
+        shard."""
+        starts = [n * self.shard_index_and_count(dim)[0] for dim, n in enumerate(local)]
+        return [(start, start + n) for start, n in zip(starts, local, strict=True)]
 
 
 class Marks(TypedDict, total=False):

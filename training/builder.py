@@ -124,6 +124,7 @@ def start(
         timeout=config.runtime.timeout,
         threads=config.runtime.threads,
         store=store,
+        embedding=config.model.stages_share_embedding,
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -1,18 +1,26 @@
 """Initial weights: their distribution, and that they do not depend on how the model is cut."""
 
+import hashlib
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from conf.schema import ModelConfig, MoeConfig, ParallelConfig
+from models import init
 from models.decoder import ModelChunk
 from parallel import process_groups as runtimes
 from parallel.env import World
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
+from parallel.sharding import set_sharding
 from tests.moe.helpers import build_context, tiny, whole_model
 
 
@@ -132,3 +140,77 @@ def test_values_do_not_depend_on_the_layout(
             assert np.array_equal(value, whole[name][tuple(where)]), (rank, name)
             covered[name][tuple(where)] = True
     assert all(mask.all() for mask in covered.values())
+
+
+class Shard(NamedTuple):
+    """A process group, as far as a sharding asks: rank `index` of `count`."""
+
+    index: int
+    count: int
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.count
+
+
+def whole_draw(seed: int, key: tuple, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """A logical parameter in one piece: the inverse of the truncated normal's distribution function, of numbers that
+    the generator of its name draws one after another."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    source = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    share = math.erf(2 / math.sqrt(2))
+    x = torch.empty(shape).uniform_(-share, share, generator=source)
+    return x.erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_shard_is_that_of_the_whole_draw(data: st.DataObject) -> None:
+    """Bit for bit, for any sharding of any parameter, whatever is drawn at a time; and never more than that."""
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    local = [data.draw(st.integers(1, 4)) for _ in counts]
+    per_expert = len(counts) > 1 and data.draw(st.booleans())
+    shards = [Shard(data.draw(st.integers(0, n - 1)), n) for n in counts]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    at_once = data.draw(st.integers(1, 40))
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.empty(local, dtype=dtype))
+    set_sharding(
+        module.weight, *((dim, s) for dim, s in enumerate(shards) if s.count > 1), std=0.3, per_expert=per_expert
+    )
+
+    shape = tuple(n * s.count for n, s in zip(local, shards, strict=True))
+    if per_expert:
+        whole = torch.stack([whole_draw(5, ("weight", expert), shape[1:], 0.3) for expert in range(shape[0])])
+    else:
+        whole = whole_draw(5, ("weight",), shape, 0.3)
+    wanted = whole[tuple(slice(s.index * n, (s.index + 1) * n) for n, s in zip(local, shards, strict=True))]
+
+    drawn, uniform = [], init._uniform
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(init, "CHUNK", at_once)
+        patch.setattr(init, "_uniform", lambda x, source: drawn.append(x.numel()) or uniform(x, source))
+        init.initialise(module, 5)
+    assert torch.equal(module.weight.detach(), wanted.to(dtype))
+    row = math.prod(shape[2 if per_expert else 1 :])
+    assert max(drawn) <= max(at_once, row)
+
+
+def peak_of_drawing(world: World, rows: int) -> float:
+    """MiB that the process holds at most while a rank draws its part of a large parameter, beside the part."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(rows // 8, 1024))
+    set_sharding(module.weight, (0, Shard(7, 8)), std=0.1)
+    torch.ones(init.CHUNK).erfinv_()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024  # noqa: E731
+    before = status("VmRSS:")
+    init.initialise(module, 1)
+    return status("VmHWM:") - before
+
+
+def test_a_rank_never_holds_a_whole_parameter(ranks: RankPool) -> None:
+    """Of 128 MiB, of which a rank has an eighth."""
+    assert ranks.run(1, peak_of_drawing, 32 * 1024, timeout=60)[0] < 32

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
 # Where something foreign is changed, or called although its name is private, and why it is not in one of the modules
 # that are there for it.
-PLACES = ("parallel/megatron_compat.py", "parallel/torch_private.py", "conf/hydra_private.py")
+PLACES = (
+    *("parallel/megatron_compat.py", "parallel/megatron_groups.py"),
+    *("parallel/torch_private.py", "conf/hydra_private.py"),
+)
 META_STEP = (
     *("layers", "torch", "torch.Tensor", "torch.utils._python_dispatch"),
     *("torch.utils._python_dispatch._disable_current_modes", "torch.ops.aten._scaled_dot_product_flash_attention"),
@@ -29,6 +32,12 @@ ALLOWED = {
         "parallel/optimizers.py",
         "torch._fused_adamw_",
     ): "what torch's fused AdamW calls, of which there is no other way",
+    (
+        "benchmarks/scale_rank.py",
+        "validation.validate_sharding_integrity",
+    ): "a proof about ranks that the benchmark does not have",
+    ("benchmarks/scale_rank.py", "dist.new_group"): "counts the groups that Megatron-Core makes",
+    ("benchmarks/mirror_world.py", "dist.Store"): "counts requests; no part of a run",
     ("benchmarks/optimizer_states.py", "ddp._ParamAndGradBuffer"): "a control, wrong on purpose",
     ("benchmarks/measurement.py", "torch.utils._python_dispatch.TorchDispatchMode"): "counts bytes; no part of a run",
     ("benchmarks/measurement.py", "torch.utils._pytree.tree_leaves"): "counts bytes; no part of a run",

@@ -118,15 +118,15 @@ def freeze(world: World, how: str, mark: Path) -> None:
     frozen = 0 if how == "rank 0" else 1
     store = rendezvous.join(world, 60)
     with Watchdog(world, 5.0, store=store):
-        build = process_groups._build_groups
+        build = process_groups.build_groups
 
-        def stop_here(*args):
+        def stop_here(*args, **named):
             if world.rank == frozen:
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return build(*args)
+            return build(*args, **named)
 
-        process_groups._build_groups = stop_here
+        process_groups.build_groups = stop_here
         process_groups.start(world, Layout(world.size), seed=1, timeout=5.0, threads=1, store=store)
     dist.destroy_process_group()
 
