@@ -318,3 +318,18 @@ def optimizer_range(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
     returns it."""
     found = optimizer._get_model_param_range_map(parameter)["param"]
     return found.start, found.end
+
+
+def shard_ranges(chunk: Any, parameter: nn.Parameter) -> list[tuple[int, int]]:
+    """(start, end) of the shard of a flattened parameter that each rank of the distributed optimizer's group holds, as
+    Megatron-Core's DistributedOptimizer._build_model_gbuf_range computes it for one rank.
+
+    Args:
+        chunk: the DistributedDataParallel that has the parameter.
+    """
+    buffer = next(b for b in (*chunk.buffers, *chunk.expert_parallel_buffers) if parameter in b.param_index_map)
+    start, end, bucket_index = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[bucket_index]
+    size = bucket.grad_data.numel() // buffer.data_parallel_world_size
+    firsts = [bucket.offset + rank * size - start for rank in range(buffer.data_parallel_world_size)]
+    return [(min(max(first, 0), end - start), min(max(first + size, 0), end - start)) for first in firsts]
