@@ -269,20 +269,23 @@ def fake_rank(layout: Layout, rank: int) -> "Generator[Runtime]":
     from parallel.process_groups import Groups, Runtime
     from parallel.torch_private import fake_store
 
-    def group(*axes: str) -> dist.ProcessGroup:
+    def made(ranks: list[int]) -> dist.ProcessGroup:
         # Megatron-Core's own function would create every group of the world, not only this rank's.
-        made = dist.new_group(layout.group(rank, *axes), use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        return made
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=layout.world)
     try:
         world = dist.group.WORLD
         assert world is not None
         groups = Groups(
-            **{name: group(name) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
-            dp_cp=group("dp", "cp"),
-            tp_cp=group("tp", "cp"),
+            **{name: made(layout.group(rank, name)) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")},
+            dp_cp=made(layout.group(rank, "dp", "cp")),
+            tp_cp=made(layout.group(rank, "tp", "cp")),
+            optimizer_dp_cp=made(layout.optimizer_group(rank, "dp", "cp")),
+            optimizer_edp=made(layout.optimizer_group(rank, "edp")),
+            optimizer_replicas=None,
             embedding=None,
             world=world,
         )

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils._device import _device_constructors  # pyright: ignore[reportPrivateUsage]
 
 CPU = torch.device("cpu")
@@ -218,6 +219,20 @@ def cuda_type_names() -> Generator[None]:
         yield
 
 
+def set_instance_groups(dense: ProcessGroup, experts: ProcessGroup, between: ProcessGroup) -> None:
+    """Gives Megatron-Core the groups of this rank's optimizer instance, for dense parameters and for experts, and that
+    of the ranks with the same shards in other instances. The next initialize_model_parallel replaces them."""
+    from megatron.core import parallel_state
+
+    for name, group in {
+        "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": dense,
+        "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": experts,
+        "_INTER_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": between,
+    }.items():
+        assert hasattr(parallel_state, name), name
+        setattr(parallel_state, name, group)
+
+
 def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **defaults: Any) -> None:
     """Makes a distributed optimizer step with an instance of `adam`.
 
@@ -235,6 +250,15 @@ def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **def
             group.setdefault(name, value)
     inner.param_groups = groups  # the constructor rejects fp32 shards, which are views of parameters
     optimizer.optimizer = inner
+
+
+@contextlib.contextmanager
+def without_streams() -> Generator[None]:
+    """Inside, and without CUDA, torch.cuda.Stream() returns None. Entered while DistributedDataParallel is built, which
+    with several optimizer instances creates a stream that only overlap_grad_reduce uses."""
+    patch = Patch("torch.cuda", ("Stream",), lambda _: _returning(None), "Streams that are not used.")
+    with _patched(*([] if torch.cuda.is_available() else [patch])):
+        yield
 
 
 @contextlib.contextmanager

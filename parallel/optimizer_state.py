@@ -114,11 +114,13 @@ def _saved_kinds(engine: Engine, parameter: nn.Parameter) -> dict[str, torch.dty
     return {"weights": torch.float32, **dict.fromkeys(moments(engine, parameter), moment_dtype)}
 
 
-def _spans(chunk: Any, parameter: nn.Parameter) -> tuple[tuple[int, int, int], ...] | None:
-    """Of Part.spans."""
+def _spans(chunk: Any, parameter: nn.Parameter, owner: int) -> tuple[tuple[int, int, int], ...] | None:
+    """Part.spans, of the ranks of the owner's optimizer instance."""
     if not parameter.requires_grad:
         return None
-    return tuple((rank, *span) for rank, span in enumerate(shard_ranges(chunk, parameter)) if span[0] < span[1])
+    ranges = shard_ranges(chunk, parameter)
+    first = owner // len(ranges) * len(ranges)
+    return tuple((first + rank, *span) for rank, span in enumerate(ranges) if span[0] < span[1])
 
 
 _plans: "weakref.WeakKeyDictionary[Engine, SavePlan]" = weakref.WeakKeyDictionary()
@@ -148,7 +150,8 @@ def save_plan(engine: Engine) -> SavePlan:
         parts: list[Part] = []
         for index, name, p in saved:
             if dense[p] == is_dense:
-                spans, owner = _spans(chunk_of[p], p), owners[index % len(owners)]
+                owner = owners[index % len(owners)]
+                spans = _spans(chunk_of[p], p, owner)
                 for kind, dtype in _saved_kinds(engine, p).items():
                     place = _sharded(f"{kind}.{name}", torch.empty(p.shape, dtype=dtype, device="meta"), p)
                     shape, offset = tuple(place.global_shape), tuple(place.global_offset)

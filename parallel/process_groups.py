@@ -33,6 +33,13 @@ class Groups:
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
     """Ranks with the same experts and different tokens."""
+    optimizer_dp_cp: dist.ProcessGroup
+    """Of dp_cp the ranks of this optimizer instance, over which gradients and optimizer states are sharded."""
+    optimizer_edp: dist.ProcessGroup
+    """Of edp the ranks of this optimizer instance."""
+    optimizer_replicas: dist.ProcessGroup | None
+    """The ranks with the same optimizer shards, of one instance each, over which these shards of the gradients are
+    all-reduced; None: there is one instance."""
     embedding: dist.ProcessGroup | None
     """The first and the last pipeline stage, over which Megatron-Core sums the gradients of tied embeddings; None on
     other stages."""
@@ -40,7 +47,8 @@ class Groups:
 
     def __iter__(self):
         """The groups that this rank belongs to."""
-        return (group for f in fields(self) if (group := getattr(self, f.name)) is not None)
+        found = (group for f in fields(self) if (group := getattr(self, f.name)) is not None)
+        return iter(dict.fromkeys(found))  # with one optimizer instance, two have two names each
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:
         distributed_timeout_minutes=wait.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=False,
     )
+    replicas = _build_instances(layout, wait) if layout.optimizer_instances > 1 else None
     embedding = ps.get_embedding_group(check_initialized=False)
     return Groups(
         tp=_made(ps.get_tensor_model_parallel_group()),
@@ -152,9 +161,25 @@ def _build_groups(layout: Layout, wait: datetime.timedelta) -> Groups:
         ep=_made(ps.get_expert_model_parallel_group()),
         etp=_made(ps.get_expert_tensor_parallel_group()),
         edp=_made(ps.get_expert_data_parallel_group()),
+        optimizer_dp_cp=_made(ps.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)),
+        optimizer_edp=_made(ps.get_expert_data_parallel_group(partial_expert_data_parallel=True)),
+        optimizer_replicas=replicas,
         embedding=None if embedding is None else _made(embedding),
         world=_made(dist.group.WORLD),
     )
+
+
+def _build_instances(layout: Layout, wait: datetime.timedelta) -> dist.ProcessGroup:
+    """Makes the groups of several optimizer instances, and returns that of the ranks with the same shards.
+    Megatron-Core's own function needs the einops package, and makes those of all ranks."""
+    rank = dist.get_rank()
+    members = layout.optimizer_group(rank, "cp", "dp"), layout.optimizer_group(rank, "edp")
+    dense, experts, replicas = (
+        _made(dist.new_group(ranks, timeout=wait, use_local_synchronization=True))
+        for ranks in (*members, layout.optimizer_replicas(rank))
+    )
+    megatron_compat.set_instance_groups(dense, experts, replicas)
+    return replicas
 
 
 def _made(group: object) -> dist.ProcessGroup:

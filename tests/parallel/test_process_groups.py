@@ -44,6 +44,7 @@ def test_dense_grid(ranks):
     assert set(warmed) == set(groups)
     wanted = {"tp": [6, 7], "cp": [4, 6], "pp": [2, 6], "dp": [6], "dp_cp": [4, 6], "tp_cp": [4, 5, 6, 7]}
     wanted |= {"etp": [6, 7], "ep": [6], "edp": [4, 6], "embedding": [2, 6], "world": [*range(8)]}
+    wanted |= {"optimizer_dp_cp": [4, 6], "optimizer_edp": [4, 6]}
     assert groups == wanted
 
 
@@ -55,6 +56,7 @@ def test_expert_grid(ranks):
     assert set(warmed) == set(groups)
     wanted = {"tp": [4, 5], "cp": [5], "pp": [1, 5], "dp": [5, 7], "dp_cp": [5, 7], "tp_cp": [4, 5]}
     wanted |= {"etp": [5], "ep": [4, 5], "edp": [5, 7], "embedding": [1, 5], "world": [*range(8)]}
+    wanted |= {"optimizer_dp_cp": [5, 7], "optimizer_edp": [5, 7]}
     assert groups == wanted
 
 
