@@ -58,6 +58,7 @@ class Layouts:
 PREFERENCES = ("dpo", "reward")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+INSTANCES = {"optimizer_instances": 2}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
 
 MATRIX = [
@@ -147,6 +148,13 @@ MATRIX = [
     ),
     Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "deepseek", "lora"], "dropless lora"),
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
+    Layouts("dp2 instances2", 2, INSTANCES, ["drops", "lora"]),
+    Layouts("dp4 instances2", 4, INSTANCES, ["dropless", "global_bias", "muon", "dense"], "dropless muon"),
+    Layouts("ep2 dp4 instances2", 4, {"ep": 2, **INSTANCES}, ["switch", "deepseek", "muon"], "switch"),
+    Layouts("cp2 dp2 instances2", 4, {"cp": 2, **INSTANCES}, ["drops", "mtp"], "drops"),
+    Layouts("tp2 etp2 dp4 instances2", 8, {"tp": 2, "etp": 2, **INSTANCES}, ["dropless", "muon_mla"]),
+    Layouts("tp2 pp2 dp2 instances2", 8, {"tp": 2, "pp": 2, **INSTANCES}, ["switch", "mtp_documents"], "switch"),
+    Layouts("dp4 instances4", 4, {"optimizer_instances": 4}, ["switch_documents"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
     Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),

@@ -1,5 +1,6 @@
 """Rules for the degrees of parallelism with the model, the batch and the number of ranks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -36,6 +37,7 @@ def layout_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield from divisible(cfg, "model.moe.num_experts", ep)
         if cfg["model.moe.expert_bias"]:
             yield from divisible(cfg, "model.hidden_size", etp)
+    yield from _instances(cfg)
     if cfg["parallel.overlap_param_gather"] and not cfg["parallel.overlap_grad_reduce"]:
         grads = "parallel.overlap_grad_reduce"
         yield Violation(
@@ -54,6 +56,26 @@ def layout_rules(cfg: ConfigView) -> Iterator[Violation]:
         )
     elif shards_tokens:
         yield from divisible(cfg, sequence, cp, tp)
+
+
+def _instances(cfg: ConfigView) -> Iterator[Violation]:
+    """Every instance has the same number of data-parallel ranks, on both grids."""
+    instances, world = "parallel.optimizer_instances", cfg[WORLD_SIZE]
+    grids = {"data-parallel size": cfg.product("parallel.tp", "parallel.pp", "parallel.cp")}
+    if cfg["model.moe.num_experts"]:
+        experts = cfg.product("parallel.etp", "parallel.ep", "parallel.pp")
+        grids["data-parallel size of the experts"] = experts
+    if any(world % sharded for sharded in grids.values()):
+        return  # another violation; these sizes are undefined
+    common = math.gcd(*(world // sharded for sharded in grids.values()))
+    for name, sharded in grids.items():
+        size = world // sharded
+        if size % cfg[instances]:
+            yield Violation(
+                f"{name} % {instances} == 0",
+                f"{size} % {cfg[instances]} = {size % cfg[instances]}",
+                {instances: divisors(cfg[instances], common), WORLD_SIZE: multiples(world, sharded * cfg[instances])},
+            )
 
 
 def _even_stages(cfg: ConfigView) -> Iterator[Violation]:

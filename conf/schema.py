@@ -48,6 +48,11 @@ class ParallelConfig:
     """Expert-parallel size: the experts of a layer are distributed over ep ranks of the same pipeline stage."""
     etp: int = setting(1, ge=1)
     """Expert-tensor-parallel size: the hidden dimension of each expert is sharded over etp ranks."""
+    optimizer_instances: int = setting(1, ge=1)
+    """Number of groups of data-parallel ranks that each hold all gradient and optimizer shards (Megatron-Core's
+    num_distributed_optimizer_instances; hybrid sharding, HSDP). Parameters are then gathered, and gradients
+    reduce-scattered, within a group; the groups all-reduce their gradient shards. A rank keeps as many times more
+    optimizer state. Must divide the data-parallel sizes, of the experts too."""
     overlap_grad_reduce: bool | None = None
     """Reduce gradient buckets over the data-parallel ranks during the backward pass. null: on GPUs only."""
     overlap_param_gather: bool | None = None

@@ -278,7 +278,10 @@ def _matrix_step(
     matrices = [p for p in trained if rule.state_of(p) is not rule.state]
     ranges = {p: (shard.start, shard.end) for p, shard in shards.items()}
     families = []
-    for dense, data, tensor in ((True, groups.dp_cp, groups.tp), (False, groups.edp, groups.etp)):
+    for dense, data, tensor in (
+        (True, groups.optimizer_dp_cp, groups.tp),
+        (False, groups.optimizer_edp, groups.etp),
+    ):
         mine = [p for p in matrices if getattr(p, "allreduce", True) == dense]
         families.append(WholeMatrices(mine, ranges, data, tensor, split_heads=optim.muon_split_qkv))
 

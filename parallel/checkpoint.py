@@ -4,13 +4,15 @@ For every logical parameter a checkpoint holds the fp32 weights and Adam's two m
 Each element is written once, by the data-parallel rank that assembled it, into that rank's safetensors file. Nothing is
 pickled, so that loading a checkpoint runs no code. docs/log.md says why Megatron-Core's formats are not used.
 
-Saving is atomic: the files are written to a temporary directory (parallel/checkpoint_writer.py), checked against the
-model and hashed into a manifest (parallel/checkpoint_manifest.py); then the directory is renamed.
+What is written where is planned and checked against the model once (parallel/checkpoint_plan.py). Saving is atomic: the
+files are written to a temporary directory (parallel/checkpoint_writer.py), which hashes them, and listed in a manifest
+(parallel/checkpoint_manifest.py); then the directory is renamed.
 """
 
 import contextlib
 import os
 import shutil
+import struct
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -21,27 +23,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel import optimizer_state
-from parallel.checkpoint_format import CheckpointDamaged
+from parallel import checkpoint_random, optimizer_state
+from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, TensorShard
 from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
+    Loaded,
     UnsupportedVersion,
     find_damage,
-    incomplete,
     read_manifest,
     read_manifest_together,
     resolve,
+    resolve_and_load,
     set_aside,
     step_directories,
     verify,
     write_manifest,
 )
+from parallel.checkpoint_plan import file_of
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.engine import Engine
+from parallel.first_found import first_found
 from parallel.progress_sync import ProgressSync
-from parallel.random_state import dtype_of, random_state, restore_random_state
-from parallel.weight_loading import copy_weights, find_weights, read_together
+from parallel.random_state import restore_random_state
+from parallel.weight_loading import copy_weights, find_weights, read_once, read_together
 
 __all__ = [
     "MANIFEST",
@@ -67,6 +72,8 @@ class Checkpointer:
         self.root, self.engine, self.keep = root, engine, keep
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._pending_save: tuple[CheckpointWriter, Path, dict[str, Any]] | None = None
+        self._writers: tuple[int, ...] = ()
+        """The ranks that may write a file of the pending save."""
         self.stages = 0
         """Counts the stages of saves and loads that have started: a sign of progress for the watchdog."""
         self.progress_sync = ProgressSync(engine.runtime.device, self._progress)
@@ -93,7 +100,7 @@ class Checkpointer:
         """
         damaged: list[tuple[Path, ValueError]] = []
         for directory in self.listing(self.root):
-            wrong = self._verify(directory)
+            wrong = self._verify(directory, but_tensors=True)  # these are verified when they are loaded
             if isinstance(wrong, UnsupportedVersion):
                 raise wrong
             if wrong is None:
@@ -102,7 +109,7 @@ class Checkpointer:
                     self._set_aside(damaged, warn)
                     self.last_good = directory
                     return directory, state
-                except CheckpointDamaged as error:  # after it was verified
+                except CheckpointDamaged as error:
                     wrong = error
             damaged.append((directory, wrong))
             warn(f"checkpoint {directory.name} is damaged ({wrong}); trying the one before")
@@ -118,21 +125,32 @@ class Checkpointer:
     def resolve(self, path: str) -> Path:
         """The checkpoint directory that a setting means, as `checkpoint_manifest.resolve`; the ranks share the
         reading."""
-        return resolve(path, lambda directory: (wrong := self._verify(directory)) and str(wrong), self.listing)
+        return resolve(path, self._damage, self.listing)
+
+    def load_from(self, path: str, load: Callable[[Path], Loaded]) -> tuple[Path, Loaded]:
+        """(directory, what `load` returned for it), as `checkpoint_manifest.resolve_and_load`."""
+        return resolve_and_load(path, load, partial(self._damage, but_tensors=True), self.listing)
+
+    def _damage(self, directory: Path, *, but_tensors: bool = False) -> str | None:
+        wrong = self._verify(directory, but_tensors=but_tensors)
+        return None if wrong is None else str(wrong)
 
     def listing(self, root: Path) -> list[Path]:
         """The checkpoints in a directory as rank 0 sees it, newest first."""
-        return self._together(lambda: step_directories(root) if self.rank == 0 else None)[0]
+        return self._on_first(lambda: step_directories(root))
 
-    def _verify(self, directory: Path) -> ValueError | None:
+    def _verify(self, directory: Path, *, but_tensors: bool = False) -> ValueError | None:
         """What is wrong with a checkpoint, the same on all ranks; None: nothing. Each rank hashes a part of the
-        files."""
-        found = self.progress_sync.run(verify(directory, self.rank, self.ranks))
-        return next((wrong for wrong in found if wrong is not None), None)
+        files.
+
+        Args:
+            but_tensors: as `verify` takes it.
+        """
+        return self.progress_sync.run(verify(directory, self.rank, self.ranks, but_tensors=but_tensors))
 
     def _set_aside(self, damaged: list[tuple[Path, ValueError]], warn: Callable[[str], None]) -> None:
         for directory, _ in damaged:
-            aside = self._together(lambda it=directory: set_aside(it).name if self.rank == 0 else None)[0]
+            aside = self._on_first(lambda it=directory: set_aside(it).name)
             warn(f"damaged checkpoint {directory.name} is renamed to {aside}")
 
     def save(self, state: dict[str, Any]) -> Path:
@@ -160,12 +178,15 @@ class Checkpointer:
                 f"{final.name} is not written: {bad} is not finite. "
                 f"The last good checkpoint is {self.last_good or 'none'}"
             )
-        aside: list[Any] = [self.root / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"]
-        dist.broadcast_object_list(aside)
-        with self._explained(final, aside[0]):
-            self._together(lambda: aside[0].mkdir(parents=True) if self.rank == 0 else None)
-            tensors = {**optimizer_state.to_save(self.engine), **self._random_to_save(), **self._updates_to_save(state)}
-            writer = CheckpointWriter(tensors, aside[0], self.rank)
+        aside = self._on_first(lambda: self.root / f".writing-{final.name}-{uuid.uuid4().hex[:8]}")
+        with self._explained(final, aside):
+            self._on_first(lambda: aside.mkdir(parents=True))
+            shards, plan = optimizer_state.to_save(self.engine), optimizer_state.save_plan(self.engine)
+            plan.check(shards, self.engine.runtime.device)
+            random, everywhere = checkpoint_random.to_save(self.engine.runtime)
+            self._writers = tuple(range(self.ranks)) if everywhere else plan.writers
+            tensors = {shard.key: shard.data for shard in shards.values()} | random | self._counted(state)
+            writer = CheckpointWriter(tensors, aside, self.rank)
             writer.start()
         self._pending_save = writer, final, state
 
@@ -192,13 +213,11 @@ class Checkpointer:
         self._pending_save = None
         with self._explained(final, writer.aside):
             self.progress_sync.run(writer.wait())
-            self._together(writer.finish_file)
-            shapes = self._together(lambda: optimizer_state.expected_shapes(self.engine))
-            hashed = self._together(lambda: writer.hashed)
-            taken = self._together(final.is_dir)[0]
+            self._on_all(writer.finish_file)
+            hashed = self._hashed_files(writer)
+            taken = self._on_first(final.is_dir)
             wrong = self._verify(final) if taken else None
-            publish = partial(self._publish, writer, final, state, shapes, hashed, replace=wrong is not None)
-            self._together(publish if self.rank == 0 else lambda: None)
+            self._on_first(partial(self._publish, writer.aside, final, state, hashed, replace=wrong is not None))
         self.last_good = final
         if self.rank == 0:
             self._prune(final)
@@ -217,61 +236,70 @@ class Checkpointer:
                 f"could not write checkpoint {final}: {error}{free}. Earlier checkpoints are intact"
             ) from None
 
-    def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Runs an action on every rank and returns all results. If it raises OSError or ValueError on one rank, every
-        rank raises ValueError with that rank's message."""
-        result, error = None, None
+    def _on_all(self, action: Callable[[], None]) -> None:
+        """Runs an action on every rank. If it raises OSError or ValueError on one rank, every rank raises ValueError
+        with that rank's message."""
         self.stages += 1
+        error = None
         try:
-            result = action()
+            action()
         except (OSError, ValueError) as raised:
-            error = str(raised).strip().splitlines()[-1]
-        answers: list[Any] = [None] * self.ranks
-        dist.all_gather_object(answers, (result, error))
-        if any(failed for _, failed in answers):
-            raise ValueError(next(failed for _, failed in answers if failed))
-        return [answer for answer, _ in answers]
+            error = _line(raised)
+        if failed := first_found(error, self.engine.runtime.device):
+            raise ValueError(failed)
 
-    def _updates_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's own count of updates, with which the manifest is compared when it is read."""
-        from megatron.core.dist_checkpointing import ShardedTensor
+    def _on_first(self, action: Callable[[], Any]) -> Any:
+        """The result of an action that rank 0 runs, on every rank. If it raises OSError or ValueError, every rank
+        raises ValueError with its message."""
+        self.stages += 1
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = action()
+            except (OSError, ValueError) as raised:
+                told[1] = _line(raised)
+        dist.broadcast_object_list(told)
+        if told[1]:
+            raise ValueError(told[1])
+        return told[0]
 
-        updates = max(self._together(lambda: optimizer_state.counted_updates(self.engine)))
-        assert updates == state["updates"], (updates, state)
-        return {UPDATES: ShardedTensor.from_rank_offsets(UPDATES, torch.tensor([updates]))} if self.rank == 0 else {}
+    def _counted(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What rank 0 writes besides: the optimizer's own count of updates, with which the manifest is compared when
+        it is read, and which ranks hold which states of generators."""
+        updates = torch.tensor([optimizer_state.counted_updates(self.engine)], device=self.engine.runtime.device)
+        dist.all_reduce(updates, op=dist.ReduceOp.MAX)
+        assert updates.item() == state["updates"], (updates, state)
+        if self.rank > 0:
+            return {}
+        firsts = checkpoint_random.first_ranks(self.engine.runtime.layout)
+        return {UPDATES: updates.cpu(), checkpoint_random.FIRSTS: firsts}
 
-    def _random_to_save(self) -> dict[str, Any]:
-        from megatron.core.dist_checkpointing import ShardedTensor
-
-        states = {f"{self._random}{name}": tensor for name, tensor in random_state().items()}
-        return {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in states.items()}
-
-    @property
-    def _random(self) -> str:
-        """Prefix of the names of this rank's generators."""
-        return f"random.{self.rank}."
+    def _hashed_files(self, writer: CheckpointWriter) -> dict[str, list[Any]]:
+        """Name -> [bytes, digest] of the files that the ranks have written, on rank 0: what each has said in its row of
+        a table, added up."""
+        table = torch.zeros(len(self._writers), 3, dtype=torch.int64, device=self.engine.runtime.device)
+        for size, digest in writer.hashed.values():
+            words = struct.unpack("<qq", bytes.fromhex(digest))
+            table[self._writers.index(self.rank)] = torch.tensor([size, *words], dtype=torch.int64)
+        dist.reduce(table, dst=0)
+        rows = zip(self._writers, table.tolist(), strict=True)
+        return {file_of(rank): [size, struct.pack("<qq", *words).hex()] for rank, (size, *words) in rows if size}
 
     def _publish(
-        self,
-        writer: CheckpointWriter,
-        final: Path,
-        state: dict[str, Any],
-        shapes: list[dict[str, tuple[int, ...]]],
-        hashed: list[dict[str, list[Any]]],
-        *,
-        replace: bool,
+        self, aside: Path, final: Path, state: dict[str, Any], files: dict[str, list[Any]], *, replace: bool
     ) -> None:
-        """Checks that every element of the model is stored, writes the manifest and renames the directory.
+        """Writes the manifest and renames the directory.
 
         Args:
+            files: name -> [bytes, digest].
             replace: the step was saved before and that checkpoint is damaged.
         """
-        aside = writer.aside
-        lacking = incomplete({name: shape for part in shapes for name, shape in part.items()}, writer.stored)
-        assert lacking is None, lacking
-        write_manifest(
-            aside, state, {name: entry for part in hashed for name, entry in part.items()}, writer.stored, self.base
-        )
+        stored = dict(optimizer_state.save_plan(self.engine).stored)
+        for name, shape in ((UPDATES, (1,)), (checkpoint_random.FIRSTS, (self.ranks, 2))):
+            stored[name] = StoredTensor(shape, [TensorShard(file_of(0), (0,) * len(shape), shape)])
+        missing = {shard.file for tensor in stored.values() for shard in tensor.shards} - files.keys()
+        assert not missing, missing
+        write_manifest(aside, state, files, stored, self.base)
         if replace:
             set_aside(final)
         try:
@@ -308,20 +336,44 @@ class Checkpointer:
             raise ValueError(f"{directory} holds adapters of {manifest['base']}, but the weights are {self.base}")
         _, weights = find_weights(self.engine, directory, stored, partial=False, only=self.engine.is_adapter)
         moments = optimizer_state.to_load(self.engine)
-        self._together(lambda: optimizer_state.check_stored(self.engine, moments, directory, stored))
-        tensors = {key: (shard.data, tuple(shard.global_offset)) for key, shard in {**weights, **moments}.items()}
-        random: dict[str, torch.Tensor] = {}
-        if state["world_size"] == self.ranks:
-            held = {key.removeprefix(self._random): t for key, t in stored.items() if key.startswith(self._random)}
-            random = {name: torch.empty(t.shape, dtype=dtype_of(name)) for name, t in held.items()}
-            tensors |= {f"{self._random}{name}": (t, (0,) * t.dim()) for name, t in random.items()}
-        read_together(directory, stored, tensors, self.progress_sync)
-        loaded = {key: tensor for key, (tensor, _) in tensors.items()}
+        self._on_all(lambda: optimizer_state.check_stored(self.engine, moments, directory, stored))
+        random = self._random_to_load(directory, manifest) if state["world_size"] == self.ranks else {}
+        loaded: dict[str, torch.Tensor] = {}
+        own_part = optimizer_state.own_part(self.engine)
+
+        def keep(key: str, tensor: torch.Tensor) -> None:
+            part = tensor.cpu() if key in weights else own_part(key, tensor)
+            loaded.update({} if part is None else {key: part})
+
+        own = {key: (tensor, (0,) * tensor.dim()) for key, (_, tensor) in random.items()}
+        read_once(self.engine, directory, manifest, weights | moments, keep, self.progress_sync, own)
         copy_weights(self.engine, loaded)
         optimizer_state.restore(self.engine, loaded, updates=state["updates"])
         if random:
-            restore_random_state(random)
+            restore_random_state(dict(random.values()))
         return state
+
+    def _random_to_load(self, directory: Path, manifest: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
+        """Key -> (name, uninitialized tensor) of the states of this rank's generators, which become tensors of the
+        manifest."""
+        device, row = self.engine.runtime.device, None
+        if checkpoint_random.FIRSTS in manifest["tensors"]:
+            row = torch.empty(1, 2, dtype=torch.int32)
+            target = {checkpoint_random.FIRSTS: (row, (self.rank, 0))}
+            read_together(directory, manifest, target, device, self.progress_sync)
+        stored, wanted, error = {}, {}, None
+        try:
+            stored, wanted = checkpoint_random.find(directory, manifest, self.rank, None if row is None else row[0])
+        except CheckpointDamaged as damaged:
+            error = damaged
+        if wrong := first_found(error, device):
+            raise wrong
+        manifest["tensors"] |= stored
+        return wanted
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _free_space(root: Path) -> str:

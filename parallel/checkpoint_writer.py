@@ -1,50 +1,31 @@
-"""Writes this rank's file of a checkpoint in a background thread.
-
-All ranks first exchange which shards they write, and Megatron-Core validates that these cover every tensor exactly
-once.
-"""
+"""Writes this rank's file of a checkpoint in a background thread."""
 
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from parallel.checkpoint_format import StoredTensor, TensorShard, write_tensors
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing import ShardedTensor
+from parallel.checkpoint_format import write_tensors
+from parallel.checkpoint_plan import file_of
 
 
 class CheckpointWriter:
     """Writes the tensors that this rank contributes to one checkpoint.
 
     Args:
-        tensors: name -> Megatron-Core's ShardedTensor; its data must not change while it is written.
+        tensors: name -> CPU tensor, which must not change while it is written.
         aside: an empty directory, the same on all ranks.
-
-    Raises:
-        CheckpointingException: on rank 0, if the shards of all ranks overlap or leave holes.
     """
 
-    def __init__(self, tensors: dict[str, Any], aside: Path, rank: int):
-        from megatron.core.dist_checkpointing import validation
-
-        _, shards = validation.determine_global_metadata(tensors)
-        validation.validate_sharding_integrity(shards)
+    def __init__(self, tensors: dict[str, Tensor], aside: Path, rank: int):
         self.aside = aside
         self.error: Exception | None = None
         self.hashed: dict[str, list[Any]] = {}
         """File name -> [bytes, digest] of the file that this rank wrote."""
-        self.stored: dict[str, StoredTensor] = {}
-        """The tensors that all ranks write."""
-        for number, described in enumerate(shards):
-            for shard in cast("list[ShardedTensor]", described):
-                tensor = self.stored.setdefault(shard.key, StoredTensor(tuple(shard.global_shape), []))
-                tensor.shards.append(
-                    TensorShard(_file_of(number), tuple(shard.global_offset), tuple(shard.local_shape))
-                )
         self._written = 0
-        self._tensors, self._name = {shard.key: shard.data for shard in tensors.values()}, _file_of(rank)
+        self._tensors, self._name = tensors, file_of(rank)
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
 
     def start(self) -> None:
@@ -83,7 +64,3 @@ class CheckpointWriter:
 
     def _advance(self, count: int) -> None:
         self._written += count
-
-
-def _file_of(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"

@@ -24,7 +24,7 @@ from parallel.chunked_ops import sum_of_squares
 from parallel.collectives import sum_over_world
 from parallel.device_timer import DeviceTimer
 from parallel.freezing import freeze
-from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class
+from parallel.megatron_compat import cuda_type_names, parameters_in_norm, set_optimizer_class, without_streams
 from parallel.megatron_groups import optimizer_groups
 from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
 from parallel.process_groups import Groups, Runtime
@@ -55,6 +55,11 @@ class Overlap:
         """The overlap that the settings ask for. By default it is on under NCCL; gloo would take CPU time from the
         computation."""
         grads, weights = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+        if grads and parallel.optimizer_instances > 1 and backend == "gloo":
+            raise ValueError(
+                f"parallel.overlap_grad_reduce=true with parallel.optimizer_instances={parallel.optimizer_instances} "
+                "needs a GPU: instances communicate on a CUDA stream. Set parallel.overlap_grad_reduce=null"
+            )
         grads = backend == "nccl" if grads is None else grads
         return cls(grads, grads if weights is None else weights)
 
@@ -163,11 +168,13 @@ class Engine:
                 freeze(self.modules, frozen.__contains__)
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
+                num_distributed_optimizer_instances=runtime.layout.optimizer_instances,
                 grad_reduce_in_fp32=optim.grad_dtype == "fp32",
                 overlap_grad_reduce=overlap.grad_reduce,
                 overlap_param_gather=overlap.param_gather,
             )
-            self.chunks = [DistributedDataParallel(config, ddp, m) for m in self.modules]
+            with without_streams():
+                self.chunks = [DistributedDataParallel(config, ddp, m) for m in self.modules]
             if overlap.grad_reduce:
                 # The schedules disable gradient reduction until the last micro-batch.
                 wait = [chunk.no_sync for chunk in self.chunks]
@@ -396,7 +403,7 @@ class Engine:
         square = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if grads:
             square += sum_of_squares(grads)
-        return square
+        return square / self.runtime.layout.optimizer_instances  # each of them has all of the gradient
 
     def nonfinite_gradients(self, limit: int = 3) -> list[str]:
         """Names of at most `limit` parameters whose gradient on this rank is not finite."""

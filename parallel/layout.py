@@ -46,14 +46,18 @@ class Layout:
     sequence_parallel: bool = False
     pp_layers: tuple[int, ...] | None = None
     """Number of layers of every pipeline chunk in the order of the model; None: the same in each."""
+    optimizer_instances: int = 1
+    """Groups of consecutive data-parallel ranks that each hold all gradient and optimizer shards."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int) -> "Layout":
         """The layout of a validated configuration (conf/rules.py)."""
         p = parallel
         layers = None if p.pp_layers is None else tuple(p.pp_layers)
-        layout = cls(world, p.tp, p.pp, p.vpp or 1, p.cp, p.ep, p.etp, p.sequence_parallel, layers)
+        instances = p.optimizer_instances
+        layout = cls(world, p.tp, p.pp, p.vpp or 1, p.cp, p.ep, p.etp, p.sequence_parallel, layers, instances)
         assert layout.dp * p.tp * p.pp * p.cp == world and layout.edp * p.etp * p.ep * p.pp == world, layout
+        assert layout.dp % instances == 0 == layout.edp % instances, layout
         return layout
 
     @property
@@ -65,6 +69,11 @@ class Layout:
     def edp(self) -> int:
         """Data-parallel size of the experts."""
         return self.world // (self.etp * self.ep * self.pp)
+
+    @property
+    def optimizer_ranks(self) -> tuple[int, int]:
+        """Over how many ranks the gradients and the optimizer states are sharded: (of dense parameters, of experts)."""
+        return self.dp * self.cp // self.optimizer_instances, self.edp // self.optimizer_instances
 
     def chunk_layers(self, chunk: int, num_layers: int) -> range:
         """The layers of a pipeline chunk. Chunks are numbered in the order of the model: stage s holds chunks s, s +
@@ -92,6 +101,21 @@ class Layout:
         steps = [range(0, stride * size, stride) for stride, size in (grid[axis] for axis in axes)]
         return sorted(first + sum(step) for step in itertools.product(*steps))
 
+    def optimizer_group(self, rank: int, *axes: str) -> list[int]:
+        """Of a data-parallel group, "cp" and "dp" or "edp", the ranks of this rank's optimizer instance: those that the
+        shards of the optimizer are distributed over. The same position in it means the same shard."""
+        ranks = self.group(rank, *axes)
+        size = len(ranks) // self.optimizer_instances
+        first = ranks.index(rank) // size * size
+        return ranks[first : first + size]
+
+    def optimizer_replicas(self, rank: int) -> list[int]:
+        """The ranks that hold the same optimizer shards as this one, of one instance each. Those of experts too: an
+        instance is a block of consecutive ranks of a pipeline stage on both grids."""
+        ranks = self.group(rank, "cp", "dp")
+        size = len(ranks) // self.optimizer_instances
+        return ranks[ranks.index(rank) % size :: size]
+
     def nodes_of(self, axis: str, ranks_per_node: int) -> int:
         """The largest number of nodes that a group of an axis spans."""
         stride, size = (self.strides("attention") | self.strides("experts"))[axis]
@@ -100,7 +124,7 @@ class Layout:
 
     def describe(self) -> str:
         degrees = {"dp": self.dp, "tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep}
-        degrees |= {"etp": self.etp}
+        degrees |= {"etp": self.etp, "optimizer_instances": self.optimizer_instances}
         shown = [f"{name}{n}" for name, n in degrees.items() if n > 1] or ["one rank"]
         uneven = f" (layers {'+'.join(map(str, self.pp_layers))})" if self.pp_layers else ""
         return " ".join(shown) + (" +sequence" if self.sequence_parallel else "") + uneven

@@ -239,6 +239,15 @@ def set_optimizer_class(optimizer: Any, adam: type[torch.optim.Optimizer], **def
 
 
 @contextlib.contextmanager
+def without_streams() -> Generator[None]:
+    """Inside, and without CUDA, torch.cuda.Stream() returns None. Entered while DistributedDataParallel is built, which
+    with several optimizer instances creates a stream that only overlap_grad_reduce uses."""
+    patch = Patch("torch.cuda", ("Stream",), lambda _: _returning(None), "Streams that are not used.")
+    with _patched(*([] if torch.cuda.is_available() else [patch])):
+        yield
+
+
+@contextlib.contextmanager
 def layers_made_on(device: torch.device) -> Generator[None]:
     """Inside, Megatron-Core's layers are created on `device` instead of torch.cuda.current_device()."""
     with _patched(Patch("torch.cuda", ("current_device",), lambda _: _returning(device), "Shapes without memory.")):
@@ -319,3 +328,18 @@ def optimizer_range(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
     returns it."""
     found = optimizer._get_model_param_range_map(parameter)["param"]
     return found.start, found.end
+
+
+def shard_ranges(chunk: Any, parameter: nn.Parameter) -> list[tuple[int, int]]:
+    """(start, end) of the shard of a flattened parameter that each rank of the distributed optimizer's group holds, as
+    Megatron-Core's DistributedOptimizer._build_model_gbuf_range computes it for one rank.
+
+    Args:
+        chunk: the DistributedDataParallel that has the parameter.
+    """
+    buffer = next(b for b in (*chunk.buffers, *chunk.expert_parallel_buffers) if parameter in b.param_index_map)
+    start, end, bucket_index = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[bucket_index]
+    size = bucket.grad_data.numel() // buffer.data_parallel_world_size
+    firsts = [bucket.offset + rank * size - start for rank in range(buffer.data_parallel_world_size)]
+    return [(min(max(first, 0), end - start), min(max(first + size, 0), end - start)) for first in firsts]

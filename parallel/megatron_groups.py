@@ -27,7 +27,8 @@ def set_parallel_state(groups: "Groups", layout: Layout) -> None:
         "EXPERT_MODEL_PARALLEL": groups.ep,
         "EXPERT_TENSOR_PARALLEL": groups.etp,
         "EXPERT_DATA_PARALLEL": groups.edp,
-        "INTRA_PARTIAL_EXPERT_DATA_PARALLEL": groups.edp,
+        "INTRA_PARTIAL_EXPERT_DATA_PARALLEL": groups.optimizer_edp,
+        "INTER_PARTIAL_EXPERT_DATA_PARALLEL": groups.optimizer_replicas,
         "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE": groups.world,
         "MODEL_PARALLEL": alone,
         "POSITION_EMBEDDING": alone,
@@ -36,8 +37,8 @@ def set_parallel_state(groups: "Groups", layout: Layout) -> None:
         "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL": alone,
     }
     values: dict[str, Any] = {f"_{name}_GROUP": group for name, group in by_name.items()}
-    for name in ("DATA_PARALLEL_GROUP", "INTRA_PARTIAL_DATA_PARALLEL_GROUP"):
-        values[f"_{name}_WITH_CP"] = groups.dp_cp
+    values["_DATA_PARALLEL_GROUP_WITH_CP"] = groups.dp_cp
+    values["_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] = groups.optimizer_dp_cp
     values["_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"] = alone
     # Since 0.19 the data-parallel groups have a second name, for sharding that nothing here uses.
     twice = {f"{name}_WITH_GTP_REMAT": group for name, group in values.items() if "DATA_PARALLEL_GROUP" in name}
@@ -74,6 +75,9 @@ def optimizer_groups(groups: "Groups") -> Any:
         dp=groups.dp,
         dp_cp=groups.dp_cp,
         expt_dp=groups.edp,
+        intra_dp_cp=groups.optimizer_dp_cp,
+        intra_expt_dp=groups.optimizer_edp,
+        inter_dist_opt=groups.optimizer_replicas,
         expt_tp=groups.etp,
         intra_dist_opt=groups.world,
         mp=None,

@@ -3,11 +3,12 @@ moments).
 
 The distributed optimizer gives every data-parallel rank a contiguous shard of the flattened gradient bucket, so that a
 parameter may lie on one or on several ranks. To save, the shards of a parameter are gathered on one rank of its group,
-a different one for each parameter, which distributes memory and writing. To load, every rank reads the parameters that
-its shards belong to.
+a different one for each parameter, which distributes memory and writing (parallel/checkpoint_plan.py). To load, one
+rank of a group reads a parameter and broadcasts it (parallel/weight_loading.py).
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.block_adamw import BlockAdamW, OptimizerShard, optimizer_shards
+from parallel.checkpoint_exchange import gather_to_owners
 from parallel.checkpoint_format import StoredTensor
+from parallel.checkpoint_plan import Part, SavePlan, made_plan, writers_wanted, writing_ranks
 from parallel.engine import Engine
+from parallel.first_found import first_found
+from parallel.megatron_compat import shard_ranges
 from parallel.optimizers import OPTIMIZERS
 from parallel.sharding import logical_name, sharding_of
 
@@ -89,9 +94,7 @@ def first_nonfinite(engine: Engine) -> str | None:
         mine = next((f"{kind} of {name}" for kind, part in parts.items() if not torch.isfinite(part).all()), None)
         if mine:
             break
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return next(filter(None, found), None)
+    return first_found(mine, engine.runtime.device)
 
 
 def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
@@ -102,67 +105,117 @@ def _sharded(key: str, local: Tensor, parameter: nn.Parameter) -> Any:
     return ShardedTensor.from_rank_offsets(key, local, *offsets)
 
 
-def _assemble(
-    engine: Engine,
-    parameter: nn.Parameter,
-    part: Tensor | None,
-    shard: OptimizerShard | None,
-    owner: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Gathers a parameter's master weights or one of its moments on rank `owner` of its group. On the other ranks the
-    result is undefined."""
-    groups = engine.runtime.groups
-    group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
-    whole = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    if part is not None and shard is not None:
-        whole[shard.start : shard.end] = part
-    if group.size() > 1:
-        # Every element is nonzero on one rank at most, so the sum is exact.
-        dist.reduce(whole, group_dst=owner % group.size(), group=group)
-    return whole.view(parameter.shape)
+def _saved_kinds(engine: Engine, parameter: nn.Parameter) -> dict[str, torch.dtype]:
+    """What a checkpoint holds of a parameter, and the dtypes."""
+    if not parameter.requires_grad:
+        return {"weights": parameter.dtype}
+    bf16 = engine.optim is not None and engine.optim.state_dtype == "bf16"
+    moment_dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"weights": torch.float32, **dict.fromkeys(moments(engine, parameter), moment_dtype)}
+
+
+def _spans(chunk: Any, parameter: nn.Parameter, owner: int) -> tuple[tuple[int, int, int], ...] | None:
+    """Part.spans, of the ranks of the owner's optimizer instance."""
+    if not parameter.requires_grad:
+        return None
+    ranges = shard_ranges(chunk, parameter)
+    first = owner // len(ranges) * len(ranges)
+    return tuple((first + rank, *span) for rank, span in enumerate(ranges) if span[0] < span[1])
+
+
+_plans: "weakref.WeakKeyDictionary[Engine, SavePlan]" = weakref.WeakKeyDictionary()
+
+
+def save_plan(engine: Engine) -> SavePlan:
+    """Which rank writes what to the checkpoints of an engine: made when it is asked for the first time, which every
+    rank does together."""
+    if engine in _plans:
+        return _plans[engine]
+    groups, device = engine.runtime.groups, engine.runtime.device
+    # The numbers of all parameters, so that those of a replica group have the same owners on all of its ranks.
+    saved = [
+        (index, name, p)
+        for index, (name, p) in enumerate(_named(engine))
+        if is_stored(engine, name, p) and sharding_of(p).is_first_replica()
+    ]
+    dense = {p: getattr(p, "allreduce", True) for _, _, p in saved}
+    sizes = {p: p.numel() * sum(dtype.itemsize for dtype in _saved_kinds(engine, p).values()) for p in dense}
+    largest = max(sum(size for p, size in sizes.items() if dense[p] == part) for part in (True, False))
+    writers = torch.tensor(writers_wanted(largest), device=device)
+    dist.all_reduce(writers, op=dist.ReduceOp.MAX)
+    chunk_of = {p: chunk for chunk, m in zip(engine.chunks, engine.modules, strict=True) for p in m.parameters()}
+    families: list[tuple[dist.ProcessGroup, tuple[Part, ...]]] = []
+    for group, is_dense in ((groups.dp_cp, True), (groups.edp, False)):
+        owners = writing_ranks(group.size(), int(writers.item()))
+        parts: list[Part] = []
+        for index, name, p in saved:
+            if dense[p] == is_dense:
+                owner = owners[index % len(owners)]
+                spans = _spans(chunk_of[p], p, owner)
+                for kind, dtype in _saved_kinds(engine, p).items():
+                    place = _sharded(f"{kind}.{name}", torch.empty(p.shape, dtype=dtype, device="meta"), p)
+                    shape, offset = tuple(place.global_shape), tuple(place.global_offset)
+                    parts.append(Part(place.key, kind, p, dtype, shape, offset, spans, owner))
+        families.append((group, tuple(parts)))
+    plan = made_plan(engine.runtime, families, int(writers.item()), expected_shapes(engine))
+    return _plans.setdefault(engine, plan)
 
 
 def to_save(engine: Engine) -> dict[str, Any]:
-    """The tensors that this rank writes to a checkpoint, on the CPU: those of the parameters that it owns."""
-    shards, tensors = _optimizer_shards(engine), {}
-    groups = engine.runtime.groups
-    moment_dtype = torch.bfloat16 if engine.optim is not None and engine.optim.state_dtype == "bf16" else torch.float32
-    for index, (name, parameter) in enumerate(_named(engine)):
-        if not is_stored(engine, name, parameter):
-            continue
-        group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.edp
-        if not parameter.requires_grad:  # complete on every rank, and in no optimizer
-            if group.rank() == index % group.size() and sharding_of(parameter).is_first_replica():
-                copy = parameter.detach().cpu().clone()  # written while training continues
-                tensors[f"weights.{name}"] = _sharded(f"weights.{name}", copy, parameter)
-            continue
-        shard = shards.get(parameter)
-        state = shard.inner.state.get(shard.master, {}) if shard else {}
-        parts = {"weights": shard.master if shard else None, **{m: state.get(m) for m in moments(engine, parameter)}}
-        for kind, part in parts.items():
-            dtype = torch.float32 if kind == "weights" else moment_dtype
-            whole = _assemble(engine, parameter, part, shard, index, dtype)
-            if group.rank() == index % group.size() and sharding_of(parameter).is_first_replica():
-                tensors[f"{kind}.{name}"] = _sharded(f"{kind}.{name}", whole.detach().cpu(), parameter)
+    """The tensors that this rank writes to a checkpoint, on the CPU: those of the parameters that it owns. Every rank
+    calls this together."""
+    shards, device = _optimizer_shards(engine), engine.runtime.device
+
+    def values(part: Part) -> Tensor | None:
+        if (shard := shards.get(part.parameter)) is None:
+            return None
+        return shard.master if part.kind == "weights" else shard.inner.state.get(shard.master, {}).get(part.kind)
+
+    tensors: dict[str, Any] = {}
+    for group, parts in save_plan(engine).families:
+        trained = [part for part in parts if part.spans is not None]
+        found = gather_to_owners(trained, values, group, device)
+        for part in parts:
+            if part.owner == group.rank():
+                # A copy of a frozen parameter: it is written while training continues.
+                local = part.parameter.detach().cpu().clone() if part.spans is None else found[part.key]
+                tensors[part.key] = _sharded(part.key, local, part.parameter)
     return tensors
 
 
 def weights_to_load(engine: Engine) -> dict[str, Any]:
-    """Uninitialized fp32 tensors for this rank's shard of every parameter."""
+    """This rank's shard of every parameter, without data."""
     keys = {f"weights.{name}": p for name, p in _named(engine)}
-    return {key: _sharded(key, torch.empty(p.shape), p) for key, p in keys.items()}
+    return {key: _sharded(key, torch.empty(p.shape, device="meta"), p) for key, p in keys.items()}
 
 
 def to_load(engine: Engine) -> dict[str, Any]:
-    """Uninitialized fp32 tensors for the moments of the parameters of which this rank holds optimizer shards."""
-    shards, tensors = _optimizer_shards(engine), {}
-    for name, parameter in _named(engine):
-        if parameter in shards:
-            for kind in moments(engine, parameter):
-                key = f"{kind}.{name}"
-                tensors[key] = _sharded(key, torch.empty(parameter.shape), parameter)
-    return tensors
+    """This rank's shard of what the optimizer keeps of every parameter that is trained, without data. The ranks of a
+    replica group have the same, of which each needs a part."""
+    return {
+        (key := f"{kind}.{name}"): _sharded(key, torch.empty(parameter.shape, device="meta"), parameter)
+        for name, parameter in _named(engine)
+        if parameter.requires_grad and engine.optimizer is not None
+        for kind in moments(engine, parameter)
+    }
+
+
+def replica_groups(engine: Engine) -> dict[str, dist.ProcessGroup]:
+    """Name -> the ranks that hold the same shard of a parameter, or parts of it: dp_cp, or of experts edp."""
+    groups = engine.runtime.groups
+    return {name: groups.dp_cp if getattr(p, "allreduce", True) else groups.edp for name, p in _named(engine)}
+
+
+def own_part(engine: Engine) -> Callable[[str, Tensor], Tensor | None]:
+    """A function that returns this rank's part of a tensor of `to_load`, on the CPU; None: it has none."""
+    shards = _optimizer_shards(engine)
+    spans = {name: (shards[p].start, shards[p].end) for name, p in _named(engine) if p in shards}
+
+    def part(key: str, tensor: Tensor) -> Tensor | None:
+        span = spans.get(key.partition(".")[2])
+        return None if span is None else tensor.flatten()[slice(*span)].to("cpu", copy=True)
+
+    return part
 
 
 def check_stored(engine: Engine, wanted: dict[str, Any], directory: Path, stored: dict[str, StoredTensor]) -> None:
@@ -205,6 +258,7 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     """Restores the optimizer's moments.
 
     Args:
+        loaded: this rank's parts, as `own_part` returns them.
         updates: number of updates applied so far, used in Adam's bias correction.
     """
     if updates == 0:
@@ -213,7 +267,7 @@ def restore(engine: Engine, loaded: dict[str, Tensor], *, updates: int) -> None:
     for name, parameter in _named(engine):
         if not (shard := shards.get(parameter)):
             continue
-        state = {m: loaded[f"{m}.{name}"].flatten()[shard.start : shard.end] for m in moments(engine, parameter)}
+        state = {m: loaded[f"{m}.{name}"] for m in moments(engine, parameter)}
         if isinstance(shard.inner, BlockAdamW):
             shard.inner.set_moments(shard.master, state)
             continue

@@ -38,6 +38,13 @@ class Groups:
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
     """Ranks with the same experts and different tokens."""
+    optimizer_dp_cp: dist.ProcessGroup
+    """Of dp_cp the ranks of this optimizer instance, over which gradients and optimizer states are sharded."""
+    optimizer_edp: dist.ProcessGroup
+    """Of edp the ranks of this optimizer instance."""
+    optimizer_replicas: dist.ProcessGroup | None
+    """The ranks with the same optimizer shards, of one instance each, over which these shards of the gradients are
+    all-reduced; None: there is one instance."""
     embedding: dist.ProcessGroup | None
     """The first and the last pipeline stage, over which Megatron-Core sums the gradients of an embedding that both
     hold; None on other stages, and where the stages share no embedding."""
@@ -188,10 +195,21 @@ def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = No
         return made[key]
 
     groups = {kind: group(kind, layout.group(rank, *axes)) for kind, axes in AXES.items()}
+    groups |= {"optimizer_dp_cp": groups["dp_cp"], "optimizer_edp": groups["edp"]}
+    replicas = None
+    if layout.optimizer_instances > 1:
+        groups["optimizer_dp_cp"] = group("optimizer_dp_cp", layout.optimizer_group(rank, "dp", "cp"))
+        groups["optimizer_edp"] = group("optimizer_edp", layout.optimizer_group(rank, "edp"))
+        replicas = group("optimizer_replicas", layout.optimizer_replicas(rank))
     stages = layout.group(rank, "pp")
     ends = [stages[0], stages[-1]] if layout.pp > 1 else stages
     has_embedding = embedding and rank in ends
-    return Groups(**groups, embedding=group("embedding", ends) if has_embedding else None, world=world)
+    return Groups(
+        **groups,
+        optimizer_replicas=replicas,
+        embedding=group("embedding", ends) if has_embedding else None,
+        world=world,
+    )
 
 
 def _warm_up(groups: Groups, device: torch.device) -> None:

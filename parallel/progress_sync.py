@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.first_found import first_found
+
 SECONDS = 1.0
 """Interval of the collectives."""
 
@@ -24,10 +26,10 @@ class ProgressSync:
     def __init__(self, device: torch.device, progress: Callable[[], None]):
         self.device, self.progress = device, progress
 
-    def run(self, work: Iterator[int]) -> list[Any]:
-        """Runs a generator that yields the number of bytes processed. Every rank calls this together. Returns the
-        return values of all ranks' generators, in rank order. A generator that hangs stalls all ranks; so the watchdog
-        also treats generators that yield only zeros."""
+    def run(self, work: Iterator[int]) -> Any:
+        """Runs a generator that yields the number of bytes processed. Every rank calls this together. Returns what the
+        generator of the lowest rank returned that did not return None, such as an error. A generator that hangs stalls
+        all ranks; so the watchdog also treats generators that yield only zeros."""
         result, over, done, seen = None, False, 0, -1
         while True:
             end = time.monotonic() + SECONDS
@@ -44,6 +46,4 @@ class ProgressSync:
             seen = total
             if not at_work:
                 break
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, result)
-        return answers
+        return first_found(result, self.device)

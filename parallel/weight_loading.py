@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel import optimizer_state
+from parallel.checkpoint_exchange import broadcast_from_readers, reader
 from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_tensors
 from parallel.checkpoint_manifest import read_manifest_together, run_to_completion
 from parallel.engine import Engine
+from parallel.first_found import first_found
 from parallel.progress_sync import ProgressSync
 from parallel.sharding import logical_name
 
@@ -45,6 +48,8 @@ class Mismatch:
         return "; ".join(f"{what}: {_shortened(names)}" for what, names in parts.items() if names)
 
 
+Target = tuple[Tensor, tuple[int, ...]]
+"""A CPU tensor, and its offset in the logical tensor."""
 Select = Callable[[str], bool]
 """Which of a model's weights are loaded, by logical name. State that is set by a rule is always among them."""
 
@@ -60,8 +65,9 @@ def match_weights(engine: Engine, stored: dict[str, Shape], only: Select | None 
         The weights that do not match, and the keys of those that do. State that is set by a rule (Sharding.is_state)
         may be missing.
     """
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, (optimizer_state.logical_shapes(engine), optimizer_state.states(engine)))
+    pp = engine.runtime.groups.pp  # the stages of a pipeline have all of the model's parameters between them
+    of_ranks: list[Any] = [None] * pp.size()
+    dist.all_gather_object(of_ranks, (optimizer_state.logical_shapes(engine), optimizer_state.states(engine)), group=pp)
     model: dict[str, Shape] = {name: shape for shapes, _ in of_ranks for name, shape in shapes.items()}
     states = {name for _, names in of_ranks for name in names}
     if only is not None:
@@ -89,7 +95,8 @@ def find_weights(
     partial: bool,
     only: Select | None = None,
 ) -> tuple[Mismatch, dict[str, Any]]:
-    """(the weights that do not match, empty shards for those that do). Arguments and errors as for `load_weights`."""
+    """(the weights that do not match, this rank's shards of those that do, without data). Arguments and errors as for
+    `load_weights`."""
     shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.is_complete()}
     mismatch, matching = match_weights(engine, shapes, only)
     if mismatch and not partial:
@@ -121,47 +128,76 @@ def load_weights(
     Raises:
         ValueError: the checkpoint is of another model, has nothing in common with this one, or cannot be read.
     """
-    stored = read_manifest_together(directory)["tensors"]
-    mismatch, wanted = find_weights(engine, directory, stored, partial=partial, only=only)
-    targets = {key: (shard.data, tuple(shard.global_offset)) for key, shard in wanted.items()}
-    read_together(directory, stored, targets, progress_sync)
-    copy_weights(engine, {key: shard.data for key, shard in wanted.items()})
+    manifest = read_manifest_together(directory)
+    mismatch, wanted = find_weights(engine, directory, manifest["tensors"], partial=partial, only=only)
+    loaded: dict[str, Tensor] = {}
+    read_once(engine, directory, manifest, wanted, lambda key, t: loaded.update({key: t.cpu()}), progress_sync)
+    copy_weights(engine, loaded)
     return mismatch
+
+
+def read_once(
+    engine: Engine,
+    directory: Path,
+    manifest: dict[str, Any],
+    wanted: dict[str, Any],
+    keep: Callable[[str, Tensor], None],
+    progress_sync: ProgressSync | None,
+    own: dict[str, Target] | None = None,
+) -> None:
+    """Reads tensors from a checkpoint, each on one rank of its replica group, which broadcasts it to the others. Every
+    rank calls this together; a failure on one rank is raised on all, before any tensor is kept.
+
+    Args:
+        manifest: as `read_manifest` returns it. What is read is compared with it.
+        wanted: name -> Megatron-Core's ShardedTensor, without data; the same on all ranks of a replica group.
+        keep: called with each of them, fp32 on the device, or on the CPU where one rank alone has read it.
+        progress_sync: as for `load_weights`.
+        own: tensors that this rank reads besides, for itself.
+
+    Raises:
+        CheckpointDamaged: a tensor is missing, has changed or cannot be read.
+    """
+    groups, group_of = engine.runtime.groups, optimizer_state.replica_groups(engine)
+    shapes: dict[dist.ProcessGroup, dict[str, torch.Size]] = {groups.dp_cp: {}, groups.edp: {}}
+    targets = dict(own or {})
+    for key, shard in wanted.items():
+        group = group_of[key.partition(".")[2]]
+        if reader(len(shapes[group]), group) == group.rank():
+            targets[key] = torch.empty(shard.local_shape), tuple(shard.global_offset)
+        shapes[group][key] = shard.local_shape
+    read_together(directory, manifest, targets, engine.runtime.device, progress_sync)
+    read = {key: tensor for key, (tensor, _) in targets.items()}
+    for group, of_group in shapes.items():
+        broadcast_from_readers(of_group, read, keep, group, engine.runtime.device)
 
 
 def read_together(
     directory: Path,
-    stored: dict[str, StoredTensor],
-    tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
+    manifest: dict[str, Any],
+    targets: dict[str, Target],
+    device: torch.device,
     progress_sync: ProgressSync | None,
 ) -> None:
     """Fills tensors from a checkpoint. Every rank calls this together; a failure on one rank is raised on all.
 
-    Args:
-        tensors: {name: (CPU tensor, its offset in the logical tensor)}.
-        progress_sync: as for `load_weights`.
-
     Raises:
-        CheckpointDamaged: a tensor is missing or cannot be read.
+        CheckpointDamaged: a tensor is missing, has changed or cannot be read.
     """
 
     def read() -> Iterator[int]:
         try:
-            yield from read_tensors(directory, stored, tensors)
+            yield from read_tensors(directory, manifest["tensors"], targets, manifest["files"])
         except CheckpointDamaged as error:
             return error
         return None
 
-    found: list[CheckpointDamaged | None] = [None] * dist.get_world_size()
-    if progress_sync:
-        found = progress_sync.run(read())
-    else:
-        dist.all_gather_object(found, run_to_completion(read()))
-    if wrong := next((error for error in found if error is not None), None):
+    wrong = progress_sync.run(read()) if progress_sync else first_found(run_to_completion(read()), device)
+    if wrong is not None:
         raise wrong
 
 
-def copy_weights(engine: Engine, loaded: dict[str, torch.Tensor]) -> None:
+def copy_weights(engine: Engine, loaded: dict[str, Tensor]) -> None:
     """Copies loaded weights into the parameters and the optimizer's master weights."""
     with torch.no_grad():
         for module in engine.modules:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from training.output_redirect import redirect_output
 from training.run_dir import TOKENIZER, load_config
 
 if TYPE_CHECKING:  # imports Megatron-Core, which warns: see redirect_output
+    from parallel.engine import Engine
     from training.builder import BuiltModel
 
 
@@ -96,12 +98,11 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
     redirection = redirect_output(world.rank)
     try:
         from parallel import megatron_compat
-        from parallel.checkpoint_manifest import resolve, step_of
-        from parallel.weight_loading import load_weights
+        from parallel.checkpoint_manifest import find_damage, resolve, resolve_and_load, step_of
 
-        directory = resolve(path)
-        recorded = base_of(directory)
-        base = found_base(directory, recorded) if recorded else None
+        quick = partial(find_damage, but_tensors=True)  # these are verified when they are loaded
+        directory = resolve(path, quick)
+        _base(directory)
         megatron_compat.load()
         from training import builder
 
@@ -113,9 +114,7 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
             tokenizer = Tokenizer.load(str(run_dir / TOKENIZER), config.data.eod_token)
         built = builder.start(config, world, train=False)
         try:
-            if (is_adapter := built.engine.is_adapter) and base:
-                load_weights(built.engine, base, only=lambda name: not is_adapter(name))
-            load_weights(built.engine, directory, only=is_adapter)
+            directory, _ = resolve_and_load(path, partial(_load_weights, built.engine), quick)
             step = step_of(directory)
             assert step is not None
             yield LoadedModel(built, run_dir, directory, step, tokenizer)
@@ -123,3 +122,21 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
             builder.stop()
     finally:
         redirection.undo()
+
+
+def _base(directory: Path) -> Path | None:
+    """Of a checkpoint of adapters, the directory of the weights that they are for."""
+    recorded = base_of(directory)
+    return found_base(directory, recorded) if recorded else None
+
+
+def _load_weights(engine: "Engine", directory: Path) -> None:
+    from parallel.checkpoint_format import CheckpointDamaged
+    from parallel.weight_loading import load_weights
+
+    if (is_adapter := engine.is_adapter) and (base := _base(directory)):
+        try:
+            load_weights(engine, base, only=lambda name: not is_adapter(name))
+        except CheckpointDamaged as error:  # not damage of the adapters
+            raise ValueError(f"{base}, which the adapters of {directory} are for, is damaged: {error}") from None
+    load_weights(engine, directory, only=is_adapter)

@@ -18,13 +18,15 @@ def load_initial_weights(built: BuiltModel, checkpointer: Checkpointer, console:
     """
     settings, is_adapter = built.config.checkpoint, built.engine.is_adapter
     assert settings.load is not None
-    source = checkpointer.resolve(settings.load)
-    mismatch = load_weights(
-        built.engine,
-        source,
-        partial=bool(settings.load_except),
-        progress_sync=checkpointer.progress_sync,
-        only=None if is_adapter is None else lambda name: not is_adapter(name),
+    source, mismatch = checkpointer.load_from(
+        settings.load,
+        lambda directory: load_weights(
+            built.engine,
+            directory,
+            partial=bool(settings.load_except),
+            progress_sync=checkpointer.progress_sync,
+            only=None if is_adapter is None else lambda name: not is_adapter(name),
+        ),
     )
     if is_adapter is not None:
         checkpointer.base = as_base(source).as_json()

@@ -107,7 +107,7 @@ def optimizer_bytes(config: Config, layout: Layout, stage: Stage, *, bf16: bool)
     of_matrices, of_others = (each * kept_tensors(optim.name, of_matrices=which) for which in (True, False))
     counts = stage_parameters(config.model, layout, stage)
     shares = (frozen.dense_share, frozen.matrix_share), (frozen.expert_share, frozen.expert_share)
-    replicas = layout.dp * layout.cp, layout.edp
+    replicas = layout.optimizer_ranks
     adapters = adapter_parameters(config, layout, stage)
     total = sum((master + of_others) * count / copies for count, copies in zip(adapters, replicas, strict=True))
     families = matrices(config.model, layout, stage.sparse, stage.dense)

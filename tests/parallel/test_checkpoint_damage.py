@@ -212,9 +212,9 @@ def test_a_manifest_of_another_shape_is_damage(saver, shape):
 
 
 def test_what_another_version_wrote_is_not_called_damaged(saver):
-    rewrite(saver.last_good, lambda m: m.update(format=3, more=1), digest=True)
+    rewrite(saver.last_good, lambda m: m.update(format=4, more=1), digest=True)
     with pytest.raises(
-        UnsupportedVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 3"
+        UnsupportedVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 4"
     ):
         saver.resume(pytest.fail)
     rewrite(saver.last_good, lambda m: {"state": {"step": 2, "updates": 1}, "files": {}})
@@ -352,17 +352,22 @@ def save_two(world: World, root: Path) -> None:
 
 
 def resume_slowly(world: World, root: Path, timeout: float) -> tuple[float, set[str]]:
-    """(seconds, files hashed by this rank) of a resume whose rank 1 reads slower than the limit on stalls."""
-    hashed, digest = set(), checkpoint_manifest.digest
+    """(seconds, files hashed by this rank) of a resume, and of a verification, whose rank 1 reads slower than the limit
+    on stalls."""
+    hashed, digest, read_tensors = set(), checkpoint_manifest.digest, weight_loading.read_tensors
 
-    def slow(path: Path) -> Any:
-        hashed.add(path.name)
+    def slowly(work: Any) -> Any:
         for _ in range(30 if world.rank else 1):
             time.sleep(timeout / 20)
             yield 1
-        return (yield from digest(path))
+        return (yield from work)
+
+    def slow(path: Path) -> Any:
+        hashed.add(path.name)
+        return (yield from slowly(digest(path)))
 
     checkpoint_manifest.digest, progress_sync.SECONDS = slow, timeout / 20
+    weight_loading.read_tensors = lambda *args: slowly(read_tensors(*args))
     try:
         with started(world, ParallelConfig()) as runtime:
             saver, begun = Checkpointer(root, build_engine(runtime, VARIANT), keep=2), time.monotonic()
@@ -371,6 +376,7 @@ def resume_slowly(world: World, root: Path, timeout: float) -> tuple[float, set[
             return time.monotonic() - begun, hashed
     finally:
         checkpoint_manifest.digest, progress_sync.SECONDS = digest, 1.0
+        weight_loading.read_tensors = read_tensors
 
 
 def test_ranks_look_for_damage_together(ranks, tmp_path):

@@ -124,3 +124,37 @@ def test_nothing_of_the_reader_unpickles():
             assert not any(
                 word in path.read_text() for word in ("import pickle", "torch.load(", "dist_checkpointing.load")
             )
+
+
+def read_halves(path: Path, size: int, digest: str) -> list[str]:
+    """What the readers of the upper, and of the left, half of a tensor say, and of those of the other halves."""
+    stored, told = {"x": StoredTensor((8, 6), [TensorShard(path.name, (0, 0), (8, 6))])}, []
+    for shape, offset in (((4, 6), (0, 0)), ((4, 6), (4, 0)), ((8, 3), (0, 0)), ((8, 3), (0, 3))):
+        wanted = {"x": (torch.empty(shape), offset)}
+        try:
+            run_to_completion(read_tensors(path.parent, stored, wanted, {path.name: [size, digest]}))
+            told.append("")
+        except CheckpointDamaged as error:
+            told.append(str(error))
+    return told
+
+
+def test_one_of_several_readers_verifies_what_it_does_not_need(tmp_path, monkeypatch):
+    """Of every stored shard the reader of its first element hashes all, in however many pieces it is read."""
+    path = tmp_path / "file"
+    for piece in (2**24, 48):
+        monkeypatch.setattr(checkpoint_format, "PIECE_BYTES", piece)
+        size, digest = write_tensors(path, {"x": torch.randn(8, 6), "other": torch.ones(3)}, lambda _: None)
+        assert read_halves(path, size, digest) == ["", "", "", ""]
+        content = path.read_bytes()
+        with checkpoint_format.TensorFile(path) as file:
+            start, (begin, end) = file._start, file._header["x"]["data_offsets"]
+        for place in range(begin, end, 37):
+            changed = bytearray(content)
+            changed[start + place] ^= 4
+            path.write_bytes(changed)
+            told = read_halves(path, size, digest)
+            assert [one == "file has changed since it was written: x" for one in told] == [True, False, True, False]
+            assert run_to_completion(checkpoint_format.digest(path)) != digest
+        path.write_bytes(content.replace(b'"other"', b'"Other"'))
+        assert all("file has changed since it was written" in one for one in read_halves(path, size, digest))

@@ -1,17 +1,21 @@
 """Every checkpoint opens under every layout, and a resumed run continues as if it had not stopped."""
 
+import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from conf.schema import ParallelConfig
 from parallel import optimizer_state
 from parallel.checkpoint import Checkpointer
+from parallel.checkpoint_manifest import MANIFEST, find_damage
 from parallel.env import World
 from parallel.optimizers import OPTIMIZERS
 from parallel.weight_loading import load_weights
@@ -27,11 +31,13 @@ LAYOUTS = {
     "tp2 +sequence": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
     "ep2": (2, {"ep": 2}),
+    "ep2 dp4 instances2": (4, {"ep": 2, "optimizer_instances": 2}),
     "cp2 tp2 etp2": (4, {"cp": 2, "tp": 2, "etp": 2}),
     "tp2 pp2 vpp2 ep2 +sequence": (8, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2, "sequence_parallel": True}),
 }
-ONE, TP, VPP, EP, ETP, EIGHT = LAYOUTS
-LOADS = {ONE: [TP, VPP, EP, ETP, EIGHT], TP: [ONE, VPP], VPP: [EP, EIGHT], EP: [TP, ETP], ETP: [ONE], EIGHT: [ETP]}
+ONE, TP, VPP, EP, INSTANCES, ETP, EIGHT = LAYOUTS
+LOADS = {ONE: [TP, VPP, EP, INSTANCES, ETP, EIGHT], TP: [ONE, VPP], VPP: [EP, EIGHT], EP: [TP, INSTANCES], ETP: [ONE]}
+LOADS |= {INSTANCES: [EP, EIGHT], EIGHT: [ETP]}
 
 
 def draws() -> list[float]:
@@ -104,6 +110,43 @@ def test_a_resumed_run_has_the_same_bits(ranks, tmp_path, variant):
     assert_same_bits(alone["kept"], first[0]["kept"])
     # bf16 rounds differently under another layout, and a few tokens then choose another expert.
     np.testing.assert_allclose(alone["told"], first[0]["told"], rtol=1e-6 if variant is TIED else 1e-2)
+
+
+def as_format_2(directory: Path) -> None:
+    """Rewrites a checkpoint as the format before had it: a file's digest is that of its bytes, its header has none of
+    tensors, and the manifest lists the states of random number generators."""
+    manifest, tensors = json.loads((directory / MANIFEST).read_text()), {}
+    for path in directory.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        tensors.pop("random.firsts")
+        for key in list(tensors):
+            if key.startswith("random."):
+                *_, name = key.split(".", 3)
+                tensors[f"random.0.{name}"] = kept = tensors.pop(key)
+                entry = {"shape": [*kept.shape], "boxes": [[path.name, [0] * kept.dim(), [*kept.shape]]]}
+                manifest["tensors"][f"random.0.{name}"] = entry
+        safetensors.torch.save_file(tensors, path)
+        content = path.read_bytes()
+        manifest["files"][path.name] = [len(content), hashlib.blake2b(content, digest_size=16).hexdigest()]
+    del manifest["tensors"]["random.firsts"], manifest["digest"]
+    manifest["format"] = 2
+    said = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    manifest["digest"] = hashlib.blake2b(said, digest_size=16).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def test_a_checkpoint_of_format_2_opens(ranks, tmp_path):
+    first = ranks.run(1, life, ParallelConfig(), tmp_path, TIED, timeout=60)[0]
+    directory = tmp_path / "step_00000003"
+    as_format_2(directory)
+    second = ranks.run(1, second_lives, ParallelConfig(), [tmp_path], TIED, timeout=60)[0][0]
+    assert (second["drawn"], second["told"]) == (first["drawn"], first["told"])
+    assert_same_bits(second["kept"], first["kept"])
+    (file,) = directory.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "has changed since it was written" in find_damage(directory)
 
 
 def test_without_its_moments_a_run_goes_another_way(runtime, lives, monkeypatch):

@@ -73,10 +73,11 @@ def test_dense_grid(ranks):
     rank = ranks.run(8, members, {"tp": 2, "cp": 2, "pp": 2, "etp": 2}, timeout=60)[6]
     wanted = {"tp": [6, 7], "cp": [4, 6], "pp": [2, 6], "dp": [6], "dp_cp": [4, 6], "tp_cp": [4, 5, 6, 7]}
     wanted |= {"etp": [6, 7], "ep": [6], "edp": [4, 6], "embedding": [2, 6], "world": [*range(8)]}
+    wanted |= {"optimizer_dp_cp": [4, 6], "optimizer_edp": [4, 6]}
     assert rank.ranks == wanted and rank.warmed == several(wanted)
     # Of the same ranks, but not one group: tp and etp, cp and the data-parallel groups, dp_cp and edp.
     assert rank.same == {
-        *(("tp",), ("cp",), ("dp_cp",), ("tp_cp",), ("etp",), ("edp",), ("world",)),
+        *(("tp",), ("cp",), ("dp_cp", "optimizer_dp_cp"), ("tp_cp",), ("etp",), ("edp", "optimizer_edp"), ("world",)),
         *(("pp", "embedding"), ("dp", "ep")),
     }
     assert rank.made == 9
@@ -88,9 +89,10 @@ def test_expert_grid(ranks):
     rank = ranks.run(8, members, {"tp": 2, "pp": 2, "ep": 2}, timeout=60)[5]
     wanted = {"tp": [4, 5], "cp": [5], "pp": [1, 5], "dp": [5, 7], "dp_cp": [5, 7], "tp_cp": [4, 5]}
     wanted |= {"etp": [5], "ep": [4, 5], "edp": [5, 7], "embedding": [1, 5], "world": [*range(8)]}
+    wanted |= {"optimizer_dp_cp": [5, 7], "optimizer_edp": [5, 7]}
     assert rank.ranks == wanted and rank.warmed == several(wanted)
-    shared = {("dp", "dp_cp"), ("tp", "tp_cp"), ("pp", "embedding"), ("cp", "etp")}
-    assert rank.same == {*shared, ("ep",), ("edp",), ("world",)}
+    shared = {("dp", "dp_cp", "optimizer_dp_cp"), ("tp", "tp_cp"), ("pp", "embedding"), ("cp", "etp")}
+    assert rank.same == {*shared, ("ep",), ("edp", "optimizer_edp"), ("world",)}
     assert rank.made == 7
 
 

@@ -21,8 +21,12 @@ class Links:
         inner = {"tp": 1, "cp": sizes["tp"], "dp": sizes["tp"] * sizes["cp"], "etp": 1, "ep": sizes["etp"]}
         inner |= {"edp": sizes["etp"] * sizes["ep"]}
         self._groups = {axis: self._group(sizes[axis], stride) for axis, stride in inner.items()}
-        # The gradients of attention and dense layers are reduced over dp and cp together, which are adjacent.
-        self._groups["dp_cp"] = self._group(sizes["dp"] * sizes["cp"], sizes["tp"])
+        # The gradients of attention and dense layers are reduced over dp and cp together, which are adjacent, within an
+        # optimizer instance; then over the instances.
+        dense, experts = layout.optimizer_ranks
+        self._groups["dp_cp"] = self._group(dense, sizes["tp"])
+        self._groups["edp"] = self._group(experts, inner["edp"])
+        self._groups["instances"] = self._group(layout.optimizer_instances, dense * sizes["tp"])
 
     def _group(self, size: int, stride: int) -> tuple[int, int]:
         """(ranks of a group, of them within one node); ranks of a group are `stride` apart."""

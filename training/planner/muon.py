@@ -17,7 +17,7 @@ def muon_seconds(config: Config, layout: Layout, stage: Stage, rates: Rates, lin
     seconds = 0.0
     families = _whole_matrices(config, layout, stage)
     for family, axis, shards, replicas in zip(
-        families, ("tp", "etp"), (layout.tp, layout.etp), (layout.dp * layout.cp, layout.edp), strict=True
+        families, ("tp", "etp"), (layout.tp, layout.etp), layout.optimizer_ranks, strict=True
     ):
         each = [(count, _directions(rates, inner, outer)) for count, inner, outer in family if count * inner * outer]
         if each:

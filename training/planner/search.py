@@ -47,7 +47,7 @@ class Plan:
         p, c = self.config.parallel, self.config
         degrees: dict[str, object] = {
             f"parallel.{name}": getattr(p, name)
-            for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "pp_layers")
+            for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "pp_layers", "optimizer_instances")
             if getattr(p, name) != getattr(ParallelConfig(), name)
         }
         degrees["train.micro_batch_size"] = c.train.micro_batch_size
@@ -162,6 +162,8 @@ def _layouts(config: Config, options: Options) -> Iterator[ParallelConfig]:
     for tp, cp, pp, ep in itertools.product(tps, cps, pps, eps):
         for etp in {1, tp} if experts else {1}:
             if ranks % (tp * cp * pp) or ranks % (etp * ep * pp) or model.expert_width % etp:
+                continue
+            if math.gcd(ranks // (tp * cp * pp), ranks // (etp * ep * pp)) % config.parallel.optimizer_instances:
                 continue
             for vpp, layers in _stages(model.num_layers, pp):
                 yield replace(

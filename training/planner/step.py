@@ -137,6 +137,8 @@ def _data_parallel(
         spread, experts = stage_parameters(config.model, layout, stage)
         reduced = links.ring("dp_cp", kept * spread) + links.ring("edp", kept * experts)
         gathered = links.ring("dp_cp", 2 * spread) + links.ring("edp", 2 * experts)
+        dense_ranks, expert_ranks = layout.optimizer_ranks
+        reduced += 2 * links.ring("instances", kept * (spread / dense_ranks + experts / expert_ranks))
         of_first_chunk = (reduced - OVERLAPPED * backward) / chunks
         exposed = max(0.0, of_first_chunk, reduced - OVERLAPPED * last_passes * backward)
         longest = max(longest, exposed + max(0.0, gathered - OVERLAPPED * forward))
@@ -146,7 +148,8 @@ def _data_parallel(
 def _optimizer(config: Config, layout: Layout, stages: Sequence[Stage], rates: Rates, links: Links) -> float:
     """AdamW or Muon, the gradient norm, clipping, the copy to bf16 and clearing the gradients."""
     counts = [stage_parameters(config.model, layout, stage) for stage in stages]
-    sharded = max(spread / (layout.dp * layout.cp) + experts / layout.edp for spread, experts in counts)
+    dense_ranks, expert_ranks = layout.optimizer_ranks
+    sharded = max(spread / dense_ranks + experts / expert_ranks for spread, experts in counts)
     whole = max(map(sum, counts))
     optim = config.optim
     narrow = optim.grad_dtype == "bf16" or optim.state_dtype == "bf16"

@@ -87,7 +87,7 @@ def checkpoints() -> dict[str, float]:
 
     hidden, layers, repetitions = (16, 1, 1) if REHEARSE else (512, 4, 2)
     with quietly():
-        mib, at_once, in_background, whole = measure(hidden, layers, repetitions)
+        mib, at_once, in_background, whole, _ = measure(hidden, layers, repetitions)
     return {"mib": mib, "at_once": at_once, "in_background": in_background, "whole_after": whole}
 
 
