@@ -56,6 +56,7 @@ class Layouts:
 
 
 PREFERENCES = ("dpo", "reward")
+IN_PARTS = ("overlap", "overlap_padded", "overlap_lora")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
@@ -123,17 +124,17 @@ MATRIX = [
         "ep2",
         2,
         {"ep": 2},
-        ["switch", "dropless", "muon", "mtp", "replay", *PREFERENCES],
-        "dpo reward dropless muon mtp replay",
+        ["switch", "dropless", "muon", "mtp", "replay", *IN_PARTS, *PREFERENCES],
+        "dpo reward dropless muon mtp replay overlap overlap_lora",
     ),
-    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
+    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4", *IN_PARTS], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
         "ep2 etp2",
         4,
         {"ep": 2, "etp": 2},
-        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla"],
-        "dropless muon lora",
+        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla", *IN_PARTS],
+        "dropless muon lora overlap_padded",
     ),
     Layouts(
         "dp2",
@@ -149,10 +150,10 @@ MATRIX = [
     Layouts("dp4 +overlap", 4, OVERLAP, ["switch", "dense", "muon", "muon_mla"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
-    Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),
+    Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch", *IN_PARTS]),
     Layouts("tp2 etp2", 2, {"tp": 2, "etp": 2}, ["drops", "switch_documents"]),
     Layouts("tp2 etp2 +sequence", 2, {**SEQUENCE_PARALLEL, "etp": 2}, ["drops", "dropless"]),
-    Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek"]),
+    Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek", *IN_PARTS]),
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops", "mtp"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
@@ -176,7 +177,12 @@ MATRIX = [
         ["switch", "drops", "mtp", "lora", "lora_mla"],
         "switch lora",
     ),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents", "chat"]),
+    Layouts(
+        "tp2 pp2 vpp2 ep2 dp2 +overlap",
+        8,
+        {**EIGHT, **OVERLAP},
+        ["deepseek", "muon", "mtp_documents", "chat", "overlap"],
+    ),
     Layouts(
         "cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice", "lora_mla"], "drops expert_choice"
     ),

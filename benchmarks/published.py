@@ -69,7 +69,7 @@ class Row:
     why_missed: str = ""
     """Why the prediction is far off, where it is."""
     is_overlapped: bool = False
-    """Whether the all-to-all was hidden behind computation, which Switchyard does not do."""
+    """Whether the all-to-all was hidden behind another micro-batch's computation, which Switchyard does not do."""
     tflops: float | None = None
     """TFLOP/s a GPU as Megatron-LM counts them, where that was published in place of seconds."""
 

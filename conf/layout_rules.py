@@ -33,7 +33,9 @@ def layout_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield from _uneven_stages(cfg)
     if cfg["model.moe.num_experts"]:
         yield from divisible(cfg, WORLD_SIZE, etp, ep, pp)
-        yield from divisible(cfg, "model.moe.num_experts", ep)
+        yield from (
+            _expert_parts(cfg) if cfg["model.moe.overlap_degree"] > 1 else divisible(cfg, "model.moe.num_experts", ep)
+        )
         if cfg["model.moe.expert_bias"]:
             yield from divisible(cfg, "model.hidden_size", etp)
     if cfg["parallel.overlap_param_gather"] and not cfg["parallel.overlap_grad_reduce"]:
@@ -54,6 +56,19 @@ def layout_rules(cfg: ConfigView) -> Iterator[Violation]:
         )
     elif shards_tokens:
         yield from divisible(cfg, sequence, cp, tp)
+
+
+def _expert_parts(cfg: ConfigView) -> Iterator[Violation]:
+    """Rows that travel in parts."""
+    degree, dispatcher = "model.moe.overlap_degree", "model.moe.dispatcher"
+    for violation in divisible(cfg, "model.moe.num_experts", "parallel.ep", degree):
+        yield replace(violation, rule=f"{violation.rule} (a part has as many experts of every rank)")
+    if cfg[dispatcher] not in ("auto", "all_to_all"):
+        yield Violation(
+            f"{degree} > 1 needs {dispatcher}=all_to_all",
+            f"it is {cfg[dispatcher]}, by which a token travels once for all experts of a rank",
+            {dispatcher: ["auto"], degree: [1]},
+        )
 
 
 def _even_stages(cfg: ConfigView) -> Iterator[Violation]:

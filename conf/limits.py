@@ -163,7 +163,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.moe.num_shared_experts"] > 0,
         "model.moe.shared_expert_gate model.moe.shared_ffn_hidden_size",
     ),
-    ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
+    ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher model.moe.overlap_degree"),
     ("model.mtp_num_layers > 0", lambda c: c["model.mtp_num_layers"] > 0, "model.mtp_loss_scaling_factor"),
     (
         "model.activation=clamped_swiglu",

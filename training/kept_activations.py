@@ -70,7 +70,8 @@ class Activations:
         moe, ep = self.model.moe, self.layout.ep
         if self.stays or moe.dispatcher == "all_gather":
             return not self.stays
-        return moe.dispatcher == "auto" and moe.load_balancing != "expert_choice" and moe.top_k > ep > 1
+        by_row = moe.load_balancing == "expert_choice" or moe.overlap_degree > 1
+        return moe.dispatcher == "auto" and not by_row and moe.top_k > ep > 1
 
     @property
     def backend(self) -> str:

@@ -55,6 +55,7 @@ LAYOUTS = {
     f"model=mixtral_8x7b model.num_layers=2 model.reward_head=true {TP} parallel.ep=2": 2,
     f"model=mixtral_8x7b model.num_layers=2 {TP} parallel.ep=4 parallel.etp=2": 8,
     "model=mixtral_8x7b model.num_layers=4 parallel.pp=2 parallel.ep=2": 4,
+    f"{QWEN} parallel.ep=8 model.moe.overlap_degree=4": 8,
     f"{QWEN} {TP} parallel.ep=8": 16,
     f"{QWEN} parallel.tp=2 parallel.ep=4": 8,
     f"{QWEN} parallel.cp=2 parallel.ep=8": 16,
