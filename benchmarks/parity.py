@@ -57,6 +57,7 @@ class Layouts:
 
 PREFERENCES = ("dpo", "reward")
 IN_PARTS = ("overlap", "overlap_padded", "overlap_lora")
+ENDS_ALONE = ("dropless", "switch", "mtp_documents", "muon", "reward")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EIGHT = {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}
@@ -99,6 +100,11 @@ MATRIX = [
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
+    Layouts("pp3 layers 0+4+0", 3, {"pp": 3, "pp_layers": [0, 4, 0]}, [*ENDS_ALONE, "lora"], "mtp_documents"),
+    Layouts("pp4 E|tt|tt|mmL +sequence", 8, {"pp": 4, "pp_layout": "E|tt|tt|mmL", **SEQUENCE_PARALLEL}, ["mtp_latent"]),
+    Layouts(
+        "pp2 vpp2 dp2 E|t*3|t|L +overlap", 4, {"pp": 2, "vpp": 2, "pp_layout": "E|t*3|t|L", **OVERLAP}, ["dropless"]
+    ),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp", *PREFERENCES], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),

@@ -49,7 +49,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
     ("lora.rank", lambda c: c["lora.rank"] is not None, "lora.alpha lora.rslora lora.dropout lora.target"),
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
-    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
+    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers parallel.pp_layout"),
     (
         "data parallelism",
         lambda c: c["world_size"] > c["parallel.pp"] * _min_sharding(c),
