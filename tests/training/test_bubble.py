@@ -73,7 +73,7 @@ def test_a_plan_shows_the_bubbles() -> None:
 
 def test_the_last_stage_is_tried_with_fewer_layers() -> None:
     assert [*stage_sizes(8, 4)] == [(None, None), (None, [3, 2, 2, 1]), (None, [3, 3, 2, 0]), (2, None)]
-    assert [*stage_sizes(61, 16)][0] == (None, [4] * 13 + [3] * 3)
+    assert next(stage_sizes(61, 16)) == (None, [4] * 13 + [3] * 3)
 
 
 def test_a_search_finds_them_where_the_output_layer_is_large() -> None:
