@@ -3,12 +3,13 @@ is the embedding, t a layer, m a layer for multi-token prediction, L the output 
 model chunks, x*n and (xy|)*n repeat, commas have no meaning."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from conf.config_view import ConfigView, Violation
 
 KEY = "parallel.pp_layout"
-_GROUP, _LETTER = re.compile(r"\(([^()]+)\)\*(\d+)"), re.compile(r"([EtmL|])\*(\d+)")
+_GROUP, _LETTER = re.compile(r"\(([^()]+)\)\*(\d{1,4})"), re.compile(r"([EtmL|])\*(\d{1,4})")
 
 
 def distribute(layers: int, chunks: int) -> list[int]:
@@ -44,10 +45,10 @@ def text_rules(cfg: ConfigView, even: Sequence[int]) -> Iterator[Violation]:
         even: layers of each chunk that would do, if there are enough.
     """
     chunks, layers, mtp = chunks_of(cfg[KEY]), cfg["model.num_layers"], cfg["model.mtp_num_layers"]
-    suggestions: dict[str, list[object]] = {KEY: [written(even, mtp), None] if layers >= len(even) else [None]}
+    suggestions: dict[str, Iterable[Any]] = {KEY: [written(even, mtp), None] if layers >= len(even) else [None]}
     whole = "".join(chunks)
     if cfg["parallel.pp_layers"] is not None:
-        both = {"parallel.pp_layers": [None], KEY: [None]}
+        both: dict[str, Iterable[Any]] = {"parallel.pp_layers": [None], KEY: [None]}
         yield Violation(f"{KEY} excludes parallel.pp_layers", "both are given", both)
     elif unknown := sorted({*re.sub("[EtmL]", "", whole)}):
         yield Violation(
@@ -56,7 +57,7 @@ def text_rules(cfg: ConfigView, even: Sequence[int]) -> Iterator[Violation]:
     elif len(chunks) != len(even):
         what = "parallel.pp * parallel.vpp" if cfg["parallel.vpp"] else "parallel.pp"
         vpp, rest = divmod(len(chunks), cfg["parallel.pp"])
-        others: dict[str, list[object]] = {"parallel.vpp": [None if vpp == 1 else vpp]} if vpp and not rest else {}
+        others: dict[str, Iterable[Any]] = {"parallel.vpp": [None if vpp == 1 else vpp]} if vpp and not rest else {}
         yield Violation(f"{KEY} has {what} chunks", f"{len(chunks)} != {len(even)}", others | suggestions)
     elif not re.fullmatch("Et*m*L", whole):
         yield Violation(f"{KEY} has one E first, then every t, every m, and one L", f"it has {whole}", suggestions)
