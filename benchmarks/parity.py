@@ -56,6 +56,8 @@ class Layouts:
 
 
 PREFERENCES = ("dpo", "reward")
+IN_PARTS = ("overlap", "overlap_padded", "overlap_lora")
+ENDS_ALONE = ("dropless", "switch", "mtp_documents", "muon", "reward")
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 INSTANCES = {"optimizer_instances": 2}
@@ -99,6 +101,11 @@ MATRIX = [
     ),
     Layouts("pp2 layers 1+3", 2, {"pp": 2, "pp_layers": [1, 3]}, ["drops", "dropless"], "dropless"),
     Layouts("pp4", 4, {"pp": 4}, ["switch", "drops", "mtp"], "switch"),
+    Layouts("pp3 layers 0+4+0", 3, {"pp": 3, "pp_layers": [0, 4, 0]}, [*ENDS_ALONE, "lora"], "mtp_documents"),
+    Layouts("pp4 E|tt|tt|mmL +sequence", 8, {"pp": 4, "pp_layout": "E|tt|tt|mmL", **SEQUENCE_PARALLEL}, ["mtp_latent"]),
+    Layouts(
+        "pp2 vpp2 dp2 E|t*3|t|L +overlap", 4, {"pp": 2, "vpp": 2, "pp_layout": "E|t*3|t|L", **OVERLAP}, ["dropless"]
+    ),
     Layouts("pp4 layers 1+2+2+1", 4, {"pp": 4, "pp_layers": [1, 2, 2, 1]}, ["six_layers"]),
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch_documents", "switch", "dense", "mtp", *PREFERENCES], "switch"),
     Layouts("pp2 vpp2 layers 1+2+1+2", 2, {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 2]}, ["six_layers"]),
@@ -124,17 +131,17 @@ MATRIX = [
         "ep2",
         2,
         {"ep": 2},
-        ["switch", "dropless", "muon", "mtp", "replay", *PREFERENCES],
-        "dpo reward dropless muon mtp replay",
+        ["switch", "dropless", "muon", "mtp", "replay", *IN_PARTS, *PREFERENCES],
+        "dpo reward dropless muon mtp replay overlap overlap_lora",
     ),
-    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4"], "deepseek llama4"),
+    Layouts("ep4", 4, {"ep": 4}, ["drops", "deepseek", "llama4", *IN_PARTS], "deepseek llama4"),
     Layouts("etp2", 2, {"etp": 2}, ["drops", "dropless", "mtp"], "drops"),
     Layouts(
         "ep2 etp2",
         4,
         {"ep": 2, "etp": 2},
-        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla"],
-        "dropless muon lora",
+        ["dropless", "switch", "mla", "gpt_oss", "muon", "llama4", "lora", "lora_mla", *IN_PARTS],
+        "dropless muon lora overlap_padded",
     ),
     Layouts(
         "dp2",
@@ -157,10 +164,10 @@ MATRIX = [
     Layouts("dp4 instances4", 4, {"optimizer_instances": 4}, ["switch_documents"]),
     Layouts("tp2 pp2", 4, {"tp": 2, "pp": 2}, ["dense", "deepseek", "mtp_documents"], "dense"),
     Layouts("tp2 ep2", 2, {"tp": 2, "ep": 2}, ["switch_documents", "drops"], "switch_documents"),
-    Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch"]),
+    Layouts("tp2 ep2 +sequence", 2, {**SEQUENCE_PARALLEL, "ep": 2}, ["deepseek", "switch", *IN_PARTS]),
     Layouts("tp2 etp2", 2, {"tp": 2, "etp": 2}, ["drops", "switch_documents"]),
     Layouts("tp2 etp2 +sequence", 2, {**SEQUENCE_PARALLEL, "etp": 2}, ["drops", "dropless"]),
-    Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek"]),
+    Layouts("pp2 ep2", 4, {"pp": 2, "ep": 2}, ["switch", "deepseek", *IN_PARTS]),
     Layouts("pp2 etp2", 4, {"pp": 2, "etp": 2}, ["dropless"]),
     Layouts("pp2 dp2 +overlap", 4, {"pp": 2, **OVERLAP}, ["switch", "drops", "mtp"]),
     Layouts("pp2 vpp2 dp2 +overlap", 4, {"pp": 2, "vpp": 2, **OVERLAP}, ["dropless"]),
@@ -184,7 +191,12 @@ MATRIX = [
         ["switch", "drops", "mtp", "lora", "lora_mla"],
         "switch lora",
     ),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +overlap", 8, {**EIGHT, **OVERLAP}, ["deepseek", "muon", "mtp_documents", "chat"]),
+    Layouts(
+        "tp2 pp2 vpp2 ep2 dp2 +overlap",
+        8,
+        {**EIGHT, **OVERLAP},
+        ["deepseek", "muon", "mtp_documents", "chat", "overlap"],
+    ),
     Layouts(
         "cp2 tp2 ep4", 8, {"cp": 2, "tp": 2, "ep": 4}, ["drops", "expert_choice", "lora_mla"], "drops expert_choice"
     ),

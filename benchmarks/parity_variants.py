@@ -28,6 +28,7 @@ MUON = {"name": "muon"}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
+OVERLAP = {"overlap_degree": 2, "num_experts": 8}
 
 VARIANTS = {
     "drops": Variant(),
@@ -69,5 +70,10 @@ VARIANTS = {
     "lora": Variant({"attention_bias": True, "qk_norm": "head"}, LORA_EXPERTS, lora=LORA),
     "lora_mla": Variant(MLA | {"q_lora_rank": 20}, DEEPSEEK | {"num_shared_experts": 1}, lora=LORA),
     "lora_dense": Variant({"tie_embeddings": True, "recompute": ["activation"]}, {"num_experts": 0}, lora=LORA),
+    "overlap": Variant({"recompute": ["activation"]}, DEEPSEEK | OVERLAP | {"num_shared_experts": 1, "top_k": 3}),
+    "overlap_padded": Variant(
+        {"recompute": ["moe"]}, OVERLAP | {"pad_to_capacity": True, "expert_dropout": 0.4, "expert_bias": True}
+    ),
+    "overlap_lora": Variant({"recompute": ["full"]}, OVERLAP | LORA_EXPERTS | {"gate_on": "input"}, lora=LORA),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }

@@ -69,7 +69,7 @@ class Row:
     why_missed: str = ""
     """Why the prediction is far off, where it is."""
     is_overlapped: bool = False
-    """Whether the all-to-all was hidden behind computation."""
+    """Whether the all-to-all was hidden behind another micro-batch's computation, which Switchyard does not do."""
     tflops: float | None = None
     """TFLOP/s a GPU as Megatron-LM counts them, where that was published in place of seconds."""
 
@@ -94,7 +94,9 @@ class Row:
 
 
 Q235_STAGES = "parallel.pp_layers=[" + ",".join(["3"] * 30 + ["2"] * 2) + "]"
-NORM = "model.recompute=[norm,activation]"
+NORM, FULL = "model.recompute=[norm,activation]", "model.recompute=[full]"
+CHUNKS_96 = "parallel.pp_layout='E|(t|)*94L'"
+Q235_H800 = ("qwen3_235b_a22b", 256)
 MIXTRAL, QWEN, MOONLIGHT = "mixtral_8x7b", "qwen3_30b_a3b", "moonlight_16b_a3b"
 EP16, EP32 = "1/1/1/1/16/1", "2/8/4/1/32/1"
 STAGED = (NORM, Q235_STAGES, DEEP_EP)
@@ -190,6 +192,10 @@ ROWS = [
         (DEEP_EP,),
         why_missed="58 TFLOP/s a GPU: a check of the model, not of its speed",
     ),
+    Row(
+        "12 Qwen3 235B-A22B, 96 chunks", "h", *Q235_H800, "1/32/3/1/8/1", 4, 4096, True, 42.54, None, (FULL, CHUNKS_96)
+    ),
+    Row("12 Qwen3 235B-A22B, tp=2", "h", *Q235_H800, "2/32/3/1/8/1", 1, 2048, True, 22.42, None, (NORM, CHUNKS_96)),
     Row("11 Qwen3 235B-A22B, FP8", "g", "qwen3_235b_a22b", 256, EP32, 1, 8192, True, 76.6, None, FP8),
     Row("13 DeepSeek-V3", "c", "deepseek_v3", 1024, "2/8/4/1/64/1", 1, 16384, True, 61.756, None, D3_MTP),
     Row(

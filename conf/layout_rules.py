@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from conf.config_view import WORLD_SIZE, ConfigView, Violation, divisible, divisors, format_value, multiples
+from conf.pipeline_layout import distribute, text_rules
 
 
 def sharded_widths(cfg: ConfigView) -> list[tuple[str, str]]:
@@ -28,13 +29,18 @@ def layout_rules(cfg: ConfigView) -> Iterator[Violation]:
             yield from divisible(cfg, f"model.{size}", tp)
     for width, degree in sharded_widths(cfg):
         yield from divisible(cfg, width, degree)
-    if cfg["parallel.pp_layers"] is None:
-        yield from _even_stages(cfg)
-    elif cfg[pp] > 1:
+    uneven = cfg[pp] > 1  # else unused
+    if cfg["parallel.pp_layout"] is not None and uneven:
+        yield from text_rules(cfg, distribute(cfg["model.num_layers"], cfg.product(pp, "parallel.vpp")))
+    elif cfg["parallel.pp_layers"] is not None and uneven:
         yield from _uneven_stages(cfg)
+    elif cfg["parallel.pp_layers"] is None and cfg["parallel.pp_layout"] is None:
+        yield from _even_stages(cfg)
     if cfg["model.moe.num_experts"]:
         yield from divisible(cfg, WORLD_SIZE, etp, ep, pp)
-        yield from divisible(cfg, "model.moe.num_experts", ep)
+        yield from (
+            _expert_parts(cfg) if cfg["model.moe.overlap_degree"] > 1 else divisible(cfg, "model.moe.num_experts", ep)
+        )
         if cfg["model.moe.expert_bias"]:
             yield from divisible(cfg, "model.hidden_size", etp)
     yield from _instances(cfg)
@@ -78,6 +84,19 @@ def _instances(cfg: ConfigView) -> Iterator[Violation]:
             )
 
 
+def _expert_parts(cfg: ConfigView) -> Iterator[Violation]:
+    """Rows that travel in parts."""
+    degree, dispatcher = "model.moe.overlap_degree", "model.moe.dispatcher"
+    for violation in divisible(cfg, "model.moe.num_experts", "parallel.ep", degree):
+        yield replace(violation, rule=f"{violation.rule} (a part has as many experts of every rank)")
+    if cfg[dispatcher] not in ("auto", "all_to_all"):
+        yield Violation(
+            f"{degree} > 1 needs {dispatcher}=all_to_all",
+            f"it is {cfg[dispatcher]}, by which a token travels once for all experts of a rank",
+            {dispatcher: ["auto"], degree: [1]},
+        )
+
+
 def _even_stages(cfg: ConfigView) -> Iterator[Violation]:
     """The same number of layers per stage. Suggests uneven stages before another number of layers."""
     layers, chunks = cfg["model.num_layers"], cfg.product("parallel.pp", "parallel.vpp")
@@ -85,25 +104,24 @@ def _even_stages(cfg: ConfigView) -> Iterator[Violation]:
         suggestions = dict(violation.suggestions)
         if layers >= chunks > 1:
             del suggestions["model.num_layers"]
-            suggestions = {"parallel.pp_layers": [_distribute(layers, chunks)], **suggestions}
+            suggestions = {"parallel.pp_layers": [distribute(layers, chunks)], **suggestions}
         yield replace(violation, suggestions=suggestions)
-
-
-def _distribute(layers: int, chunks: int) -> list[int]:
-    """Layers per chunk, as even as possible, larger chunks first: 61 on 16 -> thirteen of 4 and three of 3."""
-    return [layers // chunks + (i < layers % chunks) for i in range(chunks)]
 
 
 def _uneven_stages(cfg: ConfigView) -> Iterator[Violation]:
     given, layers = cfg["parallel.pp_layers"], cfg["model.num_layers"]
     chunks = cfg.product("parallel.pp", "parallel.vpp")
-    even = _distribute(layers, chunks)
+    even = distribute(layers, chunks)
     suggestions = {"parallel.pp_layers": [even, None] if layers >= chunks else [None]}
     what = "parallel.pp * parallel.vpp" if cfg["parallel.vpp"] else "parallel.pp"
     if len(given) != chunks:
         yield Violation(f"parallel.pp_layers has {what} elements", f"{len(given)} != {chunks}", suggestions)
-    elif min(given) < 1:
-        yield Violation("every element of parallel.pp_layers >= 1", f"it is {format_value(given)}", suggestions)
+    elif min(given) < 0 or 0 in given[1:-1]:
+        yield Violation(
+            "every element of parallel.pp_layers >= 1 (0 for the first, which has the embedding, and the last)",
+            f"it is {format_value(given)}",
+            suggestions,
+        )
     elif sum(given) != layers:
         actual = f"{' + '.join(map(str, given))} = {sum(given)} != {layers}"
         yield Violation(

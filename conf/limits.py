@@ -49,7 +49,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
     ("lora.rank", lambda c: c["lora.rank"] is not None, "lora.alpha lora.rslora lora.dropout lora.target"),
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
-    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers"),
+    ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers parallel.pp_layout"),
     (
         "data parallelism",
         lambda c: c["world_size"] > c["parallel.pp"] * _min_sharding(c),
@@ -163,7 +163,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda c: c["model.moe.num_shared_experts"] > 0,
         "model.moe.shared_expert_gate model.moe.shared_ffn_hidden_size",
     ),
-    ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher"),
+    ("parallel.ep > 1", lambda c: c["parallel.ep"] > 1, "model.moe.dispatcher model.moe.overlap_degree"),
     ("model.mtp_num_layers > 0", lambda c: c["model.mtp_num_layers"] > 0, "model.mtp_loss_scaling_factor"),
     (
         "model.activation=clamped_swiglu",

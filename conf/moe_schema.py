@@ -118,6 +118,13 @@ class MoeConfig:
     contributions; less traffic if top_k > ep. deep_ep: the DeepEP package (GPUs, bf16, etp=1, no pad_to_capacity, no
     expert_dropout). auto: DeepEP if it is installed and reproduces all_to_all on a random batch, else whichever of the
     first two has less traffic."""
+    overlap_degree: int = setting(1, ge=1, resumable=True)
+    """Number of parts in which the rows of a layer travel to their experts (parallel.ep > 1) and back, each for as many
+    experts of every rank: the experts of a part compute while the next part arrives and the one before travels back,
+    forward and backward (Tutel, arXiv:2206.03382, calls it the pipeline degree, and cuts tokens instead). Capacity,
+    drops and results are the same, and so are each expert's products, but for fp8.recipe=tensorwise, which scales the
+    rows of a part together. Uses dispatcher=all_to_all. 1: all rows travel at once; the shared experts compute
+    meanwhile."""
     pad_to_capacity: bool = setting(False, resumable=True)
     """Pad each expert's input to its capacity: sizes are then known in advance, so that the host does not wait for the
     device. The results are the same. If a micro-batch is sharded over n ranks, each of them pads, up to n times in

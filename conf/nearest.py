@@ -60,7 +60,7 @@ def _apply(cfg: ConfigView, degrees: dict[str, int]) -> tuple[ConfigView, dict[s
     chunks = degrees["pp"] * (cfg["parallel.vpp"] or 1)
     if degrees["pp"] == 1 or cfg["model.num_layers"] % chunks:
         settings["vpp"] = None
-    settings["pp_layers"] = None
+    settings["pp_layers"] = settings["pp_layout"] = None
     if degrees["tp"] == 1:
         settings["sequence_parallel"] = False
     changed = {key: value for key, value in settings.items() if cfg[f"parallel.{key}"] != value}

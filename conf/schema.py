@@ -41,7 +41,12 @@ class ParallelConfig:
     interleaving."""
     pp_layers: list[int] | None = None
     """Number of layers of each pipeline stage, for example [3, 5]. With vpp, one number for each of the pp * vpp model
-    chunks, in model order. null: the same number in each. Needs pp > 1."""
+    chunks, in model order. The first may be 0, a chunk of the embedding alone, and the last, of the output layer alone
+    with the layers for multi-token prediction. null: the same number in each. Needs pp > 1."""
+    pp_layout: str | None = None
+    """The same as text, in the notation of Megatron-Core's pipeline_model_parallel_layout, for example
+    "E|(tt|)*30t|mL": E the embedding, t a layer, m a layer for multi-token prediction, L the output layer and the loss,
+    | between chunks. Every m is in the last chunk. null: as pp_layers. Needs pp > 1."""
     cp: int = setting(1, ge=1)
     """Context-parallel size: each sequence is sharded over cp ranks."""
     ep: int = setting(1, ge=1)

@@ -257,7 +257,7 @@ class ModelChunk(MegatronModule):
         for layer in self.layers.values():
             x_SBD = layer(x_SBD, attend[layer.local], batch_ctx)
         if not self.post_process:
-            return x_SBD
+            return x_SBD if self.layers else x_SBD.clone()  # Megatron-Core frees what was sent, which may be no view
         x_SBD = self.final_norm(x_SBD)
         if self.model.reward_head:
             rewards_BS = self.head(x_SBD).t()

@@ -35,9 +35,11 @@ def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[slice, list[tupl
 
 
 def piece_of(weight: Tensor, experts: slice) -> Tensor:
-    """These experts' part of a weight, which knows what it is a part of."""
+    """These experts' part of a weight, which knows what it is a part of. The weight may be a part itself."""
     piece = weight.detach()[experts]
-    piece.part_of = (weight, experts)  # pyright: ignore[reportAttributeAccessIssue]
+    whole, outer = getattr(weight, "part_of", (weight, slice(0, None)))
+    within = slice(outer.start + experts.start, outer.start + experts.stop)
+    piece.part_of = (whole, within)  # pyright: ignore[reportAttributeAccessIssue]
     return piece
 
 

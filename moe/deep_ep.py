@@ -36,6 +36,8 @@ def unsupported_reason(context: RunContext) -> str | None:
         return "needs parallel.etp=1"
     if moe.load_balancing == "expert_choice":
         return "needs another model.moe.load_balancing than expert_choice: it takes as many choices from every rank"
+    if moe.overlap_degree > 1:
+        return "needs model.moe.overlap_degree=1: a token travels once for all experts of a rank, not in parts"
     if moe.pad_to_capacity:
         return "needs model.moe.pad_to_capacity=false: it counts tokens itself"
     if moe.expert_dropout:

@@ -4,7 +4,7 @@ Legend: R routed rows grouped by expert, D hidden, F expert hidden (this rank's 
 experts, K inner and N outer dimension of a projection, r rank, P expert-tensor-parallel ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,15 +76,20 @@ class ExpertAdapters(nn.ModuleDict):
         """By name of the projection."""
         return [(part, factors) for part, factors in self.items() if isinstance(factors, ExpertFactors)]
 
-    def started(self, adapted: Adapted, names_R: Tensor | None) -> "StartedAdapters":
-        """Those of one forward pass."""
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each projection, as this rank multiplies them."""
+        return {part: factors() for part, factors in self.factors()}
+
+    def started(
+        self, adapted: Adapted, names_R: Tensor | None, tensors: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> "StartedAdapters":
+        """Those of one forward pass, with A and B of its experts."""
         batch_ctx = batch_context.current()
         dropouts: dict[str, Dropout] = {}
         if self.dropout and names_R is not None and batch_ctx is not None:
             for part, factors in self.factors():
                 named = key(self.seed, "adapter dropout", batch_ctx.step, factors.layer.name)
                 dropouts[part] = Dropout(self.dropout, named, names_R, factors.layer.inner)
-        tensors = {part: factors() for part, factors in self.factors()}
         return StartedAdapters(self, adapted, dropouts, tensors)
 
 
@@ -95,7 +100,7 @@ class StartedAdapters:
     adapters: ExpertAdapters
     adapted: Adapted
     dropouts: dict[str, Dropout]
-    tensors: dict[str, tuple[Tensor, Tensor]]
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
     """A and B."""
 
     @property

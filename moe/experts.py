@@ -16,6 +16,7 @@ from conf.schema import ModelConfig
 from moe.chunked_experts import InPieces
 from moe.expert_dropout import Dropout
 from moe.expert_lora import ExpertAdapters
+from moe.expert_parts import ExpertWeights
 from ops.experts import ExpertBackend, of_rows
 from ops.permute import PermutedTokens
 from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
@@ -61,39 +62,48 @@ class Experts(nn.Module):
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
             mark(weight, allreduce=False)
 
+    def weights(self) -> ExpertWeights:
+        """Those of all experts."""
+        return ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.lora.tensors() if self.lora else {})
+
     def forward(
         self,
         permuted: PermutedTokens,
         counts: Sequence[int],
         dropout: Dropout | None = None,
         names_R: Tensor | None = None,
+        weights: ExpertWeights | None = None,
     ) -> Tensor:
         """Returns [R, D], partial sums over etp where F is sharded.
 
         Args:
             counts: rows of each expert.
             names_R: as Dropout.names_R, for the dropout of adapters; None: it is off.
+            weights: of the experts whose rows these are; None: of all.
         """
+        weights = weights or self.weights()
         in_pieces = self.chunk_rows is not None and len(permuted) > self.chunk_rows
         in_place = self.backend.permutes and not in_pieces and not permuted.padded and self.lora is None
         indices = (permuted.indices,) if in_place else ()
-        lora = None if self.lora is None else self.lora.started(self.backend.adapted, names_R)
+        lora = None
+        if self.lora is not None:
+            lora = self.lora.started(self.backend.adapted, names_R, weights.adapters)
         function: Callable[..., Tensor] = lora.run if lora else self.backend.run
 
         def run(rows: slice, x: Tensor, counts: Sequence[int], w_in: Tensor, w_out: Tensor, *more: Tensor) -> Tensor:
             keep = dropout and dropout.factors(rows, self.etp.rank(), self.etp.size(), x.dtype)
-            b_in, factors = (None, more) if self.b_in is None else (more[0], more[1:])
+            b_in, factors = (None, more) if weights.b_in_LGF is None else (more[0], more[1:])
             further = (rows, *factors) if lora else indices
             run = partial(checkpointed, function, save_ops=MATMUL_OPS) if self.recompute else function
             return run(x, counts, w_in, w_out, self.activation, b_in, keep, *further)
 
-        weights: tuple[Tensor, ...] = (
-            (self.w_in, self.w_out) if self.b_in is None else (self.w_in, self.w_out, self.b_in)
-        )
-        weights += lora.factors if lora else ()
+        passed: tuple[Tensor, ...] = (weights.w_in_LDGF, weights.w_out_LFD)
+        passed += () if weights.b_in_LGF is None else (weights.b_in_LGF,)
+        passed += lora.factors if lora else ()
         x = permuted.x_TD if in_place else permuted.permute()
         if in_pieces:
-            y_RD = InPieces.apply(run, self.chunk_rows, counts, x, *weights)
+            y_RD = InPieces.apply(run, self.chunk_rows, counts, x, *passed)
         else:
-            y_RD = run(slice(None), x, counts, *weights)
-        return y_RD if self.b_out is None else y_RD + of_rows(F.pad(self.b_out, self.columns), counts)
+            y_RD = run(slice(None), x, counts, *passed)
+        b_out_LD = weights.b_out_LD
+        return y_RD if b_out_LD is None else y_RD + of_rows(F.pad(b_out_LD, self.columns), counts)

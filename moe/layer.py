@@ -12,18 +12,20 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from moe.all_to_all import AllToAllDispatcher, Returning
 from moe.aux_loss import AttachLoss, load_balancing_loss
 from moe.balanced_routing import tie_ranks
 from moe.capacity import capacity, within_capacity
 from moe.counter_rng import key, uniform
 from moe.dispatcher import DISPATCHERS, dispatcher_for
 from moe.expert_dropout import Dropout, name_choices
+from moe.expert_parts import ExpertWeights
 from moe.experts import Experts
 from moe.metrics import LoadStatistics, Report
 from moe.router import Router
 from moe.router_metrics import RouterPass
 from moe.shared_experts import SharedExperts
-from ops.dispatch import Assignments, with_gated_inputs
+from ops.dispatch import Assignments, Dispatched, with_gated_inputs
 from ops.implementations import Ops
 from ops.routing import Choice, Routing, count_loads
 from parallel.activation_checkpoint import checkpointed, save_for_recompute
@@ -66,6 +68,7 @@ class MoELayer(nn.Module):
         by_rule, _ = dispatcher_for(model.moe, groups.ep.size(), groups.etp.size())
         make = ops.dispatcher or DISPATCHERS[by_rule]
         self.dispatcher = make(model.moe.num_experts, model.hidden_size, groups, ops.permutation)
+        self.parts = model.moe.overlap_degree
         self.shared = shared
         self.experts = Experts(model, backend=ops.experts, dtype=dtype, groups=groups)
         self.statistics = LoadStatistics(model.moe.num_experts)
@@ -255,13 +258,41 @@ class MoELayer(nn.Module):
         gated = self.moe.gate_on == "input"
         if gated:
             x_TD, assignments = with_gated_inputs(x_TD, assignments)
-        started = self.dispatcher.start(x_TD, assignments, self._slots(routing, batch_ctx, x_SBD.shape[1]))
-        shared_SBD = None if self.shared is None else self.shared(x_SBD)
-        sent = self.dispatcher.finish(started)
-        y_RD = self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx), sent.names_R)
-        out_TD = self.dispatcher.combine(y_RD, sent)
+        slots = self._slots(routing, batch_ctx, x_SBD.shape[1])
+        if self.parts > 1 and isinstance(self.dispatcher, AllToAllDispatcher):
+            out_TD, shared_SBD = self._in_parts(self.dispatcher, x_SBD, x_TD, assignments, slots, batch_ctx)
+        else:
+            started = self.dispatcher.start(x_TD, assignments, slots)
+            shared_SBD = None if self.shared is None else self.shared(x_SBD)
+            sent = self.dispatcher.finish(started)
+            out_TD = self.dispatcher.combine(self._answers(sent, batch_ctx), sent)
         out_TD = out_TD.unflatten(0, experts_TK.shape).sum(1) if gated else out_TD
         out_SBD = out_TD.view(mine_SBD.shape)
         if self.share_tokens:
             out_SBD = gather_from_sequence_parallel_region(out_SBD, tensor_parallel_output_grad=False, group=self.tp)
         return out_SBD if shared_SBD is None else out_SBD + shared_SBD
+
+    def _answers(self, sent: Dispatched, batch_ctx: BatchContext, weights: ExpertWeights | None = None) -> Tensor:
+        return self.experts(sent.rows, sent.counts, self._dropout(sent.names_R, batch_ctx), sent.names_R, weights)
+
+    def _in_parts(
+        self,
+        dispatcher: AllToAllDispatcher,
+        x_SBD: Tensor,
+        x_TD: Tensor,
+        assignments: Assignments,
+        slots: int | None,
+        batch_ctx: BatchContext,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the experts' answers, those of the shared experts). The experts of a part compute while the rows of the next
+        ones arrive and the answers of those before it travel back. The order of these calls is that of the forward
+        pass, and reversed that of the backward pass: autograd takes the operation that was called last first."""
+        travelling = dispatcher.start_parts(x_TD, assignments, slots, self.parts)
+        shared_SBD = None if self.shared is None else self.shared(x_SBD)
+        # After the shared experts: in the backward pass the weights' gradients are joined while rows travel.
+        weights = self.experts.weights().split(self.parts)
+        returning: list[Returning] = []
+        for started, mine in zip(travelling, weights, strict=True):
+            sent = dispatcher.finish(started)
+            returning.append(dispatcher.send_back(self._answers(sent, batch_ctx, mine), sent))
+        return dispatcher.join(returning), shared_SBD

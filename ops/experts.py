@@ -231,7 +231,7 @@ def _trial(backend: ExpertBackend, context: RunContext) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What one rank's experts compute in a micro-batch."""
+    """What one rank's experts, or a part of them whose rows travel together, compute in a micro-batch."""
 
     rows: int
     hidden_size: int
@@ -247,10 +247,10 @@ class Shapes:
         model, layout, train = context.model, context.runtime.layout, context.config.train
         tokens = train.micro_batch_size * train.sequence_length // (layout.cp * layout.tp)
         return cls(
-            rows=tokens * model.moe.top_k * layout.etp,
+            rows=tokens * model.moe.top_k * layout.etp // model.moe.overlap_degree,
             hidden_size=model.hidden_size,
             width=_width(context),
-            experts=model.moe.num_experts // layout.ep,
+            experts=model.moe.num_experts // layout.ep // model.moe.overlap_degree,
             activation=model.activation_name,
             bias=model.moe.expert_bias,
             dtype=str(context.dtype).removeprefix("torch."),

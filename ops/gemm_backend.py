@@ -69,15 +69,35 @@ class GemmBackend(Protocol):
         ...
 
 
-def main_gradient(w: Tensor) -> Tensor | None:
-    """Where the gradient of a weight is to be added, in fp32; None: it is to be returned, also where gradients are
-    added up in bf16 (optim.grad_dtype). Whoever gets one adds to it: Megatron-Core's hook then leaves the returned
-    gradient alone, which only has to exist."""
+@dataclass
+class MainGradientPart:
+    """Some experts' part of a weight's main gradient; an attribute of that part of the weight."""
+
+    main_grad: Tensor
+    added: bool = False
+    """Whether the gradient of the pass was added to it."""
+
+
+def main_gradient_parts(w: Tensor, parts: int) -> list[MainGradientPart] | None:
+    """Of the equal parts of a weight along its experts; None: it has no fp32 main gradient."""
     main = getattr(w, "main_grad", None)
     if main is None or main.dtype != torch.float32 or not hasattr(w, "grad_added_to_main_grad"):
         return None
+    return [MainGradientPart(part) for part in main.chunk(parts)]
+
+
+def main_gradient(w: Tensor) -> Tensor | None:
+    """Where the gradient of a weight, or of some experts' part of it, is to be added, in fp32; None: it is to be
+    returned, also where gradients are added up in bf16 (optim.grad_dtype). Whoever gets one adds to it: Megatron-Core's
+    hook then leaves the returned gradient alone, which only has to exist."""
+    part: MainGradientPart | None = getattr(w, "main_gradient_part", None)
+    if part is not None:
+        part.added = True
+        return part.main_grad
+    if main_gradient_parts(w, 1) is None:
+        return None
     w.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
-    return main
+    return w.main_grad  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Reference:

@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from conf.pipeline_layout import layers_of
 from conf.schema import ParallelConfig
 
 GRIDS = {"attention": ("tp", "cp", "dp", "pp"), "experts": ("etp", "ep", "edp", "pp")}
@@ -45,7 +46,8 @@ class Layout:
     etp: int = 1
     sequence_parallel: bool = False
     pp_layers: tuple[int, ...] | None = None
-    """Number of layers of every pipeline chunk in the order of the model; None: the same in each."""
+    """Number of layers of every pipeline chunk in the order of the model; None: the same in each. The first chunk has
+    the embedding as well, the last the layers for multi-token prediction and the output layer."""
     optimizer_instances: int = 1
     """Groups of consecutive data-parallel ranks that each hold all gradient and optimizer shards."""
 
@@ -53,7 +55,8 @@ class Layout:
     def of(cls, parallel: ParallelConfig, world: int) -> "Layout":
         """The layout of a validated configuration (conf/rules.py)."""
         p = parallel
-        layers = None if p.pp_layers is None else tuple(p.pp_layers)
+        given = p.pp_layers if p.pp_layout is None else layers_of(p.pp_layout)
+        layers = None if given is None else tuple(given)
         instances = p.optimizer_instances
         layout = cls(world, p.tp, p.pp, p.vpp or 1, p.cp, p.ep, p.etp, p.sequence_parallel, layers, instances)
         assert layout.dp * p.tp * p.pp * p.cp == world and layout.edp * p.etp * p.ep * p.pp == world, layout

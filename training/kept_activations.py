@@ -70,7 +70,8 @@ class Activations:
         moe, ep = self.model.moe, self.layout.ep
         if self.stays or moe.dispatcher == "all_gather":
             return not self.stays
-        return moe.dispatcher == "auto" and moe.load_balancing != "expert_choice" and moe.top_k > ep > 1
+        by_row = moe.load_balancing == "expert_choice" or moe.overlap_degree > 1
+        return moe.dispatcher == "auto" and not by_row and moe.top_k > ep > 1
 
     @property
     def backend(self) -> str:
@@ -119,15 +120,19 @@ class Activations:
             return self.outside * FLOAT * (1 + (model.hidden_size if self.value < FLOAT else 0))
         return self.tokens * self.value * model.vocab_size / self.layout.tp
 
-    def beyond(self, *, sparse: bool, is_last: bool) -> float:
+    def beyond(self, *, sparse: int, dense: int, is_last: bool) -> float:
         """At the peak of a backward pass, beyond what the stage's layers keep: at its beginning, with the logits, or in
         the last layer.
 
         Args:
-            sparse: whether the last layer is.
+            sparse, dense: layers of the stage; the last one is sparse if one is.
             is_last: whether it is the last stage.
         """
-        return max(self._backward_of_layer(sparse), self._backward_of_head() if is_last else 0.0)
+        if sparse + dense:
+            return max(self._backward_of_layer(sparse > 0), self._backward_of_head() if is_last else 0.0)
+        # Of the embedding alone its gradient, from that of its output.
+        table = self.model.vocab_size / self.layout.tp + self.outside
+        return self._backward_of_head() if is_last else self.value * self.model.hidden_size * table
 
     def _backward_of_head(self) -> float:
         """Gradients of the output layer's weight and input. On a GPU the logits become their own gradient."""

@@ -1,5 +1,6 @@
 """Estimates the memory of a training run from its configuration."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from conf.extensions import input_projections, kept_tensors
@@ -53,15 +54,14 @@ class Stage:
     dense: int
     is_first: bool
     is_last: bool
+    alike: int = 1
+    """Number of stages that are alike, this one included."""
 
 
 def stages_of(model: ModelConfig, layout: Layout) -> list[Stage]:
     """The first of all stages that are alike in their layers: of those it keeps most activations."""
-    first: dict[tuple[int, int, bool, bool], Stage] = {}
-    for index in range(layout.pp):
-        kind = *stage_layers(model, layout, index), index == 0, index == layout.pp - 1
-        first.setdefault(kind, Stage(index, *kind))
-    return list(first.values())
+    kinds = [(*stage_layers(model, layout, i), i == 0, i == layout.pp - 1) for i in range(layout.pp)]
+    return [Stage(kinds.index(kind), *kind, alike=n) for kind, n in Counter(kinds).items()]
 
 
 Matrix = tuple[float, float, float]
@@ -89,7 +89,7 @@ def stage_memory(
     in_flight = micro_batches_in_flight(layout, stage.index, micro_batches)
     kept = Activations(config, layout, bf16, on_gpu, imbalance)
     layers = stage.sparse * kept.layer(sparse=True) + stage.dense * kept.layer(sparse=False) + kept.shared()
-    beyond = kept.beyond(sparse=stage.sparse > 0, is_last=stage.is_last)
+    beyond = kept.beyond(sparse=stage.sparse, dense=stage.dense, is_last=stage.is_last)
     return Memory(
         weights=value * (spread + experts + adapters),
         gradients=float(gradient * (trained_spread + trained_experts + adapters)),

@@ -216,6 +216,7 @@ def _counts(config: Config, layout: Layout, imbalance: float) -> Iterator[None]:
     train, moe = config.train, config.model.moe
     mine = train.micro_batch_size * train.sequence_length // (layout.cp * layout.tp) * moe.top_k
     ranks, etp, experts = layout.ep, layout.etp, max(1, moe.num_experts // layout.ep)
+    parts = 1 if ranks == etp == 1 else moe.overlap_degree
     arrived = round(mine * imbalance)
 
     def shares(rows: int, parts: int) -> list[int]:
@@ -224,11 +225,13 @@ def _counts(config: Config, layout: Layout, imbalance: float) -> Iterator[None]:
     def tolist(tensor: Tensor) -> list[int]:
         if not tensor.is_meta:
             return original(tensor)
-        each = shares(arrived * etp, experts)
         if len(tensor) == experts:  # of a dispatcher that knows them without asking
-            return each
-        assert len(tensor) == 2 * ranks + etp + experts
-        return [*shares(mine, ranks), *shares(arrived, ranks), *[arrived] * etp, *each]
+            return shares(arrived * etp, experts)
+        assert len(tensor) == parts * (2 * ranks + etp) + experts
+        sent, received = shares(mine, parts), shares(arrived, parts)
+        figures = [[shares(n, ranks) for n in sent], [shares(n, ranks) for n in received]]
+        figures += [[[n] * etp for n in received], [shares(n * etp, experts // parts) for n in received]]
+        return [number for figure in figures for part in figure for number in part]
 
     original = torch.Tensor.tolist
     with mock.patch.object(torch.Tensor, "tolist", tolist):

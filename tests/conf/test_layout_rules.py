@@ -3,11 +3,22 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.rules import violations
-from tests.conf.test_rules import FURTHER, SPARSE, error_message, parsed, suggestions, view
+from tests.conf.test_rules import (
+    FURTHER,
+    SPARSE,
+    assert_violation_has_a_suggestion_that_works,
+    error_message,
+    parsed,
+    suggestions,
+    view,
+)
+
+PARTS = {"parallel.ep": 2, "model.moe.overlap_degree": 2, **SPARSE}
 
 
 def test_layouts_are_suggested_if_no_single_setting_helps():
@@ -84,3 +95,18 @@ def test_every_suggestion_satisfies_its_rule_and_violates_no_other(world, degree
             left = {violation.rule for violation in violations(broken.replace(key, value))}
             assert rule not in left
             assert line.endswith(FURTHER) or left < rules
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers", "suggestion"),
+    [
+        (PARTS | {"parallel.ep": 1}, "overlap_degree needs parallel.ep > 1", "model.moe.overlap_degree=1"),
+        (PARTS | {"model.moe.overlap_degree": 3}, "8 % 6 = 2", "model.moe.overlap_degree=2"),
+        (PARTS | {"model.moe.overlap_degree": 0}, "overlap_degree >= 1", "model.moe.overlap_degree=1"),
+        (PARTS | {"model.moe.dispatcher": "all_gather"}, "it is all_gather", "model.moe.dispatcher=auto"),
+        (PARTS | {"model.moe.dispatcher": "deep_ep"}, "it is deep_ep", "model.moe.dispatcher=auto"),
+    ],
+)
+def test_rows_travel_in_parts_only_where_they_can(changes: dict[str, object], numbers: str, suggestion: str) -> None:
+    assert error_message(view(PARTS, 2)) == ""
+    assert_violation_has_a_suggestion_that_works(changes, 2, numbers, suggestion)

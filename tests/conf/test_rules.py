@@ -275,7 +275,7 @@ BROKEN = [
     ),
     ({"parallel.pp_layers": [2, 2]}, 1, "pp_layers needs parallel.pp > 1", "parallel.pp_layers=null"),
     ({"parallel.pp": 2, "parallel.pp_layers": [1, 2]}, 2, "1 + 2 = 3 != 4", "pp_layers=[2,2] or model.num_layers=3"),
-    ({"parallel.pp": 2, "parallel.pp_layers": [0, 4]}, 2, "it is [0,4]", "parallel.pp_layers=[2,2]"),
+    ({"parallel.pp": 2, "parallel.pp_layers": [5, -1]}, 2, "it is [5,-1]", "parallel.pp_layers=[2,2]"),
     (
         {"parallel.pp": 2, "parallel.vpp": 2, "parallel.pp_layers": [2, 2]},
         2,
@@ -383,7 +383,7 @@ def test_good_blend_passes():
         {"model.hidden_size": 250, "model.head_dim": 64},
         {"train.profile": [200, 200], "train.stop_after": 200},
         {"data.kind": "text", "data.files": ["a.txt"], "data.valid_files": ["b.txt"]},
-        {"model.num_layers": 5, "parallel.pp": 2, "parallel.pp_layers": [2, 3]},
+        {"model.num_layers": 5, "parallel.pp": 2, "parallel.pp_layers": [5, 0]},
     ],
 )
 def test_unusual_but_valid(changes):

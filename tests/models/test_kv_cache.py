@@ -82,6 +82,7 @@ LAYOUTS = [
     (2, {"pp": 2}, ["gpt_oss", "mla", "llama4", "phimoe"]),
     (2, {"etp": 2}, ["drops"]),
     (2, {"pp": 2, "vpp": 2}, ["drops", "mla"]),
+    (3, {"pp": 3, "pp_layers": [0, 4, 0]}, ["drops"]),
     (4, {"tp": 2, "pp": 2, "ep": 2}, ["gpt_oss", "mla"]),
     (2, {"tp": 2, "ep": 2}, ["drops"]),
 ]

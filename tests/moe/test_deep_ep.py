@@ -208,6 +208,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ({"pad_to_capacity": True}, CUDA, torch.bfloat16, 2, 1, "pad_to_capacity=false"),
         ({"load_balancing": "expert_choice"}, CUDA, torch.bfloat16, 2, 1, "another model.moe.load_balancing"),
         ({"expert_dropout": 0.1}, CUDA, torch.bfloat16, 2, 1, "expert_dropout=0"),
+        ({"overlap_degree": 2}, CUDA, torch.bfloat16, 2, 1, "overlap_degree=1"),
     ],
 )
 def test_it_says_what_it_needs(

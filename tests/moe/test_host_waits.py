@@ -120,8 +120,9 @@ def test_the_count_sees_what_waits(runtime: Runtime, monkeypatch: pytest.MonkeyP
     assert len(mode.found) == 4
 
 
-def waits_on_rank(world: World, parallel: dict[str, int], dispatcher: str, padded: bool) -> list[str]:
-    moe = {"pad_to_capacity": True} if padded else {"capacity_factor": None}
+def waits_on_rank(world: World, parallel: dict[str, int], dispatcher: str, padded: bool, parts: int = 1) -> list[str]:
+    moe: dict[str, Any] = {"pad_to_capacity": True} if padded else {"capacity_factor": None}
+    moe["overlap_degree"] = parts
     with started(world, ParallelConfig(**parallel)) as runtime:
         return waits(runtime, "grouped_mm", dispatcher, top_k=2, **moe)
 
@@ -131,4 +132,10 @@ def waits_on_rank(world: World, parallel: dict[str, int], dispatcher: str, padde
 @pytest.mark.parametrize("parallel", [{"ep": 2}, {"etp": 2}, {"tp": 2, "ep": 2}], ids=str)
 def test_dispatchers_wait_once_and_padded_never(parallel: dict[str, int], dispatcher: str, padded: bool, ranks) -> None:
     for found in ranks.run(2, waits_on_rank, parallel, dispatcher, padded, timeout=120):
+        assert len(found) == (0 if padded else 1), found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_in_parts_wait_no_more_often(padded: bool, ranks) -> None:
+    for found in ranks.run(2, waits_on_rank, {"ep": 2}, "all_to_all", padded, 2, timeout=120):
         assert len(found) == (0 if padded else 1), found

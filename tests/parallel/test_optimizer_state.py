@@ -30,14 +30,15 @@ LAYOUTS = {
     "one": (1, {}),
     "tp2 +sequence": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp3 layers 0+4+0": (3, {"pp": 3, "pp_layers": [0, 4, 0]}),
     "ep2": (2, {"ep": 2}),
     "ep2 dp4 instances2": (4, {"ep": 2, "optimizer_instances": 2}),
     "cp2 tp2 etp2": (4, {"cp": 2, "tp": 2, "etp": 2}),
     "tp2 pp2 vpp2 ep2 +sequence": (8, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2, "sequence_parallel": True}),
 }
-ONE, TP, VPP, EP, INSTANCES, ETP, EIGHT = LAYOUTS
+ONE, TP, VPP, ENDS, EP, INSTANCES, ETP, EIGHT = LAYOUTS
 LOADS = {ONE: [TP, VPP, EP, INSTANCES, ETP, EIGHT], TP: [ONE, VPP], VPP: [EP, EIGHT], EP: [TP, INSTANCES], ETP: [ONE]}
-LOADS |= {INSTANCES: [EP, EIGHT], EIGHT: [ETP]}
+LOADS |= {INSTANCES: [EP, EIGHT], EIGHT: [ETP], ENDS: [VPP], EP: [*LOADS[EP], ENDS]}
 
 
 def draws() -> list[float]:

@@ -55,6 +55,7 @@ LAYOUTS = {
     f"model=mixtral_8x7b model.num_layers=2 model.reward_head=true {TP} parallel.ep=2": 2,
     f"model=mixtral_8x7b model.num_layers=2 {TP} parallel.ep=4 parallel.etp=2": 8,
     "model=mixtral_8x7b model.num_layers=4 parallel.pp=2 parallel.ep=2": 4,
+    "model=mixtral_8x7b model.num_layers=2 parallel.pp=2 parallel.pp_layers=[0,2]": 2,
     f"{QWEN} {TP} parallel.ep=8": 16,
     f"{QWEN} parallel.tp=2 parallel.ep=4": 8,
     f"{QWEN} parallel.cp=2 parallel.ep=8": 16,
@@ -83,6 +84,12 @@ def test_formulas_are_what_is_counted(overrides: str, world: int, on_gpu: bool, 
     assert of.gathered() == found["buffer"]
     memory = stage_memory(config, layout, stages_of(config.model, layout)[0], bf16=on_gpu, on_gpu=on_gpu)
     assert memory.activations == pytest.approx(found["stage"], rel=0.05)
+
+
+def test_rows_that_travel_in_parts_keep_no_more(ranks: RankPool) -> None:
+    of_degree = [f"{QWEN} parallel.ep=8 {SIZES} model.moe.overlap_degree={degree}" for degree in (1, 4)]
+    at_once, in_parts = (ranks.run(1, counted, words, 8, False, False, timeout=300)[0] for words in of_degree)
+    assert in_parts["sparse"] == pytest.approx(at_once["sparse"], rel=0.01)
 
 
 def seen_by_hooks(world: World, overrides: str) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from training.planner.links import LATENCY, LINK_EFFICIENCY, NETWORK_EFFICIENCY,
 from training.planner.rates import interpolated, rates_of
 from training.planner.search import Options, search
 from training.planner.step import predict
+from training.planner.work import exposed
 
 SMALL = "optim.grad_dtype=bf16 optim.state_dtype=bf16"
 LONG = "train.sequence_length=4096 train.micro_batch_size=2 train.global_batch_size=4"
@@ -91,6 +92,15 @@ def test_collectives_by_hand() -> None:
     wanted = (1 - 0.5**8) * 1000 * 4096 / network
     assert links.dispatch(1000, 8, 4096) == pytest.approx(wanted + NETWORK_LATENCY)
     assert links.ring("cp", 1e9) == links.ring("etp", 1e9) == 0
+
+
+@pytest.mark.parametrize(
+    ("way", "experts", "parts", "wanted"),
+    [(16, 16, 1, 32), (16, 16, 4, 16), (16, 8, 4, 24), (16, 64, 4, 8), (16, 64, 2, 16)],
+)
+def test_experts_hide_rows_that_travel_in_parts(way: float, experts: float, parts: int, wanted: float) -> None:
+    """The cases of tests/moe/test_overlap.py, without what is computed."""
+    assert exposed(way, experts, parts) == wanted
 
 
 QWEN = ["model=qwen3_30b_a3b", "cluster=h100", "train.sequence_length=4096", "train.global_batch_size=256"]

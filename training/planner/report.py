@@ -15,7 +15,8 @@ DIGITS = 4
 
 def as_json(plans: list[Plan]) -> str:
     """{"plans": [...]}, best first. memory_gb is the peak of the fullest rank's tensors, in 1e9 bytes; parts are
-    seconds of a step, by what they are spent on, and add up to step_seconds."""
+    seconds of a step, by what they are spent on, and add up to step_seconds. bubbles are seconds of a step, by
+    schedule."""
     return json.dumps({"plans": [_entry(plan) for plan in plans]})
 
 
@@ -29,6 +30,7 @@ def _entry(plan: Plan) -> dict[str, Any]:
         "tflops_per_gpu": _rounded(p.flops_per_gpu / 1e12),
         "mfu": _rounded(p.mfu),
         "parts": {name: _rounded(seconds) for name, seconds in p.parts.most_common()},
+        "bubbles": {name: _rounded(seconds) for name, seconds in p.bubbles.items()},
         "memory_parts": {name: _rounded(size / 1e9) for name, size in memory_parts(p.memory).items()},
     }
 
@@ -85,11 +87,12 @@ def why(plan: Plan, best: Plan) -> str:
 
 
 def shares(plan: Plan) -> str:
-    """Where the time and the memory of a plan go, in two lines."""
+    """Where the time and the memory of a plan go, in two lines, and with a pipeline the bubble of each schedule."""
     p = plan.prediction
     time = "  ".join(f"{name} {seconds / p.seconds:.0%}" for name, seconds in p.parts.most_common())
     memory = "  ".join(f"{name} {size / 1e9:.3g}" for name, size in memory_parts(p.memory).items())
-    return f"time     {time}\nmemory   {memory} GB"
+    bubbles = "  ".join(f"{name} {seconds:.3g} s" for name, seconds in p.bubbles.items())
+    return f"time     {time}\nmemory   {memory} GB" + (f"\nbubble   {bubbles}" if bubbles else "")
 
 
 def basis(rates: Rates, imbalance: float) -> str:

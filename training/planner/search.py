@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from conf.config_view import ConfigView, format_value
+from conf.pipeline_layout import distribute
 from conf.rules import violations
 from conf.schema import Config, ParallelConfig
 from parallel.layout import Layout
@@ -18,6 +19,8 @@ RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("norm", "activation"), ("moe",), 
 """From the fastest to the one that takes least memory."""
 LONG = 8192
 """Tokens per rank from which on context parallelism is tried."""
+SHORTER = 2
+"""Layers."""
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill: the allocator's fragmentation takes the rest."""
 
@@ -47,7 +50,10 @@ class Plan:
         p, c = self.config.parallel, self.config
         degrees: dict[str, object] = {
             f"parallel.{name}": getattr(p, name)
-            for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "pp_layers", "optimizer_instances")
+            for name in (
+                *("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "pp_layers", "pp_layout"),
+                "optimizer_instances",
+            )
             if getattr(p, name) != getattr(ParallelConfig(), name)
         }
         degrees["train.micro_batch_size"] = c.train.micro_batch_size
@@ -165,15 +171,16 @@ def _layouts(config: Config, options: Options) -> Iterator[ParallelConfig]:
                 continue
             if math.gcd(ranks // (tp * cp * pp), ranks // (etp * ep * pp)) % config.parallel.optimizer_instances:
                 continue
-            for vpp, layers in _stages(model.num_layers, pp):
+            for vpp, layers in stage_sizes(model.num_layers, pp):
                 yield replace(
                     config.parallel, tp=tp, sequence_parallel=tp > 1, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp,
                     pp_layers=layers,
                 )  # fmt: skip
 
 
-def _stages(layers: int, pp: int) -> Iterator[tuple[int | None, list[int] | None]]:
-    """(virtual stages, layers of each chunk where they are uneven)."""
+def stage_sizes(layers: int, pp: int) -> Iterator[tuple[int | None, list[int] | None]]:
+    """(virtual stages, layers of each chunk where they are uneven). Without virtual stages the last one, which has the
+    output layer, is tried with up to SHORTER layers less than its share."""
     for vpp in (1, 2, 4, 8) if pp > 1 else (1,):
         chunks = pp * vpp
         if chunks <= layers:
@@ -181,8 +188,12 @@ def _stages(layers: int, pp: int) -> Iterator[tuple[int | None, list[int] | None
             if not even and layers < 3 * chunks and vpp > 1:
                 continue  # a chunk would have half as many layers again as another one
             # The last chunks, which are followed by the output layer, are the shorter ones.
-            sizes = None if even else [layers // chunks + (i < layers % chunks) for i in range(chunks)]
-            yield (vpp if vpp > 1 else None), sizes
+            yield (vpp if vpp > 1 else None), None if even else distribute(layers, chunks)
+        if vpp == 1 < pp:
+            for less in range(1, SHORTER + 1):
+                sizes = distribute(layers + less, pp)
+                if sizes[-1] >= less and min(sizes) > 0:
+                    yield None, [*sizes[:-1], sizes[-1] - less]
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,6 +9,7 @@ from parallel.layout import Layout
 from training.adapters import run_cost
 from training.flops import Cost
 from training.memory_estimate import Memory, Stage, optimizer_bytes, stage_memory, stage_parameters, stages_of
+from training.planner.bubble import bubble, by_schedule
 from training.planner.links import Links
 from training.planner.muon import muon_seconds
 from training.planner.rates import Rates
@@ -37,6 +38,8 @@ class Prediction:
     """Of a step."""
     peak: float
     """FLOP/s of a GPU."""
+    bubbles: dict[str, float]
+    """Seconds of a step that the slowest stage idles, by schedule; empty without a pipeline."""
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -80,7 +83,9 @@ def predict(
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.dp)
     stages = stages or stages_of(config.model, layout)
     times = [stage_times(config, layout, stage, rates, links, imbalance, fused=fused) for stage in stages]
-    slowest = max(times, key=lambda t: t.total if host else t.forward.total() + t.backward.total())
+    totals = [t.total if host else t.forward.total() + t.backward.total() for t in times]
+    every = [total for total, stage in zip(totals, stages, strict=True) for _ in range(stage.alike)]
+    slowest = times[totals.index(max(totals))]
     parts: Parts = Counter()
     for part in (slowest.forward, slowest.backward):
         for name, seconds in part.items():
@@ -88,8 +93,7 @@ def predict(
     computing = slowest.forward.total() + slowest.backward.total()
     waiting = max(0.0, slowest.host - computing) if host else 0.0
     parts["launches"] = waiting * micro_batches
-    # Narayanan et al. 2021 (arXiv:2104.04473), section 2.2: (pp - 1) / vpp micro-batches of idle time.
-    parts["pipeline bubble"] = (layout.pp - 1) / layout.vpp * (computing + waiting)
+    parts["pipeline bubble"] = bubble(every, layout.vpp)
     parts["pipeline exchange"] = _exchange(config, layout, links, micro_batches)
     parts["data parallel"] = _data_parallel(
         config, layout, stages, links, slowest.forward.total(), slowest.backward.total()
@@ -98,7 +102,8 @@ def predict(
     parts = Counter({name: seconds for name, seconds in parts.items() if seconds})
     memory = memory_of(config, layout, imbalance, stages)
     tokens = train.global_batch_size * train.sequence_length
-    return Prediction(layout, memory, parts.total(), parts, run_cost(config), tokens, rates.peak)
+    bubbles = by_schedule(every, config.model.num_layers)
+    return Prediction(layout, memory, parts.total(), parts, run_cost(config), tokens, rates.peak, bubbles)
 
 
 def memory_of(config: Config, layout: Layout, imbalance: float = 1.0, stages: Sequence[Stage] | None = None) -> Memory:

@@ -63,6 +63,21 @@ def stage_times(
     return stage_work.times()
 
 
+def exposed(way: float, experts: float, parts: int) -> float:
+    """Seconds of a layer's two all-to-alls that its experts do not hide if rows travel in parts (moe.layer): one part
+    arrives after the other, each is computed once it is there, and its answers follow the last arrival.
+
+    Args:
+        way: seconds of one all-to-all of all rows.
+        experts: seconds to compute all rows.
+    """
+    computed, back = 0.0, way
+    for part in range(1, parts + 1):
+        computed = max(computed, way * part / parts) + experts / parts
+        back = max(back, computed) + way / parts
+    return back - experts
+
+
 class _Stage:
     def __init__(
         self,
@@ -218,9 +233,10 @@ class _Stage:
             each = links.dispatch(sent / (2 * model.hidden_size * visited), visited, 2 * model.hidden_size)
         else:
             each = links.all_to_all("ep", sent)
-        each += links.ring("etp", sent * layout.etp)
-        self.forward["all-to-all"] += 2 * each * self.sparse
-        self.backward["all-to-all"] += 2 * each * self.sparse
+        over_etp = 2 * links.ring("etp", sent * layout.etp)
+        for part in (self.forward, self.backward):
+            of_layer = part["experts"] / max(1, self.sparse)
+            part["all-to-all"] += (exposed(each, of_layer, model.moe.overlap_degree) + over_etp) * self.sparse
 
     def _head(self) -> None:
         model, tp = self.model, self.layout.tp
