@@ -53,6 +53,11 @@ class ParallelConfig:
     overlap_param_gather: bool | None = None
     """Gather updated parameters bucket by bucket during the next forward pass. Needs overlap_grad_reduce. null: as
     overlap_grad_reduce."""
+    auto: bool = False
+    """Choose tp, sequence_parallel, pp, vpp, pp_layers, cp, ep and etp at each start, for the ranks that there are: the
+    fastest layout of launch.plan that fits, or the simplest where it has no rates of the GPUs. Micro-batch and global
+    batch stay as they are; model.recompute and optim.cpu_offload are set where nothing fits without. parallel=auto sets
+    it."""
 
 
 @dataclass
