@@ -241,10 +241,8 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 def read_starts(run_dir: Path) -> list[Start]:
     """The attempts that have started their ranks, oldest first; as tolerant as `read_attempts`."""
     kinds = {"attempt": str, "nodes": list, "ranks": int, "layout": str, "settings": dict}
-    entries = json_lines(run_dir / _ATTEMPTS)
-    return [
-        Start(**{**found, "nodes": _names(found["nodes"])}) for entry in entries if (found := _fields(entry, kinds))
-    ]
+    starts = [Start(**found) for entry in json_lines(run_dir / _ATTEMPTS) if (found := _fields(entry, kinds))]
+    return [replace(start, nodes=_names(start.nodes)) for start in starts]
 
 
 def describe_starts(run_dir: Path) -> tuple[str, str]:
