@@ -20,6 +20,11 @@ class CheckConfig(Config):
 class PlanOptions:
     imbalance: float = 1.2
     """Rows of the experts on the fullest rank, relative to the mean: 1 with forced balance."""
+    gpu_mtbf_hours: float = 50_000.0
+    """Hours of a GPU per failure that ends the job, whatever part of the machine fails. The default is that of
+    Llama 3's pre-training (arXiv:2407.21783, section 3.3.4): 419 unexpected interruptions of 16,384 GPUs in 54 days."""
+    restart_minutes: float = 10.0
+    """Minutes from a failure to the first step after it, without the time of reading the checkpoint."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.config_view import WORLD_SIZE
 from conf.extensions import schedule_reads, takes_files, yields_documents
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, ModelConfig, ParallelConfig
 from conf.setting import Bounds
 
 
@@ -38,6 +38,10 @@ ALTERNATIVES = {
 """(setting, value that it does not have) -> the value to suggest instead of the most similarly spelled one, and why."""
 
 
+_NOT_CHOSEN = ("auto", "overlap_grad_reduce", "overlap_param_gather")
+"""Settings of parallel that parallel.auto leaves as they are."""
+
+
 def _min_sharding(cfg: Any) -> float:
     """Over how many ranks of a pipeline stage the parameters with the most replicas are sharded."""
     experts = cfg["parallel.etp"] * cfg["parallel.ep"] if cfg["model.moe.num_experts"] else math.inf
@@ -48,6 +52,13 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     # (condition as text, condition as code, settings that have no effect unless it holds)
     ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
     ("lora.rank", lambda c: c["lora.rank"] is not None, "lora.alpha lora.rslora lora.dropout lora.target"),
+    (
+        "parallel.auto=false",
+        lambda c: not c["parallel.auto"],
+        " ".join(
+            f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig) if field.name not in _NOT_CHOSEN
+        ),
+    ),
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers parallel.pp_layout"),
     (

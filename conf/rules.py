@@ -63,7 +63,13 @@ def reset_unused(config: Config, world_size: int) -> tuple[Config, dict[str, tup
 
 def _layout_violations(cfg: ConfigView) -> list[Violation]:
     unused = [v for v in _unused(cfg) if v.rule.startswith(("parallel.", "model.moe.backend "))]
-    return [*_choices(cfg), *_bounds(cfg), *layout_rules(cfg), *fp8_rules(cfg), *unused]
+    return [*_choices(cfg), *_bounds(cfg), *_auto_without_training(cfg), *layout_rules(cfg), *fp8_rules(cfg), *unused]
+
+
+def _auto_without_training(cfg: ConfigView) -> Iterator[Violation]:
+    if cfg["parallel.auto"]:
+        key = "parallel.auto"
+        yield Violation(f"{key} needs training", "this command takes the layout that is given", {key: [False]})
 
 
 def _check(cfg: ConfigView, checker: Checker) -> None:

@@ -63,6 +63,11 @@ class ParallelConfig:
     overlap_param_gather: bool | None = None
     """Gather updated parameters bucket by bucket during the next forward pass. Needs overlap_grad_reduce. null: as
     overlap_grad_reduce."""
+    auto: bool = False
+    """Choose tp, sequence_parallel, pp, vpp, pp_layers, cp, ep and etp at each start, for the ranks that there are: the
+    fastest layout of launch.plan that fits, or the simplest where it has no rates of the GPUs. Micro-batch and global
+    batch stay as they are; model.recompute and optim.cpu_offload are set where nothing fits without. parallel=auto sets
+    it."""
 
 
 @dataclass
@@ -328,6 +333,9 @@ class ClusterConfig:
     """Bandwidth between two ranks of a node, per direction, in GB/s (1e9 bytes). null: unknown."""
     network_gb_per_s: float | None = setting(None, gt=0)
     """Bandwidth between ranks of different nodes, per rank and direction, in GB/s (1e9 bytes). null: unknown."""
+    storage_gb_per_s: float | None = setting(None, gt=0)
+    """Bandwidth between a node and the shared file system while all nodes use it, in GB/s (1e9 bytes). null:
+    unknown."""
 
 
 @dataclass

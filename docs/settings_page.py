@@ -39,8 +39,8 @@ def settings_page() -> str:
     text = """# Settings
 
 Every setting of a run, with its default before presets and what it means: `bash launch/train.sh KEY=VALUE ...`. Presets
-(`model=`, `data=`, `cluster=`) set several at once. `bash launch/train.sh --help` prints the first sentence of each;
-`--cfg job` prints what a command line amounts to.
+(`model=`, `data=`, `cluster=`, `parallel=`) set several at once. `bash launch/train.sh --help` prints the first
+sentence of each; `--cfg job` prints what a command line amounts to.
 """
     return text + "".join(_sections(Config))
 

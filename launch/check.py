@@ -3,15 +3,19 @@ layout, batch, data and memory. Exits with 2 and one message if the run cannot w
 
 --slurm prints the sbatch command of the run and asks Slurm whether it would accept the job; OPTIONS are those of sbatch
 (--slurm='--partition=gpu --time=1-0').
---job is used by launch/train.sh inside a job: it also creates the run directory, and prints only its path on standard
-output.
+--job is used by launch/job.sh inside a job: it also creates the run directory, and prints only the numbers of nodes and
+tasks, the settings that parallel=auto has chosen, and the path of the run directory on standard output.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
+import os
 import shlex
 import sys
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -25,7 +29,8 @@ from parallel.env import simulated_ranks
 from parallel.layout import Layout, describe
 from training.console import Console
 from training.output_redirect import redirect_output
-from training.requeue import FAILED, forget_stop, restarts
+from training.planner.auto import Choice, choose, choose_nodes
+from training.requeue import FAILED, Start, attempt_id, forget_stop, record_start, restarts
 from training.run_dir import checkpoint_dirs, expected_path, open_run_dir
 from training.run_summary import summarize_run
 from training.slurm import Allocation, Shape, allocation, ask_slurm, sbatch_command
@@ -45,6 +50,11 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
     if ranks is None:
         ranks = job.tasks if job else max(simulated_ranks(), fewest_ranks(run))
     run, ignored = reset_unused(run, ranks)
+    nodes, chosen, left_out = _lay_out(run, ranks, job)
+    if chosen:
+        run, ranks = chosen.config, chosen.layout.world
+        job = job and dataclasses.replace(job, nodes=nodes)
+        ignored = [*ignored, *([left_out] if left_out else [])]
     rules.check(run, ranks)
     layout = Layout.of(run.parallel, ranks)
     shape = Shape.of(run.cluster, ranks) if slurm is not None else None
@@ -61,7 +71,7 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
         if run.checkpoint.load and not in_job and not checkpoint_dirs(expected_path(run)):
             _check_files(run.checkpoint.load)
         table, warnings = summarize_run(run, layout, tokens)
-        console.start_table(table)
+        console.start_table([*table, *([("layout", "parallel=auto", chosen.why)] if chosen else [])])
         if ranks > 1:
             console.note(describe(layout, _ranks_per_node(run, ranks, job)) + "\n")
         for note in prepared.notes:
@@ -70,8 +80,27 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
             console.warning(warning)
     if run_dir:
         forget_stop(run_dir.path)
-        print(run_dir.path)
-    return _ask(shape, slurm) if shape and slurm is not None else 0
+        _begin(run_dir.path, nodes, layout, chosen)
+    return _ask(shape, slurm, elastic=chosen is not None) if shape and slurm is not None else 0
+
+
+def _lay_out(run: Config, ranks: int, job: Allocation | None) -> tuple[int, Choice | None, str | None]:
+    """(number of nodes that are used, the layout with parallel=auto, a warning if nodes are left out)."""
+    if not run.parallel.auto:
+        return (job.nodes if job else 1), None, None
+    if job and ranks % job.nodes == 0:
+        return choose_nodes(run, job.nodes, ranks // job.nodes)
+    return (job.nodes if job else 1), choose(run, ranks, _ranks_per_node(run, ranks, job)), None
+
+
+def _begin(run_dir: Path, nodes: int, layout: Layout, chosen: Choice | None) -> None:
+    """Records the attempt, and prints what launch/job.sh needs: nodes, tasks, chosen settings, run directory."""
+    settings = chosen.settings if chosen else {}
+    names = os.environ.get("SWITCHYARD_NODES", "").split()[:nodes]
+    start = Start(attempt_id(), names, layout.world, layout.describe(), settings)
+    with contextlib.suppress(OSError):  # as at its end
+        record_start(run_dir, start, os.environ.get("SWITCHYARD_DOWN_NODES", "").split())
+    print(nodes, layout.world, json.dumps(settings, separators=(",", ":")), run_dir)
 
 
 def _check_files(load: str) -> None:
@@ -98,9 +127,9 @@ def fewest_ranks(config: Config) -> int:
     return math.lcm(p.tp * p.pp * p.cp, experts)
 
 
-def _ask(shape: Shape, options: str) -> int:
+def _ask(shape: Shape, options: str, *, elastic: bool) -> int:
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("ranks=")]
-    words = sbatch_command(shape, shlex.split(options), overrides)
+    words = sbatch_command(shape, shlex.split(options), overrides, elastic=elastic)
     print(shlex.join(words))
     taken, answer = ask_slurm(words)
     print(answer)

@@ -43,7 +43,8 @@ fi
 restarts=${SLURM_RESTART_COUNT:-0}
 
 nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
-tasks=${SLURM_NTASKS:-$((nodes * (gpus > 0 ? gpus : 1)))}
+# With --nodes=MIN-MAX the number of tasks follows from the nodes that there are.
+tasks=${SLURM_NTASKS:-$((nodes * ${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}))}
 # ALL: the ranks have the environment of this script, regardless of sbatch --export.
 split_words "${SWITCHYARD_SRUN-}"
 srun_options=(--export=ALL "${words[@]}")
@@ -56,6 +57,13 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST-}" 2>/dev/null) && [ -n "$hosts" ]; then
     export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
 fi
+mapfile -t hosts <<<"$hosts"
+export SWITCHYARD_NODES="${hosts[*]}"
+# The nodes that Slurm has given up: one of them may have ended the previous attempt, and its batch script too.
+SWITCHYARD_DOWN_NODES=''
+[ "$restarts" = 0 ] || SWITCHYARD_DOWN_NODES=$(sinfo --noheader --Node --states=down,fail --format=%N 2>/dev/null |
+    sort -u | tr '\n' ' ') || true
+export SWITCHYARD_DOWN_NODES
 # Prefix of the keys in the ranks' store: only processes that can read this job's environment can access them.
 SWITCHYARD_STORE_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export SWITCHYARD_STORE_SECRET
@@ -109,8 +117,16 @@ for word in "$@"; do
     esac
 done
 
-# Validates the run and creates the run directory: an invalid setting ends the job here.
-run_dir=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
+# Validates the run, chooses its layout with parallel=auto, and creates the run directory: an invalid setting ends the
+# job here.
+begin=$(once -m launch.check --job "$@" ranks="$tasks") || exit $?
+read -r nodes tasks SWITCHYARD_LAYOUT _ <<<"$begin"
+run_dir=${begin#* * * } # may contain spaces
+[ "$SWITCHYARD_LAYOUT" != '{}' ] || SWITCHYARD_LAYOUT=''
+export SWITCHYARD_LAYOUT
+# Nodes that are left out have no tasks.
+used=()
+[ "$nodes" -ge "${#hosts[@]}" ] || used=(--nodelist="$(IFS=, && echo "${hosts[*]:0:nodes}")")
 
 # Steps are identified by their number in the job. An srun that outlives an earlier attempt, on a node that Slurm has
 # given up, kills "its" step when its ranks exit. Empty steps make the number of the step below different in each
@@ -119,10 +135,20 @@ for ((step = 0; step < restarts; step++)); do
     srun --export=ALL --nodes=1 --ntasks=1 true || true
 done
 
+errors=$(mktemp) || errors=/dev/null
+# Passes on standard error, and keeps what says which task has failed, and the end of it. Continues when the job's output
+# is full, and when the job is signalled.
+keep_errors() {
+    trap '' INT TERM HUP USR1
+    tee --output-error=warn >(
+        grep --line-buffered -E '^srun: |^switchyard: error: the job ends: ' >>"$errors"
+        echo end >>"$errors"
+    ) >&2
+}
 if [ "${#asked[@]}" = 0 ]; then
     # Block distribution: consecutive ranks on a node, regardless of the site's default.
     srun --kill-on-bad-exit=1 --wait=120 --mpi=none --distribution=block --nodes="$nodes" --ntasks="$tasks" \
-        "${srun_options[@]}" "${python[@]}" -m launch.train "$@" &
+        "${used[@]}" "${srun_options[@]}" "${python[@]}" -m launch.train "$@" 2> >(keep_errors) &
     ranks_pid=$!
     # A trapped signal ends `wait`, but not srun. srun does not forward signals to tasks that it has not started yet,
     # for example while a container image is downloaded: the signal is repeated, and the ranks count it once.
@@ -145,9 +171,17 @@ if [ "${count:-$restarts}" != "$restarts" ]; then
     exit 1
 fi
 
+for _ in {1..50}; do # until what srun has written last is there
+    [ -n "$ranks_pid" ] && ! grep -qx end "$errors" || break
+    sleep 0.1
+done
+SWITCHYARD_ERRORS=$(head --bytes=16000 "$errors")
+export SWITCHYARD_ERRORS
+[ "$errors" = /dev/null ] || rm -f -- "$errors"
 verdict=$(once -m launch.verdict "${asked[@]}" "${interactive[@]}" "$run_dir") || true
+failing=()
 case $verdict in
-requeue) ;;
+requeue*) read -r -a failing <<<"${verdict#requeue}" ;;
 [0-9] | [0-9][0-9]) exit "$verdict" ;;
 *)
     # The state of the run may be unreadable, or the disk full, but Slurm did signal the end of the job. launch.check
@@ -156,6 +190,50 @@ requeue) ;;
     say "it is unknown how the run ended, but it was signalled to stop: requeued"
     ;;
 esac
+
+# How many nodes this requeued job needs. Slurm shows the number that it had, but keeps its tasks: --nodes=MIN-MAX without
+# a number of tasks is MIN tasks.
+minimum_of_nodes() {
+    local needed
+    needed=$(unset "${!SQUEUE_@}" && squeue --noheader --job="$SLURM_JOB_ID" --Format='NumTasks: ' 2>/dev/null |
+        head -n 1 | tr -dc 0-9) || true
+    if [ -z "$needed" ] || [ -n "${SLURM_NTASKS-}" ] && [ -z "${SLURM_NTASKS_PER_NODE-}" ]; then
+        echo "${SLURM_JOB_NUM_NODES:-1}"
+    elif [ -n "${SLURM_NTASKS-}" ]; then
+        echo "$(((needed + SLURM_NTASKS_PER_NODE - 1) / SLURM_NTASKS_PER_NODE))"
+    else
+        echo "$needed"
+    fi
+}
+
+# Keeps this requeued job, which is pending now, off a node on which the run has failed repeatedly, as long as Slurm has
+# other nodes like it: at least as many as the job needs.
+exclude() {
+    local node=$1 minimum partition excluded kind='' other_kind state other left=0 nodes_of_partition
+    minimum=$(minimum_of_nodes)
+    read -r partition excluded < <(
+        unset "${!SQUEUE_@}"
+        squeue --noheader --job="$SLURM_JOB_ID" --format='%P %x' 2>/dev/null | head -n 1
+    )
+    [[ $excluded != \(null\) ]] || excluded=''
+    excluded=$(scontrol show hostnames "$excluded" 2>/dev/null | paste -sd,)
+    [[ ",$excluded," != *",$node,"* ]] || return 0
+    nodes_of_partition=$(sinfo --noheader --Node --partition="$partition" --format='%f %G|%T|%N' | sort -u)
+    while IFS='|' read -r other_kind state other; do
+        [ "$other" != "$node" ] || kind=$other_kind
+    done <<<"$nodes_of_partition"
+    while IFS='|' read -r other_kind state other; do
+        [[ $other_kind != "$kind" || $other = "$node" || ",$excluded," = *",$other,"* ]] ||
+            [[ $state = *@(down|drain|fail|maint|unk|power|reboot|\*)* ]] || left=$((left + 1))
+    done <<<"$nodes_of_partition"
+    if [ "$left" -lt "$minimum" ]; then
+        say "$node has failed repeatedly, but of nodes like it only $left others are available, and the job needs" \
+            "$minimum: not excluded"
+    elif scontrol update JobId="$name" ExcNodeList="${excluded:+$excluded,}$node"; then
+        say "$node has failed repeatedly: the job is kept off it from now on" \
+            "(scontrol update JobId=$name ExcNodeList= undoes this)"
+    fi
+}
 
 answer="the controller does not answer"
 for _ in {1..30}; do # while the controller may be restarting
@@ -168,6 +246,7 @@ for _ in {1..30}; do # while the controller may be restarting
     fi
     if [ -n "$state" ] && answer=$(scontrol requeue "$name" 2>&1); then
         say "requeued"
+        for node in "${failing[@]}"; do (trap '' TERM && exclude "$node") || true; done
         sleep 300 & # Slurm ends this script now
         wait
         exit 75

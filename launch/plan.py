@@ -3,6 +3,7 @@ memory of a cluster's GPUs, with predicted memory and step time by part. Imports
 
 Settings that are given stay as they are: with parallel.* only that layout is evaluated."""
 
+import math
 import shlex
 import sys
 from dataclasses import fields, replace
@@ -11,17 +12,17 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from conf import rules
-from conf.commands import PlanConfig
+from conf.commands import PlanConfig, PlanOptions
 from conf.config_view import ConfigView
 from conf.schema import Config
 from launch.cli import command
-from training.planner import report, scaling_laws
+from training.planner import failures, report, scaling_laws
 from training.planner.rates import Rates, rates_of
 from training.planner.search import Found, Options, Plan, search
 from training.slurm import Shape, sbatch_command
 
 SEARCHED = ("train.micro_batch_size", "model.recompute", "optim.cpu_offload")
-OWN = ("ranks", "nodes", "goal", "format", "plot", "budget", "plan.imbalance")
+OWN = ("ranks", "nodes", "goal", "format", "plot", "budget")
 
 
 def main(config: PlanConfig) -> int:
@@ -38,7 +39,7 @@ def main(config: PlanConfig) -> int:
     ranks = _ranks(config)
     given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
     fixed = {key for key in SEARCHED if key in given}
-    fixed |= {"parallel"} if any(key.startswith("parallel.") for key in given) else set()
+    fixed |= {"parallel"} if any(key.startswith("parallel.") and key != "parallel.auto" for key in given) else set()
     _check_settings(run, ranks, fixed)
     rates = rates_of(run.cluster.name)
     options = Options(ranks, config.plan.imbalance, config.goal == "memory", frozenset(fixed))
@@ -47,14 +48,16 @@ def main(config: PlanConfig) -> int:
         raise ValueError(_nothing_fits(run, found, ranks))
     if config.plot:
         report.draw(found.plans, Path(config.plot))
+    best = found.plans[0].prediction
+    advice = failures.advise(found.plans[0].config, best.layout, best.seconds, config.plan)
     if config.format == "json":
-        print(report.as_json(found.plans))
+        print(report.as_json(found.plans, advice))
     else:
-        _print(run, found, rates, options, given)
+        _print(run, found, rates, options, failures.describe(advice, ranks, config.plan) if advice else "")
     return 0
 
 
-def _print(run: Config, found: Found, rates: Rates, options: Options, given: list[str]) -> None:
+def _print(run: Config, found: Found, rates: Rates, options: Options, advice: str) -> None:
     best, cluster = found.plans[0], run.cluster
     nodes = -(-options.ranks // cluster.ranks_per_node)
     cost, train = best.prediction.cost, run.train
@@ -66,9 +69,11 @@ def _print(run: Config, found: Found, rates: Rates, options: Options, given: lis
     print(f"{found.considered:,} layouts and micro-batches considered\n")
     print(report.table(found.plans, cluster.memory_gb), end="\n\n")
     print(report.shares(best))
-    print(report.basis(rates, options.imbalance), end="\n\n")
+    print(report.basis(rates, options.imbalance))
+    print(f"{advice}\n" if advice else "")
     task = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0] not in (*OWN, *SEARCHED)]
-    overrides = [o for o in task if not o.startswith("parallel.")] + best.override().split()
+    others = [o for o in task if not o.startswith(("parallel.", "parallel=", "plan."))]
+    overrides = others + best.override().split()
     print(shlex.join(sbatch_command(Shape.of(cluster, options.ranks), [], overrides)))
 
 
@@ -80,6 +85,12 @@ def _check_own(config: PlanConfig) -> None:
     if config.plan.imbalance < 1:
         raise ValueError(f"plan.imbalance >= 1 (1: balanced), but it is {config.plan.imbalance:g}; nearest: "
                          "plan.imbalance=1")  # fmt: skip
+    if not 0 < config.plan.gpu_mtbf_hours < math.inf:
+        raise ValueError(f"plan.gpu_mtbf_hours > 0, but it is {config.plan.gpu_mtbf_hours:g}; nearest: "
+                         f"plan.gpu_mtbf_hours={PlanOptions().gpu_mtbf_hours:g}")  # fmt: skip
+    if not 0 <= config.plan.restart_minutes < math.inf:
+        raise ValueError(f"plan.restart_minutes >= 0, but it is {config.plan.restart_minutes:g}; nearest: "
+                         "plan.restart_minutes=0")  # fmt: skip
     for key in ("ranks", "nodes", "budget"):
         value = getattr(config, key)
         if value is not None and value <= 0:

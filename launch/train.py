@@ -26,6 +26,7 @@ from training.errors import RankError
 from training.frozen import frozen_parameters
 from training.initial_weights import data_settings
 from training.output_redirect import redirect_output
+from training.planner import auto
 from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from training.run_dir import RunDir, open_run_dir
 from training.sweep import reset_unused
@@ -42,6 +43,7 @@ def main(config: Config, stop: StopRequest) -> int:
     """
     world, simulated = started_ranks()
     config, warnings = reset_unused(config, max(world.size, simulated))
+    config = auto.resolve(config, max(world.size, simulated), max(world.local_size, simulated))
     rules.check(config, max(world.size, simulated))
     frozen_parameters(config)
     # srun kills a step in which a task exits with a code other than 0; stop.json records how the run ended.

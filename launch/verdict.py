@@ -1,11 +1,13 @@
 """`python -m launch.verdict [--asked] [--interactive] RUN_DIR`: what launch/job.sh does after an attempt of a run.
-Prints `requeue` or the exit code of the job, and the reason on standard error.
+Prints `requeue` and the nodes to exclude from then on, or the exit code of the job, and the reason on standard error.
 
 --asked: Slurm had announced the end of the job. --interactive: the job cannot be requeued.
+SWITCHYARD_ERRORS: what srun and the ranks have said about failed tasks.
 """
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -35,8 +37,9 @@ def main() -> None:
     parser.add_argument("--interactive", action="store_true")
     given = parser.parse_args()
     limit = None if given.interactive else _max_requeues(given.run_dir)
-    verdict = record_attempt(given.run_dir, stop_requested=given.asked, max_requeues=limit)
-    print("requeue" if verdict.requeue else verdict.code, flush=True)
+    errors = os.environ.get("SWITCHYARD_ERRORS", "")
+    verdict = record_attempt(given.run_dir, stop_requested=given.asked, max_requeues=limit, errors=errors)
+    print(" ".join(["requeue", *verdict.exclude]) if verdict.requeue else verdict.code, flush=True)
     print(f"switchyard: {visible(verdict.message)}", file=sys.stderr)  # after the answer: the job's output may be full
 
 

@@ -3,7 +3,7 @@ continues in the same run directory. These files pass information from one attem
 
     owner           the process that may write: the one that started last
     stop.json       how an attempt ended, written by its rank 0; absent if it was killed
-    attempts.jsonl  a line for each attempt under Slurm whose end the batch script has seen
+    attempts.jsonl  of each attempt under Slurm a line when it starts, with its nodes and layout, and one when it ends
 
 Does not import torch: the batch script uses this module."""
 
@@ -12,12 +12,15 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from conf.override_text import setting
+from training.failed_nodes import failed_nodes
 from training.run_files import METRICS, json_lines, write_atomically
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
@@ -79,12 +82,28 @@ class Attempt:
     attempt: str
     end: str
     """done, stopped (with a checkpoint), failed (with an error), cut off (asked to stop, but killed before the
-    checkpoint was written) or died."""
+    checkpoint was written), died, or lost (with a node that Slurm has given up, and the batch script)."""
     step: int
     """The last step in metrics.jsonl."""
     checkpoint: int
     """The newest checkpoint's step, 0 for none."""
     reason: str
+    failed_nodes: list[str] = field(default_factory=list)
+    """The nodes on which it failed, as far as that is known."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """An attempt that has been started."""
+
+    attempt: str
+    nodes: list[str]
+    """Names of the nodes of its ranks, in their order."""
+    ranks: int
+    layout: str
+    """Layout.describe()."""
+    settings: dict[str, Any]
+    """Those that parallel=auto has chosen; empty without it."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +114,53 @@ class Verdict:
     code: int
     """The job's exit code when it is not requeued."""
     message: str
+    exclude: tuple[str, ...] = ()
+    """Nodes to keep the requeued job off, most failures first."""
+
+
+DEATHS = 2
+"""Failures of a run on one node after which the run is kept off it."""
+
+
+def record_start(run_dir: Path, start: Start, down: Sequence[str] = ()) -> None:
+    """Adds the line of an attempt that is about to start its ranks, and that of the previous one if it ended with a
+    node, so that its batch script could not.
+
+    Args:
+        down: the nodes that Slurm has given up.
+    """
+    starts, ended = read_starts(run_dir), {attempt.attempt for attempt in read_attempts(run_dir)}
+    before = starts[-1] if starts else None
+    if before and before.attempt not in ended and (lost := [node for node in before.nodes if node in down]):
+        what = before.attempt, "lost", last_step(run_dir), newest_checkpoint(run_dir)
+        end = Attempt(*what, f"Slurm has given up {', '.join(lost)}", lost)
+        _append(run_dir / _ATTEMPTS, json.dumps(asdict(end)))
+    _append(run_dir / _ATTEMPTS, json.dumps(asdict(start)))
 
 
 def record_attempt(
-    run_dir: Path, *, stop_requested: bool, max_requeues: int | None, env: Mapping[str, str] = os.environ
+    run_dir: Path,
+    *,
+    stop_requested: bool,
+    max_requeues: int | None,
+    errors: str = "",
+    env: Mapping[str, str] = os.environ,
 ) -> Verdict:
     """Adds a line to attempts.jsonl and decides whether to requeue.
 
     Args:
         stop_requested: whether Slurm has sent the signal that announces the end of the job.
         max_requeues: limit of requeues; None: an interactive job, which is never requeued.
+        errors: what srun and the ranks have said about failed tasks (training/failed_nodes.py).
     """
     earlier = read_attempts(run_dir)
     attempt, code = _last_attempt(run_dir, stop_requested=stop_requested, env=env)
+    if attempt.end == "died":
+        started = next((s for s in reversed(read_starts(run_dir)) if s.attempt == attempt.attempt), None)
+        found = failed_nodes(errors, started.nodes, started.ranks) if started else []
+        where = f" (on {', '.join(found)})" if found else ""
+        attempt = replace(attempt, failed_nodes=found, reason=attempt.reason + where)
+    exclude = failing_nodes([*earlier, attempt])
     with contextlib.suppress(OSError):  # a full disk does not change the decision
         _append(run_dir / _ATTEMPTS, json.dumps(asdict(attempt)))
     what = f"after step {attempt.step}: {attempt.reason}"
@@ -121,7 +174,9 @@ def record_attempt(
             code,
             f"{attempt.end} {what}; the same command with {setting('run.dir', str(run_dir))} continues it",
         )
-    if stuck(earlier, attempt):
+    # The node may have been the cause, if it was not left out before.
+    cause_removed = any(node not in failing_nodes(earlier) for node in exclude)
+    if stuck(earlier, attempt) and not cause_removed:
         return Verdict(
             False,
             FAILED,
@@ -134,7 +189,13 @@ def record_attempt(
             code,
             f"{attempt.end} {what}; requeued {restarts(env)} times already (slurm.max_requeues={max_requeues})",
         )
-    return Verdict(True, code, f"{attempt.end} {what}; continues from step {attempt.checkpoint}")
+    return Verdict(True, code, f"{attempt.end} {what}; continues from step {attempt.checkpoint}", exclude)
+
+
+def failing_nodes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """The nodes on which a run has failed DEATHS times, most failures first."""
+    deaths = Counter(node for attempt in attempts for node in attempt.failed_nodes)
+    return tuple(node for node, count in deaths.most_common() if count >= DEATHS)
 
 
 def stuck(earlier: list[Attempt], attempt: Attempt) -> bool:
@@ -170,7 +231,39 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     ignored."""
     kinds = {"attempt": str, "end": str, "step": int, "checkpoint": int, "reason": str}
     entries = [*json_lines(run_dir / _FORMER_ATTEMPTS), *json_lines(run_dir / _ATTEMPTS)]
-    return [Attempt(**found) for entry in entries if (found := _fields(entry, kinds))]
+    return [
+        Attempt(**found, failed_nodes=_names(entry.get("failed_nodes")))
+        for entry in entries
+        if (found := _fields(entry, kinds))
+    ]
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """The attempts that have started their ranks, oldest first; as tolerant as `read_attempts`."""
+    kinds = {"attempt": str, "nodes": list, "ranks": int, "layout": str, "settings": dict}
+    starts = [Start(**found) for entry in json_lines(run_dir / _ATTEMPTS) if (found := _fields(entry, kinds))]
+    return [replace(start, nodes=_names(start.nodes)) for start in starts]
+
+
+def describe_starts(run_dir: Path) -> tuple[str, str]:
+    """How many nodes the attempts had, and their layouts: `4 nodes in attempt 1, 3 in attempt 2`, `dp4, then dp3`."""
+    groups = [
+        (nodes, list(numbers))
+        for nodes, numbers in groupby(enumerate(read_starts(run_dir), 1), key=lambda item: len(item[1].nodes))
+    ]
+    parts = []
+    for place, (nodes, numbered) in enumerate(groups):
+        first, last = numbered[0][0], numbered[-1][0]
+        unit = f" node{'' if nodes == 1 else 's'}" if place == 0 else ""
+        which = f"attempt {first}" if first == last else f"attempts {first} to {last}"
+        parts.append(f"{nodes}{unit} in {which}")
+    layouts = [layout for layout, _ in groupby(start.layout for start in read_starts(run_dir))]
+    return ", ".join(parts), ", then ".join(layouts)
+
+
+def _names(value: Any) -> list[str]:
+    """The texts of a list; empty for anything else."""
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def _fields(entry: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any] | None:

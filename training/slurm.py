@@ -71,9 +71,16 @@ class Shape:
             )
         return cls(nodes, ranks // nodes, cluster)
 
-    def options(self) -> list[str]:
-        """The options of sbatch."""
+    def options(self, *, elastic: bool = False) -> list[str]:
+        """The options of sbatch.
+
+        Args:
+            elastic: for a job that may be requeued with another number of nodes (--nodes=MIN-MAX in further options):
+                without a number of tasks, of which one per GPU is started.
+        """
         words = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks_per_node}"]
+        if elastic and self.cluster.gpus:
+            words[1] = "--exclusive"
         if self.cluster.gpus:
             words.append(f"--gpus-per-node={self.tasks_per_node}")
         if self.cluster.cpus_per_rank:
@@ -81,9 +88,11 @@ class Shape:
         return words
 
 
-def sbatch_command(shape: Shape, options: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def sbatch_command(
+    shape: Shape, options: Sequence[str], overrides: Sequence[str], *, elastic: bool = False
+) -> list[str]:
     """The command that submits a run. `options` come last and take precedence."""
-    return ["sbatch", *shape.options(), *options, SCRIPT, *overrides]
+    return ["sbatch", *shape.options(elastic=elastic), *options, SCRIPT, *overrides]
 
 
 def ask_slurm(words: Sequence[str]) -> tuple[bool, str]:

@@ -16,7 +16,16 @@ from training import environment, noncausal
 from training.console import Console
 from training.errors import RankError, RunDirTakenOver, RunFailed
 from training.output_redirect import OutputRedirection, redirect_output
-from training.requeue import BAD_CONFIGURATION, DONE, FAILED, STOPPED, attempt_id, write_stop
+from training.requeue import (
+    BAD_CONFIGURATION,
+    DONE,
+    FAILED,
+    STOPPED,
+    attempt_id,
+    describe_starts,
+    read_starts,
+    write_stop,
+)
 from training.run_dir import RunDir, expected_path, open_run_dir
 from training.signals import STOP_SIGNALS, StopRequest
 
@@ -196,7 +205,7 @@ def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDi
     return answer[0]
 
 
-_SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model", "data", "job", "run"}
+_SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model", "data", "job", "attempts", "run"}
 """Rows of the start table that are always printed."""
 
 
@@ -205,6 +214,8 @@ def _announce(console: Console, built: "BuiltModel", run_dir: RunDir, prepared: 
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
     job = [("job", attempt_id(), f"on {os.environ.get('SLURM_JOB_NODELIST')}")] if attempt_id() else []
+    if job and len(read_starts(run_dir.path)) > 1:
+        job += [("attempts", *describe_starts(run_dir.path))]
     run = ("run", str(run_dir.path), "continued" if run_dir.continued else "new")
     shown = None if built.config.runtime.verbose else _SHOWN | built.refused
     console.start_table([*built.table, data, *job, run], shown)

@@ -21,14 +21,17 @@ def plan(*overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_best_layouts_as_a_table_and_the_command_that_runs_the_first() -> None:
-    out = plan(*QWEN, "nodes=2").stdout
+    out = plan(*QWEN, "nodes=2", "parallel=auto", "plan.gpu_mtbf_hours=16000", "plan.restart_minutes=5").stdout
     lines = out.splitlines()
     assert "30.53 B parameters, 3.353 B active; 16 GPUs on 2 nodes of h100" in lines[0]
     assert [line.split()[0] for line in lines if line[:1] in "12345" and line[1:2] == " "] == list("12345")
     assert any(line.startswith("time") and "passes over memory" in line for line in lines)
     command = lines[-1].split()
     assert command[0] == "sbatch" and "--nodes=2" in command and "model=qwen3_30b_a3b" in command
-    assert not any(word.startswith(("nodes=", "ranks=")) for word in command)
+    assert not any(word.startswith(("nodes=", "ranks=", "plan.", "parallel=")) for word in command)
+    failures, advice = (line.split() for line in lines if line.startswith(("failures", "advice")))
+    assert failures[3:5] == ["41.7", "days"] and "(plan.restart_minutes=5," in failures  # 1,000 hours
+    assert advice[1].startswith("checkpoint.every=") and "a day" in out
     given = [word.strip("'") for word in command if "=" in word and not word.startswith("-")]
     check = [sys.executable, "-m", "launch.plan", *given, "ranks=16"]
     again = subprocess.run(check, capture_output=True, text=True, cwd=ROOT, timeout=100, check=True)
@@ -36,11 +39,19 @@ def test_the_best_layouts_as_a_table_and_the_command_that_runs_the_first() -> No
 
 
 def test_json_is_all_that_is_printed() -> None:
-    plans = json.loads(plan(*QWEN, "ranks=16", "format=json").stdout)["plans"]
+    shown = json.loads(plan(*QWEN, "ranks=16", "format=json").stdout)
+    plans = shown["plans"]
     assert len(plans) == 5
     keys = {"override", "memory_gb", "step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "parts"}
     assert keys <= set(plans[0])
     assert plans[0]["step_seconds"] <= plans[1]["step_seconds"] and plans[0]["memory_gb"] < 80
+    failures = shown["failures"]
+    assert failures["mtbf_seconds"] == pytest.approx(50_000 * 3600 / 16)
+    assert failures["checkpoint_gb"] == pytest.approx(12 * 30.53, rel=1e-3)
+    assert failures["checkpoint_seconds"] == pytest.approx(failures["checkpoint_gb"] / 2, rel=1e-3)  # two nodes, 1 GB/s
+    assert failures["interval_seconds"] == pytest.approx(
+        failures["checkpoint.every"] * plans[0]["step_seconds"], rel=1e-3
+    )
 
 
 def test_a_given_layout_is_evaluated_alone() -> None:
@@ -78,6 +89,8 @@ PLOT = "nearest: plot=plan.png" if find_spec("matplotlib") else "needs matplotli
         (["cluster=h100", "nodes=0"], "nodes > 0, but it is 0; nearest: nodes=1"),
         (["cluster=h100", "nodes=1", "goal=speed"], "goal is one of throughput, memory, but speed is not"),
         (["cluster=h100", "nodes=1", "plan.imbalance=0.5"], "nearest: plan.imbalance=1"),
+        (["cluster=h100", "nodes=1", "plan.gpu_mtbf_hours=0"], "nearest: plan.gpu_mtbf_hours=50000"),
+        (["cluster=h100", "nodes=1", "plan.restart_minutes=-1"], "nearest: plan.restart_minutes=0"),
         (["cluster=h100", "ranks=8", "parallel.ep=3"], "nearest: "),
         (["cluster=h100", "ranks=7", "train.global_batch_size=1024"], "nearest: train.global_batch_size=1029"),
         (["model=qwen3_235b_a22b", "cluster=h100", "nodes=1"], "does not fit into 8 x 80 GB"),

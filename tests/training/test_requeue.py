@@ -19,8 +19,12 @@ from training.requeue import (
     FAILED,
     STOPPED,
     Ownership,
+    Start,
+    Verdict,
+    describe_starts,
     read_attempts,
     record_attempt,
+    record_start,
     write_stop,
 )
 from training.signals import StopRequest
@@ -54,6 +58,18 @@ class Run:
     def end(self, *, stop_requested: bool = False, limit: int | None = 5) -> tuple[bool, int, str]:
         verdict = record_attempt(self.path, stop_requested=stop_requested, max_requeues=limit)
         return verdict.requeue, verdict.code, verdict.message
+
+    def die(self, restart: int, node: str, *, step: int = 7, nodes: str = "abcd", down: str = "") -> Verdict:
+        """An attempt with a rank on each of some nodes, of which the one on `node` is killed."""
+        self.attempt(restart, step=step)
+        start = Start(f"7.{restart}", list(nodes), len(nodes), f"dp{len(nodes)}", {})
+        record_start(self.path, start, list(down))
+        return record_attempt(
+            self.path,
+            stop_requested=False,
+            max_requeues=9,
+            errors=f"srun: error: {node}: task {nodes.find(node)}: Killed",
+        )
 
 
 def test_a_run_that_is_done_or_wrong_is_not_requeued(run: Run) -> None:
@@ -96,6 +112,39 @@ def test_a_life_between_that_stopped_begins_the_count_again(run: Run) -> None:
     for restart, code in enumerate((None, STOPPED, None)):
         run.attempt(restart, step=7, checkpoint=5, code=code)
         assert run.end()[0]
+
+
+def test_a_node_on_which_a_run_dies_twice_is_excluded(run: Run) -> None:
+    """Even if it has died at one step twice: the node may be why."""
+    assert run.die(0, "c").exclude == ()
+    second = run.die(1, "c")
+    assert second.requeue and second.exclude == ("c",) and "on c" in second.message
+    third = run.die(2, "a", nodes="abd", step=8)
+    assert third.requeue and third.exclude == ("c",)
+    fourth = run.die(3, "a", nodes="abd", step=8)
+    assert fourth.requeue and set(fourth.exclude) == {"a", "c"}
+    # Without c and a, b dies at the same step as before: it is not the nodes.
+    assert run.die(4, "b", nodes="bd", step=8).requeue is False
+    assert describe_starts(run.path) == (
+        "4 nodes in attempts 1 to 2, 3 in attempts 3 to 4, 2 in attempt 5",
+        "dp4, then dp3, then dp2",
+    )
+
+
+def test_an_excluded_node_that_comes_back_does_not_requeue_for_ever(run: Run) -> None:
+    """As when the others were needed, so that Slurm was not asked to leave it out."""
+    assert [run.die(restart, "c").requeue for restart in range(3)] == [True, True, False]
+
+
+def test_a_node_that_slurm_gives_up_counts(run: Run) -> None:
+    """Its attempt had no end: the batch script was lost, too."""
+    run.attempt(0, step=5, checkpoint=4)
+    record_start(run.path, Start("7.0", list("abcd"), 4, "dp4", {}))
+    verdict = run.die(1, "b", nodes="abd", step=9, down="cx")
+    (lost, _) = read_attempts(run.path)
+    assert (lost.attempt, lost.end, lost.step, lost.failed_nodes) == ("7.0", "lost", 9, ["c"])
+    assert verdict.exclude == ()
+    assert run.die(2, "c", step=11).exclude == ("c",)
 
 
 def test_never_in_time_is_the_end_too(run: Run) -> None:

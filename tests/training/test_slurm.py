@@ -25,6 +25,12 @@ def test_nodes_without_gpus() -> None:
     assert Shape.of(ClusterConfig("mine", ranks_per_node=2), 8).options() == ["--nodes=4", "--ntasks-per-node=2"]
 
 
+def test_a_job_whose_nodes_may_change_has_no_number_of_tasks() -> None:
+    """Slurm would keep it."""
+    words = "--nodes=2 --exclusive --gpus-per-node=8 --cpus-per-task=14"
+    assert " ".join(Shape.of(H100, 16).options(elastic=True)) == words
+
+
 def test_own_options_come_last_and_overrides_after_the_script() -> None:
     command = sbatch_command(Shape.of(H100, 8), ["--gpus-per-node=h100:8"], ["run.name=a b"])
     assert command[-3:] == ["--gpus-per-node=h100:8", "launch/train.sh", "run.name=a b"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training.memory_estimate import Memory
+from training.planner.failures import Advice
 from training.planner.rates import Rates
 from training.planner.search import Plan
 
@@ -13,11 +14,18 @@ DIGITS = 4
 """Significant digits in JSON."""
 
 
-def as_json(plans: list[Plan]) -> str:
-    """{"plans": [...]}, best first. memory_gb is the peak of the fullest rank's tensors, in 1e9 bytes; parts are
-    seconds of a step, by what they are spent on, and add up to step_seconds. bubbles are seconds of a step, by
-    schedule."""
-    return json.dumps({"plans": [_entry(plan) for plan in plans]})
+def as_json(plans: list[Plan], advice: Advice | None = None) -> str:
+    """{"plans": [...], "failures": {...}}, best first. memory_gb is the peak of the fullest rank's tensors, in 1e9
+    bytes; parts are seconds of a step, by what they are spent on, and add up to step_seconds. bubbles are seconds of a
+    step, by schedule. "failures" is absent if the bandwidth of the storage is unknown."""
+    shown: dict[str, Any] = {"plans": [_entry(plan) for plan in plans]}
+    if advice:
+        f = advice.failures
+        values = {"mtbf_seconds": f.mtbf, "restart_seconds": f.restart, "checkpoint_seconds": f.checkpoint}
+        values |= {"checkpoint_gb": advice.size / 1e9, "interval_seconds": advice.interval, "lost": advice.lost}
+        shown["failures"] = {name: _rounded(value) for name, value in values.items()}
+        shown["failures"]["checkpoint.every"] = advice.every
+    return json.dumps(shown)
 
 
 def _entry(plan: Plan) -> dict[str, Any]:

@@ -79,12 +79,12 @@ def search(config: Config, rates: Rates, options: Options, count: int = 5) -> Fo
     found, fitting = Found(), []
     smallest: tuple[float, Config, Layout] | None = None
     known: dict[object, list[Stage]] = {}
-    for candidate, layout in _candidates(config, options):
+    for candidate, layout in candidates(config, options):
         found.considered += 1
         kind = layout.pp, layout.vpp, layout.pp_layers
         stages = known.setdefault(kind, []) or stages_of(config.model, layout)
         known[kind] = stages
-        for other in _with_recompute(candidate, options):
+        for other in with_recompute(candidate, options):
             memory = memory_of(other, layout, options.imbalance, stages)
             if memory.total <= limit:
                 prediction = predict(other, layout, rates, imbalance=options.imbalance, stages=stages)
@@ -123,7 +123,7 @@ def _degrees(plan: Plan) -> tuple[int, ...]:
     return p.tp, p.pp, p.cp, p.ep, p.etp
 
 
-def _with_recompute(config: Config, options: Options) -> Iterator[Config]:
+def with_recompute(config: Config, options: Options) -> Iterator[Config]:
     """The ways to save memory under a layout, fastest first."""
     kinds: Iterable[tuple[str, ...]] = RECOMPUTE
     if "model.recompute" in options.fixed:
@@ -136,7 +136,7 @@ def _with_recompute(config: Config, options: Options) -> Iterator[Config]:
         yield replace(config, model=model, optim=replace(config.optim, cpu_offload=offload))
 
 
-def _candidates(config: Config, options: Options) -> Iterator[tuple[Config, Layout]]:
+def candidates(config: Config, options: Options) -> Iterator[tuple[Config, Layout]]:
     """Layouts and micro-batches that divide what they have to divide."""
     batch = config.train.global_batch_size
     sizes: Iterable[int] = MICRO_BATCHES
@@ -174,7 +174,7 @@ def _layouts(config: Config, options: Options) -> Iterator[ParallelConfig]:
             for vpp, layers in stage_sizes(model.num_layers, pp):
                 yield replace(
                     config.parallel, tp=tp, sequence_parallel=tp > 1, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp,
-                    pp_layers=layers,
+                    pp_layers=layers, auto=False,
                 )  # fmt: skip
 
 
