@@ -13,10 +13,16 @@ import torch.distributed as dist
 from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, TensorShard, digest, new_digest, read_tensors
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-"""Version of the format. Version 1 used torch.distributed.checkpoint's files, which hold pickled objects."""
+FORMAT = 3
+"""Version of the format. Version 1 used torch.distributed.checkpoint's files, which hold pickled objects; version 2 had
+no data_order, and is read."""
 COUNTERS = ("step", "samples", "tokens", "updates", "world_size")
 """The training loop's counters that a checkpoint stores."""
+OPTIONAL_COUNTERS = ("data_order",)
+"""Those that a checkpoint may lack. data_order: the version of the order in which the run takes its samples; absent
+where it is 1, the only one of format 2."""
+DATA_ORDER = 2
+"""The order of a new run. 2: computed by keyed permutations (corpus/epochs.py). 1: corpus/megatron_order.py."""
 UPDATES = "optimizer.updates"
 """A tensor of one element: the optimizer's own count of updates."""
 _STEP = re.compile(r"step_(\d{8})$")
@@ -71,7 +77,7 @@ def write_manifest(
     base: dict[str, str] | None = None,
 ) -> None:
     """Args:
-    state: the training loop's COUNTERS.
+    state: the training loop's COUNTERS, and some of OPTIONAL_COUNTERS.
     files: {name: [bytes, digest]}.
     base: of adapters, {"path": of the checkpoint that they were trained for, "digest": of its manifest}.
     """
@@ -138,9 +144,9 @@ def _understood(manifest: Any) -> dict[str, Any]:
     if version is None and all(isinstance(manifest.get(key), dict) for key in ("state", "files")):
         raise UnsupportedVersion(
             "was written by an earlier version of Switchyard (format 1), whose files hold pickled Python objects; "
-            f"this version reads only format {FORMAT}. Continue with that version, or choose another run.dir"
+            f"this version reads formats 2 and {FORMAT}. Continue with that version, or choose another run.dir"
         )
-    if version != FORMAT or "digest" not in manifest:
+    if version not in (2, FORMAT) or "digest" not in manifest:
         raise CheckpointDamaged("has no format version and no hash")
     try:
         state, files = manifest["state"], manifest["files"]
@@ -153,7 +159,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
         }
         wrong = _wrong(state, files, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointDamaged(f"does not follow format {FORMAT}: {error!r}") from None
+        raise CheckpointDamaged(f"does not follow format {version}: {error!r}") from None
     if wrong:
         raise CheckpointDamaged(wrong)
     return {"state": state, "files": files, "tensors": tensors, "base": manifest.get("base")}
@@ -162,7 +168,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
 def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
     """The first impossible value in a well-formed manifest; None: there is none."""
     for counter in [*state, *COUNTERS]:
-        if counter not in state or counter not in COUNTERS:
+        if counter not in state or counter not in (*COUNTERS, *OPTIONAL_COUNTERS):
             return f"has {'no' if counter in COUNTERS else 'an unknown'} counter {counter}"
         if type(state[counter]) is not int or state[counter] < 0:
             return f"counts {state[counter]!r} for {counter}"

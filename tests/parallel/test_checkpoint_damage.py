@@ -212,9 +212,9 @@ def test_a_manifest_of_another_shape_is_damage(saver, shape):
 
 
 def test_what_another_version_wrote_is_not_called_damaged(saver):
-    rewrite(saver.last_good, lambda m: m.update(format=3, more=1), digest=True)
+    rewrite(saver.last_good, lambda m: m.update(format=4, more=1), digest=True)
     with pytest.raises(
-        UnsupportedVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 3"
+        UnsupportedVersion, match=r"step_00000002 was written by a newer version of Switchyard \(format 4"
     ):
         saver.resume(pytest.fail)
     rewrite(saver.last_good, lambda m: {"state": {"step": 2, "updates": 1}, "files": {}})
