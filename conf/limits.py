@@ -276,7 +276,12 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("eval.sample_tokens > 0", lambda c: c["eval.sample_tokens"] > 0, "eval.sample_prompt"),
     ("data=text, megatron, chat or preference", lambda c: takes_files(c["data.kind"]), "data.files"),
     ("data other than stdlib", lambda c: c["data.kind"] != "stdlib", "data.valid_files"),
-    ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend"),
+    ("data=blend", lambda c: c["data.kind"] == "blend", "data.blend data.temperature data.stages"),
+    (
+        "data=blend and data.valid_files=[]",
+        lambda c: c["data.kind"] == "blend" and not c["data.valid_files"],
+        "eval.by_part",
+    ),
     (
         "data=text or data=blend",
         lambda c: (

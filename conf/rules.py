@@ -5,12 +5,12 @@ all rules are checked again to make sure that they do.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 from conf.attention_rules import attention_rules
+from conf.blend_rules import blend_rules
 from conf.config_view import (
     DEFAULTS,
     WORLD_SIZE,
@@ -30,11 +30,9 @@ from conf.lora_rules import check_targets, lora_rules
 from conf.nearest import nearest_layouts
 from conf.preference_rules import preference_rules
 from conf.printable import one_line
-from conf.schema import DATA_KINDS, LOGGERS, RECOMPUTE, Config
+from conf.schema import LOGGERS, RECOMPUTE, Config
 
 Checker = Callable[[ConfigView], list[Violation]]
-_ALONE = ("blend", "chat", "preference")
-"""Kinds of data that cannot be part of a blend."""
 _FURTHER = ", each with further changes"
 
 
@@ -94,7 +92,7 @@ def violations(cfg: ConfigView) -> list[Violation]:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
     sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, lora_rules, batch_rules)
-    sections += (preference_rules, _schedule, _names, _load, _loggers, eval_task_rules, _data, _blend, _unused)
+    sections += (preference_rules, _schedule, _names, _load, _loggers, eval_task_rules, _data, blend_rules, _unused)
     found += [violation for section in sections for violation in section(cfg)]
     return found or [*check_targets(cfg)]
 
@@ -343,26 +341,6 @@ def _data(cfg: ConfigView) -> Iterator[Violation]:
             "conversations in a sequence would attend to each other",
             {"data.document_mask": [True], "data.packing": [False]},
         )
-
-
-def _blend(cfg: ConfigView) -> Iterator[Violation]:
-    if cfg["data.kind"] != "blend":
-        return
-    if not cfg["data.blend"]:
-        example = "data.blend=[{weight: 1, kind: stdlib}, {weight: 2, kind: text, files: [PATH]}]"
-        yield Violation("data=blend needs data.blend", f"it has no parts; for example '{example}'")
-    kinds = [kind for kind in dict.fromkeys((*DATA_KINDS, *registered("data.kind"))) if kind not in _ALONE]
-    for index, part in enumerate(cfg["data.blend"]):
-        name = f"data.blend[{index}]"
-        if not 0 < part.weight < math.inf:
-            yield Violation(f"{name}.weight > 0", f"it is {part.weight:g}; nearest: weight: 1")
-        if part.kind not in kinds:
-            nearest = difflib.get_close_matches(part.kind, kinds, n=1, cutoff=0.0)[0]
-            yield Violation(f"{name}.kind is one of {', '.join(kinds)}", f"it is {part.kind}; nearest: kind: {nearest}")
-        elif part.files and not takes_files(part.kind):
-            yield Violation(f"{name}.files has an effect only with kind: text or megatron", f"kind is {part.kind}")
-        elif takes_files(part.kind) and not part.files:
-            yield Violation(f"{name}.files is needed with kind: {part.kind}", "there are none: files: [PATH]")
 
 
 def _unused(cfg: ConfigView) -> Iterator[Violation]:

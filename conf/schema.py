@@ -75,11 +75,23 @@ class BlendPart:
     """One data set of data=blend."""
 
     weight: float = 1.0
-    """Share of the training samples, relative to the other parts."""
+    """Share of the training samples, relative to the other parts; with data.temperature, of what its tokens give it."""
     kind: str = "text"
     """stdlib, text or megatron, as data.kind."""
     files: list[str] = field(default_factory=list)
     """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
+    name: str = ""
+    """Name in the metrics. Empty: number and kind, such as 0_text."""
+
+
+@dataclass
+class BlendStage:
+    """Weights of data=blend from a step on."""
+
+    step: int = 2
+    """The first optimizer step that takes samples by these weights."""
+    weights: list[float] = field(default_factory=list)
+    """The weight of each part of data.blend, in its place; 0 leaves the part out."""
 
 
 @dataclass
@@ -118,6 +130,13 @@ class DataConfig:
     """Reset attention and positions at document boundaries."""
     blend: list[BlendPart] = field(default_factory=list)
     """The parts of data=blend: [{weight: 1, kind: text, files: [PATH]}, ...]."""
+    temperature: float | None = setting(None, gt=0)
+    """Lets the size of a part of data=blend count: its share is proportional to weight * tokens^(1 / temperature). 1:
+    parts of equal weight pass through their epochs at the same rate, and weights are relative numbers of epochs. Larger
+    values favour small parts. null: the weights alone count."""
+    stages: list[BlendStage] = field(default_factory=list)
+    """Other weights of data=blend from later steps on: [{step: 8001, weights: [1, 4]}, ...]. Stages of later steps can
+    be added to a run, without a change to the samples of earlier ones."""
     packing: bool = True
     """With data=chat, whether several conversations share a sequence, each attending to itself alone (which needs
     data.document_mask). They are packed by best-fit decreasing in windows of shuffled conversations. false: one
@@ -131,7 +150,11 @@ class DataConfig:
     cache_dir: str = "~/.cache/switchyard"
     """Directory in which tokenizers and token files are cached. Entries are addressed by content and verified by hash.
     Without write permission existing entries are still used. Users who share a cache must trust each other: whoever can
-    write to it can change the training data."""
+    write to it can change the training data. One process of each node writes to it: a directory on the node's own disk
+    works as well as one that the nodes share."""
+    read_ahead: int = setting(2, ge=0)
+    """Steps whose batches each rank holds ready, read by a thread while earlier steps are computed. 0: a step reads its
+    batches itself. data_wait in metrics.jsonl is what a step still waits for them."""
 
 
 @dataclass
@@ -220,6 +243,9 @@ class EvalConfig:
     """Global batches per evaluation during training."""
     final_batches: int | None = setting(None, ge=1)
     """Global batches of the final evaluation. null: all of the held-out text."""
+    by_part: bool = False
+    """Evaluate the held-out text of each part of data=blend by itself as well: val_loss/NAME in metrics.jsonl. An
+    evaluation then takes that many global batches of each part besides."""
     sample_tokens: int = setting(96, ge=0)
     """Tokens of the sample text generated at the end of the run. 0: none."""
     sample_prompt: str = "    def __init__(self"

@@ -17,8 +17,9 @@ import torch
 from conf.schema import DataConfig
 from corpus.cache import Cache, ReadOnlyCache
 from corpus.conversations import FIRST_LABEL, WEIGHTS
-from corpus.indexed import OpenTokens, read_index
+from corpus.indexed import TokenFile
 from corpus.prepare import Source
+from corpus.read_ahead import IndexAhead
 from corpus.tokenizer import Tokenizer
 
 _WINDOW = 1 << 13
@@ -29,11 +30,9 @@ class Conversations:
     """The tokenised conversations of a source, those too long truncated or left out."""
 
     def __init__(self, source: Source, *, sequence_length: int, too_long: str) -> None:
-        index = read_index(source.prefix)
-        self._file = OpenTokens(source.prefix)
-        self._tokens = np.memmap(source.prefix + ".bin", dtype=index.dtype, mode="r")
+        self._file = TokenFile(source.prefix)
         self._weights = np.memmap(source.prefix + WEIGHTS, dtype=np.float32, mode="r")
-        lengths = index.lengths.astype(np.int64)
+        lengths = self._file.index.lengths.astype(np.int64)
         self._begins = np.cumsum(lengths) - lengths
         self.digest, self.sequence_length = source.sha256, sequence_length
         exceeding = lengths - 1 > sequence_length
@@ -54,13 +53,12 @@ class Conversations:
     def sequence(self, members: np.ndarray) -> dict[str, torch.Tensor]:
         """The sequence with these conversations: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding
         bool [S]."""
-        self._file.check()
         size = self.sequence_length
         tokens, labels, positions = np.zeros((3, size), dtype=np.int64)
         weights, at = np.zeros(size, dtype=np.float32), 0
         for member in members:
-            begin, count = self._begins[member], int(self.places[member])
-            text = self._tokens[begin : begin + count + 1]
+            begin, count = int(self._begins[member]), int(self.places[member])
+            text = self._file.read(begin, count + 1)
             here = slice(at, at + count)
             tokens[here], labels[here] = text[:-1], text[1:]
             weights[here] = self._weights[begin + 1 : begin + count + 1]
@@ -178,10 +176,12 @@ class ChatStream:
         *,
         sequence_length: int,
         seed: int,
+        ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
+            ahead: whether this process packs the next epoch in the background, for all on its node.
             note: called with messages for the user: how much is padding, and what was too long.
         """
         self._chats = Conversations(source, sequence_length=sequence_length, too_long=data.too_long)
@@ -191,6 +191,7 @@ class ChatStream:
         self._key: list[Any] = [self._chats.digest, kept, sequence_length, data.packing, _WINDOW, seed]
         self._ends: list[int] = []
         self._open: tuple[int, Packs] | None = None
+        self._ahead = IndexAhead(self._load) if ahead else None
         note(self._chats.note(self._packs(0), data.too_long))
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
@@ -198,7 +199,10 @@ class ChatStream:
         while not self._ends or index >= self._ends[-1]:
             self._ends.append((self._ends[-1] if self._ends else 0) + len(self._packs(len(self._ends))))
         epoch = int(np.searchsorted(self._ends, index, side="right"))
-        return self._chats.sequence(self._packs(epoch)[index - (self._ends[epoch - 1] if epoch else 0)])
+        begin = self._ends[epoch - 1] if epoch else 0
+        if self._ahead:
+            self._ahead.passed(epoch, index - begin, self._ends[epoch] - begin)
+        return self._chats.sequence(self._packs(epoch)[index - begin])
 
     def _packs(self, epoch: int) -> Packs:
         if self._open is None or self._open[0] != epoch:

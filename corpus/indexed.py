@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from corpus.cache import Cache
 from corpus.documents import nearest_existing
 from corpus.tokenizer import Tokenizer
 
@@ -24,15 +25,18 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, docu
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 _SCAN_TOKENS = 16 * 1024 * 1024
+_SCAN_SEQUENCES = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Index:
-    """A validated .idx file."""
+    """An .idx file, memory-mapped."""
 
     dtype: type[np.integer]
     lengths: np.ndarray
     """Number of tokens of each sequence, int32 [N]."""
+    pointers: np.ndarray
+    """Where each sequence begins in the .bin, in bytes; int64 [N]."""
     documents: np.ndarray
     """The first sequence of each document, then N; int64 [documents + 1]. A document usually is one sequence."""
 
@@ -40,25 +44,62 @@ class Index:
     def num_documents(self) -> int:
         return len(self.documents) - 1
 
+    def begin(self, sequence: int) -> int:
+        """The number of tokens before a sequence; of N, of all tokens."""
+        if sequence < len(self.lengths):
+            return int(self.pointers[sequence]) // np.dtype(self.dtype).itemsize
+        return self.begin(sequence - 1) + int(self.lengths[sequence - 1]) if sequence else 0
+
     def num_tokens(self, first_document: int, num_documents: int) -> int:
         """Number of tokens of a range of documents."""
         first, end = self.documents[first_document], self.documents[first_document + num_documents]
-        return int(self.lengths[first:end].sum(dtype=np.int64))
+        return self.begin(int(end)) - self.begin(int(first))
 
 
 def read_index(prefix: str) -> Index:
-    """Opens PREFIX.idx (memory-mapped) and validates it against PREFIX.bin.
+    """Opens PREFIX.idx and validates all of it, and the size of PREFIX.bin. Reads the file in chunks.
 
     Raises:
         ValueError: a file is missing or is not in Megatron's format, or the two do not match.
     """
-    bin_path, idx_path = prefix + ".bin", prefix + ".idx"
-    for path in (bin_path, idx_path):
+    index = _map_index(prefix)
+    _check_documents(index, prefix)
+    _check_size(prefix, int(index.lengths.sum(dtype=np.int64)) * np.dtype(index.dtype).itemsize)
+    _check_pointers(index, prefix)
+    return index
+
+
+def open_index(prefix: str) -> Index:
+    """Opens a pair that `read_index` has validated, in a time that does not depend on its size.
+
+    Raises:
+        ValueError: a file is missing, or has another size.
+    """
+    index = _map_index(prefix)
+    _check_size(prefix, index.begin(len(index.lengths)) * np.dtype(index.dtype).itemsize)
+    return index
+
+
+def checked_index(prefix: str, cache: Cache) -> Index:
+    """As `read_index`; files that have not changed since then are not read again."""
+    _check_files(prefix)
+    size = os.path.getsize(prefix + ".bin")
+    cache.fact(prefix + ".idx", f"valid for {size} bytes", lambda _: read_index(prefix) is not None)
+    return open_index(prefix)
+
+
+def _check_files(prefix: str) -> None:
+    for path in (prefix + ".bin", prefix + ".idx"):
         if not os.path.isfile(path):
             hint = nearest_existing(path)
             if prefix.endswith((".bin", ".idx")):
                 hint = f"; give the prefix only: {prefix[:-4]}"
             raise ValueError(f"{path} does not exist{hint}")
+
+
+def _map_index(prefix: str) -> Index:
+    _check_files(prefix)
+    idx_path = prefix + ".idx"
     with open(idx_path, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or header[:9] != _MAGIC:
@@ -79,21 +120,29 @@ def read_index(prefix: str) -> Index:
         )
     raw = np.memmap(idx_path, mode="r", offset=0)
     lengths = np.frombuffer(raw, np.int32, num_sequences, _HEADER.size)
-    documents = np.frombuffer(raw, np.int64, num_boundaries, _HEADER.size + num_sequences * (4 + 8))
     pointers = np.frombuffer(raw, np.int64, num_sequences, _HEADER.size + num_sequences * 4)
-    index = Index(_DTYPES[code], lengths, documents)
-    _check_index(index, prefix)
-    _check_pointers(index, pointers, prefix)
-    return index
+    documents = np.frombuffer(raw, np.int64, num_boundaries, _HEADER.size + num_sequences * (4 + 8))
+    return Index(_DTYPES[code], lengths, pointers, documents)
 
 
-def _check_index(index: Index, prefix: str) -> None:
-    documents, itemsize = index.documents, np.dtype(index.dtype).itemsize
-    if (index.lengths < 0).any() or len(documents) == 0 or documents[0] != 0 or (np.diff(documents) < 0).any():
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + _SCAN_SEQUENCES) for start in range(0, count, _SCAN_SEQUENCES))
+
+
+def _check_documents(index: Index, prefix: str) -> None:
+    lengths, documents = index.lengths, index.documents
+    if (
+        len(documents) == 0
+        or documents[0] != 0
+        or any((lengths[chunk] < 0).any() for chunk in _chunks(len(lengths)))
+        or any((documents[1:][chunk] < documents[:-1][chunk]).any() for chunk in _chunks(len(documents) - 1))
+    ):
         raise ValueError(f"{prefix}.idx is damaged: lengths are negative or documents out of order; create it again")
-    if documents[-1] != len(index.lengths):
+    if documents[-1] != len(lengths):
         raise ValueError(f"{prefix}.idx is damaged: its last document ends at sequence {documents[-1]}")
-    expected = int(index.lengths.sum(dtype=np.int64)) * itemsize
+
+
+def _check_size(prefix: str, expected: int) -> None:
     actual = os.path.getsize(prefix + ".bin")
     if expected != actual:
         why = "the .bin is truncated" if actual < expected else "the .idx belongs to another file"
@@ -102,53 +151,61 @@ def _check_index(index: Index, prefix: str) -> None:
         )
 
 
-class OpenTokens:
-    """PREFIX.bin, kept open to check its size before it is read through a memory mapping: reading a page beyond the end
-    of a truncated file would kill the process (SIGBUS) without a message.
-
-    Raises:
-        ValueError: as `read_index`.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.path = prefix + ".bin"
-        index = read_index(prefix)
-        self._size = index.num_tokens(0, index.num_documents) * np.dtype(index.dtype).itemsize
-        self._file = open(self.path, "rb")  # noqa: SIM115 (open as long as the mapping is)
-
-    def check(self) -> None:
-        """Raises OSError if the file has become smaller."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < self._size:
-            raise OSError(
-                f"{self.path} was truncated while it was in use: {size} bytes instead of {self._size}. Stop whatever "
-                "writes to it, create the file again (files in data.cache_dir are rebuilt automatically), then resume "
-                "the run with the same run.dir"
-            )
-
-
-def _check_pointers(index: Index, pointers: np.ndarray, prefix: str) -> None:
-    """Checks that each sequence begins where the previous one ends; pointers are byte offsets, int64 [N]."""
+def _check_pointers(index: Index, prefix: str) -> None:
+    """Checks that each sequence begins where the previous one ends."""
     expected, itemsize = 0, np.dtype(index.dtype).itemsize
-    for start in range(0, len(pointers), _SCAN_TOKENS):
-        chunk = slice(start, start + _SCAN_TOKENS)
+    for chunk in _chunks(len(index.pointers)):
         ends = expected + np.cumsum(index.lengths[chunk], dtype=np.int64) * itemsize
-        if pointers[start] != expected or (pointers[chunk][1:] != ends[:-1]).any():
+        begins = index.pointers[chunk]
+        if begins[0] != expected or (begins[1:] != ends[:-1]).any():
             raise ValueError(f"{prefix}.idx is damaged: its sequences do not follow each other; create it again")
         expected = int(ends[-1])
 
 
-def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndarray:
-    """The concatenated tokens of a range of documents, memory-mapped; [tokens], in the type of the file."""
-    index = read_index(prefix)
-    start = index.num_tokens(0, first_document)
-    tokens = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
-    return tokens[start : start + index.num_tokens(first_document, num_documents)]
+class TokenFile:
+    """An open pair. Tokens are read from PREFIX.bin by position, not through a memory mapping: reading a page beyond
+    the end of a file that was truncated would kill the process (SIGBUS) without a message.
+
+    Raises:
+        ValueError: as `open_index`.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.path, self.index = prefix + ".bin", open_index(prefix)
+        self._itemsize = np.dtype(self.index.dtype).itemsize
+        self._size = self.index.begin(len(self.index.lengths)) * self._itemsize
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """`count` tokens from position `begin` of the file, int64.
+
+        Raises:
+            OSError: the file has become smaller.
+        """
+        size, offset, data = count * self._itemsize, begin * self._itemsize, b""
+        while len(data) < size:
+            part = os.pread(self._file.fileno(), size - len(data), offset + len(data))
+            if not part:
+                raise self._truncated()
+            data += part
+        return np.frombuffer(data, self.index.dtype).astype(np.int64)
+
+    def check(self) -> None:
+        """Raises OSError if the file has become smaller: called before pages of it are read through a mapping."""
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            raise self._truncated()
+
+    def _truncated(self) -> OSError:
+        return OSError(
+            f"{self.path} was truncated while it was in use: {os.fstat(self._file.fileno()).st_size} bytes instead of "
+            f"{self._size}. Stop whatever writes to it, create the file again (files in data.cache_dir are rebuilt "
+            "automatically), then resume the run with the same run.dir"
+        )
 
 
 def extreme_ids(prefix: str) -> tuple[int, int]:
     """Smallest and largest token id of a non-empty file; reads all of it, in chunks."""
-    tokens = np.memmap(prefix + ".bin", dtype=read_index(prefix).dtype, mode="r")
+    tokens = np.memmap(prefix + ".bin", dtype=open_index(prefix).dtype, mode="r")
     chunks = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
 

@@ -1,11 +1,15 @@
 """Opens prepared data: the training stream and the held-out samples of whatever kind they are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from conf.schema import DataConfig
+import numpy as np
+
+from conf.blend_rules import part_names
+from conf.schema import Config, DataConfig
 from corpus.chat_stream import ChatStream, ChatWindows
 from corpus.prepare import Prepared
-from corpus.stream import HeldOut, Stream, TrainStream, ValidWindows
+from corpus.stream import HeldOut, Stage, Stream, TrainStream, ValidWindows, staged_blend
 
 
 def training_stream(
@@ -14,20 +18,47 @@ def training_stream(
     *,
     sequence_length: int,
     seed: int,
+    global_batch_size: int,
+    ahead: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Stream:
     """The infinite stream of training samples; arguments as of TrainStream."""
     if data.kind == "chat":
         (source,) = prepared.train
-        return ChatStream(source, data, sequence_length=sequence_length, seed=seed, note=note)
+        return ChatStream(source, data, sequence_length=sequence_length, seed=seed, ahead=ahead, note=note)
     return TrainStream(
         prepared,
         sequence_length=sequence_length,
         seed=seed,
         cache_dir=data.cache_dir,
         document_mask=data.document_mask,
+        stages=_stages(data, global_batch_size),
+        ahead=ahead,
         note=note,
     )
+
+
+def _stages(data: DataConfig, global_batch_size: int) -> list[Stage]:
+    first = [part.weight for part in data.blend]
+    return [
+        ((stage.step - 1) * global_batch_size, [now / before for now, before in zip(stage.weights, first, strict=True)])
+        for stage in data.stages
+    ]
+
+
+class PartShares:
+    """The share of each part of a blend in the training samples, counted, not sampled."""
+
+    def __init__(self, prepared: Prepared, config: Config) -> None:
+        self._names = part_names(config.data.blend)
+        self._part = np.array([source.part for source in prepared.train])
+        self._blend = staged_blend(prepared, _stages(config.data, config.train.global_batch_size))
+
+    def between(self, first: int, end: int) -> dict[str, float]:
+        """{name: share} of the samples from `first` to before `end`."""
+        counts = self._blend.counts(end) - self._blend.counts(first)
+        shares = np.bincount(self._part, weights=counts, minlength=len(self._names)) / (end - first)
+        return dict(zip(self._names, shares.tolist(), strict=True))
 
 
 def held_out_samples(prepared: Prepared, data: DataConfig, *, sequence_length: int) -> HeldOut:
@@ -36,3 +67,14 @@ def held_out_samples(prepared: Prepared, data: DataConfig, *, sequence_length: i
         (source,) = prepared.valid
         return ChatWindows(source, data, sequence_length=sequence_length)
     return ValidWindows(prepared, sequence_length=sequence_length, document_mask=data.document_mask)
+
+
+def held_out_parts(prepared: Prepared, config: Config) -> dict[str, HeldOut]:
+    """The held-out samples of each part of a blend by its name; nothing unless eval.by_part."""
+    length, parts = config.train.sequence_length, {}
+    for number, name in enumerate(part_names(config.data.blend) if config.eval.by_part else ()):
+        sources = [source for source in prepared.valid if source.part == number]
+        if sources:
+            of_part = replace(prepared, valid=sources)
+            parts[name] = held_out_samples(of_part, config.data, sequence_length=length)
+    return parts

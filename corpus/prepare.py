@@ -17,6 +17,7 @@ from corpus.cache import Cache
 from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
+from corpus.prepared_checks import check_conversations, check_held_out, check_training
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
@@ -37,6 +38,8 @@ class Source:
     num_tokens: int
     sha256: str = field(default="", compare=False)
     """Hash of both files."""
+    part: int = field(default=0, compare=False)
+    """The data set of the settings that it belongs to: its place in data.blend."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class Prepared:
     def key(self) -> str:
         """Identifies the training and held-out data: equal for equal token files in the same order with the same
         weights, independent of their paths."""
-        return _key([[asdict(source) | {"prefix": ""} for source in split] for split in (self.train, self.valid)])
+
+        def content(source: Source) -> dict[str, Any]:
+            return {k: v for k, v in asdict(source).items() if k != "part"} | {"prefix": ""}
+
+        return _key([[content(source) for source in split] for split in (self.train, self.valid)])
 
     def gzip_bits_per_byte(self) -> float | None:
         """Bits per byte of `gzip -9` on the held-out text. None: unknown."""
@@ -149,14 +156,14 @@ def prepare(
         cache.save_facts()  # even after an error: hashing a large corpus is expensive
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
-    prepared = _combine(parts, vocabulary, notes)
+    prepared = _combine(parts, vocabulary, notes, data.temperature)
     if data.kind == "chat":
-        _check_conversations(prepared, data, held_out_only)
+        check_conversations(prepared, data, held_out_only)
     elif held_out_only:
-        _check_held_out(prepared, 1, data)
+        check_held_out(prepared, 1, data)
     else:
-        _check_training(prepared, sequence_length)
-        _check_held_out(prepared, sequence_length, data)
+        check_training(prepared, sequence_length)
+        check_held_out(prepared, sequence_length, data)
     return prepared
 
 
@@ -290,11 +297,14 @@ def _key(content: Any) -> str:
 
 def _read_megatron(spec: DatasetSpec, cache: Cache) -> _Part:
     """Validates the pairs and holds out the last documents of each."""
-    from corpus.indexed import read_index
+    from corpus.indexed import checked_index
 
     train, valid = [], []
     for prefix in spec.files:
-        index, digest = read_index(prefix), _key([cache.sha256(prefix + ".idx"), cache.sha256(prefix + ".bin")])
+        index, digest = (
+            checked_index(prefix, cache),
+            _key([cache.sha256(prefix + ".idx"), cache.sha256(prefix + ".bin")]),
+        )
         documents, share = index.num_documents, spec.valid_share
         held_out = round(documents * share)
         if 0 < share < 1:  # at least one document of each split, if there are two or more
@@ -312,11 +322,11 @@ def _read_megatron(spec: DatasetSpec, cache: Cache) -> _Part:
 
 def _check_token_ids(prefixes: list[str], vocabulary: _Vocabulary, vocab_size: int, cache: Cache) -> _Vocabulary:
     """Checks the ids in token files against the vocabulary; without a tokenizer, extends the vocabulary to them."""
-    from corpus.indexed import extreme_ids, read_index
+    from corpus.indexed import checked_index, extreme_ids
 
     for prefix in prefixes:
-        index = read_index(prefix)
-        if index.lengths.sum() == 0:
+        index = checked_index(prefix, cache)
+        if not index.num_tokens(0, index.num_documents):
             raise ValueError(f"{prefix}.bin contains no tokens")
         fact = f"extreme ids as {index.dtype.__name__}"
         lowest, highest = cache.fact(prefix + ".bin", fact, lambda _, prefix=prefix: extreme_ids(prefix))
@@ -337,9 +347,13 @@ def _check_token_ids(prefixes: list[str], vocabulary: _Vocabulary, vocab_size: i
     return vocabulary
 
 
-def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str]) -> Prepared:
-    train = [source for part in parts for source in part.train]
-    valid = [source for part in parts for source in part.valid]
+def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str], temperature: float | None) -> Prepared:
+    train = [
+        replace(source, part=number, weight=source.weight * _by_size(part, temperature))
+        for number, part in enumerate(parts)
+        for source in part.train
+    ]
+    valid = [replace(source, part=number) for number, part in enumerate(parts) for source in part.valid]
     total = sum(source.weight for source in train)
     tokens = sum(source.num_tokens for source in valid)
     known = all(part.valid_bytes is not None for part in parts)
@@ -355,31 +369,6 @@ def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str]) -> P
     )
 
 
-def _check_conversations(prepared: Prepared, data: DataConfig, held_out_only: bool) -> None:
-    if not prepared.train and not held_out_only:
-        raise ValueError("no conversation is left to train on; lower data.valid_fraction or add conversations")
-    if not prepared.valid:
-        raise ValueError("no conversation is held out; set data.valid_files, or raise data.valid_fraction")
-
-
-def _check_training(prepared: Prepared, sequence_length: int) -> None:
-    if not prepared.train:
-        raise ValueError("no document is left to train on; lower data.valid_fraction or add text")
-    for source in prepared.train:
-        if source.num_tokens <= sequence_length:
-            raise ValueError(
-                f"too little text: {source.num_tokens} tokens to train on ({source.prefix}.bin), but one sequence "
-                f"takes {sequence_length + 1}; add text or set train.sequence_length={source.num_tokens - 1} or less"
-            )
-
-
-def _check_held_out(prepared: Prepared, sequence_length: int, data: DataConfig) -> None:
-    if not prepared.valid:
-        raise ValueError("a single document cannot be split; set data.valid_files to held-out text, or add documents")
-    tokens = sum(source.num_tokens for source in prepared.valid)
-    if tokens <= sequence_length:
-        more = "name more data.valid_files" if data.valid_files else f"raise data.valid_fraction={data.valid_fraction}"
-        raise ValueError(
-            f"the held-out text has {tokens} tokens, but one sequence takes {sequence_length + 1}; "
-            f"{more} or set train.sequence_length={tokens - 1} or less"
-        )
+def _by_size(part: _Part, temperature: float | None) -> float:
+    """The factor of a data set's weight for its size."""
+    return 1.0 if temperature is None else sum(source.num_tokens for source in part.train) ** (1 / temperature)

@@ -1,36 +1,22 @@
 """The samples and batches of a run. Sample i of the training stream depends only on the data, the sequence length and
 the seed, not on the length of the run, on where it resumed or on the rank. Legend: B batch, S sequence.
 
-One epoch of a source is a Megatron-Core GPTDataset: documents are shuffled and concatenated, split into samples of S +
-1 tokens that overlap by one, and the samples are shuffled. An index over several epochs would be shuffled differently
-in a longer run. Therefore each epoch has an index with its own seed, built when its first sample is needed. The
-remaining tokens of an epoch after its last complete sample, fewer than S, are dropped.
+A source is read epoch by epoch, each in an order of its own (`corpus/epochs.py`). The remaining tokens of an epoch
+after its last complete sample, fewer than S, are dropped.
 """
 
-import hashlib
-import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from corpus.cache import Cache, ReadOnlyCache
-from corpus.indexed import OpenTokens, quiet_import, read_index, token_range
-from corpus.prepare import Prepared, Source
-
-with quiet_import():
-    from megatron.core.datasets import helpers
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split
-
-# It warns about every index that is built in memory, as it is here.
-logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
-
-_BLEND_BLOCK = 1 << 16
-_INDEX_PARTS = ("document_index", "sample_index", "shuffle_index")
+from corpus.blend import StagedBlend
+from corpus.cache import Cache
+from corpus.epochs import open_epochs
+from corpus.indexed import TokenFile
+from corpus.prepare import Prepared
+from parallel.checkpoint_manifest import DATA_ORDER
 
 
 class Stream(Protocol):
@@ -45,8 +31,27 @@ class HeldOut(Stream, Protocol):
     def __len__(self) -> int: ...
 
 
+class _Source(Protocol):
+    def sample(self, index: int) -> np.ndarray: ...
+
+
+class _Locate(Protocol):
+    def locate(self, index: int) -> tuple[int, int]: ...
+
+
+Stage = tuple[int, list[float]]
+"""Of a blend: its first sample, and the factor by which the weight of each part differs from the first stage's."""
+
+
+def staged_blend(prepared: Prepared, stages: Sequence[Stage]) -> StagedBlend:
+    """The blend of the sources of the training data."""
+    sources = prepared.train
+    later = [(begin, [source.weight * factors[source.part] for source in sources]) for begin, factors in stages]
+    return StagedBlend([(0, [source.weight for source in sources]), *later])
+
+
 class TrainStream:
-    """The infinite stream of training samples, a weighted blend of sources."""
+    """The infinite stream of training samples, a weighted blend of sources. Not for several threads at once."""
 
     def __init__(
         self,
@@ -56,130 +61,69 @@ class TrainStream:
         seed: int,
         cache_dir: str,
         document_mask: bool,
+        stages: Sequence[Stage] = (),
+        ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
             seed: seed of the order of the samples, >= 0.
             document_mask: whether positions restart after each end-of-document token.
+            stages: of the blend, after the first one.
+            ahead: whether this process builds the indices of later epochs in the background, for all on its node.
             note: called with messages for the user, such as that a damaged index was rebuilt.
         """
         assert prepared.train and (prepared.eod_id is not None or not document_mask)
         cache = Cache(cache_dir, note)
-        self._epochs = [
-            _Epochs(source, sequence_length, [seed, number], cache) for number, source in enumerate(prepared.train)
-        ]
-        self._blend = _Blend([source.weight for source in prepared.train])
+        self._prepared, self._sequence_length, self._seed, self._cache = prepared, sequence_length, seed, cache
+        self._stages = stages
+        self._blend: _Locate = staged_blend(prepared, stages)
+        self._epochs: Sequence[_Source] = open_epochs(
+            prepared, cache, sequence_length=sequence_length, seed=seed, ahead=ahead
+        )
         self._eod_id = prepared.eod_id if document_mask else None
+
+    def keep_order(self, version: int) -> None:
+        """Takes the samples in the order that a run began with, before the first sample is read.
+
+        Args:
+            version: `parallel.checkpoint_manifest.DATA_ORDER` of that time.
+
+        Raises:
+            ValueError: the order is that of a newer version.
+        """
+        if version == DATA_ORDER:
+            return
+        if version > DATA_ORDER:
+            raise ValueError(
+                f"the run takes its samples in order {version}; this version of Switchyard knows {DATA_ORDER} and "
+                "earlier ones. Continue with the version that began it, or choose another run.dir"
+            )
+        if self._stages:
+            raise ValueError(
+                f"data.stages needs a run that takes its samples in order {DATA_ORDER}; this one was begun by an "
+                "earlier version of Switchyard. Start another run from its weights (checkpoint.load), or set "
+                "data.stages=[]"
+            )
+        from corpus.megatron_order import GreedyBlend, MegatronEpochs
+
+        sources = self._prepared.train
+        self._blend = GreedyBlend([source.weight for source in sources])
+        self._epochs = [
+            MegatronEpochs(source, self._sequence_length, [self._seed, number], self._cache)
+            for number, source in enumerate(sources)
+        ]
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index` >= 0: tokens, labels and positions, int64 [S]. Without a loss_mask: every label counts."""
         source, index_in_source = self._blend.locate(index)
-        item = self._epochs[source].sample(index_in_source)
+        text = torch.from_numpy(self._epochs[source].sample(index_in_source))
+        tokens = text[:-1].contiguous()
         return {
-            "tokens": item["tokens"],
-            "labels": item["labels"],
-            "positions": positions_within(item["tokens"], self._eod_id),
+            "tokens": tokens,
+            "labels": text[1:].contiguous(),
+            "positions": positions_within(tokens, self._eod_id),
         }
-
-
-class _Epochs:
-    """The samples of one source, over all epochs."""
-
-    def __init__(self, source: Source, sequence_length: int, seed: list[int], cache: Cache) -> None:
-        index = read_index(source.prefix)
-        first, end = index.documents[[source.first_document, source.first_document + source.num_documents]]
-        self._sequences = np.arange(first, end)
-        # Everything that the order of an epoch depends on, except its number.
-        lengths = hashlib.sha256(index.lengths[first:end].tobytes()).hexdigest()
-        self._key = [lengths, int(first), sequence_length, *seed]
-        self._prefix = source.prefix
-        self._sequence_length = sequence_length
-        self._seed = seed
-        self._cache = cache
-        self._file = OpenTokens(source.prefix)
-        self._tokens = IndexedDataset(source.prefix)
-        self._samples_per_epoch = (source.num_tokens - 1) // sequence_length
-        self._open: tuple[int, GPTDataset] | None = None
-
-    def sample(self, index: int) -> dict[str, torch.Tensor]:
-        self._file.check()
-        epoch, index_in_epoch = divmod(index, self._samples_per_epoch)
-        if self._open is None or self._open[0] != epoch:
-            self._open = (epoch, self._dataset(epoch))
-        return self._open[1][index_in_epoch]
-
-    def _dataset(self, epoch: int) -> GPTDataset:
-        """The epoch's samples, its index memory-mapped from the cache.
-
-        Megatron-Core writes an index on global rank 0 only, and reads it on the other ranks even if it is incomplete.
-        Therefore the first rank that needs the epoch builds the index in memory (path_to_cache="") and saves it in
-        `Cache`, whose lock makes the others wait; all ranks then load these files into a dataset with a deferred index.
-        If the cache cannot be written to, every rank builds the same index in memory.
-        """
-
-        def build(folder: Path) -> None:
-            built = self._gpt_dataset(epoch)
-            for name in _INDEX_PARTS:
-                np.save(folder / f"{name}.npy", getattr(built, name), allow_pickle=False)
-
-        try:
-            folder = self._cache.entry("epochs", [*self._key, epoch], build)
-        except ReadOnlyCache:
-            return self._gpt_dataset(epoch)
-        dataset = self._gpt_dataset(epoch, defer_npy_index_mmap=True)
-        for name in _INDEX_PARTS:
-            setattr(dataset, name, np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-        return dataset
-
-    def _gpt_dataset(self, epoch: int, *, defer_npy_index_mmap: bool = False) -> GPTDataset:
-        config = GPTDatasetConfig(
-            random_seed=int(np.random.SeedSequence([*self._seed, epoch]).generate_state(1)[0]),
-            sequence_length=self._sequence_length,
-            blend=([self._prefix], None),
-            split="1",
-            tokenizer=_NoTokenizer(),
-            path_to_cache="",
-            defer_npy_index_mmap=defer_npy_index_mmap,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        return GPTDataset(self._tokens, self._prefix, self._sequences, None, Split.train, config)
-
-
-class _NoTokenizer:
-    """GPTDataset needs ids of the tokenizer only for masks, which are not created there."""
-
-    eod = None
-    vocab_size = None
-    unique_identifiers: ClassVar[dict[str, str]] = {}
-
-
-class _Blend:
-    """The source of each sample: the one that is furthest behind its weight, computed by Megatron-Core's compiled
-    helper. The source of sample i depends only on the samples before it, so that a longer table begins with the shorter
-    one. The table takes 10 bytes per sample of the run."""
-
-    def __init__(self, weights: list[float]) -> None:
-        self._weights = np.array(weights, dtype=np.float64)
-        self._grow(_BLEND_BLOCK)
-
-    def _grow(self, size: int) -> None:
-        self._source = np.zeros(size, dtype=np.int16)
-        self._index_in_source = np.zeros(size, dtype=np.int64)
-        helpers.build_blending_indices(
-            self._source, self._index_in_source, self._weights, len(self._weights), size, False
-        )
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The source of sample `index`, and its index within that source."""
-        if len(self._weights) == 1:
-            return 0, index
-        if index >= len(self._source):
-            self._grow(1 << index.bit_length())
-        return int(self._source[index]), int(self._index_in_source[index])
 
 
 class ValidWindows:
@@ -188,9 +132,12 @@ class ValidWindows:
 
     def __init__(self, prepared: Prepared, *, sequence_length: int, document_mask: bool) -> None:
         assert prepared.eod_id is not None or not document_mask
-        self._files = [OpenTokens(source.prefix) for source in prepared.valid]
-        self._sources = [token_range(s.prefix, s.first_document, s.num_documents) for s in prepared.valid]
-        windows = [-(-(len(tokens) - 1) // sequence_length) for tokens in self._sources]
+        self._files = [TokenFile(source.prefix) for source in prepared.valid]
+        self._begins = [
+            f.index.num_tokens(0, s.first_document) for f, s in zip(self._files, prepared.valid, strict=True)
+        ]
+        self._tokens = [source.num_tokens for source in prepared.valid]
+        windows = [-(-(tokens - 1) // sequence_length) for tokens in self._tokens]
         self._ends = np.cumsum(windows)
         self._sequence_length = sequence_length
         self._eod_id = prepared.eod_id if document_mask else None
@@ -207,9 +154,9 @@ class ValidWindows:
         text = np.empty(0, dtype=np.int64)
         if index < len(self):
             source = int(np.searchsorted(self._ends, index, side="right"))
-            self._files[source].check()
-            start = (index - (self._ends[source - 1] if source else 0)) * size
-            text = self._sources[source][start : start + size + 1].astype(np.int64)
+            start = (index - (int(self._ends[source - 1]) if source else 0)) * size
+            count = min(size + 1, self._tokens[source] - start)
+            text = self._files[source].read(self._begins[source] + start, count)
         labels = max(len(text) - 1, 0)
         padded = torch.zeros(size + 1, dtype=torch.int64)
         padded[: len(text)] = torch.from_numpy(text)

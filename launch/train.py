@@ -21,6 +21,7 @@ from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from parallel.env import World, should_print, started_ranks
 from parallel.local_launcher import RankFailed
+from parallel.node_sharing import NodeFailure, node_key, once_per_node
 from training.console import Console
 from training.errors import RankError
 from training.frozen import frozen_parameters
@@ -58,6 +59,10 @@ def main(config: Config, stop: StopRequest) -> int:
         if should_print(world, message):
             print(f"switchyard: error: {visible(message)}", file=sys.stderr)
         return FAILED
+    except NodeFailure as failure:
+        if world.local_rank <= 1:  # 0 has printed its own failure, unless it was killed
+            print(f"switchyard: error: {visible(str(failure))}", file=sys.stderr)
+        return FAILED
     except ValueError as error:
         # An error that only the rank itself can detect, such as a GPU without bf16.
         tell_batch_script(config, BAD_CONFIGURATION, str(error))
@@ -78,13 +83,42 @@ def _train(world: World, simulated: int, config: Config, stop: StopRequest, warn
             for warning in warnings:
                 console.warning(warning)
             run_dir = open_run_dir(config) if world.size == 1 else None
-            prepared = prepare_run(config, run_dir, console, stop)
+            prepared = _prepare_on_node(world, config, run_dir, console, stop)
         if simulated == 1:
             return train_rank(world, config, run_dir, prepared, redirection, stop)
     finally:
         redirection.undo()
     assert run_dir is not None
     return train_simulated(simulated, config, run_dir, prepared, stop)
+
+
+def _prepare_on_node(
+    world: World, config: Config, run_dir: RunDir | None, console: Console, stop: StopRequest
+) -> Prepared:
+    """As `prepare_run`, which one process of a node calls for all of its ranks. Nodes that share a cache wait for each
+    other there.
+
+    Raises:
+        NodeFailure: that process failed.
+    """
+    key = node_key() if world.size > 1 else None
+    if key is None:
+        return prepare_run(config, run_dir, console, stop)
+
+    def waiting(what: str) -> None:
+        stop.check()
+        console.progress(what, 0.0)
+
+    def work() -> str:
+        prepared = prepare_run(config, None, console, stop)
+        if config.data.kind not in ("chat", "preference"):  # small, and packed by each start
+            from corpus.epochs import index_first_epoch
+
+            sizes = {"sequence_length": config.train.sequence_length, "seed": config.train.seed}
+            index_first_epoch(prepared, config.data.cache_dir, **sizes)
+        return prepared.to_json()
+
+    return Prepared.from_json(once_per_node(world, key, work, timeout=config.runtime.timeout, waiting=waiting))
 
 
 def prepare_run(config: Config, run_dir: RunDir | None, console: Console, stop: StopRequest | None = None) -> Prepared:

@@ -23,9 +23,15 @@ from parallel.checkpoint_format import (
 MANIFEST = "manifest.json"
 FORMAT, _READ = 3, (2, 3)
 """Version of the format, and those that are read. Version 1 used torch.distributed.checkpoint's files, which hold
-pickled objects; in version 2 the digest of a file was that of its bytes, and the manifest listed random states."""
+pickled objects; in version 2 the digest of a file was that of its bytes, the manifest listed random states, and there
+was no data_order."""
 COUNTERS = ("step", "samples", "tokens", "updates", "world_size")
 """The training loop's counters that a checkpoint stores."""
+OPTIONAL_COUNTERS = ("data_order",)
+"""Those that a checkpoint may lack. data_order: the version of the order in which the run takes its samples; absent
+where it is 1, the only one of format 2."""
+DATA_ORDER = 2
+"""The order of a new run. 2: computed by keyed permutations (corpus/epochs.py). 1: corpus/megatron_order.py."""
 UPDATES = "optimizer.updates"
 """A tensor of one element: the optimizer's own count of updates."""
 Loaded = TypeVar("Loaded")
@@ -88,7 +94,7 @@ def write_manifest(
     base: dict[str, str] | None = None,
 ) -> None:
     """Args:
-    state: the training loop's COUNTERS.
+    state: the training loop's COUNTERS, and some of OPTIONAL_COUNTERS.
     files: {name: [bytes, digest]}.
     base: of adapters, {"path": of the checkpoint that they were trained for, "digest": of its manifest}.
     """
@@ -180,7 +186,7 @@ def _understood(manifest: Any) -> dict[str, Any]:
 def _wrong(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
     """The first impossible value in a well-formed manifest; None: there is none."""
     for counter in [*state, *COUNTERS]:
-        if counter not in state or counter not in COUNTERS:
+        if counter not in state or counter not in (*COUNTERS, *OPTIONAL_COUNTERS):
             return f"has {'no' if counter in COUNTERS else 'an unknown'} counter {counter}"
         if type(state[counter]) is not int or state[counter] < 0:
             return f"counts {state[counter]!r} for {counter}"

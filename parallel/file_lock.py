@@ -16,7 +16,8 @@ from pathlib import Path
 
 _BEAT = 1.0
 """Seconds between two heartbeats."""
-_POLL = 0.1
+_POLL, _LONGEST_POLL = 0.1, 1.0
+"""Seconds between the first attempts to take a lock, and between later ones: a shared file system serves many nodes."""
 _MENTION = 5.0
 """Seconds of waiting before `waiting` is called."""
 
@@ -55,7 +56,7 @@ def hold_lock(
 
 def _wait(lock: int, path: Path, timeout: float, waiting: Callable[[str], None]) -> None:
     started = since = time.monotonic()
-    seen = None
+    seen, pause = None, _POLL
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +73,8 @@ def _wait(lock: int, path: Path, timeout: float, waiting: Callable[[str], None])
             )
         if now - started > _MENTION:
             waiting(f"waiting for {who}, which holds {path}")
-        time.sleep(_POLL)
+        time.sleep(pause)
+        pause = min(1.2 * pause, _LONGEST_POLL)
 
 
 def _beside(path: Path) -> Path:

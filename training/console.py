@@ -393,8 +393,8 @@ def _step_line(row: Row, steps: int, left: str) -> str:
         parts.append(f"mfu {row['mfu']:5.1%}")
     if row["load_max_over_mean"] is not None:  # a model with experts
         parts.append(f"dropped {row['dropped_fraction']:5.1%}  load {row['load_max_over_mean']:5.2f}x")
-    if row.get("skipped"):
-        parts.append(f"skipped {row['skipped']}")
-    if row["step"] < steps:
-        parts.append(f"{left} left")
+    waits = row["data_wait"] / row["step_seconds"]
+    parts += [f"waits for data {waits:.0%}"] if waits > 0.05 else []
+    parts += [f"skipped {row['skipped']}"] if row.get("skipped") else []
+    parts += [f"{left} left"] if row["step"] < steps else []
     return "  ".join(parts)

@@ -1,7 +1,7 @@
 """Evaluation: loss and bits per byte of held-out text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from corpus.stream import HeldOut, micro_batches
 from parallel.engine import Batch
 from training.builder import BuiltModel
+from training.metrics import PART_LOSS
 from training.router_replay import ReplayedWindows, RoutingRecording
 
 
@@ -29,9 +30,12 @@ class EvalResult:
     preferences."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Means of the objective's metrics."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """The loss of each part of a blend, by its name."""
 
     def row(self, step: int) -> dict[str, Any]:
         further = {f"val_{name}": value for name, value in self.metrics.items()}
+        further |= {f"{PART_LOSS}{name}": loss for name, loss in self.parts.items()}
         return {"step": step, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte, **further}
 
 
@@ -67,6 +71,11 @@ def evaluate(
     dist.all_reduce(text_bytes, group=built.runtime.groups.dp)
     bits = nats / math.log(2) / text_bytes.item() if byte_lengths is not None else None
     return EvalResult(nats / tokens, tokens, bits)
+
+
+def evaluate_parts(built: BuiltModel, parts: Mapping[str, HeldOut], *, batches: int | None) -> dict[str, float]:
+    """The loss of each part's held-out text. Every rank calls this together; arguments as of `evaluate`."""
+    return {name: evaluate(built, windows, None, batches=batches).loss for name, windows in parts.items()}
 
 
 def _evaluate_objective(built: BuiltModel, windows: HeldOut, batches: int | None) -> EvalResult:

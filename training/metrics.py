@@ -45,7 +45,7 @@ _KEYS_AFTER_ROUTERS = (
     "rank_seconds",  # time of the median rank in a step, without waiting for other data-parallel ranks
     "slowest_seconds",  # the slowest rank's
     "slowest_rank",
-    "data_seconds",  # time of loading data in a step, on the rank where it took longest
+    "data_wait",  # seconds of a step in which a rank waited for its batches; the rank that waited longest
     "memory_bytes",  # the largest peak of any rank, before the update of the step
 )
 OPTIONAL_STEP_KEYS = (
@@ -55,6 +55,10 @@ OPTIONAL_STEP_KEYS = (
 )
 EVALUATION_KEYS = ("step", "val_loss", "val_bits_per_byte")
 OPTIONAL_EVALUATION_KEYS = tuple(f"val_{name}" for name in PREFERENCE_METRICS)
+PART_LOSS = "val_loss/"
+"""Prefix of the keys with the held-out loss of each part of data=blend; with eval.by_part."""
+SHARE = "share/"
+"""Prefix of the keys with the share of each part of data=blend in the samples since the previous row."""
 TASKS = "eval_tasks/"
 """Prefix of the keys of evaluation tasks, which have lines of their own."""
 
@@ -131,10 +135,11 @@ class RunLog:
         self._loggers = Loggers(loggers, RunInfo(run_dir, restored_step, settings or {}), warn)
 
     def step(self, row: Row, load: ExpertLoad | None = None, mtp_losses: Sequence[float] = ()) -> None:
-        """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS; `load` is None for a dense model.
-        Loggers also get the losses of single layers for multi-token prediction."""
-        keys = step_keys()
-        assert set(keys) <= row.keys() <= {*keys, *OPTIONAL_STEP_KEYS}, sorted(row)
+        """Writes a logged step: all of step_keys(), some of OPTIONAL_STEP_KEYS, and shares; `load` is None for a dense
+        model. Loggers also get the losses of single layers for multi-token prediction."""
+        shares = [key for key in row if key.startswith(SHARE)]
+        keys = (*step_keys(), *OPTIONAL_STEP_KEYS, *shares)
+        assert {*step_keys()} <= row.keys() <= {*keys}, sorted(row)
         step, logged = row["step"], self._logged
         self._logged += 1
         every_expert = load is not None and logged % recorded_every(load) == 0
@@ -143,14 +148,15 @@ class RunLog:
         if load is not None and has_heat_map(logged):
             self._draw(step, load)
         self._last_load = (step, load) if load is not None and not has_heat_map(logged) else None
-        self._write(self._rows, {key: row[key] for key in (*keys, *OPTIONAL_STEP_KEYS) if key in row})
+        self._write(self._rows, {key: row[key] for key in keys if key in row})
         if load is not None and every_expert:
             self._write(self._loads, *load_rows(step, load))
 
     def evaluation(self, row: Row) -> None:
-        """Writes an evaluation: all of EVALUATION_KEYS, some of OPTIONAL_EVALUATION_KEYS. A step has one: where a
-        finished run is started again, the new one takes the place of the one before."""
-        keys = (*EVALUATION_KEYS, *OPTIONAL_EVALUATION_KEYS)
+        """Writes an evaluation: all of EVALUATION_KEYS, some of OPTIONAL_EVALUATION_KEYS, losses of parts. A step has
+        one: where a finished run is started again, the new one takes the place of the one before."""
+        parts = [key for key in row if key.startswith(PART_LOSS)]
+        keys = (*EVALUATION_KEYS, *OPTIONAL_EVALUATION_KEYS, *parts)
         assert set(EVALUATION_KEYS) <= row.keys() <= set(keys), sorted(row)
         kept = {key: row[key] for key in keys if key in row}
         earlier = [] if self._logged else json_lines(self._path)

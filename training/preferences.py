@@ -35,8 +35,8 @@ from training.run_files import write_atomically
 REFERENCE_FILE = "reference.npz"
 
 
-def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, HeldOut]:
-    """The training stream and the held-out windows of a run."""
+def open_data(config: Config, prepared: Prepared, note: Any, *, ahead: bool = False) -> tuple[Stream, HeldOut]:
+    """The training stream and the held-out windows of a run. `ahead`: as of TrainStream."""
     train, data = config.train, config.data
     length = train.sequence_length
     if data.kind == "preference":
@@ -44,7 +44,8 @@ def open_data(config: Config, prepared: Prepared, note: Any) -> tuple[Stream, He
         prompts = training_set(prepared, sequence_length=length, responses=responses)
         held_out = held_out_set(prepared, sequence_length=length, responses=responses)
         return PreferenceStream(prompts, seed=train.seed), held_out
-    stream = training_stream(prepared, data, sequence_length=length, seed=train.seed, note=note)
+    sizes = {"sequence_length": length, "global_batch_size": train.global_batch_size}
+    stream = training_stream(prepared, data, **sizes, seed=train.seed, note=note, ahead=ahead)
     return stream, held_out_samples(prepared, data, sequence_length=length)
 
 

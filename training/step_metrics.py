@@ -30,6 +30,8 @@ class StepMetrics:
         self.mtp_losses: list[float] = []
         """Of each layer for multi-token prediction."""
         self._largest = torch.empty(0)
+        self.steps = 0
+        """Of the interval that the last row covers."""
         self._since = 0, 0
 
     def start(self, step: int, skipped: int) -> None:
@@ -59,10 +61,10 @@ class StepMetrics:
         """
         config, built = self.built.config, self.built
         train, moe = config.train, config.model.moe
-        steps, skipped_now = step - self._since[0], skipped - self._since[1]
+        self.steps, skipped_now = step - self._since[0], skipped - self._since[1]
         self._since = step, skipped
         if self.layers:
-            micro_batches = steps * train.global_batch_size // train.micro_batch_size
+            micro_batches = self.steps * train.global_batch_size // train.micro_batch_size
             layout = built.runtime.layout
             table = sums["routers"]
             self.load = reduced_load(table, self._largest, self.layers, moe.num_experts, layout, micro_batches)

@@ -21,9 +21,9 @@ class Stragglers:
     """Measures the time of this rank per step and compares the ranks at every logged step. Every rank has an instance
     and calls every method together with the others.
 
-    The time of a rank covers loading data, forward and backward, up to where it waits for other data-parallel ranks.
-    Until then it waits only for the ranks of its replica (tensor, pipeline, context and expert parallelism): all ranks
-    of a slow replica are slow, and the slowest of them is reported.
+    The time of a rank covers waiting for data, forward and backward, up to where it waits for other data-parallel
+    ranks. Until then it waits only for the ranks of its replica (tensor, pipeline, context and expert parallelism): all
+    ranks of a slow replica are slow, and the slowest of them is reported.
     """
 
     hosts: list[str] = field(init=False)
@@ -73,14 +73,14 @@ class Stragglers:
 
 
 def figures(every_R3: Tensor) -> dict[str, float | int]:
-    """Metrics from [seconds, seconds spent on data, bytes of memory] of each rank."""
+    """Metrics from [seconds, seconds of waiting for data, bytes of memory] of each rank."""
     own_R, data_R, memory_R = every_R3.unbind(1)
     slowest = int(own_R.argmax())
     return {
         "rank_seconds": own_R.median().item(),
         "slowest_seconds": own_R[slowest].item(),
         "slowest_rank": slowest,
-        "data_seconds": data_R.max().item(),
+        "data_wait": data_R.max().item(),
         "memory_bytes": int(memory_R.max()),
     }
 

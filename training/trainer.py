@@ -8,22 +8,25 @@ import torch.distributed as dist
 
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
+from corpus.open_data import PartShares, held_out_parts
 from corpus.prepare import Prepared
-from corpus.stream import micro_batches
+from corpus.stream import TrainStream
 from corpus.tokenizer import Tokenizer
 from parallel.checkpoint import Checkpointer, NonFiniteState
+from parallel.checkpoint_manifest import DATA_ORDER
 from parallel.device_timer import StepTimer
 from parallel.optimizer_state import first_nonfinite
 from training.agreement import Agreement, severest
+from training.batches import read_batches
 from training.builder import BuiltModel
 from training.console import Console
 from training.errors import RunDirTakenOver, RunFailed
-from training.evaluate import EvalResult, evaluate
+from training.evaluate import EvalResult, evaluate, evaluate_parts
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.load_initial import load_initial_weights
 from training.lr_schedule import learning_rate, schedule_jump
-from training.metrics import RunLog
+from training.metrics import SHARE, RunLog
 from training.nonfinite import SkipCounter
 from training.preferences import open_data, set_reference
 from training.profiler import Profiler
@@ -46,6 +49,8 @@ class Progress:
     updates: int = 0
     """Number of steps whose update was applied."""
     world_size: int = 1
+    data_order: int = 1
+    """The version of the order of samples; 1 where a checkpoint has none."""
 
 
 class Trainer:
@@ -61,11 +66,14 @@ class Trainer:
         self.tokenizer = Tokenizer.load(prepared.tokenizer, self.config.data.eod_token) if prepared.tokenizer else None
         # Bits per byte need the bytes of each token: known with a tokenizer, also for token files made elsewhere.
         self.byte_lengths = self.tokenizer.byte_lengths() if self.tokenizer else None
-        self.stream, self.windows = open_data(self.config, prepared, console.note)
+        ahead = built.runtime.world.local_rank == 0
+        self.stream, self.windows = open_data(self.config, prepared, console.note, ahead=ahead)
+        self.held_out_parts = held_out_parts(prepared, self.config)
+        self.shares = PartShares(prepared, self.config) if self.config.data.kind == "blend" else None
         if self.config.data.kind == "chat" and self.tokenizer:
             console.note(describe_example(self.stream.sample(0), self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
-        self.progress = Progress(world_size=built.runtime.world.size)
+        self.progress = Progress(world_size=built.runtime.world.size, data_order=DATA_ORDER)
         self.skips = SkipCounter(self.config.guard.max_skipped)
         self.tasks = TrainingTasks(built, run_dir, console, self.storage)
         self.metrics = StepMetrics(built)
@@ -92,6 +100,8 @@ class Trainer:
                 self.console.warning(jump)
         elif settings.load and not has_adapters:
             source = load_initial_weights(self.built, self.checkpointer, self.console)
+        if isinstance(self.stream, TrainStream):
+            self.stream.keep_order(self.progress.data_order)
         at = {"loaded": source, "step": self.progress.step}
         if done := set_reference(self.built, self.stream, self.windows, self.run_dir.path, **at):
             self.console.note(done)
@@ -114,9 +124,13 @@ class Trainer:
                 cannot be written any more.
         """
         log = self._open_log()
+        at, groups = self.progress, self.built.runtime.groups
+        left = self.config.train.steps - at.step
+        self.batches = read_batches(self.config, self.stream, groups, first_sample=at.samples, steps=left)
         try:
             return self._run(log)
         finally:
+            self.batches.close()
             if log:
                 log.close()
 
@@ -200,20 +214,9 @@ class Trainer:
         to know in the same step whether the update is applied: the loss, the state of each rank, and of a logged step
         the metrics.
         """
-        train, groups = self.config.train, self.built.runtime.groups
-        step = self.progress.step + 1
-        micro, dp = train.micro_batch_size, groups.dp.size()
+        train, step = self.config.train, self.progress.step + 1
         began = time.perf_counter()
-        batches = list(
-            micro_batches(
-                self.stream,
-                first_sample=self.progress.samples,
-                micro_batch_size=micro,
-                num_micro_batches=train.global_batch_size // (micro * dp),
-                dp_rank=groups.dp.rank(),
-                dp_size=dp,
-            )
-        )
+        batches = self.batches.next()
         data = time.perf_counter() - began
         engine = self.built.engine
         engine.compute_gradients(batches, step=step)
@@ -259,6 +262,10 @@ class Trainer:
         how = {"norm": norm, "lr": lr, "seconds": seconds}
         sums, tokens, skipped = self.built.engine.summed, self.progress.tokens, self.skips.total
         row = metrics.row(sums, step=step, tokens=tokens, skipped=skipped, **how)
+        if self.shares and self.progress.data_order == DATA_ORDER:
+            end = self.progress.samples
+            shares = self.shares.between(end - metrics.steps * self.config.train.global_batch_size, end)
+            row |= {f"{SHARE}{name}": share for name, share in shares.items()}
         if not log:
             return
         with self.storage.recording_errors():
@@ -277,7 +284,8 @@ class Trainer:
                 log.evaluation(evaluation.row(self.progress.step))
 
     def _evaluate(self, batches: int | None) -> EvalResult:
-        return evaluate(self.built, self.windows, self.byte_lengths, batches=batches)
+        result = evaluate(self.built, self.windows, self.byte_lengths, batches=batches)
+        return dataclasses.replace(result, parts=evaluate_parts(self.built, self.held_out_parts, batches=batches))
 
     def save(self) -> None:
         """Saves a checkpoint of the current step, unless there is one; with checkpoint.asynchronous, starts saving.

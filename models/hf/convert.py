@@ -16,7 +16,7 @@ from conf.schema import ModelConfig
 from models.hf.files import INDEX, SINGLE, Source
 from models.hf.mapping import HEAD, Parameter
 from parallel.checkpoint_format import DTYPES, StoredTensor, TensorFile, TensorShard, read_tensors, write_stream
-from parallel.checkpoint_manifest import UPDATES, run_to_completion, write_manifest
+from parallel.checkpoint_manifest import DATA_ORDER, UPDATES, run_to_completion, write_manifest
 
 WEIGHTS = "weights."
 """Prefix of the names of parameters in a checkpoint."""
@@ -87,7 +87,7 @@ def write_step(
         for name in names:
             shape = kinds[name][1]
             stored[name] = StoredTensor(shape, [TensorShard(file, (0,) * len(shape), shape)])
-    counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1}
+    counters = {"step": 0, "samples": 0, "tokens": 0, "updates": 0, "world_size": 1, "data_order": DATA_ORDER}
     write_manifest(directory, counters, written, stored, base)
 
 

@@ -9,7 +9,7 @@ import pytest
 from conf.config_view import ConfigView
 from conf.limits import BOUNDS, CONDITIONS
 from conf.rules import check
-from conf.schema import BlendPart, Config
+from conf.schema import Config
 from launch.settings import setting_types
 
 FURTHER = ", each with further changes"
@@ -349,27 +349,6 @@ def test_all_violations_in_one_message():
     message = error_message(broken)
     assert message.startswith("4 rules are violated:\n")
     assert all(key in message for key in ("train.steps", "model.activation", "255 % 4 = 3", "optim.eps"))
-
-
-@pytest.mark.parametrize(
-    ("parts", "expected"),
-    [
-        ([], "data=blend needs data.blend"),
-        ([BlendPart(weight=0.0, kind="stdlib")], "data.blend[0].weight > 0, but it is 0"),
-        ([BlendPart(kind="stdlib"), BlendPart(kind="txt", files=["a"])], "data.blend[1].kind is one of stdlib, text"),
-        ([BlendPart(kind="blend")], "data.blend[0].kind is one of"),
-        ([BlendPart(kind="chat", files=["a.jsonl"])], "data.blend[0].kind is one of stdlib, text, megatron, but"),
-        ([BlendPart(kind="megatron")], "data.blend[0].files is needed"),
-        ([BlendPart(kind="stdlib", files=["a"])], "data.blend[0].files has an effect only"),
-    ],
-)
-def test_blend_parts(parts, expected):
-    assert expected in error_message(view({"data.kind": "blend", "data.blend": parts}))
-
-
-def test_good_blend_passes():
-    parts = [BlendPart(kind="stdlib"), BlendPart(weight=2, kind="text", files=["a.txt"])]
-    assert error_message(view({"data.kind": "blend", "data.blend": parts})) == ""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from corpus.indexed import TokenFile
 from corpus.prepare import Prepared, Source
 
 
@@ -15,6 +16,13 @@ def write_pair(prefix: Path, documents: list[list[int]], dtype: type[np.integer]
         builder.add_document(ids, [len(ids)])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
+
+
+def token_range(prefix: str, first_document: int, num_documents: int) -> np.ndarray:
+    """The concatenated tokens of a range of documents, int64."""
+    file = TokenFile(prefix)
+    counts = file.index.num_tokens(0, first_document), file.index.num_tokens(first_document, num_documents)
+    return file.read(*counts)
 
 
 def prepared_of(prefixes: dict[str, list[list[int]]], weights: list[float], eod_id: int | None = 0) -> Prepared:

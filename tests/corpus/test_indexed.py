@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from corpus import indexed
-from corpus.indexed import TokenWriter, extreme_ids, read_index, token_range
+from corpus.indexed import TokenWriter, extreme_ids, read_index
 from corpus.tokenizer import Tokenizer
-from tests.corpus.helpers import write_pair
+from tests.corpus.helpers import token_range, write_pair
 
 TEXTS = [f"document {i} says {'word ' * (i % 7)}\n" for i in range(60)]
 
@@ -63,7 +63,7 @@ def test_ranges_and_extremes(tmp_path_factory, documents, chunk, data):
     expected = [i for document in documents[first : first + count] for i in document]
     assert token_range(prefix, first, count).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "_SCAN_TOKENS", chunk)
+        patch.setattr(indexed, "_SCAN_SEQUENCES", chunk)
         assert read_index(prefix).num_tokens(first, count) == len(expected)
     everything = [i for document in documents for i in document]
     with pytest.MonkeyPatch.context() as patch:

@@ -13,10 +13,9 @@ import pytest
 
 from conf.schema import BlendPart, DataConfig
 from corpus.documents import standard_library_files
-from corpus.indexed import token_range
 from corpus.prepare import Prepared, Source, prepare
 from corpus.tokenizer import Tokenizer
-from tests.corpus.helpers import write_pair
+from tests.corpus.helpers import token_range, write_pair
 
 EOD = "<|endoftext|>"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from corpus.prepare import Source
-from corpus.stream import TrainStream, ValidWindows, _Blend, micro_batches, positions_within
+from corpus.stream import TrainStream, ValidWindows, micro_batches, positions_within
 from tests.corpus.helpers import prepared_of, write_pair
 
 # Every token of a document occurs once in the whole corpus, so that a token in a sample tells where it came from.
@@ -103,14 +103,14 @@ def test_epochs_in_a_cache_that_cannot_be_written_to(single, tmp_path, monkeypat
 def test_a_damaged_epoch_is_indexed_again(single, tmp_path):
     writer = new_stream(single, tmp_path / "cache")
     expected = [writer.sample(i)["labels"] for i in range(15)]
-    (index,) = (tmp_path / "cache" / "epochs").glob("*/shuffle_index.npy")
+    (index,) = (tmp_path / "cache" / "samples").glob("*/starts.npy")
     with open(index, "r+b") as file:
         file.seek(-1, 2)
-        file.write(b"\xff")  # past the end of the data
+        file.write(b"\x7f")  # past the end of the data
     notes: list[str] = []
     reader = new_stream(single, tmp_path / "cache", note=notes.append)
     assert all(torch.equal(reader.sample(i)["labels"], expected[i]) for i in range(15))
-    assert len(notes) == 1 and "shuffle_index.npy has different content than was written" in notes[0]
+    assert len(notes) == 1 and "starts.npy has different content than was written" in notes[0]
 
 
 RANK = """
@@ -170,32 +170,6 @@ def test_documents_of_several_sequences_and_empty_ones(tmp_path):
     assert len(set(inputs)) == 8 and set(inputs) < set(range(1, 10))
     valid = ValidWindows(part, sequence_length=4, document_mask=False)
     assert [valid.sample(i)["labels"].tolist() for i in range(len(valid))] == [[2, 3, 4, 5], [6, 7, 8, 9]]
-
-
-weights = st.lists(st.integers(1, 20), min_size=2, max_size=4).map(lambda w: [x / sum(w) for x in w])
-
-
-@settings(max_examples=60, deadline=None)
-@given(weights=weights)
-def test_blend_keeps_to_its_weights_and_numbers_samples_in_order(weights):
-    blend = _Blend(weights)
-    counts = [0] * len(weights)
-    for index in range(400):
-        source, of_source = blend.locate(index)
-        assert of_source == counts[source]
-        counts[source] += 1
-        # A source is chosen only while it is not ahead, so it gets at most one sample ahead, and hence is behind by
-        # at most one for each of the others: within one sample for two sources.
-        for count, weight in zip(counts, weights, strict=True):
-            assert -(len(weights) - 1) - 1e-9 <= count - weight * (index + 1) <= 1 + 1e-9
-
-
-def test_a_longer_blend_begins_like_a_shorter_one(monkeypatch):
-    monkeypatch.setattr("corpus.stream._BLEND_BLOCK", 16)
-    grown, long = _Blend([0.5, 0.2, 0.3]), _Blend([0.5, 0.2, 0.3])
-    long._grow(5000)
-    for index in range(4000):
-        assert grown.locate(index) == long.locate(index)
 
 
 def test_blended_sources_each_go_through_their_epochs(tmp_path):

@@ -17,11 +17,11 @@ from conf.schema import (
     LoggingConfig,
     OptimConfig,
 )
-from corpus.indexed import token_range
 from corpus.prepare import Prepared, prepare
 from corpus.sources import SOURCES
 from corpus.tokenizer import Tokenizer
 from moe.router_metrics import ROUTER_METRICS, RouterMetric
+from tests.corpus.helpers import token_range
 from tests.extensions.recipes import follow
 from training.loggers import LOGGERS, Logger, LoggerKind, RunInfo
 from training.lr_schedule import SCHEDULES, Schedule, between, learning_rate

@@ -8,10 +8,10 @@ import pytest
 
 from conf.commands import PrepareConfig
 from conf.schema import DataConfig
-from corpus.indexed import token_range
 from corpus.prepare import prepare
 from corpus.tokenizer import Tokenizer
 from launch.prepare import main
+from tests.corpus.helpers import token_range
 
 TEXTS = [f"Document {i} is about {'numbers ' * (i % 5)}and words.\n" for i in range(80)]
 

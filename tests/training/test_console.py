@@ -35,6 +35,7 @@ class Clock:
 
 def step_row(step: int, **changed: Any) -> dict[str, Any]:
     row = {"step": step, "loss": 3.25, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1234.5, "mfu": None}
+    row |= {"step_seconds": 2.0, "data_wait": 0.01}
     return row | {"dropped_fraction": 0.031, "load_max_over_mean": 1.5} | changed
 
 

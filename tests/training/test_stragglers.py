@@ -32,7 +32,7 @@ def test_the_slowest_rank_is_named_once(ranks: RankPool) -> None:
             "rank_seconds": 0.75,
             "slowest_seconds": 1.0,
             "slowest_rank": 2,
-            "data_seconds": 0.5,
+            "data_wait": 0.5,
             "memory_bytes": 102,
         }
         assert rows == [rows[0]] * (LINES + 2)  # each line by itself
