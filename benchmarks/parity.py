@@ -32,7 +32,8 @@ from benchmarks.tiny import (
 )
 from conf.schema import ModelConfig, ParallelConfig
 from models.logits import next_token_logits
-from parallel.engine import Engine, Overlap
+from parallel.distributed_optimizer import Overlap
+from parallel.engine import Engine
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime

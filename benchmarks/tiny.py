@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from conf.lora_layers import is_adapter
 from conf.schema import LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
 from parallel import optimizer_state
-from parallel.engine import NO_OVERLAP, Batch, Engine, Overlap
+from parallel.distributed_optimizer import NO_OVERLAP, Overlap
+from parallel.engine import Batch, Engine
 from parallel.env import World
 from parallel.layout import Layout
 from parallel.optimizer_state import OptimizerShard

@@ -360,8 +360,7 @@ class ClusterConfig:
     network_gb_per_s: float | None = setting(None, gt=0)
     """Bandwidth between ranks of different nodes, per rank and direction, in GB/s (1e9 bytes). null: unknown."""
     storage_gb_per_s: float | None = setting(None, gt=0)
-    """Bandwidth between a node and the shared file system while all nodes use it, in GB/s (1e9 bytes). null:
-    unknown."""
+    """Bandwidth between a node and the shared storage while all nodes use it, in GB/s (1e9 bytes). null: unknown."""
 
 
 @dataclass

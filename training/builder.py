@@ -16,7 +16,8 @@ from models.objectives import objective_of
 from models.operations import select_ops
 from ops.run_context import RunContext
 from parallel import megatron_compat, process_groups
-from parallel.engine import Engine, Overlap
+from parallel.distributed_optimizer import Overlap
+from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.process_groups import Runtime, World
 from training.adapters import run_cost

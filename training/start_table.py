@@ -11,7 +11,7 @@ from ops.adapted_experts import loop_product
 from ops.experts import EXPERTS, ExpertBackend
 from ops.operation import Row
 from parallel.device_env import device_variables
-from parallel.engine import Overlap
+from parallel.distributed_optimizer import Overlap
 from parallel.layout import Layout, groups_across_nodes
 from parallel.process_groups import Runtime, World
 from parallel.threads import thread_wait_policy

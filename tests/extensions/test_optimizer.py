@@ -14,7 +14,7 @@ from conf.schema import (
 )
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_manifest import read_manifest
-from parallel.engine import Overlap
+from parallel.distributed_optimizer import Overlap
 from parallel.env import World
 from parallel.layout import Layout
 from parallel.local_launcher import RankPool

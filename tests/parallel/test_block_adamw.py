@@ -15,7 +15,7 @@ from parallel.block_adamw import BlockAdamW, _Streams, _Target
 from parallel.block_update import Block, random_bits, round_to_bf16, rounding_seed
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_format import TensorFile
-from parallel.engine import Overlap
+from parallel.distributed_optimizer import Overlap
 from parallel.env import World
 from parallel.optimizers import OPTIMIZERS
 from tests.parallel.helpers import (

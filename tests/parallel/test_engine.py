@@ -12,7 +12,8 @@ from conf.schema import ModelConfig, OptimConfig, ParallelConfig
 from models.logits import next_token_logits
 from models.megatron_config import transformer_config
 from parallel import optimizer_state
-from parallel.engine import Engine, Overlap
+from parallel.distributed_optimizer import Overlap
+from parallel.engine import Engine
 from parallel.env import World
 from tests.parallel.helpers import (
     MICRO_BATCH,

@@ -13,7 +13,7 @@ from conf.schema import OptimConfig, ParallelConfig
 from parallel import whole_matrices
 from parallel.checkpoint import Checkpointer
 from parallel.checkpoint_manifest import read_manifest
-from parallel.engine import Overlap
+from parallel.distributed_optimizer import Overlap
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from parallel.optimizer_state import _optimizer_shards

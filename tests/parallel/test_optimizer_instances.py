@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
-from parallel.engine import Overlap
+from parallel.distributed_optimizer import Overlap
 from parallel.env import World
 from parallel.layout import Layout
 from parallel.optimizer_state import _optimizer_shards
