@@ -26,12 +26,16 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) or value.is_integer() else f"{value:,.{3 if value < 1 else 1}f}"
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """As Markdown, a column per world."""
     lines = [f"| figure | {' | '.join(f'{int(world):,}' for world in rows)} |", f"|---|{'---:|' * len(rows)}"]
     for name in next(iter(rows.values())):
         values = [row[name] for row in rows.values()]
-        shown = [f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        shown = [_shown(value) for value in values]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

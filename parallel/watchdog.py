@@ -41,10 +41,11 @@ _KEYS = 64
 """Reports that are read from the store at once."""
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG = logging.getLogger("switchyard")
-# What Megatron-Core waits for outside of torch.distributed, by the file of the innermost frame.
+# What is waited for outside of torch.distributed, by the file of the innermost frame.
 _WAITS = {
     "p2p_communication.py": "point-to-point communication between pipeline stages",
     "param_and_grad_buffer.py": "the reduction of gradients or the all-gather of weights",
+    "process_groups.py": "the first message",
 }
 
 
@@ -92,12 +93,13 @@ def rank_status(
 
 def _collective(frames: list[FrameType]) -> str | None:
     """The collective that a stack, innermost first, waits for: the outermost function of torch.distributed among the
-    innermost frames, or a wait in Megatron-Core."""
+    innermost frames, or a wait in one of _WAITS."""
     inside = list(itertools.takewhile(_is_torchs, frames))
     public = [frame.f_code.co_name for frame in inside if not frame.f_code.co_name.startswith(("_", "wrapper"))]
     files = (Path(frame.f_code.co_filename).name for frame in frames[: len(inside) + 2])
     what = next((_WAITS[file] for file in files if file in _WAITS), public[-1] if public else None)
-    groups = [frame.f_locals["group"] for frame in inside if "group" in frame.f_locals]
+    groups = [frame.f_locals["group"] for frame in inside or frames[:1] if "group" in frame.f_locals]
+    groups = [group for group in groups if group is None or isinstance(group, dist.ProcessGroup)]
     return what and (f"{what} over {_members(groups[-1])}" if groups else what)
 
 

@@ -1,7 +1,9 @@
 """Starting a rank: process groups, the first message through each, device and seeds."""
 
 import random
+import sys
 import time
+from traceback import walk_stack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch.distributed as dist
 from conf.schema import ParallelConfig
 from parallel import process_groups as runtimes
 from parallel.env import World
+from parallel.flight_recorder import format_ranks
 from parallel.layout import Layout
 from parallel.local_launcher import fake_rank
 from parallel.megatron_groups import set_parallel_state
 from parallel.process_groups import AXES, build_groups
 from parallel.torch_private import fake_store, ranks_of_groups
+from parallel.watchdog import rank_status
 from tests.parallel.helpers import Variant, build_engine, started, train
 
 
@@ -221,6 +225,8 @@ class Message:
 
     def wait(self) -> None:
         self.order.append("wait")
+        waits = rank_status(0, [frame for frame, _ in walk_stack(sys._getframe(1))]).collective
+        assert waits == f"the first message over {format_ranks(self.ranks)}"  # the watchdog's words
         if self.ranks == self.broken:
             raise RuntimeError("Connection closed by peer")
         self.one.fill_(len(self.ranks))
