@@ -25,7 +25,7 @@ from conf.schema import MoeConfig
 from moe.deep_ep import DEEP_EP
 from ops.dispatch import Assignments, Dispatched, DispatcherFactory
 from ops.operation import Implementation, Operation
-from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert
+from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert, by_expert_on_host
 from ops.run_context import RunContext
 from parallel.async_collectives import (
     AsyncCollective,
@@ -58,6 +58,8 @@ def take_names(names_TK: Tensor | None, choice_R: Tensor) -> Tensor | None:
 
 def masked_experts(assignments: Assignments, num_experts: int) -> Tensor:
     """[T * K]: the chosen experts, and E where the choice was dropped."""
+    if assignments.keep_TK is None:
+        return assignments.experts_TK.flatten()
     return torch.where(assignments.keep_TK, assignments.experts_TK, num_experts).flatten()
 
 
@@ -70,8 +72,7 @@ class LocalDispatcher:
     def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Dispatched:
         expert = masked_experts(assignments, self.num_experts)
         if slots is None:
-            order, counts_E = by_expert(expert, self.num_experts)
-            counts = counts_E.tolist()
+            order, counts = by_expert_on_host(expert, self.num_experts)
             choice_R = order[: sum(counts)]
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)

@@ -115,7 +115,7 @@ class MoELayer(nn.Module):
         if self.share_tokens and (short := -tokens % self.tp.size()):  # they are shared out by the token
             x_TD, gates_TK = (F.pad(t, (0, 0, 0, short)) for t in (x_TD, choice.gates_TK))
             choice = Choice(gates_TK, F.pad(choice.experts_TK, (0, 0, 0, short), value=self.moe.num_experts))
-        out_T1D = self._experts(x_TD.unsqueeze(1), choice, choice.experts_TK < self.moe.num_experts, batch_ctx)
+        out_T1D = self._experts(x_TD.unsqueeze(1), choice, None, batch_ctx)
         return out_T1D[:tokens].view(x_SBD.shape)
 
     def _padding(self, batch_ctx: BatchContext) -> Tensor | None:
@@ -249,14 +249,16 @@ class MoELayer(nn.Module):
         named = key(seed, "expert dropout", batch_ctx.step, layer)
         return Dropout(self.moe.expert_dropout, named, names_R, self.experts.ffn_hidden_size)
 
-    def _experts(self, x_SBD: Tensor, routing: Choice, keep_TK: Tensor, batch_ctx: BatchContext) -> Tensor:
+    def _experts(self, x_SBD: Tensor, routing: Choice, keep_TK: Tensor | None, batch_ctx: BatchContext) -> Tensor:
+        """keep_TK: None: nothing is dropped."""
         gates_TK, experts_TK, mine_SBD = routing.gates_TK, routing.experts_TK, x_SBD
         names_TK = self._names(routing, batch_ctx)
         if self.share_tokens:
             mine_SBD = scatter_to_sequence_parallel_region(x_SBD, group=self.tp)
             gates_TK = scatter_to_sequence_parallel_region(gates_TK, group=self.tp)
             rank, ranks = self.tp.rank(), self.tp.size()
-            experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
+            experts_TK = experts_TK.chunk(ranks)[rank]
+            keep_TK = None if keep_TK is None else keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
         x_TD, assignments = mine_SBD.flatten(0, 1), Assignments(experts_TK, gates_TK, keep_TK, names_TK)
         gated = self.moe.gate_on == "input"

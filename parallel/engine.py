@@ -289,6 +289,9 @@ class Engine:
                 cast("list[Chunk]", self.modules)[0].check_batch(batch)
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
+        if self.runtime.layout.pp == 1 and batch_ctx.mode != TRAIN:  # there is nothing to schedule
+            passes = (step(iter([numbered]), self.chunks[0]) for numbered in enumerate(batches))
+            return [of_output(output)[1] for output, of_output in passes]
         iterators: list[Iterator[tuple[int, Batch]]] = [enumerate(batches) for _ in self.chunks]
         micro_batch, sequence = batches[0]["tokens"].shape
         return self._schedule(
