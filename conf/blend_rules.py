@@ -30,7 +30,13 @@ def blend_rules(cfg: ConfigView) -> Iterator[Violation]:
             yield Violation(f"{name}.weight > 0", f"it is {part.weight:g}; nearest: weight: 1")
         if part.kind not in kinds:
             nearest = difflib.get_close_matches(part.kind, kinds, n=1, cutoff=0.0)[0]
-            yield Violation(f"{name}.kind is one of {', '.join(kinds)}", f"it is {part.kind}; nearest: kind: {nearest}")
+            actual = f"it is {part.kind}; nearest: kind: {nearest}"
+            if part.kind in ("chat", "preference"):
+                actual = (
+                    f"it is {part.kind}, whose samples have padding and weights that those of text have not; nearest: "
+                    f"data={part.kind} in a run of its own, with checkpoint.load set to the run on text"
+                )
+            yield Violation(f"{name}.kind is one of {', '.join(kinds)}", actual)
         elif part.files and not takes_files(part.kind):
             yield Violation(f"{name}.files has an effect only with kind: text or megatron", f"kind is {part.kind}")
         elif takes_files(part.kind) and not part.files:

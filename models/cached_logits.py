@@ -109,9 +109,9 @@ class CachedLogits:
         tokens_BS = torch.tensor(self._mine(tokens_RS, [0] * length))
         position_BS = torch.arange(cache.length, cache.length + length) - torch.tensor(cache.padding)[:, None]
         batch = {"tokens": tokens_BS, "positions": position_BS.clamp(0, self.limit - 1)}
-        padding_BS = (position_BS < 0) | torch.tensor(self._mine(ended, True))[:, None]
-        if padding_BS.any():
-            batch["padding"] = padding_BS
+        mine_ended = self._mine(ended, True)
+        if any(mine_ended) or (not cache.length and any(cache.padding)):
+            batch["padding"] = (position_BS < 0) | torch.tensor(mine_ended)[:, None]
         found: list[Tensor] = []
         routing = {} if self.trace else None
 

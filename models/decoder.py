@@ -355,7 +355,8 @@ class ModelChunk(MegatronModule):
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         """Raises ValueError if the routing of a micro-batch in host memory is not one of this model."""
-        check_routing(batch["routing"], self.model, batch["tokens"].shape, batch.get("padding"))
+        given = batch.get("routing"), batch.get("routing_kept")
+        check_routing(*given, self.model, batch["tokens"].shape, batch.get("padding"))
 
     def end_step(self, *, applied: bool) -> None:
         """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and

@@ -95,6 +95,8 @@ class KVCache:
         """
         if not self.length:
             return None
+        if tokens == 1 and window is None and chunk is None and min(self.padding) == max(self.padding):
+            return Visible(self.padding[0], None)
         end = self.length + tokens
         query_S, padding_B1 = torch.arange(self.length, end), torch.tensor(self.padding)[:, None]
         first_BS = padding_B1.expand(-1, tokens)

@@ -109,7 +109,9 @@ class DeepEPDispatcher:
 
     def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Dispatched:
         assert slots is None and assignments.names_TK is None
-        experts_TK = torch.where(assignments.keep_TK, assignments.experts_TK, -1)
+        keep_TK = assignments.keep_TK
+        keep_TK = assignments.experts_TK < self.num_experts if keep_TK is None else keep_TK
+        experts_TK = torch.where(keep_TK, assignments.experts_TK, -1)
         x_ND, gates_NK, experts_NK, arrived = _Send.apply(
             self.buffer, x_TD, assignments.gates_TK.float(), experts_TK, self.num_experts
         )

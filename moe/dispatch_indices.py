@@ -33,6 +33,8 @@ def take_names(names_TK: Tensor | None, choice_R: Tensor) -> Tensor | None:
 
 def masked_experts(assignments: Assignments, num_experts: int) -> Tensor:
     """[T * K]: the chosen experts, and E where the choice was dropped."""
+    if assignments.keep_TK is None:
+        return assignments.experts_TK.flatten()
     return torch.where(assignments.keep_TK, assignments.experts_TK, num_experts).flatten()
 
 

@@ -23,7 +23,7 @@ from moe.deep_ep import DEEP_EP
 from moe.dispatch_indices import Travelling, fill_slots, masked_experts, take_names
 from ops.dispatch import Assignments, Dispatched, DispatcherFactory
 from ops.operation import Implementation, Operation
-from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert
+from ops.permute import TORCH_PERMUTATION, Permutation, PermutedTokens, PermuteIndices, by_expert, by_expert_on_host
 from ops.run_context import RunContext
 from parallel.async_collectives import (
     async_all_gather,
@@ -45,8 +45,7 @@ class LocalDispatcher:
     def start(self, x_TD: Tensor, assignments: Assignments, slots: int | None = None) -> Dispatched:
         expert = masked_experts(assignments, self.num_experts)
         if slots is None:
-            order, counts_E = by_expert(expert, self.num_experts)
-            counts = counts_E.tolist()
+            order, counts = by_expert_on_host(expert, self.num_experts)
             choice_R = order[: sum(counts)]
         else:
             counts, choice_R = [slots] * self.num_experts, fill_slots(expert, self.num_experts, slots)

@@ -96,13 +96,14 @@ class MoELayer(nn.Module):
     def _run(self, x_SBD: Tensor, batch_ctx: BatchContext) -> tuple[Tensor, Report]:
         padding_T = self._padding(batch_ctx)
         rows = x_SBD.shape[1] if self.moe.load_balancing == "seq_aux_loss" else 1
-        tokens_TD, replayed_TK = self._jittered(x_SBD.flatten(0, 1), batch_ctx), self._replayed(batch_ctx)
+        tokens_TD, replayed_TK = self._jittered(x_SBD.flatten(0, 1), batch_ctx), self._replayed(batch_ctx.routing_BSLK)
+        replayed_TK = None if replayed_TK is None else replayed_TK.long()
         routing = self.router(tokens_TD, padding_T, batch_ctx.mode, rows, replayed_TK)
         keep_TK, loss, report = self._balance(routing, padding_T, batch_ctx, x_SBD.shape[1])
         if batch_ctx.recorder is not None and self.replay_index is not None:
-            chosen = (routing.experts_TK, routing.gates_TK.detach())
-            experts_SBK, gates_SBK = (x_TK.unflatten(0, x_SBD.shape[:2]) for x_TK in chosen)
-            report = replace(report, chosen=(experts_SBK, gates_SBK))
+            chosen = routing.experts_TK, routing.gates_TK.detach(), keep_TK
+            experts_SBK, gates_SBK, kept_SBK = (x_TK.unflatten(0, x_SBD.shape[:2]) for x_TK in chosen)
+            report = replace(report, chosen=(experts_SBK, gates_SBK, kept_SBK))
         out_SBD = self._experts(x_SBD, routing, keep_TK, batch_ctx)
         return AttachLoss.apply(out_SBD, loss, batch_ctx.loss_scale) if torch.is_grad_enabled() else out_SBD, report
 
@@ -117,7 +118,7 @@ class MoELayer(nn.Module):
         if self.share_tokens and (short := -tokens % self.tp.size()):  # they are shared out by the token
             x_TD, gates_TK = (F.pad(t, (0, 0, 0, short)) for t in (x_TD, choice.gates_TK))
             choice = Choice(gates_TK, F.pad(choice.experts_TK, (0, 0, 0, short), value=self.moe.num_experts))
-        out_T1D = self._experts(x_TD.unsqueeze(1), choice, choice.experts_TK < self.moe.num_experts, batch_ctx)
+        out_T1D = self._experts(x_TD.unsqueeze(1), choice, None, batch_ctx)
         return out_T1D[:tokens].view(x_SBD.shape)
 
     def _padding(self, batch_ctx: BatchContext) -> Tensor | None:
@@ -126,11 +127,11 @@ class MoELayer(nn.Module):
             return None
         return self._tokens_of(batch_ctx.padding_BS)
 
-    def _replayed(self, batch_ctx: BatchContext) -> Tensor | None:
-        """int64 [T, K]: the experts that the router is to choose; None: it chooses itself."""
-        if batch_ctx.routing_BSLK is None or self.replay_index is None:
+    def _replayed(self, recorded_BSLK: Tensor | None) -> Tensor | None:
+        """[T, K]: what is recorded of this layer's assignments; None: nothing is."""
+        if recorded_BSLK is None or self.replay_index is None:
             return None
-        return self._tokens_of(batch_ctx.routing_BSLK[:, :, self.replay_index]).long()
+        return self._tokens_of(recorded_BSLK[:, :, self.replay_index])
 
     def _tokens_of(self, x_BS: Tensor) -> Tensor:
         """[B, S, ...] of this rank's shard over cp, as it holds the tokens: [T, ...]."""
@@ -159,8 +160,13 @@ class MoELayer(nn.Module):
         moe, group = self.moe, self.micro_batch_group
         experts_MK = all_gather(routing.experts_TK, group)
         padding_M = None if padding_T is None else all_gather(padding_T, group)
-        keep_MK = self._fit(routing, experts_MK, padding_M, batch_ctx, sequences)
-        keep_TK = save_for_recompute(keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK)))
+        keep_TK = self._replayed(batch_ctx.routing_kept_BSLK)
+        if keep_TK is None:
+            keep_MK = self._fit(routing, experts_MK, padding_M, batch_ctx, sequences)
+            keep_TK = keep_MK.narrow(0, group.rank() * len(routing.experts_TK), len(routing.experts_TK))
+        else:
+            keep_TK = keep_TK & (routing.experts_TK < moe.num_experts)
+        keep_TK = save_for_recompute(keep_TK)
         aux = self._balancing_loss(routing, experts_MK, padding_M)
         tokens = max(1, len(experts_MK)) if padding_M is None else (~padding_M).sum().clamp(min=1)
         z = routing.router_stats.z / tokens  # of mean_t logsumexp(logits_t)^2 (ST-MoE, arXiv:2202.08906, eq. 5)
@@ -219,9 +225,10 @@ class MoELayer(nn.Module):
         return {TRAIN: moe.capacity_factor, EVALUATE: moe.eval_capacity_factor, GENERATE: None}[batch_ctx.mode]
 
     def _slots(self, routing: Choice, batch_ctx: BatchContext, sequences: int) -> int | None:
-        """Rows that every expert gets from this rank where they are padded to the capacity, else None."""
+        """Rows that every expert gets from this rank where they are padded to the capacity, else None. A replay may
+        keep more than the capacity."""
         factor = self._capacity_factor(batch_ctx)
-        if factor is None or not self.moe.pad_to_capacity:
+        if factor is None or not self.moe.pad_to_capacity or batch_ctx.routing_kept_BSLK is not None:
             return None
         tokens = routing.experts_TK.shape[0]
         alone = sequences if self.moe.capacity_per == "sequence" else 1
@@ -245,14 +252,16 @@ class MoELayer(nn.Module):
         named = key(seed, "expert dropout", batch_ctx.step, layer)
         return Dropout(self.moe.expert_dropout, named, names_R, self.experts.ffn_hidden_size)
 
-    def _experts(self, x_SBD: Tensor, routing: Choice, keep_TK: Tensor, batch_ctx: BatchContext) -> Tensor:
+    def _experts(self, x_SBD: Tensor, routing: Choice, keep_TK: Tensor | None, batch_ctx: BatchContext) -> Tensor:
+        """keep_TK: None: nothing is dropped."""
         gates_TK, experts_TK, mine_SBD = routing.gates_TK, routing.experts_TK, x_SBD
         names_TK = self._names(routing, batch_ctx)
         if self.share_tokens:
             mine_SBD = scatter_to_sequence_parallel_region(x_SBD, group=self.tp)
             gates_TK = scatter_to_sequence_parallel_region(gates_TK, group=self.tp)
             rank, ranks = self.tp.rank(), self.tp.size()
-            experts_TK, keep_TK = experts_TK.chunk(ranks)[rank], keep_TK.chunk(ranks)[rank]
+            experts_TK = experts_TK.chunk(ranks)[rank]
+            keep_TK = None if keep_TK is None else keep_TK.chunk(ranks)[rank]
             names_TK = None if names_TK is None else names_TK.chunk(ranks)[rank]
         x_TD, assignments = mine_SBD.flatten(0, 1), Assignments(experts_TK, gates_TK, keep_TK, names_TK)
         gated = self.moe.gate_on == "input"

@@ -34,8 +34,9 @@ class Report:
     counted_E: Tensor
     """What the balancing loss counts for each expert: its assignments, or the best of the scores
     (Routing.counted_TK)."""
-    chosen: tuple[Tensor, Tensor] | None = None
-    """For router replay: experts and gates of this rank's tokens, [S, B, K] each; None: nothing records them."""
+    chosen: tuple[Tensor, Tensor, Tensor] | None = None
+    """For router replay: of this rank's tokens experts, gates and whether the assignment was kept, [S, B, K] each;
+    None: nothing records them."""
 
     @staticmethod
     @torch.no_grad()

@@ -4,6 +4,7 @@ Legend: T tokens of this rank, M tokens of the micro-batch (all ranks that share
 token, G groups of experts, B sequences of the micro-batch, or 1 where it is balanced as a whole.
 """
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -102,7 +103,9 @@ class Router(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         # Autocast would bring the product back to bf16.
-        with torch.autocast(x_TD.device.type, enabled=False):
+        kind = x_TD.device.type
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with off:
             logits_TE = self.ops.router_logits(x_TD, self.weight)
             return logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
 
@@ -111,7 +114,8 @@ class Router(nn.Module):
         logits_TE = self._logits(x_TD)
         scored = self.score(logits_TE)
         experts_TK = self._choose(logits_TE, scored.scores, padding_T, mode)
-        return Choice(self._gates(logits_TE, scored, experts_TK), experts_TK)
+        may_lack = padding_T is not None or self.experts_choose
+        return Choice(self._gates(logits_TE, scored, experts_TK, may_lack=may_lack), experts_TK)
 
     def route(
         self,
@@ -136,10 +140,16 @@ class Router(nn.Module):
         router_stats = RouterStats.of(logits_TE, scored.probs, experts_TK, padding_T, sequences)
         return Routing(gates_TK, experts_TK, router_stats, logits_TE, counted_TK)
 
-    def _gates(self, logits_TE: Tensor, scored: Scores, experts_TK: Tensor) -> Tensor:
-        """[T, K] of the choice."""
+    def _gates(self, logits_TE: Tensor, scored: Scores, experts_TK: Tensor, *, may_lack: bool = True) -> Tensor:
+        """[T, K] of the choice.
+
+        Args:
+            may_lack: whether a token may have fewer choices than K.
+        """
         rule = self.rule
-        some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
+        some_TK = experts_TK
+        if may_lack:
+            some_TK = experts_TK.clamp(max=self.moe.num_experts - 1)  # where there is no choice the gate is not used
         if rule.after:
             gates_TK = logits_TE.gather(1, some_TK).softmax(-1)
         elif self.moe.sparse_mixer_eps is not None:
@@ -148,7 +158,7 @@ class Router(nn.Module):
             gates_TK = scored.scores.gather(1, some_TK)
             if rule.renormalize:
                 gates_TK = scored.renormalized(gates_TK, some_TK)
-        return gates_TK * rule.scale
+        return gates_TK if rule.scale == 1 else gates_TK * rule.scale
 
     def _counted(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor | None:
         """Routing.counted_TK. In the order of the logits, which is that of the scores."""

@@ -35,17 +35,29 @@ def replayable(model: ModelConfig) -> None:
 
 
 def check_routing(
-    routing_BSLK: Tensor, model: ModelConfig, shape_BS: Sequence[int], padding_BS: Tensor | None = None
+    routing_BSLK: Tensor | None,
+    kept_BSLK: Tensor | None,
+    model: ModelConfig,
+    shape_BS: Sequence[int],
+    padding_BS: Tensor | None = None,
 ) -> None:
     """Whether a model can route that way.
 
     Args:
         routing_BSLK: integers in host memory. Those of padding are not read.
+        kept_BSLK: which assignments are kept; None: the capacity decides.
 
     Raises:
         ValueError: naming the size that is wrong, or the layer, the token and the expert.
     """
     replayable(model)
+    if routing_BSLK is None:
+        raise ValueError("routing_kept says which of the assignments in routing are kept, and there is no routing")
+    if kept_BSLK is not None and (kept_BSLK.dtype != torch.bool or kept_BSLK.shape != routing_BSLK.shape):
+        raise ValueError(
+            f"routing_kept is {list(kept_BSLK.shape)} of {kept_BSLK.dtype}; it must be torch.bool of routing's shape, "
+            f"{list(routing_BSLK.shape)}"
+        )
     layers, moe = model.sparse_layers, model.moe
     wanted = {"sequences": shape_BS[0], "tokens": shape_BS[1], "sparse layers": len(layers), "top_k": moe.top_k}
     if routing_BSLK.dim() != 4 or routing_BSLK.dtype.is_floating_point:
@@ -85,6 +97,9 @@ class RecordedRouting:
     layers: list[int]
     """Of the model."""
     num_experts: int
+    kept_NSLK: Tensor | None = None
+    """bool, False where the assignment was dropped; None: it is not recorded, and the capacity of the pass that replays
+    decides."""
     weights_NSLK: Tensor | None = None
     """fp32, the recorded gates, for whoever compares them; they are not replayed."""
 
@@ -92,9 +107,9 @@ class RecordedRouting:
         """Writes the file, atomically. Raises OSError."""
         from safetensors.torch import save_file
 
-        tensors = {"experts": self.experts_NSLK.contiguous(), "tokens": self.tokens_NS.contiguous()}
-        if self.weights_NSLK is not None:
-            tensors["weights"] = self.weights_NSLK.contiguous()
+        given = {"experts": self.experts_NSLK, "tokens": self.tokens_NS}
+        given |= {"kept": self.kept_NSLK, "weights": self.weights_NSLK}
+        tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         facts = {"format": FORMAT, "layers": json.dumps(self.layers), "num_experts": str(self.num_experts)}
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.tmp")
@@ -113,7 +128,7 @@ class RecordedRouting:
                     raise ValueError(
                         f"{path} is not a recorded routing: record one with launch.evaluate record_routing"
                     )
-                weights = file.get_tensor("weights") if "weights" in names else None
+                kept, weights = (file.get_tensor(n) if n in names else None for n in ("kept", "weights"))
                 experts, tokens = file.get_tensor("experts"), file.get_tensor("tokens")
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
@@ -121,7 +136,7 @@ class RecordedRouting:
             raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
         if experts.dim() != 4 or tokens.shape != experts.shape[:2]:
             raise ValueError(f"{path}: experts {list(experts.shape)} and tokens {list(tokens.shape)} do not fit")
-        return cls(experts, tokens, json.loads(facts["layers"]), int(facts["num_experts"]), weights)
+        return cls(experts, tokens, json.loads(facts["layers"]), int(facts["num_experts"]), kept, weights)
 
     def check(self, path: Path, model: ModelConfig, sequence_length: int) -> None:
         """Raises ValueError, naming what differs, if it is the routing of another model."""
@@ -140,7 +155,7 @@ class RecordedRouting:
                 raise ValueError(f"{path} was recorded with {name} {value}, and this model has {wanted}")
         padding_NS = (self.experts_NSLK == self.num_experts)[:, :, 0, 0]
         try:
-            check_routing(self.experts_NSLK, model, self.tokens_NS.shape, padding_NS)
+            check_routing(self.experts_NSLK, self.kept_NSLK, model, self.tokens_NS.shape, padding_NS)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -156,18 +171,19 @@ class RouterReplayRecorder:
         self.model, self.runtime, self.weights = model, runtime, weights
         self._chosen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor) -> None:
-        self._chosen[micro_batch, layer] = experts_SBK.int(), gates_SBK.float()
+    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor, kept_SBK: Tensor) -> None:
+        # One number for both: ~expert where the assignment was dropped.
+        self._chosen[micro_batch, layer] = torch.where(kept_SBK, experts_SBK, ~experts_SBK).int(), gates_SBK.float()
 
-    def collect(self, rounds: int, micro_batch_size: int, sequence: int) -> tuple[Tensor, Tensor | None]:
+    def collect(self, rounds: int, micro_batch_size: int, sequence: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts together what the ranks have recorded since the last call. Every rank calls this together.
 
         Args:
             rounds: micro-batches per data-parallel rank.
 
         Returns:
-            int16 experts [rounds * dp * B, S, L, K] on the CPU, sequences in the order of the global micro-batches, and
-            the gates (fp32) if they are kept.
+            int16 experts [rounds * dp * B, S, L, K] on the CPU, sequences in the order of the global micro-batches;
+            bool, whether each was kept, False for padding; and the gates (fp32) if there are to be any.
         """
         layers, dp = self.model.sparse_layers, self.runtime.groups.dp.size()
         size = (rounds, dp, micro_batch_size, sequence, len(layers), self.model.moe.top_k)
@@ -177,12 +193,13 @@ class RouterReplayRecorder:
             for index, layer in enumerate(layers):
                 chosen = self._chosen.get((j * dp + self.runtime.groups.dp.rank(), layer))
                 whole = (dp, sequence, micro_batch_size, size[-1])
-                for kept, number, dtype in ((experts, 0, torch.int32), (gates, 1, torch.float32)):
-                    if kept is not None:
+                for found, number, dtype in ((experts, 0, torch.int32), (gates, 1, torch.float32)):
+                    if found is not None:
                         table = self._whole(whole, dtype, None if chosen is None else chosen[number])
-                        kept[j, :, :, :, index] = table.transpose(1, 2).to(kept.dtype).cpu()
+                        found[j, :, :, :, index] = table.transpose(1, 2).to(found.dtype).cpu()
         self._chosen.clear()
-        return experts.flatten(0, 2), None if gates is None else gates.flatten(0, 2)
+        experts, kept = experts.flatten(0, 2), experts.flatten(0, 2) >= 0
+        return torch.where(kept, experts, ~experts), kept, None if gates is None else gates.flatten(0, 2)
 
     def _whole(self, shape: tuple[int, ...], dtype: torch.dtype, mine_SBK: Tensor | None) -> Tensor:
         """[dp, S, B, K] of one layer from the shards of all ranks, which fill different parts of it."""

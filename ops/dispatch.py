@@ -19,8 +19,8 @@ class Assignments:
 
     experts_TK: Tensor
     gates_TK: Tensor
-    keep_TK: Tensor
-    """False where the choice is dropped."""
+    keep_TK: Tensor | None
+    """False where the choice is dropped; None: none is."""
     names_TK: Tensor | None = None
     """int64, a name for every choice that travels with its row. None: rows stay nameless."""
 
@@ -31,7 +31,8 @@ def with_gated_inputs(x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, A
     # In the experts' precision, as the gates of outputs (ops.permute.unpermute).
     gated_TKD = x_TD.unsqueeze(1) * gates_TK.unsqueeze(2).to(x_TD.dtype)
     names = None if assignments.names_TK is None else of_one(assignments.names_TK)
-    ones, kept = torch.ones_like(of_one(gates_TK), requires_grad=False), of_one(assignments.keep_TK)
+    ones = torch.ones_like(of_one(gates_TK), requires_grad=False)
+    kept = None if assignments.keep_TK is None else of_one(assignments.keep_TK)
     return gated_TKD.flatten(0, 1), Assignments(of_one(assignments.experts_TK), ones, kept, names)
 
 

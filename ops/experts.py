@@ -18,7 +18,7 @@ from ops import autotune
 from ops.activations import IN_KERNELS, activate
 from ops.adapted_experts import Adapted, Product, frozen_product
 from ops.cpp.build import native, slower_than_onednn
-from ops.fused_experts import FusedExperts
+from ops.fused_experts import COMPILED_PER_SHAPE, FusedExperts
 from ops.gemm_backend import GemmBackend
 from ops.gpu import BF16_CAPABILITY, triton_unsupported_reason
 from ops.grouped_mlp import experts_with
@@ -112,8 +112,9 @@ def torch_grouped_product(x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Ten
 
 grouped_experts = partial(experts_by, torch_grouped_product)
 
-FEW_ROWS = 256
-"""Of which a forward pass takes longer for the host's part than for the products, in text generation."""
+FEW_ROWS = {False: 2048, True: 256}
+"""Of which a forward pass takes longer for the host's part than for the products, in text generation; fewer where a
+library compiles a kernel for every number of rows (ops.fused_experts)."""
 
 
 def fused_experts(
@@ -126,20 +127,22 @@ def fused_experts(
     keep_RF: Tensor | None = None,
 ) -> Tensor:
     """loop_experts by FusedExperts; without a gradient, few rows by as few operations as there can be."""
-    if torch.is_grad_enabled() or len(x_RD) > FEW_ROWS:
+    if torch.is_grad_enabled() or len(x_RD) > FEW_ROWS[x_RD.dtype in COMPILED_PER_SHAPE]:
         return FusedExperts.apply(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF)
-    ends = [*accumulate(counts)]
-    busy = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
-    h_RGF, y_RD = x_RD.new_empty((len(x_RD), *w_in_LDGF.shape[2:])), torch.empty_like(x_RD)
-    h_RH, w_in_LDH = h_RGF.flatten(1), w_in_LDGF.flatten(2)
-    for e, rows in busy:
-        torch.mm(x_RD[rows], w_in_LDH[e], out=h_RH[rows])
+    busy = [e for e, n in enumerate(counts) if n]
+    rows = [counts[e] for e in busy]
+    h_RGF = _few_rows(x_RD, w_in_LDGF.flatten(2), busy, rows).view(len(x_RD), *w_in_LDGF.shape[2:])
     h_RGF = h_RGF if b_in_LGF is None else h_RGF + of_rows(b_in_LGF, counts)
     act = activate(h_RGF.unbind(1), activation)
-    act = act if keep_RF is None else act * keep_RF
-    for e, rows in busy:
-        torch.mm(act[rows], w_out_LFD[e], out=y_RD[rows])
-    return y_RD
+    return _few_rows(act if keep_RF is None else act * keep_RF, w_out_LFD, busy, rows)
+
+
+def _few_rows(x_RK: Tensor, w_LKN: Tensor, busy: list[int], rows: list[int]) -> Tensor:
+    """[R, N]: the products of the experts that have rows, each of `rows`."""
+    y_RN = x_RK.new_empty((len(x_RK), w_LKN.shape[2]))
+    for e, x, y in zip(busy, x_RK.split(rows), y_RN.split(rows), strict=True):
+        torch.mm(x, w_LKN[e], out=y)
+    return y_RN
 
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:

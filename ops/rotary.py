@@ -26,6 +26,10 @@ def apply_rotary(x_SBHN: Tensor, cos: Tensor, sin: Tensor, out_SBHN: Tensor, *, 
     blocks = [whole] if len(x_SBHN) <= rows else zip(*(t.split(rows) for t in whole), strict=True)
     for x, c, s, out in blocks:
         (a, b), (first, second) = x.float().chunk(2, -1), out.chunk(2, -1)
+        if out.dtype == torch.float32:
+            torch.mul(a, c, out=first).addcmul_(b, s, value=-1)
+            torch.mul(b, c, out=second).addcmul_(a, s)
+            continue
         first.copy_((a * c).addcmul_(b, s, value=-1))
         second.copy_((b * c).addcmul_(a, s))
     return out_SBHN

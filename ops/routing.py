@@ -118,7 +118,7 @@ FusedRoute = Callable[[Tensor, Tensor | None, Tensor | None, Rule, int], Routing
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """fp32 [T, E], from inputs of any precision, without keeping an fp32 copy of them for the backward pass."""
-    return _Logits.apply(x_TD, weight_ED)
+    return _Logits.apply(x_TD, weight_ED) if torch.is_grad_enabled() else x_TD.float() @ weight_ED.t()
 
 
 class _Logits(torch.autograd.Function):

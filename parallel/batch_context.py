@@ -17,8 +17,12 @@ TRAIN, EVALUATE, GENERATE = "train", "evaluate", "generate"
 class RoutingRecorder(Protocol):
     """Receives what the routers choose (moe.router_replay.RouterReplayRecorder)."""
 
-    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor) -> None:
-        """Called once per sparse layer and micro-batch, with this rank's shard of the sequence."""
+    def record(self, micro_batch: int, layer: int, experts_SBK: Tensor, gates_SBK: Tensor, kept_SBK: Tensor) -> None:
+        """Called once per sparse layer and micro-batch, with this rank's shard of the sequence.
+
+        Args:
+            kept_SBK: bool, False where the assignment was dropped.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class BatchContext:
     routing_BSLK: Tensor | None = None
     """Router replay: the experts that the routers of the L sparse layers choose, over this rank's shard of the
     sequence; None: the routers choose."""
+    routing_kept_BSLK: Tensor | None = None
+    """Router replay: bool, which of these assignments are kept; None: the capacity decides."""
     recorder: RoutingRecorder | None = None
     """Router replay: what receives the choices; None: nothing does."""
 

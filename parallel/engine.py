@@ -29,7 +29,7 @@ from parallel.megatron_compat import parameters_in_norm, without_streams
 from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
 from parallel.process_groups import Runtime
 
-_SHARDED = ("tokens", "labels", "padding", "routing")
+_SHARDED = ("tokens", "labels", "padding", "routing", "routing_kept")
 """What of a micro-batch is sharded over cp."""
 
 
@@ -40,7 +40,8 @@ class Chunk(Protocol):
         """Called at the end of a step, after its update was applied or skipped."""
 
     def check_batch(self, batch: "Batch") -> None:
-        """Called with a micro-batch in host memory that has `routing`. Raises ValueError if it is not of this model."""
+        """Called with a micro-batch in host memory that has `routing` or `routing_kept`. Raises ValueError if it is not
+        of this model."""
 
 
 class Engine:
@@ -237,16 +238,20 @@ class Engine:
                 labels_BS=batch.get("labels"),
                 loss_mask_BS=batch.get("loss_mask"),
                 routing_BSLK=sharded.get("routing"),
+                routing_kept_BSLK=sharded.get("routing_kept"),
             )
             output = chunk(sharded["tokens"], batch["positions"], sharded.get("labels"), this)
             return output, lambda out: loss(out, batch)
 
         device = self.runtime.device
         for batch in batches:
-            if "routing" in batch:
+            if "routing" in batch or "routing_kept" in batch:
                 cast("list[Chunk]", self.modules)[0].check_batch(batch)
         host_positions = [batch["positions"] for batch in batches]
         batches = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches]
+        if self.runtime.layout.pp == 1 and batch_ctx.mode != TRAIN:  # there is nothing to schedule
+            passes = (step(iter([numbered]), self.chunks[0]) for numbered in enumerate(batches))
+            return [of_output(output)[1] for output, of_output in passes]
         iterators: list[Iterator[tuple[int, Batch]]] = [enumerate(batches) for _ in self.chunks]
         micro_batch, sequence = batches[0]["tokens"].shape
         return self._schedule(

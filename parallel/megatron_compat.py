@@ -297,6 +297,27 @@ def replace_linear_product(module: nn.Module, product: Callable[..., Tensor]) ->
             layer._forward_impl = forward_impl  # pyright: ignore[reportPrivateUsage]
 
 
+def leave_out_gradients(module: nn.Module) -> None:
+    """For a model that is not trained: its linear layers multiply without the autograd functions that a backward pass
+    needs, and with a group of one neither copy to it nor sum over it. On a CPU these functions take longer than the
+    product of a token. The products of replace_linear_product stay."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    def forward_impl(input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
+        y = torch.matmul(input, weight.t())  # as Megatron-Core multiplies
+        return y if bias is None else y + bias
+
+    for layer in module.modules():
+        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or layer.sequence_parallel:
+            continue
+        if "_forward_impl" not in vars(layer):
+            layer._forward_impl = forward_impl  # pyright: ignore[reportPrivateUsage]
+        if isinstance(layer, ColumnParallelLinear):
+            layer.disable_grad_reduce = True
+        elif layer.tp_group.size() == 1 and layer.skip_bias_add:
+            layer.explicit_expert_comm = True  # leaves the sum to others
+
+
 @functools.cache
 def is_since(major: int, minor: int) -> bool:
     """Whether Megatron-Core's version is at least this."""

@@ -151,6 +151,9 @@ def start(
     trained = None if config.lora.rank is None else is_adapter
     how = (overlap, ops.adamw, frozen.names, ops.update_block, objective, trained)
     engine = Engine(core, run, optim, build_chunk, *how)
+    if not train:
+        for module in engine.modules:
+            megatron_compat.leave_out_gradients(module)
     cost = run_cost(config)
     facts = Facts(
         config, world, run, train, precision, why_precision, chosen, ops.experts, overlap, cost, frozen, inspected

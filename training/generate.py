@@ -12,7 +12,7 @@ from models.logits import next_token_logits
 from moe.counter_rng import key
 from parallel.layout import cache_unsupported_reason
 from training.builder import BuiltModel
-from training.sampling import next_token
+from training.sampling import likeliest_tokens, next_token
 from training.text_stream import TextStream
 
 STOP, LENGTH = "stop", "length"
@@ -35,6 +35,15 @@ class Sampling:
         return next_token(
             logits_V, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
         )
+
+    def draw_all(
+        self, logits_RV: Tensor, generators: Sequence[torch.Generator], wanted: Sequence[bool]
+    ) -> list[int | None]:
+        """A token of each row that is wanted."""
+        if self.temperature == 0:
+            return [t if w else None for t, w in zip(likeliest_tokens(logits_RV, wanted), wanted, strict=True)]
+        rows = zip(logits_RV, generators, wanted, strict=True)
+        return [self.draw(logits_V, generator) if w else None for logits_V, generator, w in rows]
 
 
 @dataclass
@@ -108,10 +117,11 @@ def continue_from(
             for continuation, routed in zip(batch, cached.routed, strict=True):
                 if continuation.finish_reason is None:
                     on_routed(continuation, routed)
-        for continuation, logits_V, generator in zip(batch, logits_RV, generators, strict=True):
+        tokens = sampling.draw_all(logits_RV, generators, [c.finish_reason is None for c in batch])
+        for continuation, token in zip(batch, tokens, strict=True):
             continuation.new_text = ""
-            if continuation.finish_reason is None:
-                continuation.add(sampling.draw(logits_V, generator), sampling)
+            if token is not None:
+                continuation.add(token, sampling)
         yield
         if all(continuation.finish_reason is not None for continuation in batch):
             return

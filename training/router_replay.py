@@ -23,7 +23,7 @@ class RoutingRecording:
         """
         self.recorder = RouterReplayRecorder(built.config.model, built.runtime, weights=weights)
         self._built = built
-        self._parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
     def add(self, batches: list[Batch]) -> None:
         """Called after the engine has evaluated this rank's micro-batches."""
@@ -33,13 +33,15 @@ class RoutingRecording:
         """Writes the file, on rank 0. Raises OSError."""
         if self._built.runtime.world.rank != 0:
             return
-        experts = torch.cat([experts for experts, _ in self._parts])[: len(windows)]
-        gates = [gates[: len(windows)] for _, gates in self._parts if gates is not None]
+        experts = torch.cat([experts for experts, _, _ in self._parts])[: len(windows)]
+        kept = torch.cat([kept for _, kept, _ in self._parts])[: len(windows)]
+        gates = [gates[: len(windows)] for _, _, gates in self._parts if gates is not None]
         RecordedRouting(
             experts,
             torch.stack([windows.sample(i)["tokens"] for i in range(len(experts))]).int(),
             self._built.config.model.sparse_layers,
             self._built.config.model.moe.num_experts,
+            kept,
             torch.cat(gates)[: len(windows)] if gates else None,
         ).save(path)
 
@@ -72,8 +74,13 @@ class ReplayedWindows:
                 )
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """As that of the windows, and routing int64 [S, L, K]."""
-        window = self._windows.sample(index)
-        experts = self._recorded.experts_NSLK
-        routing = experts[index] if index < len(self) else torch.zeros_like(experts[0])
-        return window | {"routing": routing.long()}
+        """As that of the windows, routing int64 [S, L, K] and, where it is recorded, routing_kept bool [S, L, K]."""
+        recorded = self._recorded
+
+        def of_window(of_all_NSLK: torch.Tensor) -> torch.Tensor:
+            return of_all_NSLK[index] if index < len(self) else torch.zeros_like(of_all_NSLK[0])
+
+        replayed = {"routing": of_window(recorded.experts_NSLK).long()}
+        if recorded.kept_NSLK is not None:
+            replayed["routing_kept"] = of_window(recorded.kept_NSLK)
+        return self._windows.sample(index) | replayed

@@ -1,6 +1,7 @@
 """Sampling of the next token in text generation. Shapes: V vocabulary, K kept tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # settings are validated before PyTorch is imported
@@ -16,6 +17,24 @@ def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None
         raise ValueError(f"top_k={top_k} must be at least 1; null keeps every token")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; null keeps every token")
+
+
+def likeliest_tokens(logits_RV: "Tensor", wanted: Sequence[bool]) -> list[int]:
+    """The most likely token of each row, as `next_token` with temperature 0.
+
+    Args:
+        wanted: rows whose logits have a meaning.
+    """
+    largest_R, likeliest_R = logits_RV.max(dim=1)
+    for largest, matters in zip(largest_R.tolist(), wanted, strict=True):
+        if matters:
+            _check_largest(largest)
+    return likeliest_R.tolist()
+
+
+def _check_largest(logit: float) -> None:
+    if not math.isfinite(logit):
+        raise ValueError(f"no token can be drawn: the largest logit is {logit}")
 
 
 def next_token(
@@ -34,11 +53,10 @@ def next_token(
     import torch
 
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    largest = logits_V.max()  # NaN if one of them is; -inf means no token is allowed
-    if not torch.isfinite(largest):
-        raise ValueError(f"no token can be drawn: the largest logit is {largest.item()}")
+    largest, likeliest = logits_V.max(dim=0)  # NaN if one of them is; -inf means no token is allowed
+    _check_largest(largest.item())
     if temperature == 0:
-        return int(logits_V.argmax())  # of equal ones the first
+        return int(likeliest)  # of equal ones the first
     # The largest logit is subtracted before the division, which could otherwise overflow at low temperatures.
     scaled_V = (logits_V.double() - largest.double()) / temperature
     everything = top_k is None and top_p is None

@@ -13,7 +13,7 @@ from tests.conf.test_rules import error_message, view
         ([BlendPart(weight=0.0, kind="stdlib")], "data.blend[0].weight > 0, but it is 0"),
         ([BlendPart(kind="stdlib"), BlendPart(kind="txt", files=["a"])], "data.blend[1].kind is one of stdlib, text"),
         ([BlendPart(kind="blend")], "data.blend[0].kind is one of"),
-        ([BlendPart(kind="chat", files=["a.jsonl"])], "data.blend[0].kind is one of stdlib, text, megatron, but"),
+        ([BlendPart(kind="chat", files=["a.jsonl"])], "nearest: data=chat in a run of its own, with checkpoint.load"),
         ([BlendPart(kind="megatron")], "data.blend[0].files is needed"),
         ([BlendPart(kind="stdlib", files=["a"])], "data.blend[0].files has an effect only"),
         ([BlendPart(kind="stdlib", name="a"), BlendPart(kind="stdlib", name="a")], "data.blend[1].name is no other"),

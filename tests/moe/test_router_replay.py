@@ -60,6 +60,34 @@ def test_forced_experts_get_the_gates_and_gradients_of_a_float64_loop(name, reco
     assert layer.router.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded to the capacity"])
+@pytest.mark.parametrize("factor", [None, 0.75], ids=["dropless", "drops"])
+def test_recorded_drops_take_the_place_of_the_capacity(factor, padded, runtime, monkeypatch):
+    """Against a float64 loop that drops the same assignments, some experts getting more than their capacity."""
+    if padded and factor is None:
+        pytest.skip("there is no capacity to pad to")
+    moe = MoeConfig(num_experts=4, top_k=2, capacity_factor=factor, pad_to_capacity=padded)
+    model = tiny(moe)
+    layer = sparse_layer(model, runtime)
+    x_SBD, routing_BSLK = random(6, 2, 8, seed=1).requires_grad_(), random_routing(moe, 6, 2)
+    routing_BSLK[:, :5, 0, 0], routing_BSLK[:, :5, 0, 1] = 3, 1  # ten tokens to two experts
+    kept_BSLK = torch.rand(routing_BSLK.shape, generator=torch.Generator().manual_seed(4)) < 0.8
+    forced_TK, kept_TK = (t[:, :, 0].transpose(0, 1).flatten(0, 1) for t in (routing_BSLK, kept_BSLK))
+    assert 0 < kept_TK.sum() < kept_TK.numel() and kept_TK[forced_TK == 3].sum() > 5  # 0.75 * 12 * 2 / 4 = 4.5
+
+    out_SBD, report = layer(x_SBD, BatchContext(routing_BSLK=routing_BSLK, routing_kept_BSLK=kept_BSLK))
+    out_SBD.square().sum().backward()
+    weights, x_TD = in_float64(layer), x_SBD.detach().double().flatten(0, 1).requires_grad_()
+    monkeypatch.setattr(reference, "decide", lambda logits_TE, moe: forced_TK.tolist())
+    monkeypatch.setattr(reference, "keep_first", lambda *_: kept_TK.tolist())
+    wanted = reference.sparse_layer(x_TD, weights, moe, model.activation, factor)
+    assert_close(out_SBD.flatten(0, 1), wanted.out_TD)
+    loss = wanted.out_TD.square().sum() + moe.aux_loss_coeff * wanted.aux_loss + moe.z_loss_coeff * wanted.z_loss
+    loss.backward()
+    assert_close(x_SBD.grad.flatten(0, 1), x_TD.grad)
+    assert report.load_E.sum() == kept_TK.numel()  # loads count what was dropped, too
+
+
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_the_gates_are_those_of_megatron_cores_router_replay(score_function, runtime):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
@@ -89,29 +117,31 @@ def test_the_own_routing_changes_no_bit(name, runtime):
     if layer.router.bias is not None:
         layer.router.bias.data.copy_(random(MOES[name].num_experts, seed=9))
     x_SBD, padding_BS = random(6, 2, 8, seed=1), torch.arange(6).expand(2, -1) >= 5
-    recorded: list[torch.Tensor] = []
+    recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Recorder:
-        def record(self, micro_batch: int, number: int, experts_SBK: torch.Tensor, gates_SBK: torch.Tensor) -> None:
-            recorded.append(experts_SBK)
+        def record(self, micro_batch, number, experts_SBK, gates_SBK, kept_SBK) -> None:
+            recorded.append((experts_SBK, kept_SBK))
 
     passed = BatchContext(padding_BS=padding_BS, recorder=Recorder())
     free, report = layer(x_SBD, passed)
     layer.record(report, passed)
-    routing_BSLK = recorded[0].transpose(0, 1).unsqueeze(2)
+    routing_BSLK, kept_BSLK = (t.transpose(0, 1).unsqueeze(2) for t in recorded[0])
     assert (routing_BSLK[:, 5] == MOES[name].num_experts).all() and len(recorded) == 1
-    forced, _ = layer(x_SBD, BatchContext(padding_BS=padding_BS, routing_BSLK=routing_BSLK))
-    assert torch.equal(free, forced)
+    assert not kept_BSLK[:, 5].any() and not (name == "drops" and kept_BSLK[:, :5].all())
+    for kept in (None, kept_BSLK):
+        passed = BatchContext(padding_BS=padding_BS, routing_BSLK=routing_BSLK, routing_kept_BSLK=kept)
+        assert torch.equal(free, layer(x_SBD, passed)[0])
 
 
 def test_what_is_no_routing_of_the_model_is_named():
     model = tiny(MoeConfig(num_experts=4, top_k=2, every=2), num_layers=4)
     good = random_routing(model.moe, 5, 3)
-    check_routing(good, model, (3, 5))
+    check_routing(good, good > 0, model, (3, 5))
 
-    def refused(routing: torch.Tensor, message: str, changed=model, **padding: torch.Tensor) -> None:
+    def refused(routing: torch.Tensor | None, message: str, changed=model, kept: torch.Tensor | None = None) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
-            check_routing(routing, changed, (3, 5), **padding)
+            check_routing(routing, kept, changed, (3, 5))
 
     refused(good[:2], "2 sequences, but the model's batch has 3")
     refused(good[:, :4], "4 tokens, but the model's batch has 5")
@@ -125,7 +155,10 @@ def test_what_is_no_routing_of_the_model_is_named():
     refused(twice, "token 0 of sequence 2 in layer 1 to one expert twice: [1, 1]")
     padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[1, 2] = True
-    check_routing(wrong, model, (3, 5), padding)
+    check_routing(wrong, None, model, (3, 5), padding)
+    refused(None, "and there is no routing", kept=good > 0)
+    refused(good, "it must be torch.bool of routing's shape", kept=good)
+    refused(good, "routing_kept is [2, 5, 2, 2]", kept=good[:2] > 0)
     refused(good, "needs sparse layers", tiny(num_layers=4))
     chosen = replace(model.moe, load_balancing="expert_choice")
     refused(good, "experts choose tokens", replace(model, moe=chosen))

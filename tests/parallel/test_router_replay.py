@@ -28,9 +28,9 @@ LAYOUTS = {
 }
 
 
-def record_and_replay(world: World, degrees: dict[str, Any], recorded: list[Tensor] | None) -> list[Any]:
-    """Of each variant: the routing [sequences, S, L, K] of a step, the sum of its gates, and whether the same step
-    with it forced is the same one (rank function).
+def record_and_replay(world: World, degrees: dict[str, Any], recorded: list[tuple[Tensor, Tensor]] | None) -> list[Any]:
+    """Of each variant: the routing [sequences, S, L, K] of a step, which of it was kept, the sum of its gates, and
+    whether the same step with both forced is the same one (rank function).
 
     Args:
         recorded: what another layout recorded, to be replayed instead.
@@ -42,21 +42,22 @@ def record_and_replay(world: World, degrees: dict[str, Any], recorded: list[Tens
         for number, variant in enumerate((NOISY, PLANNED)):
             engine, batches = build_engine(runtime, variant, OPTIM), my_batches(runtime, 0)
             recorder = RouterReplayRecorder(variant.config(), runtime, weights=True)
-            results = []
-            replayed = batches
+            results, replayed = [], batches
             for forced in (False, True):
                 loss = engine.forward_backward(replayed if forced else batches, step=1, recorder=recorder)
                 parameters = (p for module in engine.modules for p in module.parameters() if p.requires_grad)
                 results.append([loss, *(p.main_grad.clone() for p in parameters)])
-                experts, gates = recorder.collect(len(batches), MICRO_BATCH, SEQUENCE)
-                source = experts if recorded is None else recorded[number]
-                mine = source.unflatten(0, (-1, runtime.groups.dp.size(), MICRO_BATCH))[:, runtime.groups.dp.rank()]
-                replayed = [b | {"routing": r.long()} for b, r in zip(batches, mine, strict=True)]
+                experts, kept, gates = recorder.collect(len(batches), MICRO_BATCH, SEQUENCE)
+                sources = (experts, kept) if recorded is None else recorded[number]
+                groups = (-1, runtime.groups.dp.size(), MICRO_BATCH)
+                mine = zip(*(t.unflatten(0, groups)[:, runtime.groups.dp.rank()] for t in sources), strict=True)
+                fields = [{"routing": r.long(), "routing_kept": k} for r, k in mine]
+                replayed = [b | replay for b, replay in zip(batches, fields, strict=True)]
                 assert gates is not None
                 if not forced:
-                    first = experts, gates.double().sum().item()
-            same = all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and torch.equal(experts, first[0])
-            found.append((*first, same))
+                    first = experts, kept, gates.double().sum().item()
+            results = [(*r, *of) for r, of in zip(results, (first[:2], (experts, kept)), strict=True)]
+            found.append((*first, all(torch.equal(a, b) for a, b in zip(*results, strict=True))))
     return found
 
 
@@ -66,16 +67,18 @@ def one_rank(ranks) -> list[Any]:
 
 
 def test_one_rank_replays_its_own_routing(one_rank):
-    for experts, _, same in one_rank:
+    for experts, kept, _, same in one_rank:
         assert same and len(experts) == MICRO_BATCHES * MICRO_BATCH
-    assert [experts.shape[2] for experts, _, _ in one_rank] == [2, 4]
+        assert kept.shape == experts.shape and 0 < kept.sum() < kept.numel()
+    assert [experts.shape[2] for experts, *_ in one_rank] == [2, 4]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_records_and_replays_what_one_rank_recorded(name, ranks, one_rank):
     size, degrees = LAYOUTS[name]
-    recorded = [experts for experts, _, _ in one_rank]
+    recorded = [(experts, kept) for experts, kept, _, _ in one_rank]
     for rank in ranks.run(size, record_and_replay, degrees, recorded, timeout=LIMIT):
-        for (experts, gates, same), (wanted, wanted_gates, _) in zip(rank, one_rank, strict=True):
-            assert torch.equal(experts, wanted) and gates == pytest.approx(wanted_gates, rel=1e-6)
+        for (experts, kept, gates, same), (wanted, wanted_kept, wanted_gates, _) in zip(rank, one_rank, strict=True):
+            assert torch.equal(experts, wanted) and torch.equal(kept, wanted_kept)
+            assert gates == pytest.approx(wanted_gates, rel=1e-6)
             assert same

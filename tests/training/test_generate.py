@@ -1,10 +1,15 @@
 """Batches of continuations, text as it comes, files of prompts, router traces and conversations."""
 
+import contextlib
+import itertools
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +18,6 @@ from conf.commands import ChatConfig, GenerateConfig
 from conf.schema import ParallelConfig
 from corpus.tokenizer import Tokenizer
 from launch import generate as command
-from launch.chat import main as chat_main
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.training.helpers import ROOT, tiny_config, train, write_corpus
@@ -141,13 +145,25 @@ def test_settings_that_cannot_be_served(settings: dict[str, Any], told: str) -> 
 
 
 def test_a_conversation(trained: Path) -> None:
-    """Through a pipe: the same after /reset as at the beginning, another with a system message."""
+    """Through a pipe: the same after /reset as at the beginning, another with a system message; and the same on two
+    simulated ranks, whose terminal is that of the process that started them."""
     lines = "The cat\n\nmore\n/reset\nThe cat\n/system The router drops\nThe cat\n/nothing\n"
     words = [f"checkpoint={trained}", "precision=fp32", "temperature=0", "max_tokens=5"]
-    command_line = [sys.executable, "-m", "launch.chat", *words]
-    found = subprocess.run(command_line, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=LIMIT)
-    assert found.returncode == 0, found.stdout + found.stderr
-    first, second, reset, again, system, third, told = found.stdout.splitlines()
+    command_line, outputs = [sys.executable, "-m", "launch.chat", *words], []
+    for more, ranks in (([], {}), (["parallel.ep=2"], {"NPROC": "2"})):
+        found = subprocess.run(
+            [*command_line, *more],
+            cwd=ROOT,
+            input=lines,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            env=os.environ | ranks,
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        outputs.append(found.stdout)
+    assert outputs[0] == outputs[1]
+    first, second, reset, again, system, third, told = outputs[0].splitlines()
     assert first == again and reset == "a new conversation" and "system message" in system
     assert first.endswith("[max_tokens reached]") and second and third and told.startswith("no command /nothing")
 
@@ -180,10 +196,39 @@ def test_a_turn_reads_only_what_is_new(ranks: RankPool, trained: Path) -> None:
     assert last == "assistant" and reason is None
 
 
-def test_chat_needs_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPROC", "2")
-    with pytest.raises(ValueError, match="on one rank, and there are 2"):
-        chat_main(ChatConfig(checkpoint="x"))
+class Impatient:
+    """Who stops an answer after three tokens."""
+
+    is_terminal = False
+
+    def __init__(self) -> None:
+        self.lines = ["The cat", "The dog"]
+
+    def line(self) -> str | None:
+        return self.lines.pop(0) if self.lines else None
+
+    @contextlib.contextmanager
+    def may_stop(self) -> Iterator[Callable[[], bool]]:
+        asked = itertools.count(1)
+        yield lambda: next(asked) == 3
+
+
+def stopped_answers(world: World, config: ChatConfig) -> list[str]:
+    """What a rank prints (rank function)."""
+    from launch import chat
+
+    printed: list[str] = []
+    with mock.patch.object(chat, "print", lambda text, end="\n", **_: printed.append(text + end), create=True):
+        assert chat.chat_rank(world, config, Impatient()) == 0
+    return "".join(printed).splitlines()
+
+
+def test_all_ranks_stop_an_answer_at_the_same_token(ranks: RankPool, trained: Path) -> None:
+    config = ChatConfig(checkpoint=str(trained), precision="fp32", temperature=0.0, max_tokens=20)
+    (wanted,) = ranks.run(1, stopped_answers, config, timeout=LIMIT)
+    assert len(wanted) == 2 and all(line.endswith(" [stopped]") for line in wanted)
+    config.parallel = ParallelConfig(pp=2)
+    assert ranks.run(2, stopped_answers, config, timeout=LIMIT) == [wanted, []]
 
 
 def test_few_rows_of_experts_equal_the_loop() -> None:

@@ -47,19 +47,31 @@ def test_a_routing_is_replayed_under_other_layouts(ranks: RankPool, trained: Pat
     assert one.layers == [1, 3] and one.num_experts == 4 and one.experts_NSLK.shape == (24, 32, 2, 2)
     assert two.weights_NSLK is None and one.weights_NSLK is not None
     there = one.experts_NSLK < 4
+    assert one.kept_NSLK is not None and torch.equal(one.kept_NSLK, two.kept_NSLK)
+    assert 0 < one.kept_NSLK.sum() < there.sum() and not one.kept_NSLK[~there].any()
     assert torch.allclose(one.weights_NSLK.where(there, 0).sum(-1), there[..., 0].float())
 
-    # Other experts than the router's: a loss of their own, and the same one under every layout.
-    other = dataclasses.replace(one, experts_NSLK=((one.experts_NSLK + 1) % 4).where(there, one.experts_NSLK))
-    other.save(Path(second))
-    forced = loss(ranks, trained, 1, {}, replay_routing=second)
-    assert abs(forced - free) > 1e-4 * free
+    # Other experts than the router's, and other drops than the capacity's: a loss of their own, and the same one under
+    # every layout.
+    other = dataclasses.replace(
+        one,
+        experts_NSLK=((one.experts_NSLK + 1) % 4).where(there, one.experts_NSLK),
+        kept_NSLK=there & (torch.arange(32)[:, None, None] % 3 > 0),
+    )
+    found = []
+    for kept in (one.kept_NSLK, other.kept_NSLK):
+        dataclasses.replace(other, kept_NSLK=kept).save(Path(second))
+        found.append(loss(ranks, trained, 1, {}, replay_routing=second))
+    assert abs(found[0] - free) > 1e-4 * free and abs(found[1] - found[0]) > 1e-4 * free
+    forced = found[1]
     for size, degrees in ((2, scattered), (2, {"pp": 2}), (2, {})):
         assert loss(ranks, trained, size, degrees, replay_routing=second) == pytest.approx(forced, rel=1e-6)
         if degrees == {"pp": 2}:
             again = str(trained / "third.safetensors")
             loss(ranks, trained, size, degrees, replay_routing=second, record_routing=again)
-            assert torch.equal(RecordedRouting.read(Path(again)).experts_NSLK, other.experts_NSLK)
+            third = RecordedRouting.read(Path(again))
+            assert torch.equal(third.experts_NSLK, other.experts_NSLK)
+            assert third.kept_NSLK is not None and torch.equal(third.kept_NSLK, other.kept_NSLK)
 
 
 def refusals(world: World, all_settings: list[EvaluateConfig]) -> list[str]:
@@ -93,6 +105,7 @@ def test_a_file_that_is_not_of_the_model_or_the_text_is_named(ranks: RankPool, t
         },
         "1 sparse layers, but the model's batch has 2": {"experts_NSLK": experts[:, :, :1]},
         "to one expert twice: [0, 0]": {"experts_NSLK": torch.zeros_like(experts)},
+        "routing_kept is [24, 32, 2, 1]": {"kept_NSLK": experts[..., :1] > 0},
         "layer 1 to expert 5, but model.moe.num_experts=4": {"experts_NSLK": experts + 5},
     }
     settings = []
@@ -102,7 +115,7 @@ def test_a_file_that_is_not_of_the_model_or_the_text_is_named(ranks: RankPool, t
         settings.append(path)
     text = trained / "text.safetensors"
     text.write_text("no tensors")
-    paths = [*settings, text, trained / "nowhere.safetensors", *trained.glob("checkpoints/*/*.safetensors")][:12]
+    paths = [*settings, text, trained / "nowhere.safetensors", *trained.glob("checkpoints/*/*.safetensors")][:13]
     wanted = [*cases, "cannot be read as a safetensors file", "does not exist", "is not a recorded routing"]
     asked = [EvaluateConfig(checkpoint=str(trained), replay_routing=str(path), batches=3, **HERE) for path in paths]
     (messages,) = ranks.run(1, refusals, asked, timeout=LIMIT)
