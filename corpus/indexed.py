@@ -84,7 +84,12 @@ def checked_index(prefix: str, cache: Cache) -> Index:
     """As `read_index`; files that have not changed since then are not read again."""
     _check_files(prefix)
     size = os.path.getsize(prefix + ".bin")
-    cache.fact(prefix + ".idx", f"valid for {size} bytes", lambda _: read_index(prefix) is not None)
+
+    def validate(idx_path: str) -> bool:
+        read_index(prefix)
+        return True
+
+    cache.fact(prefix + ".idx", f"valid for {size} bytes", validate)
     return open_index(prefix)
 
 
