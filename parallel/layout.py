@@ -129,7 +129,9 @@ class Layout:
         degrees = {"dp": self.dp, "tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep}
         degrees |= {"etp": self.etp, "optimizer_instances": self.optimizer_instances}
         shown = [f"{name}{n}" for name, n in degrees.items() if n > 1] or ["one rank"]
-        uneven = f" (layers {'+'.join(map(str, self.pp_layers))})" if self.pp_layers else ""
+        runs = [(n, len([*same])) for n, same in itertools.groupby(self.pp_layers or ())]
+        written = [f"{n}*{count}" if count > 4 else "+".join([str(n)] * count) for n, count in runs]
+        uneven = f" (layers {'+'.join(written)})" if written else ""
         return " ".join(shown) + (" +sequence" if self.sequence_parallel else "") + uneven
 
 

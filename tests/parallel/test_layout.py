@@ -19,6 +19,7 @@ from parallel.layout import GRIDS, Layout, describe, groups_across_nodes
         (16, {"tp": 2, "cp": 2, "pp": 2, "vpp": 2, "ep": 4}, 2, 2, "dp2 tp2 pp2 vpp2 cp2 ep4"),
         (8, {"tp": 4, "sequence_parallel": True, "ep": 2, "etp": 4}, 2, 1, "dp2 tp4 ep2 etp4 +sequence"),
         (2, {"pp": 2, "pp_layers": [3, 5]}, 1, 1, "pp2 (layers 3+5)"),
+        (32, {"pp": 32, "vpp": 3, "pp_layout": "E|(t|)*94L"}, 1, 1, "pp32 vpp3 (layers 0+1*94+0)"),
     ],
 )
 def test_both_grids_fill_the_world(world, degrees, dp, edp, told):
