@@ -216,7 +216,7 @@ def verify(directory: Path, rank: int = 0, ranks: int = 1, *, but_tensors: bool 
         if rank == 0:
             _check_list(directory, files)
         for name in sorted(files)[rank::ranks]:
-            yield from _check_file(directory / name, *files[name], but_tensors)
+            yield from _check_file(directory / name, *files[name], but_tensors=but_tensors)
         if rank == 0:
             yield from _check_counters(directory, manifest)
     except (CheckpointDamaged, UnsupportedVersion) as error:
@@ -224,7 +224,7 @@ def verify(directory: Path, rank: int = 0, ranks: int = 1, *, but_tensors: bool 
     return None
 
 
-def _check_file(path: Path, size: int, wanted: str, but_tensors: bool) -> Iterator[int]:
+def _check_file(path: Path, size: int, wanted: str, *, but_tensors: bool) -> Iterator[int]:
     try:
         if not path.is_file():
             raise CheckpointDamaged(f"{path.name} is missing")
