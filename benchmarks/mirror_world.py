@@ -131,14 +131,6 @@ class MirrorGroup(dist.ProcessGroup):
         TRAFFIC.add(self, _bytes(received))
         return _Done()
 
-    # The same operations before torch 2.13.
-    allreduce_coalesced = allreduce
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
-
     def getBackendName(self) -> str:
         return BACKEND
 
@@ -152,6 +144,18 @@ class MirrorGroup(dist.ProcessGroup):
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu")]  # for object collectives
+
+
+# The same operations before torch 2.13.
+for _old, _new in {
+    "allreduce_coalesced": "allreduce",
+    "_allgather_base": "all_gather_single",
+    "allgather_into_tensor_coalesced": "all_gather_single_coalesced",
+    "_reduce_scatter_base": "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter_single_coalesced",
+    "alltoall_base": "all_to_all_single",
+}.items():
+    setattr(MirrorGroup, _old, getattr(MirrorGroup, _new))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 STEPS = 6
 """Steps that are measured, after one that is not."""
-LAYOUT = {"tp": 2, "pp": 2, "ep": 2}
+PARALLEL = ParallelConfig(tp=2, pp=2, ep=2)
 
 
 def config_of(world: int, folder: Path) -> Config:
@@ -40,10 +40,10 @@ def config_of(world: int, folder: Path) -> Config:
     text = folder / "text.txt"
     text.write_text("".join(f"{i} times {i + 1} is {i * (i + 1)}, of which {i % 7} are left.\n" for i in range(4000)))
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 512}
-    dp = world // (LAYOUT["tp"] * LAYOUT["pp"])
+    dp = world // (PARALLEL.tp * PARALLEL.pp)
     return Config(
         model=ModelConfig(**sizes, moe=MoeConfig(num_experts=4, top_k=2)),  # pyright: ignore[reportArgumentType]
-        parallel=ParallelConfig(**LAYOUT),
+        parallel=PARALLEL,
         data=DataConfig(kind="text", files=[str(text)], cache_dir=str(folder / "cache")),
         train=TrainConfig(steps=STEPS + 1, micro_batch_size=1, global_batch_size=2 * dp, sequence_length=32),
         optim=OptimConfig(warmup_steps=0),
@@ -230,9 +230,9 @@ def megatron_groups(size: int) -> dict[str, float]:
     began = time.process_time()
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=LAYOUT["tp"],
-            pipeline_model_parallel_size=LAYOUT["pp"],
-            expert_model_parallel_size=LAYOUT["ep"],
+            tensor_model_parallel_size=PARALLEL.tp,
+            pipeline_model_parallel_size=PARALLEL.pp,
+            expert_model_parallel_size=PARALLEL.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
