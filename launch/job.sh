@@ -106,7 +106,8 @@ on_signal() {
 trap 'on_signal USR1' USR1
 trap 'on_signal INT' INT
 # Slurm signals the tasks itself; the job may have been cancelled and is then not requeued.
-trap 'say "got TERM"' TERM
+ending=''
+trap 'ending=yes && say "got TERM"' TERM
 
 for word in "$@"; do
     case $word in
@@ -172,7 +173,7 @@ if [ "${count:-$restarts}" != "$restarts" ]; then
 fi
 
 for _ in {1..50}; do # until what srun has written last is there
-    [ -n "$ranks_pid" ] && ! grep -qx end "$errors" || break
+    [ -n "$ranks_pid" ] && [ -z "$ending" ] && ! grep -qx end "$errors" || break
     sleep 0.1
 done
 SWITCHYARD_ERRORS=$(head --bytes=16000 "$errors")
