@@ -26,6 +26,7 @@ MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_
 MLA |= {"rope_interleave": True}
 MUON = {"name": "muon"}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+DORA = {"rank": 4, "alpha": 8.0, "dora": True}
 LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 
@@ -69,5 +70,7 @@ VARIANTS = {
     "lora": Variant({"attention_bias": True, "qk_norm": "head"}, LORA_EXPERTS, lora=LORA),
     "lora_mla": Variant(MLA | {"q_lora_rank": 20}, DEEPSEEK | {"num_shared_experts": 1}, lora=LORA),
     "lora_dense": Variant({"tie_embeddings": True, "recompute": ["activation"]}, {"num_experts": 0}, lora=LORA),
+    "dora": Variant({"attention_output_gate": "head"}, {"num_experts": 0}, lora=DORA),
+    "dora_mla": Variant(MLA | {"q_lora_rank": 20}, {"num_experts": 0}, lora=DORA),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }
