@@ -72,9 +72,9 @@ MATRIX = [
         [
             *("drops", "switch_documents", "dense", "global", "global_bias", "qwen3", "qwen2", "olmoe", "mla"),
             *("gpt_oss", "chunks", "muon", "mtp", "llama4", "phimoe", "gated", "gated_dense", "chat", "replay"),
-            *("lora", "lora_mla", "lora_dense", *PREFERENCES),
+            *("lora", "lora_mla", "lora_dense", "dora", "dora_mla", *PREFERENCES),
         ],
-        "dpo reward replay lora lora_dense drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe "
+        "dpo reward replay lora lora_dense dora drops global global_bias qwen2 olmoe mla chunks muon mtp llama4 phimoe "
         "gated gated_dense",
     ),
     Layouts(
@@ -85,10 +85,10 @@ MATRIX = [
             *("switch", "dropless", "deepseek", "expert_choice", "sinkhorn", "global", "global_bias", "ties"),
             *("ties_choice", "per_sequence", "qwen3", "qwen2", "olmoe", "mla", "mla_documents", "gpt_oss", "chunks"),
             *("muon_mla", "mtp_documents", "mtp_latent", "llama4", "phimoe", "gated", "lora", "lora_mla", "lora_dense"),
-            *("chat_mtp", "replay", *PREFERENCES),
+            *("chat_mtp", "replay", "dora", "dora_mla", *PREFERENCES),
         ],
         "deepseek expert_choice sinkhorn ties ties_choice per_sequence qwen3 olmoe mla mla_documents gpt_oss muon_mla "
-        "mtp_latent gated chat_mtp replay dpo reward lora_mla",
+        "mtp_latent gated chat_mtp replay dpo reward lora_mla dora_mla",
     ),
     Layouts(
         "pp2",
@@ -96,7 +96,18 @@ MATRIX = [
         {"pp": 2},
         [
             *("dropless", "deepseek", "dense", "qwen3", "olmoe", "mla", "gpt_oss", "muon", "mtp", "mtp_documents"),
-            *("llama4", "phimoe", "gated", "chat_mtp", "replay_mtp", "lora", "lora_mla", "lora_dense", *PREFERENCES),
+            *(
+                "llama4",
+                "phimoe",
+                "gated",
+                "chat_mtp",
+                "replay_mtp",
+                "lora",
+                "lora_mla",
+                "lora_dense",
+                "dora",
+                *PREFERENCES,
+            ),
         ],
         "dpo reward dropless qwen3 olmoe muon mtp mtp_documents replay_mtp lora",
     ),

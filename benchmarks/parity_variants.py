@@ -26,6 +26,7 @@ MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_
 MLA |= {"rope_interleave": True}
 MUON = {"name": "muon"}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+DORA = {"rank": 4, "alpha": 8.0, "dora": True}
 LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 OVERLAP = {"overlap_degree": 2, "num_experts": 8}
@@ -75,5 +76,7 @@ VARIANTS = {
         {"recompute": ["moe"]}, OVERLAP | {"pad_to_capacity": True, "expert_dropout": 0.4, "expert_bias": True}
     ),
     "overlap_lora": Variant({"recompute": ["full"]}, OVERLAP | LORA_EXPERTS | {"gate_on": "input"}, lora=LORA),
+    "dora": Variant({"attention_output_gate": "head"}, {"num_experts": 0}, lora=DORA),
+    "dora_mla": Variant(MLA | {"q_lora_rank": 20}, {"num_experts": 0}, lora=DORA),
     "six_layers": Variant({"num_layers": 6, "tie_embeddings": True}, {"top_k": 2}),
 }

@@ -89,7 +89,7 @@ def build_engine(
     adam: type[torch.optim.Optimizer] = torch.optim.AdamW,
     b_std: float = 0.1,
 ) -> Engine:
-    """b_std: standard deviation of the adapters' B, which begins as 0 in a run."""
+    """b_std: standard deviation of what is 0 at first in a run: the adapters' B and DoRA's changes of lengths."""
     from models.decoder import ModelBuildContext, ModelChunk
     from models.init import initialise
     from models.megatron_config import transformer_config
@@ -110,7 +110,7 @@ def build_engine(
         made = ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
         if lora.rank is not None:
             for name, parameter in made.named_parameters():
-                if name.endswith(".b") and is_adapter(name):
+                if name.endswith((".b", ".m")) and is_adapter(name):
                     parameter.sharding = dataclasses.replace(parameter.sharding, std=b_std)
             initialise(made, variant.seed)
         return made

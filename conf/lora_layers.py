@@ -29,7 +29,7 @@ class AdaptedLayer:
         return int(self.name.split(".")[1])
 
     def parameter(self, factor: str) -> str:
-        """The logical name of a or b."""
+        """The logical name of a, b or, of DoRA, m: what is added to the lengths of the weight's rows."""
         module, _, part = self.name.rpartition(".")
         return f"{module}.lora.{part}.{factor}"
 
@@ -100,6 +100,11 @@ def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[AdaptedLayer]:
     if not chosen:
         raise ValueError("lora.target selects a layer, but none is left; nearest: lora.target=['*'] or lora.rank=null")
     found = [layer for name, layer in layers.items() if name in chosen]
+    if lora.dora and (experts := next((layer.name for layer in found if layer.experts), None)):
+        raise ValueError(
+            f"lora.dora needs adapters of linear layers alone, but lora.target selects {experts}: peft, which loads "
+            "adapters, has no DoRA for routed experts; nearest: lora.target=['*','!*.experts.*'] or lora.dora=false"
+        )
     narrowest = min(found, key=lambda layer: min(layer.inner, layer.outer))
     width = min(narrowest.inner, narrowest.outer)
     if lora.rank > width:

@@ -42,6 +42,13 @@ def lora_rules(cfg: ConfigView) -> Iterator[Violation]:
             f"it is {cfg['model.moe.bias_update_rate']:g}",
             {"model.moe.bias_update_rate": [0.0], "lora.rank": [None]},
         )
+    if cfg["lora.dora"] and cfg["lora.dropout"]:
+        yield Violation(
+            "lora.dora needs lora.dropout=0: the product with W would have to be computed a second time, of the inputs "
+            "that are left",
+            f"it is {cfg['lora.dropout']:g}",
+            {"lora.dropout": [0.0], "lora.dora": [False]},
+        )
     if cfg["parallel.etp"] > 1 and cfg["model.moe.num_experts"]:
         # The factors that every expert-tensor-parallel rank needs whole are stored sharded over the hidden size.
         yield from divisible(cfg, "model.hidden_size", "parallel.etp")

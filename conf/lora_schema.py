@@ -18,6 +18,10 @@ class LoraConfig:
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, which keeps the size of the update the same at high ranks (rank-stabilized
     LoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA, Liu et al. 2024, arXiv:2402.09353, eq. 5): each row of W + scale * B A is
+    scaled to a length of its own, which is trained, too, and begins as that of W's row. Of attention, dense and shared
+    layers; routed experts have none."""
     dropout: float = setting(0.0, ge=0, lt=1)
     """Probability with which each input of an adapter is dropped while training."""
     target: list[str] = field(default_factory=lambda: ["*"])

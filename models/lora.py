@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) of the linear layers: y = W x + scale * B A dropout(x).
+"""Low-rank adapters (LoRA, arXiv:2106.09685) of the linear layers: y = W x + scale * B A dropout(x). With DoRA
+(arXiv:2402.09353) y is then multiplied by (|W| + m) / |W + scale * B A|, of the lengths of rows.
 
 Adapters are hooks, so that the layers are the same code with and without them, and whatever multiplies (an FP8 backend,
 Megatron-Core's layers) multiplies only W. Each projection has its own A and B, also where a layer computes several of
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel as tp
 from torch import Tensor, nn
@@ -54,6 +56,10 @@ class Adapter(nn.Module):
         # The variance of peft's initial values, those of a linear layer in PyTorch.
         self._place(self.a, 1 if layer.sharded == "inner" else None, (3 * layer.inner) ** -0.5)
         self._place(self.b, 0 if layer.sharded == "outer" else None, 0.0)
+        self.m: nn.Parameter | None = None
+        if lora.dora:
+            self.m = nn.Parameter(torch.empty(outer, dtype=dtype))
+            self._place(self.m, 0 if layer.sharded == "outer" else None, 0.0)
 
     def _place(self, factor: nn.Parameter, dim: int | None, std: float) -> None:
         if dim is None:
@@ -75,6 +81,24 @@ class Adapter(nn.Module):
         elif self.layer.sharded == "inner":
             z_SBr = tp.reduce_from_tensor_model_parallel_region(z_SBr, group=self.tp)
         return F.linear(z_SBr, self.b)
+
+    def magnitude(self, weight_NK: Tensor) -> Tensor | None:
+        """[N], what the layer's output is multiplied by after `forward` was added; None without DoRA. The length that
+        it divides by is a constant for the gradient (DoRA, section 4.3).
+
+        Args:
+            weight_NK: this rank's shard of the frozen weight.
+        """
+        if self.m is None:
+            return None
+        with torch.no_grad():
+            base_NK = weight_NK.float()
+            whole_NK = torch.addmm(base_NK, self.b.float(), self.a.float(), alpha=self.scale)
+            squares_2N = torch.stack([base_NK.square().sum(1), whole_NK.square().sum(1)])
+            if self.layer.sharded == "inner":
+                dist.all_reduce(squares_2N, group=self.tp)
+            base_N, whole_N = squares_2N.sqrt()
+        return ((base_N + self.m) / whole_N.clamp(min=torch.finfo(whole_N.dtype).tiny)).to(self.m.dtype)
 
     def _dropped(self, x_SBK: Tensor) -> Tensor:
         """x after dropout: whether a value is dropped is a hash of its token and column."""
@@ -143,8 +167,8 @@ class _Single:
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
 
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return _added(output, self.adapter(inputs[0]))
+    def __call__(self, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        return _added(output, self.adapter(inputs[0]), self.adapter.magnitude(module.weight))
 
 
 class _Fused:
@@ -153,7 +177,7 @@ class _Fused:
     def __init__(self, adapters: Sequence[Adapter | None], widths: Sequence[int], groups: int):
         self.adapters, self.widths, self.groups = adapters, widths, groups
 
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         y_SBN = output[0]
         parts = []
         for adapter, width in zip(self.adapters, self.widths, strict=True):
@@ -161,12 +185,21 @@ class _Fused:
                 parts.append(y_SBN.new_zeros((*y_SBN.shape[:2], self.groups, width)))
             else:
                 parts.append(adapter(inputs[0]).unflatten(-1, (self.groups, width)))
-        return _added(output, torch.cat(parts, -1).flatten(-2))
+        return _added(output, torch.cat(parts, -1).flatten(-2), self._magnitude(module.weight))
+
+    def _magnitude(self, weight_NK: Tensor) -> Tensor | None:
+        if all(adapter is None or adapter.m is None for adapter in self.adapters):
+            return None
+        parts, rows_of_parts = [], weight_NK.unflatten(0, (self.groups, -1)).split(list(self.widths), 1)
+        for adapter, rows in zip(self.adapters, rows_of_parts, strict=True):
+            found = None if adapter is None else adapter.magnitude(rows.flatten(0, 1))
+            parts.append(rows.new_ones(rows.shape[:2]) if found is None else found.view(rows.shape[:2]))
+        return torch.cat(parts, 1).flatten()
 
 
-def _added(output: Any, update_SBN: Tensor) -> Any:
-    """The output of a linear layer, of Megatron-Core's with the bias that is added elsewhere, plus an update."""
-    if isinstance(output, tuple):
-        y_SBN, bias = output
-        return y_SBN + update_SBN, bias
-    return output + update_SBN
+def _added(output: Any, update_SBN: Tensor, magnitude_N: Tensor | None) -> Any:
+    """The output of a linear layer, of Megatron-Core's with the bias that is added elsewhere, plus an update, and times
+    DoRA's factor."""
+    y_SBN, *bias = output if isinstance(output, tuple) else (output,)
+    y_SBN = y_SBN + update_SBN if magnitude_N is None else (y_SBN + update_SBN) * magnitude_N
+    return (y_SBN, *bias) if bias else y_SBN

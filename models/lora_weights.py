@@ -1,4 +1,4 @@
-"""The weights of a checkpoint of adapters, merged into those that they were trained for.
+"""The weights of a checkpoint of adapters, merged into those that they were trained for, and the lengths of DoRA.
 
 Legend: E experts, K inner and N outer dimension of a layer, r rank.
 """
@@ -23,13 +23,14 @@ def read_adapter(weights: CheckpointWeights, layer: AdaptedLayer, expert: int | 
 
 
 class MergedWeights(CheckpointWeights):
-    """W + scale * B A of every adapted layer, computed in fp32, and the other weights as they are stored."""
+    """W + scale * B A of every adapted layer, with DoRA each row scaled to its length, computed in fp32, and the other
+    weights as they are stored."""
 
     def __init__(self, directory: Path, base: Path, run: Config):
         super().__init__(directory, read_manifest(directory)["tensors"])
         self.adapters = CheckpointWeights(directory, self.stored)
         self.base = CheckpointWeights(base, read_manifest(base)["tensors"])
-        self.model, self.scale = run.model, scale_of(run.lora)
+        self.model, self.scale, self.dora = run.model, scale_of(run.lora), run.lora.dora
         self.updates: dict[str, dict[str, AdaptedLayer]] = {}
         """Name of a weight -> the layers whose products it holds, by their last names."""
         for layer in adapted_layers(run.model, run.lora):
@@ -59,7 +60,40 @@ class MergedWeights(CheckpointWeights):
         weight = self.base.read(name, first)
         if name not in self.updates:
             return weight
-        return weight.float() + self._update(name, weight.shape, first)
+        if self.dora and first is not None:  # a row alone has no length that the others do not know
+            return self.read(name)[first]
+        merged = weight.float() + self._update(name, weight.shape, first)
+        if not self.dora:
+            return merged
+        # A row of zeros has no length to divide by.
+        length_N1 = merged.norm(dim=1, keepdim=True).clamp(min=torch.finfo(merged.dtype).tiny)
+        return merged * (self._lengths(name)[:, None] / length_N1)
+
+    def length(self, layer: AdaptedLayer) -> Tensor:
+        """fp32 [N]: those that DoRA gives to the rows of a layer's weight."""
+        module, _, part = layer.name.rpartition(".")
+        name = self._weight(layer, module, part)
+        lengths = self._lengths(name)
+        return self._by_part(lengths)[part].flatten() if name.endswith(".qkv.weight") else lengths
+
+    def _lengths(self, name: str) -> Tensor:
+        """fp32 [N], of the rows of a weight."""
+        lengths, layers = self.base.read(name).float().norm(dim=1), self.updates[name]
+        parts = self._by_part(lengths) if name.endswith(".qkv.weight") else dict.fromkeys(layers, lengths)
+        for part, layer in layers.items():
+            parts[part] += self.adapters.read(layer.parameter("m")).float().view(parts[part].shape)
+        return lengths
+
+    def _by_part(self, rows_N: Tensor) -> dict[str, Tensor]:
+        """Of attention's fused projection: views [groups, rows of a group] of queries, their gates, keys and values."""
+        rows = rows_N.view(self.model.query_groups, -1)
+        widths = [width // self.model.query_groups for width in self._widths.values()]
+        return dict(zip(self._widths, rows.split(widths, 1), strict=True))
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        model = self.model
+        return {"q": model.query_width, "gate": model.gate_width, "k": model.key_width, "v": model.key_width}
 
     def _update(self, name: str, shape: torch.Size, first: int | None) -> Tensor:
         layers = self.updates[name]
@@ -81,12 +115,10 @@ class MergedWeights(CheckpointWeights):
 
     def _fused(self, layers: dict[str, AdaptedLayer], shape: torch.Size) -> Tensor:
         """Of attention's fused projection: rows by key/value group (models.attention)."""
-        model = self.model
-        widths = {"q": model.query_width, "gate": model.gate_width, "k": model.key_width, "v": model.key_width}
         parts = []
-        for part, width in widths.items():
+        for part, width in self._widths.items():
             whole = self._product(layers[part]) if part in layers else torch.zeros(width, shape[-1])
-            parts.append(whole.unflatten(0, (model.query_groups, -1)) if width else None)
+            parts.append(whole.unflatten(0, (self.model.query_groups, -1)) if width else None)
         return torch.cat([part for part in parts if part is not None], dim=1).flatten(0, 1)
 
     def _expert(self, layers: dict[str, AdaptedLayer], shape: torch.Size, expert: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +127,7 @@ def adapter_parameters(config: Config, layout: Layout, stage: "Stage | None" = N
             continue
         inner /= layout.tp if layer.sharded == "inner" else 1
         outer /= layout.tp if layer.sharded == "outer" else 1
-        spread += (lora.rank or 0) * (inner + outer)
+        spread += (lora.rank or 0) * (inner + outer) + lora.dora * outer
     return spread, experts
 
 
@@ -136,6 +138,23 @@ def _of_stage(model: ModelConfig, lora: LoraConfig, layout: Layout, stage: "Stag
     chunks = range(stage.index, layout.pp * layout.vpp, layout.pp)
     here = {layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)}
     return [layer for layer in layers if layer.layer in here]
+
+
+def experts_are_adapted(config: Config) -> bool:
+    """Whether routed experts have adapters."""
+    return any(layer.experts for layer in adapted_layers(config.model, config.lora))
+
+
+def share_adapted(config: Config, name: str, *, sparse: bool) -> Mapping[str, float]:
+    """Of each projection of the modules `name` (attention, ffn, ffn.experts or ffn.shared.ffn) of sparse or of dense
+    layers, the share that has adapters."""
+    model, found = config.model, defaultdict[str, float](float)
+    count = sum(model.is_sparse(layer) == sparse for layer in range(model.num_layers))
+    for layer in adapted_layers(model, config.lora):
+        module, _, part = layer.name.split(".", 2)[2].rpartition(".")
+        if module == name and model.is_sparse(layer.layer) == sparse:
+            found[part] += 1 / count
+    return found
 
 
 def run_cost(config: Config) -> Cost:

@@ -94,22 +94,29 @@ def write_adapter(directory: Path, checkpoint: Path, family: Family, run: Config
     from safetensors.torch import save_file
 
     from models.hf.convert import CheckpointWeights
-    from models.lora_weights import read_adapter
+    from models.lora_weights import MergedWeights, read_adapter
     from parallel.checkpoint_manifest import read_manifest
+    from training.adapters import open_weights
 
     lora = run.lora
     assert lora.rank is not None
     modules, experts = modules_of(family, run), experts_of(family, run)
     weights = CheckpointWeights(checkpoint, read_manifest(checkpoint)["tensors"])
+    merged = open_weights(checkpoint, run) if lora.dora else None
     tensors: dict[str, Tensor] = {}
     for module, layer in modules.items():
         a_rK, b_Nr = read_adapter(weights, layer)
         tensors |= _named(module, a_rK, b_Nr)
+        if isinstance(merged, MergedWeights):
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = merged.length(layer).contiguous()
     ranks: dict[str, int] = {}
     for module, parts in experts.items():
         tensors |= _experts(weights, module, parts, ranks)
     alpha = scale_of(lora) * lora.rank
     by_weight = [name for name in modules if run.model.moe.num_experts and name.endswith(_NAMES_OF_EXPERTS)]
+    if by_weight and lora.dora:
+        why = "is a layer that peft takes for experts, of which it has no DoRA"
+        raise ValueError(_refusal(family, modules[by_weight[0]], why))
     parameters = [*(f"{name}.weight" for name in by_weight), *ranks]
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -120,6 +127,7 @@ def write_adapter(directory: Path, checkpoint: Path, family: Family, run: Config
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else lora.dropout,  # peft has none for parameters, and refuses it
         "use_rslora": False,
+        "use_dora": lora.dora,
         "bias": "none",
         "target_modules": [name for name in modules if name not in by_weight],
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},

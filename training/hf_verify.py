@@ -149,7 +149,8 @@ def _add_adapters(model: Any, adapter: Path) -> None:
         raise ValueError(f"peft does not load {adapter}: {lost[0][:500]}")
     with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
         wanted = len([*stored.keys()])
-    found = [name for name, _ in wrapped.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    kinds = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+    found = [name for name, _ in wrapped.named_parameters() if any(kind in name for kind in kinds)]
     if len(found) != wanted:
         raise ValueError(f"peft has {len(found)} tensors of adapters, {adapter} has {wanted}")
 

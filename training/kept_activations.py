@@ -6,15 +6,20 @@ Legend: D hidden size, F hidden size of a feed-forward layer or an expert, K ass
 tokens of a micro-batch on a context-parallel rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from conf.extensions import input_projections
 from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
+from training.adapters import experts_are_adapted, share_adapted
 from training.flops import experts_per_token
+from training.kept_by_adapters import kept_by_adapters, unread_inputs
 
 INT, FLOAT = 8, 4
 """Bytes of an index, and of what is computed in fp32 whatever the precision is."""
+IN_FP32 = ("triton", "grouped_mm_fused", "fp8")
+"""Backends of the experts that compute the activation of experts with adapters in fp32 (ops.adapted_experts)."""
 SEPARATE = ("loop", "grouped_mm", "te")
 """Backends of the experts whose products and activation are separate operations; the others keep only the first
 product's output."""
@@ -96,19 +101,23 @@ class Activations:
             return self.outside * self.model.hidden_size * self.value + sparse * self._decision(keeps=True)
         # The inputs of two norms, and their outputs, which are inputs of linear layers.
         kept = self.outside * ((2 if "norm" in again else 4) * self.value * self.model.hidden_size + 2 * FLOAT)
-        kept += self._attention()
+        kept += self._attention() + kept_by_adapters(self, "attention", sparse=sparse)
+        kept -= unread_inputs(self, again, sparse=sparse)
         if not sparse:
-            return kept + self._mlp(self.model.ffn_hidden_size, again)
-        if "moe" in again:
+            kept += self._mlp(self.model.ffn_hidden_size, again, "ffn")
+        elif "moe" in again:
             return kept + self._decision(keeps=True)
-        kept += self._router() + self._experts(again)
-        return kept + (self._mlp(self.model.shared_width, again) if self.model.moe.num_shared_experts else 0.0)
+        else:
+            kept += self._router() + self._experts(again)
+        kept += kept_by_adapters(self, "ffn", sparse=sparse)
+        shared = sparse and self.model.moe.num_shared_experts > 0
+        return kept + (self._mlp(self.model.shared_width, again, "ffn.shared.ffn") if shared else 0.0)
 
     def head(self) -> float:
         """Input and output of the final norm, and the logits; and of each layer for multi-token prediction the same,
         and what its projection keeps: the embedding, and unless recomputed both norms' outputs."""
         model, d, value = self.model, self.model.hidden_size, self.value
-        one = self.outside * (2 * value * d + FLOAT) + self._outputs()
+        one = self.outside * ((1 + self._keeps_head_input) * value * d + FLOAT) + self._outputs()
         again = bool({"norm", "full"} & {*model.recompute})
         projection = self.outside * value * d * (1 if again else 3)
         return one * (1 + model.mtp_num_layers) + projection * model.mtp_num_layers
@@ -143,6 +152,7 @@ class Activations:
         inputs = value * model.hidden_size * (self.tokens + layout.sequence_parallel * self.outside)
         if model.reward_head:  # in fp32 first
             inputs = self.outside * model.hidden_size * (value + FLOAT)
+        weight *= self._trains_weights
         if self.on_gpu:
             return self.head() + weight + inputs
         return self.head() + max(logits, self._added(weight) + inputs)
@@ -159,15 +169,16 @@ class Activations:
             whole = bool({"full", "moe"} & set(self.model.recompute))
             return above + max(self._gradients_of_rows(whole) + whole * again, self._gradients_of_experts() + again)
         width = self.model.ffn_hidden_size / self.layout.tp
-        weight = width * self.model.hidden_size * self.value
+        weight = width * self.model.hidden_size * self.value * self._trains_weights
         return again + above + self._added(weight) + self.tokens * width * self.value
 
     def _activated(self, sparse: bool) -> float:
         """What recomputing activations brings back; what it keeps instead, the second product's output, stays."""
-        of_experts = self.backend in SEPARATE or not sparse
-        if "activation" not in self.model.recompute or not of_experts:
+        separate = self.is_separate if sparse else True
+        if "activation" not in self.model.recompute or not separate:
             return 0.0
-        again = self._hidden([]) - self._hidden(["activation"])
+        adapted = share_adapted(self.config, "ffn.experts" if sparse else "ffn", sparse=sparse)
+        again = self._hidden([]) - self._hidden(["activation"], adapted)
         if not sparse:
             return self.tokens * self.value * again * self.model.ffn_hidden_size / self.layout.tp
         return self.rows * self.value * again * self.model.expert_width / self.layout.etp
@@ -184,8 +195,9 @@ class Activations:
         gates, experts = input_projections(model.activation), model.moe.num_experts / self.layout.ep
         width = model.expert_width / self.layout.etp
         weight, rows = experts * width * model.hidden_size * value, self.rows * model.hidden_size * value
+        weight *= self._trains_weights
         hidden = self.rows * width * value
-        if self.backend in SEPARATE:
+        if self.is_separate:
             first = self._added(gates * weight) + gates * hidden + rows - 2 * gates * hidden - rows
             return max(self._added(weight) + hidden, first)
         if self.on_gpu:
@@ -197,6 +209,13 @@ class Activations:
     def shared(self) -> float:
         """Of a micro-batch on a stage, whatever its layers are: cosines and sines."""
         return self.tokens * FLOAT * self.model.rotary_width
+
+    def before_adapters(self) -> float:
+        """What the first layer of the model does not keep where adapters alone are trained: the input and the scale of
+        its first norm, since nothing before its adapters has a gradient."""
+        if self._trains_weights or "full" in self.model.recompute:
+            return 0.0
+        return self.outside * (self.value * self.model.hidden_size + FLOAT)
 
     def gathered(self) -> float:
         """Megatron-Core's buffer, into which sequence parallelism gathers, whatever the number of micro-batches."""
@@ -232,7 +251,9 @@ class Activations:
     @property
     def _gathers_in_kernel(self) -> bool:
         """Whether the experts' products read tokens from where they lie."""
-        return self.backend in ("triton", "grouped_mm_fused", "native") or (self.backend == "fp8" and self.on_gpu)
+        return (not self._experts_are_adapted and self.backend in ("triton", "grouped_mm_fused", "native")) or (
+            self.backend == "fp8" and self.on_gpu
+        )
 
     def _experts(self, again: list[str]) -> float:
         """Rows, what is computed of them, and which rows they are."""
@@ -245,10 +266,16 @@ class Activations:
                 0.0 if self.stays else self.tokens / self.layout.tp * self.layout.ep if self.by_all_gather else rows
             )
         returned = rows if self.stays or self.by_all_gather else sent
-        separate = self.backend in SEPARATE
-        hidden = self._hidden(again) if separate else input_projections(model.activation)
-        if separate and "activation" in again and (returned is sent or self.backend == "loop"):
+        separate, adapted = self.is_separate, share_adapted(self.config, "ffn.experts", sparse=True)
+        hidden = self._hidden(again, adapted) if separate else input_projections(model.activation)
+        if self._experts_are_adapted and "activation" in again:
+            # The second product's output, and what the adapters add to it.
+            returned += (1 + adapted.get("down", 0.0)) * rows
+        elif separate and "activation" in again and (returned is sent or self.backend == "loop"):
             returned += rows  # the second product's output is saved as well, and is not what travels back
+        elif self._experts_are_adapted and self.backend in IN_FP32:
+            # All but what the second product reads.
+            hidden += (FLOAT / value - 1) * max(hidden - 1, 1) + (hidden == 1)
         if not self.on_gpu and moe.gate_on == "output":
             returned += rows if self.stays or self.by_all_gather else sent  # index_add saves what it adds
         if moe.expert_chunk_rows is not None and rows > moe.expert_chunk_rows:
@@ -258,20 +285,43 @@ class Activations:
         indices = 2 * INT * sent if self.stays else 4 * INT * rows if not self.by_all_gather else INT * rows
         return value * (d * (inputs + returned) + rows * hidden * width) + indices
 
-    def _hidden(self, again: list[str]) -> float:
-        """Tensors of hidden width of separate products and activation."""
+    @property
+    def _trains_weights(self) -> bool:
+        """False: of the model's own weights there are no gradients, but of adapters'."""
+        return self.config.lora.rank is None
+
+    @property
+    def _keeps_head_input(self) -> bool:
+        return self._trains_weights or self.model.reward_head
+
+    @property
+    def _experts_are_adapted(self) -> bool:
+        return experts_are_adapted(self.config)
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether products and activation of the experts are operations of their own."""
+        return self.backend in SEPARATE or self._experts_are_adapted
+
+    def _hidden(self, again: list[str], adapted: Mapping[str, float] | None = None) -> float:
+        """Tensors of hidden width of separate products and activation.
+
+        Args:
+            adapted: from share_adapted.
+        """
         activation = self.model.activation
         gates = input_projections(activation)
-        if "activation" in again:
-            return gates
+        if "activation" in again:  # the products alone, also those of adapters
+            return gates + sum((adapted or {}).get(part, 0.0) for part in ("gate", "up"))
         # Of a gated one both parts, the activated one and the product; clamped_swiglu adds 1 to the other one.
         return {"relu": 1, "clamped_swiglu": 5}.get(activation, 2 * gates)
 
-    def _mlp(self, width: int, again: list[str]) -> float:
-        model = self.model
-        kept = self.tokens * self.value * self._hidden(again) * width / self.layout.tp
+    def _mlp(self, width: int, again: list[str], name: str) -> float:
+        """name: of the layer, for lora.target."""
+        model, adapted = self.model, share_adapted(self.config, name, sparse=name != "ffn")
+        kept = self.tokens * self.value * self._hidden(again, adapted) * width / self.layout.tp
         if "activation" in again:  # the second product's output as well
-            kept += self.tokens * self.value * model.hidden_size
+            kept += self.tokens * self.value * model.hidden_size * (1 + adapted.get("down", 0.0))
         if width == model.shared_width and model.moe.shared_expert_gate:
             kept += self.outside * self.value * model.hidden_size
         return kept

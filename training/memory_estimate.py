@@ -89,6 +89,7 @@ def stage_memory(
     in_flight = micro_batches_in_flight(layout, stage.index, micro_batches)
     kept = Activations(config, layout, bf16, on_gpu, imbalance)
     layers = stage.sparse * kept.layer(sparse=True) + stage.dense * kept.layer(sparse=False) + kept.shared()
+    layers -= kept.before_adapters() if stage.is_first else 0.0
     beyond = kept.beyond(sparse=stage.sparse, dense=stage.dense, is_last=stage.is_last)
     return Memory(
         weights=value * (spread + experts + adapters),

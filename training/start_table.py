@@ -110,6 +110,7 @@ def _adapters_row(facts: Facts) -> list[tuple[str, str, str]]:
     if not layers:
         return []
     why = "their scale is alpha / sqrt(rank)" if facts.config.lora.rslora else "their scale is alpha / rank"
+    why += "; DoRA: rows have lengths of their own" if facts.config.lora.dora else ""
     if any(layer.experts for layer in layers) and facts.backend:
         product = (
             "of one expert after the other" if facts.experts.adapted.product is loop_product else f"by {facts.backend}"

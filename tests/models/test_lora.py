@@ -31,6 +31,8 @@ VARIANTS = {
     "gates": Variant({"attention_output_gate": "head"}, {"num_experts": 0}),
     "latent": Variant(MLA | {"q_lora_rank": 20}, DEEPSEEK),
     "bf16": Variant(moe={"num_shared_experts": 1}, dtype=torch.bfloat16),
+    "dora": Variant({"attention_output_gate": "head"}, {"num_experts": 0}),
+    "dora latent": Variant(MLA | {"q_lora_rank": 20}, {"num_experts": 0}),
     "fp8": Variant(moe={"num_shared_experts": 1}, dtype=torch.bfloat16, gemm=Reference(RECIPES["blockwise"])),
 }
 
@@ -49,13 +51,13 @@ def _logits(world: World, variant: Variant, lora: dict[str, Any], steps: int) ->
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_begins_with_exactly_the_logits_of_its_base(name: str, ranks: RankPool) -> None:
-    variant = VARIANTS[name]
+    variant, dora = VARIANTS[name], name.startswith("dora")
     base, _ = ranks.run(1, _logits, variant, {}, 0, timeout=120.0)[0]
-    begun, _ = ranks.run(1, _logits, variant, {"rank": 4}, 0, timeout=120.0)[0]
+    begun, _ = ranks.run(1, _logits, variant, {"rank": 4, "dora": dora}, 0, timeout=120.0)[0]
     assert torch.equal(base, begun)
-    after, trained = ranks.run(1, _logits, variant, {"rank": 4, "dropout": 0.2}, 2, timeout=120.0)[0]
+    after, trained = ranks.run(1, _logits, variant, {"rank": 4, "dropout": 0.2, "dora": dora}, 2, timeout=120.0)[0]
     assert not torch.equal(base, after) and after.isfinite().all()
-    wanted = {layer.parameter(f) for layer in adaptable_layers(variant.config()) for f in ("a", "b")}
+    wanted = {layer.parameter(f) for layer in adaptable_layers(variant.config()) for f in "abm"[: 2 + dora]}
     assert trained.keys() == wanted and all(map(is_adapter, wanted))
     assert all(gradient.abs().max() > 0 for gradient in trained.values())
 
@@ -114,6 +116,8 @@ def _config(**lora: Any) -> Config:
             lambda c: replace(c, checkpoint=CheckpointConfig(load="runs/x", load_except=["model.num_layers"])),
             "frozen weights that are new would stay random; nearest: checkpoint.load_except=[]",
         ),
+        (lambda c: replace(c, lora=LoraConfig(4, dora=True)), "no DoRA for routed experts; nearest: lora.target="),
+        (lambda c: replace(c, lora=LoraConfig(4, dora=True, dropout=0.1)), "lora.dora needs lora.dropout=0"),
         (lambda c: replace(c, optim=OptimConfig(name="muon")), "Muon would orthogonalize the factors"),
         (
             lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, bias_update_rate=0.1))),

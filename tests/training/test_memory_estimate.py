@@ -10,6 +10,7 @@ from conf.schema import (
     ClusterConfig,
     Config,
     Fp8Config,
+    LoraConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -141,6 +142,28 @@ def test_one_rank_holds_what_is_estimated(
     kept = sum(of.layer(sparse=s) for s in sparse) + of.shared() + of.head()
     # Emulated FP8, which is for tests, keeps rounded copies that the estimate leaves out.
     assert kept == pytest.approx(found.activations, rel=0.25 if precision == "fp8" else 0.05)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(8),
+        LoraConfig(8, dropout=0.1),
+        LoraConfig(8, dora=True, target=["*", "!*.experts.*"]),
+        LoraConfig(8, target=["*.attention.*"]),
+    ],
+    ids=["all layers", "dropout", "dora", "attention"],
+)
+def test_one_rank_with_adapters_holds_what_is_estimated(lora: LoraConfig, ranks: RankPool) -> None:
+    settings = replace(config("bf16", {"top_k": 2, "num_shared_experts": 1}), lora=lora)
+    found = ranks.run(1, held, settings, timeout=60)[0]
+    estimate = memory_per_rank(settings, Layout(1), bf16=True)
+    for part in KEPT:
+        assert getattr(estimate, part) == pytest.approx(getattr(found, part), rel=0.02), part
+    of = Activations(settings, Layout(1), bf16=True, on_gpu=False)
+    kept = sum(of.layer(sparse=settings.model.is_sparse(layer)) for layer in range(settings.model.num_layers))
+    kept += of.shared() + of.head() - of.before_adapters()
+    assert kept == pytest.approx(found.activations, rel=0.05)
 
 
 SMALL = OptimConfig(grad_dtype="bf16", state_dtype="bf16")

@@ -1,6 +1,7 @@
 """Adapters of imported models in peft: the command compares the logits of both."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def with_adapters(base: Path, folder: Path, **lora: Any) -> Path:
         experts = (layer.experts,)
         shapes[layer.parameter("a")] = (*experts, *a[::-1]) if layer.experts else a
         shapes[layer.parameter("b")] = (*experts, *b[::-1]) if layer.experts else b
+        if run.lora.dora:
+            shapes[layer.parameter("m")] = (layer.outer,)
     generator = torch.Generator().manual_seed(1)
     values = {name: torch.randn(shape, generator=generator) / 6 for name, shape in shapes.items()}
     kinds = {name: (torch.float32, shape) for name, shape in shapes.items()}
@@ -56,6 +59,19 @@ def test_peft_adds_the_adapters_that_we_do(family: str, runs: Runs, ranks: RankP
         ours, theirs = tensors_in(tmp_path / "again" / STEP), tensors_in(lora / STEP)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3"])
+def test_peft_scales_rows_as_we_do(family: str, runs: Runs, ranks: RankPool, tmp_path: Path) -> None:
+    """DoRA, by the adapters and merged."""
+    pytest.importorskip("peft")
+    target = ["*"] if family == "qwen3" else ["*.attention.*"]
+    lora = with_adapters(runs[family], tmp_path / "lora", dora=True, target=target)
+    for what in ({"adapter": True}, {"merge": True}):
+        code, said = run_export(ranks, lora, tmp_path / next(iter(what)), **what)
+        assert code == 0 and "verified on" in said, said
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["use_dora"] and any("magnitude" in name for name in tensors_in(tmp_path / "adapter"))
 
 
 def test_an_adapter_of_peft_becomes_a_run(runs: Runs, ranks: RankPool, tmp_path: Path) -> None:
