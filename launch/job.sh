@@ -173,7 +173,7 @@ if [ "${count:-$restarts}" != "$restarts" ]; then
 fi
 
 for _ in {1..50}; do # until what srun has written last is there
-    [ -n "$ranks_pid" ] && [ -z "$ending" ] && ! grep -qx end "$errors" || break
+    if [ -z "$ranks_pid" ] || [ -n "$ending" ] || grep -qx end "$errors"; then break; fi
     sleep 0.1
 done
 SWITCHYARD_ERRORS=$(head --bytes=16000 "$errors")
