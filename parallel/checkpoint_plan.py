@@ -144,7 +144,7 @@ def made_plan(
         for key, shape, offset, size, _, rank in entries:
             tensor = stored.setdefault(key, StoredTensor(shape, []))
             tensor.shards.append(TensorShard(file_of(rank), offset, size))
-        wrong = _wrong(entries) or incomplete(dict(shapes or ()), stored)
+        wrong = tiles_wrongly(entries) or incomplete(dict(shapes or ()), stored)
     _raise_together(wrong, runtime.device)
     return SavePlan(tuple(families), writers_of(runtime.layout, writers), stored)
 
@@ -174,7 +174,7 @@ def _gather(mine: list[Any] | None, path: Sequence[dist.ProcessGroup]) -> list[A
     return mine
 
 
-def _wrong(entries: list[tuple[str, Shape, Shape, Shape, torch.dtype, int]]) -> str | None:
+def tiles_wrongly(entries: list[tuple[str, Shape, Shape, Shape, torch.dtype, int]]) -> str | None:
     """Whether shards overlap or leave holes, as Megatron-Core sees it; None: neither."""
     from megatron.core.dist_checkpointing import ShardedTensor, validation
     from megatron.core.dist_checkpointing.core import CheckpointingException

@@ -149,6 +149,8 @@ def share_adapted(config: Config, name: str, *, sparse: bool) -> Mapping[str, fl
     """Of each projection of the modules `name` (attention, ffn, ffn.experts or ffn.shared.ffn) of sparse or of dense
     layers, the share that has adapters."""
     model, found = config.model, defaultdict[str, float](float)
+    if config.lora.rank is None:
+        return found
     count = sum(model.is_sparse(layer) == sparse for layer in range(model.num_layers))
     for layer in adapted_layers(model, config.lora):
         module, _, part = layer.name.split(".", 2)[2].rpartition(".")

@@ -353,6 +353,8 @@ class Activations:
     @property
     def _with_rope(self) -> float:
         """Share of the layers that have a rotary embedding."""
+        if self.model.no_rope_every is None:
+            return 1.0
         return sum(map(self.model.has_rope, range(self.model.num_layers))) / self.model.num_layers
 
     def _core(self, query: int, key: int) -> float:

@@ -15,6 +15,8 @@ def kept_by_adapters(of: "Activations", kind: str, *, sparse: bool) -> float:
     products with A, which B multiplies; with lora.dropout also the factors of their inputs, and the inputs times these;
     with lora.dora their outputs before they are scaled."""
     model = of.model
+    if of.config.lora.rank is None:
+        return 0.0
     layers = [
         layer
         for layer in adapted_layers(model, of.config.lora)
