@@ -104,8 +104,8 @@ class Router(nn.Module):
     def _logits(self, x_TD: Tensor) -> Tensor:
         # Autocast would bring the product back to bf16.
         kind = x_TD.device.type
-        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-        with off:
+        is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext():
             logits_TE = self.ops.router_logits(x_TD, self.weight)
             return logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
 
