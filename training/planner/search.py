@@ -84,8 +84,13 @@ def search(config: Config, rates: Rates, options: Options, count: int = 5) -> Fo
         kind = layout.pp, layout.vpp, layout.pp_layers
         stages = known.setdefault(kind, []) or stages_of(config.model, layout)
         known[kind] = stages
+        floors: dict[bool, float] = {}  # of memory, by cpu_offload: without activations
         for other in with_recompute(candidate, options):
+            floor = floors.get(other.optim.cpu_offload, 0.0)
+            if floor > limit and smallest is not None and floor >= smallest[0]:
+                continue
             memory = memory_of(other, layout, options.imbalance, stages)
+            floors[other.optim.cpu_offload] = memory.total - memory.activations
             if memory.total <= limit:
                 prediction = predict(other, layout, rates, imbalance=options.imbalance, stages=stages)
                 fitting.append(Plan(other, prediction))
