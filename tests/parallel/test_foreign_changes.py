@@ -32,10 +32,6 @@ ALLOWED = {
         "parallel/optimizers.py",
         "torch._fused_adamw_",
     ): "what torch's fused AdamW calls, of which there is no other way",
-    (
-        "benchmarks/scale_rank.py",
-        "validation.validate_sharding_integrity",
-    ): "a proof about ranks that the benchmark does not have",
     ("benchmarks/scale_rank.py", "dist.new_group"): "counts the groups that Megatron-Core makes",
     ("benchmarks/mirror_world.py", "dist.Store"): "counts requests; no part of a run",
     ("benchmarks/optimizer_states.py", "ddp._ParamAndGradBuffer"): "a control, wrong on purpose",
