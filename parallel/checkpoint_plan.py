@@ -168,9 +168,9 @@ def _gather(mine: list[Any] | None, path: Sequence[dist.ProcessGroup]) -> list[A
     no part, as none of its group does."""
     for group in path:
         if mine is not None and group.size() > 1:
-            told: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-            dist.gather_object(mine, told, group=group, group_dst=0)
-            mine = None if told is None else [entry for part in told for entry in part]
+            gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+            dist.gather_object(mine, gathered, group=group, group_dst=0)
+            mine = None if gathered is None else [entry for part in gathered for entry in part]
     return mine
 
 

@@ -53,13 +53,13 @@ class NodeWatch:
     def look(self) -> tuple[bool, bool]:
         """(whether a failure was announced, or the store has ended; whether the store has answered since the last
         call). `pause` seconds are to pass between two calls."""
-        told = None if self._asks else self._read()
-        if told is None:
+        record = None if self._asks else self._read()
+        if record is None:
             failed, answered = self._ask_store()
             if self._asks and self._path:
                 self._write(failed)
             return failed, answered
-        questions, answers, failed = told
+        questions, answers, failed = record
         now = time.monotonic()
         if questions != self._questions:
             self._questions, self._seen = questions, now

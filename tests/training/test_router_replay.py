@@ -56,13 +56,13 @@ def test_a_routing_is_replayed_under_other_layouts(ranks: RankPool, trained: Pat
     other = dataclasses.replace(
         one,
         experts_NSLK=((one.experts_NSLK + 1) % 4).where(there, one.experts_NSLK),
-        kept_NSLK=there & (torch.arange(32)[:, None, None] % 3 > 0),
+        kept_NSLK=there & (torch.arange(32)[:, None, None] % 8 == 0),
     )
     found = []
     for kept in (one.kept_NSLK, other.kept_NSLK):
         dataclasses.replace(other, kept_NSLK=kept).save(Path(second))
         found.append(loss(ranks, trained, 1, {}, replay_routing=second))
-    assert abs(found[0] - free) > 1e-5 * free and abs(found[1] - found[0]) > 1e-5 * free
+    assert abs(found[0] - free) > 1e-4 * free and abs(found[1] - found[0]) > 1e-4 * free
     forced = found[1]
     for size, degrees in ((2, scattered), (2, {"pp": 2}), (2, {})):
         assert loss(ranks, trained, size, degrees, replay_routing=second) == pytest.approx(forced, rel=1e-6)
