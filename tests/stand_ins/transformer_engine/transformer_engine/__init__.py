@@ -1,0 +1,3 @@
+"""Stands for TransformerEngine."""
+
+__version__ = "2.18.0"

@@ -1,0 +1,20 @@
+"""Stands for transformer_engine.pytorch."""
+
+from transformer_engine.pytorch import cpp_extensions, optimizers, permutation, router
+from transformer_engine.pytorch.attention import DotProductAttention
+from transformer_engine.pytorch.module import GroupedLinear, LayerNormLinear, Linear, RMSNorm
+from transformer_engine.pytorch.permutation import moe_permute, moe_unpermute
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "cpp_extensions",
+    "moe_permute",
+    "moe_unpermute",
+    "optimizers",
+    "permutation",
+    "router",
+]
