@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.extensions import input_projections
-from ops import autotune
+from ops import autotune, te
 from ops.activations import IN_KERNELS, activate
 from ops.adapted_experts import Adapted, Product, frozen_product
 from ops.cpp.build import native, slower_than_onednn
@@ -22,7 +22,7 @@ from ops.fused_experts import COMPILED_PER_SHAPE, FusedExperts
 from ops.gemm_backend import GemmBackend, Reference
 from ops.gpu import BF16_CAPABILITY, triton_unsupported_reason
 from ops.grouped_mlp import experts_with
-from ops.operation import Implementation, Operation, Unavailable
+from ops.operation import Implementation, Operation
 from ops.permute import PermuteIndices
 from ops.run_context import RunContext
 
@@ -171,13 +171,9 @@ def _grouped_mm_fused(context: RunContext) -> ExpertBackend:
 
 
 def _te(context: RunContext) -> ExpertBackend:
-    try:
-        from ops.te_grouped_gemm import TeGemmBackend
+    from ops.te_grouped_gemm import TeGemmBackend
 
-        return ExpertBackend.on(TeGemmBackend(_activations(context)))
-    except Exception as error:  # a half-installed package raises more than ImportError
-        kind = ImportError if isinstance(error, ImportError) else Unavailable
-        raise kind(f"needs the package transformer-engine, which does not import ({error})") from error
+    return te.load(lambda: ExpertBackend.on(TeGemmBackend(_activations(context))))
 
 
 def _activations(context: RunContext) -> GemmBackend:

@@ -1,0 +1,40 @@
+"""What model.transformer_impl=transformer_engine does not go together with."""
+
+from collections.abc import Iterator
+
+from conf.config_view import ConfigView, Violation
+
+KEY = "model.transformer_impl"
+
+
+def te_rules(cfg: ConfigView) -> Iterator[Violation]:
+    """Whether the package is installed, and computes the same, turns out on the ranks (ops.te)."""
+    if cfg[KEY] != "transformer_engine":
+        return
+    if cfg["precision"] == "fp32":
+        yield Violation(
+            f"{KEY}=transformer_engine computes in bf16",
+            "precision is fp32",
+            {"precision": ["bf16"], KEY: ["auto"]},
+        )
+    if cfg["cluster.name"] is not None and not cfg["cluster.gpus"]:
+        yield Violation(
+            f"{KEY}=transformer_engine needs GPUs", f"cluster={cfg['cluster.name']} has none", {KEY: ["auto"]}
+        )
+    if cfg["model.kv_lora_rank"] is not None:  # no linear layer reads a norm alone
+        return
+    recompute = cfg["model.recompute"]
+    if "norm" in recompute:
+        yield Violation(
+            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, which "
+            "keeps its output: model.recompute without norm",
+            f"it is [{','.join(recompute)}]",
+            {"model.recompute": [[part for part in recompute if part != "norm"]], KEY: ["auto"]},
+        )
+    if cfg["lora.rank"] is not None:
+        yield Violation(
+            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, and "
+            "adapters read its output: lora.rank=null",
+            f"it is {cfg['lora.rank']}",
+            {KEY: ["auto"]},
+        )
