@@ -1,10 +1,28 @@
-"""What model.transformer_impl=transformer_engine does not go together with."""
+"""What TransformerEngine may compute of a run, and what model.transformer_impl=transformer_engine does not go together
+with."""
 
 from collections.abc import Iterator
 
 from conf.config_view import ConfigView, Violation
+from conf.fp8_rules import fp8_layers
+from conf.schema import Config
 
 KEY = "model.transformer_impl"
+
+
+def te_parts(config: Config) -> list[str]:
+    """What it computes in training on GPUs in bf16, where it is installed and passes its trials, as the start table
+    calls it; besides the router, the permutation and the experts, which have several candidates."""
+    model, fp8 = config.model, config.fp8
+    if model.transformer_impl == "local":
+        return []
+    parts = ["linear layers"]
+    if model.kv_lora_rank is None and "norm" not in model.recompute and config.lora.rank is None:
+        parts.append("norm and linear layer")
+    in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
+    if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
+        parts = []  # their products are fp8.kernels'
+    return [*parts, "attention"]
 
 
 def te_rules(cfg: ConfigView) -> Iterator[Violation]:

@@ -107,14 +107,13 @@ class Attention(CoreAttention):
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
         # tensor-parallel slice is whole groups.
-        how = {"bias": model.attention_bias, "config": config, "group": groups.tp}
+        sizes, how = (model.hidden_size, model.qkv_width), (model.attention_bias, config, groups.tp)
         if norm is None:
-            self.qkv = ops.linear.column(model.hidden_size, model.qkv_width, **how)
+            self.qkv = ops.linear.column(*sizes, *how)
         else:
             assert ops.norm_linear is not None
-            self.qkv = ops.norm_linear(norm, model.hidden_size, model.qkv_width, **how)
-        how["bias"] = model.attention_output_bias
-        self.out = ops.linear.row(model.query_width, model.hidden_size, **how)
+            self.qkv = ops.norm_linear(norm, *sizes, *how)
+        self.out = ops.linear.row(model.query_width, model.hidden_size, model.attention_output_bias, *how[1:])
         queries, gates = (width // model.query_groups for width in (model.query_width, model.gate_width))
         self.parts = queries, gates, self.width, self.width
         self.full_norm, self.l2_norm = model.qk_norm == "full", model.qk_norm == "l2"

@@ -47,10 +47,10 @@ class LatentAttention(CoreAttention):
         self.nope, self.rope, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
         self.rank, self.scale = model.kv_lora_rank, softmax_scale(model.rope_scaling)
         self.sequence_parallel = config.sequence_parallel
-        how = {"bias": False, "config": config, "group": groups.tp}
+        how = False, config, groups.tp
 
         def column(inner: int, outer: int) -> nn.Module:
-            layer = ops.linear.column(inner, outer, **how)
+            layer = ops.linear.column(inner, outer, *how)
             std = (model.init_scale / inner) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
@@ -68,7 +68,7 @@ class LatentAttention(CoreAttention):
         self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
         self.kv_norm = norm(self.rank)
         self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
-        self.out = ops.linear.row(model.output_width, model.hidden_size, **how)
+        self.out = ops.linear.row(model.output_width, model.hidden_size, *how)
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 

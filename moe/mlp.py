@@ -32,13 +32,13 @@ class MLP(nn.Module):
         self.activation, width = model.activation_name, width or model.ffn_hidden_size
         self.recompute = "activation" in model.recompute
         self.keeps_products = linear.has_matmul_ops
-        how = {"bias": model.ffn_bias, "config": config, "group": groups.tp}  # biases are added here
+        how = model.ffn_bias, config, groups.tp  # biases are added here
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
-        self.up = linear.column(model.hidden_size, width, **how)
+        self.up = linear.column(model.hidden_size, width, *how)
         self.gate = None
         if input_projections(model.activation) == 2:
-            self.gate = linear.column(model.hidden_size, width, **how)
-        self.down = linear.row(width, model.hidden_size, **how)
+            self.gate = linear.column(model.hidden_size, width, *how)
+        self.down = linear.row(width, model.hidden_size, *how)
         for layer in filter(None, (self.up, self.gate)):
             std = (model.init_scale / model.hidden_size) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())

@@ -297,7 +297,7 @@ def _trial(route: FusedRoute | None, context: RunContext) -> list[Tensor]:
     return [routing.experts_TK, stats.load_BE, *(value.detach() for value in values)]
 
 
-ROUTE = Operation(
+ROUTE: Operation[FusedRoute | None] = Operation(
     field="route",
     name="router",
     reference=lambda context: Implementation("torch", lambda context: None, "softmax, a stable sort, sums"),

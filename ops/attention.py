@@ -48,7 +48,7 @@ def _idle_threads(context: RunContext) -> str | None:
     return f"would leave threads idle: {heads} key/value heads for {threads}" if heads < threads else None
 
 
-ATTENTION = Operation(
+ATTENTION: Operation[CausalAttention] = Operation(
     field="causal_attention",
     name="attention",
     reference=lambda context: Implementation(

@@ -29,11 +29,11 @@ class LinearLayers(Protocol):
         """Whether the products are operators of PyTorch, whose results activation checkpointing can keep."""
         ...
 
-    def column(self, inner: int, outer: int, *, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+    def column(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
         """N is sharded: [S, B, K] -> [S, B, N / ranks]. Under sequence parallelism x is gathered over the group."""
         ...
 
-    def row(self, inner: int, outer: int, *, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+    def row(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
         """K is sharded: [S, B, K / ranks] -> [S, B, N], the sum over the group; under sequence parallelism this rank's
         slice of it."""
         ...
@@ -44,10 +44,10 @@ class MegatronLayers:
 
     has_matmul_ops = True
 
-    def column(self, inner: int, outer: int, *, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+    def column(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
         return ColumnParallelLinear(inner, outer, gather_output=False, bias=bias, **linear_options(config, group))
 
-    def row(self, inner: int, outer: int, *, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+    def row(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
         return RowParallelLinear(inner, outer, input_is_parallel=True, bias=bias, **linear_options(config, group))
 
 
@@ -66,7 +66,7 @@ class NormLinear(Protocol):
     """Makes a column-parallel layer of what a norm returns."""
 
     def __call__(
-        self, norm: NormParameters, inner: int, outer: int, *, bias: bool, config: Any, group: dist.ProcessGroup
+        self, norm: NormParameters, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup
     ) -> Any:
         """The layer shares the norm's parameters, whose names in the model stay the norm's, and takes its input."""
         ...
@@ -130,8 +130,8 @@ def _trial(layers: LinearLayers, context: RunContext) -> list[Tensor]:
     second micro-batch adds to the gradients of the first."""
     model, tp, biased = context.model, context.groups.tp, context.model.attention_bias
     hidden, width, tokens, results = model.hidden_size, model.output_width, 8 * tp.size(), []
-    how = {"bias": biased, "config": _config(context), "group": tp}
-    column, row = layers.column(hidden, width, **how), layers.row(width, hidden, **how)
+    how = biased, _config(context), tp
+    column, row = layers.column(hidden, width, *how), layers.row(width, hidden, *how)
     w_NK = _fill(column.weight, context.randn(width, hidden, seed=1) / hidden**0.5, 0, context)
     w_KN = _fill(row.weight, context.randn(hidden, width, seed=2) / width**0.5, 1, context)
     biases = _biases((column, row), biased, context)
@@ -157,8 +157,8 @@ def _norm_trial(fused: NormLinear | None, context: RunContext) -> list[Tensor]:
     weight_D = nn.Parameter(context.randn(hidden, seed=6) * 0.1 + (0 if model.norm_zero_centered else 1))
     bias_D = nn.Parameter(context.randn(hidden, seed=7)) if model.norm == "layernorm" else None
     norm = _Norm(weight_D, model.norm_eps, model.norm_zero_centered, bias_D)
-    how = {"bias": biased, "config": _config(context), "group": tp}
-    layer = fused(norm, hidden, width, **how) if fused else MEGATRON_LAYERS.column(hidden, width, **how)
+    how = biased, _config(context), tp
+    layer = fused(norm, hidden, width, *how) if fused else MEGATRON_LAYERS.column(hidden, width, *how)
     w_NK = _fill(layer.weight, context.randn(width, hidden, seed=1) / hidden**0.5, 0, context)
     biases = _biases([layer], biased, context)
     x_SBD = _sequence_shard(context.randn(tokens, 2, hidden, seed=3), context).requires_grad_()
@@ -176,9 +176,17 @@ def _norm_trial(fused: NormLinear | None, context: RunContext) -> list[Tensor]:
     return [y.detach(), *gradients, _gradient(w_NK, returned)]
 
 
+def multiplies(context: RunContext) -> bool:
+    """Whether a layer of a training run has linear layers that are not in FP8."""
+    config, model = context.config, context.model
+    every = model.num_layers + model.mtp_num_layers
+    in_fp8 = len(context.fp8_layers) if config.fp8.linear_layers else 0
+    return context.train and in_fp8 < every
+
+
 def fuses_norm(context: RunContext) -> bool:
     """Whether a layer of the model takes the output of a norm that nothing else takes, and nothing keeps."""
-    return context.train and context.model.kv_lora_rank is None
+    return multiplies(context) and context.model.kv_lora_rank is None
 
 
 def _norm_is_needed(context: RunContext) -> str | None:
@@ -202,7 +210,7 @@ LINEAR: Operation[LinearLayers] = Operation(
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
-    is_used=lambda context: context.train,
+    is_used=multiplies,
     asked=te.asked,
     refusal=f"linear layers: {te.REFUSAL}",
     is_collective=True,

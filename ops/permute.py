@@ -148,7 +148,7 @@ def _trial(permutation: Permutation, context: RunContext) -> list[Tensor]:
     return [taken_RD.detach(), out_TD.detach(), *gradients, added_TD]
 
 
-PERMUTATION = Operation(
+PERMUTATION: Operation[Permutation] = Operation(
     field="permutation",
     name="permutation",
     reference=lambda context: Implementation("torch", lambda context: TORCH_PERMUTATION, "index_select and index_add"),

@@ -33,7 +33,7 @@ class TeLayers:
         self.fuse = fuse
         self._linear, self._norm_linear = _beside_its_bias(Linear), _beside_its_bias(LayerNormLinear)
 
-    def _options(self, *, bias: bool, config: Any, group: dist.ProcessGroup) -> dict[str, Any]:
+    def _options(self, bias: bool, config: Any, group: dist.ProcessGroup) -> dict[str, Any]:
         return {
             "sequence_parallel": config.sequence_parallel,
             "fuse_wgrad_accumulation": self.fuse,
@@ -46,13 +46,15 @@ class TeLayers:
             "device": torch.cuda.current_device(),
         }
 
-    def column(self, inner: int, outer: int, **how: Any) -> Any:
-        return self._linear(inner, outer, parallel_mode="column", **self._options(**how))
+    def column(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+        return self._linear(inner, outer, parallel_mode="column", **self._options(bias, config, group))
 
-    def row(self, inner: int, outer: int, **how: Any) -> Any:
-        return self._linear(inner, outer, parallel_mode="row", **self._options(**how))
+    def row(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
+        return self._linear(inner, outer, parallel_mode="row", **self._options(bias, config, group))
 
-    def norm_column(self, norm: NormParameters, inner: int, outer: int, **how: Any) -> Any:
+    def norm_column(
+        self, norm: NormParameters, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup
+    ) -> Any:
         """ops.linear.NormLinear."""
         bias_D = getattr(norm, "bias", None)
         layer = self._norm_linear(
@@ -62,7 +64,7 @@ class TeLayers:
             eps=norm.eps,
             normalization="RMSNorm" if bias_D is None else "LayerNorm",
             zero_centered_gamma=norm.zero_centered,
-            **self._options(**how),
+            **self._options(bias, config, group),
         )
         layer.layer_norm_weight = norm.weight
         if bias_D is not None:

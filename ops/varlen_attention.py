@@ -342,7 +342,7 @@ def _describe(context: RunContext, row: Row) -> Row:
     return replace(row, operation="local attention") if context.needs_causal else row
 
 
-VARLEN_ATTENTION = Operation(
+VARLEN_ATTENTION: Operation[VarlenAttention] = Operation(
     field="varlen_attention",
     name="attention",
     reference=lambda context: Implementation("torch, under a mask", lambda context: masked_attention),

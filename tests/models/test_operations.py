@@ -93,8 +93,8 @@ def update_block(factor: float, context: RunContext) -> UpdateBlock:
 
 
 def linear(factor: float, context: RunContext) -> object:
-    def column(*sizes: int, **how: Any) -> torch.nn.Module:
-        layer = MEGATRON_LAYERS.column(*sizes, **how)
+    def column(*how: Any) -> torch.nn.Module:
+        layer = MEGATRON_LAYERS.column(*how)
         layer.register_forward_hook(lambda module, inputs, output: (output[0] * factor, output[1]))
         return layer
 
@@ -102,8 +102,8 @@ def linear(factor: float, context: RunContext) -> object:
 
 
 def norm_linear(factor: float, context: RunContext) -> Callable[..., torch.nn.Module]:
-    def fused(norm: Any, *sizes: int, **how: Any) -> torch.nn.Module:
-        layer = MEGATRON_LAYERS.column(*sizes, **how)
+    def fused(norm: Any, *how: Any) -> torch.nn.Module:
+        layer = MEGATRON_LAYERS.column(*how)
         layer.register_forward_pre_hook(lambda module, x: torch_rms_norm(x[0], norm.weight, norm.eps) * factor)
         return layer
 

@@ -1,32 +1,51 @@
 """TransformerEngine's layers, with the stand-in for the package: used if they compute the same, left out with the
 reason if they do not, refused if they were asked for."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
-from conf.schema import Config, DataConfig, LoraConfig, MoeConfig, OptimConfig, ParallelConfig
+from conf.schema import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    Fp8Config,
+    LoraConfig,
+    MoeConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+from conf.te_rules import te_parts
+from models.decoder import ModelChunk
 from models.operations import OPERATIONS
 from moe.mlp import MLP
 from ops import te
+from ops.experts import ExpertBackend
+from ops.fp8 import Float8
+from ops.gemm_backend import Reference
 from ops.linear import LINEAR, MEGATRON_LAYERS, NORM_LINEAR
 from ops.norm import torch_rms_norm
 from ops.operation import Operation, Row
 from ops.registry import largest_difference
 from ops.run_context import RunContext
 from parallel.env import World
+from parallel.layout import Layout
 from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
-from tests.moe.helpers import run_context, selected, tiny, try_on
+from tests.moe.helpers import build_context, run_context, selected, tiny, try_on
 from tests.parallel.helpers import started
 from tests.stand_ins import installed
 from tests.stand_ins.signatures import table
 from tests.stand_ins.versions import as_version, find
+from training.run_summary import summarize_run
 
 CUDA = torch.device("cuda")
+MLA = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 PYTORCH = "transformer_engine.pytorch"
 BY_FIELD = {operation.field: operation for operation in OPERATIONS}
 OF_LAYERS = ("linear", "norm_linear", "causal_attention", "varlen_attention", "rms_norm")
@@ -41,6 +60,7 @@ def transformer_engine() -> Iterator[None]:
 def context_of(runtime: Runtime, field: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> RunContext:
     model = {"hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 4}
     model |= settings.pop("model", {})
+    settings = {"precision": "bf16", **settings}
     data = DataConfig(document_mask=field == "varlen_attention")
     return run_context(tiny(MoeConfig(), **model), runtime, dtype, CUDA, data=data, **settings)
 
@@ -194,14 +214,52 @@ def test_gradients_in_bf16_are_returned(runtime: Runtime) -> None:
     for grad_dtype in ("fp32", "bf16"):
         context = context_of(runtime, "linear", optim=OptimConfig(grad_dtype=grad_dtype))
         (candidate,) = LINEAR.implementations
-        assert candidate.loaded(context).column(4, 4, **_how(runtime)).fuse_wgrad_accumulation == (grad_dtype == "fp32")
+        assert candidate.loaded(context).column(4, 4, *_how(runtime)).fuse_wgrad_accumulation == (grad_dtype == "fp32")
 
 
-def _how(runtime: Runtime) -> dict[str, Any]:
+def test_layers_in_fp8_keep_megatrons(runtime: Runtime) -> None:
+    """Whose products the FP8 backend replaces; the other layers are TransformerEngine's."""
+    context = context_of(runtime, "linear")
+    by_te = {o.field: o.implementations[0].loaded(context) for o in (LINEAR, NORM_LINEAR)}
+    float8 = Float8(ExpertBackend.on(Reference()), Reference(), range(1))
+    built = build_context(tiny(), runtime, float8=float8, **by_te)
+    blocks = ModelChunk(built, chunk=0, sequence_length=16, document_mask=False).layers
+    kept = [isinstance(layer, ColumnParallelLinear) for b in blocks.values() for layer in (b.attention.qkv, b.ffn.up)]
+    assert kept == [True, True, False, False] and [b.norm_is_fused for b in blocks.values()] == [False, True]
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "local": {"model": {"transformer_impl": "local"}},
+    "norms recomputed": {"model": {"recompute": ["norm"]}},
+    "adapters": {"lora": LoraConfig(rank=2)},
+    "latent": {"model": {"kv_lora_rank": 8, "num_query_groups": None, "head_dim": None, **MLA}},
+    "fp8": {"precision": "fp8"},
+    "fp8, one layer high": {"precision": "fp8", "fp8": Fp8Config(first_layers_high=1)},
+    "fp8 experts": {"precision": "fp8", "fp8": Fp8Config(linear_layers=False)},
+}
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_check_on_a_login_node_foretells_the_start_table(
+    chosen: Callable[..., Row], runtime: Runtime, settings: dict[str, Any]
+) -> None:
+    context = context_of(runtime, "linear", **settings)
+    used = [f for f in ("linear", "norm_linear", "causal_attention") if BY_FIELD[f].is_used(context)]
+    rows = [chosen(field, **settings) for field in used]
+    assert [row.operation for row in rows if row.name == te.NAME] == te_parts(context.config)
+    settings = dataclasses.replace(context.config, cluster=ClusterConfig(gpus=True), data=DataConfig())
+    table, _ = summarize_run(settings, Layout(1), 10**9)
+    assert [row[1] for row in table if row[0] == te.NAME] == (
+        [", ".join(te_parts(settings))] if te_parts(settings) else []
+    )
+
+
+def _how(runtime: Runtime) -> tuple[bool, Any, Any]:
     from models.megatron_config import transformer_config
 
     config = transformer_config(tiny(), runtime, torch.float32, deterministic=False)
-    return {"bias": False, "config": config, "group": runtime.groups.tp}
+    return False, config, runtime.groups.tp
 
 
 def trials(world: World, parallel: ParallelConfig) -> dict[str, float]:
@@ -237,7 +295,7 @@ def test_recomputing_the_activation_repeats_no_product(runtime: Runtime, monkeyp
         (candidate,) = LINEAR.implementations
         layers = candidate.loaded(context_of(runtime, "linear", optim=OptimConfig(grad_dtype="bf16")))
         how = _how(runtime)
-        layer = MLP(model, how["config"], runtime.groups, linear=layers)
+        layer = MLP(model, how[1], runtime.groups, linear=layers)
         with torch.no_grad():
             for seed, parameter in enumerate(layer.parameters()):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
@@ -265,10 +323,10 @@ def test_a_norm_keeps_its_name_and_is_one_parameter(runtime: Runtime) -> None:
     block = nn.Module()
     block.norm = nn.Module()
     block.norm.weight, block.norm.eps, block.norm.zero_centered = nn.Parameter(torch.rand(8)), 1e-5, False
-    block.qkv = fused(block.norm, 8, 12, **_how(runtime))
+    block.qkv = fused(block.norm, 8, 12, *_how(runtime))
     assert [name for name, _ in block.named_parameters()] == ["norm.weight", "qkv.weight"]
     x = torch.randn(3, 1, 8)
-    plain = MEGATRON_LAYERS.column(8, 12, **_how(runtime))
+    plain = MEGATRON_LAYERS.column(8, 12, *_how(runtime))
     with torch.no_grad():
         plain.weight.copy_(block.qkv.weight.normal_())
         wanted = plain(torch_rms_norm(x, block.norm.weight, 1e-5))[0]
