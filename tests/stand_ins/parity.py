@@ -1,18 +1,27 @@
-"""`python -m tests.stand_ins.parity`: trains the models of the parity matrix (benchmarks.parity) with the stand-in for
-TransformerEngine in every layer, under many layouts and kinds of recomputation, and compares with one rank without it.
-Exits with 1 if a cell deviates by more than 1e-5."""
+"""`python -m tests.stand_ins.parity [-k TEXT]`: trains the models of the parity matrix (benchmarks.parity) with the
+stand-in for TransformerEngine in every layer, under many layouts and kinds of recomputation, and compares with one rank
+without it; continues the checkpoint of each layout on one rank without it. Exits with 1 if a cell deviates by more than
+1e-5."""
 
+import argparse
 import dataclasses
+import itertools
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import LIMIT, SECONDS, Layouts, Outcome, agreement, deviations, measure, one_rank
+import torch
+
+from benchmarks.parity import LIMIT, SECONDS, Layouts, Outcome, agreement, deviations, measure, one_rank, relative
 from benchmarks.parity_variants import VARIANTS
-from benchmarks.tiny import Variant
+from benchmarks.tiny import Variant, build_engine, started
 from conf.schema import ParallelConfig
+from parallel.checkpoint import Checkpointer
 from parallel.env import World
 from parallel.local_launcher import RankPool
+from tests.parallel.helpers import optimizer_tensors, state, train
 from tests.stand_ins import installed
 
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
@@ -71,17 +80,81 @@ def cells(pool: RankPool, layouts: Layouts, names: list[str]) -> Iterator[tuple[
         yield name, {**deviations(ranks[0], alone[name]), "agreement of the ranks": agreement(ranks)}
 
 
-def main() -> int:
-    bad = 0
+KEPT = Variant({"attention_bias": True, "ffn_bias": True}, {"num_shared_experts": 1, "every": 2})
+"""What is saved and continued: a layer of every kind, with biases."""
+Trained = tuple[list[tuple[float, float]], dict[str, dict[str, torch.Tensor]]]
+Part = tuple[int, ParallelConfig, bool]
+"""Ranks, their layout, and whether the stand-in computes."""
+
+
+def trained(world: World, parallel: ParallelConfig, folder: str, with_it: bool, steps: range) -> Trained:
+    """Losses and gradient norms of the steps, after the newest checkpoint in the folder if there is one, and what the
+    optimizer keeps; writes another checkpoint (rank function)."""
+    with installed("transformer_engine"), started(world, parallel) as runtime:
+        engine = build_engine(runtime, dataclasses.replace(KEPT, transformer_engine=with_it))
+        checkpoints = Checkpointer(Path(folder), engine, keep=3)
+        if steps.start:
+            assert checkpoints.resume(print) is not None
+        told = train(engine, steps)
+        checkpoints.save(state(steps.stop, world.size))
+        return told, optimizer_tensors(engine)
+
+
+def continued(pool: RankPool, parts: list[Part], folder: str) -> Trained:
+    """A run of two steps for each part."""
+    told: list[tuple[float, float]] = []
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for index, (ranks, parallel, with_it) in enumerate(parts):
+        steps = range(2 * index, 2 * index + 2)
+        losses, tensors = pool.run(ranks, trained, parallel, folder, with_it, steps, timeout=SECONDS)[0]
+        told += losses
+    return told, tensors
+
+
+def deviation(got: Trained, wanted: Trained) -> float:
+    """The largest of losses and gradient norms; infinity if what the optimizer keeps has other names or values that
+    differ by more than rounding explains."""
+    largest = max(relative(a, b) for a, b in zip(got[0], wanted[0], strict=True))
+    same = got[1].keys() == wanted[1].keys() and all(
+        got[1][kind].keys() == tensors.keys()
+        and all(torch.allclose(got[1][kind][name], tensor, rtol=1e-4, atol=1e-6) for name, tensor in tensors.items())
+        for kind, tensors in wanted[1].items()
+    )
+    return largest if same else float("inf")
+
+
+PLAIN: Part = (1, ParallelConfig(), False)
+
+
+def checkpoint_cell(pool: RankPool, layouts: Layouts, *, first: bool) -> float:
+    """The deviation of a run that began with the stand-in under a layout, and continued on one rank without it, or the
+    other way round, from one rank without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        part: Part = (layouts.ranks, ParallelConfig(**layouts.degrees), True)
+        got = continued(pool, [part, PLAIN] if first else [PLAIN, part], f"{folder}/got")
+        return deviation(got, continued(pool, [PLAIN, PLAIN], f"{folder}/wanted"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.stand_ins.parity")
+    parser.add_argument("-k", default="", metavar="TEXT", help="only layouts whose name contains this")
+    wanted, bad, count = parser.parse_args(arguments).k, 0, 0
     with RankPool(8) as pool:
-        for layouts in MATRIX:
-            for name, found in cells(pool, layouts, layouts.variants):
-                what = max(found, key=lambda key: found[key])
-                bad += found[what] > LIMIT
-                print(f"{layouts.name:<32} {name:<18} {found[what]:8.1e}  {what}", flush=True)
-    print(f"{bad} of {sum(len(layouts.variants) for layouts in MATRIX)} cells deviate")
+        for layouts in (layouts for layouts in MATRIX if wanted in layouts.name):
+            worst = (
+                (name, max(found.items(), key=lambda item: item[1]))
+                for name, found in cells(pool, layouts, layouts.variants)
+            )
+            kept = (
+                (f"checkpoint {'from' if first else 'to'} it", ("loss", checkpoint_cell(pool, layouts, first=first)))
+                for first in (True, False)
+            )
+            for name, (what, value) in itertools.chain(worst, kept):
+                count, bad = count + 1, bad + (value > LIMIT)
+                print(f"{layouts.name:<32} {name:<18} {value:8.1e}  {what}", flush=True)
+    print(f"{bad} of {count} cells deviate")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
