@@ -27,6 +27,13 @@ def te_parts(config: Config) -> list[str]:
 
 def te_rules(cfg: ConfigView) -> Iterator[Violation]:
     """Whether the package is installed, and computes the same, turns out on the ranks (ops.te)."""
+    backend = "model.moe.backend"
+    if cfg[KEY] == "local" and cfg[backend] == "te":
+        yield Violation(
+            f"{backend}=te needs {KEY} other than local",
+            "it is local, which is nothing of TransformerEngine",
+            {KEY: ["auto"], backend: ["auto"]},
+        )
     if cfg[KEY] != "transformer_engine":
         return
     if cfg["precision"] == "fp32":

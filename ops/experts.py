@@ -373,6 +373,7 @@ EXPERTS = Operation(
             "TransformerEngine's grouped product, which adds to the weight gradients",
             device="cuda",
             dtypes=(torch.bfloat16,),
+            is_supported=lambda context: context.model.transformer_impl != "local",
             is_default=lambda context: False,
         ),
     ],

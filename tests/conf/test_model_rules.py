@@ -15,6 +15,12 @@ BROKEN = [
     ({**TE, "model.recompute": ["norm", "moe"], **SPARSE}, 1, "but it is [norm,moe]", "model.recompute=[moe]"),
     ({**TE, "lora.rank": 4}, 1, "adapters read its output", "model.transformer_impl=auto"),
     ({**TE, "cluster.name": "cpu"}, 1, "needs GPUs, but cluster=cpu has none", "model.transformer_impl=auto"),
+    (
+        {"model.transformer_impl": "local", "model.moe.backend": "te", **SPARSE},
+        1,
+        "model.moe.backend=te needs model.transformer_impl other than local",
+        "model.transformer_impl=auto",
+    ),
     ({"model.transformer_impl": "te"}, 1, "transformer_impl is one of", "model.transformer_impl=transformer_engine"),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
     ({"optim.muon_momentum": 0.9}, 1, "muon_momentum needs optim.name=muon", "optim.muon_momentum=0.95"),

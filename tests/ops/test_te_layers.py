@@ -184,6 +184,8 @@ def test_local_uses_nothing_of_it(chosen: Callable[..., Row], runtime: Runtime) 
         assert row.name != te.NAME and te.NAME not in row.why
     optimizer = context_of(runtime, "adamw", model={"transformer_impl": "local"})
     assert not [i for i in BY_FIELD["adamw"].implementations if "Transformer" in i.name and i.is_supported(optimizer)]
+    experts = context_of(runtime, "experts", model={"transformer_impl": "local"})
+    assert not [i for i in BY_FIELD["experts"].implementations if i.name == "te" and i.is_supported(experts)]
     evaluation = RunContext(Config(model=tiny()), runtime, torch.bfloat16, train=False)
     assert not te.is_meant(evaluation) and te.asked(evaluation) == "auto"
 
