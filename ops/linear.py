@@ -118,7 +118,7 @@ def _sequence_shard(x_SBK: Tensor, context: RunContext) -> Tensor:
     return x_SBK.chunk(tp.size())[tp.rank()] if context.runtime.layout.sequence_parallel else x_SBK
 
 
-def _biases(layers: Sequence[Any], biased: bool, context: RunContext) -> list[nn.Parameter]:
+def _biases(layers: Sequence[Any], biased: bool) -> list[nn.Parameter]:
     for layer in layers if biased else ():
         with torch.no_grad():
             layer.bias.fill_(0.5)
@@ -134,7 +134,7 @@ def _trial(layers: LinearLayers, context: RunContext) -> list[Tensor]:
     column, row = layers.column(hidden, width, *how), layers.row(width, hidden, *how)
     w_NK = _fill(column.weight, context.randn(width, hidden, seed=1) / hidden**0.5, 0, context)
     w_KN = _fill(row.weight, context.randn(hidden, width, seed=2) / width**0.5, 1, context)
-    biases = _biases((column, row), biased, context)
+    biases = _biases((column, row), biased)
     for seed in (3, 5):
         x_SBD = _sequence_shard(context.randn(tokens, 2, hidden, seed=seed), context).requires_grad_()
         h, b = column(x_SBD)
@@ -160,7 +160,7 @@ def _norm_trial(fused: NormLinear | None, context: RunContext) -> list[Tensor]:
     how = biased, _config(context), tp
     layer = fused(norm, hidden, width, *how) if fused else MEGATRON_LAYERS.column(hidden, width, *how)
     w_NK = _fill(layer.weight, context.randn(width, hidden, seed=1) / hidden**0.5, 0, context)
-    biases = _biases([layer], biased, context)
+    biases = _biases([layer], biased)
     x_SBD = _sequence_shard(context.randn(tokens, 2, hidden, seed=3), context).requires_grad_()
     gain_D = weight_D + 1 if model.norm_zero_centered else weight_D
     normed = x_SBD
