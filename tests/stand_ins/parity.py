@@ -35,7 +35,7 @@ FURTHER = {
 """Besides those of the matrix."""
 MODELS = {**VARIANTS, **FURTHER}
 MATRIX = [
-    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks", *FURTHER], "recomputed_layers"),
+    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks", *FURTHER]),
     Layouts(
         "tp2",
         2,
@@ -48,10 +48,10 @@ MATRIX = [
         2,
         SEQUENCE,
         ["deepseek", "mla_documents", "phimoe", "llama4", "mtp_documents", "lora_dense", *FURTHER],
-        "mtp_documents phimoe recomputed centered",
+        "mtp_documents phimoe recomputed",
     ),
     Layouts("pp2", 2, {"pp": 2}, ["switch_documents", "dense", "mtp", "recomputed"]),
-    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch", "dense", "recomputed_layers"], "dense"),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch", "dense", "recomputed_layers"], "recomputed_layers"),
     Layouts("cp2", 2, {"cp": 2}, ["switch_documents", "gpt_oss", "mla", "chunks", "centered"], "centered"),
     Layouts("ep2", 2, {"ep": 2}, ["dropless", "overlap", "overlap_padded", "recomputed_moe"], "overlap"),
     Layouts("dp2 +overlap", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ["dropless", "dense"]),
