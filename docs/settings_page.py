@@ -17,6 +17,7 @@ from launch.overrides import CONF
 
 COMMANDS = {
     "prepare": commands.PrepareConfig,
+    "data": commands.InspectDataConfig,
     "check": commands.CheckConfig,
     "plan": commands.PlanConfig,
     "scaling": None,
