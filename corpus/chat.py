@@ -55,7 +55,7 @@ class ChatCorpus(TextCorpus):
     ) -> Iterator[tuple[list[int], list[float], bool, float]]:
         """Of each conversation its token ids, their weights, whether it is held out, and the fraction of the corpus
         read so far. Those that the template refuses are skipped, or with `strict` an error."""
-        sizes = [storage.size(path) for path in self.spec.files]
+        sizes = storage.each(storage.size, self.spec.files)
         before, total = 0, sum(sizes)
         for path, size in zip(self.spec.files, sizes, strict=True):
             for document, held_out in self.documents(path):

@@ -9,6 +9,7 @@ from corpus import storage
 from corpus.readers import arrow
 from corpus.readers.compression import COMPRESSIONS
 from corpus.readers.formats import described, format_of
+from corpus.storage import Found
 
 _NOT_SOURCES = {"node_modules", "__pycache__"}
 """Folders in which tools put copies of what others wrote."""
@@ -22,38 +23,40 @@ def expand(patterns: list[str]) -> list[str]:
         ValueError: no such file, an empty or unreadable file that is named itself, only empty ones, or a suffix that is
             none of a file format.
     """
-    paths = []
+    paths: list[str] = []
     for pattern in patterns:
-        named = _named(pattern)
-        found = [file for path in named for file in (files_of(path) if storage.is_folder(path) else [path])]
-        for path in found:
+        found: list[Found] = []
+        for named in _named(pattern):
+            found += files_of(named.path) if named.is_folder else [named]
+        for path, _, _ in found:
             if format_of(path) is None:
                 raise ValueError(f"{path}: unknown file format; supported are {described()}")
-        sizes = [_size(path) for path in found]
-        if not any(sizes):
-            raise ValueError(f"{found[0]} is empty" + (f", and so are all files of {pattern}" if found[1:] else ""))
+            if not storage.is_url(path) and not os.access(path, os.R_OK):
+                raise ValueError(f"{path} cannot be read by this user")
         # Writers of shards leave some empty, and so are many files of source code.
-        paths += [path for path, size in zip(found, sizes, strict=True) if size]
+        if not any(file.size for file in found):
+            others = f", and so are all files of {pattern}" if found[1:] else ""
+            raise ValueError(f"{found[0].path} is empty{others}")
+        paths += [file.path for file in found if file.size]
     return list(dict.fromkeys(paths))
 
 
-def files_of(folder: str) -> list[str]:
+def files_of(folder: str) -> list[Found]:
     """The files of a folder that can be read: those of a data set that `datasets` saved, or else all with the suffix of
     a file format, without hidden ones, installed packages, .json files that are not compressed, and the README of data.
 
     Raises:
         ValueError: there are none, or source code lies beside files with rows.
     """
-    if (saved := arrow.saved_files(folder)) is not None:
-        return saved
     try:
-        below = storage.files_below(folder)
+        if (saved := arrow.saved_files(folder)) is not None:
+            return [_existing(path) for path in saved]
+        found = [file for file in storage.files_below(folder) if _is_read(file.path.removeprefix(folder))]
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
-    found = [path for path in below if _is_read(path.removeprefix(folder))]
     if not found:
         raise ValueError(f"{folder} has no file that can be read; supported are {described()}")
-    formats = {path: format_of(path) for path in found}
+    formats = {path: format_of(path) for path, _, _ in found}
     rows = [path for path, entry in formats.items() if entry and entry.rows is not None]
     if not rows:
         return found
@@ -63,7 +66,14 @@ def files_of(folder: str) -> list[str]:
             f"{folder} has rows ({rows[0]}) and source code ({code[0]}): name the files to be read, for example "
             f"{folder}/**/*{os.path.splitext(rows[0])[1]}"
         )
-    return [path for path in found if not _is_readme(path)]
+    return [file for file in found if not _is_readme(file.path)]
+
+
+def _existing(path: str) -> Found:
+    found = storage.find(path)
+    if found is None:
+        raise ValueError(f"{path} does not exist, though the data set beside it names it; save it again")
+    return found
 
 
 def _is_readme(path: str) -> bool:
@@ -77,33 +87,26 @@ def _is_read(relative: str) -> bool:
     return entry.in_folders or relative.endswith(COMPRESSIONS)
 
 
-def _named(pattern: str) -> list[str]:
+def _named(pattern: str) -> list[Found]:
     """The files and folders that a path or glob names. Raises ValueError if there are none."""
-    if storage.is_url(pattern):
-        system, path = storage.filesystem(pattern)
-        try:
-            exact = storage.is_file(pattern) or storage.is_folder(pattern)
-            matches = [system.unstrip_protocol(path)] if exact else storage.glob(pattern)
-        except OSError as error:
-            raise ValueError(f"{pattern} cannot be read: {error.strerror}") from error
-    else:
+    if not storage.is_url(pattern):
         pattern = os.path.expanduser(pattern)
+    try:
         # A file may itself be called `a[1].txt`: an existing path is not a glob.
-        matches = [os.path.abspath(p) for p in ([pattern] if os.path.exists(pattern) else storage.glob(pattern))]
+        exact = storage.find(pattern)
+        matches = [exact] if exact else storage.glob(pattern)
+    except (OSError, ValueError) as error:
+        if storage.is_url(pattern):
+            raise ValueError(_message(pattern, error)) from error
+        matches = []
     if not matches:
         what = "matches no file" if glob.has_magic(pattern) else "does not exist"
         raise ValueError(f"{pattern} {what}{nearest_existing(pattern)}")
-    return matches
+    return [one if storage.is_url(one.path) else one._replace(path=os.path.abspath(one.path)) for one in matches]
 
 
-def _size(path: str) -> int:
-    """Raises ValueError if the file cannot be read."""
-    if not storage.is_url(path) and not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read by this user")
-    try:
-        return storage.size(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+def _message(url: str, error: Exception) -> str:
+    return f"{url} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def nearest_existing(path: str) -> str:

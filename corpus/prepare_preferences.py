@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.schema import DataConfig
+from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate
 from corpus.documents import SkippedRows, expand, read_rows
@@ -109,7 +110,7 @@ def prepare_preferences(
     if not files:
         raise ValueError("data.valid_files names all files of the data; none is left to train on")
     share = 1.0 if held_out_only else 0.0 if held_out else data.valid_fraction
-    contents = [[content_id(file, cache) for file in part] for part in (files, held_out)]
+    contents = [storage.each(lambda file: content_id(file, cache), part) for part in (files, held_out)]
     key = [_FORMAT, contents, cache.sha256(path), data.eod_token, template.identity(), share]
     key += [sequence_length, max_responses, data.strict]
 

@@ -6,17 +6,19 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK = 4 * 1024 * 1024
 """Bytes of one request."""
 _AHEAD = 4
 """Blocks that are requested ahead of a file that is read in order."""
+_ASKED = 32
+"""Objects that are asked about at once."""
 _PAUSES = (1.0, 4.0)
 """Seconds before a request that failed is repeated."""
 _VERSION_FIELDS = [
@@ -105,27 +107,52 @@ def version(url: str) -> dict[str, str]:
     return {field: str(found[field]) for field in _VERSION_FIELDS if found.get(field) is not None}
 
 
+class Found(NamedTuple):
+    """A file or folder."""
+
+    path: str
+    size: int
+    """In bytes."""
+    is_folder: bool
+
+
+def find(path: str) -> Found | None:
+    """None: it does not exist. Raises OSError."""
+    try:
+        if is_url(path):
+            system, inner = filesystem(path)
+            return _found(system, inner, info(path))
+        return Found(path, os.path.getsize(path), os.path.isdir(path))
+    except FileNotFoundError:
+        return None
+
+
+def _found(system: Any, path: str, described: dict[str, Any]) -> Found:
+    return Found(system.unstrip_protocol(path), int(described["size"] or 0), described["type"] == "directory")
+
+
 def size(path: str) -> int:
     """In bytes. Raises OSError."""
     return int(info(path)["size"]) if is_url(path) else os.path.getsize(path)
 
 
 def is_file(path: str) -> bool:
+    """Raises OSError if it cannot be found out."""
     if not is_url(path):
         return os.path.isfile(path)
-    try:
-        return info(path)["type"] == "file"
-    except FileNotFoundError:
-        return False
+    found = find(path)
+    return found is not None and not found.is_folder
 
 
-def is_folder(path: str) -> bool:
-    if not is_url(path):
-        return os.path.isdir(path)
-    try:
-        return info(path)["type"] == "directory"
-    except FileNotFoundError:
-        return False
+Result = TypeVar("Result")
+
+
+def each(ask: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
+    """`ask` of every path, of URLs in threads, since each waits for an answer."""
+    if not any(map(is_url, paths)):
+        return list(map(ask, paths))
+    with ThreadPoolExecutor(_ASKED) as threads:
+        return list(threads.map(ask, paths))
 
 
 def read_bytes(path: str) -> bytes:
@@ -134,30 +161,32 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def glob(pattern: str) -> list[str]:
-    """The paths that match, sorted."""
+def glob(pattern: str) -> list[Found]:
+    """The files and folders that match, sorted. Raises OSError."""
     if not is_url(pattern):
-        return sorted(local_glob.glob(pattern, recursive=True))
+        found = map(find, sorted(local_glob.glob(pattern, recursive=True)))
+        return [one for one in found if one is not None]
     system, path = filesystem(pattern)
     with _requests(pattern):
         system.invalidate_cache()
-        return sorted(system.unstrip_protocol(name) for name in system.glob(path))
+        return sorted(_found(system, name, described) for name, described in system.glob(path, detail=True).items())
 
 
-def files_below(folder: str) -> list[str]:
-    """The files in a folder and in those within it, sorted, without hidden ones (whose names begin with a dot)."""
+def files_below(folder: str) -> list[Found]:
+    """The files in a folder and in those within it, sorted, without hidden ones (whose names begin with a dot). Raises
+    OSError."""
     if is_url(folder):
         system, root = filesystem(folder)
         with _requests(folder):
             system.invalidate_cache()
-            found = [system.unstrip_protocol(name) for name in system.find(root)]
+            found = [_found(system, name, described) for name, described in system.find(root, detail=True).items()]
         base = system.unstrip_protocol(root).rstrip("/") + "/"
-        return sorted(path for path in found if not _is_hidden(path.removeprefix(base)))
-    found = []
+        return sorted(one for one in found if not _is_hidden(one.path.removeprefix(base)))
+    paths = []
     for at, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(at, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        paths += [os.path.join(at, name) for name in names if not name.startswith(".")]
+    return [one for one in map(find, sorted(paths)) if one is not None]
 
 
 def _is_hidden(relative: str) -> bool:

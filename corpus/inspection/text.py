@@ -70,7 +70,7 @@ def inspect_text(
     Args:
         samples: documents that are shown.
     """
-    sizes = {path: storage.size(path) for path in files}
+    sizes = dict(zip(files, storage.each(storage.size, files), strict=True))
     step = 1 if full else -(-len(files) // SAMPLE_DOCUMENTS)
     chosen = list(files)[::step]
     found = _Found(samples=_Samples(samples))

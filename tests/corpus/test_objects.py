@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def test_training_never_waits_for_a_bucket(tmp_path: Path) -> None:
     for index in range(500):  # more than two epochs
         assert streams[0].sample(index)["tokens"].tolist() == streams[1].sample(index)["tokens"].tolist()
     assert run(tmp_path, "megatron", "bucket://b/corpus") == there  # a restart takes the copy
+
+
+def test_one_process_copies_and_the_others_wait(tmp_path: Path) -> None:
+    """Threads stand for processes: each holds a lock file of its own."""
+    pair(tmp_path, "corpus")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: run(tmp_path, "megatron", "bucket://b/corpus"), range(4)))
+    assert all(prepared == found[0] for prepared in found)
+    assert len(Bucket.requests) == len(set(Bucket.requests)) > 8
 
 
 def test_a_token_file_that_was_replaced_is_copied_again(tmp_path: Path) -> None:
