@@ -12,9 +12,10 @@ from corpus import storage
 from corpus.conversations import conversation_of, message_text
 from corpus.inspection.report import Problems, Progress, Report, size_text
 from corpus.preferences import parse
+from corpus.readers.compression import Damaged, blocks, without_mark
 from corpus.readers.formats import format_of
 from corpus.readers.plain import read_text
-from corpus.readers.rows import BadRow, Document, Row, kind_of
+from corpus.readers.rows import BadRow, Document, Row, decode, kind_of
 from corpus.tokenizer import Tokenizer
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 2000, 16 * 1024 * 1024
@@ -76,9 +77,9 @@ def inspect_text(
     found = _Found(samples=_Samples(samples))
     what, whole = "", step == 1
     for number, path in enumerate(chosen):
-        reader = _FileReader(path, text_key)
         rooms = (SAMPLE_DOCUMENTS - len(found.lengths), SAMPLE_CHARACTERS - found.characters)
         documents, characters = (max(room // (len(chosen) - number), 1) for room in rooms)
+        reader = _FileReader(path, text_key, None if full else characters)
         done, ended = _read(reader, found, tokenizer, None if full else (documents, characters))
         what, whole = what or reader.what, whole and ended
         found.bytes_read += sizes[path] * done
@@ -126,12 +127,23 @@ def _files(sizes: dict[str, int]) -> str:
 class _FileReader:
     """The documents of a file, and what they are."""
 
-    def __init__(self, path: str, text_key: str) -> None:
+    def __init__(self, path: str, text_key: str, most: int | None) -> None:
+        """
+        Args:
+            most: bytes of a file that is one document; None: all.
+        """
         self.path, self.what, self.fields = path, "text", ""
-        self._key, self._format = text_key, format_of(path)
+        self.cut = False
+        """Whether the document is longer than `most`."""
+        self._key, self._format, self._most = text_key, format_of(path), most
 
     def read(self) -> Iterator[Document | BadRow]:
         entry = self._format
+        if self._most is not None and (entry is None or entry.name in ("text", "code")):
+            beginning = self._beginning(self._most)
+            if beginning is not None:
+                yield beginning
+                return
         if entry is None:
             yield from read_text(self.path, self._key)
             return
@@ -145,6 +157,21 @@ class _FileReader:
                 yield row.value if isinstance(row.value, BadRow) else _document(row, text_of(row.value))
             except ValueError as error:
                 yield BadRow(row.where, f": {error}")
+
+    def _beginning(self, most: int) -> Document | None:
+        """Of a file that is longer, so that a huge one is not read as a whole."""
+        parts, size = [], 0
+        for block, done in blocks(self.path):
+            parts.append(block)
+            size += len(block)
+            if size > most:
+                self.cut = done < 1
+                content = without_mark(b"".join(parts), self.path)
+                while most and content[most : most + 1] and content[most] & 0xC0 == 0x80:  # within a character
+                    most -= 1
+                text, replaced = decode(content[:most])
+                return Document(text, replaced, done) if self.cut else None
+        return None
 
     def _form(self, first: Row | None) -> tuple[str, Callable[[dict[str, Any]], str]] | None:
         """What the rows are other than text, as the first one tells."""
@@ -210,8 +237,9 @@ def _read(
                 _measure(texts, found, tokenizer)
                 texts.clear()
         else:
-            done, ended = 1.0, True
-    except (ValueError, OSError) as error:
+            ended = not reader.cut
+            done = 1.0 if ended else done
+    except (ValueError, OSError, Damaged) as error:
         found.problems.add("file that cannot be read to its end", str(error))
         ended = True
     _measure(texts, found, tokenizer)

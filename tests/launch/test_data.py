@@ -65,6 +65,21 @@ def test_a_sample_estimates_the_whole(
     assert "documents   20,000\n" in shown(capsys, str(tmp_path / "a.jsonl"), full=True)
 
 
+def test_of_a_huge_file_of_text_the_beginning_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("words " * 500_000)
+    monkeypatch.setattr(text, "SAMPLE_CHARACTERS", 1_000_000)
+    found = shown(capsys, str(tmp_path / "a.txt"))
+    assert "a sample: the beginning of 1 of 1 files, 1 documents" in found and "longest 1,000,000\n" in found
+    (tmp_path / "é.txt").write_text("é" * 700_000)
+    found = shown(capsys, str(tmp_path / "é.txt"))
+    assert "longest 500,000\n" in found and "no problems found" in found
+    (tmp_path / "é.txt").write_text("1" + "é" * 700_000)
+    assert "no problems found" in shown(capsys, str(tmp_path / "é.txt"))
+    assert "longest 3,000,000\n" in shown(capsys, str(tmp_path / "a.txt"), full=True)
+
+
 def test_conversations_and_preferences_are_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": []}))
