@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from corpus.paths import expand, nearest_existing
+from corpus.readers.compression import Damaged
 from corpus.readers.formats import described, format_of
 from corpus.readers.plain import read_text
 from corpus.readers.rows import BadRow, Document, Row, SkippedRows
@@ -86,8 +87,8 @@ def read_documents(
                     yield row
                 continue
             skipped.add(row, path, strict=strict)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, Damaged) as error:
+        raise ValueError(_unreadable(path, error)) from error
     if not usable and entry is not None and entry.rows is not None:  # else the file is one document of many
         skipped.check_usable(path)
 
@@ -103,5 +104,11 @@ def read_rows(path: str) -> Iterator[Row]:
         raise ValueError(f"{path} has no rows; supported are {row_formats()}")
     try:
         yield from entry.rows(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, Damaged) as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: OSError | Damaged) -> str:
+    if isinstance(error, Damaged):
+        return f"{path} is damaged: {error}"
+    return f"{path} cannot be read: {error.strerror or error}"

@@ -21,3 +21,6 @@ def test_a_file_format(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["good é", "of two\nlines"] and documents[-1].done == 1.0
     assert skipped.first == ["row 2 has another number of columns than the first line"]
     assert next(read_rows(str(path))).value == {"id": "1", "review": "good é"}
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"reviews\.tsv\.gz is damaged: it ends in the middle of the compressed data"):
+        list(read_documents(str(path), "review"))
