@@ -6,7 +6,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -77,7 +77,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _requests(url: str) -> Iterator[None]:
+def _requests(url: str) -> Generator[None]:
     """Whatever a file system raises becomes an OSError with a message."""
     try:
         yield

@@ -53,8 +53,8 @@ def _write(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> dict[str, 
     """Writes the three files and returns the manifest of the corpus."""
     # Written to a temporary directory, which is on the same file system unless the output is an object: an interrupted
     # command leaves no incomplete output.
-    place = {} if storage.is_url(prefix) else {"dir": Path(prefix).parent, "prefix": f".{Path(prefix).name}."}
-    with tempfile.TemporaryDirectory(**place) as temporary:
+    beside = None if storage.is_url(prefix) else Path(prefix).parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{Path(prefix).name}.") as temporary:
         folder = Path(temporary)
         with Console() as console:
             console.progress("training the tokenizer", 0.0)

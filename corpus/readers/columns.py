@@ -1,12 +1,9 @@
 """The text in a column of an Arrow table."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from corpus.readers.rows import BadRow, Document, decode, no_field
-
-if TYPE_CHECKING:
-    import pyarrow
 
 BATCH_ROWS = 256
 """Rows that are converted to Python at once."""
@@ -15,8 +12,11 @@ BATCH_ROWS = 256
 class TextColumn:
     """The column that text_key names, or a field of the structs in one: `a.b`."""
 
-    def __init__(self, path: str, schema: "pyarrow.Schema", text_key: str) -> None:
+    def __init__(self, path: str, schema: Any, text_key: str) -> None:
         """
+        Args:
+            schema: pyarrow.Schema.
+
         Raises:
             ValueError: there is none.
         """
@@ -28,9 +28,10 @@ class TextColumn:
                 raise ValueError(f"{path} has no column {no_field(text_key, tree)}")
             fields = fields[name]
 
-    def documents(self, batch: "pyarrow.RecordBatch", first: int, done: float) -> Iterator[Document | BadRow]:
+    def documents(self, batch: Any, first: int, done: float) -> Iterator[Document | BadRow]:
         """
         Args:
+            batch: pyarrow.RecordBatch.
             first: the number of the first row.
 
         Raises:
@@ -41,7 +42,7 @@ class TextColumn:
 
         column: Any = batch.column(self._names[0])
         for name in self._names[1:]:
-            column = compute.struct_field(column, [name])
+            column = compute.call_function("struct_field", [column], compute.StructFieldOptions([name]))
         try:
             values = _as_bytes(column)
         except (arrow.ArrowNotImplementedError, arrow.ArrowTypeError) as error:

@@ -1,6 +1,6 @@
 """Parquet files. At most one row group is in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def _open(source: Any) -> Any:
 
 
 @contextmanager
-def _damage(path: str, row: Any) -> Iterator[None]:
+def _damage(path: str, row: Callable[[], int]) -> Generator[None]:
     """Names the row after which a file cannot be read."""
     import pyarrow as arrow
 

@@ -41,7 +41,7 @@ def read_documents(path: str, text_key: str) -> Iterator[Document | BadRow]:
     return documents_of(read_rows(path), "text")
 
 
-def _next(stream: io.BufferedReader) -> _Record | None:
+def _next(stream: io.BufferedIOBase) -> _Record | None:
     """The record that follows; None at the end of the file."""
     line = stream.readline(_LONGEST_LINE)
     while line in (b"\r\n", b"\n"):  # two after each record
