@@ -5,7 +5,6 @@ rows without text, invalid UTF-8, damaged files, ids that the tokenizer does not
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +63,7 @@ def _tokenizer(config: InspectDataConfig, pair: str | None) -> Tokenizer | None:
     path = config.tokenizer
     if path is None and pair is not None:
         beside = f"{pair.removesuffix('.bin').removesuffix('.idx')}.tokenizer.json"
-        path = beside if not storage.is_url(pair) and os.path.isfile(beside) else None
+        path = beside if storage.is_file(beside) else None
     if path is None:
         return None
     file = tokenizer_json(path, "tokenizer")
