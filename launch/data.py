@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.commands import InspectDataConfig
+from conf.inspect_data_config import InspectDataConfig
 from conf.override_text import override
 from corpus import storage
 from corpus.documents import expand

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.commands import InspectDataConfig
+from conf.inspect_data_config import InspectDataConfig
 from corpus.inspection import text, tokens
 from corpus.inspection.report import size_text
 from corpus.tokenizer import Tokenizer
