@@ -47,7 +47,7 @@ def _check(entry: FileFormat) -> None:
 FORMATS = Registry(
     "file format",
     FileFormat("text", (".txt",), documents=plain.read_text),
-    FileFormat("jsonl", (".jsonl", ".ndjson"), rows=jsonl.read_lines),
+    FileFormat("jsonl", (".jsonl", ".ndjson"), jsonl.read_lines, jsonl.read_line_documents),
     # In a folder of source code they are settings.
     FileFormat("json", (".json",), rows=jsonl.read_json, in_folders=False),
     FileFormat("parquet", (".parquet",), parquet.read_rows, parquet.read_documents, compressed=False),

@@ -5,11 +5,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from corpus.readers.compression import BYTE_ORDER_MARK, Damaged, lines, without_mark
-from corpus.readers.rows import BadRow, Row, decode, kind_of
+from corpus.readers.rows import BadRow, Document, Row, decode, document_of, kind_of
 
 
 def read_lines(path: str) -> Iterator[Row]:
     """The rows of a file with an object per line."""
+    return (_row(line, number, done) for line, number, done in _numbered(path))
+
+
+def read_line_documents(path: str, text_key: str) -> Iterator[Document | BadRow]:
+    """What `documents_of` makes of `read_lines`, without a row for lines that are as expected."""
+    for line, number, done in _numbered(path):
+        try:
+            text = json.loads(line.decode())[text_key]
+            text.encode()  # fails with half a surrogate pair, and for what is no string
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            yield document_of(_row(line, number, done), text_key)
+        else:
+            yield Document(text, 0, done)
+
+
+def _numbered(path: str) -> Iterator[tuple[bytes, int, float]]:
+    """The lines that are not empty, their numbers, and the fraction of the file read so far."""
     number = 0
     try:
         for number, (line, done) in enumerate(lines(path), start=1):
@@ -17,7 +34,7 @@ def read_lines(path: str) -> Iterator[Row]:
             if number == 1 or line.startswith(BYTE_ORDER_MARK):
                 line = without_mark(line, path)
             if line.strip():
-                yield _row(line, f"line {number}", done)
+                yield line, number, done
     except Damaged as error:
         raise ValueError(f"{path} is damaged after line {number}: {error}") from error
 
@@ -54,8 +71,8 @@ def _begins_with_bracket(path: str) -> bool:
         return False  # reported where the lines are read
 
 
-def _row(line: bytes, where: str, done: float) -> Row:
-    text, replaced = decode(line)
+def _row(line: bytes, number: int, done: float) -> Row:
+    (text, replaced), where = decode(line), f"line {number}"
     try:
         return _object(_parse(text), where, done, replaced)
     except json.JSONDecodeError as error:

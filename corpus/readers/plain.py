@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from corpus.readers.compression import COMPRESSIONS, Damaged, blocks, without_mark
-from corpus.readers.rows import BadRow, Document, decode
+from corpus.readers.rows import BadRow, CodeDocument, Document, decode
 
 LANGUAGES = {
     "Ada": ".adb .ads",
@@ -99,7 +99,7 @@ def read_code(path: str, text_key: str) -> Iterator[Document | BadRow]:
     if b"\0" in content[:_LOOKED_AT]:
         yield BadRow("", "is binary, not source code: it has NUL bytes")
     else:
-        yield Document(*decode(content), done=1.0, language=language_of(path))
+        yield CodeDocument(*decode(content), done=1.0, written_in=language_of(path))
 
 
 def _content(path: str) -> bytes:

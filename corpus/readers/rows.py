@@ -14,8 +14,20 @@ class Document:
     """Number of invalid UTF-8 sequences that were replaced by U+FFFD in `text`."""
     done: float
     """Fraction of the file read so far."""
-    language: str | None = field(default=None, kw_only=True)
-    """Of source code, by the suffix of its file."""
+
+    @property
+    def language(self) -> str | None:
+        """Of source code, by the name of its file."""
+        return None
+
+
+@dataclass(frozen=True)
+class CodeDocument(Document):
+    written_in: str | None
+
+    @property
+    def language(self) -> str | None:
+        return self.written_in
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,21 @@ def documents_of(rows: Iterator[Row], text_key: str) -> Iterator[Document | BadR
     """The text of each row.
 
     Args:
+        text_key: as of `document_of`.
+    """
+    return (document_of(row, text_key) for row in rows)
+
+
+def document_of(row: Row, text_key: str) -> Document | BadRow:
+    """The text of a row.
+
+    Args:
         text_key: a field, or `a.b`: field b of the object in field a. A list of strings is joined by newlines.
     """
-    for where, row, done, replaced in rows:
-        text = row if isinstance(row, BadRow) else _text(row, text_key, where)
-        yield Document(text, replaced, done) if isinstance(text, str) else text
+    if isinstance(row.value, BadRow):
+        return row.value
+    text = _text(row.value, text_key, row.where)
+    return Document(text, row.replaced, row.done) if isinstance(text, str) else text
 
 
 def decode(data: bytes) -> tuple[str, int]:
