@@ -53,17 +53,17 @@ class PrepareConfig:
     """python -m launch.prepare: tokenises text files into Megatron token files (.bin/.idx)."""
 
     input: Any = "???"
-    """Text files: a path, a glob, or a list of these."""
+    """Text files: a path, a glob, a folder, or a list of these. Input and output may be URLs (s3://, gs://, hf://)."""
     output: str = "???"
     """Prefix of the .bin and .idx files; the tokenizer is written to PREFIX.tokenizer.json."""
     tokenizer: str | None = None
-    """Path of a tokenizer.json, or of a directory with one. null: train one of vocab_size tokens on the input."""
+    """Path of a tokenizer, as data.tokenizer. null: train one of vocab_size tokens on the input."""
     vocab_size: int = 4096
     """Vocabulary size of a tokenizer that is trained."""
     tokenizer_sample_mib: int = 64
     """Maximum size of the text that the tokenizer is trained on, in MiB."""
     text_key: str = "text"
-    """Name of the field that holds the text in .jsonl and .parquet rows."""
+    """Name of the field that holds the text of a row, as data.text_key."""
     strict: bool = False
     """Stop at the first row without text, as data.strict."""
     eod_token: str = "<|endoftext|>"
@@ -106,9 +106,9 @@ class InferenceConfig:
 @dataclass
 class EvaluateDataConfig:
     files: list[str] = field(default_factory=list)
-    """Text files (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) to evaluate on. Empty: the held-out text of the run."""
+    """Text files to evaluate on, as data.files of a run. Empty: the held-out text of the run."""
     text_key: str = "text"
-    """Name of the field that holds the text in .jsonl and .parquet rows."""
+    """Name of the field that holds the text of a row, as data.text_key of a run."""
     cache_dir: str | None = None
     """Directory in which tokenised text is cached. null: that of the run."""
 

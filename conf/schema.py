@@ -98,12 +98,13 @@ class BlendStage:
 class DataConfig:
     kind: str = setting("stdlib", choices=DATA_KINDS)
     """Source of the data: stdlib, text, megatron, blend, chat or preference. stdlib: the source files of the running
-    Python's standard library. text: .txt .jsonl .jsonl.gz .jsonl.zst .parquet files. megatron: Megatron token files
-    (.bin/.idx pairs). blend: a weighted mixture of these. chat: conversations, in .jsonl .jsonl.gz .jsonl.zst .parquet
-    files, of which the assistant's tokens are trained on (docs/guides/fine_tuning.md). preference: ranked responses to
-    prompts, in the same formats, for train.objective=dpo and reward (docs/guides/preferences.md)."""
+    Python's standard library. text: files in the formats of docs/guides/data.md. megatron: Megatron token files
+    (.bin/.idx pairs). blend: a weighted mixture of these. chat: conversations, whose assistant's tokens are trained on
+    (docs/guides/fine_tuning.md). preference: ranked responses to prompts, for train.objective=dpo and reward
+    (docs/guides/preferences.md)."""
     files: list[str] = field(default_factory=list)
-    """Paths or globs (text, chat), or prefixes without .bin/.idx (megatron)."""
+    """Paths, globs or folders (text, chat, preference), or prefixes without .bin/.idx (megatron). Each may be a URL
+    (s3://, gs://, hf://): text is read where it is, token files are copied into data.cache_dir."""
     valid_files: list[str] = field(default_factory=list)
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
     valid_fraction: float = setting(0.02, gt=0, lt=1)
@@ -112,18 +113,17 @@ class DataConfig:
     smallest hash is held out if it is short, otherwise only its end: this fraction of all characters, at least 4,096
     and at most a quarter of the document."""
     text_key: str = "text"
-    """Name of the field that holds the text in .jsonl and .parquet rows."""
+    """Field of a row that holds its text, a string or a list of lines. `a.b`: field b of the object in a."""
     strict: bool = False
-    """Stop at the first .jsonl or .parquet row without text (null, another type, no such field, invalid JSON), or of
-    data=chat without a valid conversation. false: skip such rows and report their number and positions; a file without
-    any valid row is an error in both cases."""
+    """Stop at the first row without text (null, another type, no such field, invalid JSON), or of data=chat without a
+    valid conversation. false: skip such rows and report their number and positions; a file of whose rows none is valid
+    is an error in both cases."""
     tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json, or of a directory that holds one, as `save_pretrained` writes it. The run
-    keeps the directory's settings and chat template too, and an export gives them back. null: train a byte-level BPE of
-    model.vocab_size tokens on the training documents and cache it."""
+    """Path of a Hugging Face tokenizer.json, or of a directory that holds one (the run keeps its settings and chat
+    template too), or of a file of SentencePiece (.model) or tiktoken (.tiktoken), which is converted. Files may be
+    URLs. null: train a byte-level BPE of model.vocab_size tokens on the training documents and cache it."""
     tokenizer_sample_mib: int = setting(64, ge=1)
-    """Maximum size of the text that the tokenizer is trained on, in MiB. Every file contributes in proportion to its
-    size."""
+    """Maximum size in MiB of the text that the tokenizer is trained on: the beginning of every file, by its size."""
     eod_token: str = "<|endoftext|>"
     """End-of-document token, appended to every document."""
     document_mask: bool = False

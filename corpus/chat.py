@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate, encode_chat
 from corpus.conversations import FIRST_LABEL, WEIGHTS, Conversation, read_conversations
@@ -55,7 +55,7 @@ class ChatCorpus(TextCorpus):
     ) -> Iterator[tuple[list[int], list[float], bool, float]]:
         """Of each conversation its token ids, their weights, whether it is held out, and the fraction of the corpus
         read so far. Those that the template refuses are skipped, or with `strict` an error."""
-        sizes = [os.path.getsize(path) for path in self.spec.files]
+        sizes = storage.each(storage.size, self.spec.files)
         before, total = 0, sum(sizes)
         for path, size in zip(self.spec.files, sizes, strict=True):
             for document, held_out in self.documents(path):

@@ -59,7 +59,7 @@ def read_conversations(
     """
     skipped = SkippedRows() if skipped is None else skipped
     usable = False
-    for where, row, done in read_rows(path):
+    for where, row, done, _ in read_rows(path):
         if not isinstance(row, BadRow):
             try:
                 messages, tools = conversation_of(row)

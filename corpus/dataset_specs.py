@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from conf.schema import DATA_KINDS, BlendPart, DataConfig
+from corpus import storage
 from corpus.documents import is_text_file
 from corpus.sources import SOURCES, DataSource
 
@@ -68,13 +69,17 @@ def _parts(data: DataConfig) -> list[BlendPart]:
 
 
 def _held_out(data: DataConfig) -> list[DatasetSpec]:
-    """data.valid_files by kind: for megatron data and blends, those without the suffix of a text file are prefixes. For
-    chat and sources of extensions they are like data.files."""
+    """data.valid_files by kind: for megatron data and blends, those with an .idx, or without the suffix of a text file,
+    are prefixes. For chat and sources of extensions they are like data.files."""
     if data.valid_files and (data.kind == "chat" or data.kind not in DATA_KINDS):
         files = _files(BlendPart(kind=data.kind, files=data.valid_files))
         return [DatasetSpec(data.kind, files, weight=0.0, valid_share=1.0)]
     may_be_prefix = data.kind in ("megatron", "blend")
-    prefixes = [path for path in data.valid_files if may_be_prefix and not is_text_file(path)]
+    prefixes = [
+        path
+        for path in data.valid_files
+        if may_be_prefix and (not is_text_file(path) or storage.is_file(f"{path}.idx"))
+    ]
     texts = [path for path in data.valid_files if path not in prefixes]
     return [
         DatasetSpec(kind, _files(BlendPart(kind=kind, files=files)), weight=0.0, valid_share=1.0)

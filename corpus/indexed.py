@@ -21,8 +21,17 @@ from corpus.tokenizer import Tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
-# The integer types among megatron.core.datasets.indexed_dataset.DType.
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+# megatron.core.datasets.indexed_dataset.DType. Ids in floating point have to be whole numbers.
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 _SCAN_TOKENS = 16 * 1024 * 1024
 _SCAN_SEQUENCES = 1024 * 1024
@@ -32,7 +41,7 @@ _SCAN_SEQUENCES = 1024 * 1024
 class Index:
     """An .idx file, memory-mapped."""
 
-    dtype: type[np.integer]
+    dtype: type[np.number]
     lengths: np.ndarray
     """Number of tokens of each sequence, int32 [N]."""
     pointers: np.ndarray
@@ -209,9 +218,17 @@ class TokenFile:
 
 
 def extreme_ids(prefix: str) -> tuple[int, int]:
-    """Smallest and largest token id of a non-empty file; reads all of it, in chunks."""
+    """Smallest and largest token id of a non-empty file; reads all of it, in chunks.
+
+    Raises:
+        ValueError: a number in floating point is not whole.
+    """
     tokens = np.memmap(prefix + ".bin", dtype=open_index(prefix).dtype, mode="r")
     chunks = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
+    for number, chunk in enumerate(chunks if tokens.dtype.kind == "f" else ()):
+        if (wrong := np.flatnonzero(~np.isfinite(chunk) | (chunk != np.floor(chunk)))).size:
+            at = number * _SCAN_TOKENS + int(wrong[0])
+            raise ValueError(f"{prefix}.bin has {tokens[at]} at token {at:,}, which is no token id")
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
 
 

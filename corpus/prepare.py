@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import DataConfig
+from corpus import storage
 from corpus.cache import Cache
 from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
+from corpus.objects import local_pairs
 from corpus.prepared_checks import check_conversations, check_held_out, check_training
 from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
@@ -138,9 +140,13 @@ def prepare(
         sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "max_responses": max_responses}
         return _of_preferences(data, cache, notes, sizes, held_out_only=held_out_only, progress=progress)
     found = dataset_specs(data, held_out_only)
+    for number, spec in enumerate(found):
+        if spec.source.yields == "tokens":
+            found[number] = replace(spec, files=local_pairs(spec.files, cache, progress))
     try:
         corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
-        _hash_files([path for spec in corpora for path in spec.files], cache, progress)
+        local = [path for spec in corpora for path in spec.files if not storage.is_url(path)]
+        _hash_files(local, cache, progress)
         vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
         parts = []
         for spec in found:

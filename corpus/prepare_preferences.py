@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from conf.schema import DataConfig
+from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate
 from corpus.documents import SkippedRows, expand, read_rows
 from corpus.integrity import digests
+from corpus.objects import check_unchanged, content_id
 from corpus.preferences import Encoded, InvalidRow, Preference, encode, parse
 from corpus.text import Progress
 from corpus.tokenizer import Tokenizer
@@ -108,7 +110,7 @@ def prepare_preferences(
     if not files:
         raise ValueError("data.valid_files names all files of the data; none is left to train on")
     share = 1.0 if held_out_only else 0.0 if held_out else data.valid_fraction
-    contents = [[cache.sha256(file) for file in part] for part in (files, held_out)]
+    contents = [storage.each(lambda file: content_id(file, cache), part) for part in (files, held_out)]
     key = [_FORMAT, contents, cache.sha256(path), data.eod_token, template.identity(), share]
     key += [sequence_length, max_responses, data.strict]
 
@@ -121,6 +123,8 @@ def prepare_preferences(
         is_valid = _held_out(np.frombuffer(hashes), share)
         for _, responses in reader.read(held_out, progress):
             everything.add(responses)
+        for file, content in zip([*files, *held_out], [*contents[0], *contents[1]], strict=True):
+            check_unchanged(file, content)
         is_valid = np.concatenate([is_valid, np.ones(len(everything.prompts) - len(is_valid), np.bool_)])
         chosen = {"train": ~is_valid, "valid": is_valid}
         counts = {name: everything.save(folder / name, which) for name, which in chosen.items() if which.any()}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from conf.registry import Registry
-from corpus.documents import ROW_SUFFIXES, expand, has_rows, standard_library_files
+from corpus import storage
+from corpus.documents import expand, has_rows, row_formats, standard_library_files
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,20 @@ def _library_name(path: str) -> str:
 
 
 def _prefixes(files: Sequence[str]) -> list[str]:
-    return [os.path.abspath(os.path.expanduser(prefix)) for prefix in files]
+    return [p if storage.is_url(p) else os.path.abspath(os.path.expanduser(p)) for p in files]
 
 
 def _rows(files: Sequence[str]) -> list[str]:
     found = expand(list(files))
     if plain := [path for path in found if not has_rows(path)]:
-        raise ValueError(f"data=chat needs files with rows ({' '.join(ROW_SUFFIXES)}), but {plain[0]} has none")
+        raise ValueError(f"data=chat needs files with rows ({row_formats()}), but {plain[0]} has none")
     return found
 
 
 SOURCES = Registry(
     "data source",
     DataSource("stdlib", lambda files: standard_library_files(), files=None, name_of=_library_name),
-    DataSource("text", lambda files: expand(list(files)), files="paths or globs of text files"),
+    DataSource("text", lambda files: expand(list(files)), files="paths, globs or folders of text files", version=1),
     DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs", yields="tokens"),
     DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
 )

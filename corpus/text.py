@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from corpus import storage
 from corpus.cache import Cache
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import Document, SkippedRows, read_documents
+from corpus.objects import check_unchanged, content_id
 
 Progress = Callable[[str, float], None]
 """Called with the current activity and the fraction of it that is done."""
@@ -47,12 +49,14 @@ class TextCorpus:
         """Skipped rows, by file that `documents` has read."""
         self._text_key = text_key
         self._strict = strict
+        self._contents: dict[str, str] = {}
 
     def identity(self, cache: Cache) -> list[Any]:
         """Everything that determines the documents and which of them are held out, JSON-serialisable."""
         kind, files, source = self.spec.kind, self.spec.files, self.spec.source
         names = [(source.name_of or os.path.basename)(path) for path in files]
-        contents = [cache.sha256(path) for path in files]
+        contents = storage.each(lambda path: content_id(path, cache), files)
+        self._contents = dict(zip(files, contents, strict=True))
         # Data that was read without `strict` may have rows that are errors with it.
         version = [source.version] if source.version else []
         return [kind, names, contents, self.spec.valid_share, self._text_key, self._strict, *version]
@@ -69,6 +73,7 @@ class TextCorpus:
                 yield replace(document, text=document.text[begin:], replaced=0), True
             else:
                 yield document, hash_value < split.threshold
+        check_unchanged(path, self._contents.get(path))
 
     def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
         read = self.spec.source.read
@@ -116,11 +121,12 @@ def _tail_begin(text: str, size: int) -> int:
 def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]:
     """Training text of at most `max_bytes`. Each file contributes its beginning, in proportion to its size on disk, so
     that all files are represented and little more than the sample is read."""
-    total = sum(os.path.getsize(path) for corpus in corpora for path in corpus.spec.files)
+    sizes = [storage.each(storage.size, corpus.spec.files) for corpus in corpora]
+    total = sum(map(sum, sizes))
     allowed = used = 0
-    for corpus in corpora:
-        for path in corpus.spec.files:
-            allowed += max_bytes * os.path.getsize(path) / total
+    for corpus, of_files in zip(corpora, sizes, strict=True):
+        for path, size in zip(corpus.spec.files, of_files, strict=True):
+            allowed += max_bytes * size / total
             for document, held_out in corpus.documents(path):
                 room = int(allowed) - used
                 if room <= 0:
@@ -165,7 +171,7 @@ def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder
 
 def _all_documents(corpus: TextCorpus) -> Iterator[tuple[Document, str, bool, float]]:
     """Documents, their files, whether they are held out, and the fraction of the corpus read so far."""
-    sizes = [os.path.getsize(path) for path in corpus.spec.files]
+    sizes = storage.each(storage.size, corpus.spec.files)
     before, total = 0, sum(sizes)
     for path, size in zip(corpus.spec.files, sizes, strict=True):
         for document, held_out in corpus.documents(path):

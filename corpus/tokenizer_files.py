@@ -1,9 +1,14 @@
-"""The files of a Hugging Face tokenizer: the tokenizer.json that is read, and those that belong beside it."""
+"""The files of a Hugging Face tokenizer: the tokenizer.json that is read, and those that belong beside it. Those of
+SentencePiece and tiktoken are converted."""
 
+import hashlib
 import os
+import uuid
 from pathlib import Path
 
+from corpus import storage
 from corpus.documents import nearest_existing
+from parallel.cache_dir import ROOT, make_private
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -13,13 +18,22 @@ a run keeps them in COMPANION_DIR, and an export writes them beside the weights.
 COMPANION_DIR = "tokenizer"
 
 
+CONVERTED = (".model", ".spm", ".tiktoken")
+"""Suffixes of SentencePiece models and of tiktoken's ranks."""
+_CONVERSION = 1
+"""Incremented when a conversion changes."""
+
+
 def tokenizer_json(given: str, setting: str) -> str:
     """Absolute path of the tokenizer.json that a setting names: the file itself, or a directory of a tokenizer or model
-    as Transformers' `save_pretrained` and `hf download` make it.
+    as Transformers' `save_pretrained` and `hf download` make it. A file of SentencePiece or tiktoken is converted, with
+    the same ids, and a URL copied, into the cache.
 
     Raises:
-        ValueError: neither is there; the message says `setting`.
+        ValueError: none of these is there, or it cannot be converted; the message says `setting`.
     """
+    if storage.is_url(given):
+        return _cached(given, setting)
     path = os.path.abspath(os.path.expanduser(given))
     if not os.path.isdir(path):
         try:
@@ -28,7 +42,7 @@ def tokenizer_json(given: str, setting: str) -> str:
             raise ValueError(f"{setting} {path} does not exist{nearest_existing(path)}") from None
         except OSError as error:
             raise ValueError(f"{setting} {path} cannot be read: {error.strerror}") from None
-        return path
+        return _cached(path, setting) if path.endswith(CONVERTED) else path
     if os.path.isfile(inside := os.path.join(path, TOKENIZER)):
         return inside
     convert = (
@@ -36,7 +50,41 @@ def tokenizer_json(given: str, setting: str) -> str:
         f"AutoTokenizer.from_pretrained({path!r}).save_pretrained(NEW) writes {TOKENIZER} into NEW"
     )
     slow = next((name for name in ("tokenizer.model", "vocab.json") if os.path.isfile(os.path.join(path, name))), None)
+    if slow == "tokenizer.model":
+        # A model's own tokenizer may number the pieces differently, and have more of them.
+        convert += f"; or name {slow} itself, for the ids that SentencePiece gives"
     raise ValueError(f"{setting} {path} has no {TOKENIZER}" + (f", only {slow}: {convert}" if slow else ""))
+
+
+def _cached(path: str, setting: str) -> str:
+    """The tokenizer.json of a file that is converted or a URL, in the cache."""
+    try:
+        content = storage.read_bytes(path)
+    except OSError as error:
+        raise ValueError(f"{setting} {path} cannot be read: {error.strerror}") from error
+    key = hashlib.sha256(content + bytes([_CONVERSION, path.endswith(CONVERTED)])).hexdigest()[:32]
+    folder = Path(ROOT).expanduser() / "tokenizers" / key
+    if not (folder / TOKENIZER).is_file():
+        text = _converted(content, f"{setting} {path}") if path.endswith(CONVERTED) else content
+        partial = folder / f"{TOKENIZER}.{uuid.uuid4().hex}.partial"
+        try:
+            make_private(folder)
+            partial.write_bytes(text)
+            os.replace(partial, folder / TOKENIZER)
+        except OSError as error:
+            raise ValueError(f"{setting} {path}: {folder} cannot be written to: {error.strerror}") from error
+    return str(folder / TOKENIZER)
+
+
+def _converted(content: bytes, what: str) -> bytes:
+    from corpus.tokenizer_formats import sentencepiece, tiktoken
+
+    begin = content[: content.find(b"\n") + 1].split()
+    is_ranks = len(begin) == 2 and begin[1].isdigit()
+    try:
+        return (tiktoken if is_ranks else sentencepiece).convert(content).to_str().encode()
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error
 
 
 def companions(tokenizer: str | Path) -> list[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import get_type_hints
 
 from conf import commands
+from conf.inspect_data_config import InspectDataConfig
 from conf.limits import CHOICES
 from conf.schema import Config
 from conf.score_config import ScoreConfig
@@ -17,6 +18,7 @@ from launch.overrides import CONF
 
 COMMANDS = {
     "prepare": commands.PrepareConfig,
+    "data": InspectDataConfig,
     "check": commands.CheckConfig,
     "plan": commands.PlanConfig,
     "scaling": None,

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
@@ -29,7 +29,12 @@ FAILED, BAD_CONFIGURATION = 1, 2
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
-def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
+def command(
+    schema: type,
+    config_name: str,
+    run: Callable[[Any], int],
+    arguments: Callable[[Sequence[str]], list[str]] = list,
+) -> None:
     """Runs a command and exits the process.
 
     Exit code: the return value of `run` (with --multirun, the first one that is not 0); 2 and one message on stderr for
@@ -40,6 +45,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
         schema: the dataclass of the settings; conf/<config_name>.yaml lists it first in its defaults, as `schema`.
         config_name: Hydra's primary config.
         run: takes an instance of schema and returns the exit code. It raises ValueError for errors of the user.
+        arguments: the command line as overrides, where a command takes other words than these.
     """
     threads.limit_spinning()
     device_env.set_device_variables()
@@ -71,7 +77,7 @@ def command(schema: type, config_name: str, run: Callable[[Any], int]) -> None:
     try:
         process.prepare()
         if not help_text.answered(sys.argv[1:], schema, config_name, run):
-            sys.argv[1:] = checked_arguments(sys.argv[1:], keys)
+            sys.argv[1:] = checked_arguments(arguments(sys.argv[1:]), keys)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
         sys.stdout.flush()  # at the exit of the interpreter, errors could not be handled
     except (*CONFIGURATION_ERRORS, OSError) as error:

@@ -9,7 +9,7 @@ from conf.eval_rules import check_installed
 from conf.eval_schema import TaskSettings
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import DataConfig
-from corpus.documents import has_rows
+from corpus.documents import expand, has_rows
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from parallel.env import World
@@ -126,7 +126,7 @@ def _data(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
     if loaded.tokenizer is None:
         raise ValueError(f"data.files: {loaded.run_dir} has no {TOKENIZER}, so that text cannot be tokenised")
     # Of a run on conversations, files with rows are conversations as well.
-    kind = "chat" if data.kind == "chat" and all(map(has_rows, config.data.files)) else "text"
+    kind = "chat" if data.kind == "chat" and all(map(has_rows, expand(config.data.files))) else "text"
     own = replace(data, kind=kind, files=config.data.files, text_key=config.data.text_key, valid_files=[], blend=[])
     return own
 

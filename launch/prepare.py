@@ -15,6 +15,7 @@ from typing import Any
 
 from conf.commands import PrepareConfig
 from conf.override_text import command, override
+from corpus import storage
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus
@@ -22,7 +23,7 @@ from corpus.tokenizer_files import tokenizer_json
 from launch import cli
 from training.console import Console
 
-_OUTPUTS = {"train.bin": ".bin", "train.idx": ".idx", "tokenizer.json": ".tokenizer.json"}
+_OUTPUTS = {"tokenizer.json": ".tokenizer.json", "train.bin": ".bin", "train.idx": ".idx"}
 
 
 def main(config: PrepareConfig) -> int:
@@ -43,15 +44,17 @@ def main(config: PrepareConfig) -> int:
     print(f"{prefix}.bin: {counts['num_tokens']:,} tokens, documents: {counts['num_documents']:,}")
     for note in manifest["notes"]:
         print(note)
-    words = [override("data.files", [str(prefix)]), override("data.tokenizer", f"{prefix}.tokenizer.json")]
+    words = [override("data.files", [prefix]), override("data.tokenizer", f"{prefix}.tokenizer.json")]
     print(f"train on it: {command(['data=megatron'], words)}")
     return 0
 
 
-def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str, Any]:
+def _write(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> dict[str, Any]:
     """Writes the three files and returns the manifest of the corpus."""
-    # Written to a temporary directory on the same file system: an interrupted command leaves no incomplete output.
-    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as temporary:
+    # Written to a temporary directory, which is on the same file system unless the output is an object: an interrupted
+    # command leaves no incomplete output.
+    beside = None if storage.is_url(prefix) else Path(prefix).parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{Path(prefix).name}.") as temporary:
         folder = Path(temporary)
         with Console() as console:
             console.progress("training the tokenizer", 0.0)
@@ -62,25 +65,36 @@ def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str,
         if "train" not in manifest["splits"]:
             raise ValueError(f"{', '.join(corpus.spec.files)} contain no text")
         for name, suffix in _OUTPUTS.items():
-            os.rename(folder / name, f"{prefix}{suffix}")
+            storage.put(folder / name, f"{prefix}{suffix}")
     return manifest
 
 
-def _check_output(output: str) -> Path:
-    """The absolute prefix of the output, whose parent directory is created."""
+def _check_output(output: str) -> str:
+    """The absolute prefix of the output, whose parent directory is created; of objects their URL."""
     if output.endswith((".bin", ".idx")):
         raise ValueError(f"output={output} is a prefix: name it without the suffix, output={output[:-4]}")
+    if storage.is_url(output):
+        _check_absent(output)
+        return output
     prefix = Path(output).expanduser().absolute()
     if output.endswith("/") or prefix.name in ("", "..") or os.path.isdir(prefix):
         raise ValueError(f"output={output} names a folder; add a name for the files: output={Path(output) / 'corpus'}")
-    for suffix in _OUTPUTS.values():
-        if os.path.exists(f"{prefix}{suffix}"):
-            raise ValueError(f"{prefix}{suffix} exists already; remove it or choose another output")
+    _check_absent(str(prefix))
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output={output}: {prefix.parent} cannot be created: {error.strerror}") from error
-    return prefix
+    return str(prefix)
+
+
+def _check_absent(prefix: str) -> None:
+    for suffix in _OUTPUTS.values():
+        try:
+            exists = storage.is_file(f"{prefix}{suffix}")
+        except OSError as error:
+            raise ValueError(f"output={prefix} cannot be written: {error.strerror}") from error
+        if exists:
+            raise ValueError(f"{prefix}{suffix} exists already; remove it or choose another output")
 
 
 def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) -> None:

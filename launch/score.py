@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from conf.score_config import ScoreConfig
-from corpus.documents import ROW_SUFFIXES, Row, read_rows
+from corpus import storage
+from corpus.documents import Row, has_rows, read_rows, row_formats
 from launch.cli import command
 from parallel.env import World
 from training.console import Console
@@ -25,8 +26,8 @@ def main(config: ScoreConfig) -> int:
     """
     if not checkpoints(config):
         raise ValueError("checkpoint=[] names no reward model")
-    if not config.input.endswith(ROW_SUFFIXES) or not Path(config.input).is_file():
-        raise ValueError(f"input={config.input} is not a file with one of the suffixes {' '.join(ROW_SUFFIXES)}")
+    if not has_rows(config.input) or not storage.is_file(config.input):
+        raise ValueError(f"input={config.input} is not a file with one of the suffixes {row_formats()}")
     if not config.output.endswith(".jsonl") or Path(config.output).exists():
         raise ValueError(f"output={config.output} must be a new file with the suffix .jsonl")
     if not 0 <= config.deviations < float("inf"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from corpus import indexed
 from corpus.indexed import TokenWriter, extreme_ids, read_index
@@ -103,10 +103,24 @@ def test_pairs_that_cannot_be_used(tmp_path):
     refuse(short, r"short\.idx is a multimodal index, with a mode for each of its 3 sequences")
     (tmp_path / "short.idx").write_bytes(b"PK\x03\x04 something else altogether, but long enough")
     refuse(short, r"short\.idx is not a Megatron index")
-    (tmp_path / "short.idx").write_bytes(index[:17] + b"\x07" + index[18:])  # float32
-    refuse(short, r"type code 7 are not supported")
+    (tmp_path / "short.idx").write_bytes(index[:17] + b"\x09" + index[18:])
+    refuse(short, r"type code 9 are not supported")
     (tmp_path / "short.idx").write_bytes(index[:-8] + (2).to_bytes(8, "little"))
     refuse(short, r"short\.idx is damaged: its last document ends at sequence 2")
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(kind.name) for kind in DType], ids=str)
+def test_every_type_that_megatron_writes(tmp_path, dtype):
+    documents = [[0, 1, 127], [5], [100, 2]]
+    prefix = write_pair(tmp_path / "pair", documents, dtype=dtype.type)
+    assert [ids.tolist() for ids in IndexedDataset(prefix)] == documents
+    assert read_index(prefix).dtype == dtype
+    assert token_range(prefix, 1, 2).tolist() == [5, 100, 2] and extreme_ids(prefix) == (0, 127)
+    if dtype.kind == "f":
+        for wrong in (1.5, np.inf):
+            prefix = write_pair(tmp_path / "wrong", [[1, 2], [3, wrong]], dtype=dtype.type)
+            with pytest.raises(ValueError, match=rf"wrong\.bin has {wrong} at token 3, which is no token id"):
+                extreme_ids(prefix)
 
 
 def test_sixteen_bits_only_where_the_ids_fit(tmp_path, tokenizer):

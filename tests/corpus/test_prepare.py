@@ -347,7 +347,7 @@ def test_text_and_tokenizers_that_do_not_fit(text_data, tmp_path):
 def test_settings_that_do_not_fit(text_data, pairs):
     a, _ = pairs
     refused(replace(text_data, kind="stdlib"), "data=stdlib has no files; .* data=text")
-    refused(replace(text_data, files=[]), "data of kind text needs files: paths or globs")
+    refused(replace(text_data, files=[]), "data of kind text needs files: paths, globs or folders")
     refused(replace(text_data, kind="texts"), "'texts' is not one of stdlib, text, megatron")
     refused(replace(text_data, kind="blend"), "data=blend needs its parts")
     refused(replace(text_data, kind="blend", blend=[BlendPart(kind="stdlib")]), "takes its files from data.blend")

@@ -8,7 +8,8 @@ import pytest
 from conf import extensions
 from conf.registry import Registry
 
-REGISTRIES = {"moe.router_metrics": "ROUTER_METRICS", **dict(extensions.REGISTRIES.values())}
+WITHOUT_A_SETTING = {"moe.router_metrics": "ROUTER_METRICS", "corpus.readers.formats": "FORMATS"}
+REGISTRIES = WITHOUT_A_SETTING | dict(extensions.REGISTRIES.values())
 
 
 @pytest.fixture(autouse=True)

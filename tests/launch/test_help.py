@@ -16,6 +16,7 @@ from conf.commands import (
     ImportConfig,
     PrepareConfig,
 )
+from conf.inspect_data_config import InspectDataConfig
 from conf.schema import Config
 from launch.help_text import COMPLETION, help_text, settings
 from launch.settings import setting_types
@@ -25,7 +26,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize(
     "schema",
-    [Config, CheckConfig, PrepareConfig, EvaluateConfig, GenerateConfig, ChatConfig, ImportConfig, ExportConfig],
+    [
+        Config,
+        CheckConfig,
+        PrepareConfig,
+        InspectDataConfig,
+        EvaluateConfig,
+        GenerateConfig,
+        ChatConfig,
+        ImportConfig,
+        ExportConfig,
+    ],
 )
 def test_every_setting_has_a_summary_of_one_line(schema: type) -> None:
     found = list(settings(schema))

@@ -1,0 +1,1 @@
+"""What is in data, for people to look at."""

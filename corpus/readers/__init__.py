@@ -1,0 +1,1 @@
+"""Readers of file formats: one file per kind, and the registry of them (formats.py)."""

@@ -1,0 +1,147 @@
+"""What the readers return: documents, rows with fields, and those that cannot be used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+_MAX_NAMED_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    replaced: int
+    """Number of invalid UTF-8 sequences that were replaced by U+FFFD in `text`."""
+    done: float
+    """Fraction of the file read so far."""
+
+    @property
+    def language(self) -> str | None:
+        """Of source code, by the name of its file."""
+        return None
+
+
+@dataclass(frozen=True)
+class CodeDocument(Document):
+    written_in: str | None
+
+    @property
+    def language(self) -> str | None:
+        return self.written_in
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, such as one without valid text."""
+
+    where: str
+    why: str
+
+
+class Row(NamedTuple):
+    where: str
+    """Its position in the file, for messages."""
+    value: dict[str, Any] | BadRow
+    """Its fields."""
+    done: float
+    """Fraction of the file read so far."""
+    replaced: int = 0
+    """Number of invalid UTF-8 sequences that were replaced by U+FFFD."""
+
+
+@dataclass
+class SkippedRows:
+    """The rows of a file that were skipped because they cannot be used."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Positions and problems of the first ones."""
+
+    def add(self, row: BadRow, path: str, *, strict: bool) -> None:
+        """Counts a row. Raises ValueError with `strict`."""
+        if strict:
+            raise ValueError(f"{path} {row.where}{row.why}")
+        self.count += 1
+        if len(self.first) < _MAX_NAMED_ROWS:
+            self.first.append(f"{row.where}{row.why}")
+
+    def check_usable(self, path: str) -> None:
+        """Called if a file has no other rows. Raises ValueError."""
+        if self.count:
+            others = f"; none of its {self.count} rows can be used" if self.count > 1 else ""
+            raise ValueError(f"{path} {self.first[0]}{others}")
+
+    def note(self, path: str) -> str:
+        """The message for the user."""
+        more = self.count - len(self.first)
+        rows = "; ".join(self.first) + (f"; and {more} more" if more else "")
+        return f"{path}: {self.count} row{'s' if self.count > 1 else ''} skipped (an error with strict=true): {rows}"
+
+
+def documents_of(rows: Iterator[Row], text_key: str) -> Iterator[Document | BadRow]:
+    """The text of each row.
+
+    Args:
+        text_key: as of `document_of`.
+    """
+    return (document_of(row, text_key) for row in rows)
+
+
+def document_of(row: Row, text_key: str) -> Document | BadRow:
+    """The text of a row.
+
+    Args:
+        text_key: a field, or `a.b`: field b of the object in field a. A list of strings is joined by newlines.
+    """
+    if isinstance(row.value, BadRow):
+        return row.value
+    text = _text(row.value, text_key, row.where)
+    return Document(text, row.replaced, row.done) if isinstance(text, str) else text
+
+
+def decode(data: bytes) -> tuple[str, int]:
+    """Text of UTF-8 bytes, and the number of invalid sequences replaced by U+FFFD."""
+    try:
+        return data.decode(), 0
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+        return text, text.count("\ufffd") - data.count("\ufffd".encode())
+
+
+def names_for_messages(fields: dict[str, Any]) -> str:
+    """The fields that text_key can name, those of nested objects as `a.b`."""
+    names = []
+    for name, value in fields.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, dict) and value else [name]
+    return ", ".join(names) or "none"
+
+
+def no_field(text_key: str, fields: dict[str, Any]) -> str:
+    """The end of the message about a row or table without the field."""
+    return f"{text_key!r}; set text_key to one that it has: {names_for_messages(fields)}"
+
+
+def _text(row: dict[str, Any], text_key: str, where: str) -> str | BadRow:
+    value: Any = row
+    for name in [text_key] if text_key in row else text_key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return BadRow(where, f" has no field {no_field(text_key, row)}")
+        value = value[name]
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        return BadRow(where, f": field {text_key!r} is {kind_of(value)}, not a string")
+    return _without_lone_surrogates(value)
+
+
+def kind_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which JSON can escape but UTF-8 cannot encode, by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

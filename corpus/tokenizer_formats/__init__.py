@@ -1,0 +1,1 @@
+"""Tokenizers of other libraries as a Hugging Face tokenizer.json: one file per kind."""
