@@ -9,6 +9,7 @@ from typing import Literal
 
 from conf.registry import Registry
 from corpus.documents import ROW_SUFFIXES, expand, has_rows, standard_library_files
+from corpus.shards import shard_prefixes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def _library_name(path: str) -> str:
 
 
 def _prefixes(files: Sequence[str]) -> list[str]:
-    return [os.path.abspath(os.path.expanduser(prefix)) for prefix in files]
+    """Prefixes as they are, and the shards of folders that have a manifest."""
+    paths = [os.path.abspath(os.path.expanduser(prefix)) for prefix in files]
+    return [prefix for path in paths for prefix in (shard_prefixes(path) if os.path.isdir(path) else [path])]
 
 
 def _rows(files: Sequence[str]) -> list[str]:
@@ -51,6 +54,6 @@ SOURCES = Registry(
     "data source",
     DataSource("stdlib", lambda files: standard_library_files(), files=None, name_of=_library_name),
     DataSource("text", lambda files: expand(list(files)), files="paths or globs of text files"),
-    DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs", yields="tokens"),
+    DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs, or folders of shards", yields="tokens"),
     DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
 )
