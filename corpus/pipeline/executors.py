@@ -1,16 +1,16 @@
 """Runs the stages of a plan by an executor of datatrove: processes of this machine, Slurm's job arrays, or Ray."""
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from corpus.pipeline.plan import Plan, Stage
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -67,11 +66,18 @@ class LocalExecutor(LocalPipelineExecutor):
 
 
 def _begin_worker(workers: int) -> None:
-    # A worker whose command was killed must not go on writing beside the next command's.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent() -> None:
+    """A worker whose command was killed must not go on writing beside the next command's."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run_task(executor: LocalExecutor, rank: int) -> None:

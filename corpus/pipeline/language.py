@@ -4,7 +4,7 @@ model on disk."""
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from datatrove.data import Document
@@ -14,6 +14,17 @@ from corpus.documents import nearest_existing
 
 _CHARACTERS = 10_000
 """Of a document, from its beginning, that are looked at."""
+
+
+@cache
+def _load(model: str | None) -> Any:
+    if model is not None:
+        import fasttext
+
+        return fasttext.load_model(model)
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class Language(BaseFilter):
@@ -56,15 +67,9 @@ class Language(BaseFilter):
             return {str(code) for code in self._identifier.labels}
         return {label.removeprefix("__label__") for label in self._identifier.get_labels()}
 
-    @cached_property
+    @property
     def _identifier(self) -> Any:
-        if self.model is not None:
-            import fasttext
-
-            return fasttext.load_model(self.model)
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        return _load(self.model)
 
     def _predict(self, text: str) -> tuple[str, float]:
         """The likeliest language and its probability."""

@@ -28,6 +28,24 @@ from tests.corpus.pipeline.helpers import STEPS, content, documents_of, prose, s
 ROOT = Path(__file__).parents[3]
 
 
+def test_steps_remove_the_same_with_any_number_of_workers(tmp_path, capsys):
+    texts = write_corpus(tmp_path)
+    assert main(settings(tmp_path, "one", workers=1)) == 0
+    printed = capsys.readouterr().out
+    assert main(settings(tmp_path, "three", workers=3)) == 0
+    assert content(tmp_path / "one") == content(tmp_path / "three")
+    kept = documents_of(tmp_path / "one")
+    # The first of equal documents is kept; of near-duplicates one is.
+    assert kept[0] == texts[0] and len(kept) == 20 and set(kept) <= set(texts) - {"too short"}
+    assert len({texts[1], texts[1] + " The end."} & set(kept)) == 1
+    assert "3.jsonl: 1 row skipped (an error with strict=true): line 6 is not valid JSON" in printed
+    summary = {entry["step"]: entry for entry in json.loads((tmp_path / "one" / "summary.json").read_text())}
+    assert [summary[name]["removed"] for name in ("gopher_quality", "exact", "minhash", "pii")] == [1, 1, 1, 0]
+    ((_, where, reason, text),) = summary["gopher_quality"]["samples"]
+    assert (where, reason, text) == (f"{tmp_path}/3.jsonl document 8", "gopher_short_doc", "too short")
+    assert 'gopher_short_doc 1: "too short"' in printed and "removed 1 (4.3%)" in printed
+
+
 def test_without_steps_the_tokens_are_those_of_one_process(tmp_path, capsys):
     """And data=megatron reads the folder as one data set."""
     texts = write_corpus(tmp_path, files=2)
@@ -49,24 +67,6 @@ def test_without_steps_the_tokens_are_those_of_one_process(tmp_path, capsys):
     assert manifest["num_tokens"] == len(token_range(str(tmp_path / "plain"), 0, len(texts)))
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert not (tmp_path / "shards.work").exists()
-
-
-def test_steps_remove_the_same_with_any_number_of_workers(tmp_path, capsys):
-    texts = write_corpus(tmp_path)
-    assert main(settings(tmp_path, "one", workers=1)) == 0
-    printed = capsys.readouterr().out
-    assert main(settings(tmp_path, "three", workers=3)) == 0
-    assert content(tmp_path / "one") == content(tmp_path / "three")
-    kept = documents_of(tmp_path / "one")
-    # The first of equal documents is kept; of near-duplicates one is.
-    assert kept[0] == texts[0] and len(kept) == 20 and set(kept) <= set(texts) - {"too short"}
-    assert len({texts[1], texts[1] + " The end."} & set(kept)) == 1
-    assert "3.jsonl: 1 row skipped (an error with strict=true): line 6 is not valid JSON" in printed
-    summary = {entry["step"]: entry for entry in json.loads((tmp_path / "one" / "summary.json").read_text())}
-    assert [summary[name]["removed"] for name in ("gopher_quality", "exact", "minhash", "pii")] == [1, 1, 1, 0]
-    ((_, where, reason, text),) = summary["gopher_quality"]["samples"]
-    assert (where, reason, text) == (f"{tmp_path}/3.jsonl document 8", "gopher_short_doc", "too short")
-    assert 'gopher_short_doc 1: "too short"' in printed and "removed 1 (4.3%)" in printed
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
