@@ -1,7 +1,6 @@
 """Runs the stages of a plan by an executor of datatrove: processes of this machine, Slurm's job arrays, or Ray."""
 
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -114,11 +113,8 @@ def run_ray(plan: Plan, workers: int, progress: Progress) -> None:
     """Runs all stages on a Ray cluster: that of RAY_ADDRESS, else one on this machine.
 
     Raises:
-        ValueError: Ray is not installed.
         ChildProcessError: tasks have failed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError('executor=ray needs Ray: pip install "ray[default]"')
     import ray
 
     logger.remove()
@@ -146,7 +142,7 @@ def submit_slurm(plan: Plan, workers: int, slurm: PrepareSlurmConfig) -> list[tu
     its job id.
 
     Raises:
-        ValueError: sbatch is missing, or refuses a job.
+        ValueError: sbatch refuses a job.
     """
     logger.remove()
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID"):  # of a surrounding job: datatrove would run as its task
@@ -157,8 +153,6 @@ def submit_slurm(plan: Plan, workers: int, slurm: PrepareSlurmConfig) -> list[tu
         executor = SlurmExecutor(blocks(plan, stage), depends=before, **slurm_options(plan, stage, workers, slurm))
         try:
             executor.launch_job()
-        except FileNotFoundError as error:
-            raise ValueError(f"executor=slurm: there is no {error.filename} on this machine") from error
         except subprocess.CalledProcessError as error:
             raise ValueError(
                 f"executor=slurm: sbatch refuses {plan.logging_folder(stage)}/launch_script.slurm; its message is above"

@@ -36,7 +36,7 @@ def prepare_at_scale(
         ValueError: the settings, or the input.
         ChildProcessError: a worker was killed.
     """
-    check_installed()
+    check_installed(config.executor)
     steps = read_steps(config.prepare.steps)
     plan = new_plan(
         prefix,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -110,8 +111,12 @@ def read_steps(given: Sequence[Any]) -> list[Step]:
     return steps
 
 
-def check_installed() -> None:
-    """Raises ValueError if datatrove is not installed."""
+def check_installed(executor: str | None = None) -> None:
+    """Raises ValueError if datatrove, or what an executor needs, is not installed."""
+    if executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError('executor=ray needs Ray: pip install "ray[default]"')
+    if executor == "slurm" and shutil.which("sbatch") is None:
+        raise ValueError("executor=slurm needs Slurm's sbatch, which is not on this machine; executor=local needs none")
     if importlib.util.find_spec("datatrove") is None:
         raise ValueError("executor= and prepare.steps need datatrove: bash launch/setup.sh data")
 

@@ -71,10 +71,10 @@ def test_without_steps_the_tokens_are_those_of_one_process(tmp_path, capsys):
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     """First a worker is killed, then the command with its workers: finished tasks are not repeated."""
-    for number in range(8):
-        rows = [json.dumps({"text": prose(100 * number + n, sentences=60)}) for n in range(6)]
-        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
-    steps = ["gopher_quality", "exact"]
+    for number in range(40):
+        rows = [json.dumps({"text": prose(100 * number + n)}) for n in range(3)]
+        (tmp_path / f"{number:02d}.jsonl").write_text("\n".join(rows))
+    steps = ["normalize", "exact"]
     command = [sys.executable, "-m", "launch.prepare", f"input=[{tmp_path}/*.jsonl]", f"output={tmp_path}/made"]
     command += ["executor=local", "task_mib=1e-6", "vocab_size=300", f"prepare.steps=[{','.join(steps)}]"]
     work = tmp_path / "made.work"
@@ -99,7 +99,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
         time.sleep(0.01)
     assert not (tmp_path / "made").exists()
     done = {path.relative_to(work): path.stat().st_mtime_ns for path in work.glob("stages/*/completions/*")}
-    assert len(done) < 8 + 1 + 8 + 1
+    assert 2 <= len(done) < 40 + 1 + 40 + 1
     with monkeypatch.context() as patch:
         patch.setattr(run.shutil, "rmtree", lambda *_, **__: None)  # keep the work folder, to look at it
         assert main(settings(tmp_path, "made", steps)) == 0
@@ -174,6 +174,7 @@ def test_shards_that_do_not_fit_their_manifest_are_refused(tmp_path):
         prepare(data, vocab_size=300, sequence_length=16)
     with (tmp_path / "made" / "shard_00000.bin").open("ab") as file:
         file.write(b"x")
+    data.tokenizer = f"{tmp_path}/made/tokenizer.json"
     with pytest.raises(ValueError, match=r"shard_00000\.bin has \d+ bytes, but manifest\.json says"):
         prepare(data, vocab_size=300, sequence_length=16)
     data.files = [str(tmp_path)]
