@@ -1,6 +1,7 @@
 """Runs the stages of a plan by an executor of datatrove: processes of this machine, Slurm's job arrays, or Ray."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from loguru import logger
 
 from conf.commands import PrepareSlurmConfig
+from corpus.pipeline.account import write_json
 from corpus.pipeline.blocks import blocks
 from corpus.pipeline.plan import Plan, Stage
 
@@ -142,9 +144,12 @@ def submit_slurm(plan: Plan, workers: int, slurm: PrepareSlurmConfig) -> list[tu
     its job id.
 
     Raises:
-        ValueError: sbatch refuses a job.
+        ValueError: sbatch refuses a job, or jobs of an earlier call are still there.
     """
     logger.remove()
+    listed = plan.folder / "slurm_jobs.json"
+    if listed.exists() and (waiting := _in_queue(json.loads(listed.read_text()))):
+        raise ValueError(f"jobs {', '.join(waiting)} of {plan.folder} are in the queue; wait for them, or scancel them")
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID"):  # of a surrounding job: datatrove would run as its task
         os.environ.pop(name, None)
     before: SlurmExecutor | None = None
@@ -159,8 +164,16 @@ def submit_slurm(plan: Plan, workers: int, slurm: PrepareSlurmConfig) -> list[tu
             ) from error
         if executor.job_id != -1:
             submitted.append((_described(stage), str(executor.job_id)))
+            write_json(listed, [job for _, job in submitted])
             before = executor
     return submitted
+
+
+def _in_queue(jobs: list[str]) -> list[str]:
+    """Those of the jobs that are pending or running."""
+    command = ["squeue", "--me", "--noheader", "--format=%F"]  # the job's id, of an array that of the whole
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [job for job in jobs if job in found]
 
 
 def slurm_options(plan: Plan, stage: Stage, workers: int, slurm: PrepareSlurmConfig) -> dict[str, Any]:

@@ -15,9 +15,12 @@ def test_job_arrays_make_what_this_machine_makes(cluster: Cluster, tmp_path: Pat
     steps = "[normalize,{minhash:{num_buckets:2,hashes_per_bucket:4}},pii]"
     command = [sys.executable, "-m", "launch.prepare", override("output", f"{tmp_path}/there"), "executor=slurm"]
     command += [f"input=[{tmp_path}/*.jsonl]", "workers=4", "task_mib=1e-6", "vocab_size=300", f"prepare.steps={steps}"]
-    done = cluster.call(*command, "slurm.mem_per_cpu_gb=1", "slurm.time=10:00")
+    command += ["slurm.mem_per_cpu_gb=1", "slurm.time=10:00"]
+    done = cluster.call(*command)
     submitted = [line for line in done.stdout.splitlines() if line.startswith("submitted job ")]
     assert len(submitted) == 5, done.stdout  # filter, match, cluster, tokenise, finish
+    again = cluster.call(*command, check=False)
+    assert again.returncode == 2 and "are in the queue; wait for them, or scancel them" in again.stderr
     deadline = time.monotonic() + LIMIT
     while not (tmp_path / "there").exists():
         assert time.monotonic() < deadline, _logs(tmp_path)
