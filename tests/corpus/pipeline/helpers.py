@@ -10,7 +10,7 @@ from corpus.shards import read_manifest, shard_prefixes
 from corpus.tokenizer import Tokenizer
 from tests.corpus.helpers import token_range
 
-STEPS = ["normalize", {"gopher_quality": {"min_doc_words": 20}}, "exact", "minhash", "pii"]
+STEPS = ["normalize", {"gopher_quality": {"min_doc_words": 20}}, "exact", {"minhash": {"num_buckets": 4}}, "pii"]
 EOD = "<|endoftext|>"
 _WORDS = ("time", "year", "people", "way", "day", "thing", "life", "child", "world", "school", "state", "family")
 
@@ -26,15 +26,16 @@ def prose(seed: int, sentences: int = 12) -> str:
 
 
 def write_corpus(folder: Path, files: int = 4, documents: int = 5) -> list[str]:
-    """Files of prose, the texts of which are returned; the last has an exact copy, a near-copy, a short document and a
-    row that is not JSON besides."""
+    """Files of prose, the texts of which are returned in order; the last begins with a copy of the third document, a
+    near-copy of the second, a short one, and a row that is not JSON."""
     texts = [prose(seed) for seed in range(files * documents)]
+    begin = (files - 1) * documents
+    texts[begin:begin] = [texts[2], texts[1] + " The end.", "too short"]
     for number in range(files):
-        rows = [json.dumps({"text": text}) for text in texts[number * documents : (number + 1) * documents]]
+        end = (number + 1) * documents if number < files - 1 else len(texts)
+        rows = [json.dumps({"text": text}) for text in texts[number * documents : end]]
         if number == files - 1:
-            more = [texts[0], texts[1] + " The end.", "too short"]
-            rows += ["{not JSON", *(json.dumps({"text": text}) for text in more)]
-            texts += more
+            rows.insert(3, "{not JSON")
         (folder / f"{number}.jsonl").write_text("\n".join(rows) + "\n")
     return texts
 

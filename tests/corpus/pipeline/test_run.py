@@ -32,17 +32,19 @@ def test_steps_remove_the_same_with_any_number_of_workers(tmp_path, capsys):
     texts = write_corpus(tmp_path)
     assert main(settings(tmp_path, "one", workers=1)) == 0
     printed = capsys.readouterr().out
-    assert main(settings(tmp_path, "three", workers=3)) == 0
-    assert content(tmp_path / "one") == content(tmp_path / "three")
-    kept = documents_of(tmp_path / "one")
+    assert main(settings(tmp_path, "two", workers=2)) == 0
+    assert content(tmp_path / "one") == content(tmp_path / "two")
     # The first of equal documents is kept; of near-duplicates one is.
-    assert kept[0] == texts[0] and len(kept) == 20 and set(kept) <= set(texts) - {"too short"}
-    assert len({texts[1], texts[1] + " The end."} & set(kept)) == 1
-    assert "3.jsonl: 1 row skipped (an error with strict=true): line 6 is not valid JSON" in printed
+    copy, near, short = texts[15:18]
+    assert (copy, near, short) == (texts[2], texts[1] + " The end.", "too short")
+    originals = [*texts[:15], *texts[18:]]
+    kept = documents_of(tmp_path / "one")
+    assert kept in (originals, [texts[0], *texts[2:15], near, *texts[18:]])
+    assert "3.jsonl: 1 row skipped (an error with strict=true): line 4 is not valid JSON" in printed
     summary = {entry["step"]: entry for entry in json.loads((tmp_path / "one" / "summary.json").read_text())}
     assert [summary[name]["removed"] for name in ("gopher_quality", "exact", "minhash", "pii")] == [1, 1, 1, 0]
     ((_, where, reason, text),) = summary["gopher_quality"]["samples"]
-    assert (where, reason, text) == (f"{tmp_path}/3.jsonl document 8", "gopher_short_doc", "too short")
+    assert (where, reason, text) == (f"{tmp_path}/3.jsonl document 3", "gopher_short_doc", "too short")
     assert 'gopher_short_doc 1: "too short"' in printed and "removed 1 (4.3%)" in printed
 
 
@@ -124,7 +126,7 @@ def _workers(command: int) -> list[int]:
         ({"task_mib": 0.0}, r"task_mib=0\.0 must be > 0"),
         ({"slurm": PrepareSlurmConfig(partition="cpu")}, "slurm have no effect without executor=slurm"),
         ({"executor": "slurm", "slurm": PrepareSlurmConfig(sbatch=["account=x"])}, "not of the form --NAME=VALUE"),
-        ({"strict": True}, r"3\.jsonl line 6 is not valid JSON"),
+        ({"strict": True}, r"3\.jsonl line 4 is not valid JSON"),
         ({"text_key": "body"}, r"has no field 'body'; set text_key to one that it has: text"),
         ({"executor": "ray"}, r'needs Ray: pip install "ray\[default\]"'),
     ],
