@@ -49,13 +49,35 @@ class PlanConfig(Config):
 
 
 @dataclass
+class PrepareStepsConfig:
+    steps: list[Any] = field(default_factory=list)
+    """Filters and deduplications in order, each a name or {name: {option: value}} (docs/guides/data.md). Needs
+    executor."""
+
+
+@dataclass
+class PrepareSlurmConfig:
+    partition: str | None = None
+    """Partition of the jobs. null: the cluster's default."""
+    time: str = "24:00:00"
+    """Time limit of a task, as of sbatch --time."""
+    cpus_per_task: int = 1
+    """CPUs of a task."""
+    mem_per_cpu_gb: int = 4
+    """Memory per CPU of a task, in GB."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch: [--account=lab,--qos=cpu]."""
+
+
+@dataclass
 class PrepareConfig:
     """python -m launch.prepare: tokenises text files into Megatron token files (.bin/.idx)."""
 
     input: Any = "???"
     """Text files: a path, a glob, a folder, or a list of these. Input and output may be URLs (s3://, gs://, hf://)."""
     output: str = "???"
-    """Prefix of the .bin and .idx files; the tokenizer is written to PREFIX.tokenizer.json."""
+    """Prefix of the .bin and .idx files; the tokenizer is written to PREFIX.tokenizer.json. With executor: a folder of
+    shards with a manifest."""
     tokenizer: str | None = None
     """Path of a tokenizer, as data.tokenizer. null: train one of vocab_size tokens on the input."""
     vocab_size: int = 4096
@@ -68,6 +90,18 @@ class PrepareConfig:
     """Stop at the first row without text, as data.strict."""
     eod_token: str = "<|endoftext|>"
     """End-of-document token, appended to every document and part of a tokenizer that is trained."""
+    executor: str | None = None
+    """What runs the tasks: local (processes of this machine), slurm (job arrays) or ray. null: this process, without
+    steps and shards."""
+    workers: int = 1
+    """Number of tasks that run at the same time. It does not change the result. Needs executor."""
+    task_mib: float = 256.0
+    """Input of a task in MiB: files that follow each other, and at least one. Each task writes a shard. Needs
+    executor."""
+    samples: int = 3
+    """Samples of removed text in summary.json, for each step and reason. Needs executor."""
+    prepare: PrepareStepsConfig = field(default_factory=PrepareStepsConfig)
+    slurm: PrepareSlurmConfig = field(default_factory=PrepareSlurmConfig)
 
 
 @dataclass

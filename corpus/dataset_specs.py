@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from conf.schema import DATA_KINDS, BlendPart, DataConfig
 from corpus import storage
 from corpus.documents import is_text_file
+from corpus.shards import check_tokenizer
 from corpus.sources import SOURCES, DataSource
+from corpus.tokenizer_files import tokenizer_json
 
 
 @dataclass(frozen=True, eq=False)  # equal parts of a blend are different data sets
@@ -43,12 +45,22 @@ def dataset_specs(data: DataConfig, held_out_only: bool) -> list[DatasetSpec]:
     named = {os.path.realpath(path) for spec in held_out for path in spec.files}
     valid_share = 1.0 if held_out_only else 0.0 if held_out else data.valid_fraction
     result = []
+    if data.tokenizer is not None:
+        _check_tokenizer(data, data.tokenizer)
     for part in _parts(data):
         files = [path for path in _files(part) if os.path.realpath(path) not in named]
         if not files:
             raise ValueError("data.valid_files names all files of the data; none is left to train on")
         result.append(DatasetSpec(part.kind, files, part.weight, valid_share))
     return result + held_out
+
+
+def _check_tokenizer(data: DataConfig, tokenizer: str) -> None:
+    """Raises ValueError for a folder of shards that were made with another tokenizer."""
+    for part in _parts(data):
+        for path in part.files if part.kind == "megatron" else ():
+            if os.path.isdir(folder := os.path.expanduser(path)):
+                check_tokenizer(folder, tokenizer_json(tokenizer, "data.tokenizer"))
 
 
 def _parts(data: DataConfig) -> list[BlendPart]:

@@ -10,6 +10,7 @@ from typing import Literal
 from conf.registry import Registry
 from corpus import storage
 from corpus.documents import expand, has_rows, row_formats, standard_library_files
+from corpus.shards import shard_prefixes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def _library_name(path: str) -> str:
 
 
 def _prefixes(files: Sequence[str]) -> list[str]:
-    return [p if storage.is_url(p) else os.path.abspath(os.path.expanduser(p)) for p in files]
+    """Prefixes as they are, and the shards of folders that have a manifest."""
+    paths = [p if storage.is_url(p) else os.path.abspath(os.path.expanduser(p)) for p in files]
+    return [prefix for path in paths for prefix in (shard_prefixes(path) if os.path.isdir(path) else [path])]
 
 
 def _rows(files: Sequence[str]) -> list[str]:
@@ -52,6 +55,6 @@ SOURCES = Registry(
     "data source",
     DataSource("stdlib", lambda files: standard_library_files(), files=None, name_of=_library_name),
     DataSource("text", lambda files: expand(list(files)), files="paths, globs or folders of text files", version=1),
-    DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs", yields="tokens"),
+    DataSource("megatron", _prefixes, files="prefixes of .bin/.idx pairs, or folders of shards", yields="tokens"),
     DataSource("chat", _rows, files="paths or globs of files with conversations", yields="conversations", version=1),
 )

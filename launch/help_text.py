@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from omegaconf import OmegaConf
+
 from conf.config_view import format_value
 from conf.limits import CHOICES
 from launch.overrides import CONF, preset_groups
@@ -137,8 +139,10 @@ def _sentences(text: str) -> list[str]:
 
 
 def _groups(config_name: str) -> list[str]:
-    """The preset groups of a command."""
-    return sorted(preset_groups()) if config_name == "config" else []
+    """The preset groups of a command: those that its primary config has a default of."""
+    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").get("defaults", [])
+    own = {group for entry in defaults if not isinstance(entry, str) for group in entry}
+    return sorted(group for group in preset_groups() if group.split("/")[0] in own)
 
 
 def _presets(group: str) -> list[str]:

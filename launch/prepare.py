@@ -4,6 +4,11 @@
 
 writes PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json, for training with
 data=megatron data.files=[PREFIX] data.tokenizer=PREFIX.tokenizer.json
+
+    python -m launch.prepare input=FILES output=FOLDER executor=local workers=8 prepare=web
+
+filters and deduplicates first, as tasks of datatrove on this machine, executor=slurm or executor=ray, and writes a
+folder of shards with a manifest, for training with data=megatron data.files=[FOLDER]
 """
 
 import json
@@ -15,9 +20,11 @@ from typing import Any
 
 from conf.commands import PrepareConfig
 from conf.override_text import command, override
+from conf.prepare_rules import check_prepare
 from corpus import storage
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
+from corpus.shards import TOKENIZER
 from corpus.text import TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 from launch import cli
@@ -32,10 +39,13 @@ def main(config: PrepareConfig) -> int:
     Raises:
         ValueError: the input cannot be read, the tokenizer does not fit, or the output exists already.
     """
+    check_prepare(config)
     patterns = config.input if isinstance(config.input, list) else [config.input]
     files = expand([str(pattern) for pattern in patterns])
-    prefix = _check_output(config.output)
     corpus = TextCorpus(DatasetSpec("text", files, weight=1.0, valid_share=0.0), config.text_key, strict=config.strict)
+    if config.executor is not None:
+        return _at_scale(config, corpus, _check_folder(config.output))
+    prefix = _check_output(config.output)
     try:
         manifest = _write(config, corpus, prefix)
     except OSError as error:
@@ -47,6 +57,38 @@ def main(config: PrepareConfig) -> int:
     words = [override("data.files", [prefix]), override("data.tokenizer", f"{prefix}.tokenizer.json")]
     print(f"train on it: {command(['data=megatron'], words)}")
     return 0
+
+
+def _at_scale(config: PrepareConfig, corpus: TextCorpus, folder: Path) -> int:
+    from corpus.pipeline.run import prepare_at_scale
+
+    with Console() as console:
+
+        def provide(path: Path) -> None:
+            console.progress("training the tokenizer", 0.0)
+            _provide_tokenizer(config, corpus, path)
+            console.progress("training the tokenizer", 1.0)
+
+        lines = prepare_at_scale(config, corpus.spec.files, folder, provide, console.progress)
+    print("\n".join(lines))
+    words = [override("data.files", [str(folder)]), override("data.tokenizer", str(folder / TOKENIZER))]
+    print(f"train on it: {command(['data=megatron'], words)}")
+    return 0
+
+
+def _check_folder(output: str) -> Path:
+    """The absolute path of the output folder, whose parent directory is created."""
+    if storage.is_url(output):
+        raise ValueError(
+            f"output={output}: with executor= the output is a folder that all workers share, not an object; "
+            "nearest: a path, whose shards can be copied afterwards"
+        )
+    folder = Path(output).expanduser().absolute()
+    if folder.name in ("", ".."):
+        raise ValueError(f"output={output} needs a name for the folder: output={Path(output) / 'corpus'}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; remove it or choose another output")
+    return _with_parent(output, folder)
 
 
 def _write(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> dict[str, Any]:
@@ -80,11 +122,15 @@ def _check_output(output: str) -> str:
     if output.endswith("/") or prefix.name in ("", "..") or os.path.isdir(prefix):
         raise ValueError(f"output={output} names a folder; add a name for the files: output={Path(output) / 'corpus'}")
     _check_absent(str(prefix))
+    return str(_with_parent(output, prefix))
+
+
+def _with_parent(output: str, prefix: Path) -> Path:
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output={output}: {prefix.parent} cannot be created: {error.strerror}") from error
-    return str(prefix)
+    return prefix
 
 
 def _check_absent(prefix: str) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv at the repository root and installs the versions in constraints.txt. Does nothing if it is up to date.
 #
-#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te, wandb, mlflow, docs, plots, lint)
+#   bash launch/setup.sh [EXTRA ...]   EXTRA: optional dependencies of pyproject.toml (kernels, te, wandb, mlflow, data, docs, plots, lint)
 #   bash launch/setup.sh --check       installs nothing; exit code 0 when .venv is ready, 1 when it is not
 #
 #   PYTHON      the interpreter to build .venv with; default: the first suitable one in PATH
@@ -144,7 +144,7 @@ fi
 
 for extra in $extras; do
     grep -q "^$extra = \[" pyproject.toml ||
-        fail "there is no extra $extra; pyproject.toml has kernels, te, wandb, mlflow, docs, plots, lint and dev"
+        fail "there is no extra $extra; pyproject.toml has kernels, te, wandb, mlflow, data, docs, plots, lint and dev"
 done
 # pip treats Ctrl-C as an ordinary failure; this keeps the stamp at "unfinished".
 trap 'exit 130' INT

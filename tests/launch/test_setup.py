@@ -312,7 +312,7 @@ def test_constraints_cover_every_dependency_within_its_range():
     assert all(str(pin.specifier).startswith("==") for pin in pins) and len(pinned) == len(pins)
     # The other extras are followed where they are installed, as .ci/run does.
     optional = PROJECT["project"]["optional-dependencies"]
-    extra = [Requirement(line) for name in ("docs", "lint", "plots", "eval") for line in optional[name]]
+    extra = [Requirement(line) for name in ("docs", "lint", "plots", "eval", "data") for line in optional[name]]
     found = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
     complete = all(canonicalize_name(r.name) in found for r in extra)
     waiting, seen = [*REQUIREMENTS, *DEV_REQUIREMENTS, *(extra if complete else [])], set[tuple[str, ...]]()
