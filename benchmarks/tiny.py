@@ -57,6 +57,8 @@ class Variant:
     """ops.gemm_backend.GemmBackend for the products of every layer."""
     lora: dict[str, Any] = field(default_factory=dict)
     """Settings of low-rank adapters."""
+    fuse_weight_gradient: bool = False
+    """As ops.weight_gradient."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -99,7 +101,8 @@ def build_engine(
     from ops.implementations import Ops
 
     model = variant.config()
-    core = transformer_config(model, runtime, variant.dtype, deterministic=False)
+    fuse = variant.fuse_weight_gradient
+    core = transformer_config(model, runtime, variant.dtype, deterministic=False, fuse_weight_gradient=fuse)
     gemm, float8 = variant.gemm, None
     if gemm:
         float8 = Float8(ExpertBackend.on(gemm), gemm, range(model.num_layers))

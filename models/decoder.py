@@ -209,6 +209,7 @@ class ModelChunk(MegatronModule):
             assert self.embedding is not None
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
             self.head.weight = self.embedding.weight
+            mark(self.embedding.weight, zero_out_wgrad=True)
         elif model.ties_head:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:

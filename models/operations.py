@@ -17,6 +17,7 @@ from ops.rotary import ROTARY
 from ops.routing import ROUTER_LOGITS
 from ops.run_context import RunContext
 from ops.varlen_attention import VARLEN_ATTENTION
+from ops.weight_gradient import WEIGHT_GRADIENT
 
 OPERATIONS = (
     ROTARY,
@@ -30,6 +31,7 @@ OPERATIONS = (
     FLOAT8,
     EXPERTS,
     DISPATCH,
+    WEIGHT_GRADIENT,
     ADAMW,
     BLOCK_UPDATE,
 )

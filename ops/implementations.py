@@ -42,6 +42,8 @@ class Ops:
     """Which layers compute in FP8, and with what."""
     dispatcher: DispatcherFactory | None = None
     """How rows travel to their experts' ranks; None: as moe.dispatcher.dispatcher_for says."""
+    fuse_weight_gradient: bool = False
+    """Whether Megatron-Core's linear layers add weight gradients to the main gradients themselves."""
     adamw: type[torch.optim.Optimizer] = torch.optim.AdamW
     update_block: UpdateBlock | None = None
     """The update of a block of weights by BlockAdamW; None: in plain PyTorch."""
