@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.lora_layers import is_adapter
-from conf.schema import LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
+from conf.schema import Config, LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
 from parallel import optimizer_state
 from parallel.distributed_optimizer import NO_OVERLAP, Overlap
 from parallel.engine import Batch, Engine
@@ -59,6 +59,8 @@ class Variant:
     """Settings of low-rank adapters."""
     fuse_weight_gradient: bool = False
     """As ops.weight_gradient."""
+    transformer_engine: bool = False
+    """Whether TransformerEngine computes what it can, for which it has to be importable."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -103,11 +105,12 @@ def build_engine(
     model = variant.config()
     fuse = variant.fuse_weight_gradient
     core = transformer_config(model, runtime, variant.dtype, deterministic=False, fuse_weight_gradient=fuse)
+    by_te = te_ops(runtime, variant) if variant.transformer_engine else {}
     gemm, float8 = variant.gemm, None
     if gemm:
         float8 = Float8(ExpertBackend.on(gemm), gemm, range(model.num_layers))
     lora = LoraConfig(**variant.lora)
-    context = ModelBuildContext(model, core, runtime, variant.seed, Ops(float8=float8), lora)
+    context = ModelBuildContext(model, core, runtime, variant.seed, Ops(float8=float8, **by_te), lora)
 
     def build_chunk(chunk: int) -> ModelChunk:
         made = ModelChunk(context, chunk=chunk, sequence_length=SEQUENCE, document_mask=variant.document_mask)
@@ -121,6 +124,24 @@ def build_engine(
     objective = objective_of(variant.objective, PreferenceConfig(**variant.preference))
     only_adapters = is_adapter if lora.rank is not None else None
     return Engine(core, runtime, optim, build_chunk, overlap, adam, objective=objective, trained=only_adapters)
+
+
+def te_ops(runtime: Runtime, variant: Variant) -> dict[str, Any]:
+    """TransformerEngine's implementation of every operation that has one, without a trial, by the operation's field."""
+    from models.operations import OPERATIONS
+    from ops import te
+    from ops.run_context import RunContext
+
+    config = Config(model=variant.config(), lora=LoraConfig(**variant.lora))
+    context = RunContext(config, runtime, variant.dtype)
+    return {
+        operation.field: implementation.loaded(context)
+        for operation in OPERATIONS
+        for implementation in operation.implementations
+        if implementation.name in (te.NAME, "te")
+        and operation.is_used(context)
+        and implementation.unsupported_reason(context) is None
+    }
 
 
 def micro_batch(key: int, sequences: int = MICRO_BATCH) -> Batch:

@@ -30,6 +30,7 @@ MODEL_SETTINGS: dict[str, dataclasses.Field[Any]] = dict(_fields(ModelConfig, "m
 
 ALTERNATIVES = {
     ("precision", "fp16"): ("bf16", "is not available"),
+    ("model.transformer_impl", "te"): ("transformer_engine", "is called transformer_engine, as in Megatron-Core"),
     ("model.moe.backend", "triton_fp8"): (
         "auto",
         "is asked for by precision=fp8 fp8.kernels=triton, and fp8.linear_layers=false for the experts alone",

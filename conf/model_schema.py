@@ -153,6 +153,11 @@ class ModelConfig:
     """Activations that are recomputed in the backward pass instead of being saved: norm (outputs of the norms),
     activation (between the two linear layers of feed-forward layers and experts), moe (the whole sparse layer), full
     (the whole transformer layer; excludes the others). Routing decisions are always saved, never recomputed."""
+    transformer_impl: str = setting("auto", choices=("auto", "local", "transformer_engine"), resumable=True)
+    """Implementation of linear layers, norms and attention in training, as Megatron-Core's setting of this name: local,
+    transformer_engine or auto. local: nothing of TransformerEngine, its optimizer included. auto: of TransformerEngine
+    what is installed and reproduces the reference at the start of the run (bf16 on GPUs). transformer_engine: linear
+    layers, norms before them and attention have to be TransformerEngine's, or the run ends with exit code 2."""
     mtp_num_layers: int = setting(0, ge=0)
     """Number D of layers for multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2; GLM-4.5: 1). Layer k
     predicts the token k + 1 ahead, from the output of layer k - 1 (for the first: of the final norm) and the embedding

@@ -31,6 +31,7 @@ from conf.nearest import nearest_layouts
 from conf.preference_rules import preference_rules
 from conf.printable import one_line
 from conf.schema import LOGGERS, RECOMPUTE, Config
+from conf.te_rules import te_rules
 
 Checker = Callable[[ConfigView], list[Violation]]
 _FURTHER = ", each with further changes"
@@ -92,7 +93,18 @@ def violations(cfg: ConfigView) -> list[Violation]:
         for key, values in violation.suggestions.items():
             cfg = cfg.replace(key, next(iter(values)))
     sections = (attention_rules, _recompute, _experts, _prediction, layout_rules, fp8_rules, lora_rules, batch_rules)
-    sections += (preference_rules, _schedule, _names, _load, _loggers, eval_task_rules, _data, blend_rules, _unused)
+    sections += (
+        te_rules,
+        preference_rules,
+        _schedule,
+        _names,
+        _load,
+        _loggers,
+        eval_task_rules,
+        _data,
+        blend_rules,
+        _unused,
+    )
     found += [violation for section in sections for violation in section(cfg)]
     return found or [*check_targets(cfg)]
 

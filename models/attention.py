@@ -6,7 +6,6 @@ width of a head, M width of its values.
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
-from parallel.tensor_parallel import linear_options
 
 
 class CoreAttention(nn.Module):
@@ -92,9 +90,11 @@ class Attention(CoreAttention):
         ops: Ops = DEFAULT_OPS,
         *,
         rope: bool = True,
+        norm: RMSNorm | None = None,
     ):
         """Args:
         rope: whether the layer has a rotary embedding.
+        norm: of the input, which is computed here together with the projections; None: the input is normalised.
         """
         super().__init__(groups, ops)
         ranks = groups.tp.size()
@@ -105,23 +105,15 @@ class Attention(CoreAttention):
         multiplier = model.attention_multiplier
         self.scale = 1.0 if multiplier is None else multiplier * model.head_width**0.5
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
-        linear = linear_options(config, groups.tp)
         # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
         # tensor-parallel slice is whole groups.
-        self.qkv = tp.ColumnParallelLinear(
-            model.hidden_size,
-            model.qkv_width,
-            gather_output=False,
-            bias=model.attention_bias,
-            **linear,
-        )
-        self.out = tp.RowParallelLinear(
-            model.query_width,
-            model.hidden_size,
-            input_is_parallel=True,
-            bias=model.attention_output_bias,
-            **linear,
-        )
+        sizes, how = (model.hidden_size, model.qkv_width), (model.attention_bias, config, groups.tp)
+        if norm is None:
+            self.qkv = ops.linear.column(*sizes, *how)
+        else:
+            assert ops.norm_linear is not None
+            self.qkv = ops.norm_linear(norm, *sizes, *how)
+        self.out = ops.linear.row(model.query_width, model.hidden_size, model.attention_output_bias, *how[1:])
         queries, gates = (width // model.query_groups for width in (model.query_width, model.gate_width))
         self.parts = queries, gates, self.width, self.width
         self.full_norm, self.l2_norm = model.qk_norm == "full", model.qk_norm == "l2"

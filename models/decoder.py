@@ -37,6 +37,7 @@ from ops.attention_pieces import Piece, attention_pieces
 from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
+from ops.linear import MEGATRON_LAYERS
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext, entered
 from parallel.process_groups import Runtime
@@ -84,14 +85,18 @@ class Block(nn.Module):
         groups = context.runtime.groups
         self.attention_norm, self.ffn_norm = context.norm(), context.norm()
         ops = context.ops
-        attention = LatentAttention
+        float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
+        if float8 is not None and float8.linear is not None:  # it multiplies in Megatron-Core's layers
+            ops = replace(ops, linear=MEGATRON_LAYERS, norm_linear=None)
+        attention, self.norm_is_fused = LatentAttention, False
         if context.model.kv_lora_rank is None:
-            attention = partial(Attention, rope=context.model.has_rope(layer))
+            self.norm_is_fused = ops.norm_linear is not None
+            norm = self.attention_norm if self.norm_is_fused else None
+            attention = partial(Attention, rope=context.model.has_rope(layer), norm=norm)
         self.attention = attention(context.model, context.config, groups, ops)
         self.sparse, self.recompute = context.model.is_sparse(layer), context.model.recompute
         self.multiplier = context.model.residual_multiplier
         self.local = context.model.is_local(layer)
-        float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
         if self.sparse:
             self.ffn = MoELayer(
                 context.model,
@@ -100,12 +105,12 @@ class Block(nn.Module):
                 sequence_parallel=context.config.sequence_parallel,
                 groups=groups,
                 draws=(context.seed, layer),
-                shared=SharedExperts(context.model, context.config, groups)
+                shared=SharedExperts(context.model, context.config, groups, ops.linear)
                 if context.model.moe.num_shared_experts
                 else None,
             )
         else:
-            self.ffn = MLP(context.model, context.config, groups)
+            self.ffn = MLP(context.model, context.config, groups, linear=ops.linear)
         if float8 is not None and float8.linear is not None:
             use_gemm_backend(self, float8.linear)
 
@@ -121,7 +126,10 @@ class Block(nn.Module):
             return self._layers(x_SBD, attend, batch_ctx)
 
     def _layers(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
-        out_SBD = self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
+        if self.norm_is_fused:
+            out_SBD = self.attention(x_SBD, *attend)
+        else:
+            out_SBD = self._normed(self.attention_norm, x_SBD, lambda normed: self.attention(normed, *attend))
         x_SBD = torch.add(x_SBD, out_SBD, alpha=self.multiplier)
         if self.sparse:
             out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, batch_ctx))
@@ -130,7 +138,7 @@ class Block(nn.Module):
         return torch.add(x_SBD, out_SBD, alpha=self.multiplier), report
 
     def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
-        return checkpoint_without_output(norm, x_SBD, layer) if "norm" in self.recompute else layer(norm(x_SBD))
+        return checkpoint_without_output(norm, [x_SBD], layer) if "norm" in self.recompute else layer(norm(x_SBD))
 
 
 class ModelChunk(MegatronModule):

@@ -21,7 +21,6 @@ from ops.implementations import DEFAULT_OPS, Ops
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
-from parallel.tensor_parallel import linear_options
 
 EPS = 1e-6
 """Of the norms of compressed vectors: in Transformers it does not follow rms_norm_eps."""
@@ -48,10 +47,10 @@ class LatentAttention(CoreAttention):
         self.nope, self.rope, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
         self.rank, self.scale = model.kv_lora_rank, softmax_scale(model.rope_scaling)
         self.sequence_parallel = config.sequence_parallel
-        linear = linear_options(config, groups.tp)
+        how = False, config, groups.tp
 
         def column(inner: int, outer: int) -> nn.Module:
-            layer = tp.ColumnParallelLinear(inner, outer, gather_output=False, bias=False, **linear)
+            layer = ops.linear.column(inner, outer, *how)
             std = (model.init_scale / inner) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
@@ -69,9 +68,7 @@ class LatentAttention(CoreAttention):
         self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
         self.kv_norm = norm(self.rank)
         self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
-        self.out = tp.RowParallelLinear(
-            model.output_width, model.hidden_size, input_is_parallel=True, bias=False, **linear
-        )
+        self.out = ops.linear.row(model.output_width, model.hidden_size, *how)
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 

@@ -9,6 +9,7 @@ from ops.cross_entropy import CROSS_ENTROPY
 from ops.experts import EXPERTS
 from ops.fp8 import FLOAT8
 from ops.implementations import Ops
+from ops.linear import LINEAR, NORM_LINEAR
 from ops.norm import RMS_NORM
 from ops.operation import Row
 from ops.permute import PERMUTATION
@@ -22,6 +23,8 @@ from ops.weight_gradient import WEIGHT_GRADIENT
 OPERATIONS = (
     ROTARY,
     RMS_NORM,
+    LINEAR,
+    NORM_LINEAR,
     CROSS_ENTROPY,
     VARLEN_ATTENTION,
     ATTENTION,

@@ -14,6 +14,7 @@ from conf.schema import ModelConfig
 from moe.balanced_routing import ForceBalance, expert_choice, plan_ranks, sinkhorn_potentials
 from moe.capacity import capacity
 from moe.score_functions import SCORE_FUNCTIONS, Scores, sparse_mixer_gates
+from ops import te
 from ops.implementations import DEFAULT_OPS, Ops
 from ops.operation import Implementation, Operation
 from ops.routing import FUSED_SCORE_FUNCTIONS, Choice, FusedRoute, RouterStats, Routing, Rule
@@ -54,6 +55,8 @@ class Router(nn.Module):
             after=self.moe.softmax_order == "after",
             renormalize=several if self.moe.renormalize is None else self.moe.renormalize,
             scale=self.moe.routed_scaling_factor,
+            groups=self.moe.num_expert_groups,
+            top_k_groups=self.moe.top_k_groups,
         )
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
         self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
@@ -227,8 +230,8 @@ class Router(nn.Module):
         return allowed_TG.repeat_interleave(scores_TE.shape[1] // groups, dim=1)
 
 
-def _unsupported_reason(context: RunContext) -> str | None:
-    """What the kernel does not do."""
+def _chooses_otherwise(context: RunContext) -> str | None:
+    """What no kernel does."""
     moe = context.model.moe
     if moe.score_function not in FUSED_SCORE_FUNCTIONS:
         return f"has no {moe.score_function} scores"
@@ -236,7 +239,36 @@ def _unsupported_reason(context: RunContext) -> str | None:
         return "has no SparseMixer"
     if moe.load_balancing in ("sinkhorn", "expert_choice"):
         return f"routes each token by itself, and {moe.load_balancing} chooses over the whole micro-batch"
-    return "takes no num_expert_groups: it chooses groups of experts first" if moe.num_expert_groups > 1 else None
+    return None
+
+
+def _no_triton_router(context: RunContext) -> str | None:
+    if context.model.moe.num_expert_groups > 1:
+        return "takes no num_expert_groups: it chooses groups of experts first"
+    return _chooses_otherwise(context)
+
+
+def _no_te_router(context: RunContext) -> str | None:
+    moe, softmax = context.model.moe, context.model.moe.score_function == "softmax"
+    if {"moe", "full"} & {*context.model.recompute}:
+        return "chooses anew where a layer is recomputed"
+    if softmax and moe.bias_update_rate is not None:
+        return "takes a bias for sigmoid scores alone"
+    if not softmax and (moe.softmax_order == "after" or (moe.top_k > 1 and moe.renormalize is False)):
+        return "divides sigmoid gates by their sum"
+    if moe.num_expert_groups > 1:
+        best = {"top2": 2, "max": 1}[moe.group_score]
+        if moe.top_k != best * moe.top_k_groups:
+            return f"scores a group by its best top_k / top_k_groups experts, not by {best}"
+        if softmax and moe.softmax_order == "before" and moe.renormalize is not False:
+            return "scores groups by logits where it divides gates by their sum"
+    return _chooses_otherwise(context)
+
+
+def _te_route(context: RunContext) -> FusedRoute:
+    from ops.te_routing import TeRoute
+
+    return te.load(TeRoute)
 
 
 def _trial(route: FusedRoute | None, context: RunContext) -> list[Tensor]:
@@ -265,12 +297,13 @@ def _trial(route: FusedRoute | None, context: RunContext) -> list[Tensor]:
     return [routing.experts_TK, stats.load_BE, *(value.detach() for value in values)]
 
 
-ROUTE = Operation(
+ROUTE: Operation[FusedRoute | None] = Operation(
     field="route",
     name="router",
     reference=lambda context: Implementation("torch", lambda context: None, "softmax, a stable sort, sums"),
     implementations=[
-        Implementation("Triton", "ops.triton.router:route", device="cuda", unsupported_reason=_unsupported_reason),
+        Implementation("Triton", "ops.triton.router:route", device="cuda", unsupported_reason=_no_triton_router),
+        Implementation(te.NAME, _te_route, device="cuda", is_supported=te.is_meant, unsupported_reason=_no_te_router),
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from moe.mlp import MLP
+from ops.linear import MEGATRON_LAYERS, LinearLayers
 from parallel.process_groups import Groups
 from parallel.sharding import mark, set_sharding
 
@@ -15,9 +16,15 @@ class SharedExperts(nn.Module):
     sharded over the tensor-parallel ranks as any dense layer is. With shared_expert_gate each token scales their output
     by sigmoid(x . g), as in Qwen2-MoE."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Groups):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Groups,
+        linear: LinearLayers = MEGATRON_LAYERS,
+    ):
         super().__init__()
-        self.ffn = MLP(model, config, groups, width=model.shared_width)
+        self.ffn = MLP(model, config, groups, width=model.shared_width, linear=linear)
         self.gate: nn.Parameter | None = None
         if model.moe.shared_expert_gate:
             self.gate = nn.Parameter(torch.empty(1, model.hidden_size, dtype=config.params_dtype))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ops import te
 from ops.operation import Implementation, Operation, Row
 from ops.run_context import RunContext
 from parallel.block_adamw import describe, is_needed
@@ -29,7 +30,11 @@ ADAMW = Operation(
     name="optimizer",
     reference=lambda context: Implementation("torch AdamW, fused", lambda context: torch.optim.AdamW),
     implementations=[
-        Implementation("TransformerEngine FusedAdam", "transformer_engine.pytorch.optimizers:FusedAdam"),
+        Implementation(
+            "TransformerEngine FusedAdam",
+            "transformer_engine.pytorch.optimizers:FusedAdam",
+            is_supported=te.is_meant,
+        ),
         Implementation("Apex FusedAdam", "apex.optimizers:FusedAdam"),
     ],
     trial=_trial,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import te
 from ops.cpp.build import native, slower_than_onednn
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
@@ -20,6 +21,12 @@ CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 def torch_attention(q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
     gqa = q_BHSN.shape[1] != k_BGSN.shape[1]
     return F.scaled_dot_product_attention(q_BHSN, k_BGSN, v_BGSN, is_causal=True, enable_gqa=gqa)
+
+
+def _te(context: RunContext) -> CausalAttention:
+    from ops.te_attention import TeAttention
+
+    return te.load(TeAttention).causal
 
 
 def _trial(attend: CausalAttention, context: RunContext) -> list[Tensor]:
@@ -41,7 +48,7 @@ def _idle_threads(context: RunContext) -> str | None:
     return f"would leave threads idle: {heads} key/value heads for {threads}" if heads < threads else None
 
 
-ATTENTION = Operation(
+ATTENTION: Operation[CausalAttention] = Operation(
     field="causal_attention",
     name="attention",
     reference=lambda context: Implementation(
@@ -50,13 +57,22 @@ ATTENTION = Operation(
         "picks the fastest kernel of the device itself",
     ),
     implementations=[
+        Implementation(
+            te.NAME,
+            _te,
+            device="cuda",
+            dtypes=(torch.bfloat16,),
+            is_supported=te.is_meant,
+        ),
         native(
             "ops.cpp.attention:causal_attention",
             is_supported=lambda context: not slower_than_onednn(),
             unsupported_reason=_idle_threads,
-        )
+        ),
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
     is_used=lambda context: context.needs_causal,
+    asked=te.asked,
+    refusal=f"attention: {te.REFUSAL}",
 )

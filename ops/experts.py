@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.extensions import input_projections
-from ops import autotune
+from ops import autotune, te
 from ops.activations import IN_KERNELS, activate
 from ops.adapted_experts import Adapted, Product, frozen_product
 from ops.cpp.build import native, slower_than_onednn
 from ops.fused_experts import COMPILED_PER_SHAPE, FusedExperts
-from ops.gemm_backend import GemmBackend
+from ops.gemm_backend import GemmBackend, Reference
 from ops.gpu import BF16_CAPABILITY, triton_unsupported_reason
 from ops.grouped_mlp import experts_with
-from ops.operation import Implementation, Operation, Unavailable
+from ops.operation import Implementation, Operation
 from ops.permute import PermuteIndices
 from ops.run_context import RunContext
 
@@ -171,14 +171,18 @@ def _grouped_mm_fused(context: RunContext) -> ExpertBackend:
 
 
 def _te(context: RunContext) -> ExpertBackend:
-    try:
-        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
-    except Exception as error:  # a half-installed package raises more than ImportError
-        kind = ImportError if isinstance(error, ImportError) else Unavailable
-        raise kind(f"needs the package transformer-engine, which does not import ({error})") from error
-    from ops.te_grouped_gemm import te_grouped_product
+    from ops.te_grouped_gemm import TeGemmBackend
 
-    return ExpertBackend(partial(experts_by, te_grouped_product), adapted=Adapted(te_grouped_product))
+    return te.load(lambda: ExpertBackend.on(TeGemmBackend(_activations(context))))
+
+
+def _activations(context: RunContext) -> GemmBackend:
+    """Whose activations go with products that have none: Triton's, and PyTorch's for those of extensions."""
+    if context.device.type == "cpu" or _no_triton_kernels(context):
+        return Reference()
+    from ops.triton.gemm_backend import TritonGemmBackend  # Triton is an optional package
+
+    return TritonGemmBackend()
 
 
 def _misaligned(context: RunContext) -> str | None:
@@ -228,8 +232,21 @@ def _trial(backend: ExpertBackend, context: RunContext) -> list[Tensor]:
     x = leaves[0] if backend.permutes else leaves[0].index_select(0, indices.token_R())
     more = (indices,) if backend.permutes else ()
     bias, keep_RF = leaves[3] if model.moe.expert_bias else None, None if keep_RF is None else keep_RF.to(x.dtype)
+    main_grad = _give_main_gradient(leaves[2]) if context.train and context.config.optim.grad_dtype == "fp32" else None
     y_RD = backend.run(x, counts, leaves[1], leaves[2], model.activation_name, bias, keep_RF, *more)
-    return [y_RD.detach(), *torch.autograd.grad(y_RD, leaves, context.randn(rows, hidden, seed=5))]
+    gradients = [*torch.autograd.grad(y_RD, leaves, context.randn(rows, hidden, seed=5))]
+    if main_grad is not None:
+        added: bool = leaves[2].grad_added_to_main_grad  # pyright: ignore[reportAttributeAccessIssue]
+        gradients[2] = main_grad if added else main_grad + gradients[2]
+    return [y_RD.detach(), *gradients]
+
+
+def _give_main_gradient(weight: Tensor) -> Tensor:
+    """What the weight of a run has: where a backend may add its gradient by itself (ops.gemm_backend.main_gradient).
+    The other weight goes without, as where gradients are added up in bf16."""
+    main_grad = torch.ones_like(weight, dtype=torch.float32)
+    weight.main_grad, weight.grad_added_to_main_grad = main_grad, False  # pyright: ignore[reportAttributeAccessIssue]
+    return main_grad
 
 
 @dataclass(frozen=True)
@@ -353,9 +370,10 @@ EXPERTS = Operation(
         Implementation(
             "te",
             _te,
-            "TransformerEngine's grouped product",
+            "TransformerEngine's grouped product, which adds to the weight gradients",
             device="cuda",
             dtypes=(torch.bfloat16,),
+            is_supported=lambda context: context.model.transformer_impl != "local",
             is_default=lambda context: False,
         ),
     ],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops import te
 from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
@@ -70,6 +71,21 @@ def _apex(context: RunContext) -> Norm:
     return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
 
 
+def _te(context: RunContext) -> Norm:
+    def make() -> Norm:
+        from transformer_engine.pytorch import RMSNorm  # pyright: ignore[reportMissingImports]
+
+        def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            # A layer's backward pass reads its parameter: the one that it is called with has to stay.
+            module = RMSNorm(weight.shape[0], eps=eps, device="meta", dtype=weight.dtype)
+            module._parameters["weight"] = weight
+            return module(x)
+
+        return norm
+
+    return te.load(make)
+
+
 def _trial(norm: Norm, context: RunContext) -> list[Tensor]:
     """Rows of every width that the run has: of the hidden size and, with qk_norm, of queries and keys."""
     model, results = context.model, []
@@ -91,6 +107,7 @@ RMS_NORM: Operation[Norm] = Operation(
         Implementation("Triton", "ops.triton.rms_norm:rms_norm", device="cuda"),
         native("ops.cpp.rows:rms_norm"),
         Implementation("blocks of rows in cache", lambda context: rms_norm_in_blocks, device="cpu"),
+        Implementation(te.NAME, _te, device="cuda", dtypes=(torch.bfloat16,), is_supported=te.is_meant),
         Implementation("Apex", _apex),
     ],
     trial=_trial,

@@ -91,6 +91,8 @@ class Operation(Generic[T]):
     """Whether any layer of the run calls it."""
     setting: str = ""
     """The key that can ask for an implementation by name."""
+    asked: Callable[[RunContext], str] = lambda context: "auto"
+    """The name that is asked for where no key names one; auto: none."""
     refusal: str = ""
     """The message where that one cannot run: of its {name} and the {reason}, or a {note} that begins with its label."""
     must_run: Callable[[RunContext], bool] = lambda context: False
@@ -106,7 +108,9 @@ class Operation(Generic[T]):
 
     def wanted(self, context: RunContext) -> str:
         """The value of its setting."""
+        if not self.setting:
+            return self.asked(context)
         value: Any = context.config
-        for part in filter(None, self.setting.split(".")):
+        for part in self.setting.split("."):
             value = getattr(value, part)
-        return value if self.setting else "auto"
+        return value

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import te
 from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
@@ -118,6 +119,19 @@ class PermutedTokens:
         return self.indices.permutation.permute(self.x_TD, self.indices.choice_R, self.indices.top_k, self.padded)
 
 
+def _te(context: RunContext) -> Permutation:
+    from ops.te_permute import TePermutation
+
+    return te.load(TePermutation)
+
+
+def _no_te_rows(context: RunContext) -> str | None:
+    if context.model.moe.pad_to_capacity:
+        return "has no rows of padding (model.moe.pad_to_capacity)"
+    size = context.model.hidden_size
+    return f"needs rows of a multiple of 16 bytes; {size} values in bf16 are not" if size % 8 else None
+
+
 def _trial(permutation: Permutation, context: RunContext) -> list[Tensor]:
     """Nine tokens, of whose choices three in four are there, and one row that is none."""
     tokens, top_k, hidden = 9, context.model.moe.top_k, context.model.hidden_size
@@ -134,12 +148,20 @@ def _trial(permutation: Permutation, context: RunContext) -> list[Tensor]:
     return [taken_RD.detach(), out_TD.detach(), *gradients, added_TD]
 
 
-PERMUTATION = Operation(
+PERMUTATION: Operation[Permutation] = Operation(
     field="permutation",
     name="permutation",
     reference=lambda context: Implementation("torch", lambda context: TORCH_PERMUTATION, "index_select and index_add"),
     implementations=[
         Implementation("Triton", "ops.triton.permute:PERMUTATION", device="cuda"),
+        Implementation(
+            te.NAME,
+            _te,
+            device="cuda",
+            dtypes=(torch.bfloat16,),
+            is_supported=te.is_meant,
+            unsupported_reason=_no_te_rows,
+        ),
         native("ops.cpp.permutation:PERMUTATION"),
     ],
     trial=_trial,

@@ -107,6 +107,9 @@ class Rule:
     """softmax_order=after."""
     renormalize: bool
     scale: float
+    groups: int = 1
+    """Of experts, of which the best top_k_groups are chosen first."""
+    top_k_groups: int = 1
 
 
 FUSED_SCORE_FUNCTIONS = ("softmax", "sigmoid")

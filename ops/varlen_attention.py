@@ -9,8 +9,8 @@ head, T packed tokens.
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops import te
 from ops.attention_pieces import Piece, Segment, piece_mask
 from ops.operation import Implementation, Operation, Row
 from ops.run_context import RunContext
@@ -212,10 +213,31 @@ def _all_heads(k_BGKN: Tensor, q_BHSN: Tensor) -> Tensor:
     return k_BGKN.repeat_interleave(q_BHSN.shape[1] // k_BGKN.shape[1], dim=1)
 
 
-def varlen_attention(
-    q_BHSN: Tensor, k_BGKN: Tensor, v_BGKN: Tensor, pieces: list[Piece], sinks_H: Tensor | None = None
+PackedAttention = Callable[[Tensor, Tensor, Tensor, "Packing", Tensor | None], Tensor]
+"""(q [T, H, N], k and v [T, G, N], how they are packed, the logits of the sinks [H] or None) -> [T, H, N]."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Runs of queries, each of which sees keys up to that of its last query."""
+
+    queries: list[int]
+    """Of each run."""
+    keys: list[int]
+    """Of each run; at least as many."""
+    before: int
+    """Keys that a query sees before its own; -1: all."""
+
+
+def packed_attention(
+    attend: PackedAttention,
+    q_BHSN: Tensor,
+    k_BGKN: Tensor,
+    v_BGKN: Tensor,
+    pieces: list[Piece],
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """masked_attention by torch.nn.attention.varlen: one launch for each piece, whatever the documents."""
+    """masked_attention with one launch for each piece, whatever the documents."""
     batch, heads, _, width = q_BHSN.shape
     out = []
     for piece in pieces:
@@ -225,12 +247,20 @@ def varlen_attention(
         spans = [slice(row[0].first_key, row[-1].end_key) for row in rows]
         packed = [q_BHSN[:, :, piece.queries].transpose(1, 2).reshape(-1, heads, width)]
         packed += [_packed(t, spans) for t in (k_BGKN, v_BGKN)]
-        offsets = (_offsets(n, q_BHSN.device) for n in (lengths, seen))
-        before = -1 if piece.window is None else piece.window - 1
-        arguments = (*packed, *offsets, max(lengths), max(seen))
-        out_THN = _varlen()(*arguments, before) if sinks_H is None else _WithSinks.apply(*arguments, before, sinks_H)
+        packing = Packing(lengths, seen, -1 if piece.window is None else piece.window - 1)
+        out_THN = attend(packed[0], packed[1], packed[2], packing, sinks_H)
         out.append(out_THN.view(batch, -1, heads, width).transpose(1, 2))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def _torch_varlen(q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor, packing: Packing, sinks_H: Tensor | None) -> Tensor:
+    """By torch.nn.attention.varlen."""
+    offsets = (run_offsets(n, q_THN.device) for n in (packing.queries, packing.keys))
+    arguments = (q_THN, k_TGN, v_TGN, *offsets, max(packing.queries), max(packing.keys), packing.before)
+    return _varlen()(*arguments) if sinks_H is None else _WithSinks.apply(*arguments, sinks_H)
+
+
+varlen_attention: VarlenAttention = partial(packed_attention, _torch_varlen)
 
 
 class _WithSinks(torch.autograd.Function):
@@ -267,7 +297,8 @@ def _packed(k_BGKN: Tensor, spans: list[slice]) -> Tensor:
     return torch.cat([k[:, span].transpose(0, 1) for k, span in zip(k_BGKN.unbind(0), spans, strict=True)])
 
 
-def _offsets(lengths: list[int], device: torch.device) -> Tensor:
+def run_offsets(lengths: list[int], device: torch.device) -> Tensor:
+    """int32: where each run begins, and the end."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -280,6 +311,12 @@ def _varlen() -> Callable[..., Tensor]:
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     attend = cast("Callable[..., Tensor]", varlen_attn)
     return lambda *arguments: attend(*arguments[:-1], window_size=(arguments[-1], 0), **gqa)
+
+
+def _te(context: RunContext) -> VarlenAttention:
+    from ops.te_attention import TeAttention
+
+    return te.load(TeAttention).varlen
 
 
 def _trial(attend: VarlenAttention, context: RunContext) -> list[Tensor]:
@@ -305,16 +342,25 @@ def _describe(context: RunContext, row: Row) -> Row:
     return replace(row, operation="local attention") if context.needs_causal else row
 
 
-VARLEN_ATTENTION = Operation(
+VARLEN_ATTENTION: Operation[VarlenAttention] = Operation(
     field="varlen_attention",
     name="attention",
     reference=lambda context: Implementation("torch, under a mask", lambda context: masked_attention),
     implementations=[
+        Implementation(
+            te.NAME,
+            _te,
+            device="cuda",
+            dtypes=(torch.bfloat16,),
+            is_supported=te.is_meant,
+        ),
         Implementation("torch varlen", lambda context: varlen_attention, device="cuda", dtypes=(torch.bfloat16,)),
         Implementation("joined by log-sum-exp", "ops.varlen_attention:joined_attention"),
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
     is_used=lambda context: context.needs_varlen,
+    asked=te.asked,
+    refusal=f"attention: {te.REFUSAL}",
     describe=_describe,
 )

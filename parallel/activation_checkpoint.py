@@ -4,7 +4,7 @@ Routing decisions must not be recomputed: a token whose scores for two experts a
 another expert by a rounding difference. `save_for_recompute` marks the tensors that hold them; they are always saved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,18 +58,19 @@ def _within(batch_ctx: batch_context.BatchContext | None, function: Callable[...
 
 
 def checkpoint_without_output(
-    function: Callable[[Tensor], Tensor], x: Tensor, consumer: Callable[[Tensor], Any]
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], consumer: Callable[[Tensor], Any]
 ) -> Any:
-    """consumer(function(x)), where the output of `function` is not saved for the backward pass but recomputed from x.
+    """consumer(function(*inputs)), where the output of `function` is not saved for the backward pass but recomputed
+    from the inputs.
 
     For functions that are cheap, have a large output and whose input is saved anyway, such as norms.
     """
     if not torch.is_grad_enabled():
-        return consumer(function(x))
-    output = function(x)
+        return consumer(function(*inputs))
+    output = function(*inputs)
     # The storage's own address: that of its values is not unique where it is empty.
     storage = output.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-    source = x.detach()
+    sources = [x.detach() for x in inputs]
     uses, again = 0, None
 
     def pack(tensor: Tensor) -> Tensor | tuple[Any, ...]:
@@ -85,7 +86,7 @@ def checkpoint_without_output(
             return packed
         if again is None:
             with torch.no_grad():
-                again = function(source)
+                again = function(*sources)
         found, uses = again.as_strided(*packed), uses - 1
         if uses <= 0:
             again = None

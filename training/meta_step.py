@@ -21,6 +21,7 @@ from conf.schema import Config
 from models.decoder import Block, ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
 from models.operations import OPERATIONS
+from ops import te
 from ops.implementations import Ops
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
@@ -31,7 +32,7 @@ from parallel.local_launcher import fake_rank
 from parallel.process_groups import Runtime
 from training.live_storages import LiveStorages
 
-LEFT_OUT = ("native", "Apex", "te", "deep_ep")
+LEFT_OUT = ("native", "Apex", te.NAME, "te", "deep_ep")
 """Implementations that call other libraries, which know no meta tensors."""
 
 

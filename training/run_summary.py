@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from conf.schema import ClusterConfig, Config
+from conf.te_rules import te_parts
 from parallel.layout import Layout
 from training.adapters import run_cost
 from training.memory_estimate import Memory, memory_per_rank
@@ -41,6 +42,7 @@ def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[lis
         ),
         memory_row(memory, cluster),
         *_step_row(config, layout),
+        *_te_row(config, bf16=bf16),
     ]
     if reduced:
         rows.append(
@@ -61,6 +63,16 @@ def _step_row(config: Config, layout: Layout) -> list[tuple[str, str, str]]:
     shares = (f"{name} {seconds / predicted.seconds:.0%}" for name, seconds in predicted.parts.most_common(3))
     speed = f"{predicted.tokens_per_second_per_gpu:,.0f} tokens/s and GPU"
     return [("step", f"about {predicted.seconds:.3g} s, {speed}", f"predicted: {', '.join(shares)}, ...")]
+
+
+def _te_row(config: Config, *, bf16: bool) -> list[tuple[str, str, str]]:
+    """What TransformerEngine would compute, on GPUs."""
+    parts, wanted = te_parts(config), config.model.transformer_impl
+    if not (config.cluster.gpus and bf16 and parts):
+        return []
+    why = "where it is installed and computes the same, which the start of the run shows"
+    why = "has to be installed and compute the same" if wanted == "transformer_engine" else why
+    return [("TransformerEngine", ", ".join(parts), f"{why} (model.transformer_impl={wanted})")]
 
 
 def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:

@@ -4,12 +4,24 @@ import pytest
 
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
+TE = {"model.transformer_impl": "transformer_engine", "precision": "bf16"}
 LATENT = {"model.kv_lora_rank": 128}
 MIXER = {"model.moe.top_k": 2, "model.moe.sparse_mixer_eps": 0.01}
 YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
 
 # as tests.conf.test_rules.BROKEN
 BROKEN = [
+    ({**TE, "precision": "fp32"}, 1, "computes in bf16, but precision is fp32", "precision=bf16"),
+    ({**TE, "model.recompute": ["norm", "moe"], **SPARSE}, 1, "but it is [norm,moe]", "model.recompute=[moe]"),
+    ({**TE, "lora.rank": 4}, 1, "adapters read its output", "model.transformer_impl=auto"),
+    ({**TE, "cluster.name": "cpu"}, 1, "needs GPUs, but cluster=cpu has none", "model.transformer_impl=auto"),
+    (
+        {"model.transformer_impl": "local", "model.moe.backend": "te", **SPARSE},
+        1,
+        "model.moe.backend=te needs model.transformer_impl other than local",
+        "model.transformer_impl=auto",
+    ),
+    ({"model.transformer_impl": "te"}, 1, "transformer_impl is one of", "model.transformer_impl=transformer_engine"),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
     ({"optim.muon_momentum": 0.9}, 1, "muon_momentum needs optim.name=muon", "optim.muon_momentum=0.95"),
     (

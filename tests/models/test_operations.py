@@ -14,6 +14,8 @@ from moe.router import Router
 from ops.experts import LOOP, ExpertBackend
 from ops.gemm_backend import Reference
 from ops.implementations import DEFAULT_OPS
+from ops.linear import MEGATRON_LAYERS
+from ops.norm import torch_rms_norm
 from ops.operation import Implementation, Operation
 from ops.permute import TORCH_PERMUTATION
 from ops.routing import Routing
@@ -90,6 +92,24 @@ def update_block(factor: float, context: RunContext) -> UpdateBlock:
     return lambda block: plain(replace(block, lr=block.lr * factor))
 
 
+def linear(factor: float, context: RunContext) -> object:
+    def column(*how: Any) -> torch.nn.Module:
+        layer = MEGATRON_LAYERS.column(*how)
+        layer.register_forward_hook(lambda module, inputs, output: (output[0] * factor, output[1]))
+        return layer
+
+    return SimpleNamespace(has_matmul_ops=True, column=column, row=MEGATRON_LAYERS.row)
+
+
+def norm_linear(factor: float, context: RunContext) -> Callable[..., torch.nn.Module]:
+    def fused(norm: Any, *how: Any) -> torch.nn.Module:
+        layer = MEGATRON_LAYERS.column(*how)
+        layer.register_forward_pre_hook(lambda module, x: torch_rms_norm(x[0], norm.weight, norm.eps) * factor)
+        return layer
+
+    return fused
+
+
 FAKES: dict[str, Callable[[float, RunContext], object]] = {
     "apply_rotary": rotary,
     "permutation": permutation,
@@ -97,6 +117,8 @@ FAKES: dict[str, Callable[[float, RunContext], object]] = {
     "float8": float8,
     "experts": lambda factor, context: ExpertBackend(times(LOOP.run, factor)),
     "dispatcher": dispatcher,
+    "linear": linear,
+    "norm_linear": norm_linear,
     "adamw": adamw,
     "update_block": update_block,
 }

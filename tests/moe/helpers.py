@@ -82,7 +82,7 @@ def try_on(device: torch.device, operation: Operation, monkeypatch: pytest.Monke
 
 def expert_backend(name: str) -> ExpertBackend:
     """Of model.moe.backend=name, without a trial."""
-    found = [i.loaded(None) for i in EXPERTS.implementations if i.name == name]
+    found = [i.loaded(SimpleNamespace(device=CPU)) for i in EXPERTS.implementations if i.name == name]
     return found[0] if found else LOOP
 
 

@@ -4,20 +4,19 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.schema import ACTIVATIONS, ModelConfig, MoeConfig
 from models.init import initialise
 from models.megatron_config import transformer_config
 from moe.mlp import MLP
-from ops import experts, te_grouped_gemm
+from ops import experts
 from ops.activations import activate
 from ops.cpp import build as native
 from ops.experts import EXPERTS, loop_experts
@@ -38,6 +37,7 @@ from tests.moe.helpers import (
     tiny,
     try_on,
 )
+from tests.stand_ins import installed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,32 +59,10 @@ def test_activations_by_hand(name: str, wanted: list[float]) -> None:
     assert got.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
-class GroupedLinear(nn.Module):
-    """Stands for transformer_engine.pytorch.GroupedLinear: its arguments, its weights [N, K] by name, what it takes."""
-
-    def __init__(self, num_gemms: int, in_features: int, out_features: int, bias: bool, params_dtype, device: str):
-        assert not bias and params_dtype == torch.bfloat16
-        super().__init__()
-        for i in range(num_gemms):
-            weight = torch.empty(out_features, in_features, dtype=params_dtype, device=device)
-            self.register_parameter(f"weight{i}", nn.Parameter(weight))
-        self.num_gemms = num_gemms
-
-    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
-        assert len(m_splits) == self.num_gemms and all(type(n) is int for n in m_splits) and inp.is_contiguous()
-        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        assert all(w.is_contiguous() for w in weights)
-        return torch.cat([x @ w.t() for x, w in zip(inp.split(m_splits), weights, strict=True)])
-
-
 @pytest.fixture
-def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[GroupedLinear]]:
-    package, pytorch = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
-    package.pytorch, pytorch.GroupedLinear = pytorch, GroupedLinear
-    monkeypatch.setitem(sys.modules, "transformer_engine", package)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
-    yield GroupedLinear
-    te_grouped_gemm._layer.cache_clear()
+def transformer_engine() -> Iterator[None]:
+    with installed("transformer_engine"):
+        yield
 
 
 @pytest.mark.usefixtures("transformer_engine")
@@ -143,20 +121,6 @@ def test_transformer_engine_is_for_bf16_on_a_gpu_where_it_imports(
     with pytest.raises(ValueError, match="backend=te needs the package transformer-engine, which does not import"):
         row_of(runtime, asked_for("te"), torch.bfloat16, CUDA)
     assert "te " not in row_of(runtime, asked_for("auto"), torch.bfloat16, CUDA).why
-
-
-def test_transformer_engine_is_tried_before_it_is_used(
-    transformer_engine: type[GroupedLinear], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU, which pretends to be a GPU."""
-    try_on(runtime.device, EXPERTS, monkeypatch)
-    assert row_of(runtime, asked_for("te"), torch.bfloat16, CUDA).name == "te"
-    right = transformer_engine.forward
-    monkeypatch.setattr(transformer_engine, "forward", lambda self, inp, m_splits: right(self, inp, m_splits) * 1.05)
-    with pytest.raises(ValueError, match="backend=te differs from the reference by "):
-        row_of(runtime, asked_for("te"), torch.bfloat16, CUDA)
-    row = row_of(runtime, asked_for("auto"), torch.bfloat16, CUDA)
-    assert "te differs from the reference by " in row.why and row.refused
 
 
 EXTRAS = {"plain": (), "bias": ("b_in",), "dropout": ("keep",), "both": ("b_in", "keep")}

@@ -24,44 +24,10 @@ from parallel.local_launcher import RankPool
 from parallel.process_groups import Runtime
 from tests.moe.helpers import run_context, selected, tiny
 from tests.parallel.helpers import Variant, build_engine, optimizer_tensors, started, state, train
+from tests.stand_ins.fused_adam import GroupStepAdam as FusedAdam
 
 CPU = torch.device("cpu")
 TE, APEX = "transformer_engine.pytorch.optimizers", "apex.optimizers"
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW as Apex and TransformerEngine keep it: not torch's class, and one step counter per group."""
-
-    wrong_by = 0.0
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: Any,
-        eps: float,
-        weight_decay: float,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        assert adam_w_mode
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            b1, b2 = group["betas"]
-            lr = group["lr"] * (1 + self.wrong_by)
-            for p in group["params"]:
-                kept = self.state[p]
-                if not kept:
-                    kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                kept["exp_avg"].lerp_(p.grad, 1 - b1)
-                kept["exp_avg_sq"].lerp_(p.grad.square(), 1 - b2)
-                mean = kept["exp_avg"] / (1 - b1 ** group["step"])
-                root = (kept["exp_avg_sq"] / (1 - b2 ** group["step"])).sqrt()
-                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * mean / (root + group["eps"]))
 
 
 class WrongAdam(FusedAdam):

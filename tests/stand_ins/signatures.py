@@ -3,7 +3,7 @@ package out of its sources, a folder or an archive (.zip, .whl, .tar, .tar.gz), 
 
 Nothing is imported or built: modules are parsed. Of each name the table has the parameters in order: "name", "name="
 where there is a default, "*" before those that are keywords only, "**name"; null where the version lacks it. Names of a
-compiled extension have "native" instead.
+compiled extension have "native" instead. "NAME attributes" are those of ATTRIBUTES that the module of a class names.
 
 The sources of the table, from clones of the projects on GitHub:
 
@@ -53,6 +53,19 @@ NAMES = {
     ],
 }
 """What the project calls, and what its stand-ins have."""
+OF_WEIGHTS = ["weight", "bias", "main_grad", "grad_added_to_main_grad", "overwrite_main_grad", "zero_out_wgrad"]
+STEPS = ["exp_avg", "exp_avg_sq", "step", "lr", "betas", "eps", "weight_decay"]
+ATTRIBUTES = {
+    "transformer_engine": {
+        "transformer_engine.pytorch.Linear": OF_WEIGHTS,
+        "transformer_engine.pytorch.LayerNormLinear": [*OF_WEIGHTS, "layer_norm_weight", "layer_norm_bias"],
+        "transformer_engine.pytorch.RMSNorm": ["weight"],
+        "transformer_engine.pytorch.DotProductAttention": ["softmax_offset"],
+        "transformer_engine.pytorch.optimizers.FusedAdam": STEPS,
+    },
+    "apex": {"apex.optimizers.FusedAdam": STEPS},
+}
+"""What the project reads or sets of a class, of its parameters, or of an optimizer's state and groups."""
 EXTENSIONS = {"fused_weight_gradient_mlp_cuda": "csrc/megatron/fused_weight_gradient_dense.cpp"}
 """By the name of a compiled module: the source that binds its functions."""
 
@@ -81,7 +94,24 @@ def reader(sources: Path) -> Read:
 
 def signatures(package: str, read: Read) -> dict[str, Any]:
     """The entry of a version in the table."""
-    return {name: _parameters(name, read) for name in NAMES[package]}
+    attributes = {
+        f"{name} attributes": [wanted for wanted in names if wanted in _names_of_module(name, read)]
+        for name, names in ATTRIBUTES[package].items()
+    }
+    return {**{name: _parameters(name, read) for name in NAMES[package]}, **attributes}
+
+
+def _names_of_module(name: str, read: Read) -> set[str]:
+    """The attributes and strings in the module where a class is defined."""
+    module, _, attribute = name.rpartition(".")
+    _, tree = _definition(module, attribute, read) or (None, ast.Module())
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
 
 
 def _parameters(name: str, read: Read) -> Any:
@@ -91,15 +121,18 @@ def _parameters(name: str, read: Read) -> Any:
     method = "__init__"
     if attribute[0].islower() and module.rpartition(".")[2][0].isupper():
         method, (module, _, attribute) = attribute, module.rpartition(".")
-    found = _definition(module, attribute, read)
+    found, _ = _definition(module, attribute, read) or (None, None)
     if isinstance(found, ast.ClassDef):
         inside = [n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == method]
         return _listed(inside[-1].args)[1:] if inside else None
     return None if found is None else _listed(found.args)
 
 
-def _definition(module: str, name: str, read: Read, depth: int = 0) -> ast.ClassDef | ast.FunctionDef | None:
-    """Where a name of a module is defined, through what it imports."""
+Definition = tuple[ast.ClassDef | ast.FunctionDef, ast.Module]
+
+
+def _definition(module: str, name: str, read: Read, depth: int = 0) -> Definition | None:
+    """What a name of a module stands for, through what it imports, and the module that defines it."""
     path, is_package = module.replace(".", "/"), False
     text = read(f"{path}.py")
     if text is None:
@@ -107,9 +140,10 @@ def _definition(module: str, name: str, read: Read, depth: int = 0) -> ast.Class
     if text is None or depth > 8:
         return None
     stars: list[str] = []
-    for node in ast.parse(text).body:
+    tree = ast.parse(text)
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node
+            return node, tree
         if isinstance(node, ast.ImportFrom):
             above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
             source = ".".join([*above, *(node.module or "").split(".")]).strip(".")

@@ -36,7 +36,7 @@ def as_version(package: str, version: str) -> Iterator[set[str]]:
     called: set[str] = set()
     added: list[str] = []
     for name, listed in table()[package][version].items():
-        if listed is None or listed == "native":
+        if listed is None or listed == "native" or name.endswith(" attributes"):
             continue
         try:
             owner, attribute = find(name)

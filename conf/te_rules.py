@@ -1,0 +1,65 @@
+"""What TransformerEngine may compute of a run, and what model.transformer_impl=transformer_engine does not go together
+with."""
+
+from collections.abc import Iterator
+
+from conf.config_view import ConfigView, Violation
+from conf.fp8_rules import fp8_layers
+from conf.schema import Config
+
+KEY = "model.transformer_impl"
+
+
+def te_parts(config: Config) -> list[str]:
+    """What it computes in training on GPUs in bf16, where it is installed and passes its trials, as the start table
+    calls it; besides the router, the permutation and the experts, which have several candidates."""
+    model, fp8 = config.model, config.fp8
+    if model.transformer_impl == "local":
+        return []
+    parts = ["linear layers"]
+    if model.kv_lora_rank is None and "norm" not in model.recompute and config.lora.rank is None:
+        parts.append("norm and linear layer")
+    in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
+    if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
+        parts = []  # their products are fp8.kernels'
+    return [*parts, "attention"]
+
+
+def te_rules(cfg: ConfigView) -> Iterator[Violation]:
+    """Whether the package is installed, and computes the same, turns out on the ranks (ops.te)."""
+    backend = "model.moe.backend"
+    if cfg[KEY] == "local" and cfg[backend] == "te":
+        yield Violation(
+            f"{backend}=te needs {KEY} other than local",
+            "it is local, which is nothing of TransformerEngine",
+            {KEY: ["auto"], backend: ["auto"]},
+        )
+    if cfg[KEY] != "transformer_engine":
+        return
+    if cfg["precision"] == "fp32":
+        yield Violation(
+            f"{KEY}=transformer_engine computes in bf16",
+            "precision is fp32",
+            {"precision": ["bf16"], KEY: ["auto"]},
+        )
+    if cfg["cluster.name"] is not None and not cfg["cluster.gpus"]:
+        yield Violation(
+            f"{KEY}=transformer_engine needs GPUs", f"cluster={cfg['cluster.name']} has none", {KEY: ["auto"]}
+        )
+    if cfg["model.kv_lora_rank"] is not None:  # no linear layer reads a norm alone
+        return
+    recompute = cfg["model.recompute"]
+    if "norm" in recompute:
+        yield Violation(
+            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, which "
+            "keeps its output: model.recompute without norm",
+            f"it is [{','.join(recompute)}]",
+            {"model.recompute": [[part for part in recompute if part != "norm"]], KEY: ["auto"]},
+        )
+    if cfg["lora.rank"] is not None:
+        yield Violation(
+            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, and "
+            "adapters read its output: lora.rank=null",
+            f"it is {cfg['lora.rank']}",
+            {KEY: ["auto"]},
+        )

@@ -1,0 +1,62 @@
+"""TransformerEngine's fused attention: of whole sequences, and of documents packed one after the other, with windows
+and, where the version has them, sinks. Under context parallelism keys have been gathered and queries exchanged before
+(models.attention.CoreAttention), so that each rank attends with documents of its own.
+
+Legend: S sequence, B batch, T packed tokens, H heads of this rank, G key/value groups of this rank, N width of a head.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.varlen_attention import Packing, VarlenAttention, packed_attention, run_offsets
+
+
+class TeAttention:
+    """Its modules, one for each kind of heads."""
+
+    def __init__(self) -> None:
+        from transformer_engine.pytorch import DotProductAttention  # pyright: ignore[reportMissingImports]
+
+        self._module, self._made = DotProductAttention, dict[tuple[Any, ...], Any]()
+        self.varlen: VarlenAttention = partial(packed_attention, self._packed)
+
+    def _of(self, q: Tensor, k: Tensor, **kind: Any) -> Any:
+        """The module of such queries and keys [..., heads, N]."""
+        heads, width, groups = q.shape[-2], q.shape[-1], k.shape[-2]
+        key = (heads, width, groups, *sorted(kind.items()))
+        if key not in self._made:
+            self._made[key] = self._module(heads, width, num_gqa_groups=groups, attention_dropout=0.0, **kind)
+        return self._made[key]
+
+    def causal(self, q_BHSN: Tensor, k_BGSN: Tensor, v_BGSN: Tensor) -> Tensor:
+        """ops.attention.CausalAttention."""
+        q, k, v = (t.permute(2, 0, 1, 3) for t in (q_BHSN, k_BGSN, v_BGSN))
+        out = self._of(q, k, qkv_format="sbhd", attn_mask_type="causal")(q, k, v)
+        return out.unflatten(-1, q.shape[-2:]).permute(1, 2, 0, 3)
+
+    def _packed(self, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor, packing: Packing, sinks_H: Tensor | None) -> Tensor:
+        """ops.varlen_attention.PackedAttention. Runs of as many keys as queries are sequences of their own; other masks
+        are aligned to the last key, which fewer kernels know."""
+        alike = packing.queries == packing.keys
+        sinks = {} if sinks_H is None else {"softmax_type": "learnable"}
+        kind = {"qkv_format": "thd", "attention_type": "self" if alike else "cross", **sinks}
+        module = self._of(q_THN, k_TGN, attn_mask_type="padding_causal", **kind)
+        offsets_q = run_offsets(packing.queries, q_THN.device)
+        offsets_k = offsets_q if alike else run_offsets(packing.keys, q_THN.device)
+        how = {
+            "cu_seqlens_q": offsets_q,
+            "cu_seqlens_kv": offsets_k,
+            "max_seqlen_q": max(packing.queries),
+            "max_seqlen_kv": max(packing.keys),
+            "attn_mask_type": "padding_causal" if alike else "padding_causal_bottom_right",
+            "window_size": (packing.before, 0),
+        }
+        if sinks_H is None:
+            out = module(q_THN, k_TGN, v_TGN, **how)
+        else:  # its parameter, in fp32
+            given = {"softmax_offset": sinks_H.float()}
+            out = torch.func.functional_call(module, given, (q_THN, k_TGN, v_TGN), how)
+        return out.unflatten(-1, q_THN.shape[-2:])
