@@ -126,6 +126,7 @@ def start(
         threads=config.runtime.threads,
         store=store,
         embedding=config.model.stages_share_embedding,
+        amax=train and config.precision == "fp8" and config.fp8.recipe == "delayed",
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
