@@ -14,7 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.lora_layers import is_adapter
-from conf.schema import Config, LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig, PreferenceConfig
+from conf.schema import (
+    Config,
+    Fp8Config,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    ParallelConfig,
+    PreferenceConfig,
+)
 from parallel import optimizer_state
 from parallel.distributed_optimizer import NO_OVERLAP, Overlap
 from parallel.engine import Batch, Engine
@@ -57,8 +66,12 @@ class Variant:
     """ops.gemm_backend.GemmBackend for the products of every layer."""
     lora: dict[str, Any] = field(default_factory=dict)
     """Settings of low-rank adapters."""
+    fuse_weight_gradient: bool = False
+    """As ops.weight_gradient."""
     transformer_engine: bool = False
     """Whether TransformerEngine computes what it can, for which it has to be importable."""
+    fp8: dict[str, Any] = field(default_factory=dict)
+    """Settings of fp8 other than kernels=te, for products in FP8 by TransformerEngine; empty: there are none."""
 
     def config(self) -> ModelConfig:
         moe = MoeConfig(**{"num_experts": 4, "top_k": 2, "capacity_factor": 1.0, **self.moe})
@@ -68,8 +81,11 @@ class Variant:
 
 
 @contextmanager
-def started(world: World, parallel: ParallelConfig, backend: str | None = None) -> Iterator[Runtime]:
-    """Initialises the process groups of this rank, without Megatron-Core's warnings."""
+def started(
+    world: World, parallel: ParallelConfig, backend: str | None = None, *, amax: bool = False
+) -> Iterator[Runtime]:
+    """Initialises the process groups of this rank, without Megatron-Core's warnings; the last two arguments are those
+    of process_groups.start."""
     from parallel import process_groups
 
     logging.disable(logging.WARNING)
@@ -77,7 +93,7 @@ def started(world: World, parallel: ParallelConfig, backend: str | None = None) 
         warnings.simplefilter("ignore")
         try:
             layout = Layout.of(parallel, world.size)
-            yield process_groups.start(world, layout, seed=1, timeout=60, threads=1, backend=backend)
+            yield process_groups.start(world, layout, seed=1, timeout=60, threads=1, backend=backend, amax=amax)
         finally:
             process_groups.stop()
             logging.disable(logging.NOTSET)
@@ -101,8 +117,9 @@ def build_engine(
     from ops.implementations import Ops
 
     model = variant.config()
+    fuse = variant.fuse_weight_gradient
+    core = transformer_config(model, runtime, variant.dtype, deterministic=False, fuse_weight_gradient=fuse)
     by_te = te_ops(runtime, variant) if variant.transformer_engine else {}
-    core = transformer_config(model, runtime, variant.dtype, deterministic=False)
     gemm, float8 = variant.gemm, None
     if gemm:
         float8 = Float8(ExpertBackend.on(gemm), gemm, range(model.num_layers))
@@ -130,6 +147,8 @@ def te_ops(runtime: Runtime, variant: Variant) -> dict[str, Any]:
     from ops.run_context import RunContext
 
     config = Config(model=variant.config(), lora=LoraConfig(**variant.lora))
+    if variant.fp8:
+        config.precision, config.fp8 = "fp8", Fp8Config(kernels="te", **variant.fp8)
     context = RunContext(config, runtime, variant.dtype)
     return {
         operation.field: implementation.loaded(context)

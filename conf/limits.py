@@ -29,6 +29,7 @@ BOUNDS: dict[str, Bounds] = {
 MODEL_SETTINGS: dict[str, dataclasses.Field[Any]] = dict(_fields(ModelConfig, "model."))
 
 ALTERNATIVES = {
+    ("fp8.recipe", "current"): ("tensorwise", "is called tensorwise here"),
     ("precision", "fp16"): ("bf16", "is not available"),
     ("model.transformer_impl", "te"): ("transformer_engine", "is called transformer_engine, as in Megatron-Core"),
     ("model.moe.backend", "triton_fp8"): (
@@ -222,6 +223,16 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         "precision=fp8",
         lambda c: c["precision"] == "fp8",
         "fp8.kernels fp8.recipe fp8.weight_gradient fp8.linear_layers fp8.first_layers_high fp8.last_layers_high",
+    ),
+    (
+        "precision=fp8 and fp8.kernels=te",
+        lambda c: c["precision"] == "fp8" and c["fp8.kernels"] == "te",
+        "fp8.format",
+    ),
+    (
+        "precision=fp8 and fp8.recipe=delayed",
+        lambda c: c["precision"] == "fp8" and c["fp8.recipe"] == "delayed",
+        "fp8.amax_history_len fp8.amax_compute_algo",
     ),
     (
         "a layer in bf16 (precision, fp8.first_layers_high)",

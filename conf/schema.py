@@ -1,6 +1,6 @@
 """The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
-conf/moe_schema.py and conf/rope_schema.py, those of adapters in conf/lora_schema.py, of preferences in
-conf/preference_schema.py and of evaluation tasks in conf/eval_schema.py.
+conf/moe_schema.py and conf/rope_schema.py, those of FP8 in conf/fp8_schema.py, of adapters in conf/lora_schema.py, of
+preferences in conf/preference_schema.py and of evaluation tasks in conf/eval_schema.py.
 
 Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 # All names of the schema are importable from this module.
 from conf.eval_schema import EvalTasksConfig
+from conf.fp8_schema import Fp8Config
 from conf.lora_schema import LoraConfig
 from conf.model_schema import ACTIVATIONS, RECOMPUTE, ModelConfig  # noqa: F401
 from conf.moe_schema import DROP_POLICIES, LOAD_BALANCING, MoeConfig  # noqa: F401
@@ -271,34 +272,6 @@ class CheckpointConfig:
     load_except: list[str] = field(default_factory=list)
     """Settings that may differ from those of checkpoint.load: of the model (model.num_layers), or data.tokenizer.
     Weights that are new or of another shape are then initialised; weights that no longer exist are ignored."""
-
-
-@dataclass
-class Fp8Config:
-    """FP8 training (precision=fp8). The matrix products of the experts and of the linear layers of attention and
-    feed-forward layers take E4M3 operands and accumulate in fp32. Router, norms, embedding, output layer, scaled
-    dot-product attention, optimizer states and gradient buckets stay in higher precision."""
-
-    recipe: str = setting("blockwise", choices=("blockwise", "rowwise", "tensorwise"))
-    """Granularity of the scales: blockwise, rowwise or tensorwise. blockwise: 1 x 128 for activations and gradients,
-    128 x 128 for weights (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). rowwise: one per row or column of an operand.
-    tensorwise: one per operand. Only blockwise gives the same rounding under every layout, since the others scale by
-    the values that one rank holds."""
-    weight_gradient: str = setting("bf16", choices=("bf16", "fp8"))
-    """Operand type of the weight gradients' products: bf16 or fp8. fp8 scales blocks of 128 rows, which depend on the
-    rows that a rank receives."""
-    kernels: str = setting("auto", choices=("auto", "reference", "triton"))
-    """Implementation of the FP8 matrix products: reference, triton or auto. reference: plain PyTorch; operands are
-    rounded to FP8 and multiplied in bf16, which is exact but not faster. triton: FP8 tensor cores. auto: reference on
-    CPUs; on GPUs triton, and PyTorch's scaled_mm for linear layers if it supports the recipe and matches the
-    reference."""
-    linear_layers: bool = True
-    """Use FP8 for the linear layers of attention and of dense and shared feed-forward layers. false: only for the
-    experts, which account for most of a sparse model's FLOPs."""
-    first_layers_high: int = setting(0, ge=0)
-    """Number of layers at the beginning of the model that stay in bf16."""
-    last_layers_high: int = setting(0, ge=0)
-    """Number of layers at the end of the model that stay in bf16."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ Legend: S sequence (this rank's slice), B batch, D hidden, V vocabulary (this ra
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -27,6 +28,7 @@ from models.mtp import MTPLayer, MTPStatistics, targets_of
 from models.norm import LayerNorm, RMSNorm
 from models.reward_head import RewardHead
 from models.rope import Rotary
+from models.te_layers import around_a_pass, compute_in_fp8, experts_in
 from moe.aux_loss import AttachLoss
 from moe.layer import MoELayer
 from moe.metrics import Report
@@ -38,6 +40,7 @@ from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
 from ops.linear import MEGATRON_LAYERS
+from ops.te_fp8 import forget_held
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext, entered
 from parallel.process_groups import Runtime
@@ -86,7 +89,8 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = context.norm(), context.norm()
         ops = context.ops
         float8 = ops.float8 if ops.float8 and layer in ops.float8.layers else None
-        if float8 is not None and float8.linear is not None:  # it multiplies in Megatron-Core's layers
+        te_fp8 = ops.te_fp8 if ops.te_fp8 and layer in ops.te_fp8.layers else None
+        if te_fp8 or (float8 and float8.linear):  # they multiply in Megatron-Core's layers
             ops = replace(ops, linear=MEGATRON_LAYERS, norm_linear=None)
         attention, self.norm_is_fused = LatentAttention, False
         if context.model.kv_lora_rank is None:
@@ -100,7 +104,7 @@ class Block(nn.Module):
         if self.sparse:
             self.ffn = MoELayer(
                 context.model,
-                ops=replace(ops, experts=float8.experts) if float8 else ops,
+                ops=replace(ops, experts=experts_in(ops, float8, te_fp8)),
                 dtype=context.config.params_dtype,
                 sequence_parallel=context.config.sequence_parallel,
                 groups=groups,
@@ -113,6 +117,9 @@ class Block(nn.Module):
             self.ffn = MLP(context.model, context.config, groups, linear=ops.linear)
         if float8 is not None and float8.linear is not None:
             use_gemm_backend(self, float8.linear)
+        self.outside = ops.te_fp8.outside if ops.te_fp8 and not te_fp8 else nullcontext
+        if te_fp8 is not None:
+            compute_in_fp8(self, te_fp8, groups)
 
     def forward(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Tensor:
         run = partial(checkpointed, self._run) if "full" in self.recompute else self._run
@@ -122,7 +129,7 @@ class Block(nn.Module):
         return x_SBD
 
     def _run(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
-        with entered(batch_ctx):
+        with entered(batch_ctx), self.outside():
             return self._layers(x_SBD, attend, batch_ctx)
 
     def _layers(self, x_SBD: Tensor, attend: Attend, batch_ctx: BatchContext) -> Ran:
@@ -157,7 +164,7 @@ class ModelChunk(MegatronModule):
         assert groups.embedding is not None or not (at_end and model.stages_share_embedding)
         self.input_tensor = cast("Tensor", None)
         """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
-        self.token_losses = context.ops.token_losses
+        self.token_losses, self.te_fp8 = context.ops.token_losses, context.ops.te_fp8
 
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
@@ -217,6 +224,7 @@ class ModelChunk(MegatronModule):
             assert self.embedding is not None
             # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
             self.head.weight = self.embedding.weight
+            mark(self.embedding.weight, zero_out_wgrad=True)
         elif model.ties_head:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
@@ -262,8 +270,9 @@ class ModelChunk(MegatronModule):
             local: (cos, sin, self._pieces(positions_BS, batch_ctx, local), temperature, None)
             for local in {b.local for b in blocks}
         }
-        for layer in self.layers.values():
-            x_SBD = layer(x_SBD, attend[layer.local], batch_ctx)
+        with around_a_pass(self.te_fp8, [int(i) for i in self.layers], batch_ctx):
+            for layer in self.layers.values():
+                x_SBD = layer(x_SBD, attend[layer.local], batch_ctx)
         if not self.post_process:
             return x_SBD if self.layers else x_SBD.clone()  # Megatron-Core frees what was sent, which may be no view
         x_SBD = self.final_norm(x_SBD)
@@ -370,6 +379,7 @@ class ModelChunk(MegatronModule):
         """Tells the routers that follow them the loads of a step whose update was applied, and forgets the loads and
         the weights in FP8. Called before the optimizer changes the weights."""
         forget_weights(self)
+        forget_held(self)
         layers = [layer for layer in self.sparse().values() if layer.router.follows_load]
         if not layers:
             return

@@ -8,7 +8,12 @@ from parallel.process_groups import Runtime
 
 
 def transformer_config(
-    model: ModelConfig, runtime: Runtime, dtype: torch.dtype, *, deterministic: bool
+    model: ModelConfig,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool,
+    fuse_weight_gradient: bool = False,
 ) -> TransformerConfig:
     """The configuration of a model under a layout.
 
@@ -16,6 +21,7 @@ def transformer_config(
         runtime: its layout and backend.
         dtype: of parameters and of the tensors between pipeline stages.
         deterministic: select deterministic algorithms.
+        fuse_weight_gradient: as ops.weight_gradient; for training, since it needs gradient buckets.
     """
     layout = runtime.layout
     return TransformerConfig(
@@ -44,7 +50,7 @@ def transformer_config(
         deterministic_mode=deterministic,
         perform_initialization=False,  # models.init initializes weights independently of the layout
         add_bias_linear=False,
-        gradient_accumulation_fusion=False,  # requires an Apex extension
+        gradient_accumulation_fusion=fuse_weight_gradient,
         # Under the interleaved schedule, point-to-point communication overlaps with the next chunk. Otherwise NCCL
         # needs batched point-to-point operations to avoid deadlocks between neighbors, which gloo does not have.
         overlap_p2p_comm=layout.vpp > 1,

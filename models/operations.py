@@ -17,7 +17,9 @@ from ops.registry import select
 from ops.rotary import ROTARY
 from ops.routing import ROUTER_LOGITS
 from ops.run_context import RunContext
+from ops.te_fp8 import TE_FP8
 from ops.varlen_attention import VARLEN_ATTENTION
+from ops.weight_gradient import WEIGHT_GRADIENT
 
 OPERATIONS = (
     ROTARY,
@@ -31,8 +33,10 @@ OPERATIONS = (
     ROUTER_LOGITS,
     ROUTE,
     FLOAT8,
+    TE_FP8,
     EXPERTS,
     DISPATCH,
+    WEIGHT_GRADIENT,
     ADAMW,
     BLOCK_UPDATE,
 )

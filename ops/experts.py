@@ -214,7 +214,12 @@ def _width(context: RunContext) -> int:
 def _experts_in_bf16(context: RunContext) -> bool:
     """Whether a layer has experts that are not in FP8. One that was asked for is tried, used or not."""
     model = context.model
-    return model.moe.backend != "auto" or any(layer not in context.fp8_layers for layer in model.routed_layers)
+    only_training = context.config.precision == "fp8" and context.config.fp8.kernels == "te"
+    return (
+        only_training
+        or model.moe.backend != "auto"
+        or any(layer not in context.fp8_layers for layer in model.routed_layers)
+    )
 
 
 def _trial(backend: ExpertBackend, context: RunContext) -> list[Tensor]:

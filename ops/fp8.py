@@ -109,7 +109,7 @@ FLOAT8 = Operation(
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-4, torch.bfloat16: 1e-2},
-    is_used=lambda context: context.config.precision == "fp8",
+    is_used=lambda context: context.config.precision == "fp8" and context.config.fp8.kernels != "te",
     setting="fp8.kernels",
     refusal="precision=fp8 {reason}. Use precision=bf16, or fp8.kernels=reference to emulate FP8",
     must_run=lambda context: context.device.type == "cuda" and context.config.fp8.kernels != "reference",

@@ -14,6 +14,7 @@ from ops.norm import Norm, torch_rms_norm
 from ops.permute import TORCH_PERMUTATION, Permutation
 from ops.rotary import ApplyRotary, apply_rotary
 from ops.routing import FusedRoute, RouterLogits, router_logits
+from ops.te_fp8 import TransformerEngineFp8
 from ops.varlen_attention import VarlenAttention, joined_attention
 from parallel.block_update import UpdateBlock
 
@@ -45,8 +46,12 @@ class Ops:
     """The products of experts in bf16 or fp32."""
     float8: Float8 | None = None
     """Which layers compute in FP8, and with what."""
+    te_fp8: TransformerEngineFp8 | None = None
+    """The same by TransformerEngine."""
     dispatcher: DispatcherFactory | None = None
     """How rows travel to their experts' ranks; None: as moe.dispatcher.dispatcher_for says."""
+    fuse_weight_gradient: bool = False
+    """Whether Megatron-Core's linear layers add weight gradients to the main gradients themselves."""
     adamw: type[torch.optim.Optimizer] = torch.optim.AdamW
     update_block: UpdateBlock | None = None
     """The update of a block of weights by BlockAdamW; None: in plain PyTorch."""

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors  # pyright: ignore[reportPrivateUsage]
 
@@ -316,6 +317,29 @@ def leave_out_gradients(module: nn.Module) -> None:
             layer.disable_grad_reduce = True
         elif cast(Any, layer).tp_group.size() == 1 and layer.skip_bias_add:
             layer.explicit_expert_comm = True  # leaves the sum to others
+
+
+def linear_product(x: Tensor, weight: nn.Parameter, group: dist.ProcessGroup, *, fuse_weight_gradient: bool) -> Tensor:
+    """x [S, B, K] @ weight.T [S, B, N] as Megatron-Core's linear layers compute it, without messages to the group."""
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        None,
+        gradient_accumulation_fusion=fuse_weight_gradient,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+        tp_group=group,
+    )
+
+
+def has_weight_gradient_kernel() -> bool:
+    """Whether Megatron-Core's linear layers have found the kernel of gradient_accumulation_fusion. They look for it
+    when they are imported."""
+    from megatron.core.tensor_parallel import layers
+
+    return layers._grad_accum_fusion_available  # pyright: ignore[reportPrivateUsage]
 
 
 @functools.cache

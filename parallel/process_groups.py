@@ -49,6 +49,9 @@ class Groups:
     """The first and the last pipeline stage, over which Megatron-Core sums the gradients of an embedding that both
     hold; None on other stages, and where the stages share no embedding."""
     world: dist.ProcessGroup
+    amax: dist.ProcessGroup | None = None
+    """The ranks of this pipeline stage, over which delayed scaling in FP8 reduces the largest magnitudes; None: nothing
+    asks for it."""
 
     def named(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
         """(kind, group) of the groups that this rank belongs to. A group can be of several kinds: those of one rank
@@ -101,6 +104,7 @@ def start(
     backend: str | None = None,
     store: dist.Store | None = None,
     embedding: bool = True,
+    amax: bool = False,
 ) -> Runtime:
     """Initializes torch.distributed and this rank's process groups, and runs one collective over each group, so that a
     broken link is detected here and not in the first optimizer step.
@@ -111,6 +115,7 @@ def start(
         backend: None: the one that pick_device returns.
         store: the ranks' store, if they have met already; None: rendezvous here.
         embedding: whether the first and the last pipeline stage both hold the embedding.
+        amax: whether there is a group of the ranks of each pipeline stage.
 
     Raises:
         RendezvousError: the rendezvous timed out.
@@ -133,7 +138,7 @@ def start(
     if world.simulated and (loopback := _loopback()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # not reachable from the network
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=wait)
-    groups = build_groups(layout, world.rank, wait, embedding=embedding)
+    groups = build_groups(layout, world.rank, wait, embedding=embedding, amax=amax)
     set_parallel_state(groups, layout)
     _warm_up(groups, device)
     seed_all(seed)
@@ -163,7 +168,9 @@ rank, and none of them overlaps with another's. Not so those of ep and tp, which
 those of dp and edp, whose buckets become ready in the order of each rank's own backward pass."""
 
 
-def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = None, *, embedding: bool) -> Groups:
+def build_groups(
+    layout: Layout, rank: int, wait: datetime.timedelta | None = None, *, embedding: bool, amax: bool = False
+) -> Groups:
     """The groups of one rank. It makes only those that it is a member of, and their members alone take part.
 
     Nobody waits in a circle: every rank makes its groups in the order of `AXES`, and making one waits at most for its
@@ -176,6 +183,7 @@ def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = No
     Args:
         wait: how long a rank waits for the others; None: torch's default.
         embedding: whether the first and the last stage both hold the embedding.
+        amax: whether to make `Groups.amax`.
     """
     world = dist.group.WORLD
     assert world is not None
@@ -201,6 +209,7 @@ def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = No
         groups["optimizer_dp_cp"] = group("optimizer_dp_cp", layout.optimizer_group(rank, "dp", "cp"))
         groups["optimizer_edp"] = group("optimizer_edp", layout.optimizer_group(rank, "edp"))
         replicas = group("optimizer_replicas", layout.optimizer_replicas(rank))
+    of_stage = group("amax", layout.group(rank, "tp", "cp", "dp")) if amax else None
     stages = layout.group(rank, "pp")
     ends = [stages[0], stages[-1]] if layout.pp > 1 else stages
     has_embedding = embedding and rank in ends
@@ -209,6 +218,7 @@ def build_groups(layout: Layout, rank: int, wait: datetime.timedelta | None = No
         optimizer_replicas=replicas,
         embedding=group("embedding", ends) if has_embedding else None,
         world=world,
+        amax=of_stage,
     )
 
 

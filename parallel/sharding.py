@@ -115,6 +115,12 @@ class Marks(TypedDict, total=False):
     """Whether every tensor-parallel rank's shard counts in the gradient norm, and not only that of rank 0."""
     partition_dim: int
     partition_stride: int
+    main_grad: torch.Tensor
+    """Where its gradients of a step are added up, in Megatron-Core's buckets."""
+    grad_added_to_main_grad: bool
+    """Whether the gradient that autograd returns was added there already, and has no meaning."""
+    zero_out_wgrad: bool
+    """Whether a layer that adds its gradient there returns zeros, since autograd sums them with that of another."""
 
 
 def mark(parameter: nn.Parameter, **marks: Unpack[Marks]) -> None:

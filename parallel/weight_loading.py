@@ -21,8 +21,9 @@ from parallel.sharding import logical_name
 Shape = tuple[int, ...]
 
 _PREFIX = "weights."
-_TRANSIENT = ".last_load"
-"""Suffix of tensors that hold what a router counted in one step; a model without them ignores them."""
+_TRANSIENT = (".last_load", *(f".fp8_state.{name}_{way}" for name in ("scale", "amax") for way in ("fwd", "bwd")))
+"""Suffixes of tensors that hold what a router counted in one step, and the scales of delayed scaling in FP8. A model
+without them ignores them, and one in which they have another shape begins anew."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def match_weights(engine: Engine, stored: dict[str, Shape], only: Select | None 
         model = {name: shape for name, shape in model.items() if only(name) or name in states}
     found = {key.removeprefix(_PREFIX): shape for key, shape in stored.items() if key.startswith(_PREFIX)}
     same = {name for name, shape in model.items() if found.get(name) == shape}
-    mismatched = sorted((model.keys() & found.keys()) - same)
+    mismatched = sorted(name for name in (model.keys() & found.keys()) - same if not name.endswith(_TRANSIENT))
     mismatch = Mismatch(
         missing=sorted(model.keys() - found.keys() - states),
         mismatched=[f"{name} ({found[name]} in the checkpoint, {model[name]} in the model)" for name in mismatched],

@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 : "${IMAGE:?which image?}"
 mounts=$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR
-export SWITCHYARD_PYTHON=python3
+export SWITCHYARD_PYTHON=${SWITCHYARD_PYTHON:-python3}
 export SWITCHYARD_SRUN="--container-image=${IMAGE@Q} --no-container-mount-home \
 --container-mounts=${mounts@Q} --container-workdir=${SLURM_SUBMIT_DIR@Q}"
 # The home directory of the container is not kept, so neither would the token files in it be.

@@ -126,6 +126,7 @@ def start(
         threads=config.runtime.threads,
         store=store,
         embedding=config.model.stages_share_embedding,
+        amax=train and config.precision == "fp8" and config.fp8.recipe == "delayed",
     )
     precision, why_precision = choose_precision(config.precision, run.device)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -134,7 +135,13 @@ def start(
     inspected = preflight(config, run, dtype) if train and config.runtime.preflight else None
     context = RunContext(config, run, dtype, train)
     ops, chosen = select_ops(context, Measurements(config.data.cache_dir, run_dir) if run_dir else None)
-    core = transformer_config(config.model, run, dtype, deterministic=config.train.deterministic)
+    core = transformer_config(
+        config.model,
+        run,
+        dtype,
+        deterministic=config.train.deterministic,
+        fuse_weight_gradient=ops.fuse_weight_gradient,
+    )
     build_context = ModelBuildContext(config.model, core, run, config.train.seed, ops, config.lora)
 
     def build_chunk(chunk: int) -> ModelChunk:

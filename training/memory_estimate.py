@@ -140,6 +140,8 @@ def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
         "blockwise": values / FP8_BLOCK**2,
         "rowwise": sum(n * (inner + outer) for n, inner, outer in quantized),
         "tensorwise": 0,
+        "delayed": 0,
+        "mxfp8": 2 * values / 32 / 4,
     }
     # One byte in each of two layouts, since FP8 products read both operands along the inner dimension; fp32 scales.
     return 2 * values + 4 * scales[fp8.recipe]

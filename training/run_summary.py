@@ -68,6 +68,10 @@ def _step_row(config: Config, layout: Layout) -> list[tuple[str, str, str]]:
 def _te_row(config: Config, *, bf16: bool) -> list[tuple[str, str, str]]:
     """What TransformerEngine would compute, on GPUs."""
     parts, wanted = te_parts(config), config.model.transformer_impl
+    if config.precision == "fp8" and config.fp8.kernels == "te":
+        recipe = f"FP8 products ({config.fp8.recipe})"
+        why = "has to be installed and to have the recipe for these GPUs, which the start of the run shows"
+        return [("TransformerEngine", ", ".join([recipe, *parts]), f"{why} (fp8.kernels=te)")]
     if not (config.cluster.gpus and bf16 and parts):
         return []
     why = "where it is installed and computes the same, which the start of the run shows"

@@ -21,6 +21,7 @@ STAGES = {
     "ceilings": 30,
     "warmup": 65,
     "correctness": 60,
+    "te": 60,
     "gemm": 45,
     "steps": 240,
     "train": 120,

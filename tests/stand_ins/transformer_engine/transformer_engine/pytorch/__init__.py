@@ -4,6 +4,7 @@ from transformer_engine.pytorch import cpp_extensions, optimizers, permutation, 
 from transformer_engine.pytorch.attention import DotProductAttention
 from transformer_engine.pytorch.module import GroupedLinear, LayerNormLinear, Linear, RMSNorm
 from transformer_engine.pytorch.permutation import moe_permute, moe_unpermute
+from transformer_engine.pytorch.quantization import autocast
 
 __all__ = [
     "DotProductAttention",
@@ -11,6 +12,7 @@ __all__ = [
     "LayerNormLinear",
     "Linear",
     "RMSNorm",
+    "autocast",
     "cpp_extensions",
     "moe_permute",
     "moe_unpermute",

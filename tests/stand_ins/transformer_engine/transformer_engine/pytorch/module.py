@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from transformer_engine.pytorch.products import LinearProduct, add_weight_gradient
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager, Fp8Module
 
 
 def _no_init(weight: Tensor) -> None:
     nn.init.normal_(weight, mean=0.0, std=0.023)
 
 
-class Linear(nn.Module):
+class Linear(Fp8Module):
     """y = x @ weight.T + bias, with the collectives of column or row parallelism. Unlike Megatron-Core's layer it
     returns (y, bias) only if return_bias is set."""
 
@@ -37,6 +38,7 @@ class Linear(nn.Module):
         device: Any = "cuda",
     ):
         super().__init__()
+        self.begin()
         assert parallel_mode in (None, "column", "row")
         self.tp_group, self.tp_size = tp_group, tp_size if tp_group is None else tp_group.size()
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
@@ -54,6 +56,10 @@ class Linear(nn.Module):
             (init_method or _no_init)(self.weight.data)
 
     def _product(self, x: Tensor, first: bool | None) -> Any:
+        if FP8GlobalStateManager.enabled:
+            assert self.tp_size == 1 and not self.use_bias
+            x_RK = x.reshape(-1, x.shape[-1])
+            return self.fp8_product(x_RK, [len(x_RK)], [self.weight], first).view(*x.shape[:-1], -1)
         applied = self.bias if self.use_bias and not self.return_bias else None
         y = LinearProduct.apply(x, self.weight, applied, self, first)
         return (y, self.bias) if self.return_bias else y
@@ -179,7 +185,7 @@ class _Grouped(torch.autograd.Function):
         return torch.cat(dx), None, None, None, *grads
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Fp8Module):
     """One product for groups of rows, each with its own weight [N, K]: weight0, weight1, ..."""
 
     def __init__(
@@ -200,6 +206,7 @@ class GroupedLinear(nn.Module):
         device: Any = "cuda",
     ):
         super().__init__()
+        self.begin()
         assert not bias and parallel_mode is None
         self.num_gemms, self.fuse_wgrad_accumulation = num_gemms, fuse_wgrad_accumulation
         for i in range(num_gemms):
@@ -212,4 +219,6 @@ class GroupedLinear(nn.Module):
         splits = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         assert len(splits) == self.num_gemms and all(w.is_contiguous() for w in weights)
+        if FP8GlobalStateManager.enabled:
+            return self.fp8_product(inp, splits, weights, is_first_microbatch)
         return _Grouped.apply(inp, splits, self, is_first_microbatch, *weights)

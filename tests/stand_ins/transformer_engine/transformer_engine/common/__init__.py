@@ -1,0 +1,1 @@
+"""Stands for transformer_engine.common."""
