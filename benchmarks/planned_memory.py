@@ -46,6 +46,12 @@ CASES = {
     ),
     "qwen3, moe": (1, f"model=qwen3_30b_a3b {NARROW} model.head_dim=64 {EXPERTS} model.recompute=[moe]"),
     "qwen3, full": (1, f"model=qwen3_30b_a3b {NARROW} model.head_dim=64 {EXPERTS} model.recompute=[full]"),
+    "qwen3, adapters": (1, f"model=qwen3_30b_a3b {NARROW} model.head_dim=64 {EXPERTS} lora.rank=8"),
+    "qwen3, adapters of attention, ep": (
+        2,
+        f"model=qwen3_30b_a3b {NARROW} model.head_dim=64 {EXPERTS} parallel.ep=2 lora.rank=8 lora.dropout=0.1 "
+        "lora.target=['*.attention.*']",
+    ),
     "deepseek": (1, f"model=deepseek_v3 {NARROW} model.v_head_dim=32 {LATENT} {EXPERTS}"),
     "deepseek, tp sp ep": (
         4,
@@ -131,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     from parallel.local_launcher import RankPool
 
     print(f"{processor()}; one step of {MICRO_BATCHES} micro-batches of 2 x 512 tokens a replica, fp32; MB = 1e6 bytes")
-    print(f"{'':<28} {'ranks':>5} {'measured':>10} {'planned':>10} {'':>7} {'counted':>10}")
+    print(f"{'':<32} {'ranks':>5} {'measured':>10} {'planned':>10} {'':>7} {'counted':>10}")
     worst = 0.0
     with RankPool(max(CASES[name][0] for name in names)) as pool:
         for name in names:
@@ -139,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             errors = [value / peaks.measured - 1 for value in (peaks.planned, peaks.counted)]
             worst = max(worst, abs(errors[0]))
             print(
-                f"{name:<28} {CASES[name][0]:>5} {peaks.measured / 1e6:>7.1f} MB {peaks.planned / 1e6:>7.1f} MB "
+                f"{name:<32} {CASES[name][0]:>5} {peaks.measured / 1e6:>7.1f} MB {peaks.planned / 1e6:>7.1f} MB "
                 f"{errors[0]:>+7.1%} {peaks.counted / 1e6:>7.1f} MB {errors[1]:>+7.1%}",
                 flush=True,
             )

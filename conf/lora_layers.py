@@ -2,8 +2,10 @@
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from conf.extensions import input_projections
 from conf.lora_schema import LoraConfig
@@ -34,6 +36,24 @@ class AdaptedLayer:
         return f"{module}.lora.{part}.{factor}"
 
 
+@dataclass(frozen=True)
+class AdaptedKind:
+    """A layer that has adapters in some sparse, or some dense blocks."""
+
+    layer: AdaptedLayer
+    """Its name is that within a block: attention.q, for example."""
+    sparse: bool
+    blocks: frozenset[int]
+    """Their indices in the model."""
+    share: float
+    """Of the model's sparse, or of its dense blocks."""
+
+    @property
+    def module(self) -> str:
+        """attention, ffn, ffn.experts or ffn.shared.ffn."""
+        return self.layer.name.rpartition(".")[0]
+
+
 def is_adapter(parameter: str) -> bool:
     """Whether a logical name is that of an adapter's parameter."""
     return ".lora." in parameter
@@ -47,15 +67,30 @@ def scale_of(lora: LoraConfig) -> float:
 
 def adaptable_layers(model: ModelConfig) -> Iterator[AdaptedLayer]:
     """All of them, without those of layers for multi-token prediction."""
-    for index in range(model.num_layers):
-        yield from _attention(model, f"layers.{index}.attention.")
-        ffn = f"layers.{index}.ffn."
-        if not model.is_sparse(index):
-            yield from _feed_forward(model, ffn, model.ffn_hidden_size)
-            continue
-        yield from _feed_forward(model, f"{ffn}experts.", model.expert_width, model.moe.num_experts)
-        if model.moe.num_shared_experts:
-            yield from _feed_forward(model, f"{ffn}shared.ffn.", model.shared_width)
+    kinds = _kinds(model)
+    for index, sparse in enumerate(map(model.is_sparse, range(model.num_layers))):
+        yield from _of_block(kinds, index, sparse=sparse)
+
+
+class _Kinds(NamedTuple):
+    """The layers of a block, with their names within it."""
+
+    attention: tuple[AdaptedLayer, ...]
+    sparse: tuple[AdaptedLayer, ...]
+    dense: tuple[AdaptedLayer, ...]
+
+
+def _kinds(model: ModelConfig) -> _Kinds:
+    experts = [*_feed_forward(model, "ffn.experts.", model.expert_width, model.moe.num_experts)]
+    if model.moe.num_shared_experts:
+        experts += _feed_forward(model, "ffn.shared.ffn.", model.shared_width)
+    dense = _feed_forward(model, "ffn.", model.ffn_hidden_size)
+    return _Kinds(tuple(_attention(model, "attention.")), tuple(experts), tuple(dense))
+
+
+def _of_block(kinds: _Kinds, index: int, *, sparse: bool) -> Iterator[AdaptedLayer]:
+    for layer in (*kinds.attention, *(kinds.sparse if sparse else kinds.dense)):
+        yield replace(layer, name=f"layers.{index}.{layer.name}")
 
 
 def _attention(model: ModelConfig, prefix: str) -> Iterator[AdaptedLayer]:
@@ -89,9 +124,33 @@ def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[AdaptedLayer]:
     """
     if lora.rank is None:
         return []
-    layers = {layer.name: layer for layer in adaptable_layers(model)}
+    return list(_selection(model, lora).layers)
+
+
+def adapted_kinds(model: ModelConfig, lora: LoraConfig) -> tuple[AdaptedKind, ...]:
+    """adapted_layers, those of all blocks that are alike together: a few, however many layers the model has."""
+    return () if lora.rank is None else _selection(model, lora).kinds
+
+
+class _Selection(NamedTuple):
+    layers: tuple[AdaptedLayer, ...]
+    kinds: tuple[AdaptedKind, ...]
+
+
+def _selection(model: ModelConfig, lora: LoraConfig) -> _Selection:
+    blocks = tuple(map(model.is_sparse, range(model.num_layers)))
+    return _selected(_kinds(model), blocks, lora.rank or 0, lora.dora, tuple(lora.target))
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for those of one model in every candidate
+def _selected(kinds: _Kinds, blocks: tuple[bool, ...], rank: int, dora: bool, target: tuple[str, ...]) -> _Selection:
+    """Args:
+    blocks: whether each is sparse.
+    """
+    every = (layer for index, sparse in enumerate(blocks) for layer in _of_block(kinds, index, sparse=sparse))
+    layers = {layer.name: layer for layer in every}
     chosen = set[str]()
-    for pattern in lora.target:
+    for pattern in target:
         matched = fnmatch.filter(layers, pattern.removeprefix("!"))
         if not matched:
             near = _nearest(pattern.removeprefix("!"), layers)
@@ -100,19 +159,30 @@ def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[AdaptedLayer]:
     if not chosen:
         raise ValueError("lora.target selects a layer, but none is left; nearest: lora.target=['*'] or lora.rank=null")
     found = [layer for name, layer in layers.items() if name in chosen]
-    if lora.dora and (experts := next((layer.name for layer in found if layer.experts), None)):
+    if dora and (experts := next((layer.name for layer in found if layer.experts), None)):
         raise ValueError(
             f"lora.dora needs adapters of linear layers alone, but lora.target selects {experts}: peft, which loads "
             "adapters, has no DoRA for routed experts; nearest: lora.target=['*','!*.experts.*'] or lora.dora=false"
         )
     narrowest = min(found, key=lambda layer: min(layer.inner, layer.outer))
     width = min(narrowest.inner, narrowest.outer)
-    if lora.rank > width:
+    if rank > width:
         raise ValueError(
-            f"lora.rank <= the dimensions of every adapted layer, but {lora.rank} > {width}: {narrowest.name} is "
+            f"lora.rank <= the dimensions of every adapted layer, but {rank} > {width}: {narrowest.name} is "
             f"{narrowest.outer} x {narrowest.inner}; nearest: lora.rank={width}, or exempt it in lora.target"
         )
-    return found
+    return _Selection(tuple(found), _by_kind(found, blocks))
+
+
+def _by_kind(layers: list[AdaptedLayer], blocks: tuple[bool, ...]) -> tuple[AdaptedKind, ...]:
+    alike: dict[tuple[AdaptedLayer, bool], list[int]] = {}
+    for layer in layers:
+        inside = replace(layer, name=layer.name.split(".", 2)[2])
+        alike.setdefault((inside, blocks[layer.layer]), []).append(layer.layer)
+    return tuple(
+        AdaptedKind(inside, sparse, frozenset(found), len(found) / blocks.count(sparse))
+        for (inside, sparse), found in alike.items()
+    )
 
 
 def _nearest(pattern: str, names: dict[str, AdaptedLayer]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.lora_layers import AdaptedLayer, adapted_layers
-from conf.schema import Config, LoraConfig, ModelConfig
+from conf.lora_layers import adapted_kinds
+from conf.schema import Config, ModelConfig
 from parallel.layout import Layout
 from training.flops import Cost, attention_span, experts_per_token, model_cost
 
@@ -119,43 +119,39 @@ def adapter_parameters(config: Config, layout: Layout, stage: "Stage | None" = N
         stage: None: of all stages together.
     """
     lora, model = config.lora, config.model
+    here = _blocks_of(model, layout, stage)
     spread = experts = 0.0
-    for layer in _of_stage(model, lora, layout, stage):
+    for kind in adapted_kinds(model, lora):
+        layer, count = kind.layer, len(kind.blocks & here)
         inner, outer = layer.inner, layer.outer
         if layer.experts:
-            experts += layer.experts / (layout.ep * layout.etp) * (lora.rank or 0) * (inner + outer)
+            experts += count * layer.experts / (layout.ep * layout.etp) * (lora.rank or 0) * (inner + outer)
             continue
         inner /= layout.tp if layer.sharded == "inner" else 1
         outer /= layout.tp if layer.sharded == "outer" else 1
-        spread += (lora.rank or 0) * (inner + outer) + lora.dora * outer
+        spread += count * ((lora.rank or 0) * (inner + outer) + lora.dora * outer)
     return spread, experts
 
 
-def _of_stage(model: ModelConfig, lora: LoraConfig, layout: Layout, stage: "Stage | None") -> list[AdaptedLayer]:
-    layers = adapted_layers(model, lora)
+def _blocks_of(model: ModelConfig, layout: Layout, stage: "Stage | None") -> set[int]:
     if stage is None:
-        return layers
+        return set(range(model.num_layers))
     chunks = range(stage.index, layout.pp * layout.vpp, layout.pp)
-    here = {layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)}
-    return [layer for layer in layers if layer.layer in here]
+    return {layer for chunk in chunks for layer in layout.chunk_layers(chunk, model.num_layers)}
 
 
 def experts_are_adapted(config: Config) -> bool:
     """Whether routed experts have adapters."""
-    return any(layer.experts for layer in adapted_layers(config.model, config.lora))
+    return any(kind.layer.experts for kind in adapted_kinds(config.model, config.lora))
 
 
 def share_adapted(config: Config, name: str, *, sparse: bool) -> Mapping[str, float]:
     """Of each projection of the modules `name` (attention, ffn, ffn.experts or ffn.shared.ffn) of sparse or of dense
     layers, the share that has adapters."""
-    model, found = config.model, defaultdict[str, float](float)
-    if config.lora.rank is None:
-        return found
-    count = sum(model.is_sparse(layer) == sparse for layer in range(model.num_layers))
-    for layer in adapted_layers(model, config.lora):
-        module, _, part = layer.name.split(".", 2)[2].rpartition(".")
-        if module == name and model.is_sparse(layer.layer) == sparse:
-            found[part] += 1 / count
+    found = defaultdict[str, float](float)
+    for kind in adapted_kinds(config.model, config.lora):
+        if kind.module == name and kind.sparse == sparse:
+            found[kind.layer.name.rpartition(".")[2]] = kind.share
     return found
 
 

@@ -3,7 +3,7 @@ beside those of training.kept_activations."""
 
 from typing import TYPE_CHECKING
 
-from conf.lora_layers import AdaptedLayer, adapted_layers
+from conf.lora_layers import AdaptedLayer, adapted_kinds
 from training.adapters import share_adapted
 
 if TYPE_CHECKING:
@@ -14,16 +14,12 @@ def kept_by_adapters(of: "Activations", kind: str, *, sparse: bool) -> float:
     """Bytes that the adapters of attention, or of the feed-forward layer (ffn), keep in a sparse or a dense layer: the
     products with A, which B multiplies; with lora.dropout also the factors of their inputs, and the inputs times these;
     with lora.dora their outputs before they are scaled."""
-    model = of.model
-    if of.config.lora.rank is None:
-        return 0.0
-    layers = [
-        layer
-        for layer in adapted_layers(model, of.config.lora)
-        if model.is_sparse(layer.layer) == sparse and layer.name.split(".")[2] == kind
+    kinds = [
+        found
+        for found in adapted_kinds(of.model, of.config.lora)
+        if found.sparse == sparse and found.layer.name.split(".")[0] == kind
     ]
-    count = sum(model.is_sparse(layer) == sparse for layer in range(model.num_layers))
-    return of.value * sum(_values(of, layer) for layer in layers) / max(1, count)
+    return of.value * sum(found.share * _values(of, found.layer) for found in kinds)
 
 
 def _values(of: "Activations", layer: AdaptedLayer) -> float:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from conf.lora_layers import is_adapter
 from conf.schema import Config
 from models.decoder import Block, ModelBuildContext, ModelChunk
 from models.megatron_config import transformer_config
@@ -27,6 +28,7 @@ from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 from parallel import chunked_ops
 from parallel.batch_context import TRAIN, BatchContext
+from parallel.freezing import freeze
 from parallel.layout import Layout
 from parallel.local_launcher import fake_rank
 from parallel.process_groups import Runtime
@@ -64,6 +66,8 @@ def meta_step(
     """Runs a pipeline stage. With virtual stages, those of the stage one after the other: `kept` is the sum, and the
     peak is that of the one which needs most beyond what it keeps.
 
+    Where adapters alone are trained, the model's own weights have no gradient, as in a run.
+
     Args:
         bf16: whether weights and activations are in bf16.
         imbalance: rows that this rank's experts receive, relative to the mean.
@@ -74,10 +78,12 @@ def meta_step(
     with fake_rank(layout, rank) as runtime, _without_device(on_gpu) as buffer:
         core = transformer_config(config.model, runtime, dtype, deterministic=False)
         ops = ops_on("cuda" if on_gpu else "cpu", config, runtime, dtype)
-        context = ModelBuildContext(config.model, core, runtime, config.train.seed, ops)
+        context = ModelBuildContext(config.model, core, runtime, config.train.seed, ops, config.lora)
         how = {"sequence_length": config.train.sequence_length, "document_mask": False}
         for index in range(layout.vpp):
             chunk = ModelChunk(context, chunk=index, **how)
+            if config.lora.rank is not None:
+                freeze([chunk], lambda name: not is_adapter(name))
             # As in a run: what code does not place lies on the host.
             with torch.device("cpu"), _counts(config, layout, imbalance):
                 kept, peak = _run(chunk, config, layout, on_gpu, found)
@@ -102,7 +108,8 @@ def _run(chunk: ModelChunk, config: Config, layout: Layout, on_gpu: bool, found:
         sent = 0 if chunk.post_process or layout.vpp > 1 else out.nbytes  # given back when it has been sent
         live.peak = live.total()
         out = out.mean() if chunk.post_process else out
-        torch.autograd.backward([out], [torch.ones_like(out)])
+        if out.requires_grad:  # a first stage without adapters has nothing to train
+            torch.autograd.backward([out], [torch.ones_like(out)])
     received = sum(tensor.nbytes for tensor in given)
     return totals[-1] - sent + received, live.peak + received
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.parity_variants import DEEPSEEK, LORA_EXPERTS, MLA
 from benchmarks.tiny import OPTIM, SEQUENCE, VOCABULARY, Variant, build_engine, gradients, my_batches, started
-from conf import rules
-from conf.lora_layers import adaptable_layers, adapted_layers, is_adapter
+from conf import lora_layers, rules
+from conf.lora_layers import adaptable_layers, adapted_kinds, adapted_layers, is_adapter
 from conf.schema import CheckpointConfig, Config, LoraConfig, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
 from models.logits import next_token_logits
 from ops.adapted_experts import Adapted, Factors, Product, frozen_product, loop_product
@@ -137,6 +138,22 @@ def test_the_last_matching_pattern_decides() -> None:
     found = adapted_layers(model, LoraConfig(4, target=["*", "!*.ffn.*", "layers.1.ffn.experts.down"]))
     assert [x.name for x in found if "ffn" in x.name] == ["layers.1.ffn.experts.down"]
     assert [x.name.split(".")[-1] for x in found][:4] == ["q", "k", "v", "out"]
+
+
+def test_layers_are_matched_once_for_all_candidates_of_a_plan() -> None:
+    """And what is alike together is the same layers."""
+    config = _config()
+    config.lora = LoraConfig(3, target=["*.attention.*", "layers.1.*", "!*.v"])
+    lora_layers._selected.cache_clear()
+    with mock.patch.object(lora_layers.fnmatch, "filter", wraps=lora_layers.fnmatch.filter) as matched:
+        for micro_batch in (1, 2, 4):
+            config.train.micro_batch_size = micro_batch
+            memory_per_rank(config, Layout(1), bf16=True, on_gpu=False)
+        layers, kinds = (of(config.model, config.lora) for of in (adapted_layers, adapted_kinds))
+    assert matched.call_count == len(config.lora.target)
+    apart = {replace(k.layer, name=f"layers.{block}.{k.layer.name}") for k in kinds for block in k.blocks}
+    assert apart == set(layers) and sum(len(kind.blocks) for kind in kinds) == len(layers)
+    assert all(config.model.is_sparse(block) == kind.sparse for kind in kinds for block in kind.blocks)
 
 
 def test_memory_and_flops_count_adapters_and_no_gradients_of_the_base() -> None:
