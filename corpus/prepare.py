@@ -18,7 +18,7 @@ from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
 from corpus.prepared_checks import check_conversations, check_held_out, check_training
-from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
+from corpus.text import MANIFEST, Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
 _POLL_SECONDS = 0.5
@@ -278,11 +278,15 @@ def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, data: DataConfig, cac
         template = ChatTemplate.of_data(data, path)
         key.append(template.identity())
         return cache.entry("tokens", key, lambda folder: write_chat(corpus, template, path, folder, progress))
-    return cache.entry("tokens", key, lambda folder: write_corpus(corpus, path, data.eod_token, folder, progress))
+
+    def build(folder: Path) -> None:
+        write_corpus(corpus, path, data.eod_token, folder, progress)
+
+    return cache.entry("tokens", key, build, resume=True)
 
 
 def _read_manifest(folder: Path, weight: float) -> _Part:
-    manifest, sha256 = json.loads((folder / "manifest.json").read_text()), digests(folder)
+    manifest, sha256 = json.loads((folder / MANIFEST).read_text()), digests(folder)
     sources: dict[str, list[Source]] = {"train": [], "valid": []}
     for split, counts in manifest["splits"].items():
         files = [f"{split}{suffix}" for suffix in (".idx", ".bin", WEIGHTS)]

@@ -9,7 +9,6 @@ data=megatron data.files=[PREFIX] data.tokenizer=PREFIX.tokenizer.json
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ from conf.commands import PrepareConfig
 from conf.override_text import command, override
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
-from corpus.text import TextCorpus, tokenizer_sample, write_corpus
+from corpus.integrity import sha256, stamp
+from corpus.resumable import resumable_folder
+from corpus.text import MANIFEST, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 from launch import cli
 from training.console import Console
 
-_OUTPUTS = {"train.bin": ".bin", "train.idx": ".idx", "tokenizer.json": ".tokenizer.json"}
+_OUTPUTS = {"tokenizer.json": ".tokenizer.json", "train.bin": ".bin", "train.idx": ".idx"}
 
 
 def main(config: PrepareConfig) -> int:
@@ -50,20 +51,27 @@ def main(config: PrepareConfig) -> int:
 
 def _write(config: PrepareConfig, corpus: TextCorpus, prefix: Path) -> dict[str, Any]:
     """Writes the three files and returns the manifest of the corpus."""
-    # Written to a temporary directory on the same file system: an interrupted command leaves no incomplete output.
-    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as temporary:
-        folder = Path(temporary)
+    # On the same file system: an interrupted command leaves no incomplete output. The same command continues there.
+    with resumable_folder(prefix.with_name(f".{prefix.name}.partial"), _identity(config, corpus)) as folder:
         with Console() as console:
             console.progress("training the tokenizer", 0.0)
             _provide_tokenizer(config, corpus, folder / "tokenizer.json")
             console.progress("training the tokenizer", 1.0)
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         if "train" not in manifest["splits"]:
             raise ValueError(f"{', '.join(corpus.spec.files)} contain no text")
         for name, suffix in _OUTPUTS.items():
             os.rename(folder / name, f"{prefix}{suffix}")
     return manifest
+
+
+def _identity(config: PrepareConfig, corpus: TextCorpus) -> list[Any]:
+    """Everything that determines the files, JSON-serialisable."""
+    files = [[path, *stamp(os.stat(path))] for path in corpus.spec.files]
+    given = None if config.tokenizer is None else sha256(tokenizer_json(config.tokenizer, "tokenizer"))
+    trained = [config.vocab_size, config.tokenizer_sample_mib] if given is None else []
+    return [files, config.text_key, config.strict, config.eod_token, given, *trained]
 
 
 def _check_output(output: str) -> Path:
@@ -84,16 +92,20 @@ def _check_output(output: str) -> Path:
 
 
 def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) -> None:
-    """Writes the given tokenizer, or one trained on the corpus, to `path`."""
+    """Writes the given tokenizer, or one trained on the corpus, to `path`, unless it is there."""
     from corpus.tokenizer import Tokenizer
 
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.partial")
     if config.tokenizer is not None:
         given = tokenizer_json(config.tokenizer, "tokenizer")
         Tokenizer.load(given, config.eod_token)  # validates it before copying
-        shutil.copyfile(given, path)
+        shutil.copyfile(given, partial)
     else:
         sample = tokenizer_sample([corpus], config.tokenizer_sample_mib * 2**20)
-        Tokenizer.train(sample, vocab_size=config.vocab_size, eod_token=config.eod_token).save(str(path))
+        Tokenizer.train(sample, vocab_size=config.vocab_size, eod_token=config.eod_token).save(str(partial))
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":

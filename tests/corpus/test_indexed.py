@@ -1,53 +1,11 @@
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from corpus import indexed
-from corpus.indexed import TokenWriter, extreme_ids, read_index
-from corpus.tokenizer import Tokenizer
+from corpus.indexed import extreme_ids, read_index
 from tests.corpus.helpers import token_range, write_pair
-
-TEXTS = [f"document {i} says {'word ' * (i % 7)}\n" for i in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(TEXTS, vocab_size=300, eod_token="<eod>")
-
-
-def write(prefix, texts, tokenizer, measure=False) -> TokenWriter:
-    writer = TokenWriter(str(prefix), tokenizer, measure=measure)
-    for text in texts:
-        writer.add(text)
-    writer.finish()
-    return writer
-
-
-@pytest.mark.parametrize("batch", [1, 500, 1 << 20])
-def test_megatron_reads_what_was_written(tmp_path, monkeypatch, tokenizer, batch):
-    monkeypatch.setattr(indexed, "_BATCH_CHARACTERS", batch)
-    monkeypatch.setattr("corpus.tokenizer._SEGMENT", 12)
-    writer = write(tmp_path / "pair", TEXTS, tokenizer)
-    dataset = IndexedDataset(str(tmp_path / "pair"))
-    assert writer.num_documents == len(dataset) == len(TEXTS)
-    for text, ids in zip(TEXTS, dataset, strict=True):
-        assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eod_id]
-    assert dataset.index.dtype == np.uint16
-
-
-def test_bytes_and_gzip_of_the_text(tmp_path, tokenizer):
-    text = "".join(TEXTS).encode()
-    writer = write(tmp_path / "pair", TEXTS, tokenizer, measure=True)
-    assert writer.num_bytes == len(text)
-    if shutil.which("gzip") is None:
-        pytest.skip("needs gzip")
-    by_gzip = subprocess.run(["gzip", "-9"], input=text, capture_output=True, check=True).stdout
-    assert abs(writer.gzip_bytes - len(by_gzip)) <= 0.01 * len(by_gzip)
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,12 +65,3 @@ def test_pairs_that_cannot_be_used(tmp_path):
     refuse(short, r"type code 7 are not supported")
     (tmp_path / "short.idx").write_bytes(index[:-8] + (2).to_bytes(8, "little"))
     refuse(short, r"short\.idx is damaged: its last document ends at sequence 2")
-
-
-def test_sixteen_bits_only_where_the_ids_fit(tmp_path, tokenizer):
-    tokenizer.vocab_size, before = 70_000, tokenizer.vocab_size
-    try:
-        write(tmp_path / "pair", TEXTS[:2], tokenizer)
-    finally:
-        tokenizer.vocab_size = before
-    assert read_index(str(tmp_path / "pair")).dtype == np.int32
