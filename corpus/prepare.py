@@ -137,21 +137,8 @@ def prepare(
     if data.kind == "preference":
         sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "max_responses": max_responses}
         return _of_preferences(data, cache, notes, sizes, held_out_only=held_out_only, progress=progress)
-    found = dataset_specs(data, held_out_only)
     try:
-        corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
-        _hash_files([path for spec in corpora for path in spec.files], cache, progress)
-        vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
-        parts = []
-        for spec in found:
-            if spec in corpora:
-                folder = _tokenise(corpora[spec], vocabulary, data, cache, progress)
-                parts.append(_read_manifest(folder, spec.weight))
-            else:
-                vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
-                pairs = [prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")]
-                _hash_files(pairs, cache, progress)
-                parts.append(_read_megatron(spec, cache))
+        parts, vocabulary = _parts(data, dataset_specs(data, held_out_only), vocab_size, cache, progress)
     finally:
         cache.save_facts()  # even after an error: hashing a large corpus is expensive
     if data.document_mask and vocabulary.eod_id is None:
@@ -165,6 +152,25 @@ def prepare(
         check_training(prepared, sequence_length)
         check_held_out(prepared, sequence_length, data)
     return prepared
+
+
+def _parts(
+    data: DataConfig, found: list[DatasetSpec], vocab_size: int, cache: Cache, progress: Progress
+) -> tuple[list[_Part], _Vocabulary]:
+    """The sources of each data set, whose text is tokenised where it is not in the cache, and their vocabulary."""
+    corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
+    _hash_files([path for spec in corpora for path in spec.files], cache, progress)
+    vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
+    parts = []
+    for spec in found:
+        if spec in corpora:
+            folder = _tokenise(corpora[spec], vocabulary, data, cache, progress)
+            parts.append(_read_manifest(folder, spec.weight))
+        else:
+            vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
+            _hash_files([prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")], cache, progress)
+            parts.append(_read_megatron(spec, cache))
+    return parts, vocabulary
 
 
 def _of_preferences(
