@@ -63,7 +63,7 @@ class Cache:
         self._facts = self._read_facts()
         self._facts_changed = False
 
-    def entry(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
+    def entry(self, kind: str, key: Any, build: Callable[[Path], None], *, resume: bool = False) -> Path:
         """The directory of an entry, which is built if it does not exist.
 
         `build` fills an empty directory, which is renamed once it is complete. If several processes need the entry, one
@@ -72,6 +72,8 @@ class Cache:
         Args:
             kind: the subdirectory for entries of this kind.
             key: everything that the content depends on, JSON-serialisable.
+            resume: whether `build` continues what a process that was killed or interrupted has left in the directory,
+                instead of getting an empty one.
 
         Raises:
             ReadOnlyCache: the entry does not exist, or is damaged, and the cache cannot be written to.
@@ -95,7 +97,7 @@ class Cache:
                 if damage := _damage(place, record=True):
                     if place.exists() and damage != _MISSING:
                         self._note(f"{place} {damage}; it was rebuilt")
-                    _build(place, build)
+                    _build(place, build, resume=resume)
         except OSError as error:
             elsewhere = error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(self._folder)
             if error.errno not in _NOT_WRITABLE or elsewhere:
@@ -183,17 +185,18 @@ def _damage(place: Path, *, record: bool) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def _build(place: Path, build: Callable[[Path], None]) -> None:
+def _build(place: Path, build: Callable[[Path], None], *, resume: bool) -> None:
     partial = place.with_suffix(".partial")
-    for leftover in (partial, place):  # of a process that died; the lock excludes others
+    for leftover in (place,) if resume else (partial, place):  # of a process that died; the lock excludes others
         if leftover.exists():
             shutil.rmtree(leftover)
     _make_shared(partial)
     try:
         build(partial)
         integrity.seal(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not resume or isinstance(error, Exception):  # not a signal
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     os.rename(partial, place)
 

@@ -8,7 +8,6 @@ padding: a document of its own that is not routed and counts nowhere.
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from conf.schema import DataConfig
 from corpus.cache import Cache, ReadOnlyCache
 from corpus.conversations import FIRST_LABEL, WEIGHTS
 from corpus.indexed import TokenFile
+from corpus.packing import Packs, best_fit
 from corpus.prepare import Source
 from corpus.read_ahead import IndexAhead
 from corpus.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Conversations:
         sample = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
         return sample | {"padding": torch.arange(size) >= at}
 
-    def note(self, packs: "Packs", too_long: str) -> str:
+    def note(self, packs: Packs, too_long: str) -> str:
         """What the user is told about how the sequences are filled."""
         share = 1 - self.places[self.kept].sum() / (len(packs) * self.sequence_length)
         text = (
@@ -81,68 +81,6 @@ class Conversations:
             why = "too long" if too_long == "drop" else "without a token of the assistant before they are truncated"
             text += f"; {self.num_dropped:,} {why}: left out"
         return text
-
-
-class Packs:
-    """Which conversations each sequence of an epoch has."""
-
-    def __init__(self, members: np.ndarray, ends: np.ndarray) -> None:
-        """
-        Args:
-            members: conversations, sequence after sequence; int64.
-            ends: the end of each sequence in `members`, int64.
-        """
-        self._members, self._ends = members, ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self._members[self._ends[index - 1] if index else 0 : self._ends[index]]
-
-    @classmethod
-    def of(cls, packs: list[list[int]]) -> "Packs":
-        members = np.array([member for pack in packs for member in pack], dtype=np.int64)
-        return cls(members, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Packs":
-        return cls(
-            *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("members", "ends"))
-        )
-
-    def save(self, folder: Path) -> None:
-        for name, values in (("members", self._members), ("ends", self._ends)):
-            np.save(folder / f"{name}.npy", values, allow_pickle=False)
-
-
-def best_fit(places: np.ndarray, size: int) -> list[list[int]]:
-    """Packs items into bins by best-fit decreasing: the largest item first, each into the fullest bin in which it fits.
-
-    Args:
-        places: size of each item, at most `size`.
-
-    Returns:
-        Indices into `places` of the items of each bin.
-    """
-    bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0  # a bit for each free size that a bin has
-    for item in np.argsort(-places, kind="stable").tolist():
-        need = int(places[item])
-        fitting = rooms >> need
-        if fitting:
-            room = need + (fitting & -fitting).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, number = size, len(bins)
-            bins.append([])
-        bins[number].append(item)
-        by_room.setdefault(room - need, []).append(number)
-        rooms |= 1 << (room - need)
-    return bins
 
 
 def pack_epoch(chats: Conversations, *, packing: bool, seed: list[int] | None) -> Packs:
@@ -159,7 +97,7 @@ def pack_epoch(chats: Conversations, *, packing: bool, seed: list[int] | None) -
     packs: list[list[int]] = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        packs += [[int(part[item]) for item in pack] for pack in best_fit(chats.places[part], chats.sequence_length)]
+        packs += [part[pack].tolist() for pack in best_fit(chats.places[part], chats.sequence_length)]
     if generator is not None:
         packs = [packs[i] for i in generator.permutation(len(packs))]
     return Packs.of(packs)

@@ -1,15 +1,13 @@
 """Megatron token files: PREFIX.bin has the concatenated token ids of all documents, PREFIX.idx their lengths.
 
-They are written with Megatron-Core's builder, and read and validated here without importing it, so that a damaged file
+They are written (`corpus/pair_writer.py`), read and validated without importing Megatron-Core, so that a damaged file
 is found immediately and on a login node.
 """
 
 import contextlib
 import logging
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,10 +15,8 @@ import numpy as np
 
 from corpus.cache import Cache
 from corpus.documents import nearest_existing
-from corpus.tokenizer import Tokenizer
+from corpus.pair_writer import HEADER, MAGIC
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
 # megatron.core.datasets.indexed_dataset.DType. Ids in floating point have to be whole numbers.
 _DTYPES = {
     1: np.uint8,
@@ -32,7 +28,6 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
-_BATCH_CHARACTERS = 4 * 1024 * 1024
 _SCAN_TOKENS = 16 * 1024 * 1024
 _SCAN_SEQUENCES = 1024 * 1024
 
@@ -115,13 +110,13 @@ def _map_index(prefix: str) -> Index:
     _check_files(prefix)
     idx_path = prefix + ".idx"
     with open(idx_path, "rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size or header[:9] != _MAGIC:
-        raise ValueError(f"{idx_path} is not a Megatron index: it does not begin with {_MAGIC!r}")
-    _, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or header[:9] != MAGIC:
+        raise ValueError(f"{idx_path} is not a Megatron index: it does not begin with {MAGIC!r}")
+    _, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
         raise ValueError(f"{idx_path}: version {version} and type code {code} are not supported")
-    size = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+    size = HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
     if os.path.getsize(idx_path) == size + num_sequences and num_sequences:
         raise ValueError(
             f"{idx_path} is a multimodal index, with a mode for each of its {num_sequences} sequences; "
@@ -133,9 +128,9 @@ def _map_index(prefix: str) -> Index:
             f"for {num_sequences} sequences; create it again"
         )
     raw = np.memmap(idx_path, mode="r", offset=0)
-    lengths = np.frombuffer(raw, np.int32, num_sequences, _HEADER.size)
-    pointers = np.frombuffer(raw, np.int64, num_sequences, _HEADER.size + num_sequences * 4)
-    documents = np.frombuffer(raw, np.int64, num_boundaries, _HEADER.size + num_sequences * (4 + 8))
+    lengths = np.frombuffer(raw, np.int32, num_sequences, HEADER.size)
+    pointers = np.frombuffer(raw, np.int64, num_sequences, HEADER.size + num_sequences * 4)
+    documents = np.frombuffer(raw, np.int64, num_boundaries, HEADER.size + num_sequences * (4 + 8))
     return Index(_DTYPES[code], lengths, pointers, documents)
 
 
@@ -245,60 +240,3 @@ def quiet_import() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-class TokenWriter:
-    """Writes documents to a .bin/.idx pair. Texts are tokenised in batches, on all cores."""
-
-    def __init__(self, prefix: str, tokenizer: Tokenizer, *, measure: bool) -> None:
-        """
-        Args:
-            measure: whether to count the bytes of the text, and of its `gzip -9`.
-        """
-        assert tokenizer.eod_id is not None
-        with quiet_import():
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._prefix = prefix
-        self._tokenizer = tokenizer
-        self._builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        self._segments: list[tuple[str, bool]] = []  # not yet tokenised; whether it is the end of a document
-        self._characters = 0
-        self._encoded: list[np.ndarray] = []  # of an incomplete document
-        self._gzip = zlib.compressobj(9, wbits=31) if measure else None
-        self.num_documents = 0
-        self.num_bytes = 0
-        self.gzip_bytes = 0
-
-    def add(self, text: str) -> None:
-        """Appends a document and its end-of-document token."""
-        parts = self._tokenizer.segments(text)
-        for number, part in enumerate(parts, start=1):
-            self._segments.append((part, number == len(parts)))
-            self._characters += len(part)
-            if self._gzip:
-                data = part.encode()
-                self.num_bytes += len(data)
-                self.gzip_bytes += len(self._gzip.compress(data))
-            if self._characters >= _BATCH_CHARACTERS:
-                self._encode()
-        self.num_documents += 1
-
-    def finish(self) -> None:
-        """Writes the remaining documents and the .idx file."""
-        self._encode()
-        self._builder.finalize(self._prefix + ".idx")
-        if self._gzip:
-            self.gzip_bytes += len(self._gzip.flush())
-
-    def _encode(self) -> None:
-        encoded = self._tokenizer.encode_batch([part for part, _ in self._segments])
-        for ids, (_, ends) in zip(encoded, self._segments, strict=True):
-            if ends:
-                ids.append(self._tokenizer.eod_id)
-            self._encoded.append(np.array(ids, dtype=self._builder.dtype))
-            if ends:
-                document = np.concatenate(self._encoded)
-                self._builder.add_document(document, [len(document)])
-                self._encoded = []
-        self._segments, self._characters = [], 0

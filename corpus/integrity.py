@@ -64,6 +64,8 @@ def seal(folder: Path) -> None:
     """Records sizes and hashes of the files of a new entry."""
     hashes, stamps = {}, {}
     for file in sorted(folder.iterdir()):
+        if file.name in (_HASHES, _STAMPS):  # of a process that was killed before it renamed the entry
+            continue
         status = file.stat()
         hashes[file.name] = [status.st_size, sha256(file)]
         if status.st_size > ALWAYS_HASHED:

@@ -20,7 +20,7 @@ from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
 from corpus.objects import local_pairs
 from corpus.prepared_checks import check_conversations, check_held_out, check_training
-from corpus.text import Progress, TextCorpus, tokenizer_sample, write_corpus
+from corpus.text import MANIFEST, Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
 _POLL_SECONDS = 0.5
@@ -144,20 +144,7 @@ def prepare(
         if spec.source.yields == "tokens":
             found[number] = replace(spec, files=local_pairs(spec.files, cache, progress))
     try:
-        corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
-        local = [path for spec in corpora for path in spec.files if not storage.is_url(path)]
-        _hash_files(local, cache, progress)
-        vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
-        parts = []
-        for spec in found:
-            if spec in corpora:
-                folder = _tokenise(corpora[spec], vocabulary, data, cache, progress)
-                parts.append(_read_manifest(folder, spec.weight))
-            else:
-                vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
-                pairs = [prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")]
-                _hash_files(pairs, cache, progress)
-                parts.append(_read_megatron(spec, cache))
+        parts, vocabulary = _parts(data, found, vocab_size, cache, progress)
     finally:
         cache.save_facts()  # even after an error: hashing a large corpus is expensive
     if data.document_mask and vocabulary.eod_id is None:
@@ -171,6 +158,26 @@ def prepare(
         check_training(prepared, sequence_length)
         check_held_out(prepared, sequence_length, data)
     return prepared
+
+
+def _parts(
+    data: DataConfig, found: list[DatasetSpec], vocab_size: int, cache: Cache, progress: Progress
+) -> tuple[list[_Part], _Vocabulary]:
+    """The sources of each data set, whose text is tokenised where it is not in the cache, and their vocabulary."""
+    corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
+    local = [path for spec in corpora for path in spec.files if not storage.is_url(path)]
+    _hash_files(local, cache, progress)
+    vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
+    parts = []
+    for spec in found:
+        if spec in corpora:
+            folder = _tokenise(corpora[spec], vocabulary, data, cache, progress)
+            parts.append(_read_manifest(folder, spec.weight))
+        else:
+            vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
+            _hash_files([prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")], cache, progress)
+            parts.append(_read_megatron(spec, cache))
+    return parts, vocabulary
 
 
 def _of_preferences(
@@ -284,11 +291,15 @@ def _tokenise(corpus: TextCorpus, vocabulary: _Vocabulary, data: DataConfig, cac
         template = ChatTemplate.of_data(data, path)
         key.append(template.identity())
         return cache.entry("tokens", key, lambda folder: write_chat(corpus, template, path, folder, progress))
-    return cache.entry("tokens", key, lambda folder: write_corpus(corpus, path, data.eod_token, folder, progress))
+
+    def build(folder: Path) -> None:
+        write_corpus(corpus, path, data.eod_token, folder, progress)
+
+    return cache.entry("tokens", key, build, resume=True)
 
 
 def _read_manifest(folder: Path, weight: float) -> _Part:
-    manifest, sha256 = json.loads((folder / "manifest.json").read_text()), digests(folder)
+    manifest, sha256 = json.loads((folder / MANIFEST).read_text()), digests(folder)
     sources: dict[str, list[Source]] = {"train": [], "valid": []}
     for split, counts in manifest["splits"].items():
         files = [f"{split}{suffix}" for suffix in (".idx", ".bin", WEIGHTS)]

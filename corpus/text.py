@@ -5,10 +5,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corpus import storage
 from corpus.cache import Cache
@@ -16,10 +16,17 @@ from corpus.dataset_specs import DatasetSpec
 from corpus.documents import Document, SkippedRows, read_documents
 from corpus.objects import check_unchanged, content_id
 
+if TYPE_CHECKING:
+    from corpus.token_writer import CorpusWriter
+
 Progress = Callable[[str, float], None]
 """Called with the current activity and the fraction of it that is done."""
 
 
+MANIFEST = "manifest.json"
+_COUNTS = ("num_documents", "num_tokens")
+_LARGE = 32 * 2**20
+"""Bytes of files from which on processes of their own tokenise: their start takes half a second."""
 _SHORT = 4096  # characters
 _SMALL_SHARE = 0.1
 
@@ -137,46 +144,93 @@ def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]
                     yield piece.decode(errors="ignore")  # the last character may be incomplete
 
 
-def write_corpus(corpus: TextCorpus, tokenizer_path: str, eod_token: str, folder: Path, progress: Progress) -> None:
-    """Writes train.bin/.idx and valid.bin/.idx (each only where it has documents) and `manifest.json` into `folder`."""
-    from corpus.indexed import TokenWriter, read_index
+@dataclass
+class _Read:
+    """How far a corpus is read, and what the user is told about it. JSON-serialisable."""
+
+    files: int = 0
+    """Files that are read to their end."""
+    documents: int = 0
+    """Documents of the next file that are read."""
+    skipped: list[str] = field(default_factory=list)
+    """Messages about skipped rows of these files."""
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Invalid UTF-8 sequences by file."""
+    tails: dict[str, int] = field(default_factory=dict)
+    """Characters at the end of documents that were split, by file."""
+
+    def notes(self) -> list[str]:
+        return [*self.skipped, *_replacement_notes(self.replaced), *_tail_notes(self.tails)]
+
+
+def write_corpus(
+    corpus: TextCorpus,
+    tokenizer_path: str,
+    eod_token: str,
+    folder: Path,
+    progress: Progress,
+    *,
+    workers: int | None = None,
+) -> None:
+    """Writes train.bin/.idx and valid.bin/.idx (each only where it has documents) and `manifest.json` into `folder`.
+
+    What a process that was killed has written of the same corpus into the same folder is continued from the last shard
+    of documents that was complete; `manifest.json` is there once all is.
+
+    Args:
+        workers: processes that tokenise; 0: none but this one, in threads. None: one for each core that this process
+            may use, if the corpus is large enough to gain by it.
+    """
+    from corpus.encoder import usable_cores
+    from corpus.token_writer import CorpusWriter, remove_journal
     from corpus.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(tokenizer_path, eod_token)
-    writers: dict[str, TokenWriter] = {}
-    replaced: dict[str, int] = {}
-    tails: dict[str, int] = {}
-    for document, path, held_out, done in _all_documents(corpus):
-        split = "valid" if held_out else "train"
-        if split not in writers:
-            writers[split] = TokenWriter(str(folder / split), tokenizer, measure=held_out)
-        writers[split].add(document.text)
-        if document.replaced:
-            replaced[path] = document.replaced + replaced.get(path, 0)
-        if held_out and corpus.split.tail:
-            tails[path] = len(document.text) + tails.get(path, 0)
-        progress("tokenising", done)
-    splits, measured = {}, {"valid_bytes": 0, "valid_gzip_bytes": 0}
-    for split, writer in writers.items():
-        writer.finish()
-        tokens = read_index(str(folder / split)).num_tokens(0, writer.num_documents)
-        splits[split] = {"num_documents": writer.num_documents, "num_tokens": tokens}
-    if "valid" in writers:
-        measured = {"valid_bytes": writers["valid"].num_bytes, "valid_gzip_bytes": writers["valid"].gzip_bytes}
-    skipped = [rows.note(path) for path, rows in corpus.skipped.items() if rows.count]
-    notes = [*skipped, *_replacement_notes(replaced), *_tail_notes(tails)]
-    manifest = {"splits": splits, "held_out": measured, "notes": notes}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if not (folder / MANIFEST).exists():
+        sizes = storage.each(storage.size, corpus.spec.files)
+        if workers is None:
+            workers = usable_cores() if sum(sizes) >= _LARGE and usable_cores() > 1 else 0
+        writer = CorpusWriter(folder, Tokenizer.load(tokenizer_path, eod_token), workers=workers)
+        try:
+            _write_documents(corpus, sizes, writer, folder, progress)
+        finally:
+            writer.close()
+    remove_journal(folder)
 
 
-def _all_documents(corpus: TextCorpus) -> Iterator[tuple[Document, str, bool, float]]:
-    """Documents, their files, whether they are held out, and the fraction of the corpus read so far."""
-    sizes = storage.each(storage.size, corpus.spec.files)
-    before, total = 0, sum(sizes)
-    for path, size in zip(corpus.spec.files, sizes, strict=True):
-        for document, held_out in corpus.documents(path):
-            yield document, path, held_out, (before + document.done * size) / total
-        before += size
+def _write_documents(
+    corpus: TextCorpus, sizes: list[int], writer: "CorpusWriter", folder: Path, progress: Progress
+) -> None:
+    read = _Read(**(writer.restored or {}))
+    written = read.documents
+    before, total = sum(sizes[: read.files]), sum(sizes)
+    for path, size in zip(corpus.spec.files[read.files :], sizes[read.files :], strict=True):
+        for number, (document, held_out) in enumerate(corpus.documents(path), start=1):
+            done = (before + document.done * size) / total
+            if number <= written:
+                progress("reading what is tokenised", done)
+                continue
+            writer.add(document.text, held_out=held_out)
+            read.documents = number
+            if document.replaced:
+                read.replaced[path] = document.replaced + read.replaced.get(path, 0)
+            if held_out and corpus.split.tail:
+                read.tails[path] = len(document.text) + read.tails.get(path, 0)
+            progress("tokenising", done)
+            if writer.shard_is_full:
+                writer.end_shard(asdict(read))
+        skipped = corpus.skipped.get(path)
+        read.skipped += [skipped.note(path)] if skipped and skipped.count else []
+        before, written = before + size, 0
+        read.files, read.documents = read.files + 1, 0
+    writers = writer.finish()
+    splits = {split: dict(zip(_COUNTS, one.pair.position, strict=True)) for split, one in writers.items()}
+    measured = {
+        "valid_bytes": writers["valid"].num_bytes if "valid" in writers else 0,
+        "valid_gzip_bytes": writers["valid"].gzip_bytes if "valid" in writers else 0,
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"splits": splits, "held_out": measured, "notes": read.notes()}))
+    os.replace(partial, folder / MANIFEST)
 
 
 def _replacement_notes(replaced: dict[str, int]) -> list[str]:

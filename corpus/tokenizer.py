@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -88,6 +89,9 @@ class Tokenizer:
         inner.train_from_iterator(texts, trainer)
         return cls(inner, inner.token_to_id(eod_token))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._inner.to_str(), self.eod_id)
+
     def save(self, path: str) -> None:
         """Writes a tokenizer.json."""
         self._inner.save(path)
@@ -99,6 +103,20 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_pieces(
+        self, texts: list[str], last: Sequence[bool], dtype: "np.dtype"
+    ) -> "tuple[np.ndarray, np.ndarray]":
+        """The token ids of some texts, one after the other, each with an end-of-document token where `last` is set; and
+        the number of tokens of each text, int64. On all cores."""
+        import numpy as np
+
+        ids = self.encode_batch(texts)
+        for of_text, is_last in zip(ids, last, strict=True):
+            if is_last:
+                of_text.append(self.eod_id)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
 
     def encode_with_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text in which special tokens are parsed, such as a rendered chat template, and the first
@@ -165,6 +183,10 @@ class Tokenizer:
             one_byte = re.fullmatch("<0x[0-9A-F]{2}>", self._inner.id_to_token(i))
             lengths.append(1 if one_byte else len(text.encode()) - alone)
         return lengths
+
+
+def _unpickled(state: str, eod_id: int | None) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(state), eod_id)
 
 
 def _safe_split_pattern(state: dict[str, Any]) -> re.Pattern[str] | None:

@@ -14,7 +14,8 @@ folder of shards with a manifest, for training with data=megatron data.files=[FO
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from conf.prepare_rules import check_prepare
 from corpus import storage
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
+from corpus.integrity import sha256, stamp
+from corpus.resumable import resumable_folder
 from corpus.shards import TOKENIZER
-from corpus.text import TextCorpus, tokenizer_sample, write_corpus
+from corpus.text import MANIFEST, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 from launch import cli
 from training.console import Console
@@ -93,22 +96,42 @@ def _check_folder(output: str) -> Path:
 
 def _write(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> dict[str, Any]:
     """Writes the three files and returns the manifest of the corpus."""
-    # Written to a temporary directory, which is on the same file system unless the output is an object: an interrupted
-    # command leaves no incomplete output.
-    beside = None if storage.is_url(prefix) else Path(prefix).parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{Path(prefix).name}.") as temporary:
-        folder = Path(temporary)
+    with _work_folder(config, corpus, prefix) as folder:
         with Console() as console:
             console.progress("training the tokenizer", 0.0)
             _provide_tokenizer(config, corpus, folder / "tokenizer.json")
             console.progress("training the tokenizer", 1.0)
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         if "train" not in manifest["splits"]:
             raise ValueError(f"{', '.join(corpus.spec.files)} contain no text")
         for name, suffix in _OUTPUTS.items():
             storage.put(folder / name, f"{prefix}{suffix}")
     return manifest
+
+
+def _work_folder(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> AbstractContextManager[Path]:
+    """Nothing incomplete is ever at the output. Beside a local one, on its file system, is what an interrupted command
+    left, and the same command continues there."""
+    if storage.is_url(prefix):
+        return _temporary_folder()
+    return resumable_folder(Path(prefix).with_name(f".{Path(prefix).name}.partial"), _identity(config, corpus))
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _identity(config: PrepareConfig, corpus: TextCorpus) -> list[Any]:
+    """Everything that determines the files, JSON-serialisable."""
+    files = [
+        [path, storage.version(path) if storage.is_url(path) else stamp(os.stat(path))] for path in corpus.spec.files
+    ]
+    given = None if config.tokenizer is None else sha256(tokenizer_json(config.tokenizer, "tokenizer"))
+    trained = [config.vocab_size, config.tokenizer_sample_mib] if given is None else []
+    return [files, config.text_key, config.strict, config.eod_token, given, *trained]
 
 
 def _check_output(output: str) -> str:
@@ -144,16 +167,20 @@ def _check_absent(prefix: str) -> None:
 
 
 def _provide_tokenizer(config: PrepareConfig, corpus: TextCorpus, path: Path) -> None:
-    """Writes the given tokenizer, or one trained on the corpus, to `path`."""
+    """Writes the given tokenizer, or one trained on the corpus, to `path`, unless it is there."""
     from corpus.tokenizer import Tokenizer
 
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.partial")
     if config.tokenizer is not None:
         given = tokenizer_json(config.tokenizer, "tokenizer")
         Tokenizer.load(given, config.eod_token)  # validates it before copying
-        shutil.copyfile(given, path)
+        shutil.copyfile(given, partial)
     else:
         sample = tokenizer_sample([corpus], config.tokenizer_sample_mib * 2**20)
-        Tokenizer.train(sample, vocab_size=config.vocab_size, eod_token=config.eod_token).save(str(path))
+        Tokenizer.train(sample, vocab_size=config.vocab_size, eod_token=config.eod_token).save(str(partial))
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,29 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     assert (cache.entry("things", "key", write("whole")) / "a.txt").read_text() == "whole"
 
 
+def test_leftovers_are_continued_where_that_is_asked_for(tmp_path):
+    """After a signal, or a kill between hashing and renaming; after an error nothing is left."""
+
+    def build(folder: Path, error: type[BaseException] | None = None) -> None:
+        (folder / "parts.txt").write_text((folder / "parts.txt").read_text() + "x" if [*folder.iterdir()] else "x")
+        if error:
+            raise error
+
+    cache = Cache(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        cache.entry("kind", 1, lambda folder: build(folder, KeyboardInterrupt), resume=True)
+    place = cache.entry("kind", 1, build, resume=True)
+    assert (place / "parts.txt").read_text() == "xx"
+    place.rename(place.with_suffix(".partial"))  # with the hashes that it has
+    assert (cache.entry("kind", 1, build, resume=True) / "parts.txt").read_text() == "xxx"
+    notes: list[str] = []
+    Cache(str(tmp_path), notes.append).entry("kind", 1, build, resume=True)
+    assert not notes
+    with pytest.raises(ValueError):
+        cache.entry("kind", 2, lambda folder: build(folder, ValueError), resume=True)
+    assert (cache.entry("kind", 2, build, resume=True) / "parts.txt").read_text() == "x"
+
+
 def test_leftovers_of_a_killed_process_are_not_used(tmp_path):
     cache = Cache(str(tmp_path))
     place = cache.entry("things", "key", write("whole"))

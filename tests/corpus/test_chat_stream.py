@@ -6,14 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from conf.schema import DataConfig
-from corpus.chat_stream import ChatStream, ChatWindows, best_fit, describe_example
+from corpus.chat_stream import ChatStream, ChatWindows, describe_example
 from corpus.chat_template import ChatTemplate, encode_chat
 from corpus.example_chat import conversations
 from corpus.prepare import Prepared, prepare
@@ -125,19 +122,6 @@ def test_too_long_conversations(data: DataConfig) -> None:
         ValueError, match=r"every conversation .* is too long for train.sequence_length=4; the shortest"
     ):
         ChatStream(prepared_of(data).train[0], replace(data, too_long="drop"), sequence_length=4, seed=1)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
-def test_best_fit_decreasing(places: list[int]) -> None:
-    bins: list[list[int]] = []  # plainly: into the fullest bin where it fits
-    for item in sorted(range(len(places)), key=lambda i: -places[i]):
-        fitting = [b for b in bins if sum(places[i] for i in b) + places[item] <= 50]
-        if not fitting:
-            bins.append([])
-        (max(fitting, key=lambda b: sum(places[i] for i in b)) if fitting else bins[-1]).append(item)
-    got = best_fit(np.array(places), 50)
-    assert sorted(i for b in got for i in b) == list(range(len(places)))
-    assert sorted(sum(places[i] for i in b) for b in got) == sorted(sum(places[i] for i in b) for b in bins)
 
 
 def test_refused_conversations_are_counted_or_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from corpus import epochs
 from corpus.cache import Cache
 from corpus.epochs import Epochs
-from corpus.indexed import _HEADER, _MAGIC
+from corpus.pair_writer import HEADER, MAGIC
 from corpus.permutation import Permutation
 from corpus.prepare import Source
 from tests.corpus.helpers import write_pair
@@ -63,7 +63,7 @@ def write_index(prefix: Path, lengths: np.ndarray) -> None:
     count = len(lengths)
     begins = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * 2])
     with open(f"{prefix}.idx", "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, 8, count, count + 1))
+        file.write(HEADER.pack(MAGIC, 1, 8, count, count + 1))
         lengths.astype(np.int32).tofile(file)
         begins[:-1].tofile(file)
         np.arange(count + 1, dtype=np.int64).tofile(file)

@@ -1,6 +1,3 @@
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,46 +5,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from corpus import indexed
-from corpus.indexed import TokenWriter, extreme_ids, read_index
-from corpus.tokenizer import Tokenizer
+from corpus.indexed import extreme_ids, read_index
 from tests.corpus.helpers import token_range, write_pair
-
-TEXTS = [f"document {i} says {'word ' * (i % 7)}\n" for i in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(TEXTS, vocab_size=300, eod_token="<eod>")
-
-
-def write(prefix, texts, tokenizer, measure=False) -> TokenWriter:
-    writer = TokenWriter(str(prefix), tokenizer, measure=measure)
-    for text in texts:
-        writer.add(text)
-    writer.finish()
-    return writer
-
-
-@pytest.mark.parametrize("batch", [1, 500, 1 << 20])
-def test_megatron_reads_what_was_written(tmp_path, monkeypatch, tokenizer, batch):
-    monkeypatch.setattr(indexed, "_BATCH_CHARACTERS", batch)
-    monkeypatch.setattr("corpus.tokenizer._SEGMENT", 12)
-    writer = write(tmp_path / "pair", TEXTS, tokenizer)
-    dataset = IndexedDataset(str(tmp_path / "pair"))
-    assert writer.num_documents == len(dataset) == len(TEXTS)
-    for text, ids in zip(TEXTS, dataset, strict=True):
-        assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eod_id]
-    assert dataset.index.dtype == np.uint16
-
-
-def test_bytes_and_gzip_of_the_text(tmp_path, tokenizer):
-    text = "".join(TEXTS).encode()
-    writer = write(tmp_path / "pair", TEXTS, tokenizer, measure=True)
-    assert writer.num_bytes == len(text)
-    if shutil.which("gzip") is None:
-        pytest.skip("needs gzip")
-    by_gzip = subprocess.run(["gzip", "-9"], input=text, capture_output=True, check=True).stdout
-    assert abs(writer.gzip_bytes - len(by_gzip)) <= 0.01 * len(by_gzip)
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,12 +80,3 @@ def test_every_type_that_megatron_writes(tmp_path, dtype):
             prefix = write_pair(tmp_path / "wrong", [[1, 2], [3, wrong]], dtype=dtype.type)
             with pytest.raises(ValueError, match=rf"wrong\.bin has {wrong} at token 3, which is no token id"):
                 extreme_ids(prefix)
-
-
-def test_sixteen_bits_only_where_the_ids_fit(tmp_path, tokenizer):
-    tokenizer.vocab_size, before = 70_000, tokenizer.vocab_size
-    try:
-        write(tmp_path / "pair", TEXTS[:2], tokenizer)
-    finally:
-        tokenizer.vocab_size = before
-    assert read_index(str(tmp_path / "pair")).dtype == np.int32

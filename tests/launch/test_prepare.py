@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 from conf.commands import PrepareConfig
 from conf.schema import DataConfig
 from corpus.prepare import prepare
+from corpus.resumable import resumable_folder
 from corpus.tokenizer import Tokenizer
 from launch.prepare import main
 from tests.corpus.helpers import token_range
+from training.console import Console
 
 TEXTS = [f"Document {i} is about {'numbers ' * (i % 5)}and words.\n" for i in range(80)]
 
@@ -51,6 +54,39 @@ def test_a_given_tokenizer_is_used_and_copied(files, tmp_path):
     config.eod_token = "<end>"
     assert main(config) == 0
     assert Path(f"{tmp_path}/out.tokenizer.json").read_bytes() == Path(f"{tmp_path}/given.json").read_bytes()
+
+
+def test_an_interrupted_command_continues(files, tmp_path, monkeypatch):
+    """With the tokenizer and the token files that it has left, unless it is another command."""
+    settings = {"input": files, "vocab_size": 300, "text_key": "body"}
+    assert main(PrepareConfig(output=f"{tmp_path}/whole", **settings)) == 0
+
+    def interrupt(self: Console, what: str, done: float) -> None:
+        if what == "tokenising":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "progress", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(PrepareConfig(output=f"{tmp_path}/out", **settings))
+    left = tmp_path / ".out.partial"
+    assert (left / "tokenizer.json").exists() and not [*tmp_path.glob("out*")]
+    train, trained = Tokenizer.train, []
+    monkeypatch.setattr(Tokenizer, "train", lambda *a, **k: trained.append(1) or train(*a, **k))
+    shutil.copytree(left, tmp_path / ".other.partial")
+    assert main(PrepareConfig(output=f"{tmp_path}/out", **settings)) == 0 and not trained
+    for suffix in (".bin", ".idx", ".tokenizer.json"):
+        assert Path(f"{tmp_path}/out{suffix}").read_bytes() == Path(f"{tmp_path}/whole{suffix}").read_bytes()
+    assert main(PrepareConfig(output=f"{tmp_path}/other", **settings | {"vocab_size": 290})) == 0 and trained
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_two_commands_do_not_write_the_same_output(files, tmp_path):
+    with (
+        resumable_folder(tmp_path / ".out.partial", ["work"]),
+        pytest.raises(ValueError, match=r"another process writes to .*\.out\.partial"),
+    ):
+        main(PrepareConfig(input=files, output=f"{tmp_path}/out", vocab_size=300, text_key="body"))
 
 
 @pytest.mark.parametrize(
