@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.cpp.build import native, slower_than_onednn
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 
@@ -34,13 +33,6 @@ def _trial(attend: CausalAttention, context: RunContext) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), context.randn(*out.shape, seed=3))]
 
 
-def _idle_threads(context: RunContext) -> str | None:
-    """A backward pass has a thread for each key/value head."""
-    groups = context.model.query_groups // context.groups.tp.size()
-    heads, threads = context.config.train.micro_batch_size * groups, torch.get_num_threads()
-    return f"would leave threads idle: {heads} key/value heads for {threads}" if heads < threads else None
-
-
 ATTENTION = Operation(
     field="causal_attention",
     name="attention",
@@ -49,13 +41,7 @@ ATTENTION = Operation(
         lambda context: torch_attention,
         "picks the fastest kernel of the device itself",
     ),
-    implementations=[
-        native(
-            "ops.cpp.attention:causal_attention",
-            is_supported=lambda context: not slower_than_onednn(),
-            unsupported_reason=_idle_threads,
-        )
-    ],
+    implementations=[],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
     is_used=lambda context: context.needs_causal,

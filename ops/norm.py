@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 from parallel.chunked_ops import CPU_VALUES, rows_at_once
@@ -89,7 +88,6 @@ RMS_NORM: Operation[Norm] = Operation(
     reference=lambda context: Implementation("torch rms_norm", lambda context: torch_rms_norm),
     implementations=[
         Implementation("Triton", "ops.triton.rms_norm:rms_norm", device="cuda"),
-        native("ops.cpp.rows:rms_norm"),
         Implementation("blocks of rows in cache", lambda context: rms_norm_in_blocks, device="cpu"),
         Implementation("Apex", _apex),
     ],

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 
@@ -138,10 +137,7 @@ PERMUTATION = Operation(
     field="permutation",
     name="permutation",
     reference=lambda context: Implementation("torch", lambda context: TORCH_PERMUTATION, "index_select and index_add"),
-    implementations=[
-        Implementation("Triton", "ops.triton.permute:PERMUTATION", device="cuda"),
-        native("ops.cpp.permutation:PERMUTATION"),
-    ],
+    implementations=[Implementation("Triton", "ops.triton.permute:PERMUTATION", device="cuda")],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2},
     is_used=lambda context: bool(context.model.moe.num_experts),
