@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.host_staged_gloo import PythonGroup
+
 BACKEND = "mirror"
 
 
@@ -57,12 +59,11 @@ def _bytes(tensors: Any) -> int:
     return sum(map(_bytes, tensors))
 
 
-class MirrorGroup(dist.ProcessGroup):
+class MirrorGroup(PythonGroup):
     """A process group whose other ranks all send what this rank sends."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta):
-        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]  # a base class's, which the stubs leave out
-        self._name = ""
+        super().__init__(rank, size)
 
     def _reduce(self, tensor: Tensor, options: Any) -> None:
         if options is None or options.reduceOp == dist.ReduceOp.SUM:
@@ -133,17 +134,6 @@ class MirrorGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return BACKEND
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
-    @property
-    def group_name(self) -> str:
-        return self._name
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]  # for object collectives
 
 
 # The same operations before torch 2.13.

@@ -14,6 +14,7 @@ folder of shards with a manifest, for training with data=megatron data.files=[FO
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path

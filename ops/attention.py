@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops import te
-from ops.cpp.build import native, slower_than_onednn
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 
@@ -41,13 +40,6 @@ def _trial(attend: CausalAttention, context: RunContext) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), context.randn(*out.shape, seed=3))]
 
 
-def _idle_threads(context: RunContext) -> str | None:
-    """A backward pass has a thread for each key/value head."""
-    groups = context.model.query_groups // context.groups.tp.size()
-    heads, threads = context.config.train.micro_batch_size * groups, torch.get_num_threads()
-    return f"would leave threads idle: {heads} key/value heads for {threads}" if heads < threads else None
-
-
 ATTENTION: Operation[CausalAttention] = Operation(
     field="causal_attention",
     name="attention",
@@ -63,11 +55,6 @@ ATTENTION: Operation[CausalAttention] = Operation(
             device="cuda",
             dtypes=(torch.bfloat16,),
             is_supported=te.is_meant,
-        ),
-        native(
-            "ops.cpp.attention:causal_attention",
-            is_supported=lambda context: not slower_than_onednn(),
-            unsupported_reason=_idle_threads,
         ),
     ],
     trial=_trial,

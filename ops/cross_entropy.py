@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 from parallel.chunked_ops import rows_at_once
@@ -121,10 +120,7 @@ CROSS_ENTROPY = Operation(
     reference=lambda context: Implementation(
         "torch, in blocks", lambda context: token_losses, "no copy of the logits in fp32"
     ),
-    implementations=[
-        Implementation("Triton", "ops.triton.cross_entropy:token_losses", device="cuda"),
-        native("ops.cpp.rows:token_losses"),
-    ],
+    implementations=[Implementation("Triton", "ops.triton.cross_entropy:token_losses", device="cuda")],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
 )

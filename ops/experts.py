@@ -17,7 +17,6 @@ from conf.extensions import input_projections
 from ops import autotune, te
 from ops.activations import IN_KERNELS, activate
 from ops.adapted_experts import Adapted, Product, frozen_product
-from ops.cpp.build import native, slower_than_onednn
 from ops.fused_experts import COMPILED_PER_SHAPE, FusedExperts
 from ops.gemm_backend import GemmBackend, Reference
 from ops.gpu import BF16_CAPABILITY, triton_unsupported_reason
@@ -341,12 +340,6 @@ EXPERTS = Operation(
             "one launch for all experts",
             unsupported_reason=_misaligned,
             is_default=_on_gpu_in_bf16,
-        ),
-        native(
-            "ops.cpp.experts:EXPERTS",
-            why="our products for AVX512-BF16, compiled here",
-            unsupported_reason=activation_missing,
-            is_default=lambda context: not slower_than_onednn(),
         ),
         Implementation(
             "fused",

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import te
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 from parallel.chunked_ops import CPU_VALUES, rows_at_once
@@ -105,7 +104,6 @@ RMS_NORM: Operation[Norm] = Operation(
     reference=lambda context: Implementation("torch rms_norm", lambda context: torch_rms_norm),
     implementations=[
         Implementation("Triton", "ops.triton.rms_norm:rms_norm", device="cuda"),
-        native("ops.cpp.rows:rms_norm"),
         Implementation("blocks of rows in cache", lambda context: rms_norm_in_blocks, device="cpu"),
         Implementation(te.NAME, _te, device="cuda", dtypes=(torch.bfloat16,), is_supported=te.is_meant),
         Implementation("Apex", _apex),

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops import te
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 
@@ -162,7 +161,6 @@ PERMUTATION: Operation[Permutation] = Operation(
             is_supported=te.is_meant,
             unsupported_reason=_no_te_rows,
         ),
-        native("ops.cpp.permutation:PERMUTATION"),
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2},

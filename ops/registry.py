@@ -5,7 +5,7 @@ its results and gradients are the reference's. Any exception counts as a disagre
 more than ImportError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Generic
@@ -17,6 +17,26 @@ from torch import Tensor
 from ops.autotune import Memory
 from ops.operation import Implementation, Operation, Row, T, Unavailable
 from ops.run_context import RunContext
+
+
+def _cpp_kernels() -> Mapping[str, Implementation[Any]]:
+    try:
+        from ops.cpp.implementations import IMPLEMENTATIONS
+    except ModuleNotFoundError as error:  # the folder was deleted
+        if error.name not in ("ops.cpp", "ops.cpp.implementations"):
+            raise
+        return {}
+    return IMPLEMENTATIONS
+
+
+CPP_KERNELS = _cpp_kernels()
+"""By the field of the operation, whose other implementations for a CPU come after them."""
+
+
+def candidates(operation: Operation[T]) -> list[Implementation[T]]:
+    """The implementations of an operation besides its reference, in order of preference."""
+    kernel = CPP_KERNELS.get(operation.field)
+    return [*([] if kernel is None else [kernel]), *operation.implementations]
 
 
 @dataclass
@@ -74,8 +94,11 @@ def examine(operation: Operation[T], context: RunContext) -> Findings[T]:
     """
     findings, wanted, reference = Findings[T](), operation.wanted(context), operation.reference(context)
     plain, reason, note = reference.loaded(context), None, ""
-    asked = [i for i in operation.implementations if i.name == wanted]
-    meant = [i for i in operation.implementations if not i.mismatch(context) and i.is_supported(context)]
+    asked = [i for i in candidates(operation) if i.name == wanted]
+    meant = [i for i in candidates(operation) if not i.mismatch(context) and i.is_supported(context)]
+    if wanted == "native" and not asked:
+        reason = "needs the folder ops/cpp, which this copy lacks"
+        raise ValueError(operation.refusal.format(name=wanted, reason=reason, note=f"{wanted} {reason}"))
     expected = cache(lambda: operation.trial(plain, context))
     for candidate in asked or (meant if wanted == "auto" else []):
         reason = candidate.mismatch(context) or candidate.unsupported_reason(context)

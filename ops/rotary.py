@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 from parallel.chunked_ops import rows_at_once
@@ -46,10 +45,7 @@ ROTARY = Operation(
     field="apply_rotary",
     name="positions",
     reference=lambda context: Implementation("torch, in blocks", lambda context: apply_rotary, "rotary, in fp32"),
-    implementations=[
-        Implementation("Triton", "ops.triton.rotary:apply_rotary", device="cuda"),
-        native("ops.cpp.attention:apply_rotary"),
-    ],
+    implementations=[Implementation("Triton", "ops.triton.rotary:apply_rotary", device="cuda")],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
 )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.cpp.build import native
 from ops.operation import Implementation, Operation
 from ops.run_context import RunContext
 
@@ -153,15 +152,11 @@ def _trial(logits: RouterLogits, context: RunContext) -> list[Tensor]:
     return [logits_TE.detach(), *gradients]
 
 
-def _jitter(context: RunContext) -> str | None:
-    return "takes tokens in bf16, and jitter makes them fp32" if context.model.moe.jitter else None
-
-
 ROUTER_LOGITS = Operation(
     field="router_logits",
     name="router logits",
     reference=lambda context: Implementation("torch", lambda context: router_logits, "in fp32"),
-    implementations=[native("ops.cpp.router:router_logits", unsupported_reason=_jitter)],
+    implementations=[],
     trial=_trial,
     # The tokens' gradient is rounded to bf16, now and then to the other neighbour.
     tolerance={torch.float32: 1e-3, torch.bfloat16: 1e-3},

@@ -71,7 +71,6 @@ class Engine:
         trained: whether a logical name is that of an adapter, which alone are trained and kept in checkpoints;
             None: the model has no adapters.
         """
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.config, self.runtime, self.optim = config, runtime, optim
@@ -96,26 +95,35 @@ class Engine:
                 freeze(self.modules, lambda name: not trained(name))
             elif frozen:
                 freeze(self.modules, frozen.__contains__)
-            ddp = DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                num_distributed_optimizer_instances=runtime.layout.optimizer_instances,
-                grad_reduce_in_fp32=optim.grad_dtype == "fp32",
-                overlap_grad_reduce=overlap.grad_reduce,
-                overlap_param_gather=overlap.param_gather,
-            )
-            with without_streams():
-                self.chunks = [DistributedDataParallel(config, ddp, m) for m in self.modules]
-            if overlap.grad_reduce:
-                # The schedules disable gradient reduction until the last micro-batch.
-                wait = [chunk.no_sync for chunk in self.chunks]
-                config.no_sync_func = wait if len(wait) > 1 else wait[0]
-            groups = runtime.groups
-            self.optimizer = build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam, groups)
-            if block_adamw.is_needed(optim):
-                self._step_matrices = block_adamw.install(self.optimizer, optim, self.modules, groups, update_block)
+            self._build_optimizer(optim, overlap, adam, update_block)
         self._schedule = get_forward_backward_func()
         self.compute_timer = DeviceTimer(runtime.device)
         """Duration of the last forward_backward, without waiting for other data-parallel ranks."""
+
+    def _build_optimizer(
+        self, optim: OptimConfig, overlap: Overlap, adam: type[torch.optim.Optimizer], update_block: UpdateBlock | None
+    ) -> None:
+        """Gradient buckets around the pipeline chunks, and the optimizer of their parameters."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        config, runtime = self.config, self.runtime
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            num_distributed_optimizer_instances=runtime.layout.optimizer_instances,
+            grad_reduce_in_fp32=optim.grad_dtype == "fp32",
+            overlap_grad_reduce=overlap.grad_reduce,
+            overlap_param_gather=overlap.param_gather,
+        )
+        with without_streams():
+            self.chunks = [DistributedDataParallel(config, ddp, m) for m in self.modules]
+        if overlap.grad_reduce:
+            # The schedules disable gradient reduction until the last micro-batch.
+            wait = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = wait if len(wait) > 1 else wait[0]
+        groups = runtime.groups
+        self.optimizer = build_optimizer(optim, config.params_dtype, self.chunks, overlap, adam, groups)
+        if block_adamw.is_needed(optim):
+            self._step_matrices = block_adamw.install(self.optimizer, optim, self.modules, groups, update_block)
 
     def forward_backward(self, batches: list[Batch], *, step: int, recorder: RoutingRecorder | None = None) -> Tensor:
         """`compute_gradients`, and an all-reduce for the loss alone. Returns the mean cross-entropy over the global

@@ -91,25 +91,12 @@ def _tensors(arg: Any) -> list[Tensor]:
     return [t for part in arg for t in _tensors(part)] if isinstance(arg, list | tuple) else []
 
 
-class StagedGroup(dist.ProcessGroup):
-    """A gloo process group that accepts tensors on any device."""
+class PythonGroup(dist.ProcessGroup):
+    """What torch.distributed asks of every process group that is written in Python."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta):
+    def __init__(self, rank: int, size: int):
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]  # a base class's, which the stubs leave out
-        kind = dist.ProcessGroup.BackendType.GLOO
-        self.inner = dist.ProcessGroup(store, rank, size)
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-        gloo._set_sequence_number_for_group()
-        self.inner._set_default_backend(kind)
-        self.inner._register_backend(torch.device("cpu"), kind, gloo)
         self._name = ""
-
-    def barrier(self, *args: Any, **kwargs: Any) -> Any:
-        # As an all-reduce on the host: gloo's barrier would select a device from the options.
-        return self.inner.allreduce([torch.zeros(1)])
-
-    def getBackendName(self) -> str:
-        return BACKEND
 
     def _set_group_name(self, name: str) -> None:
         self._name = name
@@ -121,6 +108,26 @@ class StagedGroup(dist.ProcessGroup):
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu")]  # for object collectives
+
+
+class StagedGroup(PythonGroup):
+    """A gloo process group that accepts tensors on any device."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta):
+        super().__init__(rank, size)
+        kind = dist.ProcessGroup.BackendType.GLOO
+        self.inner = dist.ProcessGroup(store, rank, size)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        gloo._set_sequence_number_for_group()
+        self.inner._set_default_backend(kind)
+        self.inner._register_backend(torch.device("cpu"), kind, gloo)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> Any:
+        # As an all-reduce on the host: gloo's barrier would select a device from the options.
+        return self.inner.allreduce([torch.zeros(1)])
+
+    def getBackendName(self) -> str:
+        return BACKEND
 
 
 for _name in RESULTS:

@@ -34,7 +34,7 @@ from parallel.local_launcher import fake_rank
 from parallel.process_groups import Runtime
 from training.live_storages import LiveStorages
 
-LEFT_OUT = ("native", "Apex", te.NAME, "te", "deep_ep")
+LEFT_OUT = ("Apex", te.NAME, "te", "deep_ep")
 """Implementations that call other libraries, which know no meta tensors."""
 
 

@@ -1,4 +1,4 @@
-// Rotary positions and causal attention in bf16 on a CPU with AVX512-BF16; ops/cpp/attention.py calls them.
+// Rotary positions and causal attention in bf16 on a CPU with AVX512-BF16.
 //
 // Legend: B batch, H heads, G key/value groups, S sequence, N width of a head.
 //
@@ -15,20 +15,13 @@
 #include <memory>
 #include <utility>
 
+namespace switchyard {
 namespace {
 
 constexpr Index SCORE_BYTES = 192 << 10;  // of a block of scores in fp32
 constexpr Index QUERIES = 4 * ROWS;       // of a block, at most
 constexpr Index KEYS = 512;               // of a block in the backward pass
 constexpr Index LINE = 16;                // what keeps rows of scores from falling into the same lines of a cache
-
-// [B, H or G, S, N] with the width side by side in memory.
-struct View {
-    Bf16 *data;
-    Index batch, head, row;
-
-    Bf16 *at(Index b, Index h, Index s = 0) const { return data + b * batch + h * head + s * row; }
-};
 
 Index whole(Index count, Index size) { return (count + size - 1) / size * size; }
 Index half(Index count) { return (count + 1) / 2; }
@@ -72,17 +65,10 @@ std::pair<float, float> soften(const float *score, Index sees, Index count, floa
     return {scale * largest + std::log(total), 1 / total};
 }
 
-struct Shape {
-    Index B, H, G, S, N;
-    float scale;
-
-    Index group(Index h) const { return h / (H / G); }
-};
-
 // What a thread needs to attend from a block of queries.
 struct Forward {
-    const Shape &shape;
-    const View &q, &k, &v, &out;
+    const AttentionShape &shape;
+    const Heads &q, &k, &v, &out;
     float *lse;  // [B, H, S]
     Index queries = std::clamp<Index>(SCORE_BYTES / 4 / std::max<Index>(1, shape.S) / ROWS, 1, QUERIES / ROWS) * ROWS;
     Index width = whole(shape.S, 16) + LINE;
@@ -126,8 +112,8 @@ struct Forward {
 
 // What a thread needs for the gradients of a group's queries, keys and values.
 struct Backward {
-    const Shape &shape;
-    const View &q, &k, &v, &out, &dout, &dq, &dk, &dv;
+    const AttentionShape &shape;
+    const Heads &q, &k, &v, &out, &dout, &dq, &dk, &dv;
     const float *lse;
     Index width = KEYS + LINE;
     Room<Pair> k_room{right_room(shape.S, shape.N)}, v_room{right_room(shape.S, shape.N)};
@@ -226,45 +212,39 @@ struct Backward {
 
 }  // namespace
 
-extern "C" {
-
-// out [B, H, S, N] and lse [B, H, S] of q [B, H, S, N] and k, v [B, G, S, N]. False: no memory to work in.
-bool switchyard_attention(const Shape *shape, const View *q, const View *k, const View *v, const View *out, float *lse,
-                          int threads) {
-    const Index heads = shape->B * shape->H;
+bool causal_attention(const AttentionShape &shape, const Heads &q, const Heads &k, const Heads &v, const Heads &out,
+                      float *lse, int threads) {
+    const Index heads = shape.B * shape.H;
     // Where heads are few, each is cut into runs of queries.
     const Index parts = std::clamp<Index>(4 * threads / std::max<Index>(1, heads), 1,
-                                           std::max<Index>(1, whole(shape->S, QUERIES) / QUERIES));
-    const Index run = whole((shape->S + parts - 1) / parts, ROWS);
+                                          std::max<Index>(1, whole(shape.S, QUERIES) / QUERIES));
+    const Index run = whole((shape.S + parts - 1) / parts, ROWS);
     std::atomic<Index> next{0};
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
     {
-        Forward work{*shape, *q, *k, *v, *out, lse};
+        Forward work{shape, q, k, v, out, lse};
         if (!work.has_room()) failed = true;
         for (Index i = next++; !failed && i < heads * parts; i = next++) {
             const Index head = i / parts, from = i % parts * run;
-            if (from < shape->S)
-                work.run(head / shape->H, head % shape->H, from, std::min(shape->S, from + run));
+            if (from < shape.S) work.run(head / shape.H, head % shape.H, from, std::min(shape.S, from + run));
         }
     }
     return !failed;
 }
 
-// Turns the pairs (x[n], x[n + N/2]) of x [B, H, S, N] by angles of which it has cos and sin [S, B, N/2]; back, where
-// `sign` is -1.
-void switchyard_rotate(const Shape *shape, const View *x, const float *cos, const float *sin, float sign,
-                       const View *out, int threads) {
-    const Index half_N = shape->N / 2;
+void apply_rotary(const AttentionShape &shape, const Heads &x, const float *cos, const float *sin, float sign,
+                  const Heads &out, int threads) {
+    const Index half_N = shape.N / 2;
 #pragma omp parallel for num_threads(threads)
-    for (Index s = 0; s < shape->S; ++s)
-        for (Index b = 0; b < shape->B; ++b)
-            for (Index h = 0; h < shape->H; ++h) {
-                const Bf16 *from = x->at(b, h, s);
-                Bf16 *to = out->at(b, h, s);
+    for (Index s = 0; s < shape.S; ++s)
+        for (Index b = 0; b < shape.B; ++b)
+            for (Index h = 0; h < shape.H; ++h) {
+                const Bf16 *from = x.at(b, h, s);
+                Bf16 *to = out.at(b, h, s);
                 for (Index n = 0; n < half_N; n += 16) {
                     const __mmask16 there = first(half_N - n);
-                    const Index angle = (s * shape->B + b) * half_N + n;
+                    const Index angle = (s * shape.B + b) * half_N + n;
                     const __m512 c = _mm512_maskz_loadu_ps(there, cos + angle);
                     const __m512 d = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, sin + angle), all(sign));
                     const __m512 one = wide(from + n, there), other = wide(from + half_N + n, there);
@@ -274,18 +254,18 @@ void switchyard_rotate(const Shape *shape, const View *x, const float *cos, cons
             }
 }
 
-// dq [B, H, S, N], dk and dv [B, G, S, N] for dout [B, H, S, N]. False: no memory to work in.
-bool switchyard_attention_back(const Shape *shape, const View *q, const View *k, const View *v, const View *out,
-                               const View *dout, const View *dq, const View *dk, const View *dv, const float *lse,
-                               int threads) {
+bool causal_attention_backward(const AttentionShape &shape, const Heads &q, const Heads &k, const Heads &v,
+                               const Heads &out, const Heads &dout, const Heads &dq, const Heads &dk, const Heads &dv,
+                               const float *lse, int threads) {
     std::atomic<Index> next{0};
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
     {
-        Backward work{*shape, *q, *k, *v, *out, *dout, *dq, *dk, *dv, lse};
+        Backward work{shape, q, k, v, out, dout, dq, dk, dv, lse};
         if (!work.has_room()) failed = true;
-        for (Index i = next++; !failed && i < shape->B * shape->G; i = next++) work.run(i / shape->G, i % shape->G);
+        for (Index i = next++; !failed && i < shape.B * shape.G; i = next++) work.run(i / shape.G, i % shape.G);
     }
     return !failed;
 }
-}
+
+}  // namespace switchyard

@@ -1,8 +1,10 @@
-"""Kernels in C++ for a CPU with AVX512-BF16: compiled once for a machine, when they are first used, and called."""
+"""Compiles the operators torch.ops.switchyard once for a machine, when they are first used.
+
+torch.utils.cpp_extension says where PyTorch's headers and libraries are. Its `load` is not used: it needs ninja, and
+waits forever for a process that was killed while it compiled (docs/log.md).
+"""
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -11,27 +13,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_bool, c_int, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from ops.operation import Implementation, Unavailable
-from ops.run_context import RunContext
+from ops.operation import Unavailable
 from parallel import cache_dir, file_lock
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cpp"))
 INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 """As torch names what a processor has."""
-FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma"),
-    *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
-]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS)]
 
 
 _PATIENCE = 60.0
@@ -44,60 +39,16 @@ def missing_instructions() -> list[str]:
     return [name for name in INSTRUCTIONS if not has.get(name)]
 
 
-def unsupported_reason() -> str | None:
-    """Why the kernels cannot run here; None: they can."""
-    missing = missing_instructions()
-    if missing:
-        return f"needs a processor with AVX512-BF16; this one lacks {', '.join(missing)}"
-    if shutil.which(compiler()[0]) is None:
-        return "is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
-    return _compile_error()
-
-
-@functools.cache
-def _compile_error() -> str | None:
-    try:
-        library()
-    except Exception as error:  # also where there is no home directory
-        return f"cannot be compiled, kept or loaded: {error}"
-    return None
-
-
-def native(
-    load: str, is_supported: Callable[[RunContext], bool] = lambda context: True, **declared: Any
-) -> Implementation[Any]:
-    """Declares what `load` names as an implementation for a processor on which only a compiler can be missing."""
-
-    def compiled(context: RunContext) -> Any:
-        if reason := unsupported_reason():
-            raise Unavailable(reason)
-        return Implementation("native", load).loaded(context)
-
-    return Implementation(
-        "native",
-        compiled,
-        device="cpu",
-        dtypes=(torch.bfloat16,),
-        is_supported=lambda context: not missing_instructions() and is_supported(context),
-        **declared,
-    )
-
-
-def slower_than_onednn() -> bool:
-    """Whether torch's products have matrix instructions that these lack."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels, compiled where the cache has none of this source, compiler, torch and C library.
+def library() -> Path:
+    """The shared library, compiled where the cache has none of this source, compiler, torch and C library.
 
     Raises:
-        OSError: they cannot be compiled, kept or loaded.
+        Unavailable: there is no compiler.
+        OSError: it cannot be compiled or kept.
     """
     # torch's own OpenMP, where it comes with one, so that both share a pool of threads.
     openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
@@ -108,28 +59,27 @@ def library() -> ctypes.CDLL:
     folder = root / "kernels"
     cache_dir.make_private(folder)
     cache_dir.check_private(folder, root)
-    if (found := _load(folder, key)) is not None:
+    if (found := _find(folder, key)) is not None:
         return found
+    if shutil.which(compiler()[0]) is None:
+        raise Unavailable("is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)")
     path = folder / f"native-{key}.lock"
     with open(path, "w") as lock, contextlib.ExitStack() as locked:
         try:  # of the ranks of a node one compiles
             locked.enter_context(file_lock.hold_lock(lock.fileno(), path, timeout=_PATIENCE))
         except file_lock.LockTimeout as error:  # the lock saves work and nothing else
             _LOG.warning("the kernels are compiled by this process too: %s", error)
-        if (found := _load(folder, key)) is not None:
-            return found
-        return ctypes.CDLL(str(_make(folder, key, openmp)))
+        return _find(folder, key) or _make(folder, key, openmp)
 
 
-def _load(folder: Path, key: str) -> ctypes.CDLL | None:
-    """The kernels of this key, if this user has compiled them: the name holds the hash of the content, and nobody else
-    could have written the file. None: there are none, or only damaged ones (left empty by a power failure, or of
-    another C library)."""
+def _find(folder: Path, key: str) -> Path | None:
+    """The library of this key, if this user has compiled it: the name holds the hash of the content, and nobody else
+    could have written the file. None: there is none, or only a damaged one (left empty by a power failure)."""
     for path in sorted(folder.glob(f"native-{key}-*.so")):
         with contextlib.suppress(OSError):
             cache_dir.check_private(path, folder)
             if path.name == _name(key, path.read_bytes()):
-                return ctypes.CDLL(str(path))
+                return path
     return None
 
 
@@ -139,11 +89,19 @@ def _name(key: str, content: bytes) -> str:
 
 def _make(folder: Path, key: str, openmp: list[str]) -> Path:
     """Puts the library there, whole."""
+    from torch.utils import cpp_extension  # imports setuptools, which takes longer than to load what is compiled
+
+    include = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own) / "native.so"
+
+        def compile_one(source: Path) -> str:
+            return _compile(made.with_name(f"{source.stem}.o"), [*include, "-c", str(source)])
+
         with ThreadPoolExecutor() as pool:  # at once, which takes half of the time on two processors
-            objects = list(pool.map(lambda path: _compile(Path(own) / f"{path.stem}.o", ["-c", str(path)]), SOURCES))
-        _compile(made, [*objects, *openmp])
+            objects = list(pool.map(compile_one, SOURCES))
+        _compile(made, ["-shared", "-Wl,-z,defs", *objects, *openmp, *libraries])
         made.chmod(0o755)  # whatever the umask, nobody else writes it
         place = folder / _name(key, made.read_bytes())
         os.replace(made, place)
@@ -158,23 +116,3 @@ def _compile(result: Path, of: Sequence[str]) -> str:
         lines = done.stderr.replace(f"{FOLDER}/", "").splitlines() or [f"exit code {done.returncode}"]
         raise OSError(next((line for line in lines if "error" in line), lines[-1]))
     return str(result)
-
-
-def threads() -> c_int:
-    return c_int(torch.get_num_threads())
-
-
-def call(function: Any, *arguments: Any) -> None:
-    """Calls a kernel that packs operands, which takes memory, with these arguments and the number of threads.
-
-    Raises:
-        MemoryError: there is none.
-    """
-    function.restype = c_bool
-    if not function(*arguments, threads()):
-        raise MemoryError("no memory to pack the operands of products")
-
-
-def data_of(t: Tensor | None) -> c_void_p:
-    assert t is None or t.is_contiguous()
-    return c_void_p(None if t is None else t.data_ptr())

@@ -1,4 +1,4 @@
-// Grouped products in bf16, and activations, on a CPU with AVX512-BF16; ops/cpp/experts.py calls them.
+// Grouped products in bf16, and activations, on a CPU with AVX512-BF16.
 //
 // Legend: R rows grouped by expert, K inner and N outer dimension of a product, L experts, F expert hidden, G 2 for
 // gated activations, else 1.
@@ -9,9 +9,11 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <vector>
 
+namespace switchyard {
 namespace {
 
 constexpr Index BLOCK_BYTES = 384 << 10;  // of packed rows that stay in the second-level cache (1 MiB on Zen 4)
@@ -125,7 +127,7 @@ Bent relu2(__m512 x) {
 
 // One row of a = f(gate) * up, or f(h), times keep where that is not null.
 template <Bent (*f)(__m512), bool gated>
-void activate(Index F, const Bf16 *h, const Bf16 *keep, Bf16 *a) {
+void activate_row(Index F, const Bf16 *h, const Bf16 *keep, Bf16 *a) {
     for (Index i = 0; i < F; i += 16) {
         const __mmask16 there = first(F - i);
         __m512 value = f(wide(h + i, there)).value;
@@ -137,7 +139,7 @@ void activate(Index F, const Bf16 *h, const Bf16 *keep, Bf16 *a) {
 
 // The same again, and dh for da.
 template <Bent (*f)(__m512), bool gated>
-void activate_back(Index F, const Bf16 *h, const Bf16 *da, const Bf16 *keep, Bf16 *a, Bf16 *dh) {
+void activate_row_back(Index F, const Bf16 *h, const Bf16 *da, const Bf16 *keep, Bf16 *a, Bf16 *dh) {
     for (Index i = 0; i < F; i += 16) {
         const __mmask16 there = first(F - i);
         const Bent bent = f(wide(h + i, there));
@@ -163,7 +165,7 @@ struct Activation {
 };
 
 template <Bent (*f)(__m512), bool gated>
-constexpr Activation activation{gated ? 2 : 1, activate<f, gated>, activate_back<f, gated>};
+constexpr Activation activation{gated ? 2 : 1, activate_row<f, gated>, activate_row_back<f, gated>};
 
 // In the order of ops/cpp/experts.py.
 constexpr Activation ACTIVATIONS[] = {activation<silu, true>, activation<gelu, true>, activation<gelu, false>,
@@ -171,12 +173,8 @@ constexpr Activation ACTIVATIONS[] = {activation<silu, true>, activation<gelu, t
 
 }  // namespace
 
-extern "C" {
-
-// y [R, N] = each row times its expert's weight: w [L, K, N], or [L, N, K] where `transposed`. Expert e has the rows
-// start[e] .. start[e + 1], which are lines `line` of x where that is not null. False: no memory to pack the operands.
-bool switchyard_product(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *w,
-                        bool transposed, Index K, Index N, Bf16 *y, int threads) {
+bool grouped_product(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *w,
+                     bool transposed, Index K, Index N, Bf16 *y, int threads) {
     std::vector<Product> products;
     for (Index e = 0; e < experts; ++e) {
         if (start[e] == start[e + 1]) continue;
@@ -187,9 +185,8 @@ bool switchyard_product(Index experts, const Index *start, const Bf16 *x, const 
     return run(products, threads);
 }
 
-// dw [L, K, N] = x.T @ dy of each expert's rows: added to fp32 where `add`, else written in bf16. False as above.
-bool switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *dy,
-                                Index K, Index N, void *dw, bool add, int threads) {
+bool grouped_weight_gradient(Index experts, const Index *start, const Bf16 *x, const Index *line, const Bf16 *dy,
+                             Index K, Index N, void *dw, bool add, int threads) {
     std::vector<Product> products;
     for (Index e = 0; e < experts; ++e) {
         const Target to = Target{dw, N, add ? Put::ADD : Put::ROUND}.at(e * K, 0);
@@ -199,16 +196,18 @@ bool switchyard_weight_gradient(Index experts, const Index *start, const Bf16 *x
     return run(products, threads);
 }
 
-// a [R, F] = act(h [R, G, F]), times keep [R, F] where that is not null.
-void switchyard_activate(int kind, Index R, Index F, const Bf16 *h, const Bf16 *keep, Bf16 *a, int threads) {
+int activation_gates(Index kind) {
+    return kind >= 0 && kind < Index(std::size(ACTIVATIONS)) ? ACTIVATIONS[kind].gates : 0;
+}
+
+void activate(Index kind, Index R, Index F, const Bf16 *h, const Bf16 *keep, Bf16 *a, int threads) {
     const Activation &act = ACTIVATIONS[kind];
 #pragma omp parallel for num_threads(threads)
     for (Index r = 0; r < R; ++r) act.forward(F, h + r * act.gates * F, keep ? keep + r * F : nullptr, a + r * F);
 }
 
-// a again, and dh [R, G, F] for da [R, F].
-void switchyard_activate_back(int kind, Index R, Index F, const Bf16 *h, const Bf16 *da, const Bf16 *keep, Bf16 *a,
-                              Bf16 *dh, int threads) {
+void activate_backward(Index kind, Index R, Index F, const Bf16 *h, const Bf16 *da, const Bf16 *keep, Bf16 *a, Bf16 *dh,
+                       int threads) {
     const Activation &act = ACTIVATIONS[kind];
 #pragma omp parallel for num_threads(threads)
     for (Index r = 0; r < R; ++r) {
@@ -216,4 +215,5 @@ void switchyard_activate_back(int kind, Index R, Index F, const Bf16 *h, const B
         act.back(F, h + row, da + r * F, keep ? keep + r * F : nullptr, a + r * F, dh + row);
     }
 }
-}
+
+}  // namespace switchyard

@@ -1,5 +1,5 @@
-// Rows of tokens gathered, added up and weighed in bf16 on a CPU with AVX512-BF16; ops/cpp/permutation.py
-// calls them. Sums are in fp32 and in the order of a token's choices.
+// Rows of tokens gathered, added up and weighed in bf16 on a CPU with AVX512-BF16. Sums are in fp32 and in the order of
+// a token's choices.
 //
 // Legend: T tokens, D hidden, K choices per token, R routed rows.
 
@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+namespace switchyard {
 namespace {
 
 __m512 weighed(const Bf16 *x, __mmask16 there, const float *gate) {
@@ -15,11 +16,8 @@ __m512 weighed(const Bf16 *x, __mmask16 there, const float *gate) {
 
 }  // namespace
 
-extern "C" {
-
-// out [R, D]: the source [T, D] of each row's choice, times its gate where these are not null; zeros for choice T * K.
-void switchyard_gather_rows(Index R, Index T, Index K, Index D, const Bf16 *source, const Index *choice,
-                            const float *gates, Bf16 *out, int threads) {
+void gather_rows(Index R, Index T, Index K, Index D, const Bf16 *source, const Index *choice, const float *gates,
+                 Bf16 *out, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index r = 0; r < R; ++r) {
         const Bf16 *from = source + choice[r] / K * D;
@@ -34,24 +32,21 @@ void switchyard_gather_rows(Index R, Index T, Index K, Index D, const Bf16 *sour
     }
 }
 
-// out [T, D]: the sum of the rows [R, D] of each token's choices, each times its gate where these are not null; slot
-// [T, K]: which row a choice has, -1 for none.
-void switchyard_add_rows(Index T, Index K, Index D, const Bf16 *rows, const Index *slot, const float *gates, Bf16 *out,
-                         int threads) {
+void add_rows(Index T, Index K, Index D, const Bf16 *rows, const Index *slot, const float *gates, Bf16 *out,
+              int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index t = 0; t < T; ++t)
         for (Index d = 0; d < D; d += 16) {
             __m512 sum = all(0);
             for (Index c = t * K; c < (t + 1) * K; ++c)
-                if (slot[c] >= 0)
-                    sum = _mm512_add_ps(sum, weighed(rows + slot[c] * D + d, first(D - d), gates ? gates + c : nullptr));
+                if (const float *gate = gates ? gates + c : nullptr; slot[c] >= 0)
+                    sum = _mm512_add_ps(sum, weighed(rows + slot[c] * D + d, first(D - d), gate));
             store(out + t * D + d, first(D - d), sum);
         }
 }
 
-// out [T, K]: the product of each choice's row with its token's gradient [T, D]; 0 for a choice without a row.
-void switchyard_gate_gradient(Index T, Index K, Index D, const Bf16 *rows, const Index *slot, const Bf16 *grad,
-                              float *out, int threads) {
+void gate_gradient(Index T, Index K, Index D, const Bf16 *rows, const Index *slot, const Bf16 *grad, float *out,
+                   int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index c = 0; c < T * K; ++c) {
         __m512 sum = all(0);
@@ -61,4 +56,5 @@ void switchyard_gate_gradient(Index T, Index K, Index D, const Bf16 *rows, const
         out[c] = _mm512_reduce_add_ps(sum);
     }
 }
-}
+
+}  // namespace switchyard

@@ -1,10 +1,11 @@
-// The router's product with its gradients, fp32 of bf16 tokens, on a CPU with AVX512-BF16; ops/cpp/router.py
-// calls them. A token's logits do not depend on the tokens beside it, and no sum on the number of threads.
+// The router's product with its gradients, fp32 of bf16 tokens, on a CPU with AVX512-BF16. A token's logits do not
+// depend on the tokens beside it, and no sum on the number of threads.
 //
 // Legend: T tokens, D hidden, E experts.
 
 #include "tiles.h"
 
+namespace switchyard {
 namespace {
 
 constexpr Index TOGETHER = 4;   // tokens, experts or vectors whose sums are in registers at once
@@ -104,19 +105,14 @@ void together(Index count, int threads, Several several, One one) {
 
 }  // namespace
 
-extern "C" {
-
-// logits [T, E] = x [T, D] @ weight.T [D, E].
-void switchyard_router_logits(Index T, Index D, Index E, const Bf16 *x, const float *weight, float *logits,
-                              int threads) {
+void router_logits(Index T, Index D, Index E, const Bf16 *x, const float *weight, float *logits, int threads) {
     together(
         T, threads, [&](Index t) { logits_of_all<TOGETHER>(D, E, x + t * D, weight, logits + t * E); },
         [&](Index t) { logits_of_all<1>(D, E, x + t * D, weight, logits + t * E); });
 }
 
-// dx [T, D] = dlogits [T, E] @ weight [E, D], and dweight = dlogits.T @ x.
-void switchyard_router_logits_back(Index T, Index D, Index E, const float *dlogits, const Bf16 *x, const float *weight,
-                                   Bf16 *dx, float *dweight, int threads) {
+void router_logits_backward(Index T, Index D, Index E, const float *dlogits, const Bf16 *x, const float *weight,
+                            Bf16 *dx, float *dweight, int threads) {
     together(
         T, threads, [&](Index t) { input_gradient<TOGETHER>(D, E, dlogits + t * E, weight, dx + t * D); },
         [&](Index t) { input_gradient<1>(D, E, dlogits + t * E, weight, dx + t * D); });
@@ -132,4 +128,5 @@ void switchyard_router_logits_back(Index T, Index D, Index E, const float *dlogi
                     weight_gradient<1>(T, D, E, from, dlogits + last, x, dweight + last * D);
         }
 }
-}
+
+}  // namespace switchyard

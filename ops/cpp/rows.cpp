@@ -1,5 +1,4 @@
-// Losses and norms of bf16 rows on a CPU with AVX512-BF16; ops/cpp/rows.py calls them. No sum depends on the
-// number of threads.
+// Losses and norms of bf16 rows on a CPU with AVX512-BF16. No sum depends on the number of threads.
 //
 // Legend: T tokens, V vocabulary (this rank's slice), R rows, D hidden, P parts of the rows.
 
@@ -7,11 +6,10 @@
 
 #include <cmath>
 
-extern "C" {
+namespace switchyard {
 
-// The largest logit of each row, the sum of e^(logit - largest), and the label's logit: 0 where it is not in 0 .. V.
-void switchyard_cross_entropy_sums(Index T, Index V, const Bf16 *logits, const Index *label, float *largest, float *sum,
-                                   float *label_logit, int threads) {
+void cross_entropy_sums(Index T, Index V, const Bf16 *logits, const Index *label, float *largest, float *sum,
+                        float *label_logit, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index t = 0; t < T; ++t) {
         const Bf16 *row = logits + t * V;
@@ -28,9 +26,8 @@ void switchyard_cross_entropy_sums(Index T, Index V, const Bf16 *logits, const I
     }
 }
 
-// Logits become their gradient: (e^(logit - largest) / sum - [it is the label's]) * grad.
-void switchyard_cross_entropy_gradient(Index T, Index V, Bf16 *logits, const Index *label, const float *largest,
-                                       const float *sum, const float *grad, int threads) {
+void cross_entropy_gradient(Index T, Index V, Bf16 *logits, const Index *label, const float *largest, const float *sum,
+                            const float *grad, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index t = 0; t < T; ++t) {
         Bf16 *row = logits + t * V;
@@ -46,9 +43,7 @@ void switchyard_cross_entropy_gradient(Index T, Index V, Bf16 *logits, const Ind
     }
 }
 
-// y = x * scale * weight of each row, with scale = 1 / sqrt(mean(x^2) + eps).
-void switchyard_rms_norm(Index R, Index D, const Bf16 *x, const Bf16 *weight, float eps, Bf16 *y, float *scale,
-                         int threads) {
+void rms_norm(Index R, Index D, const Bf16 *x, const Bf16 *weight, float eps, Bf16 *y, float *scale, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index r = 0; r < R; ++r) {
         __m512 squares = all(0);
@@ -64,10 +59,8 @@ void switchyard_rms_norm(Index R, Index D, const Bf16 *x, const Bf16 *weight, fl
     }
 }
 
-// With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g * n)); dweight [P, D] has the sum of dy * n over
-// each part of `rows` rows.
-void switchyard_rms_norm_back(Index R, Index D, const Bf16 *x, const Bf16 *weight, const float *scale, const Bf16 *dy,
-                              Bf16 *dx, float *dweight, Index rows, int threads) {
+void rms_norm_backward(Index R, Index D, const Bf16 *x, const Bf16 *weight, const float *scale, const Bf16 *dy,
+                       Bf16 *dx, float *dweight, Index rows, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index part = 0; part < (R + rows - 1) / rows; ++part) {
         float *share = dweight + part * D;
@@ -91,4 +84,5 @@ void switchyard_rms_norm_back(Index R, Index D, const Bf16 *x, const Bf16 *weigh
         }
     }
 }
-}
+
+}  // namespace switchyard

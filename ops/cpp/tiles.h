@@ -11,11 +11,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels.h"
+
+namespace switchyard {
 namespace {
 
-using Bf16 = uint16_t;
 using Pair = uint32_t;  // two neighbours of the inner dimension
-using Index = int64_t;
 
 constexpr int ROWS = 12, COLUMNS = 32;  // of a tile: 24 accumulators, 2 of b, 1 of a of the 32 registers
 constexpr Index AHEAD = 16;  // lines of the inner dimension that are fetched before they are packed
@@ -217,3 +218,4 @@ __m512 exponential(__m512 x) {
 }
 
 }  // namespace
+}  // namespace switchyard

@@ -19,14 +19,14 @@ from ops.experts import EXPERTS, LOOP, ExpertBackend
 from ops.implementations import Ops
 from ops.operation import Operation, Row
 from ops.permute import PermutedTokens, PermuteIndices
-from ops.registry import examine, select
+from ops.registry import candidates, examine, select
 from ops.run_context import RunContext
 from parallel.batch_context import DEFAULT_CONTEXT, BatchContext
 from parallel.process_groups import Runtime
 from tests.moe.reference import Weights
 
 PACKAGES = {"triton": "triton", "grouped_mm_fused": "triton", "te": "transformer_engine"}
-IN_FP32 = ["loop", *(i.name for i in EXPERTS.implementations if i.name != "native")]
+IN_FP32 = ["loop", *(i.name for i in EXPERTS.implementations)]
 """tests/ops/test_cpp.py has the other."""
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def try_on(device: torch.device, operation: Operation, monkeypatch: pytest.Monke
 
 def expert_backend(name: str) -> ExpertBackend:
     """Of model.moe.backend=name, without a trial."""
-    found = [i.loaded(SimpleNamespace(device=CPU)) for i in EXPERTS.implementations if i.name == name]
+    found = [i.loaded(SimpleNamespace(device=CPU)) for i in candidates(EXPERTS) if i.name == name]
     return found[0] if found else LOOP
 
 

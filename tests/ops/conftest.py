@@ -1,4 +1,5 @@
-"""Kernels run on the GPU where there is one, and elsewhere in Triton's interpreter."""
+"""Kernels run on the GPU where there is one, and elsewhere in Triton's interpreter; those in C++, where the processor
+lacks their instructions, on SIMDe."""
 
 from collections.abc import Iterator
 
@@ -16,6 +17,15 @@ def device() -> torch.device:
 
     interpreter.install()
     return torch.device("cpu")
+
+
+@pytest.fixture
+def cpp_kernels() -> Iterator[None]:
+    """The C++ kernels can be called, and are chosen. Skips where they cannot be compiled."""
+    from tests.ops.cpp_kernels import available
+
+    with available():
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 from conf.schema import ModelConfig
 from ops.activations import activate, activate_again
 from ops.experts import EXPERTS, activation_missing
+from ops.registry import candidates
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_context, tiny
 
@@ -31,5 +32,5 @@ def test_kernels_that_do_not_have_it_say_so(runtime: Runtime) -> None:
     context = run_context(tiny(activation="clamped_swiglu"), runtime)
     assert activation_missing(context) == "has no activation clamped_swiglu"
     assert activation_missing(run_context(tiny(activation="swiglu"), runtime)) is None
-    reasons = {i.name: i.unsupported_reason(context) for i in EXPERTS.implementations if i.name in ("native", "triton")}
+    reasons = {i.name: i.unsupported_reason(context) for i in candidates(EXPERTS) if i.name in ("native", "triton")}
     assert all(reasons.values()), reasons

@@ -1,10 +1,4 @@
-"""The experts' products for a CPU with AVX512-BF16: against plain torch in fp64, and who gets them."""
-
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+"""The experts' products for a CPU with AVX512-BF16: against plain torch in fp64."""
 
 import pytest
 import torch
@@ -13,25 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conf.model_schema import GATED_ACTIVATIONS
-from conf.schema import MoeConfig, ParallelConfig
 from ops.activations import IN_KERNELS
-from ops.cpp import build as native
-from ops.cpp.experts import NativeGemmBackend, Operand
-from ops.experts import EXPERTS, loop_experts
+from ops.cpp.experts import NativeGemmBackend
+from ops.experts import loop_experts
 from ops.gemm_backend import Reference
 from ops.grouped_mlp import experts_with
-from ops.operation import Row
-from parallel.env import World
-from parallel.local_launcher import RankPool
-from parallel.process_groups import Runtime
-from tests.moe.helpers import expert_backend, random, run_context, selected, tiny, try_on
+from tests.moe.helpers import expert_backend, random
 from tests.ops.test_grouped_mlp import COUNTS, inputs, kept, read_in_place, relative
 from tests.ops.test_triton_gemm_backend import assert_near, strided
-from tests.parallel.helpers import started
 
 CPU = torch.device("cpu")
-UNSUPPORTED = native.unsupported_reason()
-here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
+here = pytest.mark.usefixtures("cpp_kernels")
 GEMM = NativeGemmBackend()
 LARGE = [700, 0, 13, 1]
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -207,128 +193,3 @@ def test_experts_read_rows_where_they_lie() -> None:
     got, wanted = (read_in_place(GEMM, inputs("swiglu", torch.bfloat16), gathered=g) for g in (False, True))
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[2], wanted[2]) and torch.equal(got[3], wanted[3])
     assert_near(got[1], wanted[1], bar=5e-3)  # a token's rows are added up in bf16
-
-
-@pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Neither the library nor why it fails is remembered, before or after."""
-    for function in (native.library, native._compile_error):
-        function.cache_clear()
-    yield monkeypatch
-    for function in (native.library, native._compile_error):
-        function.cache_clear()
-
-
-def backend_row(
-    runtime: Runtime, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
-) -> Row:
-    model = tiny(MoeConfig(num_experts=4, backend=wanted))
-    return selected(EXPERTS, run_context(model, runtime, dtype, torch.device(device)))[1]
-
-
-@here
-@pytest.mark.parametrize(("matrix_instructions", "backend"), [(False, "native"), (True, "fused")])
-def test_they_are_the_rule_where_torch_has_no_matrix_instructions(
-    matrix_instructions: bool, backend: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has = torch.cpu.get_capabilities() | {"amx_bf16": matrix_instructions}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert backend_row(runtime).name == backend
-    assert backend_row(runtime, dtype=torch.float32).name == "fused"
-
-
-def test_who_asks_for_them_hears_what_is_missing(runtime: Runtime, untried: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"backend=native computes in bf16, this run in torch.float32\. Use"):
-        backend_row(runtime, "native", torch.float32)
-    with pytest.raises(ValueError, match="backend=native is for a CPU"):
-        try_on(runtime.device, EXPERTS, untried)
-        backend_row(runtime, "native", device="cuda")
-    has = dict.fromkeys(native.INSTRUCTIONS, True)
-    untried.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_bf16": False})
-    with pytest.raises(ValueError, match=r"AVX512-BF16; this one lacks avx512_bf16\. Use model.moe.backend=auto"):
-        backend_row(runtime, "native")
-    untried.setattr(torch.cpu, "get_capabilities", lambda: has)
-    untried.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"there is no C\+\+ compiler \(g\+\+, or what CXX says\)"):
-        backend_row(runtime, "native")
-
-
-@here
-def test_a_compiler_that_fails_and_kernels_that_differ_are_told(
-    runtime: Runtime, untried: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    untried.setenv("HOME", str(tmp_path))
-    untried.setattr(native, "FLAGS", [*native.FLAGS, "-mno-such-instructions"])
-    with pytest.raises(ValueError, match=r"cannot be compiled, kept or loaded: .*error: unrecognized"):
-        backend_row(runtime, "native")
-    assert {path.suffix for path in (tmp_path / ".cache/switchyard/kernels").iterdir()} == {".lock"}
-    untried.undo()
-    native._compile_error.cache_clear()
-    right = NativeGemmBackend.activate
-    untried.setattr(NativeGemmBackend, "activate", lambda *a: Operand(right(*a).x_RK * 1.05))
-    with pytest.raises(ValueError, match=r"backend=native differs from the reference by \d"):
-        backend_row(runtime, "native")
-    row = backend_row(runtime)
-    assert row.name == "fused" and "; native differs from the reference by" in row.why and row.refused
-
-
-@here
-def test_they_are_compiled_once(untried: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    runs, run = [], subprocess.run
-    untried.setattr(subprocess, "run", lambda *a, **k: (runs.append(a), run(*a, **k))[1])
-
-    def load(home: str) -> Path:
-        untried.setenv("HOME", str(tmp_path / home))
-        native.library.cache_clear()
-        assert native.library().switchyard_product
-        (made,) = (tmp_path / home / ".cache/switchyard/kernels").glob("*.so")
-        return made
-
-    made = load("first")
-    once = len(native.SOURCES) + 1
-    assert load("first") == made and len(runs) == once
-    left = tmp_path / "second" / made.relative_to(tmp_path / "first")
-    left.parent.mkdir(parents=True)
-    left.touch()  # as a power failure leaves it
-    assert load("second") == left and len(runs) == 2 * once
-
-
-@here
-def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
-    counting = tmp_path / "counting"
-    counting.write_text(f'#!/bin/sh\necho >> "{tmp_path}/calls"\nexec g++ "$@"\n')
-    counting.chmod(0o755)
-    program = "from ops.cpp.build import library; assert library().switchyard_product"
-    env = os.environ | {"HOME": str(tmp_path), "CXX": str(counting)}
-    started = [subprocess.Popen([sys.executable, "-c", program], env=env) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
-    assert len((tmp_path / "calls").read_text().splitlines()) == len(native.SOURCES) + 1
-
-
-@here
-def test_who_asked_for_nothing_reads_why_they_are_left_out(runtime: Runtime, untried: pytest.MonkeyPatch) -> None:
-    assert "native" not in backend_row(runtime, dtype=torch.float32).why
-    untried.setenv("CXX", "no-such-compiler -pipe")
-    row = backend_row(runtime)
-    assert row.name == "fused" and row.refused
-    assert row.why.endswith(
-        "; native is compiled when it is first used, and there is no C++ compiler (g++, or what CXX says)"
-    )
-    untried.setattr(native, "missing_instructions", lambda: ["avx512_bf16"])
-    row = backend_row(runtime)
-    assert "native" not in row.why and not row.refused
-
-
-def backend_on_rank(world: World, lacking: int) -> tuple[str, str, bool]:
-    """Of two ranks, one has no compiler (rank function)."""
-    with pytest.MonkeyPatch.context() as patched, started(world, ParallelConfig()) as runtime:
-        if world.rank == lacking:
-            patched.setattr(native, "unsupported_reason", lambda: "is compiled when it is first used")
-        row = backend_row(runtime)
-        return row.name, row.why, row.refused
-
-
-@here
-def test_they_run_on_every_node_or_on_none(ranks: RankPool) -> None:
-    (name, why, refused), other = ranks.run(2, backend_on_rank, 1, timeout=120)
-    assert name == other[0] == "fused" and refused and why.endswith("; native cannot run on every node")

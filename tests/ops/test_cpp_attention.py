@@ -13,13 +13,12 @@ from torch import Tensor
 
 from conf.schema import TrainConfig
 from ops.attention import ATTENTION, CausalAttention, torch_attention
-from ops.cpp import build as native
+from ops.cpp import build, operators
 from ops.cpp.attention import causal_attention
 from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_context, selected, tiny
 
-UNSUPPORTED = native.unsupported_reason()
-here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
+here = pytest.mark.usefixtures("cpp_kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")
 CPU = torch.device("cpu")
 
@@ -147,7 +146,7 @@ def chosen(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device = CPU,
 ) -> tuple[object, str, str]:
-    has = dict.fromkeys(native.INSTRUCTIONS, True) | {"amx_bf16": False}
+    has = dict.fromkeys(build.INSTRUCTIONS, True) | {"amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     model, train = tiny(num_attention_heads=4, num_query_groups=1), TrainConfig(micro_batch_size=sequences)
     attend, row = selected(ATTENTION, run_context(model, runtime, dtype, device, train=train))
@@ -173,5 +172,7 @@ def test_where_it_is_not_chosen_the_table_says_why(runtime: Runtime, monkeypatch
     for changed, words in cases:
         attend, _, why = chosen(runtime, monkeypatch, **changed)
         assert attend is torch_attention and words in why
+    operators._load_error.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "there is no C++ compiler" in chosen(runtime, monkeypatch)[2]
+    operators._load_error.cache_clear()

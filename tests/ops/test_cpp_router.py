@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.schema import MoeConfig
 from moe.router import Router
 from ops import routing
-from ops.cpp import build as native
+from ops.cpp import operators
 from ops.cpp.router import router_logits
 from ops.implementations import Ops
 from ops.routing import ROUTER_LOGITS
@@ -20,11 +20,7 @@ from parallel.process_groups import Runtime
 from tests.moe.helpers import random, run_context, selected, tiny
 from tests.ops.test_cpp_rows import assert_rounded
 
-UNSUPPORTED = native.unsupported_reason()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned", "cpp_kernels")
 CPU = torch.device("cpu")
 
 
@@ -86,5 +82,6 @@ def test_it_is_chosen_where_it_equals_torch(monkeypatch: pytest.MonkeyPatch, run
     monkeypatch.setattr("ops.cpp.router.router_logits", lambda x, w: router_logits(x, w) * 1.01)
     plain, row = selected(ROUTER_LOGITS, context)
     assert plain is routing.router_logits and "native differs from torch's by" in row.why and row.refused
+    operators._load_error.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "there is no C++ compiler" in selected(ROUTER_LOGITS, context)[1].why

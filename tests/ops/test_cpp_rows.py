@@ -14,8 +14,7 @@ from torch import Tensor
 from conf.schema import ParallelConfig
 from models.rope import Rotary
 from ops import rotary
-from ops.cpp import build as native
-from ops.cpp import rows
+from ops.cpp import operators, rows
 from ops.cpp.attention import apply_rotary, causal_attention
 from ops.cross_entropy import CROSS_ENTROPY, _Alone, token_losses
 from ops.implementations import Ops
@@ -26,15 +25,12 @@ from ops.run_context import RunContext
 from parallel.env import World
 from parallel.process_groups import Runtime
 from tests.models.test_attention import attend, attention_of
-from tests.moe import reference
+from tests.moe import reference_attention
 from tests.moe.helpers import in_float64, random, run_context, selected, tiny
+from tests.ops.cpp_kernels import available
 from tests.parallel.helpers import started
 
-UNSUPPORTED = native.unsupported_reason()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
-    pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned", "cpp_kernels")
 CPU, HALF = torch.device("cpu"), 2.0**-8
 """HALF: a unit of the last of bf16's 8 bits is twice this, and rounding is off by half of that."""
 
@@ -77,7 +73,7 @@ def test_losses_and_gradients(vocabulary: int) -> None:
 
 def cut(world: World) -> tuple[Tensor, Tensor]:
     """Losses and this rank's slice of the gradient (rank function)."""
-    with started(world, ParallelConfig(tp=world.size)) as runtime:
+    with available(), started(world, ParallelConfig(tp=world.size)) as runtime:
         logits_TV, labels_T, grad_T = case(1000)
         leaf = logits_TV.chunk(world.size, 1)[dist.get_rank()].clone().requires_grad_()
         losses_T = rows.token_losses(leaf * 1, labels_T, runtime.groups.tp)
@@ -136,7 +132,7 @@ def test_a_layer_of_attention_on_both(groups: int, runtime: Runtime) -> None:
     positions_BS = torch.arange(40).expand(2, -1)
     x_SBD, above_SBD = random(40, 2, 64).bfloat16(), random(40, 2, 64, seed=9).bfloat16()
     x64_SBD, weights = x_SBD.double().requires_grad_(), in_float64(layer)
-    whole = [reference.attention(x64_SBD[:, b], weights, model, [*range(40)], False) for b in range(2)]
+    whole = [reference_attention.attention(x64_SBD[:, b], weights, model, [*range(40)], False) for b in range(2)]
     wanted_SBD = torch.stack(whole, dim=1)
     (wanted_SBD * above_SBD).sum().backward()
     x_SBD.requires_grad_()
@@ -167,6 +163,7 @@ def test_they_are_chosen_where_they_equal_torch(runtime: Runtime, monkeypatch: p
     assert [row.name for row in table] == ["blocks of rows in cache", "torch, in blocks", "torch, in blocks"]
     assert implementations[1] is token_losses
     assert all("native differs from torch's by" in row.why and row.refused for row in table)
+    operators._load_error.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     _, table = chosen()
     assert {row.name for row in table} == {"blocks of rows in cache", "torch, in blocks"}

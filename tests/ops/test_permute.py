@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig, MoeConfig
-from ops.cpp import build as native
 from ops.permute import PERMUTATION, Permutation, TorchPermutation
 from parallel.process_groups import Runtime
 from tests.moe.helpers import assert_close, random, run_context, selected
@@ -14,7 +13,7 @@ from tests.ops.test_cpp_rows import assert_rounded
 TOKENS, HIDDEN, TOP_K = 6, 1100, 3
 # Of the 18 choices some are dropped; 18 is none: an empty slot. Token 4 has no row, token 0 has all three.
 CHOICES = {"some": [2, 0, 9, 1, 17, 5, 18, 18, 16], "all": [*range(17, -1, -1)], "none": []}
-CPU, UNSUPPORTED = torch.device("cpu"), native.unsupported_reason()
+CPU = torch.device("cpu")
 MODEL = ModelConfig(hidden_size=80, moe=MoeConfig(num_experts=4, top_k=2))
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -56,7 +55,7 @@ def test_equals_plain_torch(choices: list[int], dtype: torch.dtype, device: torc
     assert torch.equal(got[0].double(), wanted[0])
 
 
-@pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
+@pytest.mark.usefixtures("cpp_kernels")
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 def test_in_cpp_values_are_those_of_fp64(choices: list[int]) -> None:
     from ops.cpp.permutation import PERMUTATION as KERNELS
@@ -80,7 +79,7 @@ def test_plain_torch_on_a_cpu_in_fp32(runtime: Runtime) -> None:
     )
 
 
-@pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the kernel {UNSUPPORTED}")
+@pytest.mark.usefixtures("cpp_kernels")
 def test_in_cpp_where_it_equals_torch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     from ops.cpp.permutation import PERMUTATION as KERNELS
 

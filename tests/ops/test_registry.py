@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig
+from ops import registry
 from ops.adamw import ADAMW
 from ops.norm import RMS_NORM, Norm, torch_rms_norm
 from ops.operation import Implementation, Operation, Row
@@ -162,6 +163,7 @@ NORM = "apex.normalization.fused_layer_norm"
 @pytest.fixture
 def norm_of(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Norm, Row]]:
     """The RMSNorm of a run that has Apex's alone beside torch's."""
+    monkeypatch.setattr(registry, "CPP_KERNELS", {})
     monkeypatch.setattr(RMS_NORM, "implementations", [i for i in RMS_NORM.implementations if i.name == "Apex"])
 
     def norm_of(dtype: torch.dtype = torch.float32, **model: Any) -> tuple[Norm, Row]:

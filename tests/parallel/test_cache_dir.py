@@ -1,31 +1,26 @@
 """Kernels and other files that are executed are loaded only from folders that nobody else can write to."""
 
+import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ops.cpp import build as native
+from ops.cpp import build
 from parallel import cache_dir
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Compiles or loads a library of one function in an empty home and returns what that function does."""
     source = tmp_path / "one.cpp"
     source.write_text('extern "C" int one() { return 1; }\n')
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(native, "SOURCES", [source])
-    monkeypatch.setattr(native, "FLAGS", ["-fPIC", "-shared"])
-
-    def once() -> int:
-        native.library.cache_clear()
-        return native.library().one()
-
-    yield once
-    native.library.cache_clear()
+    monkeypatch.setattr(build, "SOURCES", [source])
+    monkeypatch.setattr(build, "FLAGS", ["-fPIC"])
+    return lambda: ctypes.CDLL(str(build.library())).one()
 
 
 def kernels() -> list[Path]:
