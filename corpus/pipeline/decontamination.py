@@ -60,6 +60,7 @@ class Decontaminate(BaseFilter):
 
     @cached_property
     def _filter(self) -> NGramsDecontFilter:
+        assert self.index is not None
         return NGramsDecontFilter(self.index, self.config, language=self.language)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:

@@ -68,8 +68,9 @@ def _manifest(plan: Plan, shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 def summarise(plan: Plan) -> list[dict[str, Any]]:
     """What each step did in all tasks, in order."""
-    numbers = ["read", *range(len(plan.steps)), "tokenise"]
-    return [asdict(Account.of_tasks(plan.account_folder(number), len(plan.tasks))) for number in numbers]
+    folders = [plan.account_folder("read"), *map(plan.account_folder, range(len(plan.steps)))]
+    folders.append(plan.account_folder("tokenise"))
+    return [asdict(Account.of_tasks(folder, len(plan.tasks))) for folder in folders]
 
 
 def summary_lines(summary: list[dict[str, Any]]) -> list[str]:
@@ -100,8 +101,9 @@ def _quoted(text: str) -> str:
 
 
 def _size(count: int) -> str:
+    size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
