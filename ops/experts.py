@@ -138,9 +138,9 @@ def fused_experts(
 
 def _few_rows(x_RK: Tensor, w_LKN: Tensor, busy: list[int], rows: list[int]) -> Tensor:
     """[R, N]: the products of the experts that have rows, each of `rows`."""
-    y_RN = x_RK.new_empty((len(x_RK), w_LKN.shape[2]))
+    y_RN, w_KN = x_RK.new_empty((len(x_RK), w_LKN.shape[2])), w_LKN.unbind(0)
     for e, x, y in zip(busy, x_RK.split(rows), y_RN.split(rows), strict=True):
-        torch.mm(x, w_LKN[e], out=y)
+        torch.mm(x, w_KN[e], out=y)
     return y_RN
 
 

@@ -218,8 +218,11 @@ class Activations:
         return self.outside * (self.value * self.model.hidden_size + FLOAT)
 
     def gathered(self) -> float:
-        """Megatron-Core's buffer, into which sequence parallelism gathers, whatever the number of micro-batches."""
-        return self.tokens * self.model.hidden_size * self.value if self.layout.sequence_parallel else 0.0
+        """Megatron-Core's buffer, into which sequence parallelism gathers, whatever the number of micro-batches. Frozen
+        layers gather into tensors of their own, and not again for a weight gradient."""
+        if not (self.layout.sequence_parallel and self._trains_weights):
+            return 0.0
+        return self.tokens * self.model.hidden_size * self.value
 
     def _decision(self, *, keeps: bool = False) -> float:
         """Experts and gates of each assignment, and whether it was kept."""

@@ -86,6 +86,15 @@ def test_formulas_are_what_is_counted(overrides: str, world: int, on_gpu: bool, 
     assert memory.activations == pytest.approx(found["stage"], rel=0.05)
 
 
+def test_frozen_layers_gather_into_no_buffer(ranks: RankPool) -> None:
+    overrides = f"{QWEN} {TP} parallel.ep=8 lora.rank=8 {SIZES}"
+    found = ranks.run(1, counted, overrides, 16, False, False, timeout=120)[0]
+    config = composed(overrides.split())
+    layout = Layout.of(config.parallel, 16)
+    memory = stage_memory(config, layout, stages_of(config.model, layout)[0], bf16=False, on_gpu=False)
+    assert found["buffer"] == 0 and memory.activations == pytest.approx(found["stage"], rel=0.01)
+
+
 def test_rows_that_travel_in_parts_keep_no_more(ranks: RankPool) -> None:
     of_degree = [f"{QWEN} parallel.ep=8 {SIZES} model.moe.overlap_degree={degree}" for degree in (1, 4)]
     at_once, in_parts = (ranks.run(1, counted, words, 8, False, False, timeout=300)[0] for words in of_degree)
@@ -120,8 +129,6 @@ def seen_by_hooks(world: World, overrides: str) -> tuple[float, float]:
     finally:
         meta_step.ModelChunk.forward = run
     of = Activations(config, Layout(1), True, False)
-    if config.lora.rank is not None:  # the frozen head keeps the gradient of its input alone
-        return sum(saved.values()), found.kept + of.head()
     output = of.tokens * of.value * config.model.hidden_size  # of the last layer, which the head counts as its input
     return sum(saved.values()), found.kept + of.head() - output
 
