@@ -214,12 +214,6 @@ def _load(context: RunContext) -> TransformerEngineFp8:
     )
 
 
-@contextlib.contextmanager
-def _training() -> Iterator[None]:
-    with batch_context.entered(batch_context.DEFAULT_CONTEXT):
-        yield
-
-
 def _trial(fp8: TransformerEngineFp8 | None, context: RunContext) -> list[Tensor]:
     """Results and gradients of two micro-batches of a linear layer and, with experts, of four of them, of which one has
     no row: after the first, delayed scaling has scales. The main gradients are those of both."""
@@ -231,7 +225,7 @@ def _trial(fp8: TransformerEngineFp8 | None, context: RunContext) -> list[Tensor
     product = (lambda x: x @ w_NK.t()) if fp8 is None else fp8.linear(w_NK, None)
     around = (lambda: contextlib.nullcontext()) if fp8 is None else (lambda: fp8.around_a_pass(True))
     results: list[Tensor] = []
-    with _training():
+    with batch_context.entered(batch_context.DEFAULT_CONTEXT):
         for _ in range(2):
             with around():
                 y_RN = product(x_RK)

@@ -3,7 +3,6 @@ and the GPU have."""
 
 import contextlib
 import importlib
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -121,9 +120,7 @@ def autocast(recipe: Any, group: dist.ProcessGroup | None, *, enabled: bool = Tr
     return te.fp8_autocast(enabled=enabled, fp8_recipe=recipe, fp8_group=group)
 
 
-@contextlib.contextmanager
-def reduced_at_the_end(recipe: Any, group: dist.ProcessGroup | None, *, on: bool) -> Iterator[None]:
+def reduced_at_the_end(recipe: Any, group: dist.ProcessGroup | None, *, on: bool) -> AbstractContextManager[None]:
     """Around all layers of a forward pass in training: delayed scaling takes their amaxes into account once, when the
     pass is over. Nothing of another recipe."""
-    with autocast(recipe, group) if on and torch.is_grad_enabled() else contextlib.nullcontext():
-        yield
+    return autocast(recipe, group) if on and torch.is_grad_enabled() else contextlib.nullcontext()
