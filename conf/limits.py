@@ -53,6 +53,11 @@ def _min_sharding(cfg: Any) -> float:
 CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     # (condition as text, condition as code, settings that have no effect unless it holds)
     ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
+    (
+        "data other than chat and preference",
+        lambda c: c["data.kind"] not in ("chat", "preference"),
+        "data.packing_strategy",
+    ),
     ("lora.rank", lambda c: c["lora.rank"] is not None, "lora.alpha lora.rslora lora.dora lora.dropout lora.target"),
     (
         "parallel.auto=false",

@@ -138,6 +138,12 @@ class DataConfig:
     stages: list[BlendStage] = field(default_factory=list)
     """Other weights of data=blend from later steps on: [{step: 8001, weights: [1, 4]}, ...]. Stages of later steps can
     be added to a run, without a change to the samples of earlier ones."""
+    packing_strategy: str = setting("concatenate", choices=("concatenate", "best_fit"))
+    """How documents fill sequences (of other data than chat and preference): concatenate or best_fit. concatenate: one
+    after the other, cut wherever a sequence ends. best_fit: only documents longer than a sequence are cut, into full
+    sequences; the remainders are packed by best-fit decreasing (arXiv:2404.10830) in windows of 2^18 shuffled
+    documents, and the rest of a sequence is padding. No label then belongs to another document. The share of documents
+    that are cut, and of padding, is printed. Held-out text is concatenated in both cases."""
     packing: bool = True
     """With data=chat, whether several conversations share a sequence, each attending to itself alone (which needs
     data.document_mask). They are packed by best-fit decreasing in windows of shuffled conversations. false: one

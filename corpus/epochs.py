@@ -9,7 +9,6 @@ the number of documents.
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +35,6 @@ def open_epochs(
         Epochs(source, sequence_length, [seed, number], cache, ahead=ahead)
         for number, source in enumerate(prepared.train)
     ]
-
-
-def index_first_epoch(prepared: Prepared, cache_dir: str, *, sequence_length: int, seed: int) -> None:
-    """Builds what the first step would otherwise wait for."""
-    for epochs in open_epochs(prepared, Cache(cache_dir), sequence_length=sequence_length, seed=seed):
-        with suppress(ReadOnlyCache):  # then each rank builds it in memory
-            epochs.index(0)
 
 
 class _Epoch(NamedTuple):

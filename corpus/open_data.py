@@ -1,13 +1,17 @@
 """Opens prepared data: the training stream and the held-out samples of whatever kind they are."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from conf.blend_rules import part_names
 from conf.schema import Config, DataConfig
+from corpus.cache import Cache, ReadOnlyCache
 from corpus.chat_stream import ChatStream, ChatWindows
+from corpus.epochs import open_epochs
+from corpus.packed_epochs import open_packed
 from corpus.prepare import Prepared
 from corpus.stream import HeldOut, Stage, Stream, TrainStream, ValidWindows, staged_blend
 
@@ -33,9 +37,23 @@ def training_stream(
         cache_dir=data.cache_dir,
         document_mask=data.document_mask,
         stages=_stages(data, global_batch_size),
+        packing_strategy=data.packing_strategy,
         ahead=ahead,
         note=note,
     )
+
+
+def index_first_epoch(prepared: Prepared, data: DataConfig, *, sequence_length: int, seed: int) -> None:
+    """Builds what the first step would otherwise wait for."""
+    cache, how = Cache(data.cache_dir), {"sequence_length": sequence_length, "seed": seed}
+    packed = data.packing_strategy == "best_fit"
+    for epochs in (
+        open_packed(prepared, cache, document_mask=data.document_mask, **how)
+        if packed
+        else open_epochs(prepared, cache, **how)
+    ):
+        with suppress(ReadOnlyCache):  # then each rank builds it in memory
+            epochs.index(0)
 
 
 def _stages(data: DataConfig, global_batch_size: int) -> list[Stage]:

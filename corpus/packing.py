@@ -29,6 +29,10 @@ class Packs:
         members = np.array([member for pack in packs for member in pack], dtype=np.int64)
         return cls(members, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
 
+    def renamed(self, names: np.ndarray) -> "Packs":
+        """With names[i] in place of item i."""
+        return Packs(names[self._members], self._ends)
+
     @classmethod
     def load(cls, folder: Path) -> "Packs":
         return cls(

@@ -15,6 +15,7 @@ from corpus.blend import StagedBlend
 from corpus.cache import Cache
 from corpus.epochs import open_epochs
 from corpus.indexed import TokenFile
+from corpus.packed_epochs import PackedEpochs, open_packed, packing_note
 from corpus.prepare import Prepared
 from parallel.checkpoint_manifest import DATA_ORDER
 
@@ -62,6 +63,7 @@ class TrainStream:
         cache_dir: str,
         document_mask: bool,
         stages: Sequence[Stage] = (),
+        packing_strategy: str = "concatenate",
         ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -70,6 +72,7 @@ class TrainStream:
             seed: seed of the order of the samples, >= 0.
             document_mask: whether positions restart after each end-of-document token.
             stages: of the blend, after the first one.
+            packing_strategy: data.packing_strategy.
             ahead: whether this process builds the indices of later epochs in the background, for all on its node.
             note: called with messages for the user, such as that a damaged index was rebuilt.
         """
@@ -78,9 +81,14 @@ class TrainStream:
         self._prepared, self._sequence_length, self._seed, self._cache = prepared, sequence_length, seed, cache
         self._stages = stages
         self._blend: _Locate = staged_blend(prepared, stages)
-        self._epochs: Sequence[_Source] = open_epochs(
-            prepared, cache, sequence_length=sequence_length, seed=seed, ahead=ahead
-        )
+        how = {"sequence_length": sequence_length, "seed": seed, "ahead": ahead}
+        self._epochs: Sequence[_Source] = []
+        self._packed: list[PackedEpochs] = []
+        if packing_strategy == "best_fit":
+            self._packed = open_packed(prepared, cache, document_mask=document_mask, **how)
+            note(packing_note([epochs.shares() for epochs in self._packed]))
+        else:
+            self._epochs = open_epochs(prepared, cache, **how)
         self._eod_id = prepared.eod_id if document_mask else None
 
     def keep_order(self, version: int) -> None:
@@ -99,6 +107,12 @@ class TrainStream:
                 f"the run takes its samples in order {version}; this version of Switchyard knows {DATA_ORDER} and "
                 "earlier ones. Continue with the version that began it, or choose another run.dir"
             )
+        if self._packed:
+            raise ValueError(
+                f"data.packing_strategy=best_fit needs a run that takes its samples in order {DATA_ORDER}; this one "
+                "was begun by an earlier version of Switchyard. Start another run from its weights (checkpoint.load), "
+                "or set data.packing_strategy=concatenate"
+            )
         if self._stages:
             raise ValueError(
                 f"data.stages needs a run that takes its samples in order {DATA_ORDER}; this one was begun by an "
@@ -115,8 +129,11 @@ class TrainStream:
         ]
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` >= 0: tokens, labels and positions, int64 [S]. Without a loss_mask: every label counts."""
+        """Sample `index` >= 0: tokens, labels and positions, int64 [S]. Without a loss_mask: every label counts. With
+        best-fit packing as of `PackedEpochs.sample`."""
         source, index_in_source = self._blend.locate(index)
+        if self._packed:
+            return self._packed[source].sample(index_in_source)
         text = torch.from_numpy(self._epochs[source].sample(index_in_source))
         tokens = text[:-1].contiguous()
         return {

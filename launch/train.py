@@ -112,10 +112,10 @@ def _prepare_on_node(
     def work() -> str:
         prepared = prepare_run(config, None, console, stop)
         if config.data.kind not in ("chat", "preference"):  # small, and packed by each start
-            from corpus.epochs import index_first_epoch
+            from corpus.open_data import index_first_epoch
 
             sizes = {"sequence_length": config.train.sequence_length, "seed": config.train.seed}
-            index_first_epoch(prepared, config.data.cache_dir, **sizes)
+            index_first_epoch(prepared, config.data, **sizes)
         return prepared.to_json()
 
     return Prepared.from_json(once_per_node(world, key, work, timeout=config.runtime.timeout, waiting=waiting))
