@@ -1,6 +1,7 @@
 """The typed settings of a run, with their units and defaults. The settings of the model are in conf/model_schema.py,
 conf/moe_schema.py and conf/rope_schema.py, those of FP8 in conf/fp8_schema.py, of adapters in conf/lora_schema.py, of
-preferences in conf/preference_schema.py and of evaluation tasks in conf/eval_schema.py.
+preferences in conf/preference_schema.py, of evaluation tasks in conf/eval_schema.py and of the machine in
+conf/cluster_schema.py.
 
 Defaults are defined in these files only; the YAML files in conf/GROUP/ are presets, which override some of them.
 Nothing heavy is imported here, so that a configuration can be read and checked on a login node without PyTorch.
@@ -9,6 +10,7 @@ Nothing heavy is imported here, so that a configuration can be read and checked 
 from dataclasses import dataclass, field
 
 # All names of the schema are importable from this module.
+from conf.cluster_schema import ClusterConfig, SlurmConfig
 from conf.eval_schema import EvalTasksConfig
 from conf.fp8_schema import Fp8Config
 from conf.lora_schema import LoraConfig
@@ -317,38 +319,6 @@ class RuntimeConfig:
     preflight: bool = False
     """Before training, measure memory, disk, matrix products and links of every rank, and stop if a node falls short,
     naming it."""
-
-
-@dataclass
-class ClusterConfig:
-    """The machine that a run is planned for, usually a preset: cluster=h100. `python -m launch.check` derives the
-    number of nodes and tasks, the memory estimate and the links from it; a training run prints its memory estimate."""
-
-    name: str | None = None
-    """Name shown in tables. null: unspecified machine."""
-    ranks_per_node: int = setting(1, ge=1)
-    """GPUs per node; on nodes without GPUs, ranks per node."""
-    gpus: bool = False
-    """Whether each rank has a GPU."""
-    memory_gb: float | None = setting(None, gt=0)
-    """Memory per rank in GB (1e9 bytes): of its GPU, or its share of the node's. null: unknown."""
-    cpus_per_rank: int | None = setting(None, ge=1)
-    """CPUs per task to request from Slurm. null: no request."""
-    link_gb_per_s: float | None = setting(None, gt=0)
-    """Bandwidth between two ranks of a node, per direction, in GB/s (1e9 bytes). null: unknown."""
-    network_gb_per_s: float | None = setting(None, gt=0)
-    """Bandwidth between ranks of different nodes, per rank and direction, in GB/s (1e9 bytes). null: unknown."""
-    storage_gb_per_s: float | None = setting(None, gt=0)
-    """Bandwidth between a node and the shared storage while all nodes use it, in GB/s (1e9 bytes). null: unknown."""
-
-
-@dataclass
-class SlurmConfig:
-    """Slurm jobs (slurm/README.md)."""
-
-    max_requeues: int = setting(20, ge=0)
-    """Maximum number of times a job is requeued, for any reason: time limit, preemption, failure. A job submitted with
-    the same run.dir continues the run."""
 
 
 @dataclass
