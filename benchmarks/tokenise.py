@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -157,19 +157,30 @@ def measure(tool: str, text: Text, cores: int, megatron: Path | None) -> Cost:
                 stderr=log,
                 preexec_fn=lambda: os.sched_setaffinity(0, usable),
             )
-            peak = _watch(process.pid)
+            seen = _watch(process.pid)
             _, status, used = os.wait4(process.pid, 0)
             seconds = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             ending = (output / "log").read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{tool} ended with exit code {process.returncode}:\n{ending}")
-        return Cost(tokens_in(output), seconds, used.ru_utime + used.ru_stime, peak[0])
+        # The system counts the children that the process has waited for; those that it killed are seen while they ran.
+        cpu_seconds = max(used.ru_utime + used.ru_stime, sum(seen.cpu_seconds.values()))
+        return Cost(tokens_in(output), seconds, cpu_seconds, seen.peak_bytes)
 
 
-def _watch(pid: int) -> list[int]:
-    """A list whose one value is, until the process ends, the peak memory of it and its children."""
-    peak = [0]
+@dataclass
+class _Seen:
+    """What a process and its children have used so far."""
+
+    peak_bytes: int = 0
+    cpu_seconds: dict[int, float] = field(default_factory=dict)
+    """Of each process."""
+
+
+def _watch(pid: int) -> _Seen:
+    """Is updated until the process ends."""
+    seen = _Seen()
 
     def look() -> None:
         try:
@@ -179,15 +190,17 @@ def _watch(pid: int) -> list[int]:
                 for one in (process, *process.children(recursive=True)):
                     try:
                         total += one.memory_full_info().pss
+                        times = one.cpu_times()
                     except psutil.Error:
                         continue
-                peak[0] = max(peak[0], total)
+                    seen.cpu_seconds[one.pid] = times.user + times.system
+                seen.peak_bytes = max(seen.peak_bytes, total)
                 time.sleep(0.25)
         except psutil.Error:
             return
 
     threading.Thread(target=look, daemon=True).start()
-    return peak
+    return seen
 
 
 def rate_of(tool: str, texts: list[Text], cores: int, megatron: Path | None) -> dict[str, float]:

@@ -24,7 +24,7 @@ def module(tmp_path: Path) -> str:
     headings = re.findall(
         r"^### (.*)$", (ROOT / "CONTRIBUTING.md").read_text().split("## Extending\n")[1], re.MULTILINE
     )
-    assert len(headings) == 8
+    assert len(headings) == 9
     (tmp_path / "recipes_of_mine.py").write_text("\n\n".join(map(recipe, headings)))
     return "recipes_of_mine"
 
