@@ -16,11 +16,12 @@ from datatrove.pipeline.filters.base_filter import get_filter_result
 from datatrove.pipeline.formatters.base import BaseFormatter
 
 from corpus.documents import SkippedRows, read_documents
-from corpus.indexed import TokenWriter, read_index
+from corpus.indexed import read_index
 from corpus.integrity import sha256
 from corpus.pipeline import deduplication
 from corpus.pipeline.account import Account, write_json
 from corpus.pipeline.plan import Plan, Refused, Stage
+from corpus.token_writer import TokenWriter
 from corpus.tokenizer import Tokenizer
 
 Documents = Iterable[Document]
