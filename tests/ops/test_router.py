@@ -261,7 +261,11 @@ def test_a_gpu_gets_the_kernel_where_it_serves(runtime: Runtime, pretended_gpu: 
     for settings, why in [
         ({"load_balancing": "sinkhorn"}, "sinkhorn chooses over the whole micro-batch"),
         ({"load_balancing": "expert_choice"}, "expert_choice chooses over the whole micro-batch"),
-        ({"num_expert_groups": 2}, "chooses groups of experts first"),
+        (
+            {"num_expert_groups": 2},
+            "it chooses groups of experts first; "
+            "TransformerEngine scores groups by logits where it divides gates by their sum",
+        ),
     ]:
         kernel, row = chosen(replace(plain, **settings), runtime)
         assert kernel is None and row.name == "torch" and row.why.endswith(why) and not row.refused
