@@ -4,10 +4,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from conf.override_text import override
 from launch.prepare import main
 from tests.corpus.pipeline.helpers import content, settings, write_corpus
 from tests.slurm.cluster import LIMIT, Cluster
+
+pytest.importorskip("datatrove", reason="datatrove is not installed: bash launch/setup.sh data")
 
 
 def test_job_arrays_make_what_this_machine_makes(cluster: Cluster, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason="datatrove is not installed: bash launch/setup.sh data")
 from datatrove.data import Document
 
 from corpus.pipeline.blocks import _applied

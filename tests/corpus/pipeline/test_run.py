@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason="datatrove is not installed: bash launch/setup.sh data")
 from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
 from conf.commands import PrepareSlurmConfig
