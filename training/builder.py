@@ -185,8 +185,8 @@ def preflight(config: Config, run: Runtime, dtype: torch.dtype) -> tuple[str, st
     bad = find_problems(reports, memory=memory, disk=disk)
     if bad:
         stop()
-        told = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
-        raise RunFailed(f"preflight: {told}. Without them: sbatch --exclude={','.join(bad)}")
+        faults = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
+        raise RunFailed(f"preflight: {faults}. Without them: sbatch --exclude={','.join(bad)}")
     return "preflight", f"{len({r.host for r in reports})} node(s) are well", medians(reports)
 
 

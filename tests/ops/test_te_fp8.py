@@ -147,10 +147,10 @@ def trained(
         kept = {n: p for m in engine.modules for n, p in m.named_parameters() if ".fp8_state." in n}
         for name, p in kept.items() if not keeps else ():
             p.data.fill_(1.0 if "scale" in name else 0.0)
-        told = train(engine, steps)
+        losses = train(engine, steps)
         if checkpoints:
             checkpoints.save(state(steps.stop, world.size))
-        return told, {name: p.detach().clone() for name, p in kept.items()}
+        return losses, {name: p.detach().clone() for name, p in kept.items()}
 
 
 ONE = ParallelConfig()

@@ -67,9 +67,9 @@ def make(env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_images_torch_stays(image, tmp_path):
     made = make(image, tmp_path / "python")
     assert made.returncode == 0, made.stderr
-    told, last = made.stdout.splitlines()[-2:]
+    version, last = made.stdout.splitlines()[-2:]
     assert (
-        told.startswith(f"PyTorch {TORCH} {tmp_path}/image/")
+        version.startswith(f"PyTorch {TORCH} {tmp_path}/image/")
         and last == f"SWITCHYARD_PYTHON={tmp_path}/python/bin/python"
     )
     code = "import torch, hydra_core, megatron_core; print(torch.__version__, hydra_core.__file__)"

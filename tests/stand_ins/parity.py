@@ -95,20 +95,20 @@ def trained(world: World, parallel: ParallelConfig, folder: str, with_it: bool, 
         checkpoints = Checkpointer(Path(folder), engine, keep=3)
         if steps.start:
             assert checkpoints.resume(print) is not None
-        told = train(engine, steps)
+        losses = train(engine, steps)
         checkpoints.save(state(steps.stop, world.size))
-        return told, optimizer_tensors(engine)
+        return losses, optimizer_tensors(engine)
 
 
 def continued(pool: RankPool, parts: list[Part], folder: str) -> Trained:
     """A run of two steps for each part."""
-    told: list[tuple[float, float]] = []
+    every: list[tuple[float, float]] = []
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for index, (ranks, parallel, with_it) in enumerate(parts):
         steps = range(2 * index, 2 * index + 2)
         losses, tensors = pool.run(ranks, trained, parallel, folder, with_it, steps, timeout=SECONDS)[0]
-        told += losses
-    return told, tensors
+        every += losses
+    return every, tensors
 
 
 def deviation(got: Trained, wanted: Trained) -> float:
