@@ -1,8 +1,9 @@
 """A configuration that is read by dotted key, the violation of a rule, and helpers to write rules with."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -27,6 +28,11 @@ class Violation:
     """Whether the only problem is that the setting in `suggestions` would have no effect."""
 
 
+@functools.cache
+def _getter(key: str) -> Callable[[Config], Any]:
+    return attrgetter(key)
+
+
 @dataclass(frozen=True)
 class ConfigView:
     """A configuration and the number of ranks, read by dotted key."""
@@ -35,7 +41,7 @@ class ConfigView:
     world_size: int
 
     def __getitem__(self, key: str) -> Any:
-        return self.world_size if key == WORLD_SIZE else attrgetter(key)(self.config)
+        return self.world_size if key == WORLD_SIZE else _getter(key)(self.config)
 
     def replace(self, key: str, value: Any) -> "ConfigView":
         """A copy with one setting, or the number of ranks, changed."""

@@ -5,6 +5,7 @@ all rules are checked again to make sure that they do.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -118,11 +119,16 @@ def _suggest(violation: Violation, cfg: ConfigView, found: list[Violation], chec
         (lambda left: left <= rest, ""),
         (lambda left: violation.rule not in left, _FURTHER),
     ]
+    suggestions = {key: list(values) for key, values in violation.suggestions.items()}
+
+    @functools.cache
+    def left(key: str, position: int) -> set[str]:
+        return {other.rule for other in checker(cfg.replace(key, suggestions[key][position]))}
+
     for is_sufficient, remark in criteria:
         texts = []
-        for key, values in violation.suggestions.items():
-            left = ((value, {other.rule for other in checker(cfg.replace(key, value))}) for value in values)
-            nearest = (value for value, rules in left if is_sufficient(rules))
+        for key, values in suggestions.items():
+            nearest = (value for position, value in enumerate(values) if is_sufficient(left(key, position)))
             if key == WORLD_SIZE:
                 texts += [f"{ranks} ranks (on one machine NPROC={ranks})" for ranks in islice(nearest, 2)]
             else:
