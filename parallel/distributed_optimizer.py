@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from conf.schema import OptimConfig, ParallelConfig
-from parallel.megatron_compat import cuda_type_names, set_optimizer_class
+from parallel.megatron_compat import cuda_type_names, keep_from_compiler, set_optimizer_class
 from parallel.megatron_groups import optimizer_groups
 from parallel.process_groups import Groups
 
@@ -74,6 +74,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=overlap.param_gather,
     )
+    keep_from_compiler()
     with cuda_type_names():
         optimizer = get_megatron_optimizer(
             config, chunks, no_decay, use_gloo_process_groups=False, pg_collection=optimizer_groups(groups)

@@ -13,10 +13,9 @@ Each patch has a test that fails once Megatron-Core no longer needs it.
 
 import contextlib
 import functools
-import pkgutil
+import inspect
 import sys
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
 
@@ -24,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors  # pyright: ignore[reportPrivateUsage]
+
+from parallel.patching import Patch, Saved, patched, restore
 
 CPU = torch.device("cpu")
 
@@ -61,34 +62,6 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-Saved = list[tuple[Any, str, Any]]
-"""(owner, name, original)"""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A replacement of attributes of a module or class."""
-
-    owner: str
-    names: tuple[str, ...]
-    replace: Callable[[Any], Any]
-    """Original -> replacement; called for each name."""
-    why: str
-
-    def apply(self) -> Saved:
-        """Installs the patch. Returns (owner, name, original) of each attribute."""
-        owner = pkgutil.resolve_name(self.owner)
-        saved = [(owner, name, getattr(owner, name)) for name in self.names]
-        for _, name, original in saved:
-            setattr(owner, name, self.replace(original))
-        return saved
-
-
-def _restore(saved: Saved) -> None:
-    for owner, name, original in reversed(saved):
-        setattr(owner, name, original)
-
-
 _RANDOM = "megatron.core.tensor_parallel.random"
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 CPU_PATCHES = (
@@ -118,15 +91,25 @@ CPU_PATCHES = (
 )
 
 
-@contextlib.contextmanager
-def _patched(*patches: Patch) -> Generator[None]:
-    saved: Saved = []
-    try:
-        for patch in patches:
-            saved += patch.apply()
-        yield
-    finally:
-        _restore(saved)
+def _without_graph_break(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of torch.optim, whose decorators all call functions of torch's compiler but the innermost."""
+
+    @functools.wraps(inspect.unwrap(step))
+    def run(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return inspect.unwrap(step)(self, *args, **kwargs)
+
+    return run
+
+
+_WHY = (
+    "It calls torch's compiler to be left out of it, which loads it: a second of every rank's start, for nothing here."
+)
+COMPILER_PATCHES = (
+    Patch("torch.optim.AdamW", ("step",), _without_graph_break, _WHY),
+    Patch("torch.optim.Optimizer", ("add_param_group", "load_state_dict", "state_dict"), inspect.unwrap, _WHY),
+    Patch("torch.optim.Optimizer", ("zero_grad",), inspect.unwrap, _WHY),
+)
 
 
 _installed: Saved = []
@@ -144,10 +127,21 @@ def install(patches: Sequence[Patch] = CPU_PATCHES) -> bool:
     return True
 
 
+_kept_from_compiler: Saved = []
+
+
+def keep_from_compiler() -> None:
+    """Lets optimizers step without loading torch's compiler. Applied once, unless it is loaded already."""
+    if not _kept_from_compiler and "torch._dynamo" not in sys.modules:
+        for patch in COMPILER_PATCHES:
+            _kept_from_compiler.extend(patch.apply())
+
+
 def undo() -> None:
-    """Removes the patches that `install` has installed."""
-    _restore(_installed)
-    _installed.clear()
+    """Removes the patches that `install` and `keep_from_compiler` have installed."""
+    for saved in (_installed, _kept_from_compiler):
+        restore(saved)
+        saved.clear()
 
 
 def _no_compile(function: Any = None, **options: Any) -> Any:
@@ -183,7 +177,7 @@ IMPORT_PATCHES = (
 def import_core() -> ModuleType:
     """Imports Megatron-Core and the modules that the CPU patches change. Does not initialize CUDA, so that the process
     can still be forked."""
-    with _patched(*IMPORT_PATCHES):
+    with patched(*IMPORT_PATCHES):
         import megatron.core
         from megatron.core.distributed import (
             param_and_grad_buffer,  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -216,7 +210,7 @@ def cuda_type_names() -> Generator[None]:
     runs, which sorts parameters by strings such as 'torch.cuda.BFloat16Tensor'; not for longer, because other libraries
     call tensor.type() too."""
     patches = [] if torch.cuda.is_available() else [Patch("torch.Tensor", ("type",), _cuda_name, "Types by name.")]
-    with _patched(*patches):
+    with patched(*patches):
         yield
 
 
@@ -244,14 +238,14 @@ def without_streams() -> Generator[None]:
     """Inside, and without CUDA, torch.cuda.Stream() returns None. Entered while DistributedDataParallel is built, which
     with several optimizer instances creates a stream that only overlap_grad_reduce uses."""
     patch = Patch("torch.cuda", ("Stream",), lambda _: _returning(None), "Streams that are not used.")
-    with _patched(*([] if torch.cuda.is_available() else [patch])):
+    with patched(*([] if torch.cuda.is_available() else [patch])):
         yield
 
 
 @contextlib.contextmanager
 def layers_made_on(device: torch.device) -> Generator[None]:
     """Inside, Megatron-Core's layers are created on `device` instead of torch.cuda.current_device()."""
-    with _patched(Patch("torch.cuda", ("current_device",), lambda _: _returning(device), "Shapes without memory.")):
+    with patched(Patch("torch.cuda", ("current_device",), lambda _: _returning(device), "Shapes without memory.")):
         yield
 
 

@@ -2,6 +2,7 @@
 the tests that reach them (tests/parallel/test_foreign_changes.py lists the uses). Imports torch only when a function is
 called."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,17 @@ def flight_recorder_dump() -> str | bytes | None:
         if hasattr(calls, name):
             return getattr(calls, name)(True, False)
     return None
+
+
+def set_deterministic(on: bool) -> None:
+    """torch.use_deterministic_algorithms, which also sets an option of torch's compiler and loads it for that. Where
+    it is not loaded nothing is compiled, and every rank starts a second earlier."""
+    import torch
+
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(on)
+    else:
+        torch._C._set_deterministic_algorithms(on, warn_only=False)  # pyright: ignore[reportPrivateUsage]
 
 
 def fake_store() -> Any:

@@ -15,7 +15,7 @@ from models.megatron_config import transformer_config
 from models.objectives import objective_of
 from models.operations import select_ops
 from ops.run_context import RunContext
-from parallel import megatron_compat, process_groups
+from parallel import megatron_compat, process_groups, torch_private
 from parallel.distributed_optimizer import Overlap
 from parallel.engine import Engine
 from parallel.layout import Layout
@@ -96,7 +96,7 @@ def set_deterministic(on: bool) -> None:
     """Only algorithms that give the same bits every time. Called before the device is used."""
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(on)
+    torch_private.set_deterministic(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 

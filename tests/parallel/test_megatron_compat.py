@@ -329,3 +329,38 @@ print(megatron_compat.is_since(0, 19))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     compiler, device, newer = (word == "True" for word in done.stdout.split())
     assert compiler and device == newer
+
+
+STEPS = """
+import sys
+import torch
+from parallel import megatron_compat, torch_private
+torch_private.set_deterministic(sys.argv[1] == "deterministic")
+if sys.argv[2] == "kept":
+    megatron_compat.keep_from_compiler()
+w = torch.ones(3, requires_grad=True)
+optimizer = torch.optim.AdamW([w], lr=0.1, fused=True)
+for _ in range(2):
+    optimizer.zero_grad()
+    (w * torch.arange(3.0)).square().sum().backward()
+    optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules, torch.are_deterministic_algorithms_enabled(), w.tolist())
+megatron_compat.undo()
+print(optimizer.step() is None, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_optimizers_step_without_torchs_compiler():
+    """And compute the same. Where the last line fails, torch no longer loads it: delete COMPILER_PATCHES."""
+
+    def run(*words: str) -> list[str]:
+        command = [sys.executable, "-W", "ignore", "-c", STEPS, *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    plain, kept = run("deterministic", "loaded"), run("deterministic", "kept")
+    weights = plain[0].split(maxsplit=2)[2]
+    assert kept == [f"False True {weights}", "True True"]
+    assert plain == [f"True True {weights}", "True True"]
