@@ -2,7 +2,8 @@
 
     python -m benchmarks.default_run [--seeds N] [--only NAME ...] [--at-once N] [--json] [SETTING=VALUE ...]
 
-Every variant is a complete `python -m launch.train`, once per seed. The balance is that of the steps after the 20th:
+Every variant is a complete `python -m launch.train`, once per seed. The dense model trains for as many steps, and once
+more for as many seconds, by the medians of a step of the runs before. The balance is that of the steps after the 20th:
 the largest share of assignments that a step dropped, the largest load of an expert over the mean of its layer, and the
 number of steps in which that was above 2.
 """
@@ -20,16 +21,18 @@ from typing import Any
 
 SETTLED = 20
 """Steps that do not count for the balance."""
+DENSE, AS_LONG = "dense", "dense, as many seconds"
 VARIANTS = {
     "as shipped": [],
+    DENSE: ["model=tiny_dense"],
     "embedding not multiplied": ["model.embedding_multiplier=1"],
-    "embedding multiplied by 16": ["model.embedding_multiplier=16"],
-    "initial weights reduced": ["model.init_scale=0.1"],
+    "initial weights reduced": ["model.init_scale=0.1", "model.moe.router_init_scale=0.4"],
+    "router's weights not enlarged": ["model.moe.router_init_scale=null"],
     "balancing loss of 0.01": ["model.moe.aux_loss_coeff=0.01"],
     "without QK norm": ["model.qk_norm=null"],
-    "half the learning rate": ["optim.lr=2e-3"],
-    "half the warm-up": ["optim.warmup_steps=20"],
-    "dense": ["model=tiny_dense"],
+    "half as many sequences of 256": [
+        *("train.sequence_length=256", "train.micro_batch_size=8", "train.global_batch_size=16"),
+    ],
 }
 
 
@@ -40,12 +43,22 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     loads = [row["load_max_over_mean"] for row in late]
     return {
         "bits/byte": [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row][-1],
+        "steps": len(steps),
         "s/step": statistics.median(row["step_seconds"] for row in steps),
         "max. dropped": max((row["dropped_fraction"] for row in late), default=0.0),
         "max. load": max(loads, default=0.0),
         "steps above 2": sum(load > 2 for load in loads),
         "max. dead": max(row["dead_experts"] or 0 for row in steps),
     }
+
+
+def steps_of_equal_seconds(found: list[dict[str, float]], dense: list[dict[str, float]]) -> int:
+    """The steps of the dense model that take as long as the others' runs."""
+
+    def seconds(runs: list[dict[str, float]]) -> float:
+        return statistics.median(run["s/step"] for run in runs)
+
+    return round(found[0]["steps"] * seconds(found) / seconds(dense))
 
 
 def run(changes: list[str], seed: int) -> dict[str, float]:
@@ -88,8 +101,13 @@ def main(argv: list[str] | None = None) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.at_once)))
     with ThreadPoolExecutor(args.at_once) as pool:
-        jobs = {name: [pool.submit(one, name, seed + 1) for seed in range(args.seeds)] for name in args.only}
+        seeds = range(1, args.seeds + 1)
+        jobs = {name: [pool.submit(one, name, seed) for seed in seeds] for name in args.only}
         table = {name: [job.result() for job in each] for name, each in jobs.items()}
+        if {"as shipped", DENSE} <= table.keys():
+            steps = steps_of_equal_seconds(table["as shipped"], table[DENSE])
+            VARIANTS[AS_LONG] = [*VARIANTS[DENSE], f"train.steps={steps}"]
+            table[AS_LONG] = list(pool.map(lambda seed: one(AS_LONG, seed), seeds))
     if args.json:
         print(json.dumps(table))
     else:

@@ -242,6 +242,12 @@ class ModelConfig:
         return int(self.head_width * self.partial_rotary_factor)
 
     @property
+    def router_std(self) -> float:
+        """Standard deviation of the router's initial weights."""
+        scale = self.init_scale if self.moe.router_init_scale is None else self.moe.router_init_scale
+        return (scale / self.hidden_size) ** 0.5
+
+    @property
     def expert_width(self) -> int:
         """moe.ffn_hidden_size, or its default."""
         return self.moe.ffn_hidden_size or self.ffn_hidden_size

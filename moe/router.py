@@ -59,7 +59,7 @@ class Router(nn.Module):
             top_k_groups=self.moe.top_k_groups,
         )
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
-        self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=(model.init_scale / model.hidden_size) ** 0.5)
+        self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=model.router_std)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
         mark(self.weight, sequence_parallel=sequence_parallel)
         self.logit_bias: nn.Parameter | None = None

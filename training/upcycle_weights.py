@@ -83,8 +83,7 @@ class _Experts:
         """The experts of a copy have one row: with equal scores, the choice takes the copy as a whole."""
         d, n = self.model.hidden_size, self.config.granularity
         source = generator(self.config.seed, f"{self.dense}.router.weight")
-        std = (self.model.init_scale / d) ** 0.5
-        yield draw((self.config.num_experts // n, d), std, source).repeat_interleave(n, dim=0)
+        yield draw((self.config.num_experts // n, d), self.model.router_std, source).repeat_interleave(n, dim=0)
 
     def _w_in(self) -> Iterator[Tensor]:
         """[1, D, G, F / N] of each expert. Only the linear branch is scaled: act(s * gate) is not s * act(gate)."""

@@ -28,13 +28,14 @@ def values_of(stage: ModelChunk) -> dict[str, np.ndarray]:
     return {name: parameter.detach().cpu().numpy() for name, parameter in stage.named_parameters()}
 
 
-def test_weights_follow_the_truncated_normal_of_switch(runtime: Runtime) -> None:
+@pytest.mark.parametrize("router_scale", [None, 1e-3])
+def test_weights_follow_the_truncated_normal_of_switch(runtime: Runtime, router_scale: float | None) -> None:
     """Switch, section 2.4: normal with standard deviation sqrt(s / fan_in), values past two of them drawn again (its
     code is tf.truncated_normal_initializer, which does not make up for the tails that are lost). So by the normal
     density phi, the values' own deviation is sqrt(1 - 4 phi(2) / P(|z| < 2)) = 0.880 of it, and 71.5 % lie within
     one."""
     hidden, ffn, s = 64, 96, 0.1
-    moe = MoeConfig(num_experts=8, every=2)
+    moe = MoeConfig(num_experts=8, every=2, router_init_scale=router_scale)
     model = tiny(moe, hidden_size=hidden, ffn_hidden_size=ffn, vocab_size=256, init_scale=s)
     within_two = math.erf(2**0.5)
     shrunk = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / within_two)
@@ -42,7 +43,8 @@ def test_weights_follow_the_truncated_normal_of_switch(runtime: Runtime) -> None
         if "norm" in name:
             assert (value == 1).all()
             continue
-        sigma = math.sqrt(s / (ffn if name.endswith(("down.weight", "w_out")) else hidden))
+        scale = router_scale if router_scale and "router" in name else s
+        sigma = math.sqrt(scale / (ffn if name.endswith(("down.weight", "w_out")) else hidden))
         error = 5 / math.sqrt(value.size)  # five standard errors of a mean of values of size 1
         assert abs(value.mean()) < error * sigma, name
         assert abs(value.std() / sigma - shrunk) < error, name
