@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.default_run import VARIANTS, figures, show
+from benchmarks.default_run import VARIANTS, figures, show, steps_of_equal_seconds
 from benchmarks.published import composed
 from conf import rules
 
@@ -31,7 +31,14 @@ def test_the_table_has_means_and_of_maxima_the_largest(capsys: pytest.CaptureFix
     runs = [figures([row(21, 0.1, load), {"step": 21, "val_bits_per_byte": bits}]) for load, bits in ((1, 1.5), (3, 2))]
     show({"as shipped": runs})
     last = capsys.readouterr().out.splitlines()[-1].split()
-    assert last[2:] == ["1.750", "21.000", "0.100", "3.000", "0.500", "0.000", "0.500"]
+    assert last[2:] == ["1.750", "1.000", "21.000", "0.100", "3.000", "0.500", "0.000", "0.500"]
+
+
+def test_the_dense_model_also_trains_for_as_many_seconds() -> None:
+    """Of 100 steps of 3 s: 150 of 2 s. A slow run among the others counts for nothing."""
+    sparse = [{"steps": 100, "s/step": seconds} for seconds in (3.0, 2.9, 9.0)]
+    dense = [{"steps": 100, "s/step": seconds} for seconds in (2.0, 8.0, 1.9)]
+    assert steps_of_equal_seconds(sparse, dense) == 150
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
