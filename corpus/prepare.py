@@ -34,7 +34,7 @@ class Source:
     prefix: str
     """Path without .bin/.idx."""
     weight: float
-    """Share of the samples; the weights of the training sources add up to 1."""
+    """Share of the samples that are taken by weight, over which the training sources add up to 1; 0: by `quotas`."""
     first_document: int
     num_documents: int
     num_tokens: int
@@ -42,6 +42,8 @@ class Source:
     """Hash of both files."""
     part: int = field(default=0, compare=False)
     """The data set of the settings that it belongs to: its place in data.blend."""
+    quotas: list[int] | None = None
+    """Of a part with epochs: the samples that each stage of the run takes. None: as many as the weight gives."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Prepared:
         weights, independent of their paths."""
 
         def content(source: Source) -> dict[str, Any]:
-            return {k: v for k, v in asdict(source).items() if k != "part"} | {"prefix": ""}
+            return {k: v for k, v in asdict(source).items() if k not in ("part", "quotas")} | {"prefix": ""}
 
         return _key([[content(source) for source in split] for split in (self.train, self.valid)])
 
@@ -371,7 +373,7 @@ def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str], temp
         for source in part.train
     ]
     valid = [replace(source, part=number) for number, part in enumerate(parts) for source in part.valid]
-    total = sum(source.weight for source in train)
+    total = sum(source.weight for source in train) or 1.0
     tokens = sum(source.num_tokens for source in valid)
     known = all(part.valid_bytes is not None for part in parts)
     return Prepared(

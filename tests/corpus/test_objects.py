@@ -120,7 +120,7 @@ def test_training_never_waits_for_a_bucket(tmp_path: Path) -> None:
     assert here.key == there.key and there.train[0].prefix.startswith(str(tmp_path / "cache"))
     Bucket.answer = staticmethod(lambda *asked: pytest.fail(f"a step of training asked for {asked[:2]}"))
     data = DataConfig(kind="megatron", cache_dir=str(tmp_path / "cache"))
-    options = {"sequence_length": 16, "seed": 1, "global_batch_size": 4}
+    options = {"sequence_length": 16, "seed": 1}
     streams = [training_stream(prepared, data, **options) for prepared in (here, there)]
     for index in range(500):  # more than two epochs
         assert streams[0].sample(index)["tokens"].tolist() == streams[1].sample(index)["tokens"].tolist()
