@@ -124,8 +124,8 @@ class DataConfig:
     """Field of a row that holds its text, a string or a list of lines. `a.b`: field b of the object in a."""
     strict: bool = False
     """Stop at the first row without text (null, another type, no such field, invalid JSON), or of data=chat without a
-    valid conversation. false: skip such rows and report their number and positions; a file of whose rows none is valid
-    is an error in both cases."""
+    valid conversation, and at a damaged file. false: leave such rows, and files from where they are damaged, out and
+    report their number and positions; data of which nothing is left is an error in both cases."""
     tokenizer: str | None = None
     """Path of a Hugging Face tokenizer.json, or of a directory that holds one (the run keeps its settings and chat
     template too), or of a file of SentencePiece (.model) or tiktoken (.tiktoken), which is converted. Files may be

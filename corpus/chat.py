@@ -28,7 +28,7 @@ class _ChatDocument(Document):
 class ChatCorpus(TextCorpus):
     """The conversations of a data set. As documents they are what the messages say, for training a tokenizer."""
 
-    def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
+    def _of_file(self, path: str, skipped: SkippedRows) -> Iterator[Document]:
         for conversation in read_conversations(path, strict=self._strict, skipped=skipped):
             yield _ChatDocument(conversation.text, 0, conversation.done, conversation)
 
@@ -118,8 +118,7 @@ def write_chat(
         writers[split].add(ids, weights)
         progress("tokenising", done)
     if not writers:
-        for path in corpus.spec.files:
-            corpus.skipped[path].check_usable(path)
+        corpus.check_usable()
     splits = {}
     for split, writer in writers.items():
         writer.finish()
@@ -129,6 +128,6 @@ def write_chat(
         if "valid" in writers
         else dict.fromkeys(("valid_bytes", "valid_gzip_bytes"), 0)
     )
-    notes = [rows.note(path) for path, rows in corpus.skipped.items() if rows.count]
+    notes = [rows.note(path) for path, rows in corpus.skipped.items() if rows]
     manifest = {"splits": splits, "held_out": measured, "notes": notes}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -48,6 +48,10 @@ _VERSION_FIELDS = [
 """Of fsspec's `info`: what the file systems have that changes with the content."""
 
 
+class NoFileSystem(ValueError):
+    """The file system of a URL cannot be used here."""
+
+
 def is_url(path: str) -> bool:
     """Whether a path names an object and no local file."""
     return bool(_URL.match(path))
@@ -57,23 +61,25 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
     Raises:
-        ValueError: the file system is unknown, or its package is not installed.
+        NoFileSystem: the file system is unknown, or its package is not installed.
     """
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations, registry
 
     protocol = url.partition("://")[0]
     if protocol not in known_implementations and protocol not in registry:
-        raise ValueError(f"{url}: there is no file system {protocol}://; for example s3://, gs:// and hf:// are known")
+        raise NoFileSystem(
+            f"{url}: there is no file system {protocol}://; for example s3://, gs:// and hf:// are known"
+        )
     try:
         return url_to_fs(url)
     except ImportError as error:
         package = known_implementations[protocol]["class"].partition(".")[0]
-        raise ValueError(
+        raise NoFileSystem(
             f"{url} needs the package {package}, which is not installed: .venv/bin/pip install {package}"
         ) from error
     except Exception as error:  # whatever a file system raises without credentials or a host
-        raise ValueError(f"{url}: {protocol}:// cannot be used: {type(error).__name__}: {error}") from error
+        raise NoFileSystem(f"{url}: {protocol}:// cannot be used: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

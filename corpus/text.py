@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from corpus import storage
 from corpus.cache import Cache
 from corpus.dataset_specs import DatasetSpec
-from corpus.documents import Document, SkippedRows, read_documents
+from corpus.documents import BadFile, Document, SkippedRows, read_documents
 from corpus.objects import check_unchanged, content_id
 
 if TYPE_CHECKING:
@@ -83,6 +83,23 @@ class TextCorpus:
         check_unchanged(path, self._contents.get(path))
 
     def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
+        """The documents of a file, up to where it is damaged."""
+        skipped = SkippedRows() if skipped is None else skipped
+        try:
+            yield from self._of_file(path, skipped)
+        except BadFile as error:
+            if self._strict:
+                raise
+            skipped.rest = str(error)
+
+    def check_usable(self) -> None:
+        """Called if the corpus has no documents. Raises ValueError if that is because they cannot be used."""
+        bad = {path: rows for path, rows in self.skipped.items() if rows}
+        for path, rows in bad.items():
+            others = f"; none of the {len(bad)} files can be used" if len(bad) > 1 else ""
+            raise ValueError(f"{rows.rest or rows.note(path)}{others}")
+
+    def _of_file(self, path: str, skipped: SkippedRows) -> Iterator[Document]:
         read = self.spec.source.read
         if read is None:
             return read_documents(path, self._text_key, strict=self._strict, skipped=skipped)
@@ -153,7 +170,7 @@ class _Read:
     documents: int = 0
     """Documents of the next file that are read."""
     skipped: list[str] = field(default_factory=list)
-    """Messages about skipped rows of these files."""
+    """Messages about what was left out of these files."""
     replaced: dict[str, int] = field(default_factory=dict)
     """Invalid UTF-8 sequences by file."""
     tails: dict[str, int] = field(default_factory=dict)
@@ -219,10 +236,12 @@ def _write_documents(
             if writer.shard_is_full:
                 writer.end_shard(asdict(read))
         skipped = corpus.skipped.get(path)
-        read.skipped += [skipped.note(path)] if skipped and skipped.count else []
+        read.skipped += [skipped.note(path)] if skipped else []
         before, written = before + size, 0
         read.files, read.documents = read.files + 1, 0
     writers = writer.finish()
+    if not writers:
+        corpus.check_usable()
     splits = {split: dict(zip(_COUNTS, one.pair.position, strict=True)) for split, one in writers.items()}
     measured = {
         "valid_bytes": writers["valid"].num_bytes if "valid" in writers else 0,
