@@ -15,6 +15,7 @@ from corpus.cache import Cache
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import BadFile, Document, SkippedRows, read_documents
 from corpus.objects import check_unchanged, content_id
+from corpus.readers.formats import package_versions
 
 if TYPE_CHECKING:
     from corpus.token_writer import CorpusWriter
@@ -66,6 +67,7 @@ class TextCorpus:
         self._contents = dict(zip(files, contents, strict=True))
         # Data that was read without `strict` may have rows that are errors with it.
         version = [source.version] if source.version else []
+        version += package_versions(files)
         return [kind, names, contents, self.spec.valid_share, self._text_key, self._strict, *version]
 
     def documents(self, path: str) -> Iterator[tuple[Document, bool]]:
