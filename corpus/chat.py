@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate, encode_chat
 from corpus.conversations import FIRST_LABEL, WEIGHTS, Conversation, read_conversations
 from corpus.documents import BadRow, Document, SkippedRows
+from corpus.objects import sizes_of
 from corpus.pair_writer import PairWriter, dtype_of, remove_lengths
 from corpus.text import Progress, Split, TextCorpus
 from corpus.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class ChatCorpus(TextCorpus):
     ) -> Iterator[tuple[list[int], list[float], bool, float]]:
         """Of each conversation its token ids, their weights, whether it is held out, and the fraction of the corpus
         read so far. Those that the template refuses are skipped, or with `strict` an error."""
-        sizes = storage.each(storage.size, self.spec.files)
+        sizes = sizes_of(self.spec.files)
         before, total = 0, sum(sizes)
         for path, size in zip(self.spec.files, sizes, strict=True):
             for document, held_out in self.documents(path):

@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from corpus.answers import answer
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK = 4 * 1024 * 1024
@@ -126,9 +129,17 @@ def find(path: str) -> Found | None:
     """None: it does not exist. Raises OSError."""
     try:
         if is_url(path):
-            system, inner = filesystem(path)
-            return _found(system, inner, info(path))
+            found = answer("kind", path, lambda: _described(path))
+            return None if found is None else Found(*found)
         return Found(path, os.path.getsize(path), os.path.isdir(path))
+    except FileNotFoundError:
+        return None
+
+
+def _described(url: str) -> Found | None:
+    system, path = filesystem(url)
+    try:
+        return _found(system, path, info(url))
     except FileNotFoundError:
         return None
 
@@ -157,8 +168,9 @@ def each(ask: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
     """`ask` of every path, of URLs in threads, since each waits for an answer."""
     if not any(map(is_url, paths)):
         return list(map(ask, paths))
+    contexts = [copy_context() for _ in paths]  # of `corpus.answers`
     with ThreadPoolExecutor(_ASKED) as threads:
-        return list(threads.map(ask, paths))
+        return list(threads.map(lambda context, path: context.run(ask, path), contexts, paths))
 
 
 def read_bytes(path: str) -> bytes:
@@ -172,6 +184,10 @@ def glob(pattern: str) -> list[Found]:
     if not is_url(pattern):
         found = map(find, sorted(local_glob.glob(pattern, recursive=True)))
         return [one for one in found if one is not None]
+    return [Found(*one) for one in answer("matches", pattern, lambda: _matching(pattern))]
+
+
+def _matching(pattern: str) -> list[Found]:
     system, path = filesystem(pattern)
     with _requests(pattern):
         system.invalidate_cache()
@@ -182,17 +198,21 @@ def files_below(folder: str) -> list[Found]:
     """The files in a folder and in those within it, sorted, without hidden ones (whose names begin with a dot). Raises
     OSError."""
     if is_url(folder):
-        system, root = filesystem(folder)
-        with _requests(folder):
-            system.invalidate_cache()
-            found = [_found(system, name, described) for name, described in system.find(root, detail=True).items()]
-        base = system.unstrip_protocol(root).rstrip("/") + "/"
-        return sorted(one for one in found if not _is_hidden(one.path.removeprefix(base)))
+        return [Found(*one) for one in answer("files", folder, lambda: _below(folder))]
     paths = []
     for at, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(at, name) for name in names if not name.startswith(".")]
     return [one for one in map(find, sorted(paths)) if one is not None]
+
+
+def _below(folder: str) -> list[Found]:
+    system, root = filesystem(folder)
+    with _requests(folder):
+        system.invalidate_cache()
+        found = [_found(system, name, described) for name, described in system.find(root, detail=True).items()]
+    base = system.unstrip_protocol(root).rstrip("/") + "/"
+    return sorted(one for one in found if not _is_hidden(one.path.removeprefix(base)))
 
 
 def _is_hidden(relative: str) -> bool:

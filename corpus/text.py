@@ -14,7 +14,7 @@ from corpus import storage
 from corpus.cache import Cache
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import BadFile, Document, SkippedRows, read_documents
-from corpus.objects import check_unchanged, content_id
+from corpus.objects import check_unchanged, content_id, sizes_of
 from corpus.readers.formats import package_versions
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _tail_begin(text: str, size: int) -> int:
 def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]:
     """Training text of at most `max_bytes`. Each file contributes its beginning, in proportion to its size on disk, so
     that all files are represented and little more than the sample is read."""
-    sizes = [storage.each(storage.size, corpus.spec.files) for corpus in corpora]
+    sizes = [sizes_of(corpus.spec.files) for corpus in corpora]
     total = sum(map(sum, sizes))
     allowed = used = 0
     for corpus, of_files in zip(corpora, sizes, strict=True):
@@ -205,7 +205,7 @@ def write_corpus(
     from corpus.tokenizer import Tokenizer
 
     if not (folder / MANIFEST).exists():
-        sizes = storage.each(storage.size, corpus.spec.files)
+        sizes = sizes_of(corpus.spec.files)
         if workers is None:
             workers = usable_cores() if sum(sizes) >= _LARGE and usable_cores() > 1 else 0
         writer = CorpusWriter(folder, Tokenizer.load(tokenizer_path, eod_token), workers=workers)

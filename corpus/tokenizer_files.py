@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 from corpus import storage
+from corpus.answers import answer
 from corpus.documents import nearest_existing
 from parallel.cache_dir import ROOT, make_private
 
@@ -58,13 +59,18 @@ def tokenizer_json(given: str, setting: str) -> str:
 
 def _cached(path: str, setting: str) -> str:
     """The tokenizer.json of a file that is converted or a URL, in the cache."""
-    try:
+
+    def key() -> str:
         content = storage.read_bytes(path)
+        return hashlib.sha256(content + bytes([_CONVERSION, path.endswith(CONVERTED)])).hexdigest()[:32]
+
+    try:
+        name = answer("tokenizer", path, key) if storage.is_url(path) else key()
+        folder = Path(ROOT).expanduser() / "tokenizers" / name
+        content = b"" if (folder / TOKENIZER).is_file() else storage.read_bytes(path)
     except OSError as error:
         raise ValueError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    key = hashlib.sha256(content + bytes([_CONVERSION, path.endswith(CONVERTED)])).hexdigest()[:32]
-    folder = Path(ROOT).expanduser() / "tokenizers" / key
-    if not (folder / TOKENIZER).is_file():
+    if content:
         text = _converted(content, f"{setting} {path}") if path.endswith(CONVERTED) else content
         partial = folder / f"{TOKENIZER}.{uuid.uuid4().hex}.partial"
         try:
