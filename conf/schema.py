@@ -127,9 +127,10 @@ class DataConfig:
     valid conversation, and at a damaged file. false: leave such rows, and files from where they are damaged, out and
     report their number and positions; data of which nothing is left is an error in both cases."""
     tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json, or of a directory that holds one (the run keeps its settings and chat
-    template too), or of a file of SentencePiece (.model) or tiktoken (.tiktoken), which is converted. Files may be
-    URLs. null: train a byte-level BPE of model.vocab_size tokens on the training documents and cache it."""
+    """Path of a Hugging Face tokenizer.json, or of a directory that holds one, or whose files Transformers converts to
+    one (the run keeps its settings and chat template too), or of a file of SentencePiece (.model) or tiktoken
+    (.tiktoken), which is converted. Files may be URLs. null: train a byte-level BPE of model.vocab_size tokens on the
+    training documents and cache it."""
     tokenizer_sample_mib: int = setting(64, ge=1)
     """Maximum size in MiB of the text that the tokenizer is trained on: the beginning of every file, by its size."""
     eod_token: str = "<|endoftext|>"
