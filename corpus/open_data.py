@@ -80,7 +80,8 @@ def blend_row(prepared: Prepared, config: Config) -> list[tuple[str, str, str]]:
     train, parts = config.train, config.data.blend
     samples = train.steps * train.global_batch_size
     shares = PartShares(prepared, config).between(0, samples)
-    tokens = np.bincount([source.part for source in prepared.train], [source.num_tokens for source in prepared.train])
+    sizes = [source.num_tokens for source in prepared.train]
+    tokens = np.bincount([source.part for source in prepared.train], sizes, minlength=len(parts)).clip(min=1)
     epochs = []
     for part, size, (name, share) in zip(parts, tokens, shares.items(), strict=True):
         passed = f"{share * samples * train.sequence_length / size:.2f}" if part.epochs is None else f"{part.epochs:g}"

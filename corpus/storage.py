@@ -92,6 +92,8 @@ def _requests(url: str) -> Generator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "it does not exist") from error
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, error.strerror or f"permission denied: {error}") from error
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or f"{type(error).__name__}: {error}") from error
     except Exception as error:

@@ -97,7 +97,8 @@ class TextCorpus:
     def check_usable(self) -> None:
         """Called if the corpus has no documents. Raises ValueError if that is because they cannot be used."""
         bad = {path: rows for path, rows in self.skipped.items() if rows}
-        for path, rows in bad.items():
+        if bad:
+            path, rows = next(iter(bad.items()))
             others = f"; none of the {len(bad)} files can be used" if len(bad) > 1 else ""
             raise ValueError(f"{rows.rest or rows.note(path)}{others}")
 
