@@ -87,7 +87,7 @@ class PrepareConfig:
     text_key: str = "text"
     """Name of the field that holds the text of a row, as data.text_key."""
     strict: bool = False
-    """Stop at the first row without text, as data.strict."""
+    """Stop at the first row without text or damaged file, as data.strict."""
     eod_token: str = "<|endoftext|>"
     """End-of-document token, appended to every document and part of a tokenizer that is trained."""
     executor: str | None = None

@@ -78,7 +78,11 @@ class BlendPart:
     """One data set of data=blend."""
 
     weight: float = 1.0
-    """Share of the training samples, relative to the other parts; with data.temperature, of what its tokens give it."""
+    """Share of the training samples, relative to the other parts; with data.temperature, of what its tokens give it. Of
+    a part with epochs: how densely the stage takes them, relative to the other stages (data.stages)."""
+    epochs: float | None = None
+    """How often the run passes through the part, for example 2.5: its samples are spread evenly over train.steps, and
+    the parts that have weights share the others. null: as often as its weight gives."""
     kind: str = "text"
     """stdlib, text or megatron, as data.kind."""
     files: list[str] = field(default_factory=list)
@@ -94,7 +98,8 @@ class BlendStage:
     step: int = 2
     """The first optimizer step that takes samples by these weights."""
     weights: list[float] = field(default_factory=list)
-    """The weight of each part of data.blend, in its place; 0 leaves the part out."""
+    """The weight of each part of data.blend, in its place; 0 leaves the part out. Of a part with epochs: how densely
+    the stage takes them; with weight: 0 in data.blend and 1 here, the stage takes all of them."""
 
 
 @dataclass
@@ -119,12 +124,13 @@ class DataConfig:
     """Field of a row that holds its text, a string or a list of lines. `a.b`: field b of the object in a."""
     strict: bool = False
     """Stop at the first row without text (null, another type, no such field, invalid JSON), or of data=chat without a
-    valid conversation. false: skip such rows and report their number and positions; a file of whose rows none is valid
-    is an error in both cases."""
+    valid conversation, and at a damaged file. false: leave such rows, and files from where they are damaged, out and
+    report their number and positions; data of which nothing is left is an error in both cases."""
     tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json, or of a directory that holds one (the run keeps its settings and chat
-    template too), or of a file of SentencePiece (.model) or tiktoken (.tiktoken), which is converted. Files may be
-    URLs. null: train a byte-level BPE of model.vocab_size tokens on the training documents and cache it."""
+    """Path of a Hugging Face tokenizer.json, or of a directory that holds one, or whose files Transformers converts to
+    one (the run keeps its settings and chat template too), or of a file of SentencePiece (.model) or tiktoken
+    (.tiktoken), which is converted. Files may be URLs. null: train a byte-level BPE of model.vocab_size tokens on the
+    training documents and cache it."""
     tokenizer_sample_mib: int = setting(64, ge=1)
     """Maximum size in MiB of the text that the tokenizer is trained on: the beginning of every file, by its size."""
     eod_token: str = "<|endoftext|>"
@@ -136,7 +142,7 @@ class DataConfig:
     temperature: float | None = setting(None, gt=0)
     """Lets the size of a part of data=blend count: its share is proportional to weight * tokens^(1 / temperature). 1:
     parts of equal weight pass through their epochs at the same rate, and weights are relative numbers of epochs. Larger
-    values favour small parts. null: the weights alone count."""
+    values favour small parts. null: the weights alone count. Parts with epochs are left as they are."""
     stages: list[BlendStage] = field(default_factory=list)
     """Other weights of data=blend from later steps on: [{step: 8001, weights: [1, 4]}, ...]. Stages of later steps can
     be added to a run, without a change to the samples of earlier ones."""

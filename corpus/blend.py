@@ -9,6 +9,8 @@ number: nothing is stored but the current block.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -71,18 +73,71 @@ class Blend:
         return np.maximum(edges, 0)
 
 
+class QuotaBlend:
+    """Gives some sources an exact number of the first `samples`, and the others what is left by their weights.
+
+    The places of the first source with a quota are spread evenly over all samples, those of the second over the samples
+    that remain, and so on: with q of n places, floor(i q / n + 1/2) of the first i are the source's. So the place of a
+    sample again follows from its number.
+    """
+
+    def __init__(self, quotas: Sequence[int], weights: list[float], samples: int) -> None:
+        """
+        Args:
+            quotas: of each source; 0 for those with a weight.
+            weights: of each source; 0 for those with a quota. If all are 0, the quotas take all samples.
+        """
+        assert len(quotas) == len(weights) and sum(quotas) <= samples
+        self._quotas = [(source, quota) for source, quota in enumerate(quotas) if quota]
+        self._rest = Blend(weights) if any(weights) else None
+        assert self._rest is not None or sum(quotas) == samples
+        self._samples, self._sources = samples, len(quotas)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """As `Blend.locate`."""
+        places = self._samples
+        for source, quota in self._quotas:
+            before = _spread(min(index, places), quota, places)
+            if index < places and _spread(index + 1, quota, places) > before:
+                return source, before
+            index, places = index - before, places - quota
+        assert self._rest is not None, "a sample past the end of the run"
+        return self._rest.locate(index)
+
+    def counts(self, samples: int) -> np.ndarray:
+        """As `Blend.counts`."""
+        places, found = self._samples, {}
+        for source, quota in self._quotas:
+            found[source] = _spread(min(samples, places), quota, places)
+            samples, places = samples - found[source], places - quota
+        counts_K = np.zeros(self._sources, dtype=np.int64) if self._rest is None else self._rest.counts(samples)
+        for source, count in found.items():
+            counts_K[source] += count
+        return counts_K
+
+
+def _spread(first: int, quota: int, places: int) -> int:
+    """How many of the first places are the source's. The quota is at least 1."""
+    return (2 * first * quota + places) // (2 * places)
+
+
+class AnyBlend(Protocol):
+    def locate(self, index: int) -> tuple[int, int]: ...
+
+    def counts(self, samples: int) -> np.ndarray: ...
+
+
 class StagedBlend:
     """Blends of the same sources, each from a sample on. Every source goes on where the stage before has left it."""
 
-    def __init__(self, stages: list[tuple[int, list[float]]]) -> None:
+    def __init__(self, stages: Sequence[tuple[int, AnyBlend]]) -> None:
         """
         Args:
-            stages: (first sample, weights) of each stage, in order; the first one begins with sample 0.
+            stages: (first sample, blend) of each stage, in order; the first one begins with sample 0.
         """
-        self._begins = [begin for begin, _ in stages]
+        self._begins, self._blends = [begin for begin, _ in stages], [blend for _, blend in stages]
         assert self._begins[0] == 0 and self._begins == sorted({*self._begins})
-        self._blends = [Blend(weights) for _, weights in stages]
-        self._before = [np.zeros(len(stages[0][1]), dtype=np.int64)]
+        self._before = [np.zeros_like(self._blends[0].counts(0))]
         for blend, begin, end in zip(self._blends, self._begins, self._begins[1:], strict=False):
             self._before.append(self._before[-1] + blend.counts(end - begin))
 

@@ -154,6 +154,16 @@ class Cache:
         """Hexadecimal SHA-256 of a file, cached."""
         return self.fact(path, "sha256", integrity.sha256)
 
+    def recall(self, name: str) -> Any:
+        """What was remembered under a name; None: nothing."""
+        return self._facts.get(name)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps a JSON-serialisable value with the facts about files."""
+        if self._facts.get(name) != value:
+            self._facts[name] = value
+            self._facts_changed = True
+
     def save_facts(self) -> None:
         """Saves the facts about files, if possible. If two processes save at once, the facts of one may be lost; they
         are recomputed when they are needed."""

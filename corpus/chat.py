@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate, encode_chat
 from corpus.conversations import FIRST_LABEL, WEIGHTS, Conversation, read_conversations
 from corpus.documents import BadRow, Document, SkippedRows
+from corpus.objects import sizes_of
+from corpus.pair_writer import PairWriter, dtype_of, remove_lengths
 from corpus.text import Progress, Split, TextCorpus
 from corpus.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ class _ChatDocument(Document):
 class ChatCorpus(TextCorpus):
     """The conversations of a data set. As documents they are what the messages say, for training a tokenizer."""
 
-    def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
+    def _of_file(self, path: str, skipped: SkippedRows) -> Iterator[Document]:
         for conversation in read_conversations(path, strict=self._strict, skipped=skipped):
             yield _ChatDocument(conversation.text, 0, conversation.done, conversation)
 
@@ -55,7 +56,7 @@ class ChatCorpus(TextCorpus):
     ) -> Iterator[tuple[list[int], list[float], bool, float]]:
         """Of each conversation its token ids, their weights, whether it is held out, and the fraction of the corpus
         read so far. Those that the template refuses are skipped, or with `strict` an error."""
-        sizes = storage.each(storage.size, self.spec.files)
+        sizes = sizes_of(self.spec.files)
         before, total = 0, sum(sizes)
         for path, size in zip(self.spec.files, sizes, strict=True):
             for document, held_out in self.documents(path):
@@ -76,32 +77,28 @@ class _Writer:
     """Writes the conversations of a split."""
 
     def __init__(self, prefix: str, tokenizer: Tokenizer) -> None:
-        from corpus.indexed import quiet_import
-
-        with quiet_import():
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-        self._prefix = prefix
-        self._builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+        self._pair = PairWriter(prefix, dtype_of(tokenizer.vocab_size))
         self._weights = open(prefix + WEIGHTS, "wb")  # noqa: SIM115 (closed by finish)
         self._first: list[int] = []
-        self.num_tokens = 0
 
     @property
-    def num_documents(self) -> int:
-        return len(self._first)
+    def counts(self) -> dict[str, int]:
+        documents, tokens = self._pair.position
+        return {"num_documents": documents, "num_tokens": tokens}
 
     def add(self, ids: list[int], weights: list[float]) -> None:
         as_array = np.array(weights, dtype=np.float32)
-        self._builder.add_document(np.array(ids, dtype=self._builder.dtype), [len(ids)])
+        self._pair.append(np.array([True]), np.array(ids), np.array([len(ids)]))
         self._weights.write(as_array.tobytes())
         # The first token is no target.
         self._first.append(1 + int(np.flatnonzero(as_array[1:])[0]))
-        self.num_tokens += len(ids)
 
     def finish(self) -> None:
-        self._builder.finalize(self._prefix + ".idx")
+        self._pair.finish()
+        self._pair.close()
+        remove_lengths(self._pair.prefix)
         self._weights.close()
-        np.array(self._first, dtype=np.int32).tofile(self._prefix + FIRST_LABEL)
+        np.array(self._first, dtype=np.int32).tofile(self._pair.prefix + FIRST_LABEL)
 
 
 def write_chat(
@@ -121,17 +118,16 @@ def write_chat(
         writers[split].add(ids, weights)
         progress("tokenising", done)
     if not writers:
-        for path in corpus.spec.files:
-            corpus.skipped[path].check_usable(path)
+        corpus.check_usable()
     splits = {}
     for split, writer in writers.items():
         writer.finish()
-        splits[split] = {"num_documents": writer.num_documents, "num_tokens": writer.num_tokens}
+        splits[split] = writer.counts
     measured = (
         {"valid_bytes": None, "valid_gzip_bytes": None}
         if "valid" in writers
         else dict.fromkeys(("valid_bytes", "valid_gzip_bytes"), 0)
     )
-    notes = [rows.note(path) for path, rows in corpus.skipped.items() if rows.count]
+    notes = [rows.note(path) for path, rows in corpus.skipped.items() if rows]
     manifest = {"splits": splits, "held_out": measured, "notes": notes}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -54,8 +54,8 @@ def read_conversations(
         skipped: counts such rows otherwise.
 
     Raises:
-        ValueError: the file cannot be read or is damaged, or no row (with `strict`: not every row) is a conversation;
-            the message names the file and the line.
+        BadFile: the file is damaged, or no row is a conversation; the message names the file and the line.
+        ValueError: the file cannot be read, or with `strict` a row is not a conversation.
     """
     skipped = SkippedRows() if skipped is None else skipped
     usable = False

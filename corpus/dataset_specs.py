@@ -20,7 +20,7 @@ class DatasetSpec:
     files: list[str]
     """Absolute paths; of token files without .bin/.idx."""
     weight: float
-    """Share of the training samples, relative to the other data sets."""
+    """Share of the training samples, relative to the other data sets. 0: the number of epochs is given."""
     valid_share: float
     """Fraction of the documents that is held out, 0 to 1."""
 
@@ -51,7 +51,8 @@ def dataset_specs(data: DataConfig, held_out_only: bool) -> list[DatasetSpec]:
         files = [path for path in _files(part) if os.path.realpath(path) not in named]
         if not files:
             raise ValueError("data.valid_files names all files of the data; none is left to train on")
-        result.append(DatasetSpec(part.kind, files, part.weight, valid_share))
+        weight = part.weight if part.epochs is None else 0.0
+        result.append(DatasetSpec(part.kind, files, weight, valid_share))
     return result + held_out
 
 
@@ -71,7 +72,7 @@ def _parts(data: DataConfig) -> list[BlendPart]:
     if data.files:
         raise ValueError("data=blend takes its files from data.blend, not from data.files")
     for part in data.blend:
-        if part.weight <= 0:
+        if part.epochs is None and part.weight <= 0:
             raise ValueError(f"data.blend: the weight {part.weight} of the {part.kind} part must be positive")
         if part.kind == "chat":
             raise ValueError(

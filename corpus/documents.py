@@ -2,15 +2,18 @@
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
+from corpus import storage
 from corpus.paths import expand, nearest_existing
 from corpus.readers.compression import Damaged
 from corpus.readers.formats import described, format_of
 from corpus.readers.plain import read_text
-from corpus.readers.rows import BadRow, Document, Row, SkippedRows
+from corpus.readers.rows import BadFile, BadRow, Document, Row, SkippedRows
 
 __all__ = [
+    "BadFile",
     "BadRow",
     "Document",
     "Row",
@@ -73,22 +76,23 @@ def read_documents(
         skipped: counts such rows otherwise.
 
     Raises:
-        ValueError: the file cannot be read or is damaged, or no row (with `strict`: not every row) has text; the
-            message names the file and the line.
+        BadFile: the file is damaged or empty, or no row has text; the message names the file and the line.
+        ValueError: the file cannot be read, or with `strict` a row has no text.
     """
     entry = format_of(path)
     skipped = SkippedRows() if skipped is None else skipped
-    usable = False
-    try:
+    usable = some = False
+    with _explained(path):
         for row in read_text(path, text_key) if entry is None else entry.read(path, text_key):
             if isinstance(row, Document):
                 usable = True
                 if row.text:
+                    some = True
                     yield row
                 continue
             skipped.add(row, path, strict=strict)
-    except (OSError, Damaged) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        if not some and not skipped.count and not storage.size(path):
+            raise BadFile(f"{path} is empty")
     if not usable and entry is not None and entry.rows is not None:  # else the file is one document of many
         skipped.check_usable(path)
 
@@ -97,18 +101,31 @@ def read_rows(path: str) -> Iterator[Row]:
     """The rows of a file as objects, of which nothing is required.
 
     Raises:
-        ValueError: a file without rows, or one that cannot be read or is damaged.
+        BadFile: the file is damaged.
+        ValueError: it is of a format without rows, or cannot be read.
     """
     entry = format_of(path)
     if entry is None or entry.rows is None:
         raise ValueError(f"{path} has no rows; supported are {row_formats()}")
-    try:
+    with _explained(path):
         yield from entry.rows(path)
-    except (OSError, Damaged) as error:
-        raise ValueError(_unreadable(path, error)) from error
 
 
-def _unreadable(path: str, error: OSError | Damaged) -> str:
-    if isinstance(error, Damaged):
-        return f"{path} is damaged: {error}"
-    return f"{path} cannot be read: {error.strerror or error}"
+@contextmanager
+def _explained(path: str) -> Generator[None]:
+    """Tells a file whose content cannot be used, which others do not depend on, from one that could not be read now.
+
+    Raises:
+        BadFile: the former.
+        ValueError: the latter.
+    """
+    try:
+        yield
+    except (BadFile, storage.NoFileSystem):
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Damaged as error:
+        raise BadFile(f"{path} is damaged: {error}") from error
+    except ValueError as error:
+        raise BadFile(str(error)) from error

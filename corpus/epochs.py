@@ -9,6 +9,7 @@ the number of documents.
 
 import hashlib
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,10 @@ class Epochs:
         self._open: _Epoch | None = None
         self._block, self._order = (-1, -1), np.empty(0, dtype=np.int64)
         """Epoch and number of a block of samples, and their order."""
+
+    def num_samples(self, epochs: Fraction) -> int:
+        """Of the first epochs."""
+        return round(epochs * self._per_epoch)
 
     def sample(self, index: int) -> np.ndarray:
         """The tokens of sample `index`, int64 [S + 1]."""

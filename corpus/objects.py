@@ -5,14 +5,37 @@ samples are shuffled over the whole file, and hashes and ids are checked before 
 therefore never waits for the network.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar
 
 from corpus import storage
+from corpus.answers import answer
 from corpus.cache import Cache
 
 _REQUESTS = 8
 """Blocks that are requested at once."""
+_POLL_SECONDS = 0.5
+Result = TypeVar("Result")
+
+
+def hash_files(paths: list[str], cache: Cache, progress: Callable[[str, float], None]) -> None:
+    """Computes the hashes of local files that the cache does not have, in threads.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    pool = ThreadPoolExecutor()  # hashing releases the GIL
+    try:
+        hashing = [pool.submit(cache.sha256, path) for path in paths]
+        for number, future in enumerate(hashing):
+            while not wait([future], _POLL_SECONDS).done:
+                progress("hashing files", number / len(paths))  # raises if a stop was requested
+            future.result()
+            progress("hashing files", (number + 1) / len(paths))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def content_id(path: str, cache: Cache) -> str:
@@ -24,9 +47,14 @@ def content_id(path: str, cache: Cache) -> str:
     return repr(_version(path)) if storage.is_url(path) else cache.sha256(path)
 
 
+def sizes_of(paths: Sequence[str]) -> list[int]:
+    """In bytes, of files and objects. Raises ValueError if one cannot be asked for it."""
+    return storage.each(lambda path: _explained(path, storage.size), paths)
+
+
 def check_unchanged(path: str, content: str | None) -> None:
-    """Raises ValueError if an object is no longer the one whose `content_id` was `content`."""
-    if content is not None and storage.is_url(path) and repr(_version(path)) != content:
+    """Raises ValueError if an object is no longer the one whose `content_id` was `content`, or cannot be asked."""
+    if content is not None and storage.is_url(path) and repr(_explained(path, storage.version)) != content:
         raise ValueError(f"{path} was replaced while it was read; start again")
 
 
@@ -57,8 +85,12 @@ def _local_pair(prefix: str, cache: Cache, progress: Callable[[str, float], None
 
 
 def _version(url: str) -> dict[str, str]:
+    return _explained(url, lambda url: answer("version", url, lambda: storage.version(url)))
+
+
+def _explained(url: str, ask: Callable[[str], Result]) -> Result:
     try:
-        return storage.version(url)
+        return ask(url)
     except OSError as error:
         raise ValueError(f"{url} cannot be read: {error.strerror}") from error
 

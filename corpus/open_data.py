@@ -1,11 +1,12 @@
 """Opens prepared data: the training stream and the held-out samples of whatever kind they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
+from conf.blend_plan import StagePlan, blend_plan
 from conf.blend_rules import part_names
 from conf.schema import Config, DataConfig
 from corpus.cache import Cache, ReadOnlyCache
@@ -13,7 +14,7 @@ from corpus.chat_stream import ChatStream, ChatWindows
 from corpus.epochs import open_epochs
 from corpus.packed_epochs import open_packed
 from corpus.prepare import Prepared
-from corpus.stream import HeldOut, Stage, Stream, TrainStream, ValidWindows, staged_blend
+from corpus.stream import HeldOut, Stream, TrainStream, ValidWindows, staged_blend
 
 
 def training_stream(
@@ -22,7 +23,7 @@ def training_stream(
     *,
     sequence_length: int,
     seed: int,
-    global_batch_size: int,
+    plan: Sequence[StagePlan] = (),
     ahead: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Stream:
@@ -36,7 +37,7 @@ def training_stream(
         seed=seed,
         cache_dir=data.cache_dir,
         document_mask=data.document_mask,
-        stages=_stages(data, global_batch_size),
+        plan=plan,
         packing_strategy=data.packing_strategy,
         ahead=ahead,
         note=note,
@@ -56,27 +57,37 @@ def index_first_epoch(prepared: Prepared, data: DataConfig, *, sequence_length: 
             epochs.index(0)
 
 
-def _stages(data: DataConfig, global_batch_size: int) -> list[Stage]:
-    first = [part.weight for part in data.blend]
-    return [
-        ((stage.step - 1) * global_batch_size, [now / before for now, before in zip(stage.weights, first, strict=True)])
-        for stage in data.stages
-    ]
-
-
 class PartShares:
     """The share of each part of a blend in the training samples, counted, not sampled."""
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
         self._names = part_names(config.data.blend)
         self._part = np.array([source.part for source in prepared.train])
-        self._blend = staged_blend(prepared, _stages(config.data, config.train.global_batch_size))
+        self._blend = staged_blend(prepared, blend_plan(config))
 
     def between(self, first: int, end: int) -> dict[str, float]:
         """{name: share} of the samples from `first` to before `end`."""
         counts = self._blend.counts(end) - self._blend.counts(first)
         shares = np.bincount(self._part, weights=counts, minlength=len(self._names)) / (end - first)
         return dict(zip(self._names, shares.tolist(), strict=True))
+
+
+def blend_row(prepared: Prepared, config: Config) -> list[tuple[str, str, str]]:
+    """The row of a blend in the start table: of each part its share of the run, and how often the run passes through
+    it."""
+    if config.data.kind != "blend":
+        return []
+    train, parts = config.train, config.data.blend
+    samples = train.steps * train.global_batch_size
+    shares = PartShares(prepared, config).between(0, samples)
+    sizes = [source.num_tokens for source in prepared.train]
+    tokens = np.bincount([source.part for source in prepared.train], sizes, minlength=len(parts)).clip(min=1)
+    epochs = []
+    for part, size, (name, share) in zip(parts, tokens, shares.items(), strict=True):
+        passed = f"{share * samples * train.sequence_length / size:.2f}" if part.epochs is None else f"{part.epochs:g}"
+        epochs.append(f"{name} {passed}{'' if part.epochs is None else ' as set'}")
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return [("blend", shown, f"epochs in {train.steps} steps: {', '.join(epochs)}")]
 
 
 def held_out_samples(prepared: Prepared, data: DataConfig, *, sequence_length: int) -> HeldOut:

@@ -12,6 +12,7 @@ all lengths before it: these counts are files in the cache, one for each 16 wind
 """
 
 import hashlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,15 @@ class PackedEpochs:
         """The samples up to the end of each group, of all epochs."""
         self._open_group: tuple[int, np.ndarray] | None = None
         self._open_window: tuple[tuple[int, int], _Window] | None = None
+
+    def num_samples(self, epochs: Fraction) -> int:
+        """Of the first epochs, whose windows are all packed and counted."""
+        whole, part = divmod(epochs, 1)
+        counted = [
+            sum(int(self._counts(epoch * self._groups + group).sum()) for group in range(self._groups))
+            for epoch in range(whole + (part > 0))
+        ]
+        return sum(counted[:whole]) + (round(part * counted[-1]) if part else 0)
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding bool [S]."""

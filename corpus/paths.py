@@ -20,10 +20,11 @@ def expand(patterns: list[str]) -> list[str]:
     each glob and folder. A folder stands for its files (`files_of`).
 
     Raises:
-        ValueError: no such file, an empty or unreadable file that is named itself, only empty ones, or a suffix that is
-            none of a file format.
+        ValueError: no such file, one that this user cannot read, only empty ones, or a suffix that is none of a file
+            format.
     """
     paths: list[str] = []
+    empty: list[str] = []
     for pattern in patterns:
         found: list[Found] = []
         for named in _named(pattern):
@@ -33,11 +34,15 @@ def expand(patterns: list[str]) -> list[str]:
                 raise ValueError(f"{path}: unknown file format; supported are {described()}")
             if not storage.is_url(path) and not os.access(path, os.R_OK):
                 raise ValueError(f"{path} cannot be read by this user")
-        # Writers of shards leave some empty, and so are many files of source code.
+        # Writers of shards leave some empty, and so are many files of source code. One that stands for itself is kept,
+        # so that it is reported.
         if not any(file.size for file in found):
             others = f", and so are all files of {pattern}" if found[1:] else ""
-            raise ValueError(f"{found[0].path} is empty{others}")
+            empty.append(f"{found[0].path} is empty{others}")
+            found = [found[0]._replace(size=1)]
         paths += [file.path for file in found if file.size]
+    if empty and len(empty) == len(patterns):
+        raise ValueError(empty[0])
     return list(dict.fromkeys(paths))
 
 

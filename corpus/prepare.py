@@ -7,23 +7,22 @@ neither PyTorch nor Megatron-Core is imported, and no data is read.
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from conf.schema import DataConfig
 from corpus import storage
+from corpus.answers import remembering
 from corpus.cache import Cache
 from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
-from corpus.objects import local_pairs
+from corpus.objects import hash_files, local_pairs
 from corpus.prepared_checks import check_conversations, check_held_out, check_training
 from corpus.text import MANIFEST, Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
-_POLL_SECONDS = 0.5
 _FORMAT = 2  # version of the cache; incremented when the same settings lead to different token files
 
 
@@ -34,7 +33,7 @@ class Source:
     prefix: str
     """Path without .bin/.idx."""
     weight: float
-    """Share of the samples; the weights of the training sources add up to 1."""
+    """Share of the samples that are taken by weight, over which the training sources add up to 1; 0: by `quotas`."""
     first_document: int
     num_documents: int
     num_tokens: int
@@ -42,6 +41,8 @@ class Source:
     """Hash of both files."""
     part: int = field(default=0, compare=False)
     """The data set of the settings that it belongs to: its place in data.blend."""
+    quotas: list[int] | None = None
+    """Of a part with epochs: the samples that each stage of the run takes. None: as many as the weight gives."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Prepared:
         weights, independent of their paths."""
 
         def content(source: Source) -> dict[str, Any]:
-            return {k: v for k, v in asdict(source).items() if k != "part"} | {"prefix": ""}
+            return {k: v for k, v in asdict(source).items() if k not in ("part", "quotas")} | {"prefix": ""}
 
         return _key([[content(source) for source in split] for split in (self.train, self.valid)])
 
@@ -136,28 +137,36 @@ def prepare(
     progress = progress or (lambda what, done: None)
     notes: list[str] = []
     cache = Cache(data.cache_dir, notes.append, timeout=timeout, waiting=lambda what: progress(what, 0.0))
-    if data.kind == "preference":
-        sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "max_responses": max_responses}
-        return _of_preferences(data, cache, notes, sizes, held_out_only=held_out_only, progress=progress)
+    how = {"held_out_only": held_out_only, "progress": progress}
+    try:
+        with remembering(cache) as answers:
+            if data.kind == "preference":
+                sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "max_responses": max_responses}
+                prepared = _of_preferences(data, cache, notes, sizes, **how)
+            else:
+                prepared = _of_sources(data, cache, notes, vocab_size, **how)
+    finally:
+        cache.save_facts()  # even after an error: hashing a large corpus is expensive
+    if data.kind == "chat":
+        check_conversations(prepared, data, held_out_only)
+    elif data.kind != "preference":
+        if not held_out_only:
+            check_training(prepared, sequence_length)
+        check_held_out(prepared, 1 if held_out_only else sequence_length, data)
+    return replace(prepared, notes=[*prepared.notes, *answers.notes()])
+
+
+def _of_sources(
+    data: DataConfig, cache: Cache, notes: list[str], vocab_size: int, *, held_out_only: bool, progress: Progress
+) -> Prepared:
     found = dataset_specs(data, held_out_only)
     for number, spec in enumerate(found):
         if spec.source.yields == "tokens":
             found[number] = replace(spec, files=local_pairs(spec.files, cache, progress))
-    try:
-        parts, vocabulary = _parts(data, found, vocab_size, cache, progress)
-    finally:
-        cache.save_facts()  # even after an error: hashing a large corpus is expensive
+    parts, vocabulary = _parts(data, found, vocab_size, cache, progress)
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
-    prepared = _combine(parts, vocabulary, notes, data.temperature)
-    if data.kind == "chat":
-        check_conversations(prepared, data, held_out_only)
-    elif held_out_only:
-        check_held_out(prepared, 1, data)
-    else:
-        check_training(prepared, sequence_length)
-        check_held_out(prepared, sequence_length, data)
-    return prepared
+    return _combine(parts, vocabulary, notes, data.temperature)
 
 
 def _parts(
@@ -166,7 +175,7 @@ def _parts(
     """The sources of each data set, whose text is tokenised where it is not in the cache, and their vocabulary."""
     corpora = {spec: _corpus(spec, data) for spec in found if spec.source.yields != "tokens"}
     local = [path for spec in corpora for path in spec.files if not storage.is_url(path)]
-    _hash_files(local, cache, progress)
+    hash_files(local, cache, progress)
     vocabulary = _vocabulary(data, found, list(corpora.values()), vocab_size, cache, progress)
     parts = []
     for spec in found:
@@ -175,7 +184,7 @@ def _parts(
             parts.append(_read_manifest(folder, spec.weight))
         else:
             vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
-            _hash_files([prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")], cache, progress)
+            hash_files([prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")], cache, progress)
             parts.append(_read_megatron(spec, cache))
     return parts, vocabulary
 
@@ -186,10 +195,7 @@ def _of_preferences(
     """A document is a prompt with its responses."""
     from corpus.prepare_preferences import prepare_preferences
 
-    try:
-        found = prepare_preferences(data, cache, **sizes, held_out_only=held_out_only, progress=progress)
-    finally:
-        cache.save_facts()
+    found = prepare_preferences(data, cache, **sizes, held_out_only=held_out_only, progress=progress)
     train, valid = (
         [Source(split.prefix, 1.0, 0, split.prompts, split.tokens, split.sha256)] if split else []
         for split in (found.train, found.valid)
@@ -197,19 +203,6 @@ def _of_preferences(
     return Prepared(
         train, valid, found.tokenizer, found.vocab_size, found.eod_id, None, None, notes=[*notes, *found.notes]
     )
-
-
-def _hash_files(paths: list[str], cache: Cache, progress: Progress) -> None:
-    pool = ThreadPoolExecutor()  # hashing releases the GIL
-    try:
-        hashing = [pool.submit(cache.sha256, path) for path in paths]
-        for number, future in enumerate(hashing):
-            while not wait([future], _POLL_SECONDS).done:
-                progress("hashing files", number / len(paths))  # raises if a stop was requested
-            future.result()
-            progress("hashing files", (number + 1) / len(paths))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _vocabulary(
@@ -371,7 +364,7 @@ def _combine(parts: list[_Part], vocabulary: _Vocabulary, notes: list[str], temp
         for source in part.train
     ]
     valid = [replace(source, part=number) for number, part in enumerate(parts) for source in part.valid]
-    total = sum(source.weight for source in train)
+    total = sum(source.weight for source in train) or 1.0
     tokens = sum(source.num_tokens for source in valid)
     known = all(part.valid_bytes is not None for part in parts)
     return Prepared(

@@ -17,7 +17,7 @@ from conf.schema import DataConfig
 from corpus import storage
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate
-from corpus.documents import SkippedRows, expand, read_rows
+from corpus.documents import BadFile, BadRow, SkippedRows, expand, read_rows
 from corpus.integrity import digests
 from corpus.objects import check_unchanged, content_id
 from corpus.preferences import Encoded, InvalidRow, Preference, encode, parse
@@ -27,7 +27,6 @@ from corpus.tokenizer_files import tokenizer_json
 
 ARRAYS = ("tokens", "counts", "sequences", "prompts")
 _FORMAT = 1  # version of the cache
-_NAMED_ROWS = 3
 
 
 @dataclass
@@ -188,28 +187,41 @@ class _Reader:
         Raises:
             ValueError: none can, or with `strict` one cannot.
         """
+        usable, problems = False, []
         for path in files:
-            skipped, usable = SkippedRows(), 0
-            for row in read_rows(path):
-                try:
-                    preference = parse(row.value, self._most)
-                    responses = self._encode(preference)
-                except InvalidRow as problem:
-                    if self._strict:
-                        raise ValueError(f"{path} {row.where} {problem}") from None
-                    skipped.count += 1
-                    if len(skipped.first) < _NAMED_ROWS:
-                        skipped.first.append(f"{row.where} {problem}")
-                    continue
-                usable += 1
-                progress("tokenising", row.done)
-                yield preference, responses
-            if not usable:
-                first = skipped.first[0] if skipped.first else "has no rows"
-                others = f"; none of its {skipped.count} rows can be used" if skipped.count > 1 else ""
-                raise ValueError(f"{path} {first}{others}")
-            if skipped.count:
+            skipped = SkippedRows()
+            try:
+                for found in self._of_file(path, skipped, progress):
+                    usable = True
+                    yield found
+            except BadFile as error:
+                if self._strict:
+                    raise
+                skipped.rest = str(error)
+                problems.append(skipped.rest)
+            if skipped:
                 self.notes.append(skipped.note(path))
+        if files and not usable:
+            others = f"; none of the {len(problems)} files can be used" if len(problems) > 1 else ""
+            raise ValueError(f"{problems[0]}{others}")
+
+    def _of_file(
+        self, path: str, skipped: SkippedRows, progress: Progress
+    ) -> Iterator[tuple[Preference, list[Encoded]]]:
+        usable = False
+        for row in read_rows(path):
+            try:
+                preference = parse(row.value, self._most)
+                responses = self._encode(preference)
+            except InvalidRow as problem:
+                skipped.add(BadRow(row.where, f" {problem}"), path, strict=self._strict)
+                continue
+            usable = True
+            progress("tokenising", row.done)
+            yield preference, responses
+        if not usable:
+            skipped.check_usable(path)
+            raise BadFile(f"{path} has no rows")
 
     def _encode(self, preference: Preference) -> list[Encoded]:
         responses = encode(preference, self._tokenizer, self._template)

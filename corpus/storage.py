@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from corpus.answers import answer
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK = 4 * 1024 * 1024
@@ -48,6 +51,10 @@ _VERSION_FIELDS = [
 """Of fsspec's `info`: what the file systems have that changes with the content."""
 
 
+class NoFileSystem(ValueError):
+    """The file system of a URL cannot be used here."""
+
+
 def is_url(path: str) -> bool:
     """Whether a path names an object and no local file."""
     return bool(_URL.match(path))
@@ -57,23 +64,25 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
     Raises:
-        ValueError: the file system is unknown, or its package is not installed.
+        NoFileSystem: the file system is unknown, or its package is not installed.
     """
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations, registry
 
     protocol = url.partition("://")[0]
     if protocol not in known_implementations and protocol not in registry:
-        raise ValueError(f"{url}: there is no file system {protocol}://; for example s3://, gs:// and hf:// are known")
+        raise NoFileSystem(
+            f"{url}: there is no file system {protocol}://; for example s3://, gs:// and hf:// are known"
+        )
     try:
         return url_to_fs(url)
     except ImportError as error:
         package = known_implementations[protocol]["class"].partition(".")[0]
-        raise ValueError(
+        raise NoFileSystem(
             f"{url} needs the package {package}, which is not installed: .venv/bin/pip install {package}"
         ) from error
     except Exception as error:  # whatever a file system raises without credentials or a host
-        raise ValueError(f"{url}: {protocol}:// cannot be used: {type(error).__name__}: {error}") from error
+        raise NoFileSystem(f"{url}: {protocol}:// cannot be used: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -83,6 +92,8 @@ def _requests(url: str) -> Generator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "it does not exist") from error
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, error.strerror or f"permission denied: {error}") from error
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or f"{type(error).__name__}: {error}") from error
     except Exception as error:
@@ -120,9 +131,17 @@ def find(path: str) -> Found | None:
     """None: it does not exist. Raises OSError."""
     try:
         if is_url(path):
-            system, inner = filesystem(path)
-            return _found(system, inner, info(path))
+            found = answer("kind", path, lambda: _described(path))
+            return None if found is None else Found(*found)
         return Found(path, os.path.getsize(path), os.path.isdir(path))
+    except FileNotFoundError:
+        return None
+
+
+def _described(url: str) -> Found | None:
+    system, path = filesystem(url)
+    try:
+        return _found(system, path, info(url))
     except FileNotFoundError:
         return None
 
@@ -151,8 +170,9 @@ def each(ask: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
     """`ask` of every path, of URLs in threads, since each waits for an answer."""
     if not any(map(is_url, paths)):
         return list(map(ask, paths))
+    contexts = [copy_context() for _ in paths]  # of `corpus.answers`
     with ThreadPoolExecutor(_ASKED) as threads:
-        return list(threads.map(ask, paths))
+        return list(threads.map(lambda context, path: context.run(ask, path), contexts, paths))
 
 
 def read_bytes(path: str) -> bytes:
@@ -166,6 +186,10 @@ def glob(pattern: str) -> list[Found]:
     if not is_url(pattern):
         found = map(find, sorted(local_glob.glob(pattern, recursive=True)))
         return [one for one in found if one is not None]
+    return [Found(*one) for one in answer("matches", pattern, lambda: _matching(pattern))]
+
+
+def _matching(pattern: str) -> list[Found]:
     system, path = filesystem(pattern)
     with _requests(pattern):
         system.invalidate_cache()
@@ -176,17 +200,21 @@ def files_below(folder: str) -> list[Found]:
     """The files in a folder and in those within it, sorted, without hidden ones (whose names begin with a dot). Raises
     OSError."""
     if is_url(folder):
-        system, root = filesystem(folder)
-        with _requests(folder):
-            system.invalidate_cache()
-            found = [_found(system, name, described) for name, described in system.find(root, detail=True).items()]
-        base = system.unstrip_protocol(root).rstrip("/") + "/"
-        return sorted(one for one in found if not _is_hidden(one.path.removeprefix(base)))
+        return [Found(*one) for one in answer("files", folder, lambda: _below(folder))]
     paths = []
     for at, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(at, name) for name in names if not name.startswith(".")]
     return [one for one in map(find, sorted(paths)) if one is not None]
+
+
+def _below(folder: str) -> list[Found]:
+    system, root = filesystem(folder)
+    with _requests(folder):
+        system.invalidate_cache()
+        found = [_found(system, name, described) for name, described in system.find(root, detail=True).items()]
+    base = system.unstrip_protocol(root).rstrip("/") + "/"
+    return sorted(one for one in found if not _is_hidden(one.path.removeprefix(base)))
 
 
 def _is_hidden(relative: str) -> bool:

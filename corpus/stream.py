@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from corpus.blend import StagedBlend
+from conf.blend_plan import StagePlan
+from corpus.blend import AnyBlend, Blend, QuotaBlend, StagedBlend
 from corpus.cache import Cache
 from corpus.epochs import open_epochs
 from corpus.indexed import TokenFile
@@ -40,15 +41,24 @@ class _Locate(Protocol):
     def locate(self, index: int) -> tuple[int, int]: ...
 
 
-Stage = tuple[int, list[float]]
-"""Of a blend: its first sample, and the factor by which the weight of each part differs from the first stage's."""
+def staged_blend(prepared: Prepared, plan: Sequence[StagePlan]) -> StagedBlend:
+    """The blend of the sources of the training data.
 
-
-def staged_blend(prepared: Prepared, stages: Sequence[Stage]) -> StagedBlend:
-    """The blend of the sources of the training data."""
+    Args:
+        plan: of a blend (`conf.blend_plan`); none for other data.
+    """
     sources = prepared.train
-    later = [(begin, [source.weight * factors[source.part] for source in sources]) for begin, factors in stages]
-    return StagedBlend([(0, [source.weight for source in sources]), *later])
+    if not plan:
+        return StagedBlend([(0, Blend([source.weight for source in sources]))])
+    assert all((source.quotas is None) == (not plan[-1].epochs[source.part]) for source in sources)
+    stages: list[tuple[int, AnyBlend]] = []
+    for number, stage in enumerate(plan):
+        factors = [now / before if before else 0.0 for now, before in zip(stage.weights, plan[0].weights, strict=True)]
+        weights = [source.weight * factors[source.part] for source in sources]
+        quotas = [source.quotas[number] if source.quotas is not None else 0 for source in sources]
+        blend = QuotaBlend(quotas, weights, stage.end - stage.begin) if any(quotas) else Blend(weights)
+        stages.append((stage.begin, blend))
+    return StagedBlend(stages)
 
 
 class TrainStream:
@@ -62,7 +72,7 @@ class TrainStream:
         seed: int,
         cache_dir: str,
         document_mask: bool,
-        stages: Sequence[Stage] = (),
+        plan: Sequence[StagePlan] = (),
         packing_strategy: str = "concatenate",
         ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
@@ -71,7 +81,7 @@ class TrainStream:
         Args:
             seed: seed of the order of the samples, >= 0.
             document_mask: whether positions restart after each end-of-document token.
-            stages: of the blend, after the first one.
+            plan: as of `staged_blend`.
             packing_strategy: data.packing_strategy.
             ahead: whether this process builds the indices of later epochs in the background, for all on its node.
             note: called with messages for the user, such as that a damaged index was rebuilt.
@@ -79,8 +89,8 @@ class TrainStream:
         assert prepared.train and (prepared.eod_id is not None or not document_mask)
         cache = Cache(cache_dir, note)
         self._prepared, self._sequence_length, self._seed, self._cache = prepared, sequence_length, seed, cache
-        self._stages = stages
-        self._blend: _Locate = staged_blend(prepared, stages)
+        self._plan = plan
+        self._blend: _Locate = staged_blend(prepared, plan)
         how = {"sequence_length": sequence_length, "seed": seed, "ahead": ahead}
         self._epochs: Sequence[_Source] = []
         self._packed: list[PackedEpochs] = []
@@ -113,11 +123,11 @@ class TrainStream:
                 "was begun by an earlier version of Switchyard. Start another run from its weights (checkpoint.load), "
                 "or set data.packing_strategy=concatenate"
             )
-        if self._stages:
+        if len(self._plan) > 1 or any(source.quotas for source in self._prepared.train):
             raise ValueError(
-                f"data.stages needs a run that takes its samples in order {DATA_ORDER}; this one was begun by an "
-                "earlier version of Switchyard. Start another run from its weights (checkpoint.load), or set "
-                "data.stages=[]"
+                f"data.stages, and epochs in data.blend, need a run that takes its samples in order {DATA_ORDER}; this "
+                "one was begun by an earlier version of Switchyard. Start another run from its weights "
+                "(checkpoint.load), or set data.stages=[] and weights"
             )
         from corpus.megatron_order import GreedyBlend, MegatronEpochs
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from corpus import storage
 from corpus.cache import Cache
 from corpus.dataset_specs import DatasetSpec
-from corpus.documents import Document, SkippedRows, read_documents
-from corpus.objects import check_unchanged, content_id
+from corpus.documents import BadFile, Document, SkippedRows, read_documents
+from corpus.objects import check_unchanged, content_id, sizes_of
+from corpus.readers.formats import package_versions
 
 if TYPE_CHECKING:
     from corpus.token_writer import CorpusWriter
@@ -66,6 +67,7 @@ class TextCorpus:
         self._contents = dict(zip(files, contents, strict=True))
         # Data that was read without `strict` may have rows that are errors with it.
         version = [source.version] if source.version else []
+        version += package_versions(files)
         return [kind, names, contents, self.spec.valid_share, self._text_key, self._strict, *version]
 
     def documents(self, path: str) -> Iterator[tuple[Document, bool]]:
@@ -83,6 +85,24 @@ class TextCorpus:
         check_unchanged(path, self._contents.get(path))
 
     def _read(self, path: str, skipped: SkippedRows | None = None) -> Iterator[Document]:
+        """The documents of a file, up to where it is damaged."""
+        skipped = SkippedRows() if skipped is None else skipped
+        try:
+            yield from self._of_file(path, skipped)
+        except BadFile as error:
+            if self._strict:
+                raise
+            skipped.rest = str(error)
+
+    def check_usable(self) -> None:
+        """Called if the corpus has no documents. Raises ValueError if that is because they cannot be used."""
+        bad = {path: rows for path, rows in self.skipped.items() if rows}
+        if bad:
+            path, rows = next(iter(bad.items()))
+            others = f"; none of the {len(bad)} files can be used" if len(bad) > 1 else ""
+            raise ValueError(f"{rows.rest or rows.note(path)}{others}")
+
+    def _of_file(self, path: str, skipped: SkippedRows) -> Iterator[Document]:
         read = self.spec.source.read
         if read is None:
             return read_documents(path, self._text_key, strict=self._strict, skipped=skipped)
@@ -128,7 +148,7 @@ def _tail_begin(text: str, size: int) -> int:
 def tokenizer_sample(corpora: list[TextCorpus], max_bytes: int) -> Iterator[str]:
     """Training text of at most `max_bytes`. Each file contributes its beginning, in proportion to its size on disk, so
     that all files are represented and little more than the sample is read."""
-    sizes = [storage.each(storage.size, corpus.spec.files) for corpus in corpora]
+    sizes = [sizes_of(corpus.spec.files) for corpus in corpora]
     total = sum(map(sum, sizes))
     allowed = used = 0
     for corpus, of_files in zip(corpora, sizes, strict=True):
@@ -153,7 +173,7 @@ class _Read:
     documents: int = 0
     """Documents of the next file that are read."""
     skipped: list[str] = field(default_factory=list)
-    """Messages about skipped rows of these files."""
+    """Messages about what was left out of these files."""
     replaced: dict[str, int] = field(default_factory=dict)
     """Invalid UTF-8 sequences by file."""
     tails: dict[str, int] = field(default_factory=dict)
@@ -186,7 +206,7 @@ def write_corpus(
     from corpus.tokenizer import Tokenizer
 
     if not (folder / MANIFEST).exists():
-        sizes = storage.each(storage.size, corpus.spec.files)
+        sizes = sizes_of(corpus.spec.files)
         if workers is None:
             workers = usable_cores() if sum(sizes) >= _LARGE and usable_cores() > 1 else 0
         writer = CorpusWriter(folder, Tokenizer.load(tokenizer_path, eod_token), workers=workers)
@@ -219,10 +239,12 @@ def _write_documents(
             if writer.shard_is_full:
                 writer.end_shard(asdict(read))
         skipped = corpus.skipped.get(path)
-        read.skipped += [skipped.note(path)] if skipped and skipped.count else []
+        read.skipped += [skipped.note(path)] if skipped else []
         before, written = before + size, 0
         read.files, read.documents = read.files + 1, 0
     writers = writer.finish()
+    if not writers:
+        corpus.check_usable()
     splits = {split: dict(zip(_COUNTS, one.pair.position, strict=True)) for split, one in writers.items()}
     measured = {
         "valid_bytes": writers["valid"].num_bytes if "valid" in writers else 0,

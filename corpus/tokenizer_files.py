@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 from corpus import storage
+from corpus.answers import answer
 from corpus.documents import nearest_existing
 from parallel.cache_dir import ROOT, make_private
 
@@ -26,8 +27,8 @@ _CONVERSION = 1
 
 def tokenizer_json(given: str, setting: str) -> str:
     """Absolute path of the tokenizer.json that a setting names: the file itself, or a directory of a tokenizer or model
-    as Transformers' `save_pretrained` and `hf download` make it. A file of SentencePiece or tiktoken is converted, with
-    the same ids, and a URL copied, into the cache.
+    as Transformers' `save_pretrained` and `hf download` make it. A directory without tokenizer.json, and a file of
+    SentencePiece or tiktoken, are converted, with the same ids, and a URL is copied, into the cache.
 
     Raises:
         ValueError: none of these is there, or it cannot be converted; the message says `setting`.
@@ -45,34 +46,68 @@ def tokenizer_json(given: str, setting: str) -> str:
         return _cached(path, setting) if path.endswith(CONVERTED) else path
     if os.path.isfile(inside := os.path.join(path, TOKENIZER)):
         return inside
-    convert = (
-        "convert it with Transformers: "
-        f"AutoTokenizer.from_pretrained({path!r}).save_pretrained(NEW) writes {TOKENIZER} into NEW"
-    )
-    slow = next((name for name in ("tokenizer.model", "vocab.json") if os.path.isfile(os.path.join(path, name))), None)
-    if slow == "tokenizer.model":
-        # A model's own tokenizer may number the pieces differently, and have more of them.
-        convert += f"; or name {slow} itself, for the ids that SentencePiece gives"
-    raise ValueError(f"{setting} {path} has no {TOKENIZER}" + (f", only {slow}: {convert}" if slow else ""))
+    return _converted_folder(path, setting)
+
+
+def _converted_folder(path: str, setting: str) -> str:
+    """The tokenizer.json, in the cache, of a folder that has none but what Transformers converts to one."""
+    from corpus.tokenizer_formats import transformers_folder
+
+    files = transformers_folder.files_of(path)
+    if not any(file.name not in COMPANIONS and file.name != "config.json" for file in files):
+        raise ValueError(f"{setting} {path} has no {TOKENIZER}")
+    try:
+        contents = {file.name: file.read_bytes() for file in files}
+    except OSError as error:
+        raise ValueError(f"{setting} {path} cannot be read: {error.strerror} ({error.filename})") from error
+    key = hashlib.sha256(repr([_CONVERSION, *((name, _digest(text)) for name, text in contents.items())]).encode())
+    folder = Path(ROOT).expanduser() / "tokenizers" / key.hexdigest()[:32]
+    if not (folder / TOKENIZER).is_file():
+        try:
+            text = transformers_folder.convert(path).to_str().encode()
+        except ValueError as error:
+            # A model's own tokenizer may number the pieces differently from SentencePiece, and have more of them.
+            named = "tokenizer.model"
+            other = f"; name {named} itself for the ids that SentencePiece gives" if named in contents else ""
+            raise ValueError(f"{setting} {path} has no {TOKENIZER}, and {error}{other}") from error
+        for name in COMPANIONS:
+            if name in contents:
+                _write(folder / name, contents[name], f"{setting} {path}")
+        _write(folder / TOKENIZER, text, f"{setting} {path}")
+    return str(folder / TOKENIZER)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(target: Path, content: bytes, what: str) -> None:
+    """Writes a file of the cache as a whole or not at all."""
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        make_private(target.parent)
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    except OSError as error:
+        raise ValueError(f"{what}: {target.parent} cannot be written to: {error.strerror}") from error
 
 
 def _cached(path: str, setting: str) -> str:
     """The tokenizer.json of a file that is converted or a URL, in the cache."""
-    try:
+
+    def key() -> str:
         content = storage.read_bytes(path)
+        return hashlib.sha256(content + bytes([_CONVERSION, path.endswith(CONVERTED)])).hexdigest()[:32]
+
+    try:
+        name = answer("tokenizer", path, key) if storage.is_url(path) else key()
+        folder = Path(ROOT).expanduser() / "tokenizers" / name
+        content = b"" if (folder / TOKENIZER).is_file() else storage.read_bytes(path)
     except OSError as error:
         raise ValueError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    key = hashlib.sha256(content + bytes([_CONVERSION, path.endswith(CONVERTED)])).hexdigest()[:32]
-    folder = Path(ROOT).expanduser() / "tokenizers" / key
-    if not (folder / TOKENIZER).is_file():
+    if content:
         text = _converted(content, f"{setting} {path}") if path.endswith(CONVERTED) else content
-        partial = folder / f"{TOKENIZER}.{uuid.uuid4().hex}.partial"
-        try:
-            make_private(folder)
-            partial.write_bytes(text)
-            os.replace(partial, folder / TOKENIZER)
-        except OSError as error:
-            raise ValueError(f"{setting} {path}: {folder} cannot be written to: {error.strerror}") from error
+        _write(folder / TOKENIZER, text, f"{setting} {path}")
     return str(folder / TOKENIZER)
 
 

@@ -71,6 +71,10 @@ def main(config: CheckConfig, *, in_job: bool = False, slurm: str | None = None)
         if run.checkpoint.load and not in_job and not checkpoint_dirs(expected_path(run)):
             _check_files(run.checkpoint.load)
         table, warnings = summarize_run(run, layout, tokens)
+        if run.data.kind == "blend":
+            from corpus.open_data import blend_row
+
+            table += blend_row(prepared, run)
         console.start_table([*table, *([("layout", "parallel=auto", chosen.why)] if chosen else [])])
         if ranks > 1:
             console.note(describe(layout, _ranks_per_node(run, ranks, job)) + "\n")

@@ -27,6 +27,7 @@ from corpus import storage
 from corpus.dataset_specs import DatasetSpec
 from corpus.documents import expand
 from corpus.integrity import sha256, stamp
+from corpus.readers.formats import package_versions
 from corpus.resumable import resumable_folder
 from corpus.shards import TOKENIZER
 from corpus.text import MANIFEST, TextCorpus, tokenizer_sample, write_corpus
@@ -132,7 +133,8 @@ def _identity(config: PrepareConfig, corpus: TextCorpus) -> list[Any]:
     ]
     given = None if config.tokenizer is None else sha256(tokenizer_json(config.tokenizer, "tokenizer"))
     trained = [config.vocab_size, config.tokenizer_sample_mib] if given is None else []
-    return [files, config.text_key, config.strict, config.eod_token, given, *trained]
+    versions = package_versions(corpus.spec.files)
+    return [files, config.text_key, config.strict, config.eod_token, given, *trained, *versions]
 
 
 def _check_output(output: str) -> str:

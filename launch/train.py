@@ -17,6 +17,7 @@ from conf import rules
 from conf.preference_schema import sequences_per_prompt
 from conf.printable import visible
 from conf.schema import Config
+from corpus.blend_epochs import with_quotas
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
 from parallel.env import World, should_print, started_ranks
@@ -144,6 +145,7 @@ def prepare_run(config: Config, run_dir: RunDir | None, console: Console, stop: 
             timeout=config.runtime.timeout,
             max_responses=sequences_per_prompt(config.train.objective, config.preference),
         )
+        prepared = with_quotas(prepared, config)
         if run_dir:
             run_dir.adopt(config, prepared.tokenizer)
         return prepared

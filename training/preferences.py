@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.blend_plan import blend_plan
 from conf.preference_schema import sequences_per_prompt
 from conf.schema import Config
 from corpus.open_data import held_out_samples, training_stream
@@ -44,8 +45,8 @@ def open_data(config: Config, prepared: Prepared, note: Any, *, ahead: bool = Fa
         prompts = training_set(prepared, sequence_length=length, responses=responses)
         held_out = held_out_set(prepared, sequence_length=length, responses=responses)
         return PreferenceStream(prompts, seed=train.seed), held_out
-    sizes = {"sequence_length": length, "global_batch_size": train.global_batch_size}
-    stream = training_stream(prepared, data, **sizes, seed=train.seed, note=note, ahead=ahead)
+    how = {"sequence_length": length, "seed": train.seed, "plan": blend_plan(config)}
+    stream = training_stream(prepared, data, **how, note=note, ahead=ahead)
     return stream, held_out_samples(prepared, data, sequence_length=length)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
+from conf.blend_plan import refused_change
 from conf.override_text import command, override, setting
 from conf.schema import Config
 from corpus.prepare import Prepared
@@ -189,6 +190,8 @@ def open_run_dir(config: Config, env: Mapping[str, str] = os.environ) -> RunDir:
                 f"run.dir={path} has the states of another optimizer ({describe_changes(name)}). Restore this setting "
                 f"({overrides_to_restore(name)}), or start another run with checkpoint.load={path}"
             )
+        if refused := refused_change(old, config, int(steps[-1].name.removeprefix("step_"))):
+            raise ValueError(f"run.dir={path}: {refused}")
         changed = [describe_changes({k: v}) for k, v in differences(old, new).items() if not k.startswith("run.")]
     return RunDir(path, created, continued, changed, _typed())
 

@@ -205,11 +205,14 @@ def _agree_on_run_dir(world: World, config: Config, prepared: Prepared) -> RunDi
     return answer[0]
 
 
-_SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model", "data", "job", "attempts", "run"}
+_SHOWN = {"device", "ranks", "preflight", "precision", "FP8 products", "model"}
+_SHOWN |= {"data", "blend", "job", "attempts", "run"}
 """Rows of the start table that are always printed."""
 
 
 def _announce(console: Console, built: "BuiltModel", run_dir: RunDir, prepared: Prepared) -> None:
+    from corpus.open_data import blend_row
+
     tokens = sum(source.num_tokens for source in prepared.train)
     held_out = sum(source.num_tokens for source in prepared.valid)
     data = ("data", f"{tokens / 1e6:.2f} M tokens to train on", f"{held_out / 1e6:.2f} M held out")
@@ -218,7 +221,7 @@ def _announce(console: Console, built: "BuiltModel", run_dir: RunDir, prepared: 
         job += [("attempts", *describe_starts(run_dir.path))]
     run = ("run", str(run_dir.path), "continued" if run_dir.continued else "new")
     shown = None if built.config.runtime.verbose else _SHOWN | built.refused
-    console.start_table([*built.table, data, *job, run], shown)
+    console.start_table([*built.table, data, *blend_row(prepared, built.config), *job, run], shown)
     if warning := noncausal.warning(built.config.model):
         console.warning(warning)
     for note in prepared.notes:

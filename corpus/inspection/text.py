@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from corpus import storage
 from corpus.conversations import conversation_of, message_text
 from corpus.inspection.report import Problems, Progress, Report, size_text
+from corpus.objects import sizes_of
 from corpus.preferences import parse
 from corpus.readers.compression import Damaged, blocks, without_mark
 from corpus.readers.formats import format_of
@@ -71,7 +71,7 @@ def inspect_text(
     Args:
         samples: documents that are shown.
     """
-    sizes = dict(zip(files, storage.each(storage.size, files), strict=True))
+    sizes = dict(zip(files, sizes_of(files), strict=True))
     step = 1 if full else -(-len(files) // SAMPLE_DOCUMENTS)
     chosen = list(files)[::step]
     found = _Found(samples=_Samples(samples))

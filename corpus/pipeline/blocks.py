@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import get_filter_result
 from datatrove.pipeline.formatters.base import BaseFormatter
 
-from corpus.documents import SkippedRows, read_documents
+from corpus.documents import BadFile, SkippedRows, read_documents
 from corpus.indexed import read_index
 from corpus.integrity import sha256
 from corpus.pipeline import deduplication
@@ -45,7 +45,8 @@ class Block(PipelineStep):
 
 
 class ReadInput(Block):
-    """Reads the files of a task. Rows that cannot be used are counted; so are files, from where they are damaged."""
+    """Reads the files of a task. Rows that cannot be used are counted; so are files, from where they are damaged. One
+    that cannot be read now is an error of the task, which can be run again."""
 
     name = "read"
 
@@ -60,13 +61,14 @@ class ReadInput(Block):
                     replaced += document.replaced
                     where = f"{path} document {number}"
                     yield Document(document.text, where, metadata={deduplication.TASK: rank})
-            except ValueError as error:
+            except BadFile as error:
                 if plan.strict:
                     raise Refused(str(error)) from error
-                account.notes.append(str(error))
-                account.reasons["unreadable file"] = account.reasons.get("unreadable file", 0) + 1
-            if skipped.count:
+                skipped.rest = str(error)
+                account.reasons["unusable file"] = account.reasons.get("unusable file", 0) + 1
+            if skipped:
                 account.notes.append(skipped.note(path))
+            if skipped.count:
                 account.reasons["unusable row"] = account.reasons.get("unusable row", 0) + skipped.count
             if replaced:
                 account.notes.append(f"{path}: {replaced} invalid UTF-8 sequences replaced")

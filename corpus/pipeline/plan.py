@@ -4,7 +4,7 @@ task reads. It does not depend on the executor or the number of workers, so neit
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from corpus.pipeline.account import write_json
 from corpus.pipeline.steps import Step
+from corpus.readers.formats import package_versions
 
 _FORMAT = 1  # incremented when the same plan leads to other tokens
 _MIB = 2**20
@@ -51,6 +52,8 @@ class Plan:
     samples: int
     format: int = _FORMAT
     datatrove: str = ""
+    readers: list[str] = field(default_factory=list)
+    """Versions of packages that read the input."""
 
     @property
     def folder(self) -> Path:
@@ -137,6 +140,7 @@ def new_plan(prefix: Path, files: Sequence[str], steps: Sequence[Step], task_mib
         stamps=stamps,
         steps=[{"name": step.name, "options": step.options} for step in steps],
         datatrove=version("datatrove"),
+        readers=package_versions(files),
         **settings,
     )
 

@@ -85,6 +85,8 @@ def _batches(path: str) -> Iterator[tuple[Any, int, float]]:
             if not is_file and not ends:
                 raise ValueError(f"{path} is cut off after row {number}: the end of the stream is missing")
     except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system; pyarrow's own have none
+            raise
         raise ValueError(f"{path} is damaged after row {number}: {error}") from error
 
 

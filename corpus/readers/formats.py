@@ -1,6 +1,6 @@
 """The file formats of text by their suffixes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -26,6 +26,8 @@ class FileFormat:
     compressed: bool = True
     """Whether the readers decompress files (corpus/readers/compression.py), so that the suffix of a compression may
     follow."""
+    versions: Callable[[str], list[str]] | None = None
+    """path -> the versions of packages that its documents depend on: with other ones, data are prepared again."""
     in_folders: bool = True
     """Whether the files of a folder are read that is named as a whole."""
 
@@ -52,7 +54,7 @@ FORMATS = Registry(
     FileFormat("json", (".json",), rows=jsonl.read_json, in_folders=False),
     FileFormat("parquet", (".parquet",), parquet.read_rows, parquet.read_documents, compressed=False),
     FileFormat("arrow", (".arrow",), arrow.read_rows, arrow.read_documents, compressed=False),
-    FileFormat("warc", (".wet", ".warc"), warc.read_rows, warc.read_documents),
+    FileFormat("warc", (".wet", ".warc"), warc.read_rows, warc.read_documents, versions=warc.package_versions),
     FileFormat("code", plain.CODE_SUFFIXES, documents=plain.read_code, names=plain.CODE_NAMES),
     check=_check,
 )
@@ -88,3 +90,9 @@ def described(*, rows: bool = False) -> str:
     of_data = [suffix for entry in entries for suffix in entry.suffixes if entry.name != "code"]
     code = ", source code by its suffix" if any(entry.name == "code" for entry in entries) else ""
     return f"{' '.join(of_data)} (also with {' '.join(COMPRESSIONS)}){code}"
+
+
+def package_versions(paths: Sequence[str]) -> list[str]:
+    """The versions of packages that the documents of some files depend on besides the files."""
+    readers = ((path, entry.versions) for path in paths if (entry := format_of(path)))
+    return list(dict.fromkeys(version for path, versions in readers if versions for version in versions(path)))

@@ -45,4 +45,6 @@ def _damage(path: str, row: Callable[[], int]) -> Generator[None]:
     try:
         yield
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system; pyarrow's own have none
+            raise
         raise ValueError(f"{path} is damaged after row {row()}: {error}") from error

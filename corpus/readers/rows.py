@@ -38,6 +38,10 @@ class BadRow:
     why: str
 
 
+class BadFile(ValueError):
+    """A file of which nothing, or nothing further, can be used for what is in it: not because it cannot be read."""
+
+
 class Row(NamedTuple):
     where: str
     """Its position in the file, for messages."""
@@ -51,11 +55,18 @@ class Row(NamedTuple):
 
 @dataclass
 class SkippedRows:
-    """The rows of a file that were skipped because they cannot be used."""
+    """What was left out of a file because it cannot be used."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
     """Positions and problems of the first ones."""
+    rest: str = ""
+    """Why all of the file, or what follows, was left out."""
+    all_rows: bool = False
+    """Whether that is because of all of its rows."""
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.rest)
 
     def add(self, row: BadRow, path: str, *, strict: bool) -> None:
         """Counts a row. Raises ValueError with `strict`."""
@@ -66,16 +77,21 @@ class SkippedRows:
             self.first.append(f"{row.where}{row.why}")
 
     def check_usable(self, path: str) -> None:
-        """Called if a file has no other rows. Raises ValueError."""
+        """Called if a file has no other rows. Raises BadFile."""
         if self.count:
+            self.all_rows = True
             others = f"; none of its {self.count} rows can be used" if self.count > 1 else ""
-            raise ValueError(f"{path} {self.first[0]}{others}")
+            raise BadFile(f"{path} {self.first[0]}{others}")
 
     def note(self, path: str) -> str:
         """The message for the user."""
+        rest = f"{self.rest}: left out (an error with strict=true)"
+        if self.all_rows or not self.count:
+            return rest
         more = self.count - len(self.first)
         rows = "; ".join(self.first) + (f"; and {more} more" if more else "")
-        return f"{path}: {self.count} row{'s' if self.count > 1 else ''} skipped (an error with strict=true): {rows}"
+        rows = f"{path}: {self.count} row{'s' if self.count > 1 else ''} skipped (an error with strict=true): {rows}"
+        return f"{rows}; {rest}" if self.rest else rows
 
 
 def documents_of(rows: Iterator[Row], text_key: str) -> Iterator[Document | BadRow]:

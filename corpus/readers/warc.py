@@ -1,11 +1,14 @@
-"""Web archives: the plain text in the records of WARC files, such as Common Crawl's WET files (ISO 28500:2017).
+"""Web archives: the text in the records of WARC files, such as Common Crawl's WET files (ISO 28500:2017).
 
-The text of HTML is not extracted here: Common Crawl has it in its WET files, and libraries for that (trafilatura,
-resiliparse) differ in what they take for text.
+The text of HTML is what trafilatura takes for it, where it is installed: the article without navigation and footers,
+and nothing for a page that has none. Common Crawl's WET files have all the text of a page instead.
 """
 
 import io
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import version
 from typing import NamedTuple
 
 from corpus.readers.compression import ContentStream, Damaged
@@ -14,6 +17,7 @@ from corpus.readers.rows import BadRow, Document, Row, decode, documents_of
 _WITH_CONTENT = ("conversion", "resource", "response")
 """Types of records that have a page; others tell about the archive or the request."""
 _LONGEST_LINE = 1 << 20  # bytes, of a header
+_HTML = ("text/html", "application/xhtml+xml")
 
 
 class _Record(NamedTuple):
@@ -82,13 +86,46 @@ def _row(record: _Record, where: str, done: float) -> Row:
             return Row(where, BadRow(where, " has no HTTP response"), done)
         content, kind = stream.read(), headers.get("content-type", "")
         encoding = headers.get("content-encoding") or headers.get("transfer-encoding") or ""
-    kind = kind.partition(";")[0].strip().lower()
-    if kind != "text/plain":
-        advice = "; use the .wet file of this archive" if "html" in kind else ""
+    kind, extract = kind.partition(";")[0].strip().lower(), html_extractor()
+    if kind != "text/plain" and not (kind in _HTML and extract):
+        advice = "; use the .wet file of this archive, or: bash launch/setup.sh data" if kind in _HTML else ""
         return Row(where, BadRow(where, f" is {kind or 'of unknown type'}, not text/plain{advice}"), done)
     if encoding.lower() not in ("", "identity"):
         return Row(where, BadRow(where, f" is encoded ({encoding})"), done)
-    text, replaced = decode(content)
+    if kind == "text/plain":
+        text, replaced = decode(content)
+    elif extract and (found := extract(content)):
+        text, replaced = decode(found.encode(errors="replace"))
+    else:
+        return Row(where, BadRow(where, " is HTML in which trafilatura finds no text"), done)
     fields = {"url": "warc-target-uri", "date": "warc-date", "language": "warc-identified-content-language"}
     named = {name: record.headers[header] for name, header in fields.items() if header in record.headers}
     return Row(where, {"text": text} | named, done, replaced)
+
+
+@cache
+def html_extractor() -> Callable[[bytes], str | None] | None:
+    """What extracts the text of HTML, or None where a page has none. None: trafilatura is not installed."""
+    try:
+        import trafilatura
+    except ImportError:
+        return None
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # a page without text is counted here
+
+    def extract(content: bytes) -> str | None:
+        try:
+            return trafilatura.extract(content, include_comments=False)
+        except Exception:  # whatever parsers raise for what the web has
+            return None
+
+    return extract
+
+
+def package_versions(path: str) -> list[str]:
+    """What the documents of an archive depend on besides the file. WET files have no HTML."""
+    return [] if ".wet" in path.lower() or html_extractor() is None else [_extractor_version()]
+
+
+@cache
+def _extractor_version() -> str:
+    return f"trafilatura {version('trafilatura')}"

@@ -1,8 +1,11 @@
 """Rules for the parts and stages of a blend."""
 
+from dataclasses import asdict, replace
+
 import pytest
 
-from conf.schema import BlendPart, BlendStage
+from conf.blend_plan import refused_change
+from conf.schema import BlendPart, BlendStage, Config
 from tests.conf.test_rules import error_message, view
 
 
@@ -34,6 +37,8 @@ def test_good_blend_passes():
     stages = [BlendStage(100, [0, 1]), BlendStage(200, [2.5, 1])]
     for more in ({}, {"data.temperature": 1.5, "data.stages": stages}):
         assert error_message(view({**GOOD_BLEND, **more})) == ""
+    with_epochs = [BlendPart(kind="stdlib"), BlendPart(kind="text", files=["a.txt"], epochs=2.5, weight=0)]
+    assert error_message(view({**GOOD_BLEND, "data.blend": with_epochs, "data.stages": [BlendStage(9, [1, 3])]})) == ""
     assert "data.stages needs data=blend" in error_message(view({"data.stages": stages}))
     assert "eval.by_part needs data=blend" in error_message(view({"eval.by_part": True}))
 
@@ -51,3 +56,65 @@ def test_good_blend_passes():
 )
 def test_stages_of_a_blend(stages, expected):
     assert expected in error_message(view({**GOOD_BLEND, "data.stages": stages}))
+
+
+WEB, WIKI = BlendPart(kind="stdlib", name="web"), BlendPart(kind="stdlib", epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages", "expected"),
+    [
+        ([WEB, replace(WIKI, epochs=0.0)], [], "data.blend[1].epochs > 0, but it is 0; nearest: epochs: 1"),
+        ([WEB, replace(WIKI, weight=2)], [], "data.blend[1].weight with epochs has an effect only with data.stages"),
+        ([WEB, replace(WIKI, weight=-1)], [BlendStage(9, [1, 1])], "data.blend[1].weight >= 0, but it is -1"),
+        (
+            [WEB, replace(WIKI, weight=0)],
+            [BlendStage(9, [1, 0])],
+            "data.blend[1].weight > 0 in data.blend or in a",
+        ),
+        ([WEB, WIKI], [BlendStage(9, [0, 1])], "a part without epochs has a weight above 0 in data.stages[0]"),
+        ([WIKI], [BlendStage(9, [1])], "data.stages needs a part of data.blend with a weight"),
+    ],
+)
+def test_epochs_of_a_part(parts, stages, expected):
+    assert expected in error_message(view({"data.kind": "blend", "data.blend": parts, "data.stages": stages}))
+
+
+def test_temperature_needs_weights():
+    cfg = view({"data.kind": "blend", "data.blend": [WIKI], "data.temperature": 2.0})
+    assert "data.temperature needs a part of data.blend with a weight, but all have epochs; nearest: data.temper" in (
+        error_message(cfg)
+    )
+
+
+def config_of(parts: list[BlendPart], steps: int, stages: list[BlendStage] = []) -> Config:  # noqa: B006
+    result = Config()
+    result.data = replace(result.data, kind="blend", blend=parts, stages=stages)
+    result.train.steps = steps
+    return result
+
+
+@pytest.mark.parametrize(
+    ("new", "step", "expected"),
+    [
+        (config_of([WEB, WIKI], 100), 50, None),
+        (
+            config_of([WEB, WIKI], 200),
+            100,
+            "'data.stages=[{step: 101, weights: [1.0, 0]}]'; or restore train.st",
+        ),
+        (config_of([WEB, WIKI], 80), 50, "Restore data.blend, data.stages, train.steps and"),
+        (config_of([WEB, replace(WIKI, epochs=3)], 100), 50, "Restore data.blend"),
+        (config_of([WEB, replace(WIKI, epochs=None)], 100), 50, "Restore data.blend"),
+        (config_of([replace(WEB, weight=2), replace(WIKI)], 100), 50, "Restore data.blend"),
+        (config_of([WEB, WIKI], 200, [BlendStage(101, [1, 0])]), 100, None),  # as told
+        (config_of([WEB, replace(WIKI, epochs=3)], 200, [BlendStage(101, [1, 0.5])]), 100, None),  # a third epoch later
+        (config_of([WEB, replace(WIKI, epochs=3)], 200, [BlendStage(101, [1, 1])]), 100, "Restore data.blend"),
+    ],
+)
+def test_a_run_that_continues_keeps_its_samples(new, step, expected):
+    old = config_of([WEB, WIKI], 100)
+    found = refused_change(asdict(old), new, step)
+    assert found is None if expected is None else expected in found
+    without = config_of([WEB, replace(WIKI, epochs=None)], 100)
+    assert refused_change(asdict(without), config_of(without.data.blend, 300), step) is None

@@ -120,7 +120,7 @@ def test_training_never_waits_for_a_bucket(tmp_path: Path) -> None:
     assert here.key == there.key and there.train[0].prefix.startswith(str(tmp_path / "cache"))
     Bucket.answer = staticmethod(lambda *asked: pytest.fail(f"a step of training asked for {asked[:2]}"))
     data = DataConfig(kind="megatron", cache_dir=str(tmp_path / "cache"))
-    options = {"sequence_length": 16, "seed": 1, "global_batch_size": 4}
+    options = {"sequence_length": 16, "seed": 1}
     streams = [training_stream(prepared, data, **options) for prepared in (here, there)]
     for index in range(500):  # more than two epochs
         assert streams[0].sample(index)["tokens"].tolist() == streams[1].sample(index)["tokens"].tolist()
@@ -300,3 +300,61 @@ def test_prepare_reads_and_writes_objects(tmp_path: Path, monkeypatch: pytest.Mo
     assert there.key == run(tmp_path, "megatron", f"{tmp_path}/out", tokenizer=f"{tmp_path}/out.tokenizer.json").key
     with pytest.raises(ValueError, match=r"bucket://b/out/corpus\.tokenizer\.json exists already"):
         prepare_main(PrepareConfig(input="bucket://b/in", output="bucket://b/out/corpus", **settings))
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on every request of the bucket fails; returns those that were tried."""
+    tried: list[str] = []
+
+    def fail(self: Bucket, path: str, *args: object, **kwargs: object) -> bytes:
+        tried.append(path)
+        raise ConnectionError("Cannot connect to host bucket:443")
+
+    for method in ("ls", "info", "find", "glob", "cat_file"):
+        monkeypatch.setattr(Bucket, method, fail)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("megatron", ["corpus", "more"]),
+        ("text", ["in/*.jsonl"]),
+        ("text", ["in"]),
+        ("text", ["in/a.jsonl", "in/b.jsonl"]),
+    ],
+)
+def test_a_restart_without_a_network_uses_what_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, files: list[str]
+) -> None:
+    monkeypatch.setattr("corpus.tokenizer_files.ROOT", str(tmp_path / "root"))
+    for name in ("corpus", "more"):
+        pair(tmp_path, name)
+    for name in ("a", "b"):
+        Bucket.write(f"b/in/{name}.jsonl", LINES)
+    Tokenizer.train(TEXTS, vocab_size=400, eod_token="<|endoftext|>").save(str(tmp_path / "t.json"))
+    Bucket.write("b/t.json", (tmp_path / "t.json").read_bytes())
+    urls, how = [f"bucket://b/{file}" for file in files], {"tokenizer": "bucket://b/t.json"}
+    first = run(tmp_path, kind, *urls, **how)
+    assert first.notes == [] and run(tmp_path, kind, *urls, **how) == first
+    with monkeypatch.context() as patch:
+        tried = without_network(patch)
+        again = run(tmp_path, kind, *urls, **how)
+        assert replace(again, notes=[]) == first
+        (note,) = again.notes
+        assert note.startswith("no answer about bucket://b/") and "ConnectionError: Cannot connect to host" in note
+        assert note.endswith("whether the objects have changed is not checked")
+        assert len(tried) == 1, "the next questions do not wait for the network"
+        for files_of in ("objects", "tokens"):
+            for entry in (tmp_path / "cache" / files_of).glob("*/*.bin"):
+                entry.unlink()
+        with pytest.raises(ValueError, match="Cannot connect to host"):  # what is not complete is not used
+            run(tmp_path, kind, *urls, **how)
+        with pytest.raises(ValueError, match=r"bucket://b/other.* cannot be read: .*Cannot connect to host"):
+            run(tmp_path, kind, "bucket://b/other", **how)
+    assert run(tmp_path, kind, *urls, **how).key == first.key
+    for name in [*Bucket.objects]:
+        if name != "b/t.json":
+            del Bucket.objects[name]  # an answer: they are gone
+    with pytest.raises(ValueError, match=r"does not exist|matches no file"):
+        run(tmp_path, kind, *urls, **how)

@@ -10,9 +10,13 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
+from corpus.cache import Cache
+from corpus.dataset_specs import DatasetSpec
 from corpus.documents import Document, SkippedRows, expand, read_documents, read_rows
+from corpus.readers import warc as warc_reader
 from corpus.readers.compression import COMPRESSIONS
-from corpus.readers.formats import FORMATS, FileFormat, format_of
+from corpus.readers.formats import FORMATS, FileFormat, format_of, package_versions
+from corpus.text import TextCorpus
 
 
 def read(path: Path, text_key: str = "text") -> list[str]:
@@ -189,7 +193,8 @@ def warc(kind: str, content: bytes, content_type: str, **headers: str) -> bytes:
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Type: text/%b; charset=utf-8\r\n%b\r\ncontent\r\n\r\nof it"
 
 
-def test_web_archives(tmp_path: Path) -> None:
+def test_web_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warc_reader, "html_extractor", lambda: None)  # as where trafilatura is not installed
     page = {"WARC_Target_URI": "http://a.example/", "WARC_Date": "2024-01-01T00:00:00Z"}
     records = [
         warc("warcinfo", b"isPartOf: CC-MAIN\r\n", "application/warc-fields"),
@@ -211,7 +216,7 @@ def test_web_archives(tmp_path: Path) -> None:
     ]
     assert [d.replaced for d in documents] == [0, 1, 0]
     assert skipped(path).first == [
-        "record 5 is text/html, not text/plain; use the .wet file of this archive",
+        "record 5 is text/html, not text/plain; use the .wet file of this archive, or: bash launch/setup.sh data",
         "record 7 is encoded (gzip)",
     ]
     first, second = (row.value for row in list(read_rows(str(path)))[:2])
@@ -226,6 +231,41 @@ def test_web_archives(tmp_path: Path) -> None:
     plain.write_bytes(records[1] + b"<html>")
     with pytest.raises(ValueError, match=r"damaged after record 1: a record begins with b'<html>' instead of WARC"):
         read(plain)
+
+
+PAGE = """<html><head><title>T</title></head><body><nav><a href="/">Home</a> <a href="/shop">Shop</a></nav><article>
+<h1>How routers work</h1><p>A router decides which expert a token is sent to. It computes a score for each of them.</p>
+<p>Every expert has a capacit\u00e9, and tokens beyond it are dropped, unless the layer is dropless.</p></article>
+<footer>Cookies and imprint</footer></body></html>"""
+
+
+def html_archive(path: Path) -> Path:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+    pages = (PAGE.encode(), b"<html><body></body></html>")
+    path.write_bytes(b"".join(warc("response", head + page, "application/http; msgtype=response") for page in pages))
+    return path
+
+
+def test_html_in_web_archives(tmp_path: Path) -> None:
+    pytest.importorskip("trafilatura", reason="trafilatura is not installed: bash launch/setup.sh data")
+    path = html_archive(tmp_path / "a.warc")
+    (document,) = read_documents(str(path), "text")
+    assert document.text.startswith("How routers work\nA router decides") and document.text.endswith("is dropless.")
+    assert "capacit\u00e9" in document.text and "Shop" not in document.text and "imprint" not in document.text
+    assert skipped(path).first == ["record 2 is HTML in which trafilatura finds no text"]
+
+
+def test_what_extracts_html_is_a_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = html_archive(tmp_path / "a.warc")
+    monkeypatch.setattr(warc_reader, "_extractor_version", lambda: "trafilatura 1.0")
+    monkeypatch.setattr(warc_reader, "html_extractor", lambda: lambda content: "text" if b"nav" in content else None)
+    assert read(path) == ["text"]
+    assert skipped(path).first == ["record 2 is HTML in which trafilatura finds no text"]
+    assert package_versions([str(path), str(path), "a.warc.wet.gz", "b.jsonl"]) == ["trafilatura 1.0"]
+    corpus, cache = TextCorpus(DatasetSpec("text", [str(path)], 1.0, 0.0), "text"), Cache(str(tmp_path / "cache"))
+    assert corpus.identity(cache)[-1] == "trafilatura 1.0"
+    monkeypatch.setattr(warc_reader, "html_extractor", lambda: None)
+    assert package_versions([str(path)]) == [] and "trafilatura 1.0" not in corpus.identity(cache)
 
 
 def test_a_folder_of_source_code(tmp_path: Path) -> None:

@@ -93,7 +93,10 @@ def test_two_commands_do_not_write_the_same_output(files, tmp_path):
     ("change", "message"),
     [
         ({"input": "{}/three.txt"}, r"three\.txt does not exist"),
-        ({"text_key": "text"}, r"one\.jsonl line 1 has no field 'text'; set text_key to one that it has: body"),
+        (
+            {"text_key": "text", "input": "{}/one.jsonl"},
+            r"one\.jsonl line 1 has no field 'text'; set text_key to one that it has: body",
+        ),
         ({"output": "{}/out.bin"}, r"name it without the suffix, output=.*/out$"),
         ({"output": "{}/there"}, r"there\.idx exists already"),
         ({"output": "{}/two.txt/out"}, r"cannot be created"),

@@ -22,6 +22,7 @@ from conf.schema import (
     RunConfig,
     TrainConfig,
 )
+from corpus.blend_epochs import with_quotas
 from corpus.prepare import prepare
 from parallel.env import World
 from training.run_dir import open_run_dir
@@ -92,6 +93,7 @@ def train(world: World, config: Config) -> int:
         sequence_length=config.train.sequence_length,
         max_responses=sequences_per_prompt(config.train.objective, config.preference),
     )
+    prepared = with_quotas(prepared, config)
     # As under a launcher: rank 0 opens the directory for all.
     run_dir = open_run_dir(config) if world.size == 1 else None
     if run_dir:

@@ -14,6 +14,7 @@ from parallel.checkpoint_manifest import MANIFEST, _digest_of
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
 from tests.training.helpers import rows, tiny_config, train, trajectory, write_corpus
+from training.run_dir import open_run_dir
 
 LIMIT = 120.0
 
@@ -130,3 +131,33 @@ def test_an_error_of_the_reading_thread_ends_the_run_with_its_message(
         ranks.run(1, train_with_a_failing_disk, config_of(corpus, tmp_path / "run", read_ahead=3), timeout=LIMIT)
     assert [row[0] for row in trajectory(tmp_path / "run")] == [1, 2], "what was read before it is used"
     assert ", in fail" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_run_with_epochs_continues_and_is_not_spread_anew(corpus: Path, ranks: RankPool, tmp_path: Path) -> None:
+    def config(run_dir: Path, steps: int = 6, stop_after: int | None = None, stages: list[BlendStage] = []) -> Config:  # noqa: B006
+        found = blend_config(corpus, run_dir, stop_after)
+        found.data.blend[0] = replace(found.data.blend[0], epochs=0.04, weight=1)
+        found.data.stages, found.train.steps, found.eval.every, found.eval.by_part = stages, steps, 0, False
+        return found
+
+    assert ranks.run(1, train, config(tmp_path / "whole"), timeout=LIMIT) == [0]
+    for stop_after in (1, 3, None):
+        assert ranks.run(1, train, config(tmp_path / "run", stop_after=stop_after), timeout=LIMIT) == [0]
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    taken = shares(tmp_path / "run")
+    assert sum(taken) * 8 == pytest.approx(0.04 * sequences(tmp_path / "run"), abs=0.5) and min(taken) > 0
+    with pytest.raises(ValueError, match=r"spread over 6 steps.* 'data.stages=\[\{step: 7, weights: \[0, 1.0\]\}\]'"):
+        open_run_dir(config(tmp_path / "run", steps=8))
+    continued = config(tmp_path / "run", steps=8, stages=[BlendStage(step=7, weights=[0, 1])])
+    assert ranks.run(1, train, continued, timeout=LIMIT) == [0]
+    assert shares(tmp_path / "run") == [*taken, 0, 0]
+    assert (
+        "blend" in (tmp_path / "run/train.log").read_text()
+        and "text 0.04 as set" in (tmp_path / "run/train.log").read_text()
+    )
+
+
+def sequences(run_dir: Path) -> int:
+    """Of an epoch of the first part."""
+    source = Prepared.from_json((run_dir / "data.json").read_text()).train[0]
+    return (source.num_tokens - 1) // 32

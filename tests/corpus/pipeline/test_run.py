@@ -158,14 +158,6 @@ def test_a_work_folder_of_other_settings_is_not_used(tmp_path):
     assert run.begin_or_resume(_plan(tmp_path))
 
 
-def test_damaged_files_are_counted(tmp_path, capsys):
-    write_corpus(tmp_path, files=2)
-    (tmp_path / "2.jsonl.gz").write_bytes(b"\x1f\x8bnot gzip at all")
-    config = settings(tmp_path, "made", [], input=f"{tmp_path}/*.jsonl*", tokenizer=_tokenizer(tmp_path))
-    assert main(config) == 0
-    assert f"{tmp_path}/2.jsonl.gz is damaged after line 0" in capsys.readouterr().out
-
-
 def test_shards_that_do_not_fit_their_manifest_are_refused(tmp_path):
     write_corpus(tmp_path, files=1)
     assert main(settings(tmp_path, "made", [])) == 0

@@ -1,0 +1,110 @@
+"""What each stage of a blend takes of its parts: shares by weight, and numbers of epochs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from conf.schema import BlendPart, BlendStage, Config
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a run."""
+
+    begin: int
+    """The first sample."""
+    end: int
+    """The sample after the last one."""
+    weights: tuple[float, ...]
+    """Of each part; 0 for parts with epochs."""
+    epochs: tuple[Fraction, ...]
+    """Epochs of each part up to the end of the stage; 0 for parts with weights."""
+
+
+def blend_plan(config: Config) -> list[StagePlan]:
+    """The stages of a blend; none for other data."""
+    data, train = config.data, config.train
+    if data.kind != "blend":
+        return []
+    return _plan(data.blend, data.stages, train.steps, train.global_batch_size)
+
+
+def _plan(
+    parts: Sequence[BlendPart], stages: Sequence[BlendStage], steps: int, global_batch_size: int
+) -> list[StagePlan]:
+    """The epochs of a part are divided among the stages by its weight and the samples of each. The arithmetic is exact:
+    what a stage takes does not depend on later ones that take nothing."""
+    begins = [0, *((stage.step - 1) * global_batch_size for stage in stages)]
+    ends = [*begins[1:], steps * global_batch_size]
+    weights = [[part.weight for part in parts], *(stage.weights for stage in stages)]
+    passed = []
+    for number, part in enumerate(parts):
+        shares = [
+            Fraction(str(of_stage[number])) * (end - begin)
+            for of_stage, begin, end in zip(weights, begins, ends, strict=True)
+        ]
+        total = Fraction(str(part.epochs or 0))
+        passed.append([total * sum(shares[: i + 1]) / (sum(shares) or 1) for i in range(len(shares))])
+    return [
+        StagePlan(
+            begin,
+            end,
+            tuple(0.0 if part.epochs is not None else float(w) for part, w in zip(parts, of_stage, strict=True)),
+            tuple(of_part[i] for of_part in passed),
+        )
+        for i, (begin, end, of_stage) in enumerate(zip(begins, ends, weights, strict=True))
+    ]
+
+
+def refused_change(old: Mapping[str, Any], config: Config, step: int) -> str | None:
+    """Why a run cannot continue after a step: some of its samples would be others. Only with epochs: where weights
+    change, samples go on from where they are.
+
+    Args:
+        old: the settings that the run had until then.
+
+    Returns:
+        What to do instead; None: it can continue.
+    """
+    data, train = old.get("data", {}), old.get("train", {})
+    is_blend = data.get("kind") == "blend"
+    parts = [_of(BlendPart, part) for part in data.get("blend", ())] if is_blend else []
+    stages = [_of(BlendStage, stage) for stage in data.get("stages", ())] if is_blend else []
+    if all(part.epochs is None for part in (*parts, *config.data.blend)):
+        return None
+    steps, size = train["steps"], train["global_batch_size"]
+    before = _plan(parts, stages, steps, size)
+    taken = _taken(before, step * size)
+    if taken == _taken(blend_plan(config), step * size):
+        return None
+    if config.train.steps > steps and before == _plan(config.data.blend, config.data.stages, steps, size):
+        last = stages[-1].weights if stages else [part.weight for part in parts]
+        weights = [0 if part.epochs is not None else w for part, w in zip(parts, last, strict=True)]
+        added = ", ".join(
+            f"{{step: {s.step}, weights: {s.weights}}}" for s in (*stages, BlendStage(steps + 1, weights))
+        )
+        return (
+            f"the epochs of data.blend were spread over {steps} steps. Continue to more steps with the parts that have "
+            f"weights: 'data.stages=[{added}]'; or restore train.steps={steps}"
+        )
+    return (
+        "the epochs of data.blend were spread over the steps in another way, and earlier samples would be others. "
+        "Restore data.blend, data.stages, train.steps and train.global_batch_size, or start another run from its "
+        "weights (checkpoint.load)"
+    )
+
+
+def _of(kind: type, values: Mapping[str, Any]) -> Any:
+    """Without settings of other versions."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+
+
+def _taken(plan: Sequence[StagePlan], samples: int) -> list[Any]:
+    """What the first samples depend on: where a stage ends matters if it takes epochs."""
+    found, before = [], tuple(Fraction(0) for _ in (plan[0].epochs if plan else ()))
+    for stage in plan:
+        if stage.begin < samples:
+            found.append((stage.begin, stage.weights, stage.epochs, stage.end if stage.epochs != before else None))
+            before = stage.epochs
+    return found
