@@ -18,6 +18,8 @@ from parallel.local_launcher import RankPool
 from tests.moe.helpers import run_context, selected
 from tests.parallel.helpers import Variant, build_engine, started, state, train
 from tests.stand_ins import installed
+from tests.stand_ins.signatures import table
+from tests.stand_ins.versions import as_version
 
 RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
 
@@ -109,20 +111,17 @@ def test_wrong_products_are_refused(runtime, stand_in, wrong, recipe):
         chosen(runtime, recipe)
 
 
-def test_an_older_version_with_fp8_autocast(runtime, stand_in):
-    """Before 2.9 it has this name, other parameters, and the state elsewhere."""
-    import transformer_engine.pytorch as te
-
-    calls = []
-
-    def fp8_autocast(enabled: bool, calibrating: bool = False, fp8_recipe: Any = None, fp8_group: Any = None) -> Any:
-        calls.append(fp8_recipe)
-        return stand_in.autocast(enabled, calibrating, fp8_recipe, fp8_group)
-
-    del te.autocast
-    te.fp8_autocast = fp8_autocast
-    fp8, _ = chosen(runtime, "tensorwise")
-    assert calls and all(recipe is fp8.recipe for recipe in calls)
+@pytest.mark.parametrize("version", table()["transformer_engine_fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recorded_version_takes_the_calls(runtime, stand_in, recipe, version):
+    """Before 2.9 the autocast has another name and other parameters, and the state is elsewhere."""
+    with as_version("transformer_engine_fp8", version) as called:
+        chosen(runtime, recipe)
+    older = version == "2.3.0"
+    of_state = "transformer_engine.pytorch.fp8." if older else "transformer_engine.pytorch.quantization."
+    assert f"transformer_engine.pytorch.{'fp8_autocast' if older else 'autocast'}" in called
+    assert {"Linear.forward", "GroupedLinear.forward"} <= {".".join(name.split(".")[-2:]) for name in called}
+    assert f"{of_state}FP8GlobalStateManager.reset" in called
 
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 64}
