@@ -252,9 +252,7 @@ def test_a_check_on_a_login_node_foretells_the_start_table(
     assert [row.operation for row in rows if row.name == te.NAME] == te_parts(context.config)
     settings = dataclasses.replace(context.config, cluster=ClusterConfig(gpus=True), data=DataConfig())
     table, _ = summarize_run(settings, Layout(1), 10**9)
-    assert [row[1] for row in table if row[0] == te.NAME] == (
-        [", ".join(te_parts(settings))] if te_parts(settings) else []
-    )
+    assert [row[1] for row in table if row[0] == te.NAME] == [", ".join(te_parts(settings)) or "nothing"]
 
 
 def _how(runtime: Runtime) -> tuple[bool, Any, Any]:
