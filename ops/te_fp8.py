@@ -184,8 +184,9 @@ def _experts(
     layers: Iterator[Held] = iter([w.te_held for w in (w_in_LDGF, w_out_LFD)])  # pyright: ignore[reportAttributeAccessIssue]
 
     def product(x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
-        # TransformerEngine has the outer dimension of a weight first; autograd brings the gradient back.
-        weights = {f"weight{e}": w_KN.t().contiguous() for e, w_KN in enumerate(w.flatten(2).unbind(0))}
+        # TransformerEngine has the outer dimension of a weight first; autograd brings the gradient back. A view serves:
+        # the layer reads its values when it quantizes, in the first micro-batch of a step, and copies them for that.
+        weights = {f"weight{e}": w_KN.t() for e, w_KN in enumerate(w.flatten(2).unbind(0))}
         return next(layers)(weights, x_RK, list(counts))
 
     with fp8.inside():

@@ -218,7 +218,8 @@ class GroupedLinear(Fp8Module):
     def forward(self, inp: Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Tensor:
         splits = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        assert len(splits) == self.num_gemms and all(w.is_contiguous() for w in weights)
-        if FP8GlobalStateManager.enabled:
+        assert len(splits) == self.num_gemms
+        if FP8GlobalStateManager.enabled:  # quantizing makes a weight contiguous
             return self.fp8_product(inp, splits, weights, is_first_microbatch)
+        assert all(w.is_contiguous() for w in weights)
         return _Grouped.apply(inp, splits, self, is_first_microbatch, *weights)
