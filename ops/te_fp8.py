@@ -267,7 +267,8 @@ def _describe(context: RunContext, row: Row) -> Row:
     every = context.model.num_layers + context.model.mtp_num_layers
     which = "every layer" if len(layers) == every else f"layers {layers[0]} to {layers[-1]}"
     name = f"TransformerEngine {te_recipes.version()}, {fp8.recipe}, {te_recipes.number_format(fp8)}"
-    return Row(row.operation, name, f"{which}; asked for; close to bf16 on a random batch", row.refused)
+    why = f"{which}, in training; evaluation in bf16; asked for; close to bf16 on a random batch"
+    return Row(row.operation, name, why, row.refused)
 
 
 TE_FP8: Operation[TransformerEngineFp8 | None] = Operation(

@@ -23,7 +23,7 @@ def _te_row(config: Config, *, asked: bool, bf16: bool) -> tuple[str, str, str]:
     if asked:
         recipe = f"FP8 products ({config.fp8.recipe})"
         why = f"has to be installed and to have the recipe for these GPUs, {SHOWN_AT_START}"
-        return TE, ", ".join([recipe, *parts]), f"{why} (fp8.kernels=te)"
+        return TE, ", ".join([recipe, *parts]), f"{why}; in training, evaluation is in bf16 (fp8.kernels=te)"
     if wanted == "local":
         return TE, "nothing", f"turned off {setting}"
     if not bf16:

@@ -5,12 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import ClusterConfig, Config, Fp8Config, MoeConfig, OptimConfig
+from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig, OptimConfig
 from models.operations import OPERATIONS
 from ops import te
+from parallel.layout import Layout
 from parallel.process_groups import Runtime
 from tests.moe.helpers import run_context, tiny
+from training.kept_activations import Activations
 from training.package_rows import APEX, TE, package_rows
+from training.planner.rates import rates_of
+from training.planner.report import basis
 
 FIELDS = {"weight gradients": "fuse_weight_gradient", "optimizer": "adamw", "norm": "rms_norm"}
 FIELDS |= {"router": "route", "permutation": "permutation", "experts": "experts"}
@@ -55,3 +59,24 @@ def test_cpus_have_no_rows_and_fp8_says_what_it_needs() -> None:
     assert package_rows(on_gpus, bf16=False)[0][1:] == (
         "nothing", "its layers compute in bf16, and precision is fp32 (model.transformer_impl=auto)"
     )  # fmt: skip
+
+
+def test_a_plan_says_what_it_assumes_of_the_package() -> None:
+    run = Config(precision="fp8", fp8=Fp8Config(kernels="te", recipe="mxfp8"))
+    shown = basis(run, rates_of("h100"), 1.2)
+    assert "TransformerEngine's FP8 products (mxfp8), never measured here" in shown and "two copies in FP8" in shown
+    run = Config(model=ModelConfig(transformer_impl="transformer_engine"))
+    assert "TransformerEngine's layers, never measured here" in basis(run, rates_of("h100"), 1.2)
+    assert "TransformerEngine" not in basis(Config(), rates_of("h100"), 1.2)
+
+
+def test_experts_of_the_package_keep_gathered_rows_and_separate_products() -> None:
+    """In the memory estimate: of a SwiGLU gate, up, the activated gate and the product, where our kernels keep gate and
+    up; and rows, which our kernels read from where the tokens lie."""
+    model = ModelConfig(activation="swiglu", moe=MoeConfig(num_experts=8, top_k=2))
+    own, te_s = (
+        Activations(Config(model=model, precision="fp8", fp8=Fp8Config(kernels=kernels)), Layout(1), True, True)
+        for kernels in ("auto", "te")
+    )
+    further = own.rows * 2 * (model.hidden_size + 2 * model.expert_width)
+    assert te_s.layer(sparse=True) - own.layer(sparse=True) == further
