@@ -76,11 +76,12 @@ NAMES = {
 }
 """What the project calls, and what its stand-ins have."""
 OF_WEIGHTS = ["weight", "bias", "main_grad", "grad_added_to_main_grad", "overwrite_main_grad", "zero_out_wgrad"]
+OF_NORMS = ["layer_norm_weight", "layer_norm_bias", "return_layernorm_output"]
 STEPS = ["exp_avg", "exp_avg_sq", "step", "lr", "betas", "eps", "weight_decay"]
 ATTRIBUTES = {
     "transformer_engine": {
-        "transformer_engine.pytorch.Linear": OF_WEIGHTS,
-        "transformer_engine.pytorch.LayerNormLinear": [*OF_WEIGHTS, "layer_norm_weight", "layer_norm_bias"],
+        "transformer_engine.pytorch.Linear": [*OF_WEIGHTS, "return_bias"],
+        "transformer_engine.pytorch.LayerNormLinear": [*OF_WEIGHTS, "return_bias", *OF_NORMS],
         "transformer_engine.pytorch.RMSNorm": ["weight"],
         "transformer_engine.pytorch.DotProductAttention": ["softmax_offset"],
         "transformer_engine.pytorch.optimizers.FusedAdam": STEPS,
