@@ -17,7 +17,7 @@ def te_parts(config: Config) -> list[str]:
     if model.transformer_impl == "local":
         return []
     parts = ["linear layers"]
-    if model.kv_lora_rank is None and "norm" not in model.recompute and config.lora.rank is None:
+    if config.lora.rank is None and (model.kv_lora_rank is not None or "norm" not in model.recompute):
         parts.append("norm and linear layer")
     in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
     if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
@@ -46,20 +46,20 @@ def te_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(
             f"{KEY}=transformer_engine needs GPUs", f"cluster={cfg['cluster.name']} has none", {KEY: ["auto"]}
         )
-    if cfg["model.kv_lora_rank"] is not None:  # no linear layer reads a norm alone
+    if cfg["model.kv_lora_rank"] is not None:  # its own norms are not recomputed, and with adapters nothing is fused
         return
     recompute = cfg["model.recompute"]
     if "norm" in recompute:
         yield Violation(
-            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, which "
-            "keeps its output: model.recompute without norm",
+            f"{KEY}=transformer_engine computes norms in the linear layers that follow, which keep their "
+            "outputs: model.recompute without norm",
             f"it is [{','.join(recompute)}]",
             {"model.recompute": [[part for part in recompute if part != "norm"]], KEY: ["auto"]},
         )
     if cfg["lora.rank"] is not None:
         yield Violation(
-            f"{KEY}=transformer_engine computes the norm before attention in the linear layer that follows, and "
-            "adapters read its output: lora.rank=null",
+            f"{KEY}=transformer_engine computes norms in the linear layers that follow, and adapters read their "
+            "outputs: lora.rank=null",
             f"it is {cfg['lora.rank']}",
             {KEY: ["auto"]},
         )

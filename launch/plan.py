@@ -69,7 +69,7 @@ def _print(run: Config, found: Found, rates: Rates, options: Options, advice: st
     print(f"{found.considered:,} layouts and micro-batches considered\n")
     print(report.table(found.plans, cluster.memory_gb), end="\n\n")
     print(report.shares(best))
-    print(report.basis(rates, options.imbalance))
+    print(report.basis(run, rates, options.imbalance))
     print(f"{advice}\n" if advice else "")
     task = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0] not in (*OWN, *SEARCHED)]
     others = [o for o in task if not o.startswith(("parallel.", "parallel=", "plan."))]

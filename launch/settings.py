@@ -5,6 +5,13 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, get_type_hints
 
+_NO_FP8_PARAMETERS = (
+    "parameters are kept and gathered in bf16, not in FP8; the nearest is precision=fp8 fp8.kernels=te, by which they "
+    "are quantized once a step"
+)
+NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS)
+"""Keys, or last parts of keys, that users of Megatron-LM may look for and no setting here is like: what to say."""
+
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """The dotted key of every setting and section of a dataclass, with its type."""
@@ -20,6 +27,8 @@ def nearest_settings(key: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown key: suggests optim.lr for `lr`, model.moe.top_k for `model.moe.topk`."""
     known = list(dict.fromkeys(known))
     section, _, name = key.rpartition(".")
+    if name in NOT_OFFERED or key in NOT_OFFERED:
+        return NOT_OFFERED.get(key) or NOT_OFFERED[name]
 
     def similarity(one: str, other: str) -> float:
         part = len(one) > 2 and one in other.split("_")  # heads -> num_attention_heads

@@ -92,9 +92,10 @@ class Block(nn.Module):
         te_fp8 = ops.te_fp8 if ops.te_fp8 and layer in ops.te_fp8.layers else None
         if te_fp8 or (float8 and float8.linear):  # they multiply in Megatron-Core's layers
             ops = replace(ops, linear=MEGATRON_LAYERS, norm_linear=None)
+        fused = None if "norm" in context.model.recompute else ops.norm_linear
         attention, self.norm_is_fused = LatentAttention, False
         if context.model.kv_lora_rank is None:
-            self.norm_is_fused = ops.norm_linear is not None
+            self.norm_is_fused = fused is not None
             norm = self.attention_norm if self.norm_is_fused else None
             attention = partial(Attention, rope=context.model.has_rope(layer), norm=norm)
         self.attention = attention(context.model, context.config, groups, ops)
@@ -114,7 +115,8 @@ class Block(nn.Module):
                 else None,
             )
         else:
-            self.ffn = MLP(context.model, context.config, groups, linear=ops.linear)
+            with_norm = (fused, self.ffn_norm) if fused else None
+            self.ffn = MLP(context.model, context.config, groups, linear=ops.linear, fused=with_norm)
         if float8 is not None and float8.linear is not None:
             use_gemm_backend(self, float8.linear)
         self.outside = ops.te_fp8.outside if ops.te_fp8 and not te_fp8 else nullcontext
@@ -140,6 +142,8 @@ class Block(nn.Module):
         x_SBD = torch.add(x_SBD, out_SBD, alpha=self.multiplier)
         if self.sparse:
             out_SBD, report = self._normed(self.ffn_norm, x_SBD, lambda normed: self.ffn(normed, batch_ctx))
+        elif isinstance(self.ffn, MLP) and self.ffn.norm_is_fused:
+            out_SBD, report = self.ffn(x_SBD), None
         else:
             out_SBD, report = self._normed(self.ffn_norm, x_SBD, self.ffn), None
         return torch.add(x_SBD, out_SBD, alpha=self.multiplier), report

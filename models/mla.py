@@ -49,8 +49,11 @@ class LatentAttention(CoreAttention):
         self.sequence_parallel = config.sequence_parallel
         how = False, config, groups.tp
 
-        def column(inner: int, outer: int) -> nn.Module:
-            layer = ops.linear.column(inner, outer, *how)
+        def column(inner: int, outer: int, norm: RMSNorm | None = None) -> nn.Module:
+            if norm is None or ops.norm_linear is None:
+                layer = ops.linear.column(inner, outer, *how)
+            else:
+                layer = ops.norm_linear(norm, inner, outer, *how)
             std = (model.init_scale / inner) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
@@ -59,15 +62,16 @@ class LatentAttention(CoreAttention):
             dtype, split = config.params_dtype, config.sequence_parallel
             return RMSNorm(width, EPS, function=ops.rms_norm, dtype=dtype, sequence_parallel=split, groups=groups)
 
-        queries = column(model.q_lora_rank or model.hidden_size, model.query_width)
+        self.norms_are_fused = ops.norm_linear is not None
         if model.q_lora_rank is None:
-            self.q = queries
+            self.q = column(model.hidden_size, model.query_width)
         else:
             self.q_down = ReplicatedLinear(model, model.q_lora_rank, config, groups)
-            self.q_norm, self.q_up = norm(model.q_lora_rank), queries
+            self.q_norm = norm(model.q_lora_rank)
+            self.q_up = column(model.q_lora_rank, model.query_width, self.q_norm)
         self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
         self.kv_norm = norm(self.rank)
-        self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value))
+        self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value), self.kv_norm)
         self.out = ops.linear.row(model.output_width, model.hidden_size, *how)
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
@@ -87,15 +91,17 @@ class LatentAttention(CoreAttention):
         cache: of the compressed vectors and shared keys of earlier tokens; None: x is the whole sequence.
         """
         assert temperature_SB11 is None
-        q = (self.q(x_SBD) if hasattr(self, "q") else self.q_up(self.q_norm(self.q_down(x_SBD))))[0]
+        q = self._queries(x_SBD)
         latent_SBL, position_SBP = self.kv_down(x_SBD).split([self.rank, self.rope], -1)
-        latent_SBL = self.kv_norm(latent_SBL)
+        if not self.norms_are_fused:
+            latent_SBL = self.kv_norm(latent_SBL)
         apply, interleave = self.ops.apply_rotary, self.interleave
         q = q.unflatten(-1, (self.heads, -1))
         q = Rotary.rotate(q, cos, sin, apply, first=self.nope, interleave=interleave, scale=self.scale)
         shared = self._to_all_heads(position_SBP).unsqueeze(2)
         shared = Rotary.rotate(shared, cos, sin, apply, interleave=interleave)
         if cache is not None:
+            assert not self.norms_are_fused  # which is for training alone
             (seen_B1TW,) = cache.append(torch.cat([latent_SBL.unsqueeze(2), shared], -1).permute(1, 2, 0, 3))
             if cache.visible is not None:
                 return self.out(self._attend_to_latents(q, seen_B1TW, cache))[0]
@@ -103,6 +109,12 @@ class LatentAttention(CoreAttention):
         k_nope, v = kv.split([self.nope, self.value], -1)
         k = torch.cat([k_nope, shared.expand(-1, -1, self.heads, -1)], -1)
         return self.out(self.attend(q, k, v, pieces))[0]
+
+    def _queries(self, x_SBD: Tensor) -> Tensor:
+        if hasattr(self, "q"):
+            return self.q(x_SBD)[0]
+        compressed = self.q_down(x_SBD)
+        return self.q_up(compressed if self.norms_are_fused else self.q_norm(compressed))[0]
 
     def _attend_to_latents(self, q_SBHN: Tensor, seen_B1TW: Tensor, cache: LayerCache) -> Tensor:
         """[S, B, H * M]. Keys and values of earlier tokens are not projected up: the projection is applied to the

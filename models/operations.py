@@ -9,8 +9,9 @@ from ops.cross_entropy import CROSS_ENTROPY
 from ops.experts import EXPERTS
 from ops.fp8 import FLOAT8
 from ops.implementations import Ops
-from ops.linear import LINEAR, NORM_LINEAR
+from ops.linear import LINEAR
 from ops.norm import RMS_NORM
+from ops.norm_linear import NORM_LINEAR
 from ops.operation import Row
 from ops.permute import PERMUTATION
 from ops.registry import select

@@ -3,6 +3,8 @@
 Legend: S sequence (this rank's slice), B batch, D hidden, F feed-forward hidden (this rank's slice).
 """
 
+from functools import partial
+
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from conf.extensions import input_projections
 from conf.schema import ModelConfig
 from ops.activations import activate
 from ops.linear import MEGATRON_LAYERS, LinearLayers
+from ops.norm_linear import NormLinear, NormParameters
 from parallel.activation_checkpoint import MATMUL_OPS, checkpoint_without_output, checkpointed
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
@@ -26,18 +29,23 @@ class MLP(nn.Module):
         *,
         width: int | None = None,
         linear: LinearLayers = MEGATRON_LAYERS,
+        fused: tuple[NormLinear, NormParameters] | None = None,
     ):
-        """width: F; None: model.ffn_hidden_size."""
+        """Args:
+        width: F; None: model.ffn_hidden_size.
+        fused: the norm of the input is computed here, with the first linear layer; None: the input is normalised.
+        """
         super().__init__()
         self.activation, width = model.activation_name, width or model.ffn_hidden_size
         self.recompute = "activation" in model.recompute
-        self.keeps_products = linear.has_matmul_ops
+        self.keeps_products, self.norm_is_fused = linear.has_matmul_ops and fused is None, fused is not None
         how = model.ffn_bias, config, groups.tp  # biases are added here
+        gated = input_projections(model.activation) == 2
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
-        self.up = linear.column(model.hidden_size, width, *how)
-        self.gate = None
-        if input_projections(model.activation) == 2:
-            self.gate = linear.column(model.hidden_size, width, *how)
+        sizes = model.hidden_size, width
+        first = partial(fused[0], fused[1], returns_norm=gated) if fused else linear.column
+        self.up = (linear.column if gated else first)(*sizes, *how)
+        self.gate = first(*sizes, *how) if gated else None
         self.down = linear.row(width, model.hidden_size, *how)
         for layer in filter(None, (self.up, self.gate)):
             std = (model.init_scale / model.hidden_size) ** 0.5
@@ -57,7 +65,11 @@ class MLP(nn.Module):
         return self._run(x_SBD)
 
     def _run(self, x_SBD: Tensor) -> Tensor:
-        parts = [_with_bias(*layer(x_SBD)) for layer in (self.gate, self.up) if layer is not None]
+        if self.norm_is_fused and self.gate is not None:
+            gate, bias, x_SBD = self.gate(x_SBD)  # the second layer reads the norm's output
+            parts = [_with_bias(gate, bias), _with_bias(*self.up(x_SBD))]
+        else:
+            parts = [_with_bias(*layer(x_SBD)) for layer in (self.gate, self.up) if layer is not None]
         if self.recompute and not self.keeps_products:
             return checkpoint_without_output(self._checkpointed_activation, parts, self._down)
         return self._down(self._activate(*parts))

@@ -9,8 +9,9 @@ from ops.cross_entropy import TokenLosses, token_losses
 from ops.dispatch import DispatcherFactory
 from ops.experts import LOOP, ExpertBackend
 from ops.fp8 import Float8
-from ops.linear import MEGATRON_LAYERS, LinearLayers, NormLinear
+from ops.linear import MEGATRON_LAYERS, LinearLayers
 from ops.norm import Norm, torch_rms_norm
+from ops.norm_linear import NormLinear
 from ops.permute import TORCH_PERMUTATION, Permutation
 from ops.rotary import ApplyRotary, apply_rotary
 from ops.routing import FusedRoute, RouterLogits, router_logits
@@ -29,7 +30,7 @@ class Ops:
     linear: LinearLayers = MEGATRON_LAYERS
     """Of attention and of dense and shared feed-forward layers."""
     norm_linear: NormLinear | None = None
-    """A norm and the linear layer that alone reads it; None: one after the other."""
+    """A norm and a linear layer that reads it; None: one after the other."""
     token_losses: TokenLosses = token_losses
     """Cross-entropy over a sharded vocabulary."""
     causal_attention: CausalAttention = torch_attention

@@ -184,8 +184,9 @@ def _experts(
     layers: Iterator[Held] = iter([w.te_held for w in (w_in_LDGF, w_out_LFD)])  # pyright: ignore[reportAttributeAccessIssue]
 
     def product(x_RK: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
-        # TransformerEngine has the outer dimension of a weight first; autograd brings the gradient back.
-        weights = {f"weight{e}": w_KN.t().contiguous() for e, w_KN in enumerate(w.flatten(2).unbind(0))}
+        # TransformerEngine has the outer dimension of a weight first; autograd brings the gradient back. A view serves:
+        # the layer reads its values when it quantizes, in the first micro-batch of a step, and copies them for that.
+        weights = {f"weight{e}": w_KN.t() for e, w_KN in enumerate(w.flatten(2).unbind(0))}
         return next(layers)(weights, x_RK, list(counts))
 
     with fp8.inside():
@@ -266,7 +267,8 @@ def _describe(context: RunContext, row: Row) -> Row:
     every = context.model.num_layers + context.model.mtp_num_layers
     which = "every layer" if len(layers) == every else f"layers {layers[0]} to {layers[-1]}"
     name = f"TransformerEngine {te_recipes.version()}, {fp8.recipe}, {te_recipes.number_format(fp8)}"
-    return Row(row.operation, name, f"{which}; asked for; close to bf16 on a random batch", row.refused)
+    why = f"{which}, in training; evaluation in bf16; asked for; close to bf16 on a random batch"
+    return Row(row.operation, name, why, row.refused)
 
 
 TE_FP8: Operation[TransformerEngineFp8 | None] = Operation(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops.linear import NormParameters
+from ops.norm_linear import NormParameters
 
 
 def _keep(weight: Tensor) -> None:
@@ -53,9 +53,17 @@ class TeLayers:
         return self._linear(inner, outer, parallel_mode="row", **self._options(bias, config, group))
 
     def norm_column(
-        self, norm: NormParameters, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup
+        self,
+        norm: NormParameters,
+        inner: int,
+        outer: int,
+        bias: bool,
+        config: Any,
+        group: dist.ProcessGroup,
+        *,
+        returns_norm: bool = False,
     ) -> Any:
-        """ops.linear.NormLinear."""
+        """ops.norm_linear.NormLinear."""
         bias_D = getattr(norm, "bias", None)
         layer = self._norm_linear(
             inner,
@@ -64,6 +72,7 @@ class TeLayers:
             eps=norm.eps,
             normalization="RMSNorm" if bias_D is None else "LayerNorm",
             zero_centered_gamma=norm.zero_centered,
+            return_layernorm_output=returns_norm,
             **self._options(bias, config, group),
         )
         layer.layer_norm_weight = norm.weight
@@ -73,13 +82,16 @@ class TeLayers:
 
 
 def _beside_its_bias(layer: type[Any]) -> type[Any]:
-    """The class of a layer, which returns (output, bias or None), as Megatron-Core's do. Without is_first_microbatch
-    every gradient is added to the main gradient, which is zero before the first."""
+    """The class of a layer, which returns (output, bias or None), as Megatron-Core's do, and after these the norm's
+    output if it was asked for. Without is_first_microbatch every gradient is added to the main gradient, which is zero
+    before the first."""
 
     class Layer(layer):
         def forward(self, x: Tensor) -> Any:
-            y = super().forward(x)
-            return y if isinstance(y, tuple) else (y, None)
+            returned = super().forward(x)
+            y, *further = returned if isinstance(returned, tuple) else (returned,)
+            bias = further.pop(0) if self.return_bias else None
+            return y, bias, *further
 
     Layer.__name__ = Layer.__qualname__ = layer.__name__
     return Layer

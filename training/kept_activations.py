@@ -83,7 +83,7 @@ class Activations:
         """Of the experts, where it is not measured."""
         asked = self.model.moe.backend
         if self.config.precision == "fp8":
-            return "fp8"
+            return "te" if self.config.fp8.kernels == "te" else "fp8"
         return asked if asked != "auto" else "grouped_mm" if self.on_gpu and self.bf16 else self._plain_backend
 
     @property

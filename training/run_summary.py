@@ -3,10 +3,10 @@
 from dataclasses import asdict
 
 from conf.schema import ClusterConfig, Config
-from conf.te_rules import te_parts
 from parallel.layout import Layout
 from training.adapters import run_cost
 from training.memory_estimate import Memory, memory_per_rank
+from training.package_rows import package_rows
 from training.planner.rates import has_rates, rates_of
 from training.planner.step import predict
 
@@ -42,7 +42,7 @@ def summarize_run(config: Config, layout: Layout, data_tokens: int) -> tuple[lis
         ),
         memory_row(memory, cluster),
         *_step_row(config, layout),
-        *_te_row(config, bf16=bf16),
+        *package_rows(config, bf16=bf16),
     ]
     if reduced:
         rows.append(
@@ -63,20 +63,6 @@ def _step_row(config: Config, layout: Layout) -> list[tuple[str, str, str]]:
     shares = (f"{name} {seconds / predicted.seconds:.0%}" for name, seconds in predicted.parts.most_common(3))
     speed = f"{predicted.tokens_per_second_per_gpu:,.0f} tokens/s and GPU"
     return [("step", f"about {predicted.seconds:.3g} s, {speed}", f"predicted: {', '.join(shares)}, ...")]
-
-
-def _te_row(config: Config, *, bf16: bool) -> list[tuple[str, str, str]]:
-    """What TransformerEngine would compute, on GPUs."""
-    parts, wanted = te_parts(config), config.model.transformer_impl
-    if config.precision == "fp8" and config.fp8.kernels == "te":
-        recipe = f"FP8 products ({config.fp8.recipe})"
-        why = "has to be installed and to have the recipe for these GPUs, which the start of the run shows"
-        return [("TransformerEngine", ", ".join([recipe, *parts]), f"{why} (fp8.kernels=te)")]
-    if not (config.cluster.gpus and bf16 and parts):
-        return []
-    why = "where it is installed and computes the same, which the start of the run shows"
-    why = "has to be installed and compute the same" if wanted == "transformer_engine" else why
-    return [("TransformerEngine", ", ".join(parts), f"{why} (model.transformer_impl={wanted})")]
 
 
 def memory_row(memory: Memory, cluster: ClusterConfig) -> tuple[str, str, str]:

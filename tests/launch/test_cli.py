@@ -57,6 +57,10 @@ MISTAKES = [
     (["train.sed=1"], ["nearest is train.seed"]),
     (["every=1"], ["model.moe.every", "eval.every", "checkpoint.every"]),
     (["model.heads=3"], ["nearest is model.num_attention_heads"]),
+    (
+        ["fp8.param_gather=true"],
+        ["no setting fp8.param_gather; parameters are kept and gathered in bf16", "fp8.kernels=te"],
+    ),
     (["zebra.widgets=8"], ["no setting zebra.widgets; --help lists all"]),
     (["optimizer.lr=1"], ["did you mean optim.lr?"]),
     (["optim.amsgrad=1"], ["there are optim.name, optim.lr, ", "optim.beta1"]),

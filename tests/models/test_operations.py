@@ -102,9 +102,11 @@ def linear(factor: float, context: RunContext) -> object:
 
 
 def norm_linear(factor: float, context: RunContext) -> Callable[..., torch.nn.Module]:
-    def fused(norm: Any, *how: Any) -> torch.nn.Module:
+    def fused(norm: Any, *how: Any, returns_norm: bool = False) -> torch.nn.Module:
         layer = MEGATRON_LAYERS.column(*how)
         layer.register_forward_pre_hook(lambda module, x: torch_rms_norm(x[0], norm.weight, norm.eps) * factor)
+        if returns_norm:
+            layer.register_forward_hook(lambda module, inputs, output: (*output, inputs[0]))
         return layer
 
     return fused

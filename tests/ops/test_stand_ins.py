@@ -66,6 +66,14 @@ SOURCES = {
         "class Linear(Base):\n"
         "    def __init__(self, a, b=1, *rest, c, d=None, **more): ...\n"
         "    def forward(self, inp): return getattr(self.weight, 'main_grad')\n"
+        "class Base:\n"
+        "    def init_fp8_metadata(self, num_gemms=1): ...\n"
+    ),
+    "te/transformer_engine/pytorch/fp8.py": (
+        "class FP8GlobalStateManager:\n    @classmethod\n    def reset(cls): ...\n"
+    ),
+    "te/transformer_engine/common/recipe/__init__.py": (
+        "@dataclass(repr=False)\nclass DelayedScaling(Recipe):\n    margin: int = 0\n    other: int\n    kept = 1\n"
     ),
 }
 
@@ -87,6 +95,11 @@ def test_the_table_is_read_out_of_sources(tmp_path: Path, monkeypatch: pytest.Mo
         assert found["transformer_engine.pytorch.Linear.forward"] == ["inp"]
         assert found["transformer_engine.pytorch.moe_permute"] is None
         assert found["transformer_engine.pytorch.Linear attributes"] == ["weight", "main_grad"]
+    found = signatures("transformer_engine_fp8", reader(archive))
+    assert found["transformer_engine.pytorch.Linear.init_fp8_metadata"] == ["num_gemms="]
+    assert found["transformer_engine.common.recipe.DelayedScaling"] == ["margin=", "other"]
+    assert found["transformer_engine.pytorch.fp8.FP8GlobalStateManager.reset"] == []
+    assert found["transformer_engine.pytorch.quantization.FP8GlobalStateManager.reset"] is None
     written = tmp_path / "table.json"
     monkeypatch.setattr("tests.stand_ins.signatures.TABLE", written)
     main("transformer_engine", "9.9", str(archive))

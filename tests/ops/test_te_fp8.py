@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import Fp8Config, ModelConfig, MoeConfig, ParallelConfig
+from ops.experts import LOOP
 from ops.operation import Row
-from ops.te_fp8 import TE_FP8, TransformerEngineFp8
+from ops.te_fp8 import TE_FP8, TransformerEngineFp8, forget_held
+from parallel import batch_context
 from parallel.checkpoint import Checkpointer
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.moe.helpers import run_context, selected
 from tests.parallel.helpers import Variant, build_engine, started, state, train
 from tests.stand_ins import installed
+from tests.stand_ins.signatures import table
+from tests.stand_ins.versions import as_version
 
 RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
 
@@ -109,20 +113,62 @@ def test_wrong_products_are_refused(runtime, stand_in, wrong, recipe):
         chosen(runtime, recipe)
 
 
-def test_an_older_version_with_fp8_autocast(runtime, stand_in):
-    """Before 2.9 it has this name, other parameters, and the state elsewhere."""
-    import transformer_engine.pytorch as te
+@pytest.mark.parametrize("version", table()["transformer_engine_fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recorded_version_takes_the_calls(runtime, stand_in, recipe, version):
+    """Before 2.9 the autocast has another name and other parameters, and the state is elsewhere."""
+    with as_version("transformer_engine_fp8", version) as called:
+        chosen(runtime, recipe)
+    older = version == "2.3.0"
+    of_state = "transformer_engine.pytorch.fp8." if older else "transformer_engine.pytorch.quantization."
+    assert f"transformer_engine.pytorch.{'fp8_autocast' if older else 'autocast'}" in called
+    assert {"Linear.forward", "GroupedLinear.forward"} <= {".".join(name.split(".")[-2:]) for name in called}
+    assert f"{of_state}FP8GlobalStateManager.reset" in called
 
-    calls = []
 
-    def fp8_autocast(enabled: bool, calibrating: bool = False, fp8_recipe: Any = None, fp8_group: Any = None) -> Any:
-        calls.append(fp8_recipe)
-        return stand_in.autocast(enabled, calibrating, fp8_recipe, fp8_group)
+def with_copies(layer: Any, w_LKN: Tensor, x_RK: Tensor, counts: list[int]) -> Tensor:
+    weights = {f"weight{e}": w_KN.t().contiguous() for e, w_KN in enumerate(w_LKN)}
+    return torch.func.functional_call(layer, weights, (x_RK, counts))
 
-    del te.autocast
-    te.fp8_autocast = fp8_autocast
-    fp8, _ = chosen(runtime, "tensorwise")
-    assert calls and all(recipe is fp8.recipe for recipe in calls)
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_experts_are_transposed_and_quantized_once_a_step(runtime, stand_in, monkeypatch, recipe):
+    """Four experts, two steps of three micro-batches. The gradients are those of the package's layers that are given
+    copies [N, K] of the weights in every micro-batch, bit for bit."""
+    from transformer_engine.pytorch import GroupedLinear
+
+    fp8, _ = chosen(runtime, recipe)
+    copied, real = [], stand_in.rounded
+
+    def rounded(t: Tensor, *args: Any, **how: Any) -> Tensor:
+        if not t.is_contiguous():
+            copied.append(t)
+        return real(t, *args, **how)
+
+    monkeypatch.setattr(stand_in, "rounded", rounded)
+    counts, block = [48, 0, 16, 32], nn.Module()
+    x_RD = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+    block.w_in = nn.Parameter(torch.randn(4, 128, 1, 128, generator=torch.Generator().manual_seed(2)) / 11)
+    block.w_out = nn.Parameter(torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(3)) / 11)
+    for weight in block.parameters():
+        fp8.grouped(weight, None)
+    experts = fp8.experts(LOOP).run
+    plain = [GroupedLinear(4, 128, 128, bias=False, params_dtype=torch.float32, device="meta") for _ in range(2)]
+    with batch_context.entered(batch_context.DEFAULT_CONTEXT):
+        for step in range(2):
+            for micro_batch in range(3):
+                x, before = x_RD * (1 + micro_batch), len(copied)
+                y_RD = experts(x, counts, block.w_in, block.w_out, "relu")
+                assert len(copied) - before == (2 * 4 * 2 if micro_batch == 0 else 0), (step, micro_batch)
+                got = torch.autograd.grad(y_RD, [*block.parameters()], x)
+                with fp8.inside():
+                    h_RF = with_copies(plain[0], block.w_in.flatten(2), x, counts).relu()
+                    wanted_RD = with_copies(plain[1], block.w_out, h_RF, counts)
+                wanted = torch.autograd.grad(wanted_RD, [*block.parameters()], x)
+                assert all(torch.equal(a, b) for a, b in zip([y_RD, *got], [wanted_RD, *wanted], strict=True))
+            forget_held(block)
+            with torch.no_grad():
+                block.w_in.mul_(1.5)
 
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 64}

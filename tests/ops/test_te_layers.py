@@ -28,8 +28,9 @@ from ops import te
 from ops.experts import ExpertBackend
 from ops.fp8 import Float8
 from ops.gemm_backend import Reference
-from ops.linear import LINEAR, MEGATRON_LAYERS, NORM_LINEAR
+from ops.linear import LINEAR, MEGATRON_LAYERS
 from ops.norm import torch_rms_norm
+from ops.norm_linear import NORM_LINEAR
 from ops.operation import Operation, Row
 from ops.registry import largest_difference
 from ops.run_context import RunContext
@@ -46,6 +47,8 @@ from training.run_summary import summarize_run
 
 CUDA = torch.device("cuda")
 MLA = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 12, "num_query_groups": None, "head_dim": None, **MLA}
+GATED = {"activation": "swiglu", "ffn_bias": True}
 PYTORCH = "transformer_engine.pytorch"
 BY_FIELD = {operation.field: operation for operation in OPERATIONS}
 OF_LAYERS = ("linear", "norm_linear", "causal_attention", "varlen_attention", "rms_norm")
@@ -93,6 +96,16 @@ def test_what_computes_the_same_is_used(chosen: Callable[..., Row], field: str, 
         row = chosen(field, model=further if biased else {})
     assert row.name == te.NAME and " on a random batch" in row.why and not row.refused
     assert called
+
+
+@pytest.mark.parametrize("version", table()["transformer_engine"])
+@pytest.mark.parametrize("model", [LATENT, GATED, LATENT | {"recompute": ["norm"]}], ids=str)
+def test_norms_are_fused_in_every_place(chosen: Callable[..., Row], model: dict[str, Any], version: str) -> None:
+    """Between the projections of latent attention, and before gated feed-forward layers, of which two layers read the
+    norm's output."""
+    with as_version("transformer_engine", version) as called:
+        assert chosen("norm_linear", model=model).name == te.NAME
+    assert f"{PYTORCH}.LayerNormLinear.forward" in called
 
 
 class _Scaled(torch.autograd.Function):
@@ -227,7 +240,8 @@ def test_layers_in_fp8_keep_megatrons(runtime: Runtime) -> None:
     built = build_context(tiny(), runtime, float8=float8, **by_te)
     blocks = ModelChunk(built, chunk=0, sequence_length=16, document_mask=False).layers
     kept = [isinstance(layer, ColumnParallelLinear) for b in blocks.values() for layer in (b.attention.qkv, b.ffn.up)]
-    assert kept == [True, True, False, False] and [b.norm_is_fused for b in blocks.values()] == [False, True]
+    assert kept == [True, True, False, False]
+    assert [(b.norm_is_fused, b.ffn.norm_is_fused) for b in blocks.values()] == [(False, False), (True, True)]
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -235,7 +249,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "local": {"model": {"transformer_impl": "local"}},
     "norms recomputed": {"model": {"recompute": ["norm"]}},
     "adapters": {"lora": LoraConfig(rank=2)},
-    "latent": {"model": {"kv_lora_rank": 8, "num_query_groups": None, "head_dim": None, **MLA}},
+    "latent": {"model": LATENT},
+    "latent, norms recomputed": {"model": LATENT | {"recompute": ["norm"]}},
+    "latent, adapters": {"model": LATENT, "lora": LoraConfig(rank=2)},
     "fp8": {"precision": "fp8"},
     "fp8, one layer high": {"precision": "fp8", "fp8": Fp8Config(first_layers_high=1)},
     "fp8 experts": {"precision": "fp8", "fp8": Fp8Config(linear_layers=False)},
@@ -252,9 +268,7 @@ def test_a_check_on_a_login_node_foretells_the_start_table(
     assert [row.operation for row in rows if row.name == te.NAME] == te_parts(context.config)
     settings = dataclasses.replace(context.config, cluster=ClusterConfig(gpus=True), data=DataConfig())
     table, _ = summarize_run(settings, Layout(1), 10**9)
-    assert [row[1] for row in table if row[0] == te.NAME] == (
-        [", ".join(te_parts(settings))] if te_parts(settings) else []
-    )
+    assert [row[1] for row in table if row[0] == te.NAME] == [", ".join(te_parts(settings)) or "nothing"]
 
 
 def _how(runtime: Runtime) -> tuple[bool, Any, Any]:
@@ -269,7 +283,7 @@ def trials(world: World, parallel: ParallelConfig) -> dict[str, float]:
     with installed("transformer_engine"), started(world, parallel) as runtime:
         found = {}
         for operation in (LINEAR, NORM_LINEAR):
-            for model in ({}, {"attention_bias": True, "norm": "layernorm"}):
+            for model in ({}, {"attention_bias": True, "norm": "layernorm"}, LATENT):
                 context = context_of(runtime, operation.field, torch.float32, model=model, parallel=parallel)
                 (candidate,), plain = operation.implementations, operation.reference(context)
                 results = [
@@ -284,7 +298,7 @@ def trials(world: World, parallel: ParallelConfig) -> dict[str, float]:
 def test_a_trial_covers_the_collectives(ranks: RankPool, sequence_parallel: bool) -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=sequence_parallel)
     for found in ranks.run(2, trials, parallel, timeout=120):
-        assert len(found) == 4 and max(found.values()) < 1e-6
+        assert len(found) == 6 and max(found.values()) < 1e-6
 
 
 def test_recomputing_the_activation_repeats_no_product(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ MATRIX = [
         "tp2",
         2,
         {"tp": 2},
-        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mtp", "lora", "dora", *FURTHER],
+        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mla", "mtp", "lora", "dora", *FURTHER],
         "gpt_oss recomputed_dense",
     ),
     Layouts(

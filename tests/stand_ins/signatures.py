@@ -1,5 +1,6 @@
 """`python -m tests.stand_ins.signatures PACKAGE VERSION SOURCES`: reads the parameters of what the project calls of a
 package out of its sources, a folder or an archive (.zip, .whl, .tar, .tar.gz), and records them in signatures.json.
+transformer_engine_fp8 is what the FP8 recipes need of TransformerEngine, which older versions have as well.
 
 Nothing is imported or built: modules are parsed. Of each name the table has the parameters in order: "name", "name="
 where there is a default, "*" before those that are keywords only, "**name"; null where the version lacks it. Names of a
@@ -9,6 +10,8 @@ The sources of the table, from clones of the projects on GitHub:
 
     git archive --prefix=te/ -o te.tar v2.9 transformer_engine && python -m tests.stand_ins.signatures \
         transformer_engine 2.9.0 te.tar
+    git archive --prefix=te/ -o te.tar v2.3 transformer_engine && python -m tests.stand_ins.signatures \
+        transformer_engine_fp8 2.3.0 te.tar
     git archive --prefix=apex/ -o apex.tar HEAD apex csrc && python -m tests.stand_ins.signatures apex 6424da3 apex.tar
 """
 
@@ -19,6 +22,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,24 @@ NAMES = {
         "transformer_engine.pytorch.optimizers.FusedAdam",
         "transformer_engine.pytorch.optimizers.FusedAdam.step",
     ],
+    "transformer_engine_fp8": [
+        "transformer_engine.common.recipe.DelayedScaling",
+        "transformer_engine.common.recipe.Float8CurrentScaling",
+        "transformer_engine.common.recipe.MXFP8BlockScaling",
+        "transformer_engine.common.recipe.Float8BlockScaling",
+        "transformer_engine.pytorch.autocast",
+        "transformer_engine.pytorch.fp8_autocast",
+        *(
+            f"transformer_engine.pytorch.{module}.FP8GlobalStateManager.{method}"
+            for module in ("quantization", "fp8")
+            for method in ("reset", "is_fp8_available", "is_mxfp8_available", "is_fp8_block_scaling_available")
+        ),
+        *(
+            f"transformer_engine.pytorch.{layer}{method}"
+            for layer in ("Linear", "GroupedLinear")
+            for method in ("", ".forward", ".init_fp8_metadata")
+        ),
+    ],
     "apex": [
         "apex.normalization.FusedRMSNorm",
         "apex.normalization.FusedRMSNorm.forward",
@@ -54,14 +76,24 @@ NAMES = {
 }
 """What the project calls, and what its stand-ins have."""
 OF_WEIGHTS = ["weight", "bias", "main_grad", "grad_added_to_main_grad", "overwrite_main_grad", "zero_out_wgrad"]
+OF_NORMS = ["layer_norm_weight", "layer_norm_bias", "return_layernorm_output"]
 STEPS = ["exp_avg", "exp_avg_sq", "step", "lr", "betas", "eps", "weight_decay"]
 ATTRIBUTES = {
     "transformer_engine": {
-        "transformer_engine.pytorch.Linear": OF_WEIGHTS,
-        "transformer_engine.pytorch.LayerNormLinear": [*OF_WEIGHTS, "layer_norm_weight", "layer_norm_bias"],
+        "transformer_engine.pytorch.Linear": [*OF_WEIGHTS, "return_bias"],
+        "transformer_engine.pytorch.LayerNormLinear": [*OF_WEIGHTS, "return_bias", *OF_NORMS],
         "transformer_engine.pytorch.RMSNorm": ["weight"],
         "transformer_engine.pytorch.DotProductAttention": ["softmax_offset"],
         "transformer_engine.pytorch.optimizers.FusedAdam": STEPS,
+    },
+    "transformer_engine_fp8": {
+        "transformer_engine.common.recipe.Format": ["E4M3", "HYBRID"],
+        "transformer_engine.pytorch.module.base.TransformerEngineBaseModule": [
+            "fp8_meta",
+            "scaling_fwd",
+            "scaling_bwd",
+        ],
+        "transformer_engine.pytorch.fp8.DelayedScalingRecipeState": ["scale", "amax_history"],
     },
     "apex": {"apex.optimizers.FusedAdam": STEPS},
 }
@@ -102,13 +134,15 @@ def signatures(package: str, read: Read) -> dict[str, Any]:
 
 
 def _names_of_module(name: str, read: Read) -> set[str]:
-    """The attributes and strings in the module where a class is defined."""
+    """The names, attributes and strings in the module where a class is defined."""
     module, _, attribute = name.rpartition(".")
-    _, tree = _definition(module, attribute, read) or (None, ast.Module())
+    definition = _definition(module, attribute, read)
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(definition.tree) if definition else ():
         if isinstance(node, ast.Attribute):
             found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
     return found
@@ -121,18 +155,40 @@ def _parameters(name: str, read: Read) -> Any:
     method = "__init__"
     if attribute[0].islower() and module.rpartition(".")[2][0].isupper():
         method, (module, _, attribute) = attribute, module.rpartition(".")
-    found, _ = _definition(module, attribute, read) or (None, None)
-    if isinstance(found, ast.ClassDef):
-        inside = [n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == method]
-        return _listed(inside[-1].args)[1:] if inside else None
-    return None if found is None else _listed(found.args)
+    definition = _definition(module, attribute, read)
+    if definition is None:
+        return None
+    found = definition.node
+    return _listed(found.args) if isinstance(found, ast.FunctionDef) else _of_method(definition, method, read)
 
 
-Definition = tuple[ast.ClassDef | ast.FunctionDef, ast.Module]
+def _of_method(definition: "Definition", method: str, read: Read) -> list[str] | None:
+    """The parameters of a class's method, which a class above may define; without __init__: none, or the fields of a
+    dataclass."""
+    node: Any = definition.node
+    inside = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == method]
+    if inside:
+        is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in inside[-1].decorator_list)
+        return _listed(inside[-1].args)[0 if is_static else 1 :]
+    if method == "__init__" and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        return [f"{ast.unparse(n.target)}{'' if n.value is None else '='}" for n in fields]
+    above = (_definition(definition.module, base.id, read) for base in node.bases if isinstance(base, ast.Name))
+    listed = (_of_method(base, method, read) for base in above if base and isinstance(base.node, ast.ClassDef))
+    return next((entry for entry in listed if entry is not None), [] if method == "__init__" else None)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Of a class or function: its text, and that of the module it is in."""
+
+    node: ast.ClassDef | ast.FunctionDef
+    module: str
+    tree: ast.Module
 
 
 def _definition(module: str, name: str, read: Read, depth: int = 0) -> Definition | None:
-    """What a name of a module stands for, through what it imports, and the module that defines it."""
+    """What a name of a module stands for, through what it imports."""
     path, is_package = module.replace(".", "/"), False
     text = read(f"{path}.py")
     if text is None:
@@ -143,7 +199,7 @@ def _definition(module: str, name: str, read: Read, depth: int = 0) -> Definitio
     tree = ast.parse(text)
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node, tree
+            return Definition(node, module, tree)
         if isinstance(node, ast.ImportFrom):
             above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
             source = ".".join([*above, *(node.module or "").split(".")]).strip(".")

@@ -14,12 +14,18 @@ from tests.stand_ins.signatures import as_signature, table
 
 def find(name: str) -> tuple[Any, str]:
     """(module or class, attribute) of a name in the table; a class stands for its __init__."""
-    module, _, attribute = name.rpartition(".")
-    if attribute[0].islower() and module.rpartition(".")[2][0].isupper():
-        module, _, owner = module.rpartition(".")
-        return getattr(importlib.import_module(module), owner), attribute
+    module, owner, attribute = _parts(name)
     found = importlib.import_module(module)
+    if owner:
+        return getattr(found, owner), attribute
     return (getattr(found, attribute), "__init__") if attribute[0].isupper() else (found, attribute)
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """(module, class or "", attribute)."""
+    above, _, attribute = name.rpartition(".")
+    module, _, owner = above.rpartition(".")
+    return (module, owner, attribute) if owner[0].isupper() else (above, "", attribute)
 
 
 def parameters_of(stand_in: Any, attribute: str) -> list[inspect.Parameter]:
@@ -31,12 +37,17 @@ def parameters_of(stand_in: Any, attribute: str) -> list[inspect.Parameter]:
 @contextmanager
 def as_version(package: str, version: str) -> Iterator[set[str]]:
     """Inside `installed(package)`: each function takes what that version takes, and raises TypeError for what it would
-    not. Yields the names that have been called so far."""
+    not; what it lacks is not there. Yields the names that have been called so far.
+
+    Args:
+        package: a key of the table.
+    """
     saved: list[tuple[Any, str, Any]] = []
     called: set[str] = set()
     added: list[str] = []
-    for name, listed in table()[package][version].items():
-        if listed is None or listed == "native" or name.endswith(" attributes"):
+    entries = {n: v for n, v in table()[package][version].items() if v != "native" and not n.endswith(" attributes")}
+    for name, listed in entries.items():
+        if listed is None:
             continue
         try:
             owner, attribute = find(name)
@@ -45,16 +56,38 @@ def as_version(package: str, version: str) -> Iterator[set[str]]:
             owner = sys.modules.setdefault(module, ModuleType(module))
             added.append(module)
             setattr(owner, attribute, lambda: None)
-        original = getattr(owner, attribute)
+        original, method = getattr(owner, attribute), isinstance(owner, type)
         saved.append((owner, attribute, original))
-        setattr(owner, attribute, _bound(name, original, as_signature(listed), called, isinstance(owner, type)))
+        if isinstance(inspect.getattr_static(owner, attribute), classmethod | staticmethod):
+            setattr(owner, attribute, staticmethod(_bound(name, original, as_signature(listed), called, False)))
+        else:
+            setattr(owner, attribute, _bound(name, original, as_signature(listed), called, method))
+    modules = {name: _parts(name)[0] for name in entries}
+    there = {modules[name] for name, listed in entries.items() if listed is not None}
+    lacking = [name for name, listed in entries.items() if listed is None]
+    hidden = {m: sys.modules.get(m) for m in {modules[name] for name in lacking} - there}
+    for name in lacking:
+        owner, attribute = sys.modules.get(modules[name]), name.rpartition(".")[2]
+        if modules[name] in there and hasattr(owner, attribute):
+            saved.append((owner, attribute, getattr(owner, attribute)))
+            delattr(owner, attribute)
+    for module in hidden:  # None: no such module
+        sys.modules[module] = None  # pyright: ignore[reportArgumentType]
     try:
         yield called
     finally:
+        _restore(hidden)
         for owner, attribute, original in reversed(saved):
             setattr(owner, attribute, original)
         for module in added:
             sys.modules.pop(module, None)
+
+
+def _restore(hidden: dict[str, ModuleType | None]) -> None:
+    for name, module in hidden.items():
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
 
 
 def _bound(

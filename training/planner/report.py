@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conf.schema import Config
 from training.memory_estimate import Memory
 from training.planner.failures import Advice
 from training.planner.rates import Rates
@@ -103,9 +104,19 @@ def shares(plan: Plan) -> str:
     return f"time     {time}\nmemory   {memory} GB" + (f"\nbubble   {bubbles}" if bubbles else "")
 
 
-def basis(rates: Rates, imbalance: float) -> str:
+def basis(config: Config, rates: Rates, imbalance: float) -> str:
     """What the prediction rests on."""
-    return f"rates    {rates.source}\nbalance  the fullest rank's experts have {imbalance:g} times the mean rows"
+    lines = [f"rates    {rates.source}", f"balance  the fullest rank's experts have {imbalance:g} times the mean rows"]
+    if config.precision == "fp8" and config.fp8.kernels == "te":
+        like = "the products of this project's own FP8 kernels, weight gradients like bf16's, nothing for padding rows"
+        lines.append(f"assumed  TransformerEngine's FP8 products ({config.fp8.recipe}), never measured here, take what")
+        lines.append(f"         others do: {like};")
+        lines.append("         of a weight there are two copies in FP8 beside the one in bf16")
+    elif config.model.transformer_impl == "transformer_engine":
+        lines.append(
+            "assumed  TransformerEngine's layers, never measured here, are as fast as those of PyTorch and Triton"
+        )
+    return "\n".join(lines)
 
 
 def draw(plans: list[Plan], path: Path) -> None:

@@ -87,6 +87,7 @@ class LayerNormLinear(Linear):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
+        return_layernorm_output: bool = False,
         zero_centered_gamma: bool = False,
         device: Any = "cuda",
     ):
@@ -107,6 +108,7 @@ class LayerNormLinear(Linear):
             device=device,
         )
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
+        self.return_layernorm_output = return_layernorm_output
         start = 0.0 if zero_centered_gamma else 1.0
         of_norm = {"dtype": params_dtype, "device": device}
         self.layer_norm_weight = nn.Parameter(torch.full((self.in_features,), start, **of_norm))
@@ -120,7 +122,10 @@ class LayerNormLinear(Linear):
             y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * gain
         else:
             y = nn.functional.layer_norm(x, gain.shape, gain, self.layer_norm_bias.float(), self.eps)
-        return self._product(y.to(inp.dtype), is_first_microbatch)
+        out = self._product(y := y.to(inp.dtype), is_first_microbatch)
+        if not self.return_layernorm_output:
+            return out
+        return (*out, y) if self.return_bias else (out, y)
 
 
 class _Norm(torch.autograd.Function):
@@ -218,7 +223,8 @@ class GroupedLinear(Fp8Module):
     def forward(self, inp: Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Tensor:
         splits = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        assert len(splits) == self.num_gemms and all(w.is_contiguous() for w in weights)
-        if FP8GlobalStateManager.enabled:
+        assert len(splits) == self.num_gemms
+        if FP8GlobalStateManager.enabled:  # quantizing makes a weight contiguous
             return self.fp8_product(inp, splits, weights, is_first_microbatch)
+        assert all(w.is_contiguous() for w in weights)
         return _Grouped.apply(inp, splits, self, is_first_microbatch, *weights)

@@ -100,6 +100,12 @@ class autocast:
             state.reduce_and_update_fp8_tensors(forward=True)
 
 
+def fp8_autocast(
+    enabled: bool = True, calibrating: bool = False, fp8_recipe: Any = None, fp8_group: Any = None
+) -> autocast:
+    return autocast(enabled, calibrating, fp8_recipe, fp8_group)
+
+
 class Fp8Module(nn.Module):
     """What layers have of it."""
 
