@@ -13,8 +13,10 @@ from pathlib import Path
 LIMIT = 0.0025
 """Maximum relative difference of the mean losses."""
 STABLE = (
+    *("model.hidden_size=256", "model.vocab_size=4096", "train.sequence_length=256", "train.micro_batch_size=4"),
     *("optim.lr=5e-4", "optim.warmup_steps=30", "train.global_batch_size=8"),
     *("model.embedding_multiplier=1", "model.init_scale=0.1", "model.qk_norm=null", "model.moe.aux_loss_coeff=0.01"),
+    "model.moe.router_init_scale=null",
 )
 """The default settings of the runs: tiny_switch as it was when the figures in docs/ were measured, at a learning rate
 at which the router does not collapse. Where it does and recovers, when and how depends on rounding, and even fp32 ends

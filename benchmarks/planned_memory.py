@@ -29,8 +29,8 @@ CASES = {
     # name: (ranks, overrides)
     "dense": (1, f"model=tiny_dense {NARROW}"),
     "dense, tp": (2, f"model=tiny_dense {NARROW} parallel.tp=2"),
-    "switch": (1, "model=tiny_switch"),
-    "switch, ep, capacity 1.25": (2, "model=tiny_switch parallel.ep=2 model.moe.capacity_factor=1.25"),
+    "switch": (1, f"model=tiny_switch {NARROW} model.num_layers=4"),
+    "switch, ep, capacity 1.25": (2, f"model=tiny_switch {NARROW} model.num_layers=4 parallel.ep=2"),
     "mixtral": (1, f"model=mixtral_8x7b {NARROW} model.num_query_groups=2"),
     "mixtral, tp sp ep": (
         4,

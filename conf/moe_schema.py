@@ -140,8 +140,8 @@ class MoeConfig:
     """Add biases to the two linear layers of each expert, initialised to zero and without weight decay. Shared experts
     and dense feed-forward layers have them with model.ffn_bias."""
     router_init_scale: float | None = setting(None, gt=0, resumable=True)
-    """Scale of the router's initial weights in place of model.init_scale (null). The larger they are, the less the first
-    steps move the assignments."""
+    """Scale of the router's initial weights in place of model.init_scale (null). The larger they are, the less the
+    first steps move the assignments."""
     router_bias: bool = False
     """Add a trained bias to the router's logits, initialised to zero and without weight decay (gpt-oss,
     arXiv:2508.10925). It is part of the scores, unlike the bias of bias_update_rate."""

@@ -46,6 +46,7 @@ SHAPE = {
     "model.init_scale": 0.1,
     "model.qk_norm": "null",
     "model.moe.aux_loss_coeff": 0.01,
+    "model.moe.router_init_scale": "null",
 }
 
 
