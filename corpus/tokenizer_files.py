@@ -102,10 +102,10 @@ def _cached(path: str, setting: str) -> str:
     try:
         name = answer("tokenizer", path, key) if storage.is_url(path) else key()
         folder = Path(ROOT).expanduser() / "tokenizers" / name
-        content = b"" if (folder / TOKENIZER).is_file() else storage.read_bytes(path)
+        content = None if (folder / TOKENIZER).is_file() else storage.read_bytes(path)
     except OSError as error:
         raise ValueError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    if content:
+    if content is not None:
         text = _converted(content, f"{setting} {path}") if path.endswith(CONVERTED) else content
         _write(folder / TOKENIZER, text, f"{setting} {path}")
     return str(folder / TOKENIZER)
