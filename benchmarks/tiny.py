@@ -70,6 +70,8 @@ class Variant:
     """As ops.weight_gradient."""
     transformer_engine: bool = False
     """Whether TransformerEngine computes what it can, for which it has to be importable."""
+    cp_comm_type: str = "all_gather"
+    """parallel.cp_comm_type, of which others than all_gather are TransformerEngine's."""
     fp8: dict[str, Any] = field(default_factory=dict)
     """Settings of fp8 other than kernels=te, for products in FP8 by TransformerEngine; empty: there are none."""
 
@@ -146,7 +148,8 @@ def te_ops(runtime: Runtime, variant: Variant) -> dict[str, Any]:
     from ops import te
     from ops.run_context import RunContext
 
-    config = Config(model=variant.config(), lora=LoraConfig(**variant.lora))
+    parallel = ParallelConfig(cp_comm_type=variant.cp_comm_type)
+    config = Config(model=variant.config(), lora=LoraConfig(**variant.lora), parallel=parallel)
     if variant.fp8:
         config.precision, config.fp8 = "fp8", Fp8Config(kernels="te", **variant.fp8)
     context = RunContext(config, runtime, variant.dtype)
@@ -154,7 +157,7 @@ def te_ops(runtime: Runtime, variant: Variant) -> dict[str, Any]:
         operation.field: implementation.loaded(context)
         for operation in OPERATIONS
         for implementation in operation.implementations
-        if implementation.name in (te.NAME, "te")
+        if implementation.name in (te.NAME, "te", variant.cp_comm_type)
         and operation.is_used(context)
         and implementation.unsupported_reason(context) is None
     }

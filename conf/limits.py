@@ -67,6 +67,7 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
         ),
     ),
     ("parallel.tp > 1", lambda c: c["parallel.tp"] > 1, "parallel.sequence_parallel"),
+    ("parallel.cp > 1", lambda c: c["parallel.cp"] > 1, "parallel.cp_comm_type"),
     ("parallel.pp > 1", lambda c: c["parallel.pp"] > 1, "parallel.vpp parallel.pp_layers parallel.pp_layout"),
     (
         "data parallelism",

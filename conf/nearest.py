@@ -60,6 +60,8 @@ def _apply(cfg: ConfigView, degrees: dict[str, int]) -> tuple[ConfigView, dict[s
     chunks = degrees["pp"] * (cfg["parallel.vpp"] or 1)
     if degrees["pp"] == 1 or cfg["model.num_layers"] % chunks:
         settings["vpp"] = None
+    if degrees["cp"] == 1:
+        settings["cp_comm_type"] = "all_gather"
     settings["pp_layers"] = settings["pp_layout"] = None
     if degrees["tp"] == 1:
         settings["sequence_parallel"] = False

@@ -3,7 +3,7 @@ with."""
 
 from collections.abc import Iterator
 
-from conf.config_view import ConfigView, Violation
+from conf.config_view import ConfigView, Violation, format_value
 from conf.fp8_rules import fp8_layers
 from conf.schema import Config
 
@@ -22,11 +22,55 @@ def te_parts(config: Config) -> list[str]:
     in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
     if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
         parts = []  # their products are fp8.kernels'
-    return [*parts, "attention"]
+    exchanges = config.parallel.cp > 1 and config.parallel.cp_comm_type != "all_gather"
+    return [*parts, "context-parallel attention" if exchanges else "attention"]
+
+
+def cp_comm_type_rules(cfg: ConfigView) -> Iterator[Violation]:
+    """What TransformerEngine's attention over context-parallel ranks does not have."""
+    comm, cp, gather = "parallel.cp_comm_type", "parallel.cp", "all_gather"
+    kind = cfg[comm]
+    if kind == gather or cfg[cp] == 1:
+        return
+    if cfg[KEY] == "local":
+        yield Violation(
+            f"{comm}={kind} needs {KEY} other than local",
+            "it is local, which is nothing of TransformerEngine",
+            {KEY: ["auto"], comm: [gather]},
+        )
+    if cfg["cluster.name"] is not None and not cfg["cluster.gpus"]:
+        yield Violation(f"{comm}={kind} needs GPUs", f"cluster={cfg['cluster.name']} has none", {comm: [gather]})
+    if cfg["precision"] == "fp32":
+        yield Violation(f"{comm}={kind} computes in bf16", "precision is fp32", {"precision": ["bf16"], comm: [gather]})
+    if cfg["data.document_mask"]:
+        yield Violation(
+            f"{comm}={kind} needs data.document_mask=false: TransformerEngine cuts every document into 2 * {cp} equal "
+            "parts",
+            "it is true",
+            {"data.document_mask": [False], comm: [gather]},
+        )
+    lacks = [("model.attention_chunk_size", None)]
+    lacks += [("model.sliding_window", None), ("model.attention_sinks", False)] if kind == "p2p" else []
+    for key, value in lacks:
+        if cfg[key] != value:
+            others = ["a2a", gather] if key != "model.attention_chunk_size" else [gather]
+            actual = f"it is {format_value(cfg[key])}"
+            yield Violation(f"{comm}={kind} needs {key}={format_value(value)}", actual, {comm: others})
+    if kind == "a2a":
+        groups = "model.num_query_groups" if cfg["model.kv_lora_rank"] is None else "model.num_attention_heads"
+        for key in dict.fromkeys(("model.num_attention_heads", groups)):
+            count = cfg[key] or cfg["model.num_attention_heads"]
+            if count % (cfg["parallel.tp"] * cfg[cp]):
+                yield Violation(
+                    f"{comm}=a2a needs {key} % (parallel.tp * {cp}) == 0",
+                    f"{count} % {cfg['parallel.tp'] * cfg[cp]} = {count % (cfg['parallel.tp'] * cfg[cp])}",
+                    {comm: ["p2p", gather]},
+                )
 
 
 def te_rules(cfg: ConfigView) -> Iterator[Violation]:
     """Whether the package is installed, and computes the same, turns out on the ranks (ops.te)."""
+    yield from cp_comm_type_rules(cfg)
     backend = "model.moe.backend"
     if cfg[KEY] == "local" and cfg[backend] == "te":
         yield Violation(

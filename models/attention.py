@@ -25,7 +25,7 @@ from parallel.sharding import Matrices, mark, set_sharding
 
 class CoreAttention(nn.Module):
     """Attention of queries to keys and values. Under context parallelism keys and values of the whole sequence are
-    gathered, and queries exchanged so that every rank has as much to do."""
+    gathered, and queries exchanged so that every rank has as much to do; or ops.cp_attention does all of that."""
 
     def __init__(self, groups: Groups, ops: Ops = DEFAULT_OPS):
         super().__init__()
@@ -43,7 +43,7 @@ class CoreAttention(nn.Module):
         """[S, B, H * M]. Kernels need values as wide as queries and keys: narrower ones (M < N) are padded with zeros.
 
         Args:
-            pieces: from attention_pieces.
+            pieces: from attention_pieces; with ops.cp_attention those of the whole sequence on one rank.
             sinks_H: logits of the heads' sinks (ops.varlen_attention.VarlenAttention); they need pieces.
             cache: of earlier tokens, to which keys and values are added; as wide as each other then.
         """
@@ -56,6 +56,10 @@ class CoreAttention(nn.Module):
                 )
                 return out_BHSN.permute(2, 0, 1, 3).flatten(2)
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
+        if self.ops.cp_attention is not None:
+            v = F.pad(v, (0, padding)) if padding else v
+            out = self.ops.cp_attention(q, k, v, pieces[0].window if pieces else None, sinks_H)
+            return (out[..., :-padding] if padding else out).flatten(2)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
             q = self._swap_late_half(q)

@@ -169,6 +169,7 @@ class ModelChunk(MegatronModule):
         self.input_tensor = cast("Tensor", None)
         """What a later stage reads. Megatron-Core's schedule sets it before every forward pass."""
         self.token_losses, self.te_fp8 = context.ops.token_losses, context.ops.te_fp8
+        self.exchanges_sequence = context.ops.cp_attention is not None
 
         self.model, self.groups, self.cp, self.document_mask = model, groups, groups.cp, document_mask
         self.rotary = Rotary(model.rotary_width, model.rope_theta, sequence_length, model.rope_scaling)
@@ -348,10 +349,11 @@ class ModelChunk(MegatronModule):
         on_host_BS, model = batch_ctx.host_positions_BS, self.model
         if on_host_BS is None:
             on_host_BS = positions_BS.cpu() if self.document_mask else positions_BS
+        is_shared = self.cp.size() > 1 and not self.exchanges_sequence
         return attention_pieces(
             on_host_BS,
-            self.cp.rank(),
-            self.cp.size(),
+            self.cp.rank() if is_shared else 0,
+            self.cp.size() if is_shared else 1,
             self.document_mask,
             window=model.sliding_window if local else None,
             chunk=model.attention_chunk_size if local else None,

@@ -5,6 +5,7 @@ from moe.router import ROUTE
 from ops.adamw import ADAMW, BLOCK_UPDATE
 from ops.attention import ATTENTION
 from ops.autotune import Memory
+from ops.cp_attention import CP_ATTENTION
 from ops.cross_entropy import CROSS_ENTROPY
 from ops.experts import EXPERTS
 from ops.fp8 import FLOAT8
@@ -29,6 +30,7 @@ OPERATIONS = (
     NORM_LINEAR,
     CROSS_ENTROPY,
     VARLEN_ATTENTION,
+    CP_ATTENTION,
     ATTENTION,
     PERMUTATION,
     ROUTER_LOGITS,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ops.attention import CausalAttention, torch_attention
+from ops.cp_attention import CpAttention
 from ops.cross_entropy import TokenLosses, token_losses
 from ops.dispatch import DispatcherFactory
 from ops.experts import LOOP, ExpertBackend
@@ -37,6 +38,8 @@ class Ops:
     """Attention where a query sees all tokens before it."""
     varlen_attention: VarlenAttention = joined_attention
     """Attention within documents, windows and chunks, to other ranks' keys, and with sinks."""
+    cp_attention: CpAttention | None = None
+    """Attention that context-parallel ranks compute together; None: each gathers the keys and values of all."""
     permutation: Permutation = TORCH_PERMUTATION
     """How tokens become the experts' rows on a rank, and rows tokens."""
     router_logits: RouterLogits = router_logits

@@ -35,13 +35,18 @@ class RunContext:
     @property
     def needs_varlen(self) -> bool:
         """Whether in a layer a query does not see all tokens before it, sees those of other ranks, or sees sinks."""
-        return not self.needs_causal or bool(self.model.local_layers)
+        return not self.exchanges_sequence and (not self.needs_causal or bool(self.model.local_layers))
 
     @property
     def needs_causal(self) -> bool:
         """Whether in a layer a query sees the tokens before it and nothing else: in one without a window or chunks, or
         with short sequences."""
         return not (self.config.data.document_mask or self.runtime.layout.cp > 1 or self.model.attention_sinks)
+
+    @property
+    def exchanges_sequence(self) -> bool:
+        """Whether context-parallel ranks attend together, instead of gathering keys and values (ops.cp_attention)."""
+        return self.train and self.runtime.layout.cp > 1 and self.config.parallel.cp_comm_type != "all_gather"
 
     @property
     def fp8_layers(self) -> range:

@@ -1,6 +1,7 @@
 """TransformerEngine's fused attention: of whole sequences, and of documents packed one after the other, with windows
 and, where the version has them, sinks. Under context parallelism keys have been gathered and queries exchanged before
-(models.attention.CoreAttention), so that each rank attends with documents of its own.
+(models.attention.CoreAttention), so that each rank attends with documents of its own; or TransformerEngine exchanges
+(TeCpAttention).
 
 Legend: S sequence, B batch, T packed tokens, H heads of this rank, G key/value groups of this rank, N width of a head.
 """
@@ -9,8 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ops.cp_attention import from_dual_chunks, to_dual_chunks
 from ops.varlen_attention import Packing, VarlenAttention, packed_attention, run_offsets
 
 
@@ -54,9 +57,34 @@ class TeAttention:
             "attn_mask_type": "padding_causal" if alike else "padding_causal_bottom_right",
             "window_size": (packing.before, 0),
         }
-        if sinks_H is None:
-            out = module(q_THN, k_TGN, v_TGN, **how)
-        else:  # its parameter, in fp32
-            given = {"softmax_offset": sinks_H.float()}
-            out = torch.func.functional_call(module, given, (q_THN, k_TGN, v_TGN), how)
-        return out.unflatten(-1, q_THN.shape[-2:])
+        return _with_sinks(module, sinks_H, (q_THN, k_TGN, v_TGN), how).unflatten(-1, q_THN.shape[-2:])
+
+
+class TeCpAttention(TeAttention):
+    """ops.cp_attention.CpAttention. It wants the parts of a sequence in an order of its own: they are exchanged before
+    and after it."""
+
+    def __init__(self, group: dist.ProcessGroup, comm_type: str):
+        """comm_type: p2p: keys and values travel from rank to rank; a2a: a rank gets some heads of all tokens."""
+        super().__init__()
+        self.group, self.comm_type = group, comm_type
+        self.ranks = dist.get_process_group_ranks(group)
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def __call__(
+        self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGN: Tensor, window: int | None, sinks_H: Tensor | None
+    ) -> Tensor:
+        q, k, v = (to_dual_chunks(t, self.group) for t in (q_SBHN, k_SBGN, v_SBGN))
+        sinks = {} if sinks_H is None else {"softmax_type": "learnable"}
+        module = self._of(q, k, qkv_format="sbhd", attn_mask_type="causal", **sinks)
+        module.set_context_parallel_group(self.group, self.ranks, self.stream, self.comm_type)
+        how = {"window_size": (-1 if window is None else window - 1, 0)}
+        out = _with_sinks(module, sinks_H, (q, k, v), how).unflatten(-1, q.shape[-2:])
+        return from_dual_chunks(out, self.group)
+
+
+def _with_sinks(module: Any, sinks_H: Tensor | None, qkv: tuple[Tensor, ...], how: dict[str, Any]) -> Tensor:
+    if sinks_H is None:
+        return module(*qkv, **how)
+    # Its parameter, in fp32.
+    return torch.func.functional_call(module, {"softmax_offset": sinks_H.float()}, qkv, how)

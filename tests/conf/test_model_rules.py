@@ -5,6 +5,9 @@ import pytest
 from tests.conf.test_rules import FP8, SPARSE, assert_violation_has_a_suggestion_that_works
 
 TE = {"model.transformer_impl": "transformer_engine", "precision": "bf16"}
+CP = {"parallel.cp": 2, "precision": "bf16"}
+P2P, A2A = {**CP, "parallel.cp_comm_type": "p2p"}, {**CP, "parallel.cp_comm_type": "a2a"}
+GATHER = "parallel.cp_comm_type=all_gather"
 LATENT = {"model.kv_lora_rank": 128}
 MIXER = {"model.moe.top_k": 2, "model.moe.sparse_mixer_eps": 0.01}
 YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_position_embeddings": 64}
@@ -13,7 +16,7 @@ YARN = {"model.rope_scaling.type": "yarn", "model.rope_scaling.original_max_posi
 BROKEN = [
     ({**TE, "precision": "fp32"}, 1, "computes in bf16, but precision is fp32", "precision=bf16"),
     ({**TE, "model.recompute": ["norm", "moe"], **SPARSE}, 1, "but it is [norm,moe]", "model.recompute=[moe]"),
-    ({**TE, "lora.rank": 4}, 1, "adapters read its output", "model.transformer_impl=auto"),
+    ({**TE, "lora.rank": 4}, 1, "adapters read their outputs", "model.transformer_impl=auto"),
     ({**TE, "cluster.name": "cpu"}, 1, "needs GPUs, but cluster=cpu has none", "model.transformer_impl=auto"),
     (
         {"model.transformer_impl": "local", "model.moe.backend": "te", **SPARSE},
@@ -22,6 +25,15 @@ BROKEN = [
         "model.transformer_impl=auto",
     ),
     ({"model.transformer_impl": "te"}, 1, "transformer_impl is one of", "model.transformer_impl=transformer_engine"),
+    ({**P2P, "precision": "fp32"}, 2, "computes in bf16, but precision is fp32", "precision=bf16"),
+    ({**P2P, "cluster.name": "cpu"}, 2, "needs GPUs, but cluster=cpu has none", GATHER),
+    ({**P2P, "model.transformer_impl": "local"}, 2, "transformer_impl other than local", "model.transformer_impl=auto"),
+    ({**P2P, "data.document_mask": True}, 2, "needs data.document_mask=false", "data.document_mask=false"),
+    ({**P2P, "model.sliding_window": 8}, 2, "needs model.sliding_window=null", "parallel.cp_comm_type=a2a"),
+    ({**P2P, "model.attention_sinks": True}, 2, "needs model.attention_sinks=false", "parallel.cp_comm_type=a2a"),
+    ({**A2A, "model.attention_chunk_size": 8}, 2, "needs model.attention_chunk_size=null", GATHER),
+    ({**A2A, "model.num_query_groups": 1}, 2, "model.num_query_groups % (parallel.tp * parallel.cp)", "comm_type=p2p"),
+    ({**P2P, "parallel.cp": 1}, 2, "cp_comm_type needs parallel.cp > 1", GATHER),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
     ({"optim.muon_momentum": 0.9}, 1, "muon_momentum needs optim.name=muon", "optim.muon_momentum=0.95"),
     (

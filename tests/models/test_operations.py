@@ -127,7 +127,11 @@ FAKES: dict[str, Callable[[float, RunContext], object]] = {
 """Of an operation's field; of the others a multiple of what the reference returns."""
 
 
-APART = {"fuse_weight_gradient": "tests/ops/test_weight_gradient.py", "te_fp8": "tests/ops/test_te_fp8.py"}
+APART = {
+    "fuse_weight_gradient": "tests/ops/test_weight_gradient.py",
+    "te_fp8": "tests/ops/test_te_fp8.py",
+    "cp_attention": "tests/ops/test_cp_attention.py",
+}
 """Operations whose implementations are no functions to multiply, and where wrong ones are refused."""
 
 

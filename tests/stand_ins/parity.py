@@ -30,34 +30,46 @@ FURTHER = {
     "recomputed_dense": Variant({"recompute": ["activation"], "ffn_bias": True}, {"num_experts": 0}),
     "recomputed_moe": Variant({"recompute": ["moe"]}, {"num_shared_experts": 1, "expert_bias": True}),
     "recomputed_layers": Variant({"recompute": ["full"], "qk_norm": "head"}, {"num_shared_experts": 1, "every": 2}),
+    "p2p": Variant({"attention_bias": True, "recompute": ["full"]}, {"num_shared_experts": 1}, cp_comm_type="p2p"),
+    "a2a": Variant({"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True}, cp_comm_type="a2a"),
+    "mla_p2p": dataclasses.replace(VARIANTS["mla"], cp_comm_type="p2p"),
     "centered": Variant({"norm_zero_centered": True, "attention_bias": True, "sliding_window": 5}, document_mask=True),
 }
 """Besides those of the matrix."""
+EXCHANGED = ["p2p", "a2a", "mla_p2p"]
+EVERYWHERE = [name for name in FURTHER if name not in EXCHANGED]
 MODELS = {**VARIANTS, **FURTHER}
 MATRIX = [
-    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks", *FURTHER]),
+    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks", *EVERYWHERE]),
     Layouts(
         "tp2",
         2,
         {"tp": 2},
-        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mla", "mtp", "lora", "dora", *FURTHER],
+        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mla", "mtp", "lora", "dora", *EVERYWHERE],
         "gpt_oss recomputed_dense",
     ),
     Layouts(
         "tp2 +sequence",
         2,
         SEQUENCE,
-        ["deepseek", "mla_documents", "phimoe", "llama4", "mtp_documents", "lora_dense", *FURTHER],
+        ["deepseek", "mla_documents", "phimoe", "llama4", "mtp_documents", "lora_dense", *EVERYWHERE],
         "mtp_documents phimoe recomputed",
     ),
     Layouts("pp2", 2, {"pp": 2}, ["switch_documents", "dense", "mtp", "recomputed"]),
     Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch", "dense", "recomputed_layers"], "recomputed_layers"),
-    Layouts("cp2", 2, {"cp": 2}, ["switch_documents", "gpt_oss", "mla", "chunks", "centered"], "centered"),
+    Layouts(
+        "cp2",
+        2,
+        {"cp": 2},
+        ["switch_documents", "gpt_oss", "mla", "chunks", "centered", *EXCHANGED],
+        "centered p2p a2a",
+    ),
     Layouts("ep2", 2, {"ep": 2}, ["dropless", "overlap", "overlap_padded", "recomputed_moe"], "overlap"),
     Layouts("dp2 +overlap", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ["dropless", "dense"]),
     Layouts("dp2 instances2", 2, {"optimizer_instances": 2}, ["drops", "recomputed"]),
     Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "muon", "overlap_lora"]),
-    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE}, ["drops", "gpt_oss", "mtp_documents", "recomputed"]),
+    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE}, ["drops", "gpt_oss", "mtp_documents", "recomputed", "p2p"]),
+    Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p"]),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {"pp": 2, "vpp": 2, "ep": 2, **SEQUENCE}, ["switch", "recomputed"]),
 ]
 

@@ -38,6 +38,7 @@ NAMES = {
         "transformer_engine.pytorch.RMSNorm",
         "transformer_engine.pytorch.DotProductAttention",
         "transformer_engine.pytorch.DotProductAttention.forward",
+        "transformer_engine.pytorch.DotProductAttention.set_context_parallel_group",
         "transformer_engine.pytorch.cpp_extensions.general_grouped_gemm",
         "transformer_engine.pytorch.module.base.get_multi_stream_cublas_workspace",
         "transformer_engine.pytorch.moe_permute",

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig, OptimConfig
+from conf.schema import ClusterConfig, Config, Fp8Config, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
 from models.operations import OPERATIONS
 from ops import te
 from parallel.layout import Layout
@@ -67,7 +67,9 @@ def test_a_plan_says_what_it_assumes_of_the_package() -> None:
     assert "TransformerEngine's FP8 products (mxfp8), never measured here" in shown and "two copies in FP8" in shown
     run = Config(model=ModelConfig(transformer_impl="transformer_engine"))
     assert "TransformerEngine's layers, never measured here" in basis(run, rates_of("h100"), 1.2)
-    assert "TransformerEngine" not in basis(Config(), rates_of("h100"), 1.2)
+    run = Config(parallel=ParallelConfig(cp=2, cp_comm_type="p2p"))
+    assert "cp_comm_type=p2p takes as long as gathering" in basis(run, rates_of("h100"), 1.2)
+    assert "assumed" not in basis(Config(), rates_of("h100"), 1.2)
 
 
 def test_experts_of_the_package_keep_gathered_rows_and_separate_products() -> None:

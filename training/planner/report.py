@@ -116,6 +116,10 @@ def basis(config: Config, rates: Rates, imbalance: float) -> str:
         lines.append(
             "assumed  TransformerEngine's layers, never measured here, are as fast as those of PyTorch and Triton"
         )
+    if config.parallel.cp_comm_type != "all_gather":
+        lines.append(
+            f"assumed  parallel.cp_comm_type={config.parallel.cp_comm_type} takes as long as gathering keys and values"
+        )
     return "\n".join(lines)
 
 

@@ -6,7 +6,10 @@ Legend: T tokens of all sequences, S of one, B batch, H heads, G key/value group
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from parallel.collectives import GatherSequence
 
 
 class DotProductAttention(nn.Module):
@@ -33,6 +36,15 @@ class DotProductAttention(nn.Module):
         self.qkv_format, self.attn_mask_type, self.window_size = qkv_format, attn_mask_type, window_size
         self.scale = kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.softmax_offset = nn.Parameter(torch.zeros(num_attention_heads)) if softmax_type == "learnable" else None
+
+        self.cp_group: Any = None
+        self.cp_comm_type = ""
+
+    def set_context_parallel_group(
+        self, cp_group: Any, cp_global_ranks: list[int], cp_stream: Any, cp_comm_type: str = "p2p"
+    ) -> None:
+        assert cp_global_ranks == dist.get_process_group_ranks(cp_group) and cp_comm_type in ("p2p", "a2a")
+        self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
 
     def forward(
         self,
@@ -66,8 +78,31 @@ class DotProductAttention(nn.Module):
             return torch.cat([self._attend(q, k, v, mask, window[0]) for q, k, v in parts]).flatten(-2)
         assert kind in ("sbhd", "bshd") and mask in ("causal", "causal_bottom_right")
         batch = 1 if kind == "sbhd" else 0
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            assert kind == "sbhd" and mask == "causal"
+            return self._between_ranks(query_layer, key_layer, value_layer, window[0])
         parts = zip(*(t.unbind(batch) for t in (query_layer, key_layer, value_layer)), strict=True)
         return torch.stack([self._attend(q, k, v, mask, window[0]) for q, k, v in parts], batch).flatten(-2)
+
+    def _between_ranks(self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGN: Tensor, before: int) -> Tensor:
+        """Rank i of n has the parts i and 2 n - 1 - i of the sequence's 2 n."""
+        rank, ranks = self.cp_group.rank(), self.cp_group.size()
+        assert len(q_SBHN) % 2 == 0, "not divisible by 2"
+        if self.cp_comm_type == "p2p":
+            assert before == -1 and self.softmax_offset is None, "neither windows nor sinks"
+        else:
+            assert self.heads % ranks == 0 == self.groups % ranks, "heads are not divisible"
+        order = [part for r in range(ranks) for part in (r, 2 * ranks - 1 - r)]
+        whole = []
+        for t in (k_SBGN, v_SBGN):
+            parts = GatherSequence.apply(t, self.cp_group).chunk(2 * ranks)
+            whole.append(torch.cat([parts[order.index(part)] for part in range(2 * ranks)]))
+        out = []
+        for part, q in zip((rank, 2 * ranks - 1 - rank), q_SBHN.chunk(2), strict=True):
+            seen = (part + 1) * len(q)
+            rows = zip(q.unbind(1), *(t[:seen].unbind(1) for t in whole), strict=True)
+            out.append(torch.stack([self._attend(*row, "causal_bottom_right", before) for row in rows], 1))
+        return torch.cat(out).flatten(-2)
 
     def _attend(self, q_SHN: Tensor, k_SGN: Tensor, v_SGN: Tensor, mask: str, before: int) -> Tensor:
         """[S, H, N], of one sequence. A mask is aligned to the first key, or to the last if its name says so."""
