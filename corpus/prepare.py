@@ -157,7 +157,7 @@ def prepare(
     elif held_out_only:
         check_held_out(prepared, 1, data)
     else:
-        check_training(prepared, sequence_length)
+        check_training(prepared, sequence_length, data)
         check_held_out(prepared, sequence_length, data)
     return prepared
 
