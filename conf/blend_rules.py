@@ -8,7 +8,7 @@ from conf.config_view import ConfigView, Violation, format_value
 from conf.extensions import registered, takes_files
 from conf.schema import DATA_KINDS, BlendPart
 
-_ALONE = ("blend", "chat", "preference")
+_ALONE = ("blend", "preference")
 """Kinds of data that cannot be part of a blend."""
 
 
@@ -31,14 +31,16 @@ def blend_rules(cfg: ConfigView) -> Iterator[Violation]:
         if part.kind not in kinds:
             nearest = difflib.get_close_matches(part.kind, kinds, n=1, cutoff=0.0)[0]
             actual = f"it is {part.kind}; nearest: kind: {nearest}"
-            if part.kind in ("chat", "preference"):
+            if part.kind == "preference":
                 actual = (
-                    f"it is {part.kind}, whose samples have padding and weights that those of text have not; nearest: "
-                    f"data={part.kind} in a run of its own, with checkpoint.load set to the run on text"
+                    "it is preference, for another objective; nearest: data=preference in a run of its own, with "
+                    "checkpoint.load set to the run on the blend"
                 )
             yield Violation(f"{name}.kind is one of {', '.join(kinds)}", actual)
         elif part.files and not takes_files(part.kind):
-            yield Violation(f"{name}.files has an effect only with kind: text or megatron", f"kind is {part.kind}")
+            yield Violation(
+                f"{name}.files has an effect only with kind: text, megatron or chat", f"kind is {part.kind}"
+            )
         elif takes_files(part.kind) and not part.files:
             yield Violation(f"{name}.files is needed with kind: {part.kind}", "there are none: files: [PATH]")
     yield from _names(cfg)

@@ -44,6 +44,12 @@ _NOT_CHOSEN = ("auto", "overlap_grad_reduce", "overlap_param_gather")
 """Settings of parallel that parallel.auto leaves as they are."""
 
 
+def has_chats(cfg: Any) -> bool:
+    """Whether the data are conversations, all of them or a part."""
+    kind = cfg["data.kind"]
+    return kind == "chat" or (kind == "blend" and any(part.kind == "chat" for part in cfg["data.blend"]))
+
+
 def _min_sharding(cfg: Any) -> float:
     """Over how many ranks of a pipeline stage the parameters with the most replicas are sharded."""
     experts = cfg["parallel.etp"] * cfg["parallel.ep"] if cfg["model.moe.num_experts"] else math.inf
@@ -52,7 +58,7 @@ def _min_sharding(cfg: Any) -> float:
 
 CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     # (condition as text, condition as code, settings that have no effect unless it holds)
-    ("data=chat", lambda c: c["data.kind"] == "chat", "data.packing data.too_long data.chat_template"),
+    ("data=chat or a part of kind chat", has_chats, "data.packing data.too_long data.chat_template"),
     (
         "data other than chat and preference",
         lambda c: c["data.kind"] not in ("chat", "preference"),

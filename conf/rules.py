@@ -26,7 +26,7 @@ from conf.eval_rules import eval_task_rules
 from conf.extensions import REGISTRIES, missing_package, registered, schedule_reads, takes_files
 from conf.fp8_rules import fp8_rules
 from conf.layout_rules import batch_rules, layout_rules
-from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS, MODEL_SETTINGS
+from conf.limits import ALTERNATIVES, BOUNDS, CHOICES, CONDITIONS, MODEL_SETTINGS, has_chats
 from conf.lora_rules import check_targets, lora_rules
 from conf.nearest import nearest_layouts
 from conf.preference_rules import preference_rules
@@ -353,9 +353,10 @@ def _data(cfg: ConfigView) -> Iterator[Violation]:
             "there are none: give data.files=[PATH,...], or train on Python's own source files",
             {"data.kind": ["stdlib"]},
         )
-    if kind == "chat" and cfg["data.packing"] and not cfg["data.document_mask"]:
+    if has_chats(cfg) and cfg["data.packing"] and not cfg["data.document_mask"]:
         yield Violation(
-            "data=chat with data.packing=true needs data.document_mask=true",
+            f"{'data=chat' if kind == 'chat' else 'a part of kind chat'} with data.packing=true needs "
+            "data.document_mask=true",
             "conversations in a sequence would attend to each other",
             {"data.document_mask": [True], "data.packing": [False]},
         )

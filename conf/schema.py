@@ -91,9 +91,9 @@ class BlendPart:
     """How often the run passes through the part, for example 2.5: its samples are spread evenly over train.steps, and
     the parts that have weights share the others. null: as often as its weight gives."""
     kind: str = "text"
-    """stdlib, text or megatron, as data.kind."""
+    """stdlib, text, megatron or chat, as data.kind."""
     files: list[str] = field(default_factory=list)
-    """Paths or globs (text), or prefixes without .bin/.idx (megatron)."""
+    """Paths or globs (text, chat), or prefixes without .bin/.idx (megatron)."""
     name: str = ""
     """Name in the metrics. Empty: number and kind, such as 0_text."""
 
@@ -130,7 +130,7 @@ class DataConfig:
     text_key: str = "text"
     """Field of a row that holds its text, a string or a list of lines. `a.b`: field b of the object in a."""
     strict: bool = False
-    """Stop at the first row without text (null, another type, no such field, invalid JSON), or of data=chat without a
+    """Stop at the first row without text (null, another type, no such field, invalid JSON), or of chats without a
     valid conversation, and at a damaged file. false: leave such rows, and files from where they are damaged, out and
     report their number and positions; data of which nothing is left is an error in both cases."""
     tokenizer: str | None = None
@@ -160,14 +160,14 @@ class DataConfig:
     documents, and the rest of a sequence is padding. No label then belongs to another document. The share of documents
     that are cut, and of padding, is printed. Held-out text is concatenated in both cases."""
     packing: bool = True
-    """With data=chat, whether several conversations share a sequence, each attending to itself alone (which needs
-    data.document_mask). They are packed by best-fit decreasing in windows of shuffled conversations. false: one
-    conversation per sequence. The rest of a sequence is padding."""
+    """With data=chat or a part of kind chat, whether several conversations share a sequence, each attending to itself
+    alone (which needs data.document_mask). They are packed by best-fit decreasing in windows of shuffled conversations.
+    false: one conversation per sequence. The rest of a sequence is padding."""
     too_long: str = setting("truncate", choices=("truncate", "drop"))
-    """What happens to conversations of data=chat with more than train.sequence_length + 1 tokens: truncate (the end is
-    left out) or drop. Their number is printed."""
+    """What happens to conversations with more than train.sequence_length + 1 tokens: truncate (the end is left out) or
+    drop. Their number is printed."""
     chat_template: str | None = None
-    """File with the Jinja template of data=chat. null: that of the tokenizer's directory, or else a plain one that
+    """File with the Jinja template of conversations. null: that of the tokenizer's directory, or else a plain one that
     needs no special token but the one that ends a document."""
     cache_dir: str = "~/.cache/switchyard"
     """Directory in which tokenizers and token files are cached. Entries are addressed by content and verified by hash.

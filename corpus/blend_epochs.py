@@ -41,8 +41,12 @@ def with_quotas(prepared: Prepared, config: Config) -> Prepared:
 
 def _quotas(prepared: Prepared, config: Config, plan: Sequence[StagePlan]) -> list[list[int]]:
     """Of each source, the samples in each stage; 0 for those of parts with weights."""
+    from corpus.open_data import open_chats
+
     data, cache = config.data, Cache(config.data.cache_dir)
     how = {"sequence_length": config.train.sequence_length, "seed": config.train.seed}
+    chats = open_chats(prepared, data, **how)
+    how["without"] = chats
     if data.packing_strategy == "best_fit":
         from corpus.packed_epochs import open_packed
 
@@ -51,10 +55,10 @@ def _quotas(prepared: Prepared, config: Config, plan: Sequence[StagePlan]) -> li
         from corpus.epochs import open_epochs
 
         epochs = open_epochs(prepared, cache, **how)
-    found = []
-    for source, of_source in zip(prepared.train, epochs, strict=True):
+    opened, found = {**epochs, **chats}, []
+    for number, source in enumerate(prepared.train):
         ends = [Fraction(0), *(stage.epochs[source.part] for stage in plan)]
-        counts = [of_source.num_samples(end) for end in ends]
+        counts = [opened[number].num_samples(end) for end in ends]
         found.append([end - begin for begin, end in pairwise(counts)])
     return found
 

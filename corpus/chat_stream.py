@@ -8,6 +8,7 @@ padding: a document of its own that is not routed and counts nowhere.
 
 import hashlib
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -113,12 +114,13 @@ class ChatStream:
         data: DataConfig,
         *,
         sequence_length: int,
-        seed: int,
+        seed: list[int],
         ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
+            seed: of the order; in a blend, another one for each source.
             ahead: whether this process packs the next epoch in the background, for all on its node.
             note: called with messages for the user: how much is padding, and what was too long.
         """
@@ -126,11 +128,17 @@ class ChatStream:
         self._packing, self._seed = data.packing, seed
         self._cache = Cache(data.cache_dir, note)
         kept = hashlib.sha256(self._chats.kept.tobytes()).hexdigest()
-        self._key: list[Any] = [self._chats.digest, kept, sequence_length, data.packing, _WINDOW, seed]
+        self._key: list[Any] = [self._chats.digest, kept, sequence_length, data.packing, _WINDOW, *seed]
         self._ends: list[int] = []
         self._open: tuple[int, Packs] | None = None
         self._ahead = IndexAhead(self._load) if ahead else None
         note(self._chats.note(self._packs(0), data.too_long))
+
+    def num_samples(self, epochs: Fraction) -> int:
+        """Of the first epochs, which are all packed."""
+        whole, part = divmod(epochs, 1)
+        counted = [len(self._packs(epoch)) for epoch in range(whole + (part > 0))]
+        return sum(counted[:whole]) + (round(part * counted[-1]) if part else 0)
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index` >= 0, as `Conversations.sequence`."""
@@ -149,7 +157,7 @@ class ChatStream:
 
     def _load(self, epoch: int) -> Packs:
         def build() -> Packs:
-            return pack_epoch(self._chats, packing=self._packing, seed=[self._seed, epoch])
+            return pack_epoch(self._chats, packing=self._packing, seed=[*self._seed, epoch])
 
         try:
             return Packs.load(

@@ -35,6 +35,10 @@ class Conversation:
         return "\n".join(message_text(message) for message in self.messages)
 
 
+class EmptyTurn(ValueError):
+    """A message of the assistant that says nothing."""
+
+
 def message_text(message: dict[str, Any]) -> str:
     """The content of a message, and its calls of functions as JSON."""
     content, calls = message.get("content"), message.get("tool_calls")
@@ -80,15 +84,25 @@ def conversation_of(row: dict[str, Any]) -> tuple[Messages, list[dict[str, Any]]
     form = next((form for field, form in _FORMS.items() if field in row), None)
     if form is None:
         raise ValueError(f"no conversation: it needs {FORMS}, but it has {', '.join(row) or 'no field'}")
-    messages = [_checked(message, i) for i, message in enumerate(form(row), start=1)]
+    messages = checked_messages(form(row))
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message of the assistant")
     tools = _tools(row.get("tools"))
+    check_characters([messages, tools])
+    return messages, tools
+
+
+def checked_messages(messages: Messages) -> Messages:
+    """The messages as templates take them. Raises ValueError if one is not a message."""
+    return [_checked(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def check_characters(value: Any) -> None:
+    """Raises ValueError for texts, in a string or in what is made of strings, that no tokenizer takes."""
     try:
-        json.dumps([messages, tools], ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError("its text has half a surrogate pair, which is no character") from None
-    return messages, tools
 
 
 def _of_messages(row: dict[str, Any]) -> Messages:
@@ -153,8 +167,10 @@ def _checked(message: dict[str, Any], number: int) -> dict[str, Any]:
     if content is not None and not isinstance(content, str) and not parts:
         raise ValueError(f"message {number} ({role}): its content is not text")
     calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise ValueError(f"message {number}: its tool_calls are {type(calls).__name__}, not a list")
     if role == "assistant" and not (message_text(message).strip() or message.get("reasoning_content")):
-        raise ValueError(f"message {number}: the turn of the assistant is empty")
+        raise EmptyTurn(f"message {number}: the turn of the assistant is empty")
     if content is None and not calls:
         raise ValueError(f"message {number} ({role}) has no content")
     weight = message.get("weight")

@@ -56,6 +56,14 @@ def dataset_specs(data: DataConfig, held_out_only: bool) -> list[DatasetSpec]:
     return result + held_out
 
 
+def is_chat(data: DataConfig, part: int) -> bool:
+    """Whether a data set of the settings is conversations. `part`: as of `corpus.prepare.Source`; numbers beyond the
+    parts of a blend are those of data.valid_files."""
+    if data.kind == "blend":
+        return part < len(data.blend) and data.blend[part].kind == "chat"
+    return data.kind == "chat"
+
+
 def _check_tokenizer(data: DataConfig, tokenizer: str) -> None:
     """Raises ValueError for a folder of shards that were made with another tokenizer."""
     for part in _parts(data):
@@ -74,10 +82,6 @@ def _parts(data: DataConfig) -> list[BlendPart]:
     for part in data.blend:
         if part.epochs is None and part.weight <= 0:
             raise ValueError(f"data.blend: the weight {part.weight} of the {part.kind} part must be positive")
-        if part.kind == "chat":
-            raise ValueError(
-                "data.blend has no parts of kind chat; conversations are trained on by themselves: data=chat"
-            )
     return list(data.blend)
 
 

@@ -8,7 +8,7 @@ the number of documents.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +29,20 @@ _STARTS = "starts.npy"
 
 
 def open_epochs(
-    prepared: Prepared, cache: Cache, *, sequence_length: int, seed: int, ahead: bool = False
-) -> list["Epochs"]:
-    """The epochs of each source of the training data."""
-    return [
-        Epochs(source, sequence_length, [seed, number], cache, ahead=ahead)
+    prepared: Prepared,
+    cache: Cache,
+    *,
+    sequence_length: int,
+    seed: int,
+    ahead: bool = False,
+    without: Container[int] = (),
+) -> dict[int, "Epochs"]:
+    """The epochs of each source of the training data, by its number, without some."""
+    return {
+        number: Epochs(source, sequence_length, [seed, number], cache, ahead=ahead)
         for number, source in enumerate(prepared.train)
-    ]
+        if number not in without
+    }
 
 
 class _Epoch(NamedTuple):

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
+import torch
 
 from conf.blend_plan import StagePlan, blend_plan
 from conf.blend_rules import part_names
 from conf.schema import Config, DataConfig
 from corpus.cache import Cache, ReadOnlyCache
 from corpus.chat_stream import ChatStream, ChatWindows
+from corpus.dataset_specs import is_chat
 from corpus.epochs import open_epochs
 from corpus.packed_epochs import open_packed
 from corpus.prepare import Prepared
@@ -30,29 +33,62 @@ def training_stream(
     """The infinite stream of training samples; arguments as of TrainStream."""
     if data.kind == "chat":
         (source,) = prepared.train
-        return ChatStream(source, data, sequence_length=sequence_length, seed=seed, ahead=ahead, note=note)
+        return ChatStream(source, data, sequence_length=sequence_length, seed=[seed], ahead=ahead, note=note)
+    how = {"sequence_length": sequence_length, "seed": seed, "ahead": ahead, "note": note}
     return TrainStream(
         prepared,
-        sequence_length=sequence_length,
-        seed=seed,
         cache_dir=data.cache_dir,
         document_mask=data.document_mask,
         plan=plan,
         packing_strategy=data.packing_strategy,
-        ahead=ahead,
-        note=note,
+        chats=open_chats(prepared, data, **how),
+        **how,
     )
+
+
+def open_chats(
+    prepared: Prepared,
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    seed: int,
+    ahead: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[int, ChatStream]:
+    """The samples of those sources of a blend that are conversations, by their numbers; arguments as of ChatStream."""
+    names = part_names(data.blend)
+    return {
+        number: ChatStream(
+            source,
+            data,
+            sequence_length=sequence_length,
+            seed=[seed, number],
+            ahead=ahead,
+            note=lambda text, name=names[source.part]: note(f"{name}: {text}"),
+        )
+        for number, source in enumerate(prepared.train)
+        if data.kind == "blend" and is_chat(data, source.part)
+    }
+
+
+def example_chat(stream: Stream) -> dict[str, torch.Tensor] | None:
+    """A sample of conversations, if the stream has any."""
+    if isinstance(stream, TrainStream):
+        stream = next(iter(stream.chats.values()), stream)
+    return stream.sample(0) if isinstance(stream, ChatStream) else None
 
 
 def index_first_epoch(prepared: Prepared, data: DataConfig, *, sequence_length: int, seed: int) -> None:
     """Builds what the first step would otherwise wait for."""
     cache, how = Cache(data.cache_dir), {"sequence_length": sequence_length, "seed": seed}
     packed = data.packing_strategy == "best_fit"
-    for epochs in (
+    how["without"] = [number for number, source in enumerate(prepared.train) if is_chat(data, source.part)]
+    opened = (
         open_packed(prepared, cache, document_mask=data.document_mask, **how)
         if packed
         else open_epochs(prepared, cache, **how)
-    ):
+    )
+    for epochs in opened.values():
         with suppress(ReadOnlyCache):  # then each rank builds it in memory
             epochs.index(0)
 
@@ -80,22 +116,47 @@ def blend_row(prepared: Prepared, config: Config) -> list[tuple[str, str, str]]:
     train, parts = config.train, config.data.blend
     samples = train.steps * train.global_batch_size
     shares = PartShares(prepared, config).between(0, samples)
-    sizes = [source.num_tokens for source in prepared.train]
-    tokens = np.bincount([source.part for source in prepared.train], sizes, minlength=len(parts)).clip(min=1)
+    sizes = {"sequence_length": train.sequence_length, "seed": train.seed}
+    chats = open_chats(prepared, config.data, **sizes)
+    sequences = [
+        chats[number].num_samples(Fraction(1)) if number in chats else source.num_tokens / train.sequence_length
+        for number, source in enumerate(prepared.train)
+    ]
+    of_part = np.bincount([source.part for source in prepared.train], sequences, minlength=len(parts)).clip(
+        min=1 / train.sequence_length
+    )
     epochs = []
-    for part, size, (name, share) in zip(parts, tokens, shares.items(), strict=True):
-        passed = f"{share * samples * train.sequence_length / size:.2f}" if part.epochs is None else f"{part.epochs:g}"
+    for part, size, (name, share) in zip(parts, of_part, shares.items(), strict=True):
+        passed = f"{share * samples / size:.2f}" if part.epochs is None else f"{part.epochs:g}"
         epochs.append(f"{name} {passed}{'' if part.epochs is None else ' as set'}")
     shown = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     return [("blend", shown, f"epochs in {train.steps} steps: {', '.join(epochs)}")]
 
 
 def held_out_samples(prepared: Prepared, data: DataConfig, *, sequence_length: int) -> HeldOut:
-    """The held-out samples, in order."""
-    if data.kind == "chat":
-        (source,) = prepared.valid
-        return ChatWindows(source, data, sequence_length=sequence_length)
-    return ValidWindows(prepared, sequence_length=sequence_length, document_mask=data.document_mask)
+    """The held-out samples, in order: text, then conversations."""
+    chats = [source for source in prepared.valid if is_chat(data, source.part)]
+    texts = [source for source in prepared.valid if not is_chat(data, source.part)]
+    parts: list[HeldOut] = [ChatWindows(source, data, sequence_length=sequence_length) for source in chats]
+    if texts:
+        of_text = replace(prepared, valid=texts)
+        parts.insert(0, ValidWindows(of_text, sequence_length=sequence_length, document_mask=data.document_mask))
+    return parts[0] if len(parts) == 1 else _Joined(parts)
+
+
+class _Joined:
+    """Held-out samples of several kinds, one after the other."""
+
+    def __init__(self, parts: Sequence[HeldOut]) -> None:
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index`; beyond the last one, padding alone."""
+        part = min(int(np.searchsorted(self._ends, index, side="right")), len(self._parts) - 1)
+        return self._parts[part].sample(index - (int(self._ends[part - 1]) if part else 0))
 
 
 def held_out_parts(prepared: Prepared, config: Config) -> dict[str, HeldOut]:

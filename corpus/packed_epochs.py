@@ -12,6 +12,7 @@ all lengths before it: these counts are files in the cache, one for each 16 wind
 """
 
 import hashlib
+from collections.abc import Container
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +35,21 @@ _COUNTS = "counts.npy"
 
 
 def open_packed(
-    prepared: Prepared, cache: Cache, *, sequence_length: int, seed: int, document_mask: bool, ahead: bool = False
-) -> list["PackedEpochs"]:
-    """The epochs of each source of the training data."""
-    return [
-        PackedEpochs(source, sequence_length, [seed, number], cache, document_mask=document_mask, ahead=ahead)
+    prepared: Prepared,
+    cache: Cache,
+    *,
+    sequence_length: int,
+    seed: int,
+    document_mask: bool,
+    ahead: bool = False,
+    without: Container[int] = (),
+) -> dict[int, "PackedEpochs"]:
+    """The epochs of each source of the training data, by its number, without some."""
+    return {
+        number: PackedEpochs(source, sequence_length, [seed, number], cache, document_mask=document_mask, ahead=ahead)
         for number, source in enumerate(prepared.train)
-    ]
+        if number not in without
+    }
 
 
 class PackingShares(NamedTuple):

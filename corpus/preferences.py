@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus.chat_template import ChatTemplate, encode_chat
+from corpus.conversations import EmptyTurn, check_characters, checked_messages
 from corpus.documents import BadRow
 from corpus.tokenizer import Tokenizer
 
@@ -54,13 +55,14 @@ def parse(row: dict[str, Any] | BadRow, max_responses: int) -> Preference:
     """
     if isinstance(row, BadRow):
         raise InvalidRow(row.why.strip())
+    _check_characters(row)
     responses = _responses(row)
     if not 2 <= len(responses) <= max_responses:
         more = f"; set preference.max_responses={len(responses)} with train.objective=reward"
         raise InvalidRow(f"has {len(responses)} responses{more if len(responses) > 2 else '; at least 2 are compared'}")
     given = row.get("prompt")
     if given is not None and not isinstance(given, str):
-        _check_messages("prompt", given)
+        given = _checked_messages("prompt", given)
     if all(isinstance(response, str) for response in responses):
         preference = _of_strings(given, responses)
     else:
@@ -88,18 +90,28 @@ def _responses(row: dict[str, Any]) -> list[Any]:
             fields = ", ".join(row) or "none"
             raise InvalidRow(f"has no field {' and no field '.join(missing)} (nor responses); its fields are {fields}")
         named = [(name, row[name]) for name in ("chosen", "rejected")]
-    for name, response in named:
-        if not isinstance(response, str):
-            _check_messages(name, response)
-    return [response for _, response in named]
+    return [text if isinstance(text, str) else _checked_messages(name, text) for name, text in named]
 
 
-def _check_messages(name: str, messages: Any) -> None:
+def _checked_messages(name: str, messages: Any) -> Messages:
+    """As those of conversations that are trained on."""
     if not isinstance(messages, list):
         raise InvalidRow(f"field {name!r} is {type(messages).__name__}, not a string or a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InvalidRow(f"field {name!r} has an entry without a role; a message is {{role: ..., content: ...}}")
+    if not all(isinstance(message, dict) for message in messages):
+        raise InvalidRow(f"field {name!r} has an entry that is no message: {{role: ..., content: ...}}")
+    try:
+        return checked_messages(messages)
+    except EmptyTurn:
+        raise InvalidRow(f"has an empty answer ({name})") from None
+    except ValueError as error:
+        raise InvalidRow(f"field {name!r}: {error}") from None
+
+
+def _check_characters(row: dict[str, Any]) -> None:
+    try:
+        check_characters(row)
+    except ValueError as error:
+        raise InvalidRow(f"cannot be tokenised: {error}") from None
 
 
 def _as_messages(response: str | Messages) -> Messages:
@@ -187,6 +199,7 @@ def conversation_ids(row: dict[str, Any] | BadRow, tokenizer: Tokenizer, templat
     """
     if isinstance(row, BadRow):
         raise InvalidRow(row.why.strip())
+    _check_characters(row)
     prompt, response = row.get("prompt"), row.get("response")
     messages = row.get("messages")
     if messages is None:
@@ -196,10 +209,11 @@ def conversation_ids(row: dict[str, Any] | BadRow, tokenizer: Tokenizer, templat
             assert tokenizer.eod_id is not None
             return [*tokenizer.encode(prompt + response), tokenizer.eod_id]
         turns = []
-        for role, given in (("user", prompt), ("assistant", response)):
-            turns += [{"role": role, "content": given}] if isinstance(given, str) else given
+        for name, role, given in (("prompt", "user", prompt), ("response", "assistant", response)):
+            one = [{"role": role, "content": given}] if isinstance(given, str) else given
+            turns += _checked_messages(name, one)
         messages = turns
-    _check_messages("messages", messages)
+    messages = _checked_messages("messages", messages)
     if not messages:
         raise InvalidRow("has no messages")
     try:

@@ -151,7 +151,7 @@ def prepare(
         check_conversations(prepared, data, held_out_only)
     elif data.kind != "preference":
         if not held_out_only:
-            check_training(prepared, sequence_length)
+            check_training(prepared, sequence_length, data)
         check_held_out(prepared, 1 if held_out_only else sequence_length, data)
     return replace(prepared, notes=[*prepared.notes, *answers.notes()])
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from conf.schema import DataConfig
+from corpus.dataset_specs import is_chat
 
 if TYPE_CHECKING:
     from corpus.prepare import Prepared
@@ -15,11 +16,11 @@ def check_conversations(prepared: "Prepared", data: DataConfig, held_out_only: b
         raise ValueError("no conversation is held out; set data.valid_files, or raise data.valid_fraction")
 
 
-def check_training(prepared: "Prepared", sequence_length: int) -> None:
+def check_training(prepared: "Prepared", sequence_length: int, data: DataConfig) -> None:
     if not prepared.train:
         raise ValueError("no document is left to train on; lower data.valid_fraction or add text")
     for source in prepared.train:
-        if source.num_tokens <= sequence_length:
+        if source.num_tokens <= sequence_length and not is_chat(data, source.part):
             raise ValueError(
                 f"too little text: {source.num_tokens} tokens to train on ({source.prefix}.bin), but one sequence "
                 f"takes {sequence_length + 1}; add text or set train.sequence_length={source.num_tokens - 1} or less"
@@ -29,8 +30,9 @@ def check_training(prepared: "Prepared", sequence_length: int) -> None:
 def check_held_out(prepared: "Prepared", sequence_length: int, data: DataConfig) -> None:
     if not prepared.valid:
         raise ValueError("a single document cannot be split; set data.valid_files to held-out text, or add documents")
-    tokens = sum(source.num_tokens for source in prepared.valid)
-    if tokens <= sequence_length:
+    texts = [source.num_tokens for source in prepared.valid if not is_chat(data, source.part)]
+    tokens = sum(texts)
+    if texts and tokens <= sequence_length:
         more = "name more data.valid_files" if data.valid_files else f"raise data.valid_fraction={data.valid_fraction}"
         raise ValueError(
             f"the held-out text has {tokens} tokens, but one sequence takes {sequence_length + 1}; "

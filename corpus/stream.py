@@ -5,7 +5,8 @@ A source is read epoch by epoch, each in an order of its own (`corpus/epochs.py`
 after its last complete sample, fewer than S, are dropped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -74,6 +75,7 @@ class TrainStream:
         document_mask: bool,
         plan: Sequence[StagePlan] = (),
         packing_strategy: str = "concatenate",
+        chats: Mapping[int, Stream] = MappingProxyType({}),
         ahead: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -83,6 +85,7 @@ class TrainStream:
             document_mask: whether positions restart after each end-of-document token.
             plan: as of `staged_blend`.
             packing_strategy: data.packing_strategy.
+            chats: the samples of those sources that are conversations, by their numbers.
             ahead: whether this process builds the indices of later epochs in the background, for all on its node.
             note: called with messages for the user, such as that a damaged index was rebuilt.
         """
@@ -91,12 +94,14 @@ class TrainStream:
         self._prepared, self._sequence_length, self._seed, self._cache = prepared, sequence_length, seed, cache
         self._plan = plan
         self._blend: _Locate = staged_blend(prepared, plan)
-        how = {"sequence_length": sequence_length, "seed": seed, "ahead": ahead}
-        self._epochs: Sequence[_Source] = []
-        self._packed: list[PackedEpochs] = []
+        self.chats = chats
+        how = {"sequence_length": sequence_length, "seed": seed, "ahead": ahead, "without": chats}
+        self._epochs: Mapping[int, _Source] = {}
+        self._packed: dict[int, PackedEpochs] = {}
         if packing_strategy == "best_fit":
             self._packed = open_packed(prepared, cache, document_mask=document_mask, **how)
-            note(packing_note([epochs.shares() for epochs in self._packed]))
+            if self._packed:
+                note(packing_note([epochs.shares() for epochs in self._packed.values()]))
         else:
             self._epochs = open_epochs(prepared, cache, **how)
         self._eod_id = prepared.eod_id if document_mask else None
@@ -129,28 +134,39 @@ class TrainStream:
                 "one was begun by an earlier version of Switchyard. Start another run from its weights "
                 "(checkpoint.load), or set data.stages=[] and weights"
             )
+        if self.chats:
+            raise ValueError(
+                f"a part of kind chat in data.blend needs a run that takes its samples in order {DATA_ORDER}; this one "
+                "was begun by an earlier version of Switchyard. Start another run from its weights (checkpoint.load)"
+            )
         from corpus.megatron_order import GreedyBlend, MegatronEpochs
 
         sources = self._prepared.train
         self._blend = GreedyBlend([source.weight for source in sources])
-        self._epochs = [
-            MegatronEpochs(source, self._sequence_length, [self._seed, number], self._cache)
+        self._epochs = {
+            number: MegatronEpochs(source, self._sequence_length, [self._seed, number], self._cache)
             for number, source in enumerate(sources)
-        ]
+        }
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index` >= 0: tokens, labels and positions, int64 [S]. Without a loss_mask: every label counts. With
-        best-fit packing as of `PackedEpochs.sample`."""
+        best-fit packing as of `PackedEpochs.sample`, and so with conversations in the blend: all samples of a stream
+        have the same entries."""
         source, index_in_source = self._blend.locate(index)
+        if source in self.chats:
+            return self.chats[source].sample(index_in_source)
         if self._packed:
             return self._packed[source].sample(index_in_source)
         text = torch.from_numpy(self._epochs[source].sample(index_in_source))
         tokens = text[:-1].contiguous()
-        return {
+        sample = {
             "tokens": tokens,
             "labels": text[1:].contiguous(),
             "positions": positions_within(tokens, self._eod_id),
         }
+        if self.chats:
+            sample |= {"loss_mask": torch.ones(len(tokens)), "padding": torch.zeros(len(tokens), dtype=torch.bool)}
+        return sample
 
 
 class ValidWindows:

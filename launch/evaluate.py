@@ -42,6 +42,8 @@ def _check(config: EvaluateConfig) -> None:
     for name in of_text if config.tasks else of_tasks:
         if getattr(config, name) != getattr(defaults, name):
             raise ValueError(f"{name} needs {needs}, and would be ignored")
+    if config.batches is not None and config.batches < 1:
+        raise ValueError(f"batches={config.batches} must be >= 1, or null for all of the text")
     if config.record_routing_weights and not config.record_routing:
         raise ValueError("record_routing_weights needs record_routing, and would be ignored")
     for field in fields(TaskSettings):
@@ -73,6 +75,8 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
 
         data = _data(config, loaded)
         if data.kind == "preference":
+            if name := next((name for name in ("record_routing", "replay_routing") if getattr(config, name)), None):
+                raise ValueError(f"{name} needs held-out text, and the run has preferences: give data.files=[FILE]")
             return _evaluate_preferences(config, loaded, data, console)
         noncausal.check_predicts_tokens(loaded.built.config.model)
         prepared = _prepare(data, loaded, own_text=bool(config.data.files), console=console)

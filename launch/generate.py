@@ -38,10 +38,25 @@ def main(config: GenerateConfig) -> int:
         raise ValueError("prompt and prompts are both set; leave one of them out")
     for name in ("output", "router_trace"):
         path = getattr(config, name)
-        if path is not None and Path(path).expanduser().exists():
-            raise ValueError(f"{name}={path} exists already; remove it, or choose another name")
+        if path is not None:
+            check_new_file(name, path)
+    if config.output is not None and config.output == config.router_trace:
+        raise ValueError(f"output and router_trace are both {config.output}; choose another name for one of them")
     prompts_of(config)
     return on_every_rank(generate_rank, config)
+
+
+def check_new_file(name: str, path: str) -> None:
+    """Raises ValueError if a file of this name cannot be created: before what is to be written takes its time.
+
+    Args:
+        name: the setting.
+    """
+    file = Path(path).expanduser()
+    if file.exists():
+        raise ValueError(f"{name}={path} exists already; remove it, or choose another name")
+    if not file.parent.is_dir():
+        raise ValueError(f"{name}={path}: there is no folder {file.parent}; create it, or choose another name")
 
 
 def check_settings(config: SamplingConfig) -> None:
@@ -58,7 +73,14 @@ def check_settings(config: SamplingConfig) -> None:
 
 
 def prompts_of(config: GenerateConfig) -> list[Prompt]:
-    return [Prompt(config.prompt)] if config.prompts is None else read_prompts(config.prompts)
+    """Raises ValueError for text that cannot be read or tokenised."""
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    try:
+        config.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("prompt is not text in UTF-8; write it to a file and give prompts=FILE") from None
+    return [Prompt(config.prompt)]
 
 
 def generate_rank(world: World, config: GenerateConfig) -> int:
@@ -119,7 +141,10 @@ def _continuations(
             ids = encode_prompt(tokenizer, prompt.text)
         else:
             assert chat is not None
-            ids = chat.encode(prompt.messages)
+            try:
+                ids = chat.encode(prompt.messages)
+            except ValueError as error:
+                raise ValueError(f"{prompt.where}: {error}") from None
         streams = (TextStream(tokenizer, ids, config.stop) for _ in range(config.samples))
         found += [Continuation(ids, index, sample, stream) for sample, stream in enumerate(streams)]
     return found, prompts, sampling

@@ -11,6 +11,7 @@ from conf.score_config import ScoreConfig
 from corpus import storage
 from corpus.documents import Row, has_rows, read_rows, row_formats
 from launch.cli import command
+from launch.generate import check_new_file
 from parallel.env import World
 from training.console import Console
 from training.load_checkpoint import load_model, on_every_rank
@@ -28,16 +29,20 @@ def main(config: ScoreConfig) -> int:
         raise ValueError("checkpoint=[] names no reward model")
     if not has_rows(config.input) or not storage.is_file(config.input):
         raise ValueError(f"input={config.input} is not a file with one of the suffixes {row_formats()}")
-    if not config.output.endswith(".jsonl") or Path(config.output).exists():
+    if not config.output.endswith(".jsonl"):
         raise ValueError(f"output={config.output} must be a new file with the suffix .jsonl")
+    check_new_file("output", config.output)
     if not 0 <= config.deviations < float("inf"):
         raise ValueError(f"deviations={config.deviations} must be >= 0")
     return on_every_rank(score_rank, config)
 
 
 def checkpoints(config: ScoreConfig) -> list[str]:
-    given = config.checkpoint
-    return [given] if isinstance(given, str) else [str(path) for path in given]
+    """Raises ValueError if they are neither a path nor a list of paths."""
+    given = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
+    if wrong := [path for path in given if not isinstance(path, str | int | float) or isinstance(path, bool)]:
+        raise ValueError(f"checkpoint={wrong[0]} is not a run directory; of an ensemble give [A,B]")
+    return [str(path) for path in given]
 
 
 def score_rank(world: World, config: ScoreConfig) -> int:
@@ -53,7 +58,7 @@ def score_rank(world: World, config: ScoreConfig) -> int:
             of_models.append(rewards_of(loaded, config.input, rows))
     if world.rank == 0:
         lines = "".join(scored(rows, np.stack(of_models), config.deviations))
-        write_atomically(Path(config.output), lines.encode())
+        write_atomically(Path(config.output).expanduser(), lines.encode())
         with Console(rank=0) as console:
             console.note(f"{len(rows):,} rewards in {config.output}")
     return 0

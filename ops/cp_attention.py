@@ -56,7 +56,7 @@ def _exchanged(x_SBHN: Tensor, have: tuple[int, int], want: tuple[int, int], gro
         [size * sum(of(part) == rank for part in moved) for rank in range(ranks)]
         for of, moved in ((target, sent), (source, received))
     ]
-    x_SBHN = run_collective(torch.cat([parts[part] for part in sent]), async_all_to_all(*rows, group))
+    x_SBHN = run_collective(torch.cat([parts[part] for part in sent]), async_all_to_all(rows[0], rows[1], group))
     parts = dict(zip(received, x_SBHN.chunk(2), strict=True))
     return torch.cat([parts[part] for part in want])
 
@@ -91,7 +91,8 @@ def _trial(attend: CpAttention | None, context: RunContext) -> list[Tensor]:
     results: list[Tensor] = []
     for window in windows:
         leaves = [t.clone().requires_grad_() if attend is None else t[mine].clone().requires_grad_() for t in whole]
-        out = (attend or _whole)(*leaves, window, sinks[0] if sinks else None)
+        q_SBHN, k_SBGN, v_SBGN = leaves
+        out = (attend or _whole)(q_SBHN, k_SBGN, v_SBGN, window, sinks[0] if sinks else None)
         gradients = torch.autograd.grad(out, [*leaves, *sinks], above if attend is None else above[mine])
         results += _shares([out.detach(), *gradients], mine, cp, is_whole=attend is None, sinks=len(sinks))
     return results

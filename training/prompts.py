@@ -1,12 +1,13 @@
 """Prompts for text generation: from a file, and as token ids."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corpus.chat_template import ChatTemplate, Message
+from corpus.conversations import check_characters, checked_messages
 from corpus.documents import nearest_existing
 from corpus.tokenizer import Tokenizer
 
@@ -17,6 +18,8 @@ class Prompt:
 
     text: str = ""
     messages: Sequence[Message] | None = None
+    where: str = "prompt"
+    """For messages: the line of a file."""
 
     def row(self) -> dict[str, Any]:
         """As in a file."""
@@ -39,7 +42,7 @@ def read_prompts(path: str) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts={path} cannot be read: {error}") from None
     rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    prompts = [Prompt(line) if file.suffix == ".txt" else _parsed(line, where) for where, line in rows]
+    prompts = [Prompt(line, where=where) if file.suffix == ".txt" else _parsed(line, where) for where, line in rows]
     if not prompts:
         raise ValueError(f"prompts={path} has no prompts")
     return prompts
@@ -48,15 +51,19 @@ def read_prompts(path: str) -> list[Prompt]:
 def _parsed(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "messages" not in row:
-        return Prompt(row["prompt"])
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(messages, list) and messages and "prompt" not in row:
-        if all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-            return Prompt(messages=messages)
-        raise ValueError(f"{where}: each of messages needs a role and its content")
+    try:
+        check_characters(row)
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "messages" not in row:
+            return Prompt(row["prompt"], where=where)
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if isinstance(messages, list) and messages and "prompt" not in row:
+            if all(isinstance(message, dict) for message in messages):
+                return Prompt(messages=checked_messages(messages), where=where)
+            raise ValueError("each of messages needs a role and its content")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     raise ValueError(f"{where} needs either prompt, a string, or messages, a list of role and content")
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
-from corpus.open_data import PartShares, held_out_parts
+from corpus.open_data import PartShares, example_chat, held_out_parts
 from corpus.prepare import Prepared
 from corpus.stream import TrainStream
 from corpus.tokenizer import Tokenizer
@@ -70,8 +70,8 @@ class Trainer:
         self.stream, self.windows = open_data(self.config, prepared, console.note, ahead=ahead)
         self.held_out_parts = held_out_parts(prepared, self.config)
         self.shares = PartShares(prepared, self.config) if self.config.data.kind == "blend" else None
-        if self.config.data.kind == "chat" and self.tokenizer:
-            console.note(describe_example(self.stream.sample(0), self.tokenizer))
+        if self.tokenizer and (example := example_chat(self.stream)) is not None:
+            console.note(describe_example(example, self.tokenizer))
         self.checkpointer = Checkpointer(run_dir.checkpoints, built.engine, self.config.checkpoint.keep)
         self.progress = Progress(world_size=built.runtime.world.size, data_order=DATA_ORDER)
         self.skips = SkipCounter(self.config.guard.max_skipped)

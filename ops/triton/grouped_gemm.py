@@ -18,33 +18,23 @@ def grouped_product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y [R, N] = x [R, K] @ w [L, K, N] of the row's expert, or with GATHER x [T, K] of which row r is number row[r]; a
-    tile's rows are looked up once, before the loop. With DESCRIPTORS x and w are tensor descriptors, whose tiles the
-    copy engine fetches: of x [R, K], and of w flattened to [L * K, N] or, with COLUMNS_FIRST, where K is contiguous, to
-    [L * N, K].
+    tile's rows are looked up once, before the loop. With DESCRIPTORS the copy engine fetches tiles by descriptors of x
+    [R, K], and of w flattened to [L * K, N] or, with COLUMNS_FIRST, where K is contiguous, to [L * N, K].
 
     tiles, int32 [row tiles, 3]: expert, first row, end of the expert's rows. SCALES: "none" for bf16 operands; for FP8
     "blocks", scales [R, K / BK] and [L, K / BK, N / BN], or "rows", one for all of the inner dimension, [R, 1] and
     [L, 1, N]. An FP8 tensor core adds up with fewer bits than fp32, so the sum over each BK goes into a sum in fp32
-    (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
-
-    Persistent: each program takes every num_programs-th tile. GROUP row tiles, mostly
-    of one expert, take turns at a column tile, so that its part of the weight is read once from memory and then from
-    the second-level cache."""
+    (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Persistent: each program takes every num_programs-th tile."""
     num_column_tiles = tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
-        first = tile // (GROUP * num_column_tiles) * GROUP
-        group = tl.minimum(num_row_tiles - first, GROUP)
-        within = tile % (GROUP * num_column_tiles)
-        entry = tiles_ptr + 3 * (first + within % group)
-        expert, begin, end = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
+        expert, begin, end, column_tile = _locate(tile, tiles_ptr, num_row_tiles, num_column_tiles, GROUP)
         rows = begin + tl.arange(0, BM)
         # Rows past the end read the last row again, which needs no mask in the loop, and are not stored.
         read = tl.minimum(rows, end - 1).to(tl.int64)
         if GATHER:
             read = tl.load(row_ptr + read)
-        column = within // group * BN
-        columns = column + tl.arange(0, BN)
-        inner = tl.arange(0, BK)
+        column = column_tile * BN
+        columns, inner = column + tl.arange(0, BN), tl.arange(0, BK)
         if not DESCRIPTORS:
             x_ptrs = x_ptr + read[:, None] * stride_xr + inner[None, :]
             w_ptrs = w_ptr + expert * stride_wl + inner[:, None] * stride_wk + columns[None, :] * stride_wn
@@ -78,9 +68,26 @@ def grouped_product(
             x_scale = tl.load(x_scale_ptr + read * stride_x_scale_r)
             w_scale = tl.load(w_scale_ptrs + columns * stride_w_scale_n, mask=columns < N, other=0.0)
             acc = acc * x_scale[:, None] * w_scale[None, :]
-        y_ptrs = y_ptr + rows[:, None].to(tl.int64) * stride_yr + columns[None, :]
-        stored = (rows[:, None] < end) & (columns[None, :] < N)
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=stored)
+        _store(y_ptr, acc, rows, columns, end, N, stride_yr)
+
+
+@jit
+def _locate(tile, tiles_ptr, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
+    """A tile's expert, first row, end of the expert's rows, and column tile. GROUP row tiles, mostly of one expert,
+    take turns at a column tile, so that its part of the weight is read once from memory and then from the second-level
+    cache."""
+    first = tile // (GROUP * num_column_tiles) * GROUP
+    group = tl.minimum(num_row_tiles - first, GROUP)
+    within = tile % (GROUP * num_column_tiles)
+    entry = tiles_ptr + 3 * (first + within % group)
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2), within // group
+
+
+@jit
+def _store(y_ptr, y, rows, columns, end, N, stride_yr):
+    y_ptrs = y_ptr + rows[:, None].to(tl.int64) * stride_yr + columns[None, :]
+    stored = (rows[:, None] < end) & (columns[None, :] < N)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
 @jit

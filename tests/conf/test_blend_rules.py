@@ -16,7 +16,9 @@ from tests.conf.test_rules import error_message, view
         ([BlendPart(weight=0.0, kind="stdlib")], "data.blend[0].weight > 0, but it is 0"),
         ([BlendPart(kind="stdlib"), BlendPart(kind="txt", files=["a"])], "data.blend[1].kind is one of stdlib, text"),
         ([BlendPart(kind="blend")], "data.blend[0].kind is one of"),
-        ([BlendPart(kind="chat", files=["a.jsonl"])], "nearest: data=chat in a run of its own, with checkpoint.load"),
+        ([BlendPart(kind="preference", files=["a.jsonl"])], "nearest: data=preference in a run of its own, with"),
+        ([BlendPart(kind="chat")], "data.blend[0].files is needed"),
+        ([BlendPart(kind="chat", files=["a.jsonl"])], "a part of kind chat with data.packing=true needs"),
         ([BlendPart(kind="megatron")], "data.blend[0].files is needed"),
         ([BlendPart(kind="stdlib", files=["a"])], "data.blend[0].files has an effect only"),
         ([BlendPart(kind="stdlib", name="a"), BlendPart(kind="stdlib", name="a")], "data.blend[1].name is no other"),
@@ -31,6 +33,15 @@ GOOD_BLEND = {
     "data.kind": "blend",
     "data.blend": [BlendPart(kind="stdlib"), BlendPart(weight=2, kind="text", files=["a.txt"], name="a")],
 }
+
+
+def test_settings_of_conversations_apply_to_a_part():
+    settings = {"data.packing": False, "data.too_long": "drop", "data.chat_template": "a.jinja"}
+    chats = [*GOOD_BLEND["data.blend"], BlendPart(kind="chat", files=["a.jsonl"])]
+    assert error_message(view({**GOOD_BLEND, "data.blend": chats, **settings})) == ""
+    assert error_message(view({**GOOD_BLEND, "data.blend": chats, "data.document_mask": True})) == ""
+    for name in settings:
+        assert f"{name} needs data=chat or a part of kind chat" in error_message(view({**GOOD_BLEND, **settings}))
 
 
 def test_good_blend_passes():

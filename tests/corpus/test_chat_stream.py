@@ -35,7 +35,7 @@ def prepared_of(data: DataConfig) -> Prepared:
 
 
 def stream_of(data: DataConfig, seed: int = 1, **others: Any) -> ChatStream:
-    return ChatStream(prepared_of(data).train[0], data, sequence_length=SIZE, seed=seed, **others)
+    return ChatStream(prepared_of(data).train[0], data, sequence_length=SIZE, seed=[seed], **others)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_too_long_conversations(data: DataConfig) -> None:
     with pytest.raises(
         ValueError, match=r"every conversation .* is too long for train.sequence_length=4; the shortest"
     ):
-        ChatStream(prepared_of(data).train[0], replace(data, too_long="drop"), sequence_length=4, seed=1)
+        ChatStream(prepared_of(data).train[0], replace(data, too_long="drop"), sequence_length=4, seed=[1])
 
 
 def test_refused_conversations_are_counted_or_an_error(tmp_path: Path) -> None:

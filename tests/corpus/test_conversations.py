@@ -52,6 +52,7 @@ def test_arguments_of_tool_calls_and_tools_as_strings_of_json() -> None:
         ({"messages": PAIR[:1]}, "no message of the assistant"),
         ({"messages": [PAIR[0], {"role": "robot", "content": "?"}]}, "message 2 has the unknown role 'robot'"),
         ({"messages": [{"content": "Hi"}, PAIR[1]]}, "message 1 has no role"),
+        ({"messages": [PAIR[0], PAIR[1] | {"tool_calls": 5}]}, "message 2: its tool_calls are int, not a list"),
         ({"messages": [{"role": "user"}, PAIR[1]]}, r"message 1 \(user\) has no content"),
         ({"messages": [PAIR[0], {"role": "assistant", "content": " \n"}]}, "message 2: the turn of the assistant is"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": -1}]}, "message 2: its weight -1 is not a number of 0 or more"),

@@ -42,7 +42,7 @@ def batches_of(source: Source, cache: Path, *, packing: bool) -> list[Batch]:
     """An epoch in micro-batches of one sequence."""
     data = DataConfig(kind="chat", cache_dir=str(cache), packing=packing)
     notes: list[str] = []
-    stream = ChatStream(source, data, sequence_length=SEQUENCE, seed=1, note=notes.append)
+    stream = ChatStream(source, data, sequence_length=SEQUENCE, seed=[1], note=notes.append)
     count = int(notes[0].split(" sequences")[0].split()[-1])
     return [{name: value[None] for name, value in stream.sample(i).items()} for i in range(count)]
 

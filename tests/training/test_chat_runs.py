@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import CheckpointConfig, Config, DataConfig, EvalConfig
+from conf.schema import BlendPart, CheckpointConfig, Config, DataConfig, EvalConfig
 from corpus.example_chat import conversations
 from corpus.tokenizer_files import COMPANION_DIR
 from parallel.local_launcher import RankPool
@@ -61,6 +61,36 @@ def test_a_run_on_conversations_starts_from_weights_and_continues(ranks: RankPoo
     assert ranks.run(2, run, two, timeout=LIMIT) == [0, 0]
     losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("two", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def blended(config: Config, corpus: Path) -> Config:
+    """With text beside the conversations."""
+    parts = [BlendPart(files=[str(corpus)], name="text"), BlendPart(kind="chat", files=config.data.files, name="chat")]
+    config.data = replace(config.data, kind="blend", files=[], blend=parts)
+    config.eval.by_part = True
+    return config
+
+
+def test_a_blend_with_conversations_continues_and_is_the_same_under_layouts(
+    ranks: RankPool, base: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+
+    def config(name: str, **train: Any) -> Config:
+        return blended(chat_config(tmp_path, base, tmp_path / name, **train), corpus)
+
+    assert ranks.run(1, run, config("whole"), timeout=LIMIT) == [0]
+    for stop_after in (3, None):
+        assert ranks.run(1, run, config("run", stop_after=stop_after), timeout=LIMIT) == [0]
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    assert ranks.run(2, run, with_layout(config("two"), ep=2), timeout=LIMIT) == [0, 0]
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("two", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    evaluated = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open() if "val_loss/chat" in line][-1]
+    parts = evaluated["val_loss/chat"], evaluated["val_loss/text"]
+    assert min(parts) < evaluated["val_loss"] < max(parts)
+    log = (tmp_path / "whole" / "train.log").read_text()
+    assert "[[User:" in log and re.search(r"chat: \d+ conversations in \d+ sequences", log)
 
 
 def test_the_run_keeps_a_template_of_its_own(ranks: RankPool, base: Path, tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) 
         ({"tasks": ["a"], "record_routing": "f"}, r"record_routing needs held-out text"),
         ({"tasks": ["a"], "batch_size": 0}, r"batch_size >= 1, but it is 0; nearest: 1"),
         ({"record_routing_weights": True}, "record_routing_weights needs record_routing"),
+        ({"batches": 0}, "batches=0 must be >= 1"),
     ],
     ids=str,
 )

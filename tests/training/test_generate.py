@@ -119,7 +119,12 @@ def test_text_comes_by_whole_characters_and_ends_before_a_stop_string(tokenizer:
         ("a.txt", "\n\n", "has no prompts"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 needs either prompt"),
         ("b.jsonl", "{", "line 1 is not JSON"),
-        ("c.jsonl", '{"messages": [{"content": "a"}]}', "needs a role"),
+        ("c.jsonl", '{"messages": [{"content": "a"}]}', "c.jsonl, line 1: message 1 has no role"),
+        ("c.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "message 1 has the unknown role 'robot'"),
+        ("c.jsonl", '{"messages": [{"role": "user"}]}', r"line 1: message 1 \(user\) has no content"),
+        ("c.jsonl", '{"messages": ["a"]}', "needs a role and its content"),
+        ("c.jsonl", '{"prompt": "\\ud800"}', "line 1: its text has half a surrogate pair"),
+        ("c.jsonl", "[" * 5000, "line 1 is not JSON"),
     ],
 )
 def test_a_file_that_has_no_prompts_is_named(name: str, text: str, told: str, tmp_path: Path) -> None:
@@ -137,6 +142,9 @@ def test_a_file_that_has_no_prompts_is_named(name: str, text: str, told: str, tm
         ({"stop": [""]}, "empty string"),
         ({"samples": 0}, "samples=0 must be >= 1"),
         ({"prompts": "nowhere.txt"}, "does not exist"),
+        ({"prompt": "a\udcff"}, "prompt is not text in UTF-8"),
+        ({"prompt": "a", "output": "/nowhere/out.jsonl"}, "output=.*: there is no folder /nowhere"),
+        ({"prompt": "a", "output": "new.jsonl", "router_trace": "new.jsonl"}, "output and router_trace are both new"),
     ],
 )
 def test_settings_that_cannot_be_served(settings: dict[str, Any], told: str) -> None:

@@ -94,6 +94,7 @@ def test_the_mean_minus_standard_deviations():
     [
         ({"text": "a"}, "line 1 has no field prompt and no field response"),
         ({"messages": []}, "line 1 has no messages"),
+        ({"prompt": 5, "response": "b"}, "line 1 field 'prompt' is int, not a string or a list of messages"),
         ({"prompt": "a" * 200, "response": "b"}, "more than the 48"),
     ],
 )
@@ -103,8 +104,22 @@ def test_rows_that_are_no_conversations(ranks, run_dir, tmp_path, row, message):
         score(ranks, run_dir, tmp_path / "scores.jsonl", str(run_dir), input=str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": None}, "checkpoint=None is not a run directory"),
+        ({"checkpoint": ["a", {"b": 1}]}, r"checkpoint=\{'b': 1\} is not a run directory"),
+        ({"output": "/nowhere/scores.jsonl"}, "there is no folder /nowhere"),
+    ],
+)
+def test_settings_that_cannot_be_served(run_dir, settings, message):
+    given = {"checkpoint": "a", "input": str(run_dir.parent / "rows.jsonl"), "output": "scores.jsonl"} | settings
+    with pytest.raises(ValueError, match=message):
+        main(ScoreConfig(**given))
+
+
 def test_a_reward_model_is_evaluated_on_its_held_out_prompts_and_writes_no_text(ranks, run_dir):
-    from launch import generate
+    from launch import evaluate, generate
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in rows if "val_loss" in row)
@@ -112,6 +127,9 @@ def test_a_reward_model_is_evaluated_on_its_held_out_prompts_and_writes_no_text(
     message = ranks.run(1, printed, "evaluate", settings)[0]
     for line in ("accuracy        {val_reward_accuracy:.3f}", "held-out loss   {val_loss:.4f}\n"):
         assert line.format(**logged) in message
+    ignored = replace(settings, record_routing=str(run_dir / "routing"))
+    code, message = ranks.run(1, in_rank, evaluate.main, ignored)[0]
+    assert code == 2 and "record_routing needs held-out text, and the run has preferences" in message
     code, message = ranks.run(1, in_rank, generate.main, GenerateConfig(checkpoint=str(run_dir), prompt="a"))[0]
     assert code == 2 and "reward model" in message
 
