@@ -353,7 +353,8 @@ def test_settings_that_do_not_fit(text_data, pairs):
     refused(replace(text_data, kind="blend", blend=[BlendPart(kind="stdlib")]), "takes its files from data.blend")
     blend = replace(text_data, kind="blend", files=[])
     refused(replace(blend, blend=[BlendPart(kind="stdlib", weight=0)]), "weight 0 of the stdlib part must be positive")
-    refused(replace(blend, blend=[BlendPart(kind="chat", files=["a.jsonl"])]), "data.blend has no parts of kind chat")
+    refused(replace(blend, blend=[BlendPart(kind="chat", files=["a.jsonl"])]), "a.jsonl does not exist")
+    refused(replace(blend, blend=[BlendPart(kind="preference", files=["a.jsonl"])]), "'preference' is not one of")
     mixed = [BlendPart(kind="megatron", files=[a]), BlendPart(files=text_data.files)]
     refused(replace(blend, blend=mixed), "text together with megatron data needs data.tokenizer")
     refused(replace(text_data, valid_fraction=0.0), "data.valid_fraction=0.0 must lie between 0 and 1")
