@@ -48,7 +48,8 @@ def row_formats() -> str:
 
 
 def standard_library_files() -> list[str]:
-    """Absolute paths of the source files of the running Python's standard library, without its tests, sorted.
+    """Absolute paths of the source files of the running Python's standard library, without its tests and empty ones,
+    sorted.
 
     Raises:
         ValueError: this Python is installed without sources.
@@ -57,7 +58,8 @@ def standard_library_files() -> list[str]:
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
-        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        found = [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        files += [path for path in found if os.path.getsize(path)]
     if not files:
         raise ValueError(f"data=stdlib: {root} contains no .py files; use data=text data.files=[...]")
     return sorted(files)

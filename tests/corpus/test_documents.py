@@ -210,3 +210,4 @@ def test_standard_library_without_tests():
     assert {"argparse.py", "json/decoder.py", "asyncio/base_events.py"} <= names
     assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
     assert {path.name for path in root.glob("*.py")} == {name for name in names if "/" not in name}
+    assert all((root / name).stat().st_size for name in names)  # an empty one would be reported as unusable
