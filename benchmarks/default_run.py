@@ -31,7 +31,7 @@ VARIANTS = {
     "balancing loss of 0.01": ["model.moe.aux_loss_coeff=0.01"],
     "without QK norm": ["model.qk_norm=null"],
     "half as many sequences of 256": [
-        *("train.sequence_length=256", "train.micro_batch_size=8", "train.global_batch_size=16"),
+        *("train.sequence_length=256", "train.micro_batch_size=4", "train.global_batch_size=16"),
     ],
 }
 

@@ -94,10 +94,12 @@ CPU_PATCHES = (
 def _without_graph_break(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step of torch.optim, whose decorators all call functions of torch's compiler but the innermost."""
 
-    @functools.wraps(inspect.unwrap(step))
+    innermost = inspect.unwrap(step)
+
+    @functools.wraps(innermost)
     def run(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return inspect.unwrap(step)(self, *args, **kwargs)
+            return innermost(self, *args, **kwargs)
 
     return run
 

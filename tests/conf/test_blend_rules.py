@@ -118,7 +118,7 @@ def config_of(parts: list[BlendPart], steps: int, stages: list[BlendStage] = [])
         (config_of([WEB, replace(WIKI, epochs=3)], 100), 50, "Restore data.blend"),
         (config_of([WEB, replace(WIKI, epochs=None)], 100), 50, "Restore data.blend"),
         (config_of([replace(WEB, weight=2), replace(WIKI)], 100), 50, "Restore data.blend"),
-        (config_of([WEB, WIKI], 200, [BlendStage(101, [1, 0])]), 100, None),  # as told
+        (config_of([WEB, WIKI], 200, [BlendStage(101, [1, 0])]), 100, None),  # as the message says
         (config_of([WEB, replace(WIKI, epochs=3)], 200, [BlendStage(101, [1, 0.5])]), 100, None),  # a third epoch later
         (config_of([WEB, replace(WIKI, epochs=3)], 200, [BlendStage(101, [1, 1])]), 100, "Restore data.blend"),
     ],
