@@ -1,7 +1,8 @@
 """SentencePiece models (.model), of the kinds unigram and BPE.
 
 The file is a Protocol Buffers message, of which few fields are needed, so that neither `protobuf` nor `sentencepiece`
-has to be installed. Field numbers: sentencepiece_model.proto, ModelProto.
+has to be installed. Field numbers: sentencepiece_model.proto, ModelProto. Of two splits of a text that are equally
+probable under a unigram model, such as `0 0 000` and `0 000 0`, SentencePiece may take the other one: it adds in fp32.
 """
 
 import re

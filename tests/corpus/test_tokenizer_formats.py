@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,13 +155,24 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @given(text=texts)
 def test_sentencepiece_gives_the_same_ids(trained: tuple[Any, Tokenizer], text: str) -> None:
     theirs, ours = trained
-    assert ours.encode(text) == theirs.encode(text)
+    assert same_or_tied(trained, ours.encode(text), theirs.encode(text))
 
 
 def test_a_long_text_of_sentencepiece(trained: tuple[Any, Tokenizer]) -> None:
     theirs, ours = trained
     lines = library_text().splitlines()[:1500]
-    assert ours.encode_batch(lines) == theirs.encode(lines)
+    pairs = list(zip(ours.encode_batch(lines), theirs.encode(lines), strict=True))
+    assert all(same_or_tied(trained, *pair) for pair in pairs)
+    assert sum(found != wanted for found, wanted in pairs) < 0.01 * len(pairs)
+
+
+def same_or_tied(trained: tuple[Any, Tokenizer], found: list[int], wanted: list[int]) -> bool:
+    """Whether two splits of a text are one or, of a unigram model, the same pieces in another order (`0 0 000` and
+    `0 000 0`): equally probable, so that the rounding of a sum decides between them."""
+    theirs, ours = trained
+    if isinstance(ours._inner.model, tokenizers.models.Unigram) and sorted(found) == sorted(wanted):
+        return theirs.decode(found) == theirs.decode(wanted)
+    return found == wanted
 
 
 @functools.cache
