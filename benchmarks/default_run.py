@@ -3,7 +3,8 @@
     python -m benchmarks.default_run [--seeds N] [--only NAME ...] [--at-once N] [--json] [SETTING=VALUE ...]
 
 Every variant is a complete `python -m launch.train`, once per seed. The dense model trains for as many steps, and once
-more for as many seconds, by the medians of a step of the runs before. The balance is that of the steps after the 20th:
+more for as many seconds: how much longer a step of the sparse model takes is measured in short runs of both, one right
+after the other with all threads. The balance is that of the steps after the 20th:
 the largest share of assignments that a step dropped, the largest load of an expert over the mean of its layer, and the
 number of steps in which that was above 2.
 """
@@ -21,6 +22,8 @@ from typing import Any
 
 SETTLED = 20
 """Steps that do not count for the balance."""
+PAIRS, TIMED_STEPS = 5, 60
+"""Of both models, to compare the seconds of a step: runs, and steps of each."""
 DENSE, AS_LONG = "dense", "dense, as many seconds"
 VARIANTS = {
     "as shipped": [],
@@ -52,13 +55,18 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def steps_of_equal_seconds(found: list[dict[str, float]], dense: list[dict[str, float]]) -> int:
-    """The steps of the dense model that take as long as the others' runs."""
+def steps_of_equal_seconds(steps: int, pairs: list[tuple[float, float]]) -> int:
+    """The steps of the dense model that take as long as `steps` of the sparse one, by the median of the ratios of
+    (seconds of a sparse step, seconds of a dense step)."""
+    return round(steps * statistics.median(sparse / dense for sparse, dense in pairs))
 
-    def seconds(runs: list[dict[str, float]]) -> float:
-        return statistics.median(run["s/step"] for run in runs)
 
-    return round(found[0]["steps"] * seconds(found) / seconds(dense))
+def time_steps(overrides: list[str]) -> list[tuple[float, float]]:
+    """Seconds of a step of both models, in runs of TIMED_STEPS steps that alternate on an else idle machine."""
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
+    runs = ([*overrides, *VARIANTS[name], f"train.steps={TIMED_STEPS}"] for name in ("as shipped", DENSE) * PAIRS)
+    seconds = [run(changes, 1)["s/step"] for changes in runs]
+    return list(zip(seconds[::2], seconds[1::2], strict=True))
 
 
 def run(changes: list[str], seed: int) -> dict[str, float]:
@@ -105,7 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         jobs = {name: [pool.submit(one, name, seed) for seed in seeds] for name in args.only}
         table = {name: [job.result() for job in each] for name, each in jobs.items()}
         if {"as shipped", DENSE} <= table.keys():
-            steps = steps_of_equal_seconds(table["as shipped"], table[DENSE])
+            pairs = time_steps(args.overrides)
+            steps = steps_of_equal_seconds(round(table["as shipped"][0]["steps"]), pairs)
+            print("seconds of a step, sparse | dense:", *(f"{a:.3f} | {b:.3f};" for a, b in pairs), file=sys.stderr)
             VARIANTS[AS_LONG] = [*VARIANTS[DENSE], f"train.steps={steps}"]
             table[AS_LONG] = list(pool.map(lambda seed: one(AS_LONG, seed), seeds))
     if args.json:
