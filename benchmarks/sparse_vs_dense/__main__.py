@@ -10,10 +10,12 @@ with more experts, seeds or batch sizes it trains only what is missing. On two c
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from benchmarks.sparse_vs_dense.plot import draw
 from benchmarks.sparse_vs_dense.report import text, write_docs
 from benchmarks.sparse_vs_dense.runs import (
     DENSE,
+    Job,
     Model,
     RunFailed,
     Study,
@@ -67,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, nargs="+", default=[16], help="sequences per step, one study each (default: 16)")
     add("--smooth", type=int, help="steps that a training loss is the mean of (default: a twentieth of the steps)")
+    add("--at-once", type=int, default=1, help="runs beside each other, which share the cores (default: 1)")
     add("--corpus", help="file of own text (.jsonl, .txt, ...) instead of what the machine carries")
     add("--corpus-mb", type=float, help="size of the corpus that is written (default: enough for the largest batch)")
     add("--out", type=Path, default=Path("runs/sparse_vs_dense"), help="folder of the runs")
@@ -94,8 +98,8 @@ def chosen_models(args: argparse.Namespace) -> list[Model]:
 
 def _checked(args: argparse.Namespace) -> None:
     """Raises ValueError."""
-    for name in ("seeds", "steps", "smooth"):
-        value = getattr(args, name)
+    for name in ("seeds", "steps", "smooth", "at-once"):
+        value = getattr(args, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} is not a number from 1 on; nearest: --{name} 1")
 
@@ -113,7 +117,7 @@ def chosen_study(args: argparse.Namespace, models: Sequence[Model]) -> Study:
         jobs = list(grid(models, args.batch, 1))
         probes = Study(0, "", overrides)
         each = [(*probe(probes, job, args.out), job.batch) for job in jobs]
-        steps = affordable_steps(each * args.seeds, 60 * args.minutes)
+        steps = affordable_steps(each * args.seeds, 60 * args.minutes * args.at_once)
         _say(f"{args.minutes:g} minutes suffice for {steps} steps of each run")
     if not args.corpus and (kept is None or not corpus.exists()):
         args.out.mkdir(parents=True, exist_ok=True)
@@ -131,11 +135,20 @@ def _say(message: str) -> None:
 
 def train(study: Study, models: Sequence[Model], args: argparse.Namespace) -> None:
     jobs = list(grid(models, args.batch, args.seeds))
-    for number, job in enumerate(jobs, 1):
+
+    def one(job: Job) -> None:
         rows = ensure(study, job, args.out)
         loss = [row["val_loss"] for row in rows if "val_loss" in row][-1]
         seconds = sum(row["step_seconds"] for row in rows if "loss" in row)
-        _say(f"{number} of {len(jobs)}, {job.name}: held-out loss {loss:.4f}, {seconds:.0f} s of steps")
+        _say(f"{jobs.index(job) + 1} of {len(jobs)}, {job.name}: held-out loss {loss:.4f}, {seconds:.0f} s of steps")
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        waiting = [pool.submit(one, job) for job in jobs]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def inference(result: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -154,6 +167,8 @@ def inference(result: dict[str, Any], args: argparse.Namespace) -> list[dict[str
 def study_of(args: argparse.Namespace) -> dict[str, Any]:
     """Trains what is missing and returns everything that is printed."""
     _checked(args)
+    if args.at_once > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.at_once)))
     models = chosen_models(args)
     if args.report:
         study = read(args.out)

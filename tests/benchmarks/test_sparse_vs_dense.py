@@ -259,10 +259,12 @@ def test_a_small_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     """Two models for a few steps, then again without training, with the same result."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.vocab_size=320"]
     settings += ["train.sequence_length=32", "train.micro_batch_size=8", "eval.batches=1", "eval.final_batches=1"]
     settings += ["precision=fp32", f"data.cache_dir={tmp_path}/cache", "optim.warmup_steps=2"]
     size = ["--experts", "2", "--equal-parameters", "--seeds", "1", "--batch", "8", "--out", str(tmp_path / "out")]
+    size += ["--at-once", "2"]
     given = [*size, "--corpus", str(write_corpus(tmp_path)), "--json", "--steps", "6", *settings]
     assert command.main(given) == 0
     shown = capsys.readouterr()
