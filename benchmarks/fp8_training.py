@@ -13,7 +13,8 @@ from pathlib import Path
 LIMIT = 0.0025
 """Maximum relative difference of the mean losses."""
 STABLE = (
-    *("model.hidden_size=256", "model.vocab_size=4096", "train.sequence_length=256", "train.micro_batch_size=4"),
+    *("model.hidden_size=256", "model.num_attention_heads=4", "model.ffn_hidden_size=512", "model.vocab_size=4096"),
+    *("train.sequence_length=256", "train.micro_batch_size=4"),
     *("optim.lr=5e-4", "optim.warmup_steps=30", "train.global_batch_size=8"),
     *("model.embedding_multiplier=1", "model.init_scale=0.1", "model.qk_norm=null", "model.moe.aux_loss_coeff=0.01"),
     "model.moe.router_init_scale=null",
