@@ -27,18 +27,36 @@ Span = tuple[int, int]
 """First character and end of a part of a rendered conversation."""
 
 DEFAULT_TEMPLATE = """\
-{% for message in messages %}
-{% if message.role not in ('system', 'user', 'assistant', 'tool') %}
-{{ raise_exception("the default template has no role '" ~ message.role ~ "'") }}
-{% endif %}
+{%- macro said(message) %}
+{%- if message.content is string %}
+{{- message.content }}
+{%- else %}
+{%- for part in message.content or [] %}
+{{- part.text }}
+{%- endfor %}
+{%- endif %}
+{%- if message.tool_calls %}
+{{- message.tool_calls | tojson }}
+{%- endif %}
+{%- endmacro %}
+{%- if tools %}
+{{- 'Tools:\\n' ~ tools | tojson ~ '\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role not in ('system', 'user', 'assistant', 'tool') %}
+{{- raise_exception("the default template has no role '" ~ message.role ~ "'") }}
+{%- endif %}
 {{- message.role | capitalize ~ ':\\n' }}
 {%- if message.role == 'assistant' %}
+{%- if not said(message) | trim %}
+{{- raise_exception("the default template writes no reasoning, and a turn of the assistant has nothing else") }}
+{%- endif %}
 {%- generation %}
-{{- message.content ~ eos_token }}
+{{- said(message) ~ eos_token }}
 {%- endgeneration %}
 {{- '\\n' }}
 {%- else %}
-{{- message.content ~ '\\n' }}
+{{- said(message) ~ '\\n' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

@@ -116,6 +116,8 @@ def _of_prompt(row: dict[str, Any]) -> Messages:
         if field not in row:
             raise ValueError(f"prompt without {field}")
         value = row[field]
+        if not isinstance(value, (str, list)):
+            raise ValueError(f"field {field!r} is {type(value).__name__}, not a string or a list of messages")
         messages += [{"role": role, "content": value}] if isinstance(value, str) else _list_of_objects(value, field)
     return messages
 

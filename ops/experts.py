@@ -128,17 +128,25 @@ def fused_experts(
     """loop_experts by FusedExperts; without a gradient, few rows by as few operations as there can be."""
     if torch.is_grad_enabled() or len(x_RD) > FEW_ROWS[x_RD.dtype in COMPILED_PER_SHAPE]:
         return FusedExperts.apply(x_RD, counts, w_in_LDGF, w_out_LFD, activation, b_in_LGF, keep_RF)
-    busy = [e for e, n in enumerate(counts) if n]
-    rows = [counts[e] for e in busy]
-    h_RGF = _few_rows(x_RD, w_in_LDGF.flatten(2), busy, rows).view(len(x_RD), *w_in_LDGF.shape[2:])
+    product = torch_grouped_product if _many_are_busy(x_RD, counts, w_in_LDGF, w_out_LFD) else _few_rows
+    h_RGF = product(x_RD, w_in_LDGF.flatten(2), counts).view(len(x_RD), *w_in_LDGF.shape[2:])
     h_RGF = h_RGF if b_in_LGF is None else h_RGF + of_rows(b_in_LGF, counts)
     act = activate(h_RGF.unbind(1), activation)
-    return _few_rows(act if keep_RF is None else act * keep_RF, w_out_LFD, busy, rows)
+    return product(act if keep_RF is None else act * keep_RF, w_out_LFD, counts)
 
 
-def _few_rows(x_RK: Tensor, w_LKN: Tensor, busy: list[int], rows: list[int]) -> Tensor:
-    """[R, N]: the products of the experts that have rows, each of `rows`."""
+def _many_are_busy(x_RD: Tensor, counts: Sequence[int], *weights: Tensor) -> bool:
+    """Whether torch's grouped product takes less time than a call for each expert that has rows: on a CPU it makes a
+    call for every expert, without Python between them. It needs matrices whose rows are multiples of 16 bytes."""
+    aligned = all(size * x_RD.element_size() % 16 == 0 for w in weights for size in (w.shape[1], w.shape[-1]))
+    return aligned and x_RD.device.type == "cpu" and 2 * sum(map(bool, counts)) > len(counts)
+
+
+def _few_rows(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
+    """A Product with a call for each expert that has rows."""
     y_RN, w_KN = x_RK.new_empty((len(x_RK), w_LKN.shape[2])), w_LKN.unbind(0)
+    busy = [e for e, n in enumerate(counts) if n]
+    rows = [counts[e] for e in busy]
     for e, x, y in zip(busy, x_RK.split(rows), y_RN.split(rows), strict=True):
         torch.mm(x, w_KN[e], out=y)
     return y_RN

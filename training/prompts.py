@@ -90,10 +90,18 @@ class ChatFormat:
 
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer: that of a document, and the special token that the template writes after an
-        assistant's message."""
+        assistant's message.
+
+        Raises:
+            ValueError: the template refuses a question with an answer, or leaves the answer out.
+        """
         found = set() if self.tokenizer.eod_id is None else {self.tokenizer.eod_id}
         answer = "switchyard"
         text = self.template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+        if answer not in text:
+            raise ValueError(
+                f"{self.template.name} does not write what the assistant says: no model can answer with it"
+            )
         after, _ = self.tokenizer.encode_with_special(text[text.rindex(answer) + len(answer) :])
         found.update(next(([i] for i in after if self.tokenizer.is_special(i)), []))
         return frozenset(found)

@@ -104,7 +104,7 @@ def saved(theirs: Any, folder: Path, template: str) -> tuple[ChatTemplate, Token
 @pytest.mark.parametrize("prompt", [False, True])
 def test_text_and_tokens_are_those_of_transformers(theirs: Any, tmp_path: Path, name: str, prompt: bool) -> None:
     template, tokenizer = saved(theirs, tmp_path, TEMPLATES[name])
-    chats = [(CHAT, None), (CALLS, TOOL_LIST)] if name == "tools" else [(CHAT, None)]
+    chats = [(CHAT, None), (CALLS, TOOL_LIST)] if name in ("tools", "default") else [(CHAT, None)]
     for messages, tools in chats:
         given = CHAT[:3] if prompt and messages is CHAT else messages
         want = theirs.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=prompt)
@@ -116,7 +116,7 @@ def test_text_and_tokens_are_those_of_transformers(theirs: Any, tmp_path: Path, 
 @pytest.mark.parametrize("name", ["tools", "default"])
 def test_generation_blocks_are_the_assistants_tokens(theirs: Any, tmp_path: Path, name: str) -> None:
     template, tokenizer = saved(theirs, tmp_path, TEMPLATES[name])
-    for messages, tools in [(CHAT, None), (CALLS, TOOL_LIST)] if name == "tools" else [(CHAT, None)]:
+    for messages, tools in [(CHAT, None), (CALLS, TOOL_LIST)]:
         want = theirs.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
         )
@@ -190,6 +190,20 @@ def test_named_templates(tmp_path: Path) -> None:
     default = ChatTemplate.of(tmp_path / "tokenizer.json")
     want = "User:\nWhat is 2 + 2? <b>\n\nAssistant:\n2 + 2 é 4.<end>\nAssistant:\n"
     assert default.render(CHAT[:2], add_generation_prompt=True) == want
+
+
+def test_the_default_template_writes_all_that_is_said() -> None:
+    """Also calls of tools, the tools, and content in parts."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "Weather in "}, {"type": "text", "text": "Köln?"}]}
+    text, spans = ChatTemplate.of(None, "<end>").assistant_spans([CALLS[0], parts, *CALLS[2:]], TOOL_LIST)
+    call = '[{"function": {"name": "weather", "arguments": {"city": "Köln"}}}]'
+    assert text == (
+        f"Tools:\n{json.dumps(TOOL_LIST)}\nSystem:\nUse the tools.\nUser:\nWeather in Köln?\nAssistant:\n{call}<end>\n"
+        'Tool:\n{"degrees": 12}\nAssistant:\n12 degrees.<end>\n'
+    )
+    assert [text[slice(*span)] for span, _ in spans] == [f"{call}<end>", "12 degrees.<end>"]
+    with pytest.raises(ValueError, match=r"the default template writes no reasoning, and a turn"):
+        ChatTemplate.of(None).render([parts, {"role": "assistant", "reasoning_content": "Hm."}])
 
 
 def _weighted(tokenizer: Tokenizer, ids: list[int], weights: list[float]) -> list[tuple[str, float]]:

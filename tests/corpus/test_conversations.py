@@ -58,6 +58,7 @@ def test_arguments_of_tool_calls_and_tools_as_strings_of_json() -> None:
         ({"messages": [PAIR[0], PAIR[1] | {"weight": -1}]}, "message 2: its weight -1 is not a number of 0 or more"),
         ({"messages": [PAIR[0] | {"weight": 1}, PAIR[1]]}, r"message 1 \(user\): only messages of the assistant"),
         ({"prompt": "Hi"}, "prompt without completion"),
+        ({"prompt": 5, "completion": "Hi"}, "field 'prompt' is int, not a string or a list of messages"),
         ({"instruction": "Hi"}, "instruction without output"),
         ({"conversations": [{"from": "human"}]}, "turn 1 has no 'from' and 'value', only from"),
         ({"messages": [PAIR[0], PAIR[1] | {"content": "\ud83d"}]}, "half a surrogate pair"),

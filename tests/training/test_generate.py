@@ -21,7 +21,7 @@ from launch import generate as command
 from parallel.env import World
 from parallel.local_launcher import RankPool
 from tests.training.helpers import ROOT, tiny_config, train, write_corpus
-from training.prompts import read_prompts
+from training.prompts import ChatFormat, read_prompts
 from training.text_stream import TextStream
 
 LIMIT = 120.0
@@ -133,6 +133,14 @@ def test_a_file_that_has_no_prompts_is_named(name: str, text: str, told: str, tm
         read_prompts(str(tmp_path / name))
 
 
+def test_a_template_that_leaves_answers_out_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"chat_template.jinja does not write what the assistant says"):
+        ChatFormat(tokenizer, tmp_path).end_ids()
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -239,12 +247,27 @@ def test_all_ranks_stop_an_answer_at_the_same_token(ranks: RankPool, trained: Pa
     assert ranks.run(2, stopped_answers, config, timeout=LIMIT) == [wanted, []]
 
 
-def test_few_rows_of_experts_equal_the_loop() -> None:
-    from ops.experts import fused_experts, loop_experts
+@pytest.mark.parametrize(("hidden", "width"), [(6, 5), (8, 4)])
+def test_few_rows_of_experts_equal_the_loop(hidden: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One grouped product where more than half of the experts have rows, if the sizes are aligned; else one each."""
+    from ops import experts
 
-    draw = torch.Generator().manual_seed(0)
-    x, w_in, w_out, b_in = (torch.randn(*s, generator=draw) for s in ((7, 6), (4, 6, 2, 5), (4, 5, 6), (4, 2, 5)))
-    for counts in ([0, 3, 0, 4], [7, 0, 0, 0], [1, 2, 3, 1]):
+    grouped = []
+    monkeypatch.setattr(
+        experts,
+        "torch_grouped_product",
+        lambda *given, of=experts.torch_grouped_product: grouped.append(1) or of(*given),
+    )
+    draw, sizes = (
+        torch.Generator().manual_seed(0),
+        ((7, hidden), (4, hidden, 2, width), (4, width, hidden), (4, 2, width)),
+    )
+    x, w_in, w_out, b_in = (torch.randn(*size, generator=draw) for size in sizes)
+    for counts in ([0, 3, 0, 4], [7, 0, 0, 0], [0, 2, 4, 1], [1, 2, 3, 1]):
         arguments = (x, counts, w_in, w_out, "swiglu", b_in)
+        grouped.clear()
         with torch.no_grad():
-            torch.testing.assert_close(fused_experts(*arguments), loop_experts(*arguments), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                experts.fused_experts(*arguments), experts.loop_experts(*arguments), rtol=1e-5, atol=1e-6
+            )
+        assert len(grouped) == (2 if hidden == 8 and counts.count(0) < 2 else 0)
