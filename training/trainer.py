@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from conf.blend_plan import overrides_to_continue
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
 from corpus.open_data import PartShares, example_chat, held_out_parts
@@ -337,9 +338,14 @@ class Trainer:
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
                 ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
                 *(("write text", command(generate_text, text)) for generate_text in writes),
-                ("continue", self.run_dir.command(2 * self.config.train.steps)),
+                *(("continue", line) for line in self._continuing()),
             ],
         )
+
+    def _continuing(self) -> list[str]:
+        """The command that continues the run to twice its steps, if it can go on."""
+        more = overrides_to_continue(self.config)
+        return [] if more is None else [self.run_dir.command(2 * self.config.train.steps, more)]
 
     def _sample(self) -> tuple[str, str] | None:
         settings = self.config.eval
