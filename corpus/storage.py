@@ -244,6 +244,36 @@ def for_arrow(path: str) -> AbstractContextManager[Any]:
     return ObjectFile(path) if is_url(path) else nullcontext(path)
 
 
+def repeated(request: Callable[[], Result]) -> Result:
+    """The answer to a request, which is repeated twice where it fails. Raises OSError."""
+    for pause in _PAUSES:
+        try:
+            return request()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return request()
+
+
+class ObjectRanges:
+    """Ranges of an object, from several threads."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, (self._system, self._path) = url, size, filesystem(url)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Raises OSError if the object cannot be read, or ends early."""
+        return repeated(lambda: self._request(begin, end))
+
+    def _request(self, begin: int, end: int) -> bytes:
+        with _requests(self._url):
+            part = self._system.cat_file(self._path, start=begin, end=end)
+        if len(part) != end - begin:
+            raise OSError(errno.EIO, f"it ends after {begin + len(part):,} of {self._size:,} bytes")
+        return part
+
+
 class ObjectFile(io.RawIOBase):
     """An object that is read in blocks. As long as it is read in order, the next blocks are requested in threads.
 
@@ -252,9 +282,9 @@ class ObjectFile(io.RawIOBase):
     """
 
     def __init__(self, url: str, *, ahead: int = _AHEAD) -> None:
-        self._url, (self._system, self._path) = url, filesystem(url)
-        self.version = version(url)
+        self._url, self.version = url, version(url)
         self._size, self._position = int(self.version["size"]), 0
+        self._ranges = ObjectRanges(url, self._size)
         self._ahead, self._last = ahead, -1
         self._blocks: dict[int, Future[bytes]] = {}
         self._threads = ThreadPoolExecutor(max(ahead, 1), thread_name_prefix="object")
@@ -295,24 +325,6 @@ class ObjectFile(io.RawIOBase):
         self._blocks = {i: block for i, block in self._blocks.items() if i in wanted}
         for i in wanted:
             if i not in self._blocks:
-                self._blocks[i] = self._threads.submit(self._request, i)
+                end = min((i + 1) * BLOCK, self._size)
+                self._blocks[i] = self._threads.submit(self._ranges.read, i * BLOCK, end)
         return self._blocks[number].result()
-
-    def _request(self, number: int) -> bytes:
-        for pause in (*_PAUSES, None):
-            try:
-                return self._range(number * BLOCK, min((number + 1) * BLOCK, self._size))
-            except FileNotFoundError:
-                raise
-            except OSError:
-                if pause is None:
-                    raise
-                time.sleep(pause)
-        raise AssertionError
-
-    def _range(self, begin: int, end: int) -> bytes:
-        with _requests(self._url):
-            part = self._system.cat_file(self._path, start=begin, end=end)
-        if len(part) != end - begin:
-            raise OSError(errno.EIO, f"it ends after {begin + len(part):,} of {self._size:,} bytes")
-        return part

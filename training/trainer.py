@@ -22,7 +22,7 @@ from training.batches import read_batches
 from training.builder import BuiltModel
 from training.console import Console
 from training.errors import RunDirTakenOver, RunFailed
-from training.evaluate import EvalResult, evaluate, evaluate_parts
+from training.evaluate import EvalResult, evaluate, evaluate_parts, request_windows
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.load_initial import load_initial_weights
@@ -128,6 +128,9 @@ class Trainer:
         at, groups = self.progress, self.built.runtime.groups
         left = self.config.train.steps - at.step
         self.batches = read_batches(self.config, self.stream, groups, first_sample=at.samples, steps=left)
+        if self.config.eval.every:
+            for windows in (self.windows, *self.held_out_parts.values()):
+                request_windows(self.built, windows, self.config.eval.batches)
         try:
             return self._run(log)
         finally:
