@@ -50,12 +50,12 @@ def content_id(path: str, cache: Cache) -> str:
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
     """In bytes, of files and objects. Raises ValueError if one cannot be asked for it."""
-    return storage.each(lambda path: _explained(path, storage.size), paths)
+    return storage.each(lambda path: explained(path, storage.size), paths)
 
 
 def check_unchanged(path: str, content: str | None) -> None:
     """Raises ValueError if an object is no longer the one whose `content_id` was `content`, or cannot be asked."""
-    if content is not None and storage.is_url(path) and repr(_explained(path, storage.version)) != content:
+    if content is not None and storage.is_url(path) and repr(explained(path, storage.version)) != content:
         raise ValueError(f"{path} was replaced while it was read; start again")
 
 
@@ -105,10 +105,11 @@ def content_of_pair(prefix: str, cache: Cache) -> list[str]:
 
 
 def _version(url: str) -> dict[str, str]:
-    return _explained(url, lambda url: answer("version", url, lambda: storage.version(url)))
+    return explained(url, lambda url: answer("version", url, lambda: storage.version(url)))
 
 
-def _explained(url: str, ask: Callable[[str], Result]) -> Result:
+def explained(url: str, ask: Callable[[str], Result]) -> Result:
+    """What `ask` returns for a URL. Raises ValueError instead of OSError."""
     try:
         return ask(url)
     except OSError as error:
