@@ -79,20 +79,39 @@ def refused_change(old: Mapping[str, Any], config: Config, step: int) -> str | N
     if taken == _taken(blend_plan(config), step * size):
         return None
     if config.train.steps > steps and before == _plan(config.data.blend, config.data.stages, steps, size):
-        last = stages[-1].weights if stages else [part.weight for part in parts]
-        weights = [0 if part.epochs is not None else w for part, w in zip(parts, last, strict=True)]
-        added = ", ".join(
-            f"{{step: {s.step}, weights: {s.weights}}}" for s in (*stages, BlendStage(steps + 1, weights))
-        )
+        if all(part.epochs is not None for part in parts):
+            return (
+                f"the epochs of data.blend end at step {steps}, and no part has a weight. Restore train.steps={steps}, "
+                "or start another run from its weights (checkpoint.load)"
+            )
         return (
             f"the epochs of data.blend were spread over {steps} steps. Continue to more steps with the parts that have "
-            f"weights: 'data.stages=[{added}]'; or restore train.steps={steps}"
+            f"weights: '{_without_epochs(parts, stages, steps)}'; or restore train.steps={steps}"
         )
     return (
         "the epochs of data.blend were spread over the steps in another way, and earlier samples would be others. "
         "Restore data.blend, data.stages, train.steps and train.global_batch_size, or start another run from its "
         "weights (checkpoint.load)"
     )
+
+
+def overrides_to_continue(config: Config) -> list[str] | None:
+    """The overrides besides train.steps with which a run that has ended continues to more steps. None: it cannot, since
+    all parts of its blend have epochs, which have ended."""
+    data, steps = config.data, config.train.steps
+    if data.kind != "blend" or all(part.epochs is None for part in data.blend):
+        return []
+    if all(part.epochs is not None for part in data.blend):
+        return None
+    return [_without_epochs(data.blend, data.stages, steps)]
+
+
+def _without_epochs(parts: Sequence[BlendPart], stages: Sequence[BlendStage], steps: int) -> str:
+    """The override of data.stages by which the parts with weights go on alone after some steps."""
+    last = stages[-1].weights if stages else [part.weight for part in parts]
+    weights = [0 if part.epochs is not None else w for part, w in zip(parts, last, strict=True)]
+    added = ", ".join(f"{{step: {s.step}, weights: {s.weights}}}" for s in (*stages, BlendStage(steps + 1, weights)))
+    return f"data.stages=[{added}]"
 
 
 def _of(kind: type, values: Mapping[str, Any]) -> Any:

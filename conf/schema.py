@@ -119,7 +119,7 @@ class DataConfig:
     (docs/guides/preferences.md)."""
     files: list[str] = field(default_factory=list)
     """Paths, globs or folders (text, chat, preference), or prefixes without .bin/.idx (megatron). Each may be a URL
-    (s3://, gs://, hf://): text is read where it is, token files are copied into data.cache_dir."""
+    (s3://, gs://, hf://): text is read where it is, token files as data.objects says."""
     valid_files: list[str] = field(default_factory=list)
     """Held-out files, or prefixes for megatron data. Empty: valid_fraction of the documents is held out instead."""
     valid_fraction: float = setting(0.02, gt=0, lt=1)
@@ -174,6 +174,10 @@ class DataConfig:
     Without write permission existing entries are still used. Users who share a cache must trust each other: whoever can
     write to it can change the training data. One process of each node writes to it: a directory on the node's own disk
     works as well as one that the nodes share."""
+    objects: str = setting("stream", choices=("stream", "copy"))
+    """How token files at URLs are read. stream: the first step waits for their index and its own blocks; blocks are
+    requested 2 * data.read_ahead steps before they are read, checked then, and kept in data.cache_dir. copy: whole
+    files are copied into data.cache_dir and checked before the first step."""
     read_ahead: int = setting(2, ge=0)
     """Steps whose batches each rank holds ready, read by a thread while earlier steps are computed. 0: a step reads its
     batches itself. data_wait in metrics.jsonl is what a step still waits for them."""

@@ -80,7 +80,7 @@ class Cache:
             ValueError: the file system has no locks, or no space is left.
             LockTimeout: the process that builds the entry does not respond.
         """
-        place = self._folder / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        place = self._place(kind, key)
         with suppress(OSError, ValueError):
             if not integrity.unverified(place):
                 return place  # without a lock, which needs write permission
@@ -107,6 +107,13 @@ class Cache:
                 f"{f' ({error.filename})' if error.filename else ''}; set data.cache_dir to a folder that can"
             ) from error
         return place
+
+    def has(self, kind: str, key: Any) -> bool:
+        """Whether there is an entry, which may be damaged. Arguments as of `entry`."""
+        return self._place(kind, key).is_dir()
+
+    def _place(self, kind: str, key: Any) -> Path:
+        return self._folder / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from conf.schema import DATA_KINDS, BlendPart, DataConfig
 from corpus import storage
 from corpus.documents import is_text_file
-from corpus.shards import check_tokenizer
+from corpus.shards import check_tokenizer, is_folder
 from corpus.sources import SOURCES, DataSource
 from corpus.tokenizer_files import tokenizer_json
 
@@ -68,7 +68,8 @@ def _check_tokenizer(data: DataConfig, tokenizer: str) -> None:
     """Raises ValueError for a folder of shards that were made with another tokenizer."""
     for part in _parts(data):
         for path in part.files if part.kind == "megatron" else ():
-            if os.path.isdir(folder := os.path.expanduser(path)):
+            folder = path if storage.is_url(path) else os.path.expanduser(path)
+            if is_folder(folder):
                 check_tokenizer(folder, tokenizer_json(tokenizer, "data.tokenizer"))
 
 

@@ -62,7 +62,7 @@ class Epochs:
         Args:
             ahead: whether to index the next epoch in the background once half of an epoch has passed.
         """
-        self._file = TokenFile(source.prefix)
+        self._file = TokenFile(source.prefix, source.id_limit)
         index = self._file.index
         ends = index.documents[[source.first_document, source.first_document + source.num_documents]]
         self._first, self._count = int(ends[0]), int(ends[1] - ends[0])
@@ -84,12 +84,15 @@ class Epochs:
 
     def sample(self, index: int) -> np.ndarray:
         """The tokens of sample `index`, int64 [S + 1]."""
-        epoch, at = divmod(index, self._per_epoch)
         if self._ahead:
-            self._ahead.passed(epoch, at, self._per_epoch)
-        if self._open is None or self._open.number != epoch:
-            self._open = self._epoch(epoch)
-        return self._tokens(self._open, self._unshuffled(self._open, at))
+            self._ahead.passed(*divmod(index, self._per_epoch), self._per_epoch)
+        return np.concatenate([self._file.read(start, count) for start, count in self._places(index)])
+
+    def request(self, index: int) -> None:
+        """Requests what sample `index` will read, where the tokens are an object."""
+        if self._file.is_object:
+            for start, count in self._places(index):
+                self._file.request(start, count)
 
     def _unshuffled(self, epoch: _Epoch, at: int) -> int:
         """The number of the epoch's sample `at` before they are shuffled."""
@@ -100,14 +103,19 @@ class Epochs:
             self._block = epoch.number, block
         return int(self._order[offset])
 
-    def _tokens(self, epoch: _Epoch, sample: int) -> np.ndarray:
+    def _places(self, index: int) -> list[tuple[int, int]]:
+        """Where the tokens of sample `index` are: ranges of the file, as position and number."""
+        number, at = divmod(index, self._per_epoch)
+        if self._open is None or self._open.number != number:
+            self._open = self._epoch(number)
+        epoch, sample = self._open, self._unshuffled(self._open, at)
         (first, begin), (last, end) = epoch.starts[sample].tolist(), epoch.starts[sample + 1].tolist()
         parts = []
         for sequence in epoch.sequences.images(first, last + 1).tolist():
             parts.append([self._file.index.begin(self._first + sequence), int(self._lengths[sequence])])
         parts[-1][1] = end + 1  # the last label is the first token of the next sample
         parts[0][0], parts[0][1] = parts[0][0] + begin, parts[0][1] - begin
-        return np.concatenate([self._file.read(start, count) for start, count in parts if count])
+        return [(start, count) for start, count in parts if count]
 
     def _epoch(self, number: int) -> _Epoch:
         sequences = self._shuffled(number)

@@ -15,6 +15,7 @@ import numpy as np
 
 from corpus.cache import Cache
 from corpus.documents import nearest_existing
+from corpus.object_blocks import ObjectBlocks, bin_size, described
 from corpus.pair_writer import HEADER, MAGIC
 
 # megatron.core.datasets.indexed_dataset.DType. Ids in floating point have to be whole numbers.
@@ -87,7 +88,7 @@ def open_index(prefix: str) -> Index:
 def checked_index(prefix: str, cache: Cache) -> Index:
     """As `read_index`; files that have not changed since then are not read again."""
     _check_files(prefix)
-    size = os.path.getsize(prefix + ".bin")
+    size = bin_size(prefix)
 
     def validate(idx_path: str) -> bool:
         read_index(prefix)
@@ -98,7 +99,7 @@ def checked_index(prefix: str, cache: Cache) -> Index:
 
 
 def _check_files(prefix: str) -> None:
-    for path in (prefix + ".bin", prefix + ".idx"):
+    for path in (prefix + ".idx",) if described(prefix) else (prefix + ".bin", prefix + ".idx"):
         if not os.path.isfile(path):
             hint = nearest_existing(path)
             if prefix.endswith((".bin", ".idx")):
@@ -152,7 +153,7 @@ def _check_documents(index: Index, prefix: str) -> None:
 
 
 def _check_size(prefix: str, expected: int) -> None:
-    actual = os.path.getsize(prefix + ".bin")
+    actual = bin_size(prefix)
     if expected != actual:
         why = "the .bin is truncated" if actual < expected else "the .idx belongs to another file"
         raise ValueError(
@@ -173,24 +174,46 @@ def _check_pointers(index: Index, prefix: str) -> None:
 
 class TokenFile:
     """An open pair. Tokens are read from PREFIX.bin by position, not through a memory mapping: reading a page beyond
-    the end of a file that was truncated would kill the process (SIGBUS) without a message.
+    the end of a file that was truncated would kill the process (SIGBUS) without a message. PREFIX.bin may be an object
+    that is read by blocks.
 
     Raises:
         ValueError: as `open_index`.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.path, self.index = prefix + ".bin", open_index(prefix)
+    def __init__(self, prefix: str, id_limit: int | None = None) -> None:
+        """
+        Args:
+            id_limit: ids must be smaller. None: they were all checked before.
+        """
+        self.prefix, self.path = prefix, prefix + ".bin"
+        self.index, self._id_limit = open_index(prefix), id_limit
+        self._object = ObjectBlocks(prefix) if described(prefix) else None
+        if self._object:
+            self.path = self._object.url
         self._itemsize = np.dtype(self.index.dtype).itemsize
         self._size = self.index.begin(len(self.index.lengths)) * self._itemsize
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+        if self._object is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+
+    @property
+    def is_object(self) -> bool:
+        return self._object is not None
+
+    def request(self, begin: int, count: int) -> None:
+        """What `read` is going to read is requested, if it is an object, without waiting for it."""
+        if self._object:
+            self._object.request(begin * self._itemsize, (begin + count) * self._itemsize)
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """`count` tokens from position `begin` of the file, int64.
 
         Raises:
-            OSError: the file has become smaller.
+            OSError: the file has become smaller, or the object cannot be read.
+            ValueError: the object has an id that the vocabulary does not have.
         """
+        if self._object:
+            return self._read_object(self._object, begin, count)
         size, offset, data = count * self._itemsize, begin * self._itemsize, b""
         while len(data) < size:
             part = os.pread(self._file.fileno(), size - len(data), offset + len(data))
@@ -198,6 +221,23 @@ class TokenFile:
                 raise self._truncated()
             data += part
         return np.frombuffer(data, self.index.dtype).astype(np.int64)
+
+    def _read_object(self, source: ObjectBlocks, begin: int, count: int) -> np.ndarray:
+        try:
+            data = source.read(begin * self._itemsize, (begin + count) * self._itemsize)
+        except OSError as error:
+            raise OSError(
+                f"{self.path} cannot be read: {error.strerror or error}. The blocks that have arrived are kept: start "
+                "again with the same run.dir"
+            ) from error
+        ids = np.frombuffer(data, self.index.dtype)
+        if self._id_limit is not None and (wrong := np.flatnonzero(~_is_id(ids, self._id_limit))).size:
+            raise ValueError(
+                f"{self.path} has {ids[wrong[0]]} at token {begin + int(wrong[0]):,}, but ids are whole numbers from 0 "
+                f"to {self._id_limit - 1}; set data.tokenizer to the one that the file was created with, or "
+                "model.vocab_size to more"
+            )
+        return ids.astype(np.int64)
 
     def check(self) -> None:
         """Raises OSError if the file has become smaller: called before pages of it are read through a mapping."""
@@ -210,6 +250,12 @@ class TokenFile:
             f"{self._size}. Stop whatever writes to it, create the file again (files in data.cache_dir are rebuilt "
             "automatically), then resume the run with the same run.dir"
         )
+
+
+def _is_id(ids: np.ndarray, limit: int) -> np.ndarray:
+    """bool, of each number."""
+    inside = (ids >= 0) & (ids < limit)
+    return inside & (ids == np.floor(ids)) if ids.dtype.kind == "f" else inside
 
 
 def extreme_ids(prefix: str) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""Objects behind URLs as data: what identifies their content, and copies of token files in the cache.
+"""Objects behind URLs as data: what identifies their content, and token files in the cache.
 
-Text is read where it is and only its tokens are kept. Token files are copied as a whole before the first step: their
-samples are shuffled over the whole file, and hashes and ids are checked before they are trained on. A step of training
-therefore never waits for the network.
+Text is read where it is and only its tokens are kept. Of token files the index is copied before the first step; their
+tokens are either read by blocks (`corpus/object_blocks.py`), or copied as a whole as well.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from corpus import storage
 from corpus.answers import answer
-from corpus.cache import Cache
+from corpus.cache import Cache, ReadOnlyCache
+from corpus.object_blocks import describe, described, is_complete
 
 _REQUESTS = 8
 """Blocks that are requested at once."""
@@ -49,29 +50,32 @@ def content_id(path: str, cache: Cache) -> str:
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
     """In bytes, of files and objects. Raises ValueError if one cannot be asked for it."""
-    return storage.each(lambda path: _explained(path, storage.size), paths)
+    return storage.each(lambda path: explained(path, storage.size), paths)
 
 
 def check_unchanged(path: str, content: str | None) -> None:
     """Raises ValueError if an object is no longer the one whose `content_id` was `content`, or cannot be asked."""
-    if content is not None and storage.is_url(path) and repr(_explained(path, storage.version)) != content:
+    if content is not None and storage.is_url(path) and repr(explained(path, storage.version)) != content:
         raise ValueError(f"{path} was replaced while it was read; start again")
 
 
-def local_pairs(prefixes: list[str], cache: Cache, progress: Callable[[str, float], None]) -> list[str]:
-    """The prefixes of token files, of which those that are URLs are copied into the cache. An object that was replaced
-    is copied again.
+def local_pairs(
+    prefixes: list[str], cache: Cache, progress: Callable[[str, float], None], *, stream: bool
+) -> list[str]:
+    """The prefixes of token files, those that are URLs by their place in the cache. An object that was replaced has
+    another place.
 
     Args:
         progress: called with the current activity and the fraction of it that is done.
+        stream: whether a .bin is read by blocks, unless it was copied before, instead of being copied.
 
     Raises:
         ValueError: an object cannot be read, ends early or is replaced meanwhile; or as Cache.entry.
     """
-    return [_local_pair(prefix, cache, progress) if storage.is_url(prefix) else prefix for prefix in prefixes]
+    return [_local_pair(p, cache, progress, stream=stream) if storage.is_url(p) else p for p in prefixes]
 
 
-def _local_pair(prefix: str, cache: Cache, progress: Callable[[str, float], None]) -> str:
+def _local_pair(prefix: str, cache: Cache, progress: Callable[[str, float], None], *, stream: bool) -> str:
     if prefix.endswith((".bin", ".idx")):
         raise ValueError(f"{prefix}: give the prefix only: {prefix[:-4]}")
     name = prefix.rstrip("/").rpartition("/")[2]
@@ -79,16 +83,33 @@ def _local_pair(prefix: str, cache: Cache, progress: Callable[[str, float], None
 
     def build(folder: Path) -> None:
         for suffix, version in versions.items():
-            _copy(prefix + suffix, folder / f"{name}{suffix}", version, progress)
+            if stream and suffix == ".bin":
+                describe(folder / name, prefix + suffix, version)
+            else:
+                _copy(prefix + suffix, folder / f"{name}{suffix}", version, progress)
 
-    return str(cache.entry("objects", [prefix, versions], build) / name)
+    stream = stream and not cache.has("objects", [prefix, versions])
+    place = str(cache.entry("streams" if stream else "objects", [prefix, versions], build) / name)
+    if stream and not os.access(Path(place).parent, os.W_OK) and not is_complete(place):
+        raise ReadOnlyCache(
+            f"{prefix}.bin is not yet whole in {Path(place).parent}, which cannot be written to; set data.cache_dir to "
+            "a folder that can"
+        )
+    return place
+
+
+def content_of_pair(prefix: str, cache: Cache) -> list[str]:
+    """What identifies the content of a pair. Of an object its version is known, not its hash."""
+    streamed = described(prefix)
+    return [cache.sha256(prefix + ".idx"), repr(streamed.version) if streamed else cache.sha256(prefix + ".bin")]
 
 
 def _version(url: str) -> dict[str, str]:
-    return _explained(url, lambda url: answer("version", url, lambda: storage.version(url)))
+    return explained(url, lambda url: answer("version", url, lambda: storage.version(url)))
 
 
-def _explained(url: str, ask: Callable[[str], Result]) -> Result:
+def explained(url: str, ask: Callable[[str], Result]) -> Result:
+    """What `ask` returns for a URL. Raises ValueError instead of OSError."""
     try:
         return ask(url)
     except OSError as error:

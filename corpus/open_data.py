@@ -17,7 +17,7 @@ from corpus.dataset_specs import is_chat
 from corpus.epochs import open_epochs
 from corpus.packed_epochs import open_packed
 from corpus.prepare import Prepared
-from corpus.stream import HeldOut, Stream, TrainStream, ValidWindows, staged_blend
+from corpus.stream import HeldOut, OfObjects, Stream, TrainStream, ValidWindows, staged_blend
 
 
 def training_stream(
@@ -149,14 +149,25 @@ class _Joined:
 
     def __init__(self, parts: Sequence[HeldOut]) -> None:
         self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+        self.is_object = any(isinstance(part, OfObjects) and part.is_object for part in parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`; beyond the last one, padding alone."""
+        part, number = self._place(index)
+        return part.sample(number)
+
+    def request(self, index: int) -> None:
+        """Requests what sample `index` will read, where that is an object."""
+        part, number = self._place(index)
+        if isinstance(part, OfObjects):
+            part.request(number)
+
+    def _place(self, index: int) -> tuple[HeldOut, int]:
         part = min(int(np.searchsorted(self._ends, index, side="right")), len(self._parts) - 1)
-        return self._parts[part].sample(index - (int(self._ends[part - 1]) if part else 0))
+        return self._parts[part], index - (int(self._ends[part - 1]) if part else 0)
 
 
 def held_out_parts(prepared: Prepared, config: Config) -> dict[str, HeldOut]:

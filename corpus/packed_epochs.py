@@ -107,7 +107,7 @@ class PackedEpochs:
             document_mask: whether positions restart with each document.
             ahead: whether to count the samples of the next windows in the background.
         """
-        self._file = TokenFile(source.prefix)
+        self._file = TokenFile(source.prefix, source.id_limit)
         index = self._file.index
         ends = index.documents[[source.first_document, source.first_document + source.num_documents]]
         self._first, self._count = int(ends[0]), int(ends[1] - ends[0])
@@ -135,6 +135,20 @@ class PackedEpochs:
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`: tokens, labels, positions int64 [S], loss_mask float32 [S] and padding bool [S]."""
+        group, at, size = self._group_of(index)
+        if self._ahead:
+            self._ahead.passed(group, at, size)
+        return self._filled(self._parts(group, at))
+
+    def request(self, index: int) -> None:
+        """Requests what sample `index` will read, where the tokens are an object."""
+        if self._file.is_object:
+            group, at, _ = self._group_of(index)
+            for document, begin, count in self._parts(group, at):
+                self._file.request(self._begin(document) + begin, count + 1)
+
+    def _group_of(self, index: int) -> tuple[int, int, int]:
+        """The group of sample `index`, the sample's number there, and the group's samples."""
         while not self._ends or index >= self._ends[-1]:
             counts_G = self._counts(len(self._ends))
             self._ends.append((self._ends[-1] if self._ends else 0) + int(counts_G.sum()))
@@ -142,35 +156,39 @@ class PackedEpochs:
                 raise ValueError(f"no document of {self._file.path} has two tokens, one to predict the other from")
         group = int(np.searchsorted(self._ends, index, side="right"))
         before = self._ends[group - 1] if group else 0
-        if self._ahead:
-            self._ahead.passed(group, index - before, self._ends[group] - before)
-        ends_G = np.cumsum(self._counts(group))
-        window = int(np.searchsorted(ends_G, index - before, side="right"))
-        at = index - before - (int(ends_G[window - 1]) if window else 0)
-        epoch, of_epoch = divmod(group, self._groups)
-        return self._sequence(self._window(epoch, of_epoch * _GROUP + window), at)
+        return group, index - before, self._ends[group] - before
 
-    def _sequence(self, window: _Window, at: int) -> dict[str, torch.Tensor]:
+    def _parts(self, group: int, at: int) -> list[tuple[int, int, int]]:
+        """The parts of documents in a sample of a group, as (document, first place, number of places)."""
+        ends_G = np.cumsum(self._counts(group))
+        of_group = int(np.searchsorted(ends_G, at, side="right"))
+        at -= int(ends_G[of_group - 1]) if of_group else 0
+        epoch, of_epoch = divmod(group, self._groups)
+        window = self._window(epoch, of_epoch * _GROUP + of_group)
         (number,) = window.order.images(at, at + 1).tolist()
         full = int(window.ends_W[-1])
         if number < full:
             place = int(np.searchsorted(window.ends_W, number, side="right"))
             chunk = number - (int(window.ends_W[place - 1]) if place else 0)
-            return self._filled([(int(window.documents_W[place]), chunk * self._size, self._size)])
+            return [(int(window.documents_W[place]), chunk * self._size, self._size)]
         parts = []
         for document in window.documents_W[window.packs[number - full]].tolist():
             places = int(self._lengths[document]) - 1
             begin = places - places % self._size
             parts.append((document, begin, places - begin))
-        return self._filled(parts)
+        return parts
+
+    def _begin(self, document: int) -> int:
+        """The number of tokens before a document of the source."""
+        return self._file.index.begin(self._first + document)
 
     def _filled(self, parts: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-        """The sample with some parts of documents: (document, first place, number of places)."""
+        """The sample with some parts of documents."""
         size, at = self._size, 0
         tokens_S, labels_S = np.zeros((2, size), dtype=np.int64)
         positions_S = np.arange(size)
         for document, begin, count in parts:
-            text = self._file.read(self._file.index.begin(self._first + document) + begin, count + 1)
+            text = self._file.read(self._begin(document) + begin, count + 1)
             tokens_S[at : at + count], labels_S[at : at + count] = text[:-1], text[1:]
             if self._document_mask:
                 positions_S[at : at + count] = np.arange(count)

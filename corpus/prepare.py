@@ -6,6 +6,7 @@ neither PyTorch nor Megatron-Core is imported, and no data is read.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from corpus.cache import Cache
 from corpus.conversations import WEIGHTS
 from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
-from corpus.objects import hash_files, local_pairs
+from corpus.object_blocks import described
+from corpus.objects import content_of_pair, hash_files, local_pairs
 from corpus.prepared_checks import check_conversations, check_held_out, check_training
 from corpus.text import MANIFEST, Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
@@ -43,6 +45,8 @@ class Source:
     """The data set of the settings that it belongs to: its place in data.blend."""
     quotas: list[int] | None = None
     """Of a part with epochs: the samples that each stage of the run takes. None: as many as the weight gives."""
+    id_limit: int | None = None
+    """Ids must be smaller, which is checked when they are read. None: it was checked for all of them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Prepared:
         weights, independent of their paths."""
 
         def content(source: Source) -> dict[str, Any]:
-            return {k: v for k, v in asdict(source).items() if k not in ("part", "quotas")} | {"prefix": ""}
+            left_out = ("part", "quotas", "id_limit")
+            return {k: v for k, v in asdict(source).items() if k not in left_out} | {"prefix": ""}
 
         return _key([[content(source) for source in split] for split in (self.train, self.valid)])
 
@@ -162,7 +167,8 @@ def _of_sources(
     found = dataset_specs(data, held_out_only)
     for number, spec in enumerate(found):
         if spec.source.yields == "tokens":
-            found[number] = replace(spec, files=local_pairs(spec.files, cache, progress))
+            files = local_pairs(spec.files, cache, progress, stream=data.objects == "stream")
+            found[number] = replace(spec, files=files)
     parts, vocabulary = _parts(data, found, vocab_size, cache, progress)
     if data.document_mask and vocabulary.eod_id is None:
         raise ValueError("data.document_mask=true needs data.tokenizer, to know where documents end")
@@ -184,8 +190,9 @@ def _parts(
             parts.append(_read_manifest(folder, spec.weight))
         else:
             vocabulary = _check_token_ids(spec.files, vocabulary, vocab_size, cache)
-            hash_files([prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")], cache, progress)
-            parts.append(_read_megatron(spec, cache))
+            files = [prefix + suffix for prefix in spec.files for suffix in (".idx", ".bin")]
+            hash_files([path for path in files if os.path.exists(path)], cache, progress)
+            parts.append(_read_megatron(spec, cache, vocabulary.size))
     return parts, vocabulary
 
 
@@ -305,25 +312,23 @@ def _key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_megatron(spec: DatasetSpec, cache: Cache) -> _Part:
+def _read_megatron(spec: DatasetSpec, cache: Cache, num_ids: int) -> _Part:
     """Validates the pairs and holds out the last documents of each."""
     from corpus.indexed import checked_index
 
     train, valid = [], []
     for prefix in spec.files:
-        index, digest = (
-            checked_index(prefix, cache),
-            _key([cache.sha256(prefix + ".idx"), cache.sha256(prefix + ".bin")]),
-        )
+        index, digest = checked_index(prefix, cache), _key(content_of_pair(prefix, cache))
+        more = {"sha256": digest, "id_limit": num_ids if described(prefix) else None}
         documents, share = index.num_documents, spec.valid_share
         held_out = round(documents * share)
         if 0 < share < 1:  # at least one document of each split, if there are two or more
             held_out = min(max(held_out, 1), documents - 1)
         kept = documents - held_out
         if held_out:
-            valid.append(Source(prefix, 0.0, kept, held_out, index.num_tokens(kept, held_out), digest))
+            valid.append(Source(prefix, 0.0, kept, held_out, index.num_tokens(kept, held_out), **more))
         if kept:
-            train.append(Source(prefix, 0.0, 0, kept, index.num_tokens(0, kept), digest))
+            train.append(Source(prefix, 0.0, 0, kept, index.num_tokens(0, kept), **more))
     # One epoch of the data set is one epoch of each file.
     tokens = sum(source.num_tokens for source in train)
     train = [replace(source, weight=spec.weight * source.num_tokens / max(tokens, 1)) for source in train]
@@ -338,6 +343,9 @@ def _check_token_ids(prefixes: list[str], vocabulary: _Vocabulary, vocab_size: i
         index = checked_index(prefix, cache)
         if not index.num_tokens(0, index.num_documents):
             raise ValueError(f"{prefix}.bin contains no tokens")
+        if described(prefix):  # its ids are checked when they are read
+            vocabulary = vocabulary if vocabulary.path else replace(vocabulary, size=vocab_size)
+            continue
         fact = f"extreme ids as {index.dtype.__name__}"
         lowest, highest = cache.fact(prefix + ".bin", fact, lambda _, prefix=prefix: extreme_ids(prefix))
         if lowest < 0:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from corpus import storage
+from corpus.answers import answer
 from corpus.integrity import sha256
 
 FORMAT = 1
@@ -17,9 +19,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is not of this kind.
     """
-    path = Path(folder) / MANIFEST
+    path = os.path.join(folder, MANIFEST)
     try:
-        manifest = json.loads(path.read_text())
+        content = answer("content", path, lambda: storage.read_bytes(path).decode()) if storage.is_url(path) else None
+        manifest = json.loads(Path(path).read_bytes() if content is None else content)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is a folder without {MANIFEST}; name the prefixes of its .bin/.idx pairs, or a folder that "
@@ -32,23 +35,36 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def is_folder(path: str) -> bool:
+    """Whether a path or URL names a folder. Raises ValueError if it cannot be found out."""
+    try:
+        found = storage.find(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    return found is not None and found.is_folder
+
+
 def shard_prefixes(folder: str) -> list[str]:
     """The prefixes of a folder's shards, in the order of their documents.
 
     Raises:
         ValueError: a file of the manifest is missing or has another size.
     """
-    prefixes = []
-    for shard in read_manifest(folder)["shards"]:
-        prefix = os.path.join(folder, shard["name"])
-        for suffix in ("bin", "idx"):
-            path, expected = f"{prefix}.{suffix}", shard[suffix]["bytes"]
-            found = os.path.getsize(path) if os.path.exists(path) else None
-            if found != expected:
-                state = "does not exist" if found is None else f"has {found} bytes"
-                raise ValueError(f"{path} {state}, but {MANIFEST} says {expected} bytes; prepare the data again")
-        prefixes.append(prefix)
-    return prefixes
+    shards = read_manifest(folder)["shards"]
+    expected = {
+        os.path.join(folder, f"{shard['name']}.{suffix}"): shard[suffix]["bytes"]
+        for shard in shards
+        for suffix in ("bin", "idx")
+    }
+    try:
+        files = storage.each(storage.find, list(expected))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror or error}") from error
+    for (path, size), found in zip(expected.items(), files, strict=True):
+        if found is None or found.size != size:
+            state = "does not exist" if found is None else f"has {found.size} bytes"
+            raise ValueError(f"{path} {state}, but {MANIFEST} says {size} bytes; prepare the data again")
+    return [os.path.join(folder, shard["name"]) for shard in shards]
 
 
 def check_tokenizer(folder: str, tokenizer: str) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from conf.registry import Registry
 from corpus import storage
 from corpus.documents import expand, has_rows, row_formats, standard_library_files
-from corpus.shards import shard_prefixes
+from corpus.shards import is_folder, shard_prefixes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _library_name(path: str) -> str:
 def _prefixes(files: Sequence[str]) -> list[str]:
     """Prefixes as they are, and the shards of folders that have a manifest."""
     paths = [p if storage.is_url(p) else os.path.abspath(os.path.expanduser(p)) for p in files]
-    return [prefix for path in paths for prefix in (shard_prefixes(path) if os.path.isdir(path) else [path])]
+    return [prefix for path in paths for prefix in (shard_prefixes(path) if is_folder(path) else [path])]
 
 
 def _rows(files: Sequence[str]) -> list[str]:

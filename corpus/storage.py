@@ -64,7 +64,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
     Raises:
-        NoFileSystem: the file system is unknown, or its package is not installed.
+        NoFileSystem: the file system is unknown, its package is not installed, or it refuses to be opened.
     """
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations, registry
@@ -77,12 +77,45 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        raise NoFileSystem(
-            f"{url} needs the package {package}, which is not installed: .venv/bin/pip install {package}"
-        ) from error
+        raise NoFileSystem(f"{url} {_needs_package(protocol, error)}") from error
     except Exception as error:  # whatever a file system raises without credentials or a host
-        raise NoFileSystem(f"{url}: {protocol}:// cannot be used: {type(error).__name__}: {error}") from error
+        raise NoFileSystem(f"{url}: {protocol}:// cannot be used: {_reason(url, error)}") from error
+
+
+def _needs_package(protocol: str, error: ImportError) -> str:
+    from fsspec.registry import known_implementations
+
+    package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
+    if package and package != "fsspec" and (error.name or package).partition(".")[0] == package:
+        return f"needs the package {package}, which is not installed: .venv/bin/pip install {package}"
+    missing = (error.name or package).partition(".")[0]
+    hint = f"; install it: .venv/bin/pip install {missing}" if missing else "; install what it needs"
+    return f"needs a package that cannot be imported: {error}{hint}"
+
+
+_ADVICE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or FSSPEC_S3_ANON=1 for public data",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
+    "hf": "HF_TOKEN, or hf auth login",
+}
+_ADVICE |= {"s3a": _ADVICE["s3"], "gcs": _ADVICE["gs"]}
+_DENIED = re.compile(
+    r"credential|denied|forbidden|unauthori[sz]ed|signature|token|\b40[13]\b|permission", re.IGNORECASE
+)
+
+
+def _reason(url: str, error: Exception) -> str:
+    """What an exception of a file system says, and what to do about it."""
+    protocol = url.partition("://")[0]
+    name = type(error).__name__
+    said = (isinstance(error, OSError) and error.strerror) or f"{name}: {error}"
+    if isinstance(error, ImportError):
+        return _needs_package(protocol, error)
+    if isinstance(error, PermissionError) or _DENIED.search(f"{name} {error}"):
+        where = _ADVICE.get(protocol, f"as {protocol}:// finds them: environment variables, or ~/.config/fsspec")
+        said = error.strerror or f"permission denied: {error}" if isinstance(error, PermissionError) else said
+        return f"{said}; set credentials ({where})"
+    return f"{said}; check the network and the settings of {protocol}:// (~/.config/fsspec)"
 
 
 @contextmanager
@@ -93,11 +126,10 @@ def _requests(url: str) -> Generator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "it does not exist") from error
     except PermissionError as error:
-        raise PermissionError(errno.EACCES, error.strerror or f"permission denied: {error}") from error
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, error.strerror or f"{type(error).__name__}: {error}") from error
+        raise PermissionError(errno.EACCES, _reason(url, error)) from error
     except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        code = error.errno if isinstance(error, OSError) else None
+        raise OSError(code or errno.EIO, _reason(url, error)) from error
 
 
 def info(url: str) -> dict[str, Any]:
@@ -244,6 +276,36 @@ def for_arrow(path: str) -> AbstractContextManager[Any]:
     return ObjectFile(path) if is_url(path) else nullcontext(path)
 
 
+def repeated(request: Callable[[], Result]) -> Result:
+    """The answer to a request, which is repeated twice where it fails. Raises OSError."""
+    for pause in _PAUSES:
+        try:
+            return request()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return request()
+
+
+class ObjectRanges:
+    """Ranges of an object, from several threads."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, (self._system, self._path) = url, size, filesystem(url)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Raises OSError if the object cannot be read, or ends early."""
+        return repeated(lambda: self._request(begin, end))
+
+    def _request(self, begin: int, end: int) -> bytes:
+        with _requests(self._url):
+            part = self._system.cat_file(self._path, start=begin, end=end)
+        if len(part) != end - begin:
+            raise OSError(errno.EIO, f"it ends after {begin + len(part):,} of {self._size:,} bytes")
+        return part
+
+
 class ObjectFile(io.RawIOBase):
     """An object that is read in blocks. As long as it is read in order, the next blocks are requested in threads.
 
@@ -252,9 +314,9 @@ class ObjectFile(io.RawIOBase):
     """
 
     def __init__(self, url: str, *, ahead: int = _AHEAD) -> None:
-        self._url, (self._system, self._path) = url, filesystem(url)
-        self.version = version(url)
+        self._url, self.version = url, version(url)
         self._size, self._position = int(self.version["size"]), 0
+        self._ranges = ObjectRanges(url, self._size)
         self._ahead, self._last = ahead, -1
         self._blocks: dict[int, Future[bytes]] = {}
         self._threads = ThreadPoolExecutor(max(ahead, 1), thread_name_prefix="object")
@@ -295,24 +357,6 @@ class ObjectFile(io.RawIOBase):
         self._blocks = {i: block for i, block in self._blocks.items() if i in wanted}
         for i in wanted:
             if i not in self._blocks:
-                self._blocks[i] = self._threads.submit(self._request, i)
+                end = min((i + 1) * BLOCK, self._size)
+                self._blocks[i] = self._threads.submit(self._ranges.read, i * BLOCK, end)
         return self._blocks[number].result()
-
-    def _request(self, number: int) -> bytes:
-        for pause in (*_PAUSES, None):
-            try:
-                return self._range(number * BLOCK, min((number + 1) * BLOCK, self._size))
-            except FileNotFoundError:
-                raise
-            except OSError:
-                if pause is None:
-                    raise
-                time.sleep(pause)
-        raise AssertionError
-
-    def _range(self, begin: int, end: int) -> bytes:
-        with _requests(self._url):
-            part = self._system.cat_file(self._path, start=begin, end=end)
-        if len(part) != end - begin:
-            raise OSError(errno.EIO, f"it ends after {begin + len(part):,} of {self._size:,} bytes")
-        return part

@@ -7,7 +7,7 @@ after its last complete sample, fewer than S, are dropped.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ import torch
 from conf.blend_plan import StagePlan
 from corpus.blend import AnyBlend, Blend, QuotaBlend, StagedBlend
 from corpus.cache import Cache
-from corpus.epochs import open_epochs
+from corpus.epochs import Epochs, open_epochs
 from corpus.indexed import TokenFile
 from corpus.packed_epochs import PackedEpochs, open_packed, packing_note
-from corpus.prepare import Prepared
+from corpus.prepare import Prepared, Source
 from parallel.checkpoint_manifest import DATA_ORDER
 
 
@@ -34,12 +34,29 @@ class HeldOut(Stream, Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class OfObjects(Protocol):
+    """Samples that may be read from objects."""
+
+    is_object: bool
+    """Whether some are."""
+
+    def request(self, index: int) -> None:
+        """Requests what sample `index` will read, where that is an object, without waiting for it."""
+        ...
+
+
 class _Source(Protocol):
     def sample(self, index: int) -> np.ndarray: ...
 
 
 class _Locate(Protocol):
     def locate(self, index: int) -> tuple[int, int]: ...
+
+
+def _has_objects(sources: Sequence[Source]) -> bool:
+    """Whether some of the tokens are read from objects."""
+    return any(source.id_limit is not None for source in sources)
 
 
 def staged_blend(prepared: Prepared, plan: Sequence[StagePlan]) -> StagedBlend:
@@ -105,6 +122,7 @@ class TrainStream:
         else:
             self._epochs = open_epochs(prepared, cache, **how)
         self._eod_id = prepared.eod_id if document_mask else None
+        self.is_object = _has_objects(prepared.train)
 
     def keep_order(self, version: int) -> None:
         """Takes the samples in the order that a run began with, before the first sample is read.
@@ -139,6 +157,11 @@ class TrainStream:
                 f"a part of kind chat in data.blend needs a run that takes its samples in order {DATA_ORDER}; this one "
                 "was begun by an earlier version of Switchyard. Start another run from its weights (checkpoint.load)"
             )
+        if self.is_object:
+            raise ValueError(
+                f"token files at URLs are read by blocks only in order {DATA_ORDER}; this run was begun by an earlier "
+                "version of Switchyard: set data.objects=copy"
+            )
         from corpus.megatron_order import GreedyBlend, MegatronEpochs
 
         sources = self._prepared.train
@@ -168,6 +191,14 @@ class TrainStream:
             sample |= {"loss_mask": torch.ones(len(tokens)), "padding": torch.zeros(len(tokens), dtype=torch.bool)}
         return sample
 
+    def request(self, index: int) -> None:
+        """Requests what sample `index` will read, where that is an object."""
+        source, index_in_source = self._blend.locate(index)
+        if source not in self.chats:
+            opened = (self._packed or self._epochs)[source]
+            assert isinstance(opened, Epochs | PackedEpochs)  # `keep_order` refuses objects in another order
+            opened.request(index_in_source)
+
 
 class ValidWindows:
     """The held-out tokens in file order, split into windows of S tokens that do not overlap. The last window of a
@@ -175,7 +206,7 @@ class ValidWindows:
 
     def __init__(self, prepared: Prepared, *, sequence_length: int, document_mask: bool) -> None:
         assert prepared.eod_id is not None or not document_mask
-        self._files = [TokenFile(source.prefix) for source in prepared.valid]
+        self._files = [TokenFile(source.prefix, source.id_limit) for source in prepared.valid]
         self._begins = [
             f.index.num_tokens(0, s.first_document) for f, s in zip(self._files, prepared.valid, strict=True)
         ]
@@ -184,6 +215,7 @@ class ValidWindows:
         self._ends = np.cumsum(windows)
         self._sequence_length = sequence_length
         self._eod_id = prepared.eod_id if document_mask else None
+        self.is_object = _has_objects(prepared.valid)
 
     def __len__(self) -> int:
         """Number of windows with at least one label."""
@@ -196,10 +228,8 @@ class ValidWindows:
         size = self._sequence_length
         text = np.empty(0, dtype=np.int64)
         if index < len(self):
-            source = int(np.searchsorted(self._ends, index, side="right"))
-            start = (index - (int(self._ends[source - 1]) if source else 0)) * size
-            count = min(size + 1, self._tokens[source] - start)
-            text = self._files[source].read(self._begins[source] + start, count)
+            file, start, count = self._place(index)
+            text = file.read(start, count)
         labels = max(len(text) - 1, 0)
         padded = torch.zeros(size + 1, dtype=torch.int64)
         padded[: len(text)] = torch.from_numpy(text)
@@ -210,6 +240,19 @@ class ValidWindows:
             "padding": torch.arange(size) >= len(text),
             "positions": positions_within(padded[:-1], self._eod_id),
         }
+
+    def request(self, index: int) -> None:
+        """Requests what window `index` will read, where that is an object."""
+        if index < len(self):
+            file, start, count = self._place(index)
+            file.request(start, count)
+
+    def _place(self, index: int) -> tuple[TokenFile, int, int]:
+        """The file of a window, and there the position and number of its tokens."""
+        size = self._sequence_length
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        start = (index - (int(self._ends[source - 1]) if source else 0)) * size
+        return self._files[source], self._begins[source] + start, min(size + 1, self._tokens[source] - start)
 
 
 def positions_within(tokens: torch.Tensor, eod_id: int | None) -> torch.Tensor:
@@ -240,3 +283,20 @@ def micro_batches(
         start = first_sample + (j * dp_size + dp_rank) * micro_batch_size
         samples = [stream.sample(index) for index in range(start, start + micro_batch_size)]
         yield {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def request_micro_batches(
+    stream: Stream,
+    *,
+    first_sample: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    dp_rank: int,
+    dp_size: int,
+) -> None:
+    """Requests what `micro_batches` with the same arguments will read, where that is in objects."""
+    if isinstance(stream, OfObjects) and stream.is_object:
+        for j in range(num_micro_batches):
+            start = first_sample + (j * dp_size + dp_rank) * micro_batch_size
+            for index in range(start, start + micro_batch_size):
+                stream.request(index)

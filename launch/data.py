@@ -17,6 +17,7 @@ from corpus.documents import expand
 from corpus.inspection.report import Report
 from corpus.inspection.text import inspect_text
 from corpus.inspection.tokens import inspect_tokens, is_token_file
+from corpus.objects import explained
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import tokenizer_json
 from launch.cli import command
@@ -63,7 +64,7 @@ def _tokenizer(config: InspectDataConfig, pair: str | None) -> Tokenizer | None:
     path = config.tokenizer
     if path is None and pair is not None:
         beside = f"{pair.removesuffix('.bin').removesuffix('.idx')}.tokenizer.json"
-        path = beside if storage.is_file(beside) else None
+        path = beside if explained(beside, storage.is_file) else None
     if path is None:
         return None
     file = tokenizer_json(path, "tokenizer")

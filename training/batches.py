@@ -2,7 +2,7 @@
 
 from conf.schema import Config
 from corpus.read_ahead import ReadAhead
-from corpus.stream import Stream, micro_batches
+from corpus.stream import Stream, micro_batches, request_micro_batches
 from parallel.objective import Batch
 from parallel.process_groups import Groups
 
@@ -15,19 +15,22 @@ def read_batches(
     Args:
         first_sample: the position in the training stream.
     """
-    train, dp = config.train, groups.dp.size()
+    train, dp = config.train, groups.dp
+    end = first_sample + steps * train.global_batch_size
+    how = {
+        "micro_batch_size": train.micro_batch_size,
+        "num_micro_batches": train.global_batch_size // (train.micro_batch_size * dp.size()),
+        "dp_rank": dp.rank(),
+        "dp_size": dp.size(),
+    }
+    requested = first_sample
 
     def load(first: int) -> list[Batch]:
-        return list(
-            micro_batches(
-                stream,
-                first_sample=first,
-                micro_batch_size=train.micro_batch_size,
-                num_micro_batches=train.global_batch_size // (train.micro_batch_size * dp),
-                dp_rank=groups.dp.rank(),
-                dp_size=dp,
-            )
-        )
+        nonlocal requested
+        last = min(first + 2 * config.data.read_ahead * train.global_batch_size, end - 1)
+        while requested <= last:  # of this step, and of twice as many later ones as are held ready
+            request_micro_batches(stream, first_sample=requested, **how)
+            requested += train.global_batch_size
+        return list(micro_batches(stream, first_sample=first, **how))
 
-    end = first_sample + steps * train.global_batch_size
     return ReadAhead(load, range(first_sample, end, train.global_batch_size), depth=config.data.read_ahead)

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,12 @@ class RunDir:
     overrides: list[str]
     """The overrides on the command line."""
 
-    def command(self, steps: int) -> str:
-        """The command that continues this run to another number of steps."""
-        replaced = ("run.dir", "train.steps", "train.stop_after", "checkpoint.resume")  # false would refuse run.dir
+    def command(self, steps: int, more: Sequence[str] = ()) -> str:
+        """The command that continues this run to another number of steps, with further overrides."""
+        replaced = {"run.dir", "train.steps", "train.stop_after", "checkpoint.resume"}  # false would refuse run.dir
+        replaced |= {word.partition("=")[0] for word in more}
         kept = [o for o in self.overrides if o.split("=")[0].lstrip("+") not in replaced]
-        words = [*kept, override("run.dir", str(self.path)), override("train.steps", steps)]
+        words = [*kept, override("run.dir", str(self.path)), override("train.steps", steps), *more]
         ranks = {"NPROC": os.environ["NPROC"]} if "NPROC" in os.environ else {}
         return command(["bash", "launch/train.sh"], words, ranks)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from conf.blend_plan import overrides_to_continue
 from conf.override_text import command, override
 from corpus.chat_stream import describe_example
 from corpus.open_data import PartShares, example_chat, held_out_parts
@@ -21,7 +22,7 @@ from training.batches import read_batches
 from training.builder import BuiltModel
 from training.console import Console
 from training.errors import RunDirTakenOver, RunFailed
-from training.evaluate import EvalResult, evaluate, evaluate_parts
+from training.evaluate import EvalResult, evaluate, evaluate_parts, request_windows
 from training.expert_load_log import explain_drops
 from training.generate import encode_prompt, generate
 from training.load_initial import load_initial_weights
@@ -127,6 +128,9 @@ class Trainer:
         at, groups = self.progress, self.built.runtime.groups
         left = self.config.train.steps - at.step
         self.batches = read_batches(self.config, self.stream, groups, first_sample=at.samples, steps=left)
+        if self.config.eval.every:
+            for windows in (self.windows, *self.held_out_parts.values()):
+                request_windows(self.built, windows, self.config.eval.batches)
         try:
             return self._run(log)
         finally:
@@ -337,9 +341,14 @@ class Trainer:
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
                 ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
                 *(("write text", command(generate_text, text)) for generate_text in writes),
-                ("continue", self.run_dir.command(2 * self.config.train.steps)),
+                *(("continue", line) for line in self._continuing()),
             ],
         )
+
+    def _continuing(self) -> list[str]:
+        """The command that continues the run to twice its steps, if it can go on."""
+        more = overrides_to_continue(self.config)
+        return [] if more is None else [self.run_dir.command(2 * self.config.train.steps, more)]
 
     def _sample(self) -> tuple[str, str] | None:
         settings = self.config.eval

@@ -10,6 +10,7 @@ import numpy as np
 from corpus import storage
 from corpus.indexed import Index, read_index
 from corpus.inspection.report import Problems, Progress, Report, size_text
+from corpus.objects import explained
 from corpus.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64 * 1024 * 1024
@@ -36,9 +37,9 @@ class _Pair:
 
 
 def is_token_file(path: str) -> bool:
-    """Whether it is the prefix of a .bin/.idx pair, or one of the two."""
+    """Whether it is the prefix of a .bin/.idx pair, or one of the two. Raises ValueError if it cannot be found out."""
     prefix = path.removesuffix(".bin").removesuffix(".idx")
-    return path != prefix or storage.is_file(prefix + ".idx")
+    return path != prefix or explained(path, lambda _: storage.is_file(prefix + ".idx"))
 
 
 def inspect_tokens(

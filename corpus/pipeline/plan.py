@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from corpus import storage
+from corpus.objects import explained, sizes_of
 from corpus.pipeline.account import write_json
 from corpus.pipeline.steps import Step
 from corpus.readers.formats import package_versions
@@ -41,8 +43,8 @@ class Plan:
     """Folder of the result; it appears when everything is complete."""
     tasks: list[list[str]]
     """The files of each task, in order."""
-    stamps: list[list[int]]
-    """Size in bytes and modification time in ns of each file, to notice changes."""
+    stamps: list[Any]
+    """Of each file its size in bytes and modification time in ns, or the version of an object, to notice changes."""
     steps: list[dict[str, Any]]
     tokenizer: list[Any]
     """What the tokenizer is made of: a hash of the given one, or the settings of its training."""
@@ -120,8 +122,7 @@ def divide(files: Sequence[str], task_mib: float) -> list[list[str]]:
     """The files of each task: those that follow each other, as many as have `task_mib` MiB, and at least one."""
     tasks: list[list[str]] = []
     size = 0
-    for path in files:
-        bytes_of_file = os.path.getsize(path)
+    for path, bytes_of_file in zip(files, sizes_of(files), strict=True):
         if not tasks or size + bytes_of_file > task_mib * _MIB:
             tasks.append([])
             size = 0
@@ -132,17 +133,24 @@ def divide(files: Sequence[str], task_mib: float) -> list[list[str]]:
 
 def new_plan(prefix: Path, files: Sequence[str], steps: Sequence[Step], task_mib: float, **settings: Any) -> Plan:
     """The plan for an output PREFIX. Settings: the other fields of a plan."""
-    stamps = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
     return Plan(
         work=f"{prefix}.work",
         output=str(prefix),
         tasks=divide(files, task_mib),
-        stamps=stamps,
+        stamps=storage.each(_stamp, files),
         steps=[{"name": step.name, "options": step.options} for step in steps],
         datatrove=version("datatrove"),
         readers=package_versions(files),
         **settings,
     )
+
+
+def _stamp(path: str) -> Any:
+    """What changes when a file or an object is replaced, JSON-serialisable. Raises ValueError."""
+    if storage.is_url(path):
+        return explained(path, storage.version)
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def begin_or_resume(plan: Plan) -> bool:

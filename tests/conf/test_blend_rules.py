@@ -3,8 +3,9 @@
 from dataclasses import asdict, replace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from conf.blend_plan import refused_change
+from conf.blend_plan import overrides_to_continue, refused_change
 from conf.schema import BlendPart, BlendStage, Config
 from tests.conf.test_rules import error_message, view
 
@@ -129,3 +130,24 @@ def test_a_run_that_continues_keeps_its_samples(new, step, expected):
     assert found is None if expected is None else expected in found
     without = config_of([WEB, replace(WIKI, epochs=None)], 100)
     assert refused_change(asdict(without), config_of(without.data.blend, 300), step) is None
+
+
+@pytest.mark.parametrize("stages", [[], [BlendStage(60, [0.5, 1])], [BlendStage(60, [2, 0])]])
+def test_the_command_at_the_end_of_a_run_is_one_that_works(stages):
+    old = config_of([WEB, WIKI], 100, stages)
+    (override,) = overrides_to_continue(old) or ()
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    added = [BlendStage(**stage) for stage in parsed.value()]
+    assert parsed.key_or_group == "data.stages" and added[:-1] == stages
+    new = config_of([WEB, WIKI], 200, added)
+    assert refused_change(asdict(old), new, 100) is None
+    settings = {"data.kind": "blend", "data.blend": [WEB, WIKI], "data.stages": added, "train.steps": 200}
+    assert error_message(view(settings)) == ""
+
+
+def test_where_all_parts_have_epochs_a_run_has_ended():
+    old = config_of([WIKI], 100)
+    assert overrides_to_continue(old) is None
+    refused = refused_change(asdict(old), config_of([WIKI], 200), 100)
+    assert refused is not None and "no part has a weight. Restore train.steps=100, or" in refused
+    assert overrides_to_continue(config_of([WEB], 100)) == overrides_to_continue(Config()) == []

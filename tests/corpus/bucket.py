@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import fsspec
+import pytest
 from fsspec import AbstractFileSystem
 
 
@@ -61,6 +62,19 @@ class Bucket(AbstractFileSystem):
     def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
         with open(lpath, "rb") as file:
             self.write(self._strip_protocol(rpath), file.read())
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on every request of the bucket fails; returns those that were tried."""
+    tried: list[str] = []
+
+    def fail(self: Bucket, path: str, *args: object, **kwargs: object) -> bytes:
+        tried.append(path)
+        raise ConnectionError("Cannot connect to host bucket:443")
+
+    for method in ("ls", "info", "find", "glob", "cat_file"):
+        monkeypatch.setattr(Bucket, method, fail)
+    return tried
 
 
 fsspec.register_implementation("bucket", Bucket, clobber=True)

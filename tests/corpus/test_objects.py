@@ -26,7 +26,7 @@ from corpus.prepare import Prepared, prepare
 from corpus.text import TextCorpus
 from corpus.tokenizer import Tokenizer
 from launch.prepare import main as prepare_main
-from tests.corpus.bucket import Bucket
+from tests.corpus.bucket import Bucket, without_network
 from tests.corpus.helpers import write_pair
 
 TEXTS = [f"Document {i} is about {'numbers ' * (i % 5)}and words.\n" for i in range(300)]
@@ -46,7 +46,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Bucket]]:
 
 def run(tmp_path: Path, kind: str, *files: str, **settings: object) -> Prepared:
     data = DataConfig(kind=kind, files=list(files), cache_dir=str(tmp_path / "cache"), valid_fraction=0.1)
-    return prepare(replace(data, **settings), vocab_size=400, sequence_length=16)
+    return prepare(replace(data, **{"objects": "copy", **settings}), vocab_size=400, sequence_length=16)
 
 
 def test_files_in_memory_are_read_as_local_ones(tmp_path: Path) -> None:
@@ -300,19 +300,6 @@ def test_prepare_reads_and_writes_objects(tmp_path: Path, monkeypatch: pytest.Mo
     assert there.key == run(tmp_path, "megatron", f"{tmp_path}/out", tokenizer=f"{tmp_path}/out.tokenizer.json").key
     with pytest.raises(ValueError, match=r"bucket://b/out/corpus\.tokenizer\.json exists already"):
         prepare_main(PrepareConfig(input="bucket://b/in", output="bucket://b/out/corpus", **settings))
-
-
-def without_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From now on every request of the bucket fails; returns those that were tried."""
-    tried: list[str] = []
-
-    def fail(self: Bucket, path: str, *args: object, **kwargs: object) -> bytes:
-        tried.append(path)
-        raise ConnectionError("Cannot connect to host bucket:443")
-
-    for method in ("ls", "info", "find", "glob", "cat_file"):
-        monkeypatch.setattr(Bucket, method, fail)
-    return tried
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from corpus.stream import TrainStream
 from parallel.checkpoint_manifest import MANIFEST, _digest_of
 from parallel.env import World
 from parallel.local_launcher import RankFailed, RankPool
+from tests.corpus.helpers import write_pair
 from tests.training.helpers import rows, tiny_config, train, trajectory, write_corpus
 from training.run_dir import open_run_dir
 
@@ -161,3 +162,16 @@ def sequences(run_dir: Path) -> int:
     """Of an epoch of the first part."""
     source = Prepared.from_json((run_dir / "data.json").read_text()).train[0]
     return (source.num_tokens - 1) // 32
+
+
+def test_a_run_on_objects_is_that_on_local_files(ranks: RankPool, tmp_path: Path) -> None:
+    """Stopped and continued, with an evaluation, on two ranks that share the blocks of a token file at a URL."""
+    ids = np.random.default_rng(0).integers(1, 250, (60, 50)).tolist()
+    prefix = write_pair(tmp_path / "pair", ids)
+    for name, path, stop_after in (("a", prefix, None), ("b", f"file://{prefix}", 3), ("b", f"file://{prefix}", None)):
+        config = config_of(tmp_path / "corpus", tmp_path / name, stop_after=stop_after)
+        config.eval.every = 2
+        config.data = replace(config.data, kind="megatron", files=[path], valid_fraction=0.2)
+        ranks.run(2, train, config, timeout=LIMIT)
+    assert len(trajectory(tmp_path / "a")) == 6 and trajectory(tmp_path / "b") == trajectory(tmp_path / "a")
+    assert [*(tmp_path / "cache" / "streams").glob("*/pair.blocks")]

@@ -69,6 +69,9 @@ def test_a_run_is_continued_with_what_it_was_started_with(monkeypatch: pytest.Mo
     words = shlex.split(run.command(10))
     assert words[:2] == ["bash", "launch/train.sh"]
     assert words[2:] == ["data=text", "data.files=[a b.txt]", "run.dir=runs/x", "train.steps=10"]
+    stages = "data.stages=[{step: 6, weights: [1, 0]}]"
+    words = shlex.split(run.command(10, [stages, "data.files=[c]"]))
+    assert words[2:] == ["data=text", "run.dir=runs/x", "train.steps=10", stages, "data.files=[c]"]
     monkeypatch.setenv("NPROC", "4")
     assert run.command(10).startswith("NPROC=4 bash ")
     awkward = Path("runs/a b=1,(2) it's ${x}")

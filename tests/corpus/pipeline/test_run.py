@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from tests.corpus.helpers import token_range
 from tests.corpus.pipeline.helpers import STEPS, content, documents_of, prose, settings, write_corpus
 
 ROOT = Path(__file__).parents[3]
+MORE = {"text_key": "text", "strict": False, "eod_token": "<eod>", "samples": 3, "tokenizer": []}
+"""The other fields of a plan."""
 
 
 def test_steps_remove_the_same_with_any_number_of_workers(tmp_path, capsys):
@@ -69,6 +72,19 @@ def test_without_steps_the_tokens_are_those_of_one_process(tmp_path, capsys):
     assert manifest["num_tokens"] == len(token_range(str(tmp_path / "plain"), 0, len(texts)))
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert not (tmp_path / "shards.work").exists()
+
+
+def test_objects_are_prepared_as_local_files(tmp_path):
+    write_corpus(tmp_path, files=2)
+    assert main(settings(tmp_path, "here", [])) == 0
+    assert main(settings(tmp_path, "there", [], input=f"file://{tmp_path}/*.jsonl")) == 0
+    here, there = content(tmp_path / "here"), content(tmp_path / "there")
+    named = ["manifest.json", "summary.json"]  # they have the paths
+    assert len(here) == 6 and {**here, **there} == {**there, **{n: c for n, c in here.items() if n not in named}}
+    plan = [new_plan(tmp_path / "x", [f"file://{tmp_path}/0.jsonl"], [], 1.0, **MORE).stamps for _ in range(2)]
+    assert plan[0] == plan[1]
+    os.utime(tmp_path / "0.jsonl", (1, 1))
+    assert new_plan(tmp_path / "x", [f"file://{tmp_path}/0.jsonl"], [], 1.0, **MORE).stamps != plan[0]
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -128,7 +144,11 @@ def _workers(command: int) -> list[int]:
         ({"executor": "slurm", "slurm": PrepareSlurmConfig(sbatch=["account=x"])}, "not of the form --NAME=VALUE"),
         ({"strict": True}, r"3\.jsonl line 4 is not valid JSON"),
         ({"text_key": "body"}, r"has no field 'body'; set text_key to one that it has: text"),
-        ({"executor": "ray"}, r'needs Ray: pip install "ray\[default\]"'),
+        pytest.param(
+            {"executor": "ray"},
+            r'needs Ray: pip install "ray\[default\]"',
+            marks=pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed"),
+        ),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(tmp_path, changes, message):
@@ -211,8 +231,7 @@ def test_the_arguments_are_those_of_datatrove_s_executors(tmp_path):
 
 def _plan(folder: Path) -> Plan:
     files, steps = [f"{folder}/0.jsonl"], run.read_steps(STEPS)
-    more = {"text_key": "text", "strict": False, "eod_token": "<eod>", "samples": 3, "tokenizer": []}
-    return new_plan(folder / "planned", files, steps, 256.0, **more)
+    return new_plan(folder / "planned", files, steps, 256.0, **MORE)
 
 
 def _tokenizer(folder: Path) -> str:
