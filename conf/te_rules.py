@@ -16,12 +16,11 @@ def te_parts(config: Config) -> list[str]:
     model, fp8 = config.model, config.fp8
     if model.transformer_impl == "local":
         return []
-    parts = ["linear layers"]
-    if config.lora.rank is None and (model.kv_lora_rank is not None or "norm" not in model.recompute):
-        parts.append("norm and linear layer")
     in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
-    if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
-        parts = []  # their products are fp8.kernels'
+    is_fp8 = config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers
+    parts = [] if is_fp8 and model.reward_head else ["linear layers"]  # of FP8 the output layer alone
+    fuses = config.lora.rank is None and (model.kv_lora_rank is not None or "norm" not in model.recompute)
+    parts += ["norm and linear layer"] if fuses and not is_fp8 else []
     exchanges = config.parallel.cp > 1 and config.parallel.cp_comm_type != "all_gather"
     return [*parts, "context-parallel attention" if exchanges else "attention"]
 
