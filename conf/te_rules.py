@@ -41,20 +41,11 @@ def cp_comm_type_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(f"{comm}={kind} needs GPUs", f"cluster={cfg['cluster.name']} has none", {comm: [gather]})
     if cfg["precision"] == "fp32":
         yield Violation(f"{comm}={kind} computes in bf16", "precision is fp32", {"precision": ["bf16"], comm: [gather]})
-    if cfg["data.document_mask"]:
-        yield Violation(
-            f"{comm}={kind} needs data.document_mask=false: TransformerEngine cuts every document into 2 * {cp} equal "
-            "parts",
-            "it is true",
-            {"data.document_mask": [False], comm: [gather]},
-        )
-    lacks = [("model.attention_chunk_size", None)]
-    lacks += [("model.sliding_window", None), ("model.attention_sinks", False)] if kind == "p2p" else []
+    lacks = [("model.sliding_window", None), ("model.attention_sinks", False)] if kind == "p2p" else []
     for key, value in lacks:
         if cfg[key] != value:
-            others = ["a2a", gather] if key != "model.attention_chunk_size" else [gather]
             actual = f"it is {format_value(cfg[key])}"
-            yield Violation(f"{comm}={kind} needs {key}={format_value(value)}", actual, {comm: others})
+            yield Violation(f"{comm}={kind} needs {key}={format_value(value)}", actual, {comm: ["a2a", gather]})
     if kind == "a2a":
         groups = "model.num_query_groups" if cfg["model.kv_lora_rank"] is None else "model.num_attention_heads"
         for key in dict.fromkeys(("model.num_attention_heads", groups)):

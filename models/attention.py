@@ -59,7 +59,7 @@ class CoreAttention(nn.Module):
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
         if self.ops.cp_attention is not None:
             v = F.pad(v, (0, padding)) if padding else v
-            out = self.ops.cp_attention(q, k, v, pieces[0].window if pieces else None, sinks_H)
+            out = self.ops.cp_attention(q, k, v, pieces, sinks_H)
             return (out[..., :-padding] if padding else out).flatten(2)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)

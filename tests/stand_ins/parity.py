@@ -33,10 +33,12 @@ FURTHER = {
     "p2p": Variant({"attention_bias": True, "recompute": ["full"]}, {"num_shared_experts": 1}, cp_comm_type="p2p"),
     "a2a": Variant({"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True}, cp_comm_type="a2a"),
     "mla_p2p": dataclasses.replace(VARIANTS["mla"], cp_comm_type="p2p"),
+    "p2p_documents": Variant({"num_query_groups": None}, document_mask=True, cp_comm_type="p2p"),
+    "a2a_chunks": dataclasses.replace(VARIANTS["llama4"], cp_comm_type="a2a"),
     "centered": Variant({"norm_zero_centered": True, "attention_bias": True, "sliding_window": 5}, document_mask=True),
 }
 """Besides those of the matrix."""
-EXCHANGED = ["p2p", "a2a", "mla_p2p"]
+EXCHANGED = ["p2p", "a2a", "mla_p2p", "p2p_documents", "a2a_chunks"]
 EVERYWHERE = [name for name in FURTHER if name not in EXCHANGED]
 MODELS = {**VARIANTS, **FURTHER}
 MATRIX = [
@@ -62,14 +64,14 @@ MATRIX = [
         2,
         {"cp": 2},
         ["switch_documents", "gpt_oss", "mla", "chunks", "centered", *EXCHANGED],
-        "centered p2p a2a",
+        "centered p2p p2p_documents a2a_chunks",
     ),
     Layouts("ep2", 2, {"ep": 2}, ["dropless", "overlap", "overlap_padded", "recomputed_moe"], "overlap"),
     Layouts("dp2 +overlap", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ["dropless", "dense"]),
     Layouts("dp2 instances2", 2, {"optimizer_instances": 2}, ["drops", "recomputed"]),
     Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "muon", "overlap_lora"]),
     Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE}, ["drops", "gpt_oss", "mtp_documents", "recomputed", "p2p"]),
-    Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p"]),
+    Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p", "p2p_documents"]),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {"pp": 2, "vpp": 2, "ep": 2, **SEQUENCE}, ["switch", "recomputed"]),
 ]
 
