@@ -3,7 +3,7 @@
 Legend: S sequence (this rank's slice), B batch, K inner and N outer dimension of a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,7 +66,7 @@ class ReplicatedLinear(nn.Module):
         super().__init__()
         assert not spec.bias
         self.weight = nn.Parameter(torch.empty(spec.outer, spec.inner, dtype=spec.config.params_dtype))
-        self.product = F.linear
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.product(x, self.weight), None
@@ -153,9 +153,11 @@ def _trial(layers: LinearLayers, context: RunContext) -> list[Tensor]:
     if multiplies(context):
         column, row = (LinearSpec(*sizes, model.attention_bias, *how) for sizes in ((hidden, width), (width, hidden)))
         results += _two_micro_batches([(layers.column(column), column, 0), (layers.row(row), row, 1)], context)
-    if model.mtp_num_layers or (model.kv_lora_rank and multiplies(context)):
-        inner = hidden * (2 if model.mtp_num_layers else 1)
-        spec = LinearSpec(inner, (model.kv_lora_rank or hidden) + (model.qk_rope_head_dim or 0), False, *how)
+    if model.mtp_num_layers or (model.kv_lora_rank is not None and multiplies(context)):
+        sizes = (2 * hidden, hidden)
+        if model.kv_lora_rank is not None:
+            sizes = hidden, model.kv_lora_rank + model.qk_rope_head_dim
+        spec = LinearSpec(*sizes, False, *how)
         results += _two_micro_batches([(layers.replicated(spec), spec, None)], context)
     if not model.reward_head:
         head, shared = LinearSpec(hidden, min(model.vocab_size, 512 * tp.size()), model.head_bias, *how), None

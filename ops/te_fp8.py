@@ -216,11 +216,13 @@ def _load(context: RunContext) -> TransformerEngineFp8:
 
 
 def _trial(fp8: TransformerEngineFp8 | None, context: RunContext) -> list[Tensor]:
-    """Results and gradients of two micro-batches of a linear layer and, with experts, of four of them, of which one has
-    no row: after the first, delayed scaling has scales. The main gradients are those of both."""
-    hidden = context.model.hidden_size
-    x_RK, dy_RN = context.randn(64, hidden).requires_grad_(), context.randn(64, hidden, seed=2)
-    w_NK = nn.Parameter(context.randn(hidden, hidden, seed=1) / hidden**0.5)
+    """Results and gradients of two micro-batches of a linear layer, of latent attention the one with the oddest width,
+    and with experts of four of them, of which one has no row: after the first, delayed scaling has scales. The main
+    gradients are those of both."""
+    model, hidden = context.model, context.model.hidden_size
+    outer = hidden if model.kv_lora_rank is None else model.kv_lora_rank + model.qk_rope_head_dim
+    x_RK, dy_RN = context.randn(64, hidden).requires_grad_(), context.randn(64, outer, seed=2)
+    w_NK = nn.Parameter(context.randn(outer, hidden, seed=1) / hidden**0.5)
     main_NK = torch.zeros_like(w_NK, dtype=torch.float32)
     w_NK.main_grad, w_NK.grad_added_to_main_grad = main_NK, False  # pyright: ignore[reportAttributeAccessIssue]
     product = (lambda x: x @ w_NK.t()) if fp8 is None else fp8.linear(w_NK, None)
