@@ -80,10 +80,8 @@ def te_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(
             f"{KEY}=transformer_engine needs GPUs", f"cluster={cfg['cluster.name']} has none", {KEY: ["auto"]}
         )
-    if cfg["model.kv_lora_rank"] is not None:  # its own norms are not recomputed, and with adapters nothing is fused
-        return
     recompute = cfg["model.recompute"]
-    if "norm" in recompute:
+    if "norm" in recompute and cfg["model.kv_lora_rank"] is None:  # which has norms of its own, never recomputed
         yield Violation(
             f"{KEY}=transformer_engine computes norms in the linear layers that follow, which keep their "
             "outputs: model.recompute without norm",

@@ -209,7 +209,8 @@ def _is_used(context: RunContext) -> bool:
 def _describe(context: RunContext, row: Row) -> Row:
     if multiplies(context):
         return row
-    return Row(row.operation, row.name, f"{row.why}; of the output layer alone, the others are in FP8", row.refused)
+    why = "; ".join(filter(None, [row.why, "of the output layer alone, the others are in FP8"]))
+    return Row(row.operation, row.name, why, row.refused)
 
 
 def te_layers(context: RunContext) -> Any:

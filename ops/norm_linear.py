@@ -121,12 +121,6 @@ def _trial_in(place: Place, fused: NormLinear | None, context: RunContext) -> li
     return [y.detach(), *(t.detach() for t in read), *gradients, main_gradient_of(w_NK, dw_NK)]
 
 
-def fuses_norm(context: RunContext) -> bool:
-    """Whether linear layers read norms. Of latent attention with adapters this is left alone without a word."""
-    adapted = context.config.lora.rank is not None
-    return multiplies(context) and (context.model.kv_lora_rank is None or not adapted)
-
-
 def _norm_is_needed(context: RunContext) -> str | None:
     if not any(True for _ in _places(context.model)):
         return "keeps what model.recompute=[norm] is to recompute"
@@ -149,7 +143,7 @@ NORM_LINEAR: Operation[NormLinear | None] = Operation(
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
-    is_used=fuses_norm,
+    is_used=multiplies,
     asked=te.asked,
     refusal=f"norm and linear layer: {te.REFUSAL}",
     is_collective=True,
