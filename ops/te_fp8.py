@@ -83,6 +83,17 @@ class Held:
         return torch.func.functional_call(self.layer, weights, inputs, {"is_first_microbatch": first})
 
 
+def _without_weights(kind: str, weight: Tensor, *sizes: int, **further: Any) -> Any:
+    """One of TransformerEngine's layers, for weights like this one."""
+    make = getattr(te_recipes.engine(), kind)
+    return make(*sizes, bias=False, params_dtype=weight.dtype, device="meta", **further)
+
+
+def _keep(weight: Any, held: Held) -> Held:
+    weight.te_held = held
+    return held
+
+
 @dataclass(frozen=True)
 class TransformerEngineFp8:
     """How the layers in FP8 compute; models.te_layers gives it to them."""
@@ -116,9 +127,8 @@ class TransformerEngineFp8:
     def linear(self, weight_NK: Tensor, scales: Scales | None) -> Callable[[Tensor], Tensor]:
         """x [..., K] -> x @ weight.T [..., N]."""
         outer, inner = weight_NK.shape
-        how = {"bias": False, "params_dtype": weight_NK.dtype, "device": "meta", "fuse_wgrad_accumulation": self.fuse}
-        held = Held(te_recipes.engine().Linear(inner, outer, **how), 1, scales)
-        weight_NK.te_held = held  # pyright: ignore[reportAttributeAccessIssue]
+        layer = _without_weights("Linear", weight_NK, inner, outer, fuse_wgrad_accumulation=self.fuse)
+        held = _keep(weight_NK, Held(layer, 1, scales))
 
         def product(x: Tensor) -> Tensor:
             with self.inside():
@@ -128,11 +138,8 @@ class TransformerEngineFp8:
 
     def grouped(self, w_LKN: Tensor, scales: Scales | None) -> Held:
         """Of experts' weights [L, K, ...]; kept on the parameter."""
-        experts, inner, outer = w_LKN.flatten(2).shape
-        how = {"bias": False, "params_dtype": w_LKN.dtype, "device": "meta"}
-        held = Held(te_recipes.engine().GroupedLinear(experts, inner, outer, **how), experts, scales)
-        w_LKN.te_held = held  # pyright: ignore[reportAttributeAccessIssue]
-        return held
+        sizes = w_LKN.flatten(2).shape
+        return _keep(w_LKN, Held(_without_weights("GroupedLinear", w_LKN, *sizes), sizes[0], scales))
 
     def experts(self, otherwise: ExpertBackend) -> ExpertBackend:
         """Experts whose weights have what `grouped` returns.
