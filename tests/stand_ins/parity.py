@@ -77,7 +77,17 @@ BESIDES = [
     Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p", "p2p_documents"]),
     Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, RANKS_8, ["switch"]),
 ]
-MATRIX = [dataclasses.replace(layouts, variants=[*layouts.variants, *EVERYWHERE]) for layouts in BESIDES]
+MATRIX = [
+    dataclasses.replace(
+        layouts,
+        # Megatron-Core has no expert parallelism of a model without experts.
+        variants=[
+            *layouts.variants,
+            *(n for n in EVERYWHERE if n != "recomputed_dense" or "ep" not in layouts.degrees),
+        ],
+    )
+    for layouts in BESIDES
+]
 """Every layout with every kind of recomputation, besides what is its own."""
 
 
