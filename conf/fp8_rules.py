@@ -78,12 +78,23 @@ def _te_layer_rules(cfg: ConfigView) -> Iterator[Violation]:
             {"model.recompute": [without], "fp8.recipe": ["tensorwise"]},
         )
     multiple, length = (32 if recipe == "mxfp8" else 16), "train.sequence_length"
-    rows = cfg["train.micro_batch_size"] * cfg[length] // cfg["parallel.cp"]
+    latent, degrees = cfg["model.kv_lora_rank"] is not None, ["parallel.cp"]
+    if latent and cfg["parallel.sequence_parallel"]:  # a rank projects its own tokens down
+        degrees.append("parallel.tp")
+    ranks = cfg.product(*degrees)
+    rows = cfg["train.micro_batch_size"] * cfg[length] // ranks
     if rows % multiple:
         yield Violation(
-            f"{kernels}=te needs train.micro_batch_size * {length} / parallel.cp % {multiple} == 0",
+            f"{kernels}=te needs train.micro_batch_size * {length} / {' / '.join(degrees)} % {multiple} == 0",
             f"{rows} % {multiple} = {rows % multiple}",
-            {length: multiples(cfg[length], multiple * cfg["parallel.cp"]), kernels: ["auto"]},
+            {length: multiples(cfg[length], multiple * ranks), kernels: ["auto"]},
+        )
+    rope = "model.qk_rope_head_dim"
+    if latent and cfg[rope] % multiple:
+        yield Violation(
+            f"{kernels}=te needs {rope} % {multiple} == 0",
+            f"{cfg[rope]} % {multiple} = {cfg[rope] % multiple}",
+            {rope: multiples(cfg[rope], multiple), kernels: ["auto"]},
         )
 
 

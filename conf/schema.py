@@ -55,10 +55,11 @@ class ParallelConfig:
     cp_comm_type: str = setting("all_gather", choices=("all_gather", "p2p", "a2a"))
     """How the ranks of cp attend in training, as Megatron-Core's setting of this name: all_gather, p2p or a2a.
     all_gather: each gathers keys and values of the whole sequence; with every attention. p2p: TransformerEngine passes
-    keys and values from rank to rank while it attends, and no rank holds them all; whole sequences only, without
-    documents, windows, chunks and sinks. a2a: TransformerEngine gives each rank some heads of all tokens; the heads and
-    query groups of a rank are divisible by cp; also with windows and sinks. Evaluation by launch.evaluate, and text
-    generation, always gather. p2p and a2a have not run on a GPU yet. Needs cp > 1."""
+    keys and values from rank to rank while it attends, and no rank holds them all; without windows and sinks. a2a:
+    TransformerEngine gives each rank some heads of all tokens; the heads and query groups of a rank are divisible by
+    cp; also with windows and sinks, with documents or chunks from TransformerEngine 2.10 on, and with these and sinks
+    from 2.12 and cuDNN 9.18 on. Evaluation by launch.evaluate, and text generation, always gather. p2p and a2a have not
+    run on a GPU yet. Needs cp > 1."""
     ep: int = setting(1, ge=1)
     """Expert-parallel size: the experts of a layer are distributed over ep ranks of the same pipeline stage."""
     etp: int = setting(1, ge=1)

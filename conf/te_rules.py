@@ -16,12 +16,11 @@ def te_parts(config: Config) -> list[str]:
     model, fp8 = config.model, config.fp8
     if model.transformer_impl == "local":
         return []
-    parts = ["linear layers"]
-    if config.lora.rank is None and (model.kv_lora_rank is not None or "norm" not in model.recompute):
-        parts.append("norm and linear layer")
     in_fp8 = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
-    if config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers:
-        parts = []  # their products are fp8.kernels'
+    is_fp8 = config.precision == "fp8" and fp8.linear_layers and len(in_fp8) == model.num_layers + model.mtp_num_layers
+    parts = [] if is_fp8 and model.reward_head else ["linear layers"]  # of FP8 the output layer alone
+    fuses = config.lora.rank is None and (model.kv_lora_rank is not None or "norm" not in model.recompute)
+    parts += ["norm and linear layer"] if fuses and not is_fp8 else []
     exchanges = config.parallel.cp > 1 and config.parallel.cp_comm_type != "all_gather"
     return [*parts, "context-parallel attention" if exchanges else "attention"]
 
@@ -42,20 +41,11 @@ def cp_comm_type_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(f"{comm}={kind} needs GPUs", f"cluster={cfg['cluster.name']} has none", {comm: [gather]})
     if cfg["precision"] == "fp32":
         yield Violation(f"{comm}={kind} computes in bf16", "precision is fp32", {"precision": ["bf16"], comm: [gather]})
-    if cfg["data.document_mask"]:
-        yield Violation(
-            f"{comm}={kind} needs data.document_mask=false: TransformerEngine cuts every document into 2 * {cp} equal "
-            "parts",
-            "it is true",
-            {"data.document_mask": [False], comm: [gather]},
-        )
-    lacks = [("model.attention_chunk_size", None)]
-    lacks += [("model.sliding_window", None), ("model.attention_sinks", False)] if kind == "p2p" else []
+    lacks = [("model.sliding_window", None), ("model.attention_sinks", False)] if kind == "p2p" else []
     for key, value in lacks:
         if cfg[key] != value:
-            others = ["a2a", gather] if key != "model.attention_chunk_size" else [gather]
             actual = f"it is {format_value(cfg[key])}"
-            yield Violation(f"{comm}={kind} needs {key}={format_value(value)}", actual, {comm: others})
+            yield Violation(f"{comm}={kind} needs {key}={format_value(value)}", actual, {comm: ["a2a", gather]})
     if kind == "a2a":
         groups = "model.num_query_groups" if cfg["model.kv_lora_rank"] is None else "model.num_attention_heads"
         for key in dict.fromkeys(("model.num_attention_heads", groups)):
@@ -90,10 +80,8 @@ def te_rules(cfg: ConfigView) -> Iterator[Violation]:
         yield Violation(
             f"{KEY}=transformer_engine needs GPUs", f"cluster={cfg['cluster.name']} has none", {KEY: ["auto"]}
         )
-    if cfg["model.kv_lora_rank"] is not None:  # its own norms are not recomputed, and with adapters nothing is fused
-        return
     recompute = cfg["model.recompute"]
-    if "norm" in recompute:
+    if "norm" in recompute and cfg["model.kv_lora_rank"] is None:  # which has norms of its own, never recomputed
         yield Violation(
             f"{KEY}=transformer_engine computes norms in the linear layers that follow, which keep their "
             "outputs: model.recompute without norm",

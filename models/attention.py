@@ -17,6 +17,7 @@ from models.rope import Rotary
 from ops.attention_pieces import Piece
 from ops.cached_attention import cached_attention
 from ops.implementations import DEFAULT_OPS, Ops
+from ops.linear import LinearSpec
 from parallel.async_collectives import async_all_to_all, run_collective
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
@@ -58,7 +59,7 @@ class CoreAttention(nn.Module):
         q, k, v, padding = q_SBHN, k_SBGN, v_SBGM, q_SBHN.shape[-1] - v_SBGM.shape[-1]
         if self.ops.cp_attention is not None:
             v = F.pad(v, (0, padding)) if padding else v
-            out = self.ops.cp_attention(q, k, v, pieces[0].window if pieces else None, sinks_H)
+            out = self.ops.cp_attention(q, k, v, pieces, sinks_H)
             return (out[..., :-padding] if padding else out).flatten(2)
         if self.cp.size() > 1:
             k, v = GatherSequence.apply(k, self.cp), GatherSequence.apply(v, self.cp)
@@ -111,13 +112,14 @@ class Attention(CoreAttention):
         self.clip, self.interleave = model.clip_qkv, model.rope_interleave
         # Rows per key/value group: its queries, their gates, its key, its value, as in Megatron-Core. So a
         # tensor-parallel slice is whole groups.
-        sizes, how = (model.hidden_size, model.qkv_width), (model.attention_bias, config, groups.tp)
+        spec = LinearSpec(model.hidden_size, model.qkv_width, model.attention_bias, config, groups.tp)
         if norm is None:
-            self.qkv = ops.linear.column(*sizes, *how)
+            self.qkv = ops.linear.column(spec)
         else:
             assert ops.norm_linear is not None
-            self.qkv = ops.norm_linear(norm, *sizes, *how)
-        self.out = ops.linear.row(model.query_width, model.hidden_size, model.attention_output_bias, *how[1:])
+            self.qkv = ops.norm_linear(norm, spec)
+        sizes = model.query_width, model.hidden_size
+        self.out = ops.linear.row(LinearSpec(*sizes, model.attention_output_bias, config, groups.tp))
         queries, gates = (width // model.query_groups for width in (model.query_width, model.gate_width))
         self.parts = queries, gates, self.width, self.width
         self.full_norm, self.l2_norm = model.qk_norm == "full", model.qk_norm == "l2"

@@ -39,7 +39,7 @@ from ops.attention_pieces import Piece, attention_pieces
 from ops.cross_entropy import SoftCap
 from ops.grouped_mlp import forget_weights, use_gemm_backend
 from ops.implementations import DEFAULT_OPS, Ops
-from ops.linear import MEGATRON_LAYERS
+from ops.linear import MEGATRON_LAYERS, LinearSpec
 from ops.te_fp8 import forget_held
 from parallel.activation_checkpoint import checkpoint_without_output, checkpointed
 from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext, entered
@@ -214,22 +214,12 @@ class ModelChunk(MegatronModule):
         if model.reward_head:
             self.head = RewardHead(model.hidden_size, context.config, groups)
             return
-        tied_here = model.ties_head and self.embedding is not None
-        self.head = tp.ColumnParallelLinear(
-            model.hidden_size,
-            model.vocab_size,
-            config=context.config,
-            init_method=INIT_LATER,
-            bias=model.head_bias,
-            gather_output=False,
-            skip_weight_param_allocation=tied_here,
-            tp_group=groups.tp,
-        )
-        if tied_here:
-            assert self.embedding is not None
-            # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
-            self.head.weight = self.embedding.weight
-            mark(self.embedding.weight, zero_out_wgrad=True)
+        # A parameter of both modules: before either's forward pass Megatron-Core waits until it is gathered.
+        tied = self.embedding.weight if model.ties_head and self.embedding is not None else None
+        spec = LinearSpec(model.hidden_size, model.vocab_size, model.head_bias, context.config, groups.tp)
+        self.head = context.ops.linear.column(spec, tied)
+        if tied is not None:
+            mark(tied, zero_out_wgrad=True)
         elif model.ties_head:
             self._set_table_sharding(self.head.weight, std, copy=True)
         else:
@@ -363,7 +353,8 @@ class ModelChunk(MegatronModule):
     def _logits(self, x_SBD: Tensor) -> Tensor:
         if self.model.logit_multiplier != 1:  # of the head's input, which is smaller
             x_SBD = x_SBD * self.model.logit_multiplier
-        logits_SBV = self.head(x_SBD)[0]
+        logits_SBV, bias_V = self.head(x_SBD)
+        logits_SBV = logits_SBV if bias_V is None else logits_SBV + bias_V
         if self.model.logit_softcap is not None:
             logits_SBV = SoftCap.apply(logits_SBV, self.model.logit_softcap)
         return logits_SBV

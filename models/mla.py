@@ -5,6 +5,8 @@ Legend: S sequence (this rank's slice), B batch, D hidden, H heads of this rank,
 values, P rotated dimensions of a head.
 """
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +20,7 @@ from models.rope import Rotary, softmax_scale
 from ops.attention_pieces import Piece
 from ops.cached_attention import cached_attention
 from ops.implementations import DEFAULT_OPS, Ops
+from ops.linear import LinearLayers, LinearSpec
 from parallel.collectives import GatherSequence
 from parallel.process_groups import Groups
 from parallel.sharding import Matrices, mark, set_sharding
@@ -50,10 +53,9 @@ class LatentAttention(CoreAttention):
         how = False, config, groups.tp
 
         def column(inner: int, outer: int, norm: RMSNorm | None = None) -> nn.Module:
-            if norm is None or ops.norm_linear is None:
-                layer = ops.linear.column(inner, outer, *how)
-            else:
-                layer = ops.norm_linear(norm, inner, outer, *how)
+            spec = LinearSpec(inner, outer, *how)
+            fused = None if norm is None else ops.norm_linear
+            layer = ops.linear.column(spec) if norm is None or fused is None else fused(norm, spec)
             std = (model.init_scale / inner) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())
             return layer
@@ -66,13 +68,13 @@ class LatentAttention(CoreAttention):
         if model.q_lora_rank is None:
             self.q = column(model.hidden_size, model.query_width)
         else:
-            self.q_down = ReplicatedLinear(model, model.q_lora_rank, config, groups)
+            self.q_down = replicated(ops.linear, model, LinearSpec(model.hidden_size, model.q_lora_rank, *how))
             self.q_norm = norm(model.q_lora_rank)
             self.q_up = column(model.q_lora_rank, model.query_width, self.q_norm)
-        self.kv_down = ReplicatedLinear(model, self.rank + self.rope, config, groups)
+        self.kv_down = replicated(ops.linear, model, LinearSpec(model.hidden_size, self.rank + self.rope, *how))
         self.kv_norm = norm(self.rank)
         self.kv_up = column(self.rank, model.num_attention_heads * (self.nope + self.value), self.kv_norm)
-        self.out = ops.linear.row(model.output_width, model.hidden_size, *how)
+        self.out = ops.linear.row(LinearSpec(model.output_width, model.hidden_size, *how))
         std = (model.init_scale / model.output_width) ** 0.5
         set_sharding(self.out.weight, (1, groups.tp), std=std, matrices=Matrices())
 
@@ -92,7 +94,7 @@ class LatentAttention(CoreAttention):
         """
         assert temperature_SB11 is None
         q = self._queries(x_SBD)
-        latent_SBL, position_SBP = self.kv_down(x_SBD).split([self.rank, self.rope], -1)
+        latent_SBL, position_SBP = self.kv_down(x_SBD)[0].split([self.rank, self.rope], -1)
         if not self.norms_are_fused:
             latent_SBL = self.kv_norm(latent_SBL)
         apply, interleave = self.ops.apply_rotary, self.interleave
@@ -113,7 +115,7 @@ class LatentAttention(CoreAttention):
     def _queries(self, x_SBD: Tensor) -> Tensor:
         if hasattr(self, "q"):
             return self.q(x_SBD)[0]
-        compressed = self.q_down(x_SBD)
+        compressed = self.q_down(x_SBD)[0]
         return self.q_up(compressed if self.norms_are_fused else self.q_norm(compressed))[0]
 
     def _attend_to_latents(self, q_SBHN: Tensor, seen_B1TW: Tensor, cache: LayerCache) -> Tensor:
@@ -147,21 +149,11 @@ class LatentAttention(CoreAttention):
         return tp.copy_to_tensor_model_parallel_region(position_SBP, group=self.tp)
 
 
-class ReplicatedLinear(nn.Module):
-    """A projection of the hidden states that every tensor-parallel rank computes for its tokens.
-
-    Args:
-        inputs: number of hidden states that are concatenated.
-    """
-
-    def __init__(self, model: ModelConfig, width: int, config: TransformerConfig, groups: Groups, inputs: int = 1):
-        super().__init__()
-        inner = inputs * model.hidden_size
-        weight = nn.Parameter(torch.empty(width, inner, dtype=config.params_dtype))
-        std = (model.init_scale / inner) ** 0.5
-        self.weight = set_sharding(weight, replicas=(groups.tp,), std=std, matrices=Matrices())
-        # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-        mark(self.weight, sequence_parallel=config.sequence_parallel)
-
-    def forward(self, x_SBD: Tensor) -> Tensor:
-        return nn.functional.linear(x_SBD, self.weight)
+def replicated(linear: LinearLayers, model: ModelConfig, spec: LinearSpec) -> Any:
+    """A projection that every tensor-parallel rank computes for its tokens, which returns (output, None)."""
+    layer = linear.replicated(spec)
+    std = (model.init_scale / spec.inner) ** 0.5
+    set_sharding(layer.weight, replicas=(spec.group,), std=std, matrices=Matrices())
+    # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
+    mark(layer.weight, sequence_parallel=spec.config.sequence_parallel)
+    return layer

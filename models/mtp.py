@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.mla import ReplicatedLinear
-from parallel.activation_checkpoint import MATMUL_OPS, checkpointed
+from models.mla import replicated
+from ops.linear import LinearSpec
+from parallel.activation_checkpoint import checkpoint_without_output
 from parallel.batch_context import BatchContext
 
 if TYPE_CHECKING:  # which imports this module
@@ -33,7 +34,9 @@ class MTPLayer(nn.Module):
         model = context.model
         self.enorm, self.hnorm, self.final_norm = (context.norm() for _ in range(3))
         # Not sharded: under sequence parallelism each rank projects its own tokens, without communication.
-        self.eh_proj = ReplicatedLinear(model, model.hidden_size, context.config, context.runtime.groups, inputs=2)
+        sizes = 2 * model.hidden_size, model.hidden_size
+        spec = LinearSpec(*sizes, False, context.config, context.runtime.groups.tp)
+        self.eh_proj = replicated(context.ops.linear, model, spec)
         self.block = block
         self.recompute = bool({"norm", "full"} & {*model.recompute})
 
@@ -45,14 +48,15 @@ class MTPLayer(nn.Module):
         Returns:
             [S, B, D], the input of the head.
         """
+        inputs = hidden_SBD, embedding_SBD
         if self.recompute:
-            x_SBD = checkpointed(self._combine, hidden_SBD, embedding_SBD, save_ops=MATMUL_OPS)
+            x_SBD, _ = checkpoint_without_output(self._joined, inputs, self.eh_proj)
         else:
-            x_SBD = self._combine(hidden_SBD, embedding_SBD)
+            x_SBD, _ = self.eh_proj(self._joined(*inputs))
         return self.final_norm(self.block(x_SBD, attend, batch_ctx))
 
-    def _combine(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
-        return self.eh_proj(torch.cat((self.enorm(embedding_SBD), self.hnorm(hidden_SBD)), -1))
+    def _joined(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
+        return torch.cat((self.enorm(embedding_SBD), self.hnorm(hidden_SBD)), -1)
 
 
 @dataclass(frozen=True)

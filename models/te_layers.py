@@ -21,6 +21,7 @@ from moe.experts import Experts
 from ops.experts import LOOP, ExpertBackend
 from ops.fp8 import Float8
 from ops.implementations import Ops
+from ops.linear import ReplicatedLinear
 from ops.te_fp8 import Scales, TransformerEngineFp8, trains
 from parallel.batch_context import TRAIN, BatchContext
 from parallel.megatron_compat import replace_linear_product
@@ -47,11 +48,15 @@ def compute_in_fp8(block: nn.Module, fp8: TransformerEngineFp8, groups: Groups) 
     """Gives TransformerEngine the products of every linear layer and of the experts in `block`, and these what delayed
     scaling keeps."""
     for layer in [*block.modules()]:
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | ReplicatedLinear):
             scales = Scales(fp8.history, None, (groups.tp,), None) if fp8.history else None
             if scales is not None:
                 layer.fp8_state = scales
-            replace_linear_product(layer, _product(fp8, layer.weight, scales))
+            product = _product(fp8, layer.weight, scales)
+            if isinstance(layer, ReplicatedLinear):
+                layer.product = product
+            else:
+                replace_linear_product(layer, product)
         elif isinstance(layer, Experts):
             for name, weight in (("in", layer.w_in), ("out", layer.w_out)):
                 scales = Scales(fp8.history, len(weight), (groups.etp,), groups.ep) if fp8.history else None
@@ -61,10 +66,10 @@ def compute_in_fp8(block: nn.Module, fp8: TransformerEngineFp8, groups: Groups) 
 
 
 def _product(fp8: TransformerEngineFp8, weight_NK: Any, scales: Scales | None) -> Callable[..., Tensor]:
-    """A product of replace_linear_product; in bf16 outside of training."""
+    """A product of replace_linear_product, or of a replicated layer; in bf16 outside of training."""
     in_fp8 = fp8.linear(weight_NK, scales)
 
-    def product(x_SBK: Tensor, w_NK: Tensor, gather: bool, reduce: bool, group: Any) -> Tensor:
+    def product(x_SBK: Tensor, w_NK: Tensor, gather: bool = False, reduce: bool = False, group: Any = None) -> Tensor:
         if gather:
             x_SBK = gather_from_sequence_parallel_region(x_SBK, tensor_parallel_output_grad=True, group=group)
         elif reduce:

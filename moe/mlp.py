@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conf.extensions import input_projections
 from conf.schema import ModelConfig
 from ops.activations import activate
-from ops.linear import MEGATRON_LAYERS, LinearLayers
+from ops.linear import MEGATRON_LAYERS, LinearLayers, LinearSpec
 from ops.norm_linear import NormLinear, NormParameters
 from parallel.activation_checkpoint import MATMUL_OPS, checkpoint_without_output, checkpointed
 from parallel.process_groups import Groups
@@ -39,14 +39,13 @@ class MLP(nn.Module):
         self.activation, width = model.activation_name, width or model.ffn_hidden_size
         self.recompute = "activation" in model.recompute
         self.keeps_products, self.norm_is_fused = linear.has_matmul_ops and fused is None, fused is not None
-        how = model.ffn_bias, config, groups.tp  # biases are added here
         gated = input_projections(model.activation) == 2
         # Gate and up are separate layers, so that a tensor-parallel slice of each is a slice of the whole.
-        sizes = model.hidden_size, width
+        spec = LinearSpec(model.hidden_size, width, model.ffn_bias, config, groups.tp)  # biases are added here
         first = partial(fused[0], fused[1], returns_norm=gated) if fused else linear.column
-        self.up = (linear.column if gated else first)(*sizes, *how)
-        self.gate = first(*sizes, *how) if gated else None
-        self.down = linear.row(width, model.hidden_size, *how)
+        self.up = (linear.column if gated else first)(spec)
+        self.gate = first(spec) if gated else None
+        self.down = linear.row(spec._replace(inner=width, outer=model.hidden_size))
         for layer in filter(None, (self.up, self.gate)):
             std = (model.init_scale / model.hidden_size) ** 0.5
             set_sharding(layer.weight, (0, groups.tp), std=std, matrices=Matrices())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.extensions import input_projections
@@ -18,6 +17,7 @@ from conf.schema import ModelConfig
 from ops import te
 from ops.linear import (
     MEGATRON_LAYERS,
+    LinearSpec,
     biases_of,
     fill,
     layer_config,
@@ -42,17 +42,7 @@ class NormParameters(Protocol):
 class NormLinear(Protocol):
     """Makes a column-parallel layer of what a norm returns."""
 
-    def __call__(
-        self,
-        norm: NormParameters,
-        inner: int,
-        outer: int,
-        bias: bool,
-        config: Any,
-        group: dist.ProcessGroup,
-        *,
-        returns_norm: bool = False,
-    ) -> Any:
+    def __call__(self, norm: NormParameters, spec: LinearSpec, *, returns_norm: bool = False) -> Any:
         """The layer shares the norm's parameters, whose names in the model stay the norm's, and takes its input. With
         returns_norm it returns (output, bias or None, what the norm returns), for another layer that reads it."""
         ...
@@ -110,8 +100,8 @@ def _trial_in(place: Place, fused: NormLinear | None, context: RunContext) -> li
     weight_D = nn.Parameter(context.randn(inner, seed=6) * 0.1 + (0 if place.zero_centered else 1))
     bias_D = nn.Parameter(context.randn(inner, seed=7)) if place.layer_norm else None
     norm = _Norm(weight_D, eps, place.zero_centered, bias_D)
-    how = inner, outer, place.biased, layer_config(context), tp
-    layer = MEGATRON_LAYERS.column(*how) if fused is None else fused(norm, *how, returns_norm=place.returns_norm)
+    spec = LinearSpec(inner, outer, place.biased, layer_config(context), tp)
+    layer = MEGATRON_LAYERS.column(spec) if fused is None else fused(norm, spec, returns_norm=place.returns_norm)
     w_NK = fill(layer.weight, context.randn(outer, inner, seed=1) / inner**0.5, 0, context)
     biases = biases_of([layer], place.biased)
     x_SBD = sequence_shard(context.randn(tokens, 2, inner, seed=3), context).requires_grad_()
@@ -129,12 +119,6 @@ def _trial_in(place: Place, fused: NormLinear | None, context: RunContext) -> li
     above += [sequence_shard(context.randn(tokens, 2, inner, seed=5), context) for _ in read]
     *gradients, dw_NK = torch.autograd.grad([y, *read], leaves, above)
     return [y.detach(), *(t.detach() for t in read), *gradients, main_gradient_of(w_NK, dw_NK)]
-
-
-def fuses_norm(context: RunContext) -> bool:
-    """Whether linear layers read norms. Of latent attention with adapters this is left alone without a word."""
-    adapted = context.config.lora.rank is not None
-    return multiplies(context) and (context.model.kv_lora_rank is None or not adapted)
 
 
 def _norm_is_needed(context: RunContext) -> str | None:
@@ -159,7 +143,7 @@ NORM_LINEAR: Operation[NormLinear | None] = Operation(
     ],
     trial=_trial,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2},
-    is_used=fuses_norm,
+    is_used=multiplies,
     asked=te.asked,
     refusal=f"norm and linear layer: {te.REFUSAL}",
     is_collective=True,

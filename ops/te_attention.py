@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops.cp_attention import from_dual_chunks, to_dual_chunks
+from ops.attention_pieces import Piece
+from ops.cp_exchange import documents_of, exchange
 from ops.varlen_attention import Packing, VarlenAttention, packed_attention, run_offsets
 
 
@@ -61,8 +62,9 @@ class TeAttention:
 
 
 class TeCpAttention(TeAttention):
-    """ops.cp_attention.CpAttention. It wants the parts of a sequence in an order of its own: they are exchanged before
-    and after it."""
+    """ops.cp_attention.CpAttention. It wants the tokens of a document in an order of its own: they are exchanged before
+    and after it. Documents that are padded for it are longer ones to it: what is said to be padding, fewer of its
+    kernels take."""
 
     def __init__(self, group: dist.ProcessGroup, comm_type: str):
         """comm_type: p2p: keys and values travel from rank to rank; a2a: a rank gets some heads of all tokens."""
@@ -72,15 +74,26 @@ class TeCpAttention(TeAttention):
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def __call__(
-        self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGN: Tensor, window: int | None, sinks_H: Tensor | None
+        self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGN: Tensor, pieces: list[Piece] | None, sinks_H: Tensor | None
     ) -> Tensor:
-        q, k, v = (to_dual_chunks(t, self.group) for t in (q_SBHN, k_SBGN, v_SBGN))
+        (size, batch), ranks, window = q_SBHN.shape[:2], self.group.size(), pieces[0].window if pieces else None
+        documents = documents_of(pieces, size * ranks, batch)
+        plan = exchange(documents, self.group.rank(), ranks, q_SBHN.device)
+        q, k, v = (plan.there(t, self.group) for t in (q_SBHN, k_SBGN, v_SBGN))
+        how: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+        packed = len(plan.padded) > batch
+        if packed:
+            offsets, longest = run_offsets(plan.padded, q.device), max(plan.padded)
+            how |= {f"cu_seqlens_{of}": offsets for of in ("q", "kv", "q_padded", "kv_padded")}
+            how |= {"max_seqlen_q": longest, "max_seqlen_kv": longest, "pad_between_seqs": False}
+        else:
+            q, k, v = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
+        kind = {"qkv_format": "thd", "attn_mask_type": "padding_causal"} if packed else {"qkv_format": "bshd"}
         sinks = {} if sinks_H is None else {"softmax_type": "learnable"}
-        module = self._of(q, k, qkv_format="sbhd", attn_mask_type="causal", **sinks)
+        module = self._of(q, k, **{"attn_mask_type": "causal", **kind, **sinks})
         module.set_context_parallel_group(self.group, self.ranks, self.stream, self.comm_type)
-        how = {"window_size": (-1 if window is None else window - 1, 0)}
         out = _with_sinks(module, sinks_H, (q, k, v), how).unflatten(-1, q.shape[-2:])
-        return from_dual_chunks(out, self.group)
+        return plan.back(out.flatten(0, -3), q_SBHN, self.group)
 
 
 def _with_sinks(module: Any, sinks_H: Tensor | None, qkv: tuple[Tensor, ...], how: dict[str, Any]) -> Tensor:

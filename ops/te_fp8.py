@@ -83,6 +83,17 @@ class Held:
         return torch.func.functional_call(self.layer, weights, inputs, {"is_first_microbatch": first})
 
 
+def _without_weights(kind: str, weight: Tensor, *sizes: int, **further: Any) -> Any:
+    """One of TransformerEngine's layers, for weights like this one."""
+    make = getattr(te_recipes.engine(), kind)
+    return make(*sizes, bias=False, params_dtype=weight.dtype, device="meta", **further)
+
+
+def _keep(weight: Any, held: Held) -> Held:
+    weight.te_held = held
+    return held
+
+
 @dataclass(frozen=True)
 class TransformerEngineFp8:
     """How the layers in FP8 compute; models.te_layers gives it to them."""
@@ -116,9 +127,8 @@ class TransformerEngineFp8:
     def linear(self, weight_NK: Tensor, scales: Scales | None) -> Callable[[Tensor], Tensor]:
         """x [..., K] -> x @ weight.T [..., N]."""
         outer, inner = weight_NK.shape
-        how = {"bias": False, "params_dtype": weight_NK.dtype, "device": "meta", "fuse_wgrad_accumulation": self.fuse}
-        held = Held(te_recipes.engine().Linear(inner, outer, **how), 1, scales)
-        weight_NK.te_held = held  # pyright: ignore[reportAttributeAccessIssue]
+        layer = _without_weights("Linear", weight_NK, inner, outer, fuse_wgrad_accumulation=self.fuse)
+        held = _keep(weight_NK, Held(layer, 1, scales))
 
         def product(x: Tensor) -> Tensor:
             with self.inside():
@@ -128,11 +138,8 @@ class TransformerEngineFp8:
 
     def grouped(self, w_LKN: Tensor, scales: Scales | None) -> Held:
         """Of experts' weights [L, K, ...]; kept on the parameter."""
-        experts, inner, outer = w_LKN.flatten(2).shape
-        how = {"bias": False, "params_dtype": w_LKN.dtype, "device": "meta"}
-        held = Held(te_recipes.engine().GroupedLinear(experts, inner, outer, **how), experts, scales)
-        w_LKN.te_held = held  # pyright: ignore[reportAttributeAccessIssue]
-        return held
+        sizes = w_LKN.flatten(2).shape
+        return _keep(w_LKN, Held(_without_weights("GroupedLinear", w_LKN, *sizes), sizes[0], scales))
 
     def experts(self, otherwise: ExpertBackend) -> ExpertBackend:
         """Experts whose weights have what `grouped` returns.
@@ -216,11 +223,13 @@ def _load(context: RunContext) -> TransformerEngineFp8:
 
 
 def _trial(fp8: TransformerEngineFp8 | None, context: RunContext) -> list[Tensor]:
-    """Results and gradients of two micro-batches of a linear layer and, with experts, of four of them, of which one has
-    no row: after the first, delayed scaling has scales. The main gradients are those of both."""
-    hidden = context.model.hidden_size
-    x_RK, dy_RN = context.randn(64, hidden).requires_grad_(), context.randn(64, hidden, seed=2)
-    w_NK = nn.Parameter(context.randn(hidden, hidden, seed=1) / hidden**0.5)
+    """Results and gradients of two micro-batches of a linear layer, of latent attention the one with the oddest width,
+    and with experts of four of them, of which one has no row: after the first, delayed scaling has scales. The main
+    gradients are those of both."""
+    model, hidden = context.model, context.model.hidden_size
+    outer = hidden if model.kv_lora_rank is None else model.kv_lora_rank + model.qk_rope_head_dim
+    x_RK, dy_RN = context.randn(64, hidden).requires_grad_(), context.randn(64, outer, seed=2)
+    w_NK = nn.Parameter(context.randn(outer, hidden, seed=1) / hidden**0.5)
     main_NK = torch.zeros_like(w_NK, dtype=torch.float32)
     w_NK.main_grad, w_NK.grad_added_to_main_grad = main_NK, False  # pyright: ignore[reportAttributeAccessIssue]
     product = (lambda x: x @ w_NK.t()) if fp8 is None else fp8.linear(w_NK, None)

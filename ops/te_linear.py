@@ -8,10 +8,11 @@ the extension classes pass to the layers is passed here too.
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ops.linear import LinearSpec
 from ops.norm_linear import NormParameters
+from parallel.sharding import mark
 
 
 def _keep(weight: Tensor) -> None:
@@ -33,47 +34,50 @@ class TeLayers:
         self.fuse = fuse
         self._linear, self._norm_linear = _beside_its_bias(Linear), _beside_its_bias(LayerNormLinear)
 
-    def _options(self, bias: bool, config: Any, group: dist.ProcessGroup) -> dict[str, Any]:
-        return {
-            "sequence_parallel": config.sequence_parallel,
-            "fuse_wgrad_accumulation": self.fuse,
-            "tp_group": group,
-            "tp_size": group.size(),
-            "init_method": _keep,
-            "bias": bias,
-            "return_bias": bias,
-            "params_dtype": config.params_dtype,
-            "device": torch.cuda.current_device(),
-        }
-
-    def column(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
-        return self._linear(inner, outer, parallel_mode="column", **self._options(bias, config, group))
-
-    def row(self, inner: int, outer: int, bias: bool, config: Any, group: dist.ProcessGroup) -> Any:
-        return self._linear(inner, outer, parallel_mode="row", **self._options(bias, config, group))
-
-    def norm_column(
-        self,
-        norm: NormParameters,
-        inner: int,
-        outer: int,
-        bias: bool,
-        config: Any,
-        group: dist.ProcessGroup,
-        *,
-        returns_norm: bool = False,
-    ) -> Any:
-        """ops.norm_linear.NormLinear."""
-        bias_D = getattr(norm, "bias", None)
-        layer = self._norm_linear(
+    def _made(self, layer: type[Any], mode: str | None, spec: LinearSpec, **further: Any) -> Any:
+        """mode: column, row, or None for a layer that is not sharded."""
+        inner, outer, bias, config, group = spec
+        return layer(
             inner,
             outer,
-            parallel_mode="column",
+            parallel_mode=mode,
+            sequence_parallel=config.sequence_parallel and mode is not None,
+            fuse_wgrad_accumulation=self.fuse,
+            tp_group=None if mode is None else group,
+            tp_size=1 if mode is None else group.size(),
+            init_method=_keep,
+            bias=bias,
+            return_bias=bias,
+            params_dtype=config.params_dtype,
+            device=torch.cuda.current_device(),
+            **further,
+        )
+
+    def column(self, spec: LinearSpec, weight: nn.Parameter | None = None) -> Any:
+        layer = self._made(self._linear, "column", spec)
+        if weight is not None:
+            layer.weight = weight
+        return layer
+
+    def row(self, spec: LinearSpec) -> Any:
+        return self._made(self._linear, "row", spec)
+
+    def replicated(self, spec: LinearSpec) -> Any:
+        layer = self._made(self._linear, None, spec)
+        mark(layer.weight, tensor_model_parallel=False)  # which is True of all that it makes
+        return layer
+
+    def norm_column(self, norm: NormParameters, spec: LinearSpec, *, returns_norm: bool = False) -> Any:
+        """ops.norm_linear.NormLinear."""
+        bias_D = getattr(norm, "bias", None)
+        layer = self._made(
+            self._norm_linear,
+            "column",
+            spec,
             eps=norm.eps,
             normalization="RMSNorm" if bias_D is None else "LayerNorm",
             zero_centered_gamma=norm.zero_centered,
             return_layernorm_output=returns_norm,
-            **self._options(bias, config, group),
         )
         layer.layer_norm_weight = norm.weight
         if bias_D is not None:

@@ -130,7 +130,9 @@ def _fp8_weights(config: Config, layout: Layout, stage: int) -> float:
     """Bytes of quantized weights that are cached between optimizer steps (ops.grouped_mlp.kept_weight)."""
     model, fp8 = config.model, config.fp8
     layers = fp8_layers(fp8.first_layers_high, fp8.last_layers_high, model.num_layers)
-    linear, experts = matrices(model, layout, *stage_layers(model, layout, stage, within=layers), fp8=True)
+    linear, experts = matrices(
+        model, layout, *stage_layers(model, layout, stage, within=layers), replicated=fp8.kernels == "te"
+    )
     quantized = [*linear, *experts] if fp8.linear_layers else experts
     values = sum(n * inner * outer for n, inner, outer in quantized)
     if fp8.kernels == "reference" or (fp8.kernels == "auto" and not config.cluster.gpus):
@@ -187,19 +189,19 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
 
 
 def matrices(
-    model: ModelConfig, layout: Layout, sparse: int, dense: int, *, fp8: bool = False
+    model: ModelConfig, layout: Layout, sparse: int, dense: int, *, replicated: bool = True
 ) -> tuple[list[Matrix], list[Matrix]]:
     """One rank's weight matrices: (of linear layers in attention and feed-forward layers, of experts).
 
     Args:
-        fp8: only those that FP8 layers quantize, without the replicated ones of latent attention.
+        replicated: with those of latent attention that are, which our own FP8 kernels do not quantize.
     """
     d, f, moe, layers = model.hidden_size, model.ffn_hidden_size, model.moe, sparse + dense
     gates = input_projections(model.activation)
     linear = [
         (layers, inner / (layout.tp if sharded == "inner" else 1), outer / (layout.tp if sharded == "outer" else 1))
         for inner, outer, sharded in attention_matrices(model)
-        if sharded or not fp8
+        if sharded or replicated
     ]
     for count, width in ((dense, f / layout.tp), (sparse, model.shared_width / layout.tp)):
         linear += [(gates * count, d, width), (count, width, d)]

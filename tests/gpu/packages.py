@@ -11,6 +11,8 @@ import torch
 from conf.schema import Config, Fp8Config, ModelConfig, MoeConfig, OptimConfig
 from models.operations import OPERATIONS
 from ops import te
+from ops.linear import LINEAR
+from ops.norm_linear import NORM_LINEAR
 from ops.operation import Implementation, Operation
 from ops.registry import examine
 from ops.run_context import RunContext
@@ -29,6 +31,19 @@ MODEL = ModelConfig(
     ffn_hidden_size=512,
     moe=MoeConfig(num_experts=8, top_k=2),
 )
+
+LATENT = replace(
+    MODEL,
+    num_query_groups=None,
+    kv_lora_rank=128,
+    q_lora_rank=128,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    mtp_num_layers=1,
+    tie_embeddings=True,
+)
+"""With every kind of linear layer."""
 
 
 def missing(package: str) -> str | None:
@@ -50,12 +65,13 @@ def implementations() -> Iterator[tuple[str, Operation[Any], Implementation[Any]
 
 def verified(operation: Operation[Any], implementation: Implementation[Any], runtime: Runtime) -> tuple[bool, str]:
     """(whether an implementation passes its trial here, how close it comes or why it does not)."""
-    context = RunContext(Config(model=MODEL, optim=OptimConfig()), runtime, torch.bfloat16)
-    alone = replace(operation, implementations=[implementation], tune=None)
-    findings = examine(alone, context)
-    if implementation.name in findings.verified:
-        return True, findings.verified[implementation.name][2]
-    return False, "; ".join([*findings.notes, *(f"not installed: {name}" for name in findings.absent)])
+    alone, why = replace(operation, implementations=[implementation], tune=None), ""
+    for model in (MODEL, LATENT) if operation in (LINEAR, NORM_LINEAR) else (MODEL,):
+        findings = examine(alone, RunContext(Config(model=model, optim=OptimConfig()), runtime, torch.bfloat16))
+        if implementation.name not in findings.verified:
+            return False, "; ".join([*findings.notes, *(f"not installed: {name}" for name in findings.absent)])
+        why = findings.verified[implementation.name][2]
+    return True, why
 
 
 def recipe_verified(recipe: str, runtime: Runtime) -> tuple[bool, str]:

@@ -98,7 +98,8 @@ def linear(factor: float, context: RunContext) -> object:
         layer.register_forward_hook(lambda module, inputs, output: (output[0] * factor, output[1]))
         return layer
 
-    return SimpleNamespace(has_matmul_ops=True, column=column, row=MEGATRON_LAYERS.row)
+    plain = MEGATRON_LAYERS
+    return SimpleNamespace(has_matmul_ops=True, column=column, row=plain.row, replicated=plain.replicated)
 
 
 def norm_linear(factor: float, context: RunContext) -> Callable[..., torch.nn.Module]:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from conf.schema import MoeConfig, ParallelConfig
-from ops.cp_attention import CP_ATTENTION, from_dual_chunks, to_dual_chunks
+from conf.schema import DataConfig, MoeConfig, ParallelConfig
+from ops.cp_attention import CP_ATTENTION
+from ops.cp_exchange import Lengths, exchange
 from ops.registry import largest_difference
 from ops.te_attention import TeCpAttention
 from parallel.env import World
@@ -18,38 +18,46 @@ from tests.stand_ins import installed
 from tests.stand_ins.versions import as_version
 
 
-def exchanged(world: World) -> tuple[list[int], bool, Tensor]:
-    """The tokens that a rank gets, whether they come back, and the gradient of a weighted sum (rank function)."""
+def exchanged(world: World, documents: Lengths) -> tuple[list[int], bool, bool]:
+    """The tokens that a rank gets of sequences of 1, 2, ... and 101, 102, ..., and whether they come back, and so do
+    gradients (rank function)."""
     with started(world, ParallelConfig(cp=world.size)) as runtime:
-        group = runtime.groups.cp
-        x_SBHN = (torch.arange(4) + 4 * group.rank()).float().view(4, 1, 1, 1).requires_grad_()
-        y_SBHN = to_dual_chunks(x_SBHN, group)
-        back = from_dual_chunks(y_SBHN, group)
-        (gradient,) = torch.autograd.grad((y_SBHN * y_SBHN.detach()).sum(), x_SBHN)
-        return y_SBHN.flatten().int().tolist(), torch.equal(back, x_SBHN), gradient
+        group, size = runtime.groups.cp, sum(documents[0]) // world.size
+        plan = exchange(documents, group.rank(), world.size, runtime.device)
+        x_SBHN = torch.arange(1, 1 + size)[:, None] + size * group.rank() + 100 * torch.arange(len(documents))
+        x_SBHN = x_SBHN.float()[..., None, None].requires_grad_()
+        y_THN = plan.there(x_SBHN, group)
+        (gradient,) = torch.autograd.grad((y_THN * y_THN.detach()).sum(), x_SBHN)
+        back = plan.back(y_THN, x_SBHN, group)
+        return y_THN.flatten().int().tolist(), torch.equal(back, x_SBHN), torch.equal(gradient, x_SBHN)
 
 
-BY_HAND = {
-    2: [[0, 1, 6, 7], [2, 3, 4, 5]],
-    3: [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]],
-}
-"""By the number of ranks: each one's tokens in the order of Megatron-LM's get_batch_on_this_cp_rank."""
+BY_HAND: list[tuple[Lengths, list[list[int]]]] = [
+    (((8,),), [[1, 2, 7, 8], [3, 4, 5, 6]]),
+    (((12,),), [[1, 2, 11, 12], [3, 4, 9, 10], [5, 6, 7, 8]]),
+    (((6, 2), (8,)), [[1, 2, 0, 0, 7, 0, 101, 102, 107, 108], [3, 4, 5, 6, 8, 0, 103, 104, 105, 106]]),
+    (((1, 7),), [[1, 0, 2, 3, 8, 0], [0, 0, 4, 5, 6, 7]]),
+]
+"""The lengths of documents, and each rank's tokens in the order of Megatron-LM's get_batch_on_this_cp_rank; 0: padding
+of a document to a multiple of twice the ranks."""
 
 
-@pytest.mark.parametrize("ranks_of_cp", BY_HAND)
-def test_parts_of_a_sequence_are_exchanged_and_come_back(ranks: RankPool, ranks_of_cp: int) -> None:
-    for rank, (tokens, is_back, gradient) in enumerate(ranks.run(ranks_of_cp, exchanged, timeout=120)):
-        assert tokens == BY_HAND[ranks_of_cp][rank] and is_back
-        assert gradient.flatten().tolist() == [4.0 * rank + i for i in range(4)]
+@pytest.mark.parametrize(("documents", "tokens"), BY_HAND, ids=str)
+def test_parts_of_documents_are_exchanged_and_come_back(
+    ranks: RankPool, documents: Lengths, tokens: list[list[int]]
+) -> None:
+    for mine, found in zip(tokens, ranks.run(len(tokens), exchanged, documents, timeout=120), strict=True):
+        assert found == (mine, True, True)
 
 
-def differences(world: World, model: dict[str, Any], comm_type: str, wrong: bool) -> list[float]:
+def differences(world: World, model: dict[str, Any], comm_type: str, documents: bool, wrong: bool) -> list[float]:
     """Of the trial from the reference, with the calls of each recorded version, in fp32 (rank function)."""
     found = []
     parallel = ParallelConfig(cp=world.size, cp_comm_type=comm_type)
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, **model}
     with installed("transformer_engine"), started(world, parallel) as runtime:
-        context = run_context(tiny(MoeConfig(), **sizes), runtime, torch.float32, parallel=parallel)
+        data = DataConfig(document_mask=documents)
+        context = run_context(tiny(MoeConfig(), **sizes), runtime, torch.float32, parallel=parallel, data=data)
         assert context.exchanges_sequence and not context.needs_varlen
         wanted = CP_ATTENTION.trial(None, context)
         for version in ("2.9.0", "2.18.0"):
@@ -61,14 +69,22 @@ def differences(world: World, model: dict[str, Any], comm_type: str, wrong: bool
     return found
 
 
-KINDS = [({}, "p2p"), ({}, "a2a"), ({"sliding_window": 9, "attention_sinks": True}, "a2a")]
+KINDS = [
+    ({}, "p2p", False),
+    ({}, "p2p", True),
+    ({"attention_chunk_size": 9, "full_attention_every": 2}, "p2p", False),
+    ({"sliding_window": 9, "attention_sinks": True}, "a2a", False),
+    ({"sliding_window": 9, "full_attention_every": 2}, "a2a", True),
+]
 
 
-@pytest.mark.parametrize(("model", "comm_type"), KINDS, ids=str)
-def test_it_equals_attention_with_the_whole_sequence(ranks: RankPool, model: dict[str, Any], comm_type: str) -> None:
-    for found in ranks.run(2, differences, model, comm_type, False, timeout=120):
+@pytest.mark.parametrize(("model", "comm_type", "documents"), KINDS, ids=str)
+def test_it_equals_attention_with_the_whole_sequence(
+    ranks: RankPool, model: dict[str, Any], comm_type: str, documents: bool
+) -> None:
+    for found in ranks.run(2, differences, model, comm_type, documents, False, timeout=120):
         assert max(found) < 1e-6
-    for found in ranks.run(2, differences, model, comm_type, True, timeout=120):
+    for found in ranks.run(2, differences, model, comm_type, documents, True, timeout=120):
         assert min(found) > 0.01
 
 
@@ -80,7 +96,7 @@ def chosen(world: World, comm_type: str, factor: float) -> str:
         from transformer_engine.pytorch import DotProductAttention
 
         right = DotProductAttention._between_ranks
-        patch.setattr(DotProductAttention, "_between_ranks", lambda *args: right(*args) * factor)
+        patch.setattr(DotProductAttention, "_between_ranks", lambda *args, **how: right(*args, **how) * factor)
         try_on(runtime.device, CP_ATTENTION, patch)
         context = run_context(
             tiny(MoeConfig(), **sizes), runtime, torch.bfloat16, torch.device("cuda"), parallel=parallel
@@ -105,7 +121,7 @@ def test_it_is_used_if_it_computes_the_same_and_else_refused(ranks: RankPool, co
 def refused(world: World, comm_type: str, model: dict[str, Any]) -> str:
     """Why TransformerEngine's attention does not take what a rule keeps from it (rank function)."""
     try:
-        differences(world, model, comm_type, False)
+        differences(world, model, comm_type, False, False)
     except AssertionError as error:
         return str(error)
     return ""

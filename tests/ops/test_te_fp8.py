@@ -172,11 +172,19 @@ def test_experts_are_transposed_and_quantized_once_a_step(runtime, stand_in, mon
 
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 64}
+LATENT = {"num_query_groups": None, "kv_lora_rank": 32, "q_lora_rank": 32}
+LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 16}
 Trained = tuple[list[tuple[float, float]], dict[str, Tensor]]
 
 
 def trained(
-    world: World, parallel: ParallelConfig, fp8: dict[str, Any], folder: str | None, steps: range, keeps: bool = True
+    world: World,
+    parallel: ParallelConfig,
+    fp8: dict[str, Any],
+    folder: str | None,
+    steps: range,
+    keeps: bool = True,
+    attention: dict[str, Any] | None = None,
 ) -> Trained:
     """Losses and gradient norms, and what delayed scaling keeps, of this rank; after the newest checkpoint in the
     folder where steps do not begin with 0, and with another afterwards (rank function).
@@ -185,7 +193,8 @@ def trained(
         keeps: whether the state of delayed scaling is used that was loaded.
     """
     with installed("transformer_engine"), started(world, parallel, amax=True) as runtime:
-        variant = Variant(model=SIZES, moe={"capacity_factor": None}, fp8=fp8, transformer_engine=bool(fp8))
+        model, moe = SIZES | (attention or {}), {"capacity_factor": None}
+        variant = Variant(model=model, moe=moe, fp8=fp8, transformer_engine=bool(fp8))
         engine = build_engine(runtime, variant)
         checkpoints = Checkpointer(Path(folder), engine, keep=3) if folder else None
         if checkpoints and steps.start:
@@ -205,7 +214,8 @@ DELAYED = {"recipe": "delayed", "amax_history_len": 4}
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_model_trains_close_to_high_precision(ranks: RankPool, recipe: str) -> None:
-    (wanted, _), (got, kept) = (ranks.run(1, trained, ONE, fp8, None, range(3), timeout=120)[0]
+    attention = LATENT if recipe == "mxfp8" else {}
+    (wanted, _), (got, kept) = (ranks.run(1, trained, ONE, fp8, None, range(3), True, attention, timeout=120)[0]
                                 for fp8 in ({}, {"recipe": recipe, "first_layers_high": 1}))  # fmt: skip
     assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in wanted], rel=0.02)
     assert all(a != b for (a, _), (b, _) in zip(got, wanted, strict=True))
@@ -215,8 +225,11 @@ def test_a_model_trains_close_to_high_precision(ranks: RankPool, recipe: str) ->
 @pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"cp": 2}, {"pp": 2}], ids=str)
 def test_ranks_scale_by_the_amax_of_all(ranks: RankPool, parallel: dict[str, Any]) -> None:
     """The ranks that share a micro-batch have the scales that one rank alone has: no largest value is missed."""
-    _, wanted = ranks.run(1, trained, ONE, DELAYED, None, range(1), timeout=120)[0]
-    for _, kept in ranks.run(2, trained, ParallelConfig(**parallel), DELAYED, None, range(1), timeout=120):
+    attention = LATENT if "tp" in parallel else {}
+    how = DELAYED, None, range(1), True, attention
+    _, wanted = ranks.run(1, trained, ONE, *how, timeout=120)[0]
+    assert bool(attention) == any("kv_down.fp8_state" in name for name in wanted)
+    for _, kept in ranks.run(2, trained, ParallelConfig(**parallel), *how, timeout=120):
         assert kept
         for name, value in kept.items():
             # Megatron-Core multiplies the loss by cp, with which FP8 rounds gradients otherwise in the first pass.

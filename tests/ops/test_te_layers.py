@@ -28,7 +28,7 @@ from ops import te
 from ops.experts import ExpertBackend
 from ops.fp8 import Float8
 from ops.gemm_backend import Reference
-from ops.linear import LINEAR, MEGATRON_LAYERS
+from ops.linear import LINEAR, MEGATRON_LAYERS, LinearSpec
 from ops.norm import torch_rms_norm
 from ops.norm_linear import NORM_LINEAR
 from ops.operation import Operation, Row
@@ -229,7 +229,8 @@ def test_gradients_in_bf16_are_returned(runtime: Runtime) -> None:
     for grad_dtype in ("fp32", "bf16"):
         context = context_of(runtime, "linear", optim=OptimConfig(grad_dtype=grad_dtype))
         (candidate,) = LINEAR.implementations
-        assert candidate.loaded(context).column(4, 4, *_how(runtime)).fuse_wgrad_accumulation == (grad_dtype == "fp32")
+        layer = candidate.loaded(context).column(LinearSpec(4, 4, *_how(runtime)))
+        assert layer.fuse_wgrad_accumulation == (grad_dtype == "fp32")
 
 
 def test_layers_in_fp8_keep_megatrons(runtime: Runtime) -> None:
@@ -339,10 +340,10 @@ def test_a_norm_keeps_its_name_and_is_one_parameter(runtime: Runtime) -> None:
     block = nn.Module()
     block.norm = nn.Module()
     block.norm.weight, block.norm.eps, block.norm.zero_centered = nn.Parameter(torch.rand(8)), 1e-5, False
-    block.qkv = fused(block.norm, 8, 12, *_how(runtime))
+    block.qkv = fused(block.norm, LinearSpec(8, 12, *_how(runtime)))
     assert [name for name, _ in block.named_parameters()] == ["norm.weight", "qkv.weight"]
     x = torch.randn(3, 1, 8)
-    plain = MEGATRON_LAYERS.column(8, 12, *_how(runtime))
+    plain = MEGATRON_LAYERS.column(LinearSpec(8, 12, *_how(runtime)))
     with torch.no_grad():
         plain.weight.copy_(block.qkv.weight.normal_())
         wanted = plain(torch_rms_norm(x, block.norm.weight, 1e-5))[0]

@@ -33,45 +33,62 @@ FURTHER = {
     "p2p": Variant({"attention_bias": True, "recompute": ["full"]}, {"num_shared_experts": 1}, cp_comm_type="p2p"),
     "a2a": Variant({"sliding_window": 5, "full_attention_every": 2, "attention_sinks": True}, cp_comm_type="a2a"),
     "mla_p2p": dataclasses.replace(VARIANTS["mla"], cp_comm_type="p2p"),
+    "p2p_documents": Variant({"num_query_groups": None}, document_mask=True, cp_comm_type="p2p"),
+    "a2a_chunks": dataclasses.replace(VARIANTS["llama4"], cp_comm_type="a2a"),
     "centered": Variant({"norm_zero_centered": True, "attention_bias": True, "sliding_window": 5}, document_mask=True),
 }
 """Besides those of the matrix."""
-EXCHANGED = ["p2p", "a2a", "mla_p2p"]
+EXCHANGED = ["p2p", "a2a", "mla_p2p", "p2p_documents", "a2a_chunks"]
 EVERYWHERE = [name for name in FURTHER if name not in EXCHANGED]
 MODELS = {**VARIANTS, **FURTHER}
-MATRIX = [
-    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks", *EVERYWHERE]),
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RANKS_4 = {"cp": 2, **SEQUENCE}
+RANKS_8 = {"pp": 2, "vpp": 2, "ep": 2, **SEQUENCE}
+BESIDES = [
+    Layouts("one rank", 1, {}, ["drops", "dense", "mla", "chunks"]),
     Layouts(
         "tp2",
         2,
         {"tp": 2},
-        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mla", "mtp", "lora", "dora", *EVERYWHERE],
-        "gpt_oss recomputed_dense",
+        ["qwen3", "qwen2", "gpt_oss", "gated_dense", "mla", "mtp", "lora", "dora"],
+        "gpt_oss mtp recomputed_dense",
     ),
     Layouts(
         "tp2 +sequence",
         2,
         SEQUENCE,
-        ["deepseek", "mla_documents", "phimoe", "llama4", "mtp_documents", "lora_dense", *EVERYWHERE],
-        "mtp_documents phimoe recomputed",
+        ["deepseek", "mla_documents", "phimoe", "llama4", "mtp_documents", "lora_dense"],
+        "mla_documents mtp_documents phimoe recomputed",
     ),
-    Layouts("pp2", 2, {"pp": 2}, ["switch_documents", "dense", "mtp", "recomputed"]),
-    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch", "dense", "recomputed_layers"], "recomputed_layers"),
+    Layouts("pp2", 2, {"pp": 2}, ["switch_documents", "dense", "mtp"]),
+    Layouts("pp2 vpp2", 2, {"pp": 2, "vpp": 2}, ["switch", "dense"], "recomputed_layers"),
     Layouts(
         "cp2",
         2,
         {"cp": 2},
-        ["switch_documents", "gpt_oss", "mla", "chunks", "centered", *EXCHANGED],
-        "centered p2p a2a",
+        ["switch_documents", "gpt_oss", "mla", "chunks", *EXCHANGED],
+        "centered p2p p2p_documents a2a_chunks",
     ),
-    Layouts("ep2", 2, {"ep": 2}, ["dropless", "overlap", "overlap_padded", "recomputed_moe"], "overlap"),
-    Layouts("dp2 +overlap", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ["dropless", "dense"]),
-    Layouts("dp2 instances2", 2, {"optimizer_instances": 2}, ["drops", "recomputed"]),
+    Layouts("ep2", 2, {"ep": 2}, ["dropless", "overlap", "overlap_padded"], "overlap"),
+    Layouts("dp2 +overlap", 2, OVERLAP, ["dropless", "dense"]),
+    Layouts("dp2 instances2", 2, {"optimizer_instances": 2}, ["drops"]),
     Layouts("ep2 etp2", 4, {"ep": 2, "etp": 2}, ["dropless", "muon", "overlap_lora"]),
-    Layouts("cp2 tp2 +sequence", 4, {"cp": 2, **SEQUENCE}, ["drops", "gpt_oss", "mtp_documents", "recomputed", "p2p"]),
-    Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p"]),
-    Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, {"pp": 2, "vpp": 2, "ep": 2, **SEQUENCE}, ["switch", "recomputed"]),
+    Layouts("cp2 tp2 +sequence", 4, RANKS_4, ["drops", "gpt_oss", "mtp_documents", "p2p"]),
+    Layouts("cp4 pp2", 8, {"cp": 4, "pp": 2}, ["p2p", "mla_p2p", "p2p_documents"]),
+    Layouts("tp2 pp2 vpp2 ep2 dp2 +sequence", 8, RANKS_8, ["switch"]),
 ]
+MATRIX = [
+    dataclasses.replace(
+        layouts,
+        # Megatron-Core has no expert parallelism of a model without experts.
+        variants=[
+            *layouts.variants,
+            *(n for n in EVERYWHERE if n != "recomputed_dense" or "ep" not in layouts.degrees),
+        ],
+    )
+    for layouts in BESIDES
+]
+"""Every layout with every kind of recomputation, besides what is its own."""
 
 
 def measure_with_it(world: World, parallel: ParallelConfig, variants: dict[str, Variant]) -> dict[str, Outcome]:

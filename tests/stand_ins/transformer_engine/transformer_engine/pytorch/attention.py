@@ -61,11 +61,24 @@ class DotProductAttention(nn.Module):
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
         window_size: tuple[int, int] | None = None,
+        pad_between_seqs: bool | None = None,
     ) -> Tensor:
-        assert attention_mask is cu_seqlens_q_padded is cu_seqlens_kv_padded is None
+        assert attention_mask is None
         kind, mask = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
         window = window_size or self.window_size or (-1, 0)
         assert query_layer.shape[-2:] == (self.heads, self.width) and key_layer.shape[-2] == self.groups
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            assert (kind, mask) in (("thd", "padding_causal"), ("bshd", "causal"), ("sbhd", "causal"))
+            qkv = query_layer, key_layer, value_layer
+            if kind != "thd":
+                return self._between_ranks(*qkv, window[0], batch=1 if kind == "sbhd" else 0)
+            assert cu_seqlens_q is cu_seqlens_kv is cu_seqlens_q_padded is cu_seqlens_kv_padded is not None
+            assert pad_between_seqs is False and cu_seqlens_q is not None and max_seqlen_q == max_seqlen_kv
+            lengths = cu_seqlens_q.diff()
+            assert lengths.max() == max_seqlen_q and not (lengths % (2 * self.cp_group.size())).any()
+            documents = zip(*(t.split((lengths // self.cp_group.size()).tolist()) for t in qkv), strict=True)
+            return torch.cat([self._between_ranks(*(t[None] for t in of), window[0])[0] for of in documents])
+        assert cu_seqlens_q_padded is cu_seqlens_kv_padded is None
         if kind == "thd":
             assert mask in ("padding_causal", "padding_causal_bottom_right")
             assert cu_seqlens_q is not None and cu_seqlens_kv is not None
@@ -78,14 +91,14 @@ class DotProductAttention(nn.Module):
             return torch.cat([self._attend(q, k, v, mask, window[0]) for q, k, v in parts]).flatten(-2)
         assert kind in ("sbhd", "bshd") and mask in ("causal", "causal_bottom_right")
         batch = 1 if kind == "sbhd" else 0
-        if self.cp_group is not None and self.cp_group.size() > 1:
-            assert kind == "sbhd" and mask == "causal"
-            return self._between_ranks(query_layer, key_layer, value_layer, window[0])
         parts = zip(*(t.unbind(batch) for t in (query_layer, key_layer, value_layer)), strict=True)
         return torch.stack([self._attend(q, k, v, mask, window[0]) for q, k, v in parts], batch).flatten(-2)
 
-    def _between_ranks(self, q_SBHN: Tensor, k_SBGN: Tensor, v_SBGN: Tensor, before: int) -> Tensor:
-        """Rank i of n has the parts i and 2 n - 1 - i of the sequence's 2 n."""
+    def _between_ranks(self, *qkv: Any, batch: int = 0) -> Tensor:
+        """Of queries, keys, values and how many keys are seen before. Rank i of n has the parts i and 2 n - 1 - i of
+        the 2 n of every sequence. batch: its dimension."""
+        *tensors, before = qkv
+        q_SBHN, k_SBGN, v_SBGN = (t.transpose(0, 1 - batch) for t in tensors)
         rank, ranks = self.cp_group.rank(), self.cp_group.size()
         assert len(q_SBHN) % 2 == 0, "not divisible by 2"
         if self.cp_comm_type == "p2p":
@@ -102,7 +115,7 @@ class DotProductAttention(nn.Module):
             seen = (part + 1) * len(q)
             rows = zip(q.unbind(1), *(t[:seen].unbind(1) for t in whole), strict=True)
             out.append(torch.stack([self._attend(*row, "causal_bottom_right", before) for row in rows], 1))
-        return torch.cat(out).flatten(-2)
+        return torch.cat(out).transpose(0, 1 - batch).flatten(-2)
 
     def _attend(self, q_SHN: Tensor, k_SGN: Tensor, v_SGN: Tensor, mask: str, before: int) -> Tensor:
         """[S, H, N], of one sequence. A mask is aligned to the first key, or to the last if its name says so."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.sharding import mark
 from transformer_engine.pytorch.products import LinearProduct, add_weight_gradient
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager, Fp8Module
 
@@ -54,6 +55,7 @@ class Linear(Fp8Module):
             self.bias = torch.Tensor().to(dtype=params_dtype, device=device)
         if device != "meta":
             (init_method or _no_init)(self.weight.data)
+            mark(self.weight, tensor_model_parallel=True)  # whatever parallel_mode is
 
     def _product(self, x: Tensor, first: bool | None) -> Any:
         if FP8GlobalStateManager.enabled:
