@@ -66,9 +66,9 @@ def _trial(attend: CpAttention | None, context: RunContext) -> list[Tensor]:
     mine = slice(cp.rank() * 64, (cp.rank() + 1) * 64)
     results: list[Tensor] = []
     for pieces in _trial_pieces(context, length):
-        leaves = [t.clone().requires_grad_() if attend is None else t[mine].clone().requires_grad_() for t in whole]
-        out = (attend or _whole)(*leaves, pieces, sinks[0] if sinks else None)
-        gradients = torch.autograd.grad(out, [*leaves, *sinks], above if attend is None else above[mine])
+        q, k, v = (t.clone().requires_grad_() if attend is None else t[mine].clone().requires_grad_() for t in whole)
+        out = (attend or _whole)(q, k, v, pieces, sinks[0] if sinks else None)
+        gradients = torch.autograd.grad(out, [q, k, v, *sinks], above if attend is None else above[mine])
         results += _shares([out.detach(), *gradients], mine, cp, is_whole=attend is None, sinks=len(sinks))
     return results
 

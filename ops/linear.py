@@ -78,22 +78,21 @@ class MegatronLayers:
     has_matmul_ops = True
 
     def column(self, spec: LinearSpec, weight: nn.Parameter | None = None) -> Any:
-        inner, outer, bias, *how = spec
         layer = ColumnParallelLinear(
-            inner,
-            outer,
+            spec.inner,
+            spec.outer,
             gather_output=False,
-            bias=bias,
+            bias=spec.bias,
             skip_weight_param_allocation=weight is not None,
-            **linear_options(*how),
+            **linear_options(spec.config, spec.group),
         )
         if weight is not None:
             layer.weight = weight
         return layer
 
     def row(self, spec: LinearSpec) -> Any:
-        inner, outer, bias, *how = spec
-        return RowParallelLinear(inner, outer, input_is_parallel=True, bias=bias, **linear_options(*how))
+        how = linear_options(spec.config, spec.group)
+        return RowParallelLinear(spec.inner, spec.outer, input_is_parallel=True, bias=spec.bias, **how)
 
     def replicated(self, spec: LinearSpec) -> Any:
         return ReplicatedLinear(spec)

@@ -8,7 +8,7 @@ head, T packed tokens.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
@@ -297,7 +297,7 @@ def _packed(k_BGKN: Tensor, spans: list[slice]) -> Tensor:
     return torch.cat([k[:, span].transpose(0, 1) for k, span in zip(k_BGKN.unbind(0), spans, strict=True)])
 
 
-def run_offsets(lengths: list[int], device: torch.device) -> Tensor:
+def run_offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int32: where each run begins, and the end."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
