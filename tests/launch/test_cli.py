@@ -109,9 +109,9 @@ def test_mistake_is_one_message_and_exit_code_2(door, arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
-        ([], "got 500 0.012 tiny_switch None"),
+        ([], "got 650 0.012 tiny_switch None"),
         (["optim.lr=1", "++train.steps=7"], "got 7 1.0 tiny_switch None"),
-        (["model=tiny_dense", "run.name='a b (c), d'"], "got 500 0.012 tiny_dense a b (c), d"),
+        (["model=tiny_dense", "run.name='a b (c), d'"], "got 650 0.012 tiny_dense a b (c), d"),
     ],
 )
 def test_typed_settings_reach_the_command(door, arguments, printed):
