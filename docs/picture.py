@@ -15,13 +15,9 @@ def main(run_dir: Path, picture: Path) -> None:
     at = [line["step"] for line in steps]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     left.plot(at, [line["loss"] for line in steps], color="#9db4c0", label="training")
-    left.plot(
-        [line["step"] for line in held_out],
-        [line["val_loss"] for line in held_out],
-        "o-",
-        color="#1b4965",
-        label="held out",
-    )
+    *short, final = held_out
+    left.plot([line["step"] for line in short], [line["val_loss"] for line in short], color="#1b4965", label="held out")
+    left.plot(final["step"], final["val_loss"], "o", color="#1b4965", label="held out, the whole text")
     left.set(xlabel="step", ylabel="nats per token", title="cross-entropy")
     left.legend(frameon=False)
     right.plot(at, [line["load_max_over_mean"] for line in steps], color="#bc6c25", label="busiest expert / mean")
