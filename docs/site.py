@@ -64,4 +64,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({relpath(to, here + '/..')}{anchor})"
         return text if (ROOT / path).exists() else link[0]
 
-    return re.sub(r"\[(?P<text>[^]\n]*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)]*)?\)", replace, markdown)
+    return re.sub(r"\[(?P<text>(?:[^]\n]|\n(?!\n))*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)]*)?\)", replace, markdown)
