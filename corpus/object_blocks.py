@@ -26,8 +26,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import numpy as np
-
 from corpus import storage
 
 OBJECT = ".object"
@@ -74,10 +72,10 @@ def bin_size(prefix: str) -> int:
 def is_complete(prefix: str) -> bool:
     """Whether all blocks of PREFIX have arrived."""
     try:
-        sums_N = np.fromfile(prefix + ".sums", np.uint32)
+        sums = memoryview(Path(prefix + ".sums").read_bytes()).cast("I")
     except FileNotFoundError:
         return False
-    return len(sums_N) > 0 and bool(sums_N.all())
+    return len(sums) > 0 and all(sums)
 
 
 class ObjectBlocks:
@@ -91,7 +89,8 @@ class ObjectBlocks:
         self._writable = os.access(Path(prefix).parent, os.W_OK)
         self._file = _open(prefix + ".blocks", self._size, self._writable)
         self._sums = _open(prefix + ".sums", count * _SUM, self._writable)
-        self._verified_N = np.zeros(count, dtype=bool)
+        self._verified = bytearray(count)
+        """1 for each block whose checksum has been compared."""
         self._requested: dict[int, Future[None]] = {}
         """Blocks that were requested and not read since then."""
         self._confirming, self._confirmed = threading.Lock(), -1.0
@@ -101,7 +100,7 @@ class ObjectBlocks:
     def request(self, begin: int, end: int) -> None:
         """Requests the blocks of a range of bytes that have not arrived, without waiting for them."""
         for number in range(begin // BLOCK, -(-end // BLOCK)):
-            if not self._verified_N[number] and number not in self._requested:
+            if not self._verified[number] and number not in self._requested:
                 self._requested[number] = self._threads.submit(lambda number=number: self._get(number))
 
     def read(self, begin: int, end: int) -> bytes:
@@ -132,7 +131,7 @@ class ObjectBlocks:
             self._confirm(time.monotonic())
             _write(self._file, content, begin)
             _write(self._sums, _checksum(number, content), number * _SUM)
-            self._verified_N[number] = True
+            self._verified[number] = True
 
     @cached_property
     def _ranges(self) -> storage.ObjectRanges:
@@ -152,13 +151,13 @@ class ObjectBlocks:
                 fcntl.lockf(self._sums, fcntl.LOCK_UN, _SUM, *how)
 
     def _is_kept(self, number: int) -> bool:
-        if not self._verified_N[number]:
+        if not self._verified[number]:
             recorded = os.pread(self._sums, _SUM, number * _SUM)
             if not any(recorded):
                 return False
             content = _read(self._file, number * BLOCK, min((number + 1) * BLOCK, self._size))
-            self._verified_N[number] = recorded == _checksum(number, content)
-        return bool(self._verified_N[number])
+            self._verified[number] = recorded == _checksum(number, content)
+        return bool(self._verified[number])
 
     def _confirm(self, after: float) -> None:
         """Asks for the version, unless it was asked for since a time. Raises OSError if it is another."""

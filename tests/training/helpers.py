@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
     "model.num_layers": 2,
     "model.hidden_size": 32,
+    "model.num_attention_heads": 4,
     "model.ffn_hidden_size": 48,
     "model.vocab_size": 320,
     "model.moe.num_experts": 4,
