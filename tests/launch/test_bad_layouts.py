@@ -19,7 +19,7 @@ runpy.run_module("launch.train", run_name="__main__")
     ("ranks", "overrides", "expected"),
     [
         (6, ["parallel.tp=4"], "world_size % (parallel.tp * parallel.pp * parallel.cp) == 0, but 6 % 4 = 2"),
-        (8, ["parallel.tp=8"], "model.num_attention_heads % parallel.tp == 0, but 4 % 8 = 4"),
+        (8, ["parallel.tp=8"], "model.num_attention_heads % parallel.tp == 0, but 2 % 8 = 2"),
         (3, ["parallel.ep=3"], "model.moe.num_experts % parallel.ep == 0, but 8 % 3 = 2"),
         (1, ["parallel.vpp=2"], "parallel.vpp needs parallel.pp > 1"),
         (3, ["parallel.pp=3"], "model.num_layers % parallel.pp == 0, but 4 % 3 = 1"),
