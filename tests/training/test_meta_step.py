@@ -44,9 +44,11 @@ def test_one_h200_held_what_is_counted(overrides: str, ranks: RankPool) -> None:
 SIZES = "train.sequence_length=512 train.micro_batch_size=2 train.global_batch_size=1024 model.vocab_size=4096"
 QWEN = "model=qwen3_30b_a3b model.num_layers=2"
 TP = "parallel.tp=2 parallel.sequence_parallel=true"
+DENSE = "model=tiny_dense model.hidden_size=128 model.num_attention_heads=4 model.ffn_hidden_size=512"
+"""Of two heads per rank: of one, queries and keys are contiguous, and a copy less is kept than the formula counts."""
 LAYOUTS = {
-    "model=tiny_dense": 1,
-    "model=tiny_dense parallel.tp=2": 2,
+    DENSE: 1,
+    f"{DENSE} parallel.tp=2": 2,
     "model=switch_base_8 model.num_layers=4": 1,
     "model=switch_base_8 model.num_layers=4 parallel.ep=2 model.moe.jitter=0.1": 2,
     "model=olmoe_1b_7b model.num_layers=2": 1,
