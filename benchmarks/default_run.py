@@ -19,6 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 SETTLED = 20
 """Steps that do not count for the balance."""
@@ -63,9 +64,9 @@ def steps_of_equal_seconds(steps: int, pairs: list[tuple[float, float]]) -> int:
 
 def time_steps(overrides: list[str]) -> list[tuple[float, float]]:
     """Seconds of a step of both models, in runs of TIMED_STEPS steps that alternate on an else idle machine."""
-    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
     runs = ([*overrides, *VARIANTS[name], f"train.steps={TIMED_STEPS}"] for name in ("as shipped", DENSE) * PAIRS)
-    seconds = [run(changes, 1)["s/step"] for changes in runs]
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(os.cpu_count() or 1)):
+        seconds = [run(changes, 1)["s/step"] for changes in runs]
     return list(zip(seconds[::2], seconds[1::2], strict=True))
 
 
