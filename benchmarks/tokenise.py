@@ -1,13 +1,14 @@
 """Tokens per second and core of launch.prepare, beside Megatron-LM's tools/preprocess_data.py and datatrove's
 DocumentTokenizer, on the same text and tokenizer.
 
-    python -m benchmarks.tokenise [--mb N] [--corpus FILE.jsonl] [--megatron DIR] [--vocabulary N] [--json]
+    python -m benchmarks.tokenise [--mb N] [--corpus FILE.jsonl] [--megatron DIR] [--vocabulary N] [--cores N ...]
+                                  [--only TOOL ...] [--json]
 
 DIR is a checkout of Megatron-LM; datatrove is used where it can be imported. Each tool tokenises a tenth of the text
-and all of it, on one core and on all, and its rate is that of the other nine tenths: imports do not count. A rate per
-core is that of a second of CPU time of all its processes, which hardly depends on what else the machine does. datatrove
-gets a file for each core, since it reads a file in one process. The peak is the memory of all processes of a tool, with
-what they share counted once.
+and all of it, on one core and on all or on those of --cores, and its rate is that of the other nine tenths: imports do
+not count. A rate per core is that of a second of CPU time of all its processes, which hardly depends on what else the
+machine does. datatrove gets a file for each core, since it reads a file in one process. The peak is the memory of all
+processes of a tool, with what they share counted once.
 """
 
 import argparse
@@ -222,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="a .jsonl file with a field text, instead of this machine's text")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--vocabulary", type=int, default=32_000, help="of the tokenizer that is trained, up to 65,499")
+    parser.add_argument("--cores", type=int, nargs="+", help="numbers of cores; without it one, and all")
     parser.add_argument("--only", nargs="*", choices=(OURS, MEGATRON, DATATROVE), help="tools to run")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -231,7 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     wanted = args.only or [OURS, MEGATRON, DATATROVE]
     tools = [tool for tool in wanted if not absent.get(tool)]
-    cores = usable_cores()
+    most = usable_cores()
+    if wrong := [number for number in args.cores or () if not 1 <= number <= most]:
+        parser.error(f"--cores takes 1 to {most} on this machine; it has {wrong[0]}")
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = args.corpus or Path(folder) / "text.jsonl"
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         make_tokenizer(rows, tokenizer, args.vocabulary)
         tenth = head(rows, Path(folder) / "tenth.jsonl", 0.1)
         texts = [Text(tenth, tokenizer), Text(rows.absolute(), tokenizer)]
-        for number in dict.fromkeys((1, cores)):
+        for number in dict.fromkeys(args.cores or (1, most)):
             for tool in tools:
                 results.setdefault(tool, {})[str(number)] = rate_of(tool, texts, number, args.megatron)
         if not args.json:
