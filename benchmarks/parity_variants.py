@@ -24,7 +24,7 @@ PHIMOE = {"norm": "layernorm", "head_bias": True, "rope_scaling": LONGROPE}
 YARN = RopeScalingConfig("yarn", factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)
 MLA = {"num_query_groups": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MLA |= {"rope_interleave": True}
-MUON = {"name": "muon"}
+MUON = {"name": "muon", "router_lr_scale": 0.3, "expert_lr_scale": 2.0}
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 DORA = {"rank": 4, "alpha": 8.0, "dora": True}
 LORA_EXPERTS = {"num_shared_experts": 1, "every": 2, "expert_bias": True, "expert_chunk_rows": 8}
@@ -45,7 +45,7 @@ VARIANTS = {
     "ties_choice": Variant(moe={"load_balancing": "expert_choice", "top_k": 1, "capacity_factor": 0.5}, **ALIKE),
     "per_sequence": Variant(moe={"capacity_per": "sequence", "drop_policy": "probability"}),
     "qwen3": Variant({"head_dim": 12, "qk_norm": "head"}, {"ffn_hidden_size": 20, "first_dense_layers": 1}),
-    "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}),
+    "olmoe": Variant({"qk_norm": "full", "clip_qkv": 1.0}, optim={"router_lr_scale": 0.3, "expert_lr_scale": 2.0}),
     "qwen2": Variant({"attention_bias": True}, {"num_experts": 0}),
     "rope": Variant({"partial_rotary_factor": 0.5, "rope_interleave": True, "rope_scaling": YARN}),
     "mla": Variant(MLA | {"q_lora_rank": 20, "rope_scaling": YARN}, DEEPSEEK | {"num_shared_experts": 1}),

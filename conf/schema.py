@@ -223,6 +223,11 @@ class OptimConfig:
     """Peak learning rate."""
     min_lr: float | None = setting(None, ge=0)
     """Learning rate at the end of the schedule. null: lr / 10."""
+    router_lr_scale: float = setting(1.0, gt=0)
+    """Learning rate of routers in multiples of lr. Below 1, assignments change less from step to step, and the load
+    stays more even at high rates (docs/stability.md)."""
+    expert_lr_scale: float = setting(1.0, gt=0)
+    """Learning rate of the routed experts' weights in multiples of lr; each expert sees only some of the tokens."""
     warmup_steps: int = setting(30, ge=0)
     """Steps of linear warm-up from 0. May exceed train.steps."""
     schedule: str = setting("cosine", choices=SCHEDULES)

@@ -60,7 +60,7 @@ class Experts(nn.Module):
             cut = (0, groups.ep), (axis, groups.etp)
             set_sharding(weight, *cut, std=std, per_expert=True, matrices=matrices)
             # Megatron-Core then reduces these over the expert-data-parallel group; needed at ep = 1 as well.
-            mark(weight, allreduce=False)
+            mark(weight, allreduce=False, role="expert")
 
     def weights(self) -> ExpertWeights:
         """Those of all experts."""

@@ -61,12 +61,12 @@ class Router(nn.Module):
         weight_ED = nn.Parameter(torch.empty(self.moe.num_experts, model.hidden_size, dtype=torch.float32))
         self.weight = set_sharding(weight_ED, replicas=(groups.tp,), std=model.router_std)
         # As for the norms: summed over the tensor-parallel group when its ranks see different tokens.
-        mark(self.weight, sequence_parallel=sequence_parallel)
+        mark(self.weight, sequence_parallel=sequence_parallel, role="router")
         self.logit_bias: nn.Parameter | None = None
         if self.moe.router_bias:
             logit_bias_E = nn.Parameter(torch.empty(self.moe.num_experts, dtype=torch.float32))
             self.logit_bias = set_sharding(logit_bias_E, replicas=(groups.tp,), std=0.0)
-            mark(self.logit_bias, sequence_parallel=sequence_parallel)
+            mark(self.logit_bias, sequence_parallel=sequence_parallel, role="router")
         # Set by rule and not by gradient, but kept, placed and saved as parameters.
         self.bias: nn.Parameter | None = None
         self.last_load: nn.Parameter | None = None

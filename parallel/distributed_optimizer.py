@@ -1,6 +1,7 @@
 """Builds Megatron-Core's distributed optimizer."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,11 @@ def build_optimizer(
 
     # No weight decay for norms and biases. Megatron-Core decides by shape, but experts' biases are rows of a matrix.
     fixed = ParamPredicate("no_decay", lambda p: p.dim() == 1 or getattr(p, "no_decay", False))
-    no_decay = {ParamKey(predicate=fixed): ParamGroupOverride(wd_mult=0.0)}  # pyright: ignore[reportCallIssue]
+    overrides = {ParamKey(predicate=fixed): ParamGroupOverride(wd_mult=0.0)}  # pyright: ignore[reportCallIssue]
+    for role, scale in (("router", optim.router_lr_scale), ("expert", optim.expert_lr_scale)):
+        if scale != 1:
+            of_role = ParamPredicate(role, partial(_has_role, role=role))
+            overrides[ParamKey(predicate=of_role)] = ParamGroupOverride(max_lr=scale * optim.lr)  # pyright: ignore[reportCallIssue]
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -77,7 +82,7 @@ def build_optimizer(
     keep_from_compiler()
     with cuda_type_names():
         optimizer = get_megatron_optimizer(
-            config, chunks, no_decay, use_gloo_process_groups=False, pg_collection=optimizer_groups(groups)
+            config, chunks, overrides, use_gloo_process_groups=False, pg_collection=optimizer_groups(groups)
         )
     assert isinstance(optimizer, ChainedOptimizer)
     betas = optim.beta1, optim.beta2
@@ -87,3 +92,18 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = True, False
     return optimizer
+
+
+def _has_role(parameter: torch.nn.Parameter, role: str) -> bool:
+    return getattr(parameter, "role", None) == role
+
+
+def set_rates(optimizer: Any, optim: OptimConfig, lr: float) -> None:
+    """Before a step: the learning rate and the weight decay of every group of parameters.
+
+    Args:
+        lr: the schedule's.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (group["max_lr"] / optim.lr)  # max_lr is lr but for groups with a scale of their own
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases

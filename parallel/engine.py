@@ -23,7 +23,7 @@ from parallel.block_update import UpdateBlock
 from parallel.chunked_ops import sum_of_squares
 from parallel.collectives import sum_over_world
 from parallel.device_timer import DeviceTimer
-from parallel.distributed_optimizer import NO_OVERLAP, Overlap, build_optimizer
+from parallel.distributed_optimizer import NO_OVERLAP, Overlap, build_optimizer, set_rates
 from parallel.freezing import freeze
 from parallel.megatron_compat import parameters_in_norm, without_streams
 from parallel.objective import Batch, Objective, StepLoss, evaluation_sums, shard_over, training_loss
@@ -327,9 +327,7 @@ class Engine:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:  # a stage may be frozen altogether
                 torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateUsage]
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # wd_mult is 0 for norms and biases
+        set_rates(optimizer, optim, lr)
         self._step_matrices()
         optimizer.step_with_ready_grads()
         return norm, True

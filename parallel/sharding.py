@@ -107,6 +107,8 @@ class Marks(TypedDict, total=False):
     """False: its gradient is reduced over the expert-data-parallel group."""
     no_decay: bool
     """Whether it is left out of the weight decay, as norms and biases are by their shape."""
+    role: str
+    """router or expert: which of optim.router_lr_scale and optim.expert_lr_scale applies to it."""
     shared: bool
     """Whether it is a copy, which does not count in the gradient norm."""
     shared_embedding: bool
