@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ops.dispatch import Assignments, Dispatched, DispatcherFactory
-from ops.operation import Implementation
+from ops.operation import Implementation, is_absent
 from ops.permute import PermutedTokens, PermuteIndices, by_expert, unpermute
 from ops.run_context import RunContext
 from parallel.process_groups import Groups
@@ -133,7 +133,9 @@ def _load(context: RunContext) -> DispatcherFactory:
     try:
         import deep_ep  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except Exception as error:
-        raise ImportError("not installed: DeepEP") from error
+        if is_absent(error):
+            raise ModuleNotFoundError("not installed: DeepEP", name="deep_ep") from error
+        raise
     return lambda num_experts, hidden_size, groups, permutation: DeepEPDispatcher(num_experts, groups, hidden_size)
 
 

@@ -22,12 +22,13 @@ class SoftCap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
-        ctx.mark_dirty(logits)
-        for block in _row_blocks(logits):
+        # The same memory: what TransformerEngine's layers return is a view that autograd lets nobody mark as changed.
+        capped = logits.detach()
+        for block in _row_blocks(capped):
             block.copy_((block.float() / cap).tanh_().mul_(cap))
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(capped)
         ctx.cap = cap
-        return logits
+        return capped
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,7 @@
 """How an operation and its implementations are declared, beside their code; ops/registry.py chooses among them."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -14,8 +15,26 @@ from ops.run_context import RunContext
 T = TypeVar("T")
 
 
+OPTIONAL_PACKAGES = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda", "deep_ep", "triton")
+"""Which implementations call, and a run does without."""
+
+
 class Unavailable(Exception):
     """Says what keeps an implementation from running here, in words that follow its name."""
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether an import failed because an optional package is not installed. One that is there and broken, of a version
+    without what is imported, or without a package that it needs itself, is not absent."""
+    name = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    package = name.partition(".")[0]  # None among the modules: its import is forbidden
+    return package in OPTIONAL_PACKAGES and (name == package or sys.modules.get(package, package) is None)
+
+
+def brief(error: Exception) -> str:
+    """The kind of an error, and the first line of its message."""
+    lines = str(error).splitlines()
+    return type(error).__name__ + (f": {lines[0][:100]}" if lines else "")
 
 
 @dataclass(frozen=True)
@@ -25,7 +44,7 @@ class Implementation(Generic[T]):
     name: str
     load: str | Callable[[RunContext], T]
     """`module:attribute`, imported when it is first tried, or a function that returns the implementation. It may raise
-    anything: ImportError where a package is not installed, Unavailable with a reason."""
+    anything: an ImportError that `is_absent` where a package is not installed, Unavailable with a reason."""
     why: str = ""
     """For the start table, instead of how close it comes to the reference."""
     device: str | None = None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ops.autotune import Memory
-from ops.operation import Implementation, Operation, Row, T, Unavailable
+from ops.operation import Implementation, Operation, Row, T, Unavailable, brief, is_absent
 from ops.run_context import RunContext
 
 
@@ -140,10 +140,10 @@ def _tried(
     loaded: list[T] = []
     try:
         loaded.append(candidate.loaded(context))
-    except (ImportError, Unavailable) as error:
+    except Unavailable as error:
         problem = error
     except Exception as error:
-        problem = Unavailable(f"does not import ({type(error).__name__})")
+        problem = error if is_absent(error) else Unavailable(f"does not import ({brief(error)})")
     _raise_together(operation, context, problem, ImportError(f"not installed: {candidate}"))
     (value,), wanted, difference = loaded, expected(), float("inf")
     try:
@@ -151,8 +151,7 @@ def _tried(
         if difference > operation.tolerance[context.dtype]:
             problem = Unavailable(f"differs from {standard} by {difference:.0e} and is left out")
     except Exception as error:
-        first = f": {str(error).splitlines()[0][:100]}" if str(error) else ""
-        problem = Unavailable(f"failed its trial ({type(error).__name__}{first})")
+        problem = Unavailable(f"failed its trial ({brief(error)})")
     _raise_together(operation, context, problem, Unavailable("differs on another rank and is left out"))
     return value, f"equals {standard} within {difference:.0e} on a random batch"
 

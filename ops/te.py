@@ -7,7 +7,7 @@ None of them has run on a GPU yet: they are tested against stand-ins with the pa
 from collections.abc import Callable
 from typing import TypeVar
 
-from ops.operation import Unavailable
+from ops.operation import Unavailable, brief, is_absent
 from ops.run_context import RunContext
 
 T = TypeVar("T")
@@ -31,11 +31,13 @@ def load(make: Callable[[], T]) -> T:
     """make(), which imports the package.
 
     Raises:
-        ImportError: it is not installed.
+        ModuleNotFoundError: it is not installed.
         Unavailable: it does not import; a half-installed package raises more than ImportError.
     """
+    needs = "needs the package transformer-engine, which"
     try:
         return make()
     except Exception as error:
-        kind = ImportError if isinstance(error, ImportError) else Unavailable
-        raise kind(f"needs the package transformer-engine, which does not import ({error})") from error
+        if is_absent(error):
+            raise ModuleNotFoundError(f"{needs} is not installed", name="transformer_engine") from error
+        raise Unavailable(f"{needs} does not import ({brief(error)})") from error

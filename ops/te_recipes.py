@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Fp8Config
+from ops import te
 from ops.operation import Unavailable
 
 
@@ -43,16 +44,9 @@ def engine() -> Any:
     """The module transformer_engine.pytorch.
 
     Raises:
-        ImportError: it is not installed.
-        Unavailable: it is installed by half.
+        ModuleNotFoundError, Unavailable: see ops.te.load.
     """
-    try:
-        return importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:
-        raise ImportError("needs the package transformer_engine, which is not installed here") from error
-    except Exception as error:  # a wheel without its torch extension raises RuntimeError
-        first = f": {str(error).splitlines()[0][:100]}" if str(error) else ""
-        raise Unavailable(f"needs transformer_engine, which does not import ({type(error).__name__}{first})") from error
+    return te.load(lambda: importlib.import_module("transformer_engine.pytorch"))
 
 
 def version() -> str:
@@ -114,10 +108,10 @@ def autocast(recipe: Any, group: dist.ProcessGroup | None, *, enabled: bool = Tr
     Args:
         group: over which delayed scaling reduces the amaxes when the outermost autocast is left.
     """
-    te = engine()
-    if hasattr(te, "autocast"):
-        return te.autocast(enabled=enabled, recipe=recipe, amax_reduction_group=group)
-    return te.fp8_autocast(enabled=enabled, fp8_recipe=recipe, fp8_group=group)
+    pytorch = engine()
+    if hasattr(pytorch, "autocast"):
+        return pytorch.autocast(enabled=enabled, recipe=recipe, amax_reduction_group=group)
+    return pytorch.fp8_autocast(enabled=enabled, fp8_recipe=recipe, fp8_group=group)
 
 
 def reduced_at_the_end(recipe: Any, group: dist.ProcessGroup | None, *, on: bool) -> AbstractContextManager[None]:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors  # pyright: ignore[reportPrivateUsage]
 
-from parallel.patching import Patch, Saved, patched, restore
+from parallel.patching import Patch, Saved, absent, patched, restore
 
 CPU = torch.device("cpu")
 
@@ -176,15 +176,28 @@ IMPORT_PATCHES = (
 )
 
 
+HIDDEN_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+"""What ops calls of them is verified first. Megatron-Core would call kernels that nothing has verified, and would not
+import itself beside a package that is broken or of a version that it does not know."""
+
+
 def import_core() -> ModuleType:
     """Imports Megatron-Core and the modules that the CPU patches change. Does not initialize CUDA, so that the process
     can still be forked."""
-    with patched(*IMPORT_PATCHES):
+    hidden = HIDDEN_PACKAGES
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+    except Exception:  # of which Megatron-Core catches ImportError alone
+        hidden += ("fused_weight_gradient_mlp_cuda",)
+    with patched(*IMPORT_PATCHES), absent(*hidden):
         import megatron.core
         from megatron.core.distributed import (
             param_and_grad_buffer,  # noqa: F401  # pyright: ignore[reportUnusedImport]
         )
         from megatron.core.tensor_parallel import random  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from megatron.core.transformer import (  # which its schedules import in the first step
+            multi_token_prediction,  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        )
     return megatron.core
 
 

@@ -1,7 +1,9 @@
-"""Replacing attributes of foreign modules and classes. parallel/megatron_compat.py has the replacements."""
+"""Replacing attributes of foreign modules and classes, and hiding packages from them. parallel/megatron_compat.py says
+which."""
 
 import contextlib
 import pkgutil
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -43,3 +45,17 @@ def patched(*patches: Patch) -> Generator[None]:
         yield
     finally:
         restore(saved)
+
+
+@contextlib.contextmanager
+def absent(*packages: str) -> Generator[None]:
+    """Inside, importing the packages raises ModuleNotFoundError; afterwards what was loaded of them is there again."""
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+    for name in (*loaded, *packages):
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for name in (*loaded, *packages):
+            sys.modules.pop(name, None)
+        sys.modules.update(loaded)

@@ -118,7 +118,7 @@ def test_transformer_engine_is_for_bf16_on_a_gpu_where_it_imports(
     with pytest.raises(ValueError, match="backend=te needs a GPU"):
         row_of(runtime, asked_for("te"), torch.bfloat16)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(ValueError, match="backend=te needs the package transformer-engine, which does not import"):
+    with pytest.raises(ValueError, match="backend=te needs the package transformer-engine, which is not installed"):
         row_of(runtime, asked_for("te"), torch.bfloat16, CUDA)
     assert "te " not in row_of(runtime, asked_for("auto"), torch.bfloat16, CUDA).why
 

@@ -1,6 +1,7 @@
 """An optional package is used only when it computes the same. Stand-ins for Apex and TransformerEngine show it."""
 
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import OptimConfig, ParallelConfig
+from conf.schema import Config, Fp8Config, OptimConfig, ParallelConfig
 from ops import registry
 from ops.adamw import ADAMW
 from ops.norm import RMS_NORM, Norm, torch_rms_norm
 from ops.operation import Implementation, Operation, Row
 from ops.registry import select
 from ops.run_context import RunContext
+from ops.te_fp8 import TE_FP8
 from parallel.checkpoint import Checkpointer
 from parallel.env import World
 from parallel.local_launcher import RankPool
@@ -111,16 +113,33 @@ def test_an_adam_that_fails_its_trial_is_left_out(built, runtime, install):
     assert built(adam) is torch.optim.AdamW
 
 
-def test_a_package_that_breaks_on_import_is_named(built, runtime, tmp_path, monkeypatch):
-    """A transformer-engine wheel without its torch extension raises RuntimeError, not ImportError."""
+BROKEN = {
+    'raise RuntimeError("found no extension")': "RuntimeError: found no extension",  # a wheel without that for torch
+    'raise ImportError("te.so: undefined symbol: _ZN3c10")': "ImportError: te.so: undefined symbol: _ZN3c10",
+    'raise OSError("libcudart.so.99: cannot open")': "OSError: libcudart.so.99: cannot open",
+    "import os; os.absent": "AttributeError: module 'os' has no attribute 'absent'",
+    "import onnxscript_absent": "ModuleNotFoundError: No module named 'onnxscript_absent'",  # which it needs itself
+    "": "ModuleNotFoundError: No module named 'transformer_engine.pytorch'",  # of another version
+}
+
+
+@pytest.mark.parametrize(("text", "error"), BROKEN.items(), ids=BROKEN.values())
+def test_a_package_that_breaks_on_import_is_named(runtime, tmp_path, monkeypatch, text, error):
+    """It is not said not to be installed."""
     without("transformer_engine")
     package = tmp_path / "transformer_engine"
     package.mkdir()
-    Path(package / "__init__.py").write_text('raise RuntimeError("found no extension")\n')
+    Path(package / "__init__.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     adam, row = chosen_adam(runtime)
-    assert row.why == "TransformerEngine FusedAdam does not import (RuntimeError)" and row.refused
-    assert built(adam) is torch.optim.AdamW
+    sys.modules.pop("transformer_engine", None)
+    assert row.why == f"TransformerEngine FusedAdam does not import ({error})" and row.refused
+    assert adam is torch.optim.AdamW
+    asked = RunContext(Config(precision="fp8", fp8=Fp8Config(kernels="te")), runtime, torch.float32)
+    needs = f"fp8.kernels=te: needs the package transformer-engine, which does not import ({error})"
+    with pytest.raises(ValueError, match=f"{re.escape(needs)}. Our own kernels: fp8.kernels=auto"):
+        select([TE_FP8], asked)
+    sys.modules.pop("transformer_engine", None)
 
 
 def test_adamw_in_blocks_needs_no_other(runtime, install):

@@ -91,7 +91,7 @@ def test_a_recipe_that_the_version_lacks(runtime, stand_in):
 def test_without_the_package(runtime):
     if "transformer_engine" in sys.modules:
         pytest.skip("it is installed here")
-    with pytest.raises(ValueError, match="needs the package transformer_engine, which is not installed here"):
+    with pytest.raises(ValueError, match="needs the package transformer-engine, which is not installed"):
         chosen(runtime, "delayed")
 
 

@@ -208,12 +208,12 @@ def test_without_the_package_it_is_asked_for_in_vain(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, PYTORCH, None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
     for field in OF_LAYERS:
         assert f"not installed: {te.NAME}" in chosen(field).why
     asked = {"transformer_impl": "transformer_engine"}
     with pytest.raises(
-        ValueError, match="transformer_engine needs the package transformer-engine, which does not import"
+        ValueError, match="transformer_engine needs the package transformer-engine, which is not installed"
     ):
         chosen("linear", model=asked)
 

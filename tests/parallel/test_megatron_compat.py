@@ -331,6 +331,34 @@ print(megatron_compat.is_since(0, 19))
     assert compiler and device == newer
 
 
+BESIDE = """
+import sys
+from parallel import megatron_compat
+megatron_compat.load()
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.tensor_parallel import layers, random
+print(utils.tex, random.HAVE_TE or layers.HAVE_TE, megatron_compat.has_weight_gradient_kernel())
+print(*{name.partition(".")[0] for name in sys.modules} & {"transformer_engine", "apex", "amp_C"})
+import transformer_engine
+"""
+PACKAGES = {
+    "broken": 'raise OSError("libcudart.so.99: cannot open shared object file")',
+    "of another version": "kernels = 1",
+}
+
+
+@pytest.mark.parametrize("text", PACKAGES.values(), ids=PACKAGES)
+def test_megatron_imports_beside_any_transformer_engine_and_apex(tmp_path: Path, text: str) -> None:
+    """And finds neither, but for the extension that adds up weight gradients. The run itself can import them after."""
+    for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda"):
+        (tmp_path / f"{name}.py").write_text(text)
+    command, where = [sys.executable, "-W", "ignore", "-c", BESIDE], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"None False {text == 'kernels = 1'}", ""], done.stderr
+    assert "OSError: libcudart" in done.stderr if "OSError" in text else done.returncode == 0
+
+
 STEPS = """
 import sys
 import torch
