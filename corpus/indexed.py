@@ -231,7 +231,7 @@ class TokenFile:
                 "again with the same run.dir"
             ) from error
         ids = np.frombuffer(data, self.index.dtype)
-        if self._id_limit is not None and (wrong := np.flatnonzero(~_is_id(ids, self._id_limit))).size:
+        if self._id_limit is not None and (wrong := np.flatnonzero(~is_id(ids, self._id_limit))).size:
             raise ValueError(
                 f"{self.path} has {ids[wrong[0]]} at token {begin + int(wrong[0]):,}, but ids are whole numbers from 0 "
                 f"to {self._id_limit - 1}; set data.tokenizer to the one that the file was created with, or "
@@ -252,9 +252,9 @@ class TokenFile:
         )
 
 
-def _is_id(ids: np.ndarray, limit: int) -> np.ndarray:
-    """bool, of each number."""
-    inside = (ids >= 0) & (ids < limit)
+def is_id(ids: np.ndarray, limit: int | None) -> np.ndarray:
+    """bool, of each number. None: ids have no limit."""
+    inside = (ids >= 0) & (ids < (np.inf if limit is None else limit))
     return inside & (ids == np.floor(ids)) if ids.dtype.kind == "f" else inside
 
 

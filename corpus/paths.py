@@ -121,7 +121,8 @@ def nearest_existing(path: str) -> str:
     try:
         os.stat(path)  # exists, but is not a file; or the name is invalid
     except FileNotFoundError:
-        pass
+        if os.path.islink(path):
+            return f": it is a link to {os.readlink(path)}, which is not there"
     except (OSError, ValueError) as error:
         return f": {error.strerror.lower() if isinstance(error, OSError) and error.strerror else error}"
     folder = Path(path).absolute().parent

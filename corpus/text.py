@@ -16,6 +16,7 @@ from corpus.dataset_specs import DatasetSpec
 from corpus.documents import BadFile, Document, SkippedRows, read_documents
 from corpus.objects import check_unchanged, content_id, sizes_of
 from corpus.readers.formats import package_versions
+from corpus.readers.rows import replaced_note
 
 if TYPE_CHECKING:
     from corpus.token_writer import CorpusWriter
@@ -176,11 +177,14 @@ class _Read:
     """Messages about what was left out of these files."""
     replaced: dict[str, int] = field(default_factory=dict)
     """Invalid UTF-8 sequences by file."""
+    first_replaced: dict[str, str] = field(default_factory=dict)
+    """The first document of each of these files that has some."""
     tails: dict[str, int] = field(default_factory=dict)
     """Characters at the end of documents that were split, by file."""
 
     def notes(self) -> list[str]:
-        return [*self.skipped, *_replacement_notes(self.replaced), *_tail_notes(self.tails)]
+        found = (replaced_note(path, count, self.first_replaced.get(path, "")) for path, count in self.replaced.items())
+        return [*self.skipped, *found, *_tail_notes(self.tails)]
 
 
 def write_corpus(
@@ -233,6 +237,7 @@ def _write_documents(
             read.documents = number
             if document.replaced:
                 read.replaced[path] = document.replaced + read.replaced.get(path, 0)
+                read.first_replaced.setdefault(path, document.where)
             if held_out and corpus.split.tail:
                 read.tails[path] = len(document.text) + read.tails.get(path, 0)
             progress("tokenising", done)
@@ -253,14 +258,6 @@ def _write_documents(
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps({"splits": splits, "held_out": measured, "notes": read.notes()}))
     os.replace(partial, folder / MANIFEST)
-
-
-def _replacement_notes(replaced: dict[str, int]) -> list[str]:
-    """Messages about invalid UTF-8 sequences that were replaced."""
-    return [
-        f"{count} invalid UTF-8 sequence{'s' if count > 1 else ''} replaced in {path}"
-        for path, count in replaced.items()
-    ]
 
 
 def _tail_notes(tails: dict[str, int]) -> list[str]:

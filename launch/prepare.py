@@ -106,7 +106,7 @@ def _write(config: PrepareConfig, corpus: TextCorpus, prefix: str) -> dict[str, 
             write_corpus(corpus, str(folder / "tokenizer.json"), config.eod_token, folder, console.progress)
         manifest = json.loads((folder / MANIFEST).read_text())
         if "train" not in manifest["splits"]:
-            raise ValueError(f"{', '.join(corpus.spec.files)} contain no text")
+            raise ValueError(f"there is no text in {', '.join(corpus.spec.files)}")
         for name, suffix in _OUTPUTS.items():
             storage.put(folder / name, f"{prefix}{suffix}")
     return manifest

@@ -14,7 +14,7 @@ from corpus.objects import sizes_of
 from corpus.preferences import parse
 from corpus.readers.compression import Damaged, blocks, without_mark
 from corpus.readers.formats import format_of
-from corpus.readers.plain import read_text
+from corpus.readers.plain import binary, read_text
 from corpus.readers.rows import BadRow, Document, Row, decode, kind_of
 from corpus.tokenizer import Tokenizer
 
@@ -158,7 +158,7 @@ class _FileReader:
             except ValueError as error:
                 yield BadRow(row.where, f": {error}")
 
-    def _beginning(self, most: int) -> Document | None:
+    def _beginning(self, most: int) -> Document | BadRow | None:
         """Of a file that is longer, so that a huge one is not read as a whole."""
         parts, size = [], 0
         for block, done in blocks(self.path):
@@ -170,7 +170,7 @@ class _FileReader:
                 while most and content[most : most + 1] and content[most] & 0xC0 == 0x80:  # within a character
                     most -= 1
                 text, replaced = decode(content[:most])
-                return Document(text, replaced, done) if self.cut else None
+                return (binary(content) or Document(text, replaced, done)) if self.cut else None
         return None
 
     def _form(self, first: Row | None) -> tuple[str, Callable[[dict[str, Any]], str]] | None:
@@ -182,7 +182,7 @@ class _FileReader:
 
 
 def _document(row: Row, text: str) -> Document:
-    return Document(text, row.replaced, row.done)
+    return Document(text, row.replaced, row.done, where=row.where)
 
 
 def _form(row: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], str]] | None:
@@ -231,7 +231,7 @@ def _read(
                 break
             done = row.done
             documents, characters = documents + 1, characters + len(row.text)
-            _note(row, f"{reader.path}, document {documents:,}", found)
+            _note(row, reader.path, f"document {documents:,}", found)
             texts.append(row.text)
             if len(texts) == _BATCH:
                 _measure(texts, found, tokenizer)
@@ -248,13 +248,14 @@ def _read(
     return done, ended
 
 
-def _note(document: Document, place: str, found: _Found) -> None:
+def _note(document: Document, path: str, place: str, found: _Found) -> None:
     if document.text:
-        found.samples.add(place, document.text)
+        found.samples.add(f"{path}, {place}", document.text)
+    else:
+        found.problems.add("empty document, left out", f"{path}, {place}")
     if document.replaced:
-        found.problems.add("invalid UTF-8, replaced by U+FFFD", place, document.replaced)
-    if not document.text:
-        found.problems.add("empty document, left out", place)
+        where = f"{path}, {document.where or place}"
+        found.problems.add("invalid UTF-8, replaced by U+FFFD", where, document.replaced)
     if document.language:
         found.languages[document.language] += 1
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from corpus import storage
-from corpus.indexed import Index, read_index
+from corpus.indexed import Index, is_id, read_index
 from corpus.inspection.report import Problems, Progress, Report, size_text
 from corpus.objects import explained
 from corpus.tokenizer import Tokenizer
@@ -80,8 +80,11 @@ def _samples(pair: _Pair, count: int) -> list[tuple[str, str]]:
     found, documents = [], len(pair.begins) - 1
     for number in np.unique(np.linspace(0, documents - 1, min(count, documents)).astype(np.int64)).tolist():
         begin, end = pair.begins[number : number + 2].tolist()
-        ids = pair.ids(begin, min(end, begin + _SHOWN)).astype(np.int64).tolist()
-        text = " ".join(map(str, ids)) if pair.tokenizer is None else pair.tokenizer.decode(ids)
+        ids = pair.ids(begin, min(end, begin + _SHOWN))
+        if pair.tokenizer is None:
+            text = " ".join(f"{number:.12g}" for number in ids.tolist())
+        else:
+            text = pair.tokenizer.decode(ids[is_id(ids, pair.tokenizer.vocab_size)].astype(np.int64).tolist())
         found.append((f"document {number + 1:,}", text))
     return found
 
@@ -102,10 +105,10 @@ def _read_ids(report: Report, pair: _Pair, full: bool, progress: Progress) -> No
     for number, (first, end) in enumerate(chosen):
         ids = pair.ids(int(begins[first]), int(begins[end]))
         read += len(ids)
-        if len(ids):
-            extremes += [int(ids.min()), int(ids.max())]
-        if pair.tokenizer is not None:
-            _check_ids(report, pair, ids, first, end)
+        valid = ids[is_id(ids, None)]
+        if len(valid):
+            extremes += [int(valid.min()), int(valid.max())]
+        _check_ids(report, pair, ids, first, end)
         progress("reading", (number + 1) / len(chosen))
     if extremes:
         without = "" if pair.tokenizer else ", no tokenizer to decode them"
@@ -133,17 +136,20 @@ def _ranges(begins: np.ndarray, full: bool) -> list[tuple[int, int]]:
 
 
 def _check_ids(report: Report, pair: _Pair, ids: np.ndarray, first: int, end: int) -> None:
-    """Ids that the tokenizer does not have, and documents that do not end with the end-of-document token."""
-    assert pair.tokenizer is not None
+    """Numbers that are no ids, ids that the tokenizer does not have, and documents that do not end with the
+    end-of-document token."""
     begins = pair.begins[first : end + 1] - pair.begins[first]
-    size, eod_id = pair.tokenizer.vocab_size, pair.tokenizer.eod_id
 
     def add(kind: str, at: np.ndarray) -> None:
         if at.size:
             document = first + int(np.searchsorted(begins, at[0], side="right"))
             report.problems.add(kind, f"{pair.prefix}, document {document:,}: {ids[at[0]]}", int(at.size))
 
-    add(f"id beyond the {size:,} of the tokenizer", np.flatnonzero((ids < 0) | (ids >= size)))
+    add("number that is no token id", np.flatnonzero(~is_id(ids, None)))
+    if pair.tokenizer is None:
+        return
+    size, eod_id = pair.tokenizer.vocab_size, pair.tokenizer.eod_id
+    add(f"id beyond the {size:,} of the tokenizer", np.flatnonzero(is_id(ids, None) & (ids >= size)))
     if eod_id is not None:
         last = begins[1:][np.diff(begins) > 0] - 1
         add("document without the end-of-document token", last[ids[last] != eod_id])

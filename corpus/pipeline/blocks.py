@@ -21,6 +21,7 @@ from corpus.integrity import sha256
 from corpus.pipeline import deduplication
 from corpus.pipeline.account import Account, write_json
 from corpus.pipeline.plan import Plan, Refused, Stage
+from corpus.readers.rows import replaced_note
 from corpus.token_writer import TokenWriter
 from corpus.tokenizer import Tokenizer
 
@@ -53,12 +54,14 @@ class ReadInput(Block):
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         plan, account = self.plan, Account("read")
         for path in plan.tasks[rank]:
-            skipped, replaced = SkippedRows(), 0
+            skipped, replaced, first = SkippedRows(), 0, ""
             try:
                 found = read_documents(path, plan.text_key, strict=plan.strict, skipped=skipped)
                 for number, document in enumerate(found, start=1):
                     account.came(document.text)
-                    replaced += document.replaced
+                    if document.replaced:
+                        first = first if replaced else document.where
+                        replaced += document.replaced
                     where = f"{path} document {number}"
                     yield Document(document.text, where, metadata={deduplication.TASK: rank})
             except BadFile as error:
@@ -71,7 +74,7 @@ class ReadInput(Block):
             if skipped.count:
                 account.reasons["unusable row"] = account.reasons.get("unusable row", 0) + skipped.count
             if replaced:
-                account.notes.append(f"{path}: {replaced} invalid UTF-8 sequences replaced")
+                account.notes.append(replaced_note(path, replaced, first))
         account.save(plan.account_folder("read"), rank)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from loguru import logger
 
@@ -23,6 +22,7 @@ from conf.commands import PrepareSlurmConfig
 from corpus.pipeline.account import write_json
 from corpus.pipeline.blocks import blocks
 from corpus.pipeline.plan import Plan, Stage
+from corpus.pipeline.ray_executor import RayExecutor, connect
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,26 +112,16 @@ def run_local(plan: Plan, workers: int, progress: Progress) -> None:
 
 
 def run_ray(plan: Plan, workers: int, progress: Progress) -> None:
-    """Runs all stages on a Ray cluster: that of RAY_ADDRESS, else one on this machine.
-
-    Raises:
-        ChildProcessError: tasks have failed.
-    """
-    import ray
-
+    """Runs all stages on a Ray cluster: that of RAY_ADDRESS, else one on this machine."""
     logger.remove()
-    if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False)
+    progress("starting Ray", 0.0)
+    connect()
     for stage in plan.stages:
-        executor = RayPipelineExecutor(blocks(plan, stage), **ray_options(plan, stage, workers))
-        progress(_described(stage), 0.0)
+        executor = RayExecutor(blocks(plan, stage), **ray_options(plan, stage, workers))
+        what = _described(stage)
+        executor.progress = lambda _, done, what=what: progress(what, done)
+        progress(what, 0.0)
         executor.run()
-        if missing := executor.get_incomplete_ranks():
-            raise ChildProcessError(
-                f"{_described(stage)}: {len(missing)} of {stage.tasks} tasks have failed, the first is {missing[0]}; "
-                f"look at {plan.logging_folder(stage)}/logs, then run the same command again"
-            )
-        progress(_described(stage), 1.0)
 
 
 def ray_options(plan: Plan, stage: Stage, workers: int) -> dict[str, Any]:

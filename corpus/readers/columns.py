@@ -51,7 +51,7 @@ class TextColumn:
             if isinstance(value, list) and None not in value:
                 value = b"\n".join(value)
             if isinstance(value, bytes):
-                yield Document(*decode(value), done=done)
+                yield Document(*decode(value), done=done, where=f"row {number}")
             else:
                 what = "null" if value is None else "a list with nulls"
                 yield BadRow(f"row {number}", f": column {self._key!r} is {what}")

@@ -3,6 +3,7 @@
 import bz2
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,12 @@ _MAX_ZSTD_WINDOW = 2**31  # bytes, as of `zstd --long=31`
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes."""
+_BEGINNINGS = {
+    ".gz": rb"\x1f\x8b\x08",
+    ".zst": rb"\x28\xb5\x2f\xfd",
+    ".bz2": rb"BZh[1-9]1AY&SY",
+    ".xz": rb"\xfd7zXZ\0",
+}
 
 
 class Damaged(Exception):
@@ -84,8 +91,11 @@ def without_mark(start: bytes, path: str) -> bytes:
     """The beginning of a file, or of another that was appended to it, without its byte-order mark.
 
     Raises:
-        ValueError: the byte-order mark of UTF-16.
+        ValueError: it has the byte-order mark of UTF-16, or is compressed though no suffix says so.
     """
+    for suffix, beginning in _BEGINNINGS.items():
+        if re.match(beginning, start):
+            raise ValueError(f"{path} has compressed data instead of text: decompress it, or add {suffix} to its name")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in start:
         raise ValueError(f"{path} is in UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
     return start.removeprefix(BYTE_ORDER_MARK)

@@ -88,18 +88,21 @@ def language_of(path: str) -> str | None:
     return _LANGUAGE_OF.get(name) or _LANGUAGE_OF.get(suffix) or _LANGUAGE_OF.get(suffix.lower())
 
 
-def read_text(path: str, text_key: str) -> Iterator[Document]:
-    """All of a file."""
-    yield Document(*decode(_content(path)), done=1.0)
+def read_text(path: str, text_key: str) -> Iterator[Document | BadRow]:
+    """All of a file, unless it is binary."""
+    content = _content(path)
+    yield binary(content) or Document(*decode(content), done=1.0)
 
 
 def read_code(path: str, text_key: str) -> Iterator[Document | BadRow]:
     """All of a file, unless it is binary: a .ts file may be a film."""
     content = _content(path)
-    if b"\0" in content[:_LOOKED_AT]:
-        yield BadRow("", "is binary, not source code: it has NUL bytes")
-    else:
-        yield CodeDocument(*decode(content), done=1.0, written_in=language_of(path))
+    yield binary(content) or CodeDocument(*decode(content), done=1.0, written_in=language_of(path))
+
+
+def binary(content: bytes) -> BadRow | None:
+    """Why the content of a file is no text, if it is none."""
+    return BadRow("", "is binary, or UTF-16: it has NUL bytes") if b"\0" in content[:_LOOKED_AT] else None
 
 
 def _content(path: str) -> bytes:

@@ -11,9 +11,11 @@ _MAX_NAMED_ROWS = 3
 class Document:
     text: str
     replaced: int
-    """Number of invalid UTF-8 sequences that were replaced by U+FFFD in `text`."""
+    """Number of invalid UTF-8 sequences, and halves of surrogate pairs, that were replaced by U+FFFD in `text`."""
     done: float
     """Fraction of the file read so far."""
+    where: str = field(default="", kw_only=True)
+    """Its position in the file, for messages about `replaced`; empty where the document is the file."""
 
     @property
     def language(self) -> str | None:
@@ -112,7 +114,10 @@ def document_of(row: Row, text_key: str) -> Document | BadRow:
     if isinstance(row.value, BadRow):
         return row.value
     text = _text(row.value, text_key, row.where)
-    return Document(text, row.replaced, row.done) if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    text, lone = _without_lone_surrogates(text)
+    return Document(text, row.replaced + lone, row.done, where=row.where)
 
 
 def decode(data: bytes) -> tuple[str, int]:
@@ -122,6 +127,16 @@ def decode(data: bytes) -> tuple[str, int]:
     except UnicodeDecodeError:
         text = data.decode(errors="replace")
         return text, text.count("\ufffd") - data.count("\ufffd".encode())
+
+
+def replaced_note(path: str, count: int, where: str) -> str:
+    """The message about invalid UTF-8 in a file.
+
+    Args:
+        where: the first document with some; empty: the file is one document.
+    """
+    first = f", the first in {where}" if where else ""
+    return f"{count} invalid UTF-8 sequence{'s' if count > 1 else ''} replaced in {path}{first}"
 
 
 def names_for_messages(fields: dict[str, Any]) -> str:
@@ -147,17 +162,18 @@ def _text(row: dict[str, Any], text_key: str, where: str) -> str | BadRow:
         value = "\n".join(value)
     if not isinstance(value, str):
         return BadRow(where, f": field {text_key!r} is {kind_of(value)}, not a string")
-    return _without_lone_surrogates(value)
+    return value
 
 
 def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _without_lone_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which JSON can escape but UTF-8 cannot encode, by U+FFFD."""
+def _without_lone_surrogates(text: str) -> tuple[str, int]:
+    """Replaces lone surrogates, which JSON can escape but UTF-8 cannot encode, by U+FFFD, and counts them."""
     try:
         text.encode()
-        return text
+        return text, 0
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return found, found.count("\ufffd") - text.count("\ufffd")

@@ -297,7 +297,7 @@ def test_a_folder_of_source_code(tmp_path: Path) -> None:
         ("Rust", "fn main() {}"),
         ("Python", "x = 1"),
     ]
-    assert skipped(tmp_path / "b/film.ts").first == ["is binary, not source code: it has NUL bytes"]
+    assert skipped(tmp_path / "b/film.ts").first == ["is binary, or UTF-16: it has NUL bytes"]
     with pytest.raises(ValueError, match=r"film\.ts is binary"):
         list(read_documents(found[2], "text", strict=True))
 

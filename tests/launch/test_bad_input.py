@@ -59,7 +59,7 @@ def write_bad(folder: Path) -> dict[str, str]:
         "f.arrow": "is ",
         "g.warc": "is damaged after record 1: it ends in the middle of a record: left out",
         "h.warc": "record 1 is application/json, not text/plain: left out",
-        "i.py": "1 row skipped (an error with strict=true): is binary, not source code",
+        "i.py": "1 row skipped (an error with strict=true): is binary, or UTF-16",
         "j.rs": "is in UTF-16, not UTF-8; convert it",
         "k.txt": "is empty: left out",
     }

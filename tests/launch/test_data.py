@@ -39,7 +39,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"{tmp_path}/a.jsonl.gz, document 3:\n  three\\ufffd".encode().decode("unicode_escape"),
         f"problem: 2 x row without text: {tmp_path}/a.jsonl.gz line 2: field 'text' is null, not a string; "
         f"{tmp_path}/a.jsonl.gz line 4 is not valid JSON: Expecting property name enclosed in double quotes, column 2",
-        f"problem: 1 x invalid UTF-8, replaced by U+FFFD: {tmp_path}/a.jsonl.gz, document 3",
+        f"problem: 1 x invalid UTF-8, replaced by U+FFFD: {tmp_path}/a.jsonl.gz, line 5",
         f"problem: 1 x empty document, left out: {tmp_path}/a.jsonl.gz, document 2",
         f"problem: 1 x file that cannot be read to its end: {tmp_path}/b.jsonl.gz is damaged after line 0: it ends in",
     ):

@@ -1,7 +1,10 @@
-"""Preparation on a Ray that this machine starts: the same folder, also after a worker was killed."""
+"""Preparation on a Ray that this machine starts: the same folder, also after a worker was killed, and after the command
+was."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +17,13 @@ import pytest
 pytest.importorskip("datatrove", reason="datatrove is not installed: bash launch/setup.sh data")
 pytest.importorskip("ray", reason='Ray is not installed: pip install "ray[default]"')
 
+from corpus.pipeline.ray_executor import run_preparation_task
 from tests.corpus.pipeline.helpers import content, prose
 
 ROOT = Path(__file__).parents[3]
 
 
-def test_ray_makes_the_same_tokens_though_a_worker_is_killed(tmp_path: Path) -> None:
+def test_ray_makes_the_same_tokens_though_a_worker_and_the_command_are_killed(tmp_path: Path) -> None:
     for number in range(4):
         rows = [json.dumps({"text": prose(100 * number + n)}) for n in range(3)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
@@ -27,25 +31,43 @@ def test_ray_makes_the_same_tokens_though_a_worker_is_killed(tmp_path: Path) -> 
     command += ["vocab_size=300", "prepare.steps=[normalize,exact]"]
     subprocess.run([*command, f"output={tmp_path}/local", "executor=local"], cwd=ROOT, check=True)
     made = [*command, f"output={tmp_path}/ray", "executor=ray"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(made, cwd=ROOT, stdout=log, stderr=log)
-        while not (killed := _a_worker(process.pid)):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.01)
-        os.kill(killed, signal.SIGKILL)
-        process.wait()
-    if process.returncode:  # Ray has given the task up: the same command continues
-        assert process.returncode == 1 and "run the same command again" in (tmp_path / "log").read_text()
-        subprocess.run(made, cwd=ROOT, check=True)
+    process = _started(made, tmp_path)
+    os.kill(_a_worker(process, tmp_path), signal.SIGKILL)
+    assert process.wait() == 0, (tmp_path / "log").read_text()  # the task is run again
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+    shutil.rmtree(tmp_path / "ray")
+
+    process = _started(made, tmp_path)
+    while not (done := _completed(tmp_path)):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = _completed(tmp_path)
+    process = _started(made, tmp_path)
+    _a_worker(process, tmp_path)
+    assert done.items() <= _completed(tmp_path).items()  # not run again
+    assert process.wait() == 0, (tmp_path / "log").read_text()
     assert content(tmp_path / "ray") == content(tmp_path / "local")
 
 
-def _a_worker(command: int) -> int | None:
-    """An actor of Ray that works for a command."""
-    for process in psutil.Process(command).children(recursive=True):
-        try:
-            if "RankWorker" in " ".join(process.cmdline()):
-                return process.pid
-        except psutil.Error:
-            continue
-    return None
+def _started(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def _completed(folder: Path) -> dict[str, int]:
+    """The marks of finished tasks, and when they were written."""
+    marks = (folder / "ray.work").glob("stages/*/completions/*")
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in marks}
+
+
+def _a_worker(command: "subprocess.Popen[bytes]", folder: Path) -> int:
+    """Waits for a worker of Ray that runs a task of a command."""
+    while command.poll() is None:
+        for process in psutil.Process(command.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if run_preparation_task.__name__ in " ".join(process.cmdline()):
+                    return process.pid
+        time.sleep(0.01)
+    raise AssertionError((folder / "log").read_text())
