@@ -6,6 +6,7 @@ after its last complete sample, fewer than S, are dropped.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
@@ -265,38 +266,32 @@ def positions_within(tokens: torch.Tensor, eod_id: int | None) -> torch.Tensor:
     return positions - begins.cummax(0).values
 
 
-def micro_batches(
-    stream: Stream,
-    *,
-    first_sample: int,
-    micro_batch_size: int,
-    num_micro_batches: int,
-    dp_rank: int,
-    dp_size: int,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro-batches of one step for a data-parallel rank, tensors [B, S].
+@dataclass(frozen=True)
+class BatchShard:
+    """The samples of a global batch that one data-parallel rank reads. They are assigned in order: global micro-batch
+    j * dp_size + dp_rank is this rank's j-th, and global micro-batch g has the B samples from first_sample + g * B."""
 
-    Samples are assigned in order: global micro-batch j * dp_size + dp_rank is this rank's j-th, and global
-    micro-batch g has the B samples from first_sample + g * B.
-    """
-    for j in range(num_micro_batches):
-        start = first_sample + (j * dp_size + dp_rank) * micro_batch_size
-        samples = [stream.sample(index) for index in range(start, start + micro_batch_size)]
-        yield {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    first_sample: int
+    micro_batch_size: int
+    num_micro_batches: int
+    dp_rank: int
+    dp_size: int
 
+    def samples(self) -> Iterator[range]:
+        """The indices of each micro-batch's samples."""
+        for j in range(self.num_micro_batches):
+            start = self.first_sample + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
+            yield range(start, start + self.micro_batch_size)
 
-def request_micro_batches(
-    stream: Stream,
-    *,
-    first_sample: int,
-    micro_batch_size: int,
-    num_micro_batches: int,
-    dp_rank: int,
-    dp_size: int,
-) -> None:
-    """Requests what `micro_batches` with the same arguments will read, where that is in objects."""
-    if isinstance(stream, OfObjects) and stream.is_object:
-        for j in range(num_micro_batches):
-            start = first_sample + (j * dp_size + dp_rank) * micro_batch_size
-            for index in range(start, start + micro_batch_size):
-                stream.request(index)
+    def micro_batches(self, stream: Stream) -> Iterator[dict[str, torch.Tensor]]:
+        """The samples read from the stream, tensors [B, S]."""
+        for indices in self.samples():
+            samples = [stream.sample(index) for index in indices]
+            yield {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def request(self, stream: Stream) -> None:
+        """Requests what `micro_batches` will read, where that is in objects."""
+        if isinstance(stream, OfObjects) and stream.is_object:
+            for indices in self.samples():
+                for index in indices:
+                    stream.request(index)

@@ -139,7 +139,7 @@ class Engine:
         computed, until `update` sums it over the ranks together with the gradient norm.
 
         Args:
-            batches: this data-parallel rank's micro-batches, assigned round-robin (corpus.stream.micro_batches).
+            batches: this data-parallel rank's micro-batches, assigned round-robin (corpus.stream.BatchShard).
             step: the optimizer step; seeds the layers' random numbers.
             recorder: receives what the routers choose.
         """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from corpus.stream import HeldOut, micro_batches, request_micro_batches
+from corpus.stream import BatchShard, HeldOut
 from parallel.engine import Batch
 from training.builder import BuiltModel
 from training.metrics import PART_LOSS
@@ -93,20 +93,20 @@ def global_batches(built: BuiltModel, windows: HeldOut, batches: int | None) -> 
     Args:
         batches: number of global batches; None: all.
     """
-    planned = _planned(built, windows, batches)
-    if isinstance(windows, ReplayedWindows) and planned:
-        end = planned[-1]["first_sample"] + planned[-1]["num_micro_batches"] * _across(built)
+    shards = _shards(built, windows, batches)
+    if isinstance(windows, ReplayedWindows) and shards:
+        end = shards[-1].first_sample + shards[-1].num_micro_batches * _across(built)
         windows.check(min(len(windows), end))
-    for how in planned:
-        request_micro_batches(windows, **how)
-    for how in planned:
-        yield how["first_sample"], list(micro_batches(windows, **how))
+    for shard in shards:
+        shard.request(windows)
+    for shard in shards:
+        yield shard.first_sample, list(shard.micro_batches(windows))
 
 
 def request_windows(built: BuiltModel, windows: HeldOut, batches: int | None) -> None:
     """Requests what `evaluate` with the same arguments will read on this rank, where that is in objects."""
-    for how in _planned(built, windows, batches):
-        request_micro_batches(windows, **how)
+    for shard in _shards(built, windows, batches):
+        shard.request(windows)
 
 
 def _across(built: BuiltModel) -> int:
@@ -114,29 +114,29 @@ def _across(built: BuiltModel) -> int:
     return built.config.train.micro_batch_size * built.runtime.groups.dp.size()
 
 
-def _planned(built: BuiltModel, windows: HeldOut, batches: int | None) -> list[dict[str, int]]:
-    """The arguments of `micro_batches` for each global batch."""
+def _shards(built: BuiltModel, windows: HeldOut, batches: int | None) -> list[BatchShard]:
+    """What this rank reads of each global batch."""
     train, groups = built.config.train, built.runtime.groups
     # Micro-batches have the same windows for any number of ranks, since capacity is defined per micro-batch. The last
     # one is padded; padding does not count in capacity and load.
     across, layout = _across(built), built.runtime.layout
     most = max(1, train.global_batch_size // across)
     needed = -(-len(windows) // (most * across))
-    found = []
+    shards: list[BatchShard] = []
     for i in range(needed if batches is None else min(batches, needed)):
         wanted = -(-(len(windows) - i * most * across) // across)
         if layout.vpp > 1:  # the interleaved schedule needs a multiple of the number of stages
             wanted = -(-wanted // layout.pp) * layout.pp
-        found.append(
-            {
-                "first_sample": i * most * across,
-                "micro_batch_size": train.micro_batch_size,
-                "num_micro_batches": min(most, wanted),
-                "dp_rank": groups.dp.rank(),
-                "dp_size": groups.dp.size(),
-            }
+        shards.append(
+            BatchShard(
+                i * most * across,
+                train.micro_batch_size,
+                num_micro_batches=min(most, wanted),
+                dp_rank=groups.dp.rank(),
+                dp_size=groups.dp.size(),
+            )
         )
-    return found
+    return shards
 
 
 def _bytes(batch: Batch, byte_lengths: np.ndarray) -> float:

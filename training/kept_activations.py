@@ -15,9 +15,10 @@ from parallel.layout import Layout
 from training.adapters import experts_are_adapted, share_adapted
 from training.flops import experts_per_token
 from training.kept_by_adapters import kept_by_adapters, unread_inputs
+from training.kept_by_attention import FLOAT, kept_by_attention
 
-INT, FLOAT = 8, 4
-"""Bytes of an index, and of what is computed in fp32 whatever the precision is."""
+INT = 8
+"""Bytes of an index."""
 IN_FP32 = ("triton", "grouped_mm_fused", "fp8")
 """Backends of the experts that compute the activation of experts with adapters in fp32 (ops.adapted_experts)."""
 SEPARATE = ("loop", "grouped_mm", "te")
@@ -101,7 +102,7 @@ class Activations:
             return self.outside * self.model.hidden_size * self.value + sparse * self._decision(keeps=True)
         # The inputs of two norms, and their outputs, which are inputs of linear layers.
         kept = self.outside * ((2 if "norm" in again else 4) * self.value * self.model.hidden_size + 2 * FLOAT)
-        kept += self._attention() + kept_by_adapters(self, "attention", sparse=sparse)
+        kept += kept_by_attention(self) + kept_by_adapters(self, "attention", sparse=sparse)
         kept -= unread_inputs(self, again, sparse=sparse)
         if not sparse:
             kept += self._mlp(self.model.ffn_hidden_size, again, "ffn")
@@ -328,65 +329,3 @@ class Activations:
         if width == model.shared_width and model.moe.shared_expert_gate:
             kept += self.outside * self.value * model.hidden_size
         return kept
-
-    def _attention(self) -> float:
-        """Without its input."""
-        model, tp, value = self.model, self.layout.tp, self.value
-        query, key, heads = model.query_width, model.key_width, model.num_attention_heads
-        if model.kv_lora_rank is not None:
-            return self._latent_attention()
-        kept = value * self._core(query, key) + FLOAT * heads  # the log-sum-exps
-        if model.attention_output_gate is not None:  # their projection and sigmoid, and the gated output
-            kept += value * (2 * model.gate_width + query)
-        if model.qk_norm is not None:  # inputs of its norms, and their scales
-            # A CPU normalises a view of the fused projection per head, where heads are not laid out in groups.
-            of_head = query if model.query_groups < heads else 0
-            inputs = query + key if self.on_gpu else {"full": query + key, "l2": key}.get(model.qk_norm, of_head)
-            normed = self._with_rope if model.qk_norm == "l2" else 1.0
-            kept += normed * value * inputs
-            kept += normed * FLOAT * (2 * tp if model.qk_norm == "full" else heads + model.query_groups)
-        if model.attention_temperature is not None:
-            kept += (1 - self._with_rope) * (value * query + tp * FLOAT)
-        if model.clip_qkv is not None:  # inputs and outputs of clipping
-            kept += value * (query + (2 if model.qk_norm else 1) * key)
-        if model.attention_multiplier is not None:
-            kept += tp * FLOAT * model.rotary_width
-        return self.tokens * kept / tp
-
-    @property
-    def _with_rope(self) -> float:
-        """Share of the layers that have a rotary embedding."""
-        if self.model.no_rope_every is None:
-            return 1.0
-        return sum(map(self.model.has_rope, range(self.model.num_layers))) / self.model.num_layers
-
-    def _core(self, query: int, key: int) -> float:
-        """Values per token of the kernel: queries and keys after the rotary embedding, values, and the output."""
-        cp, several = self.layout.cp, self.config.train.micro_batch_size > 1
-        varlen = self.config.data.document_mask or self.model.attention_sinks or cp > 1
-        local = len(self.model.local_layers) / self.model.num_layers
-        whole = 4.0 * query + 3 * key  # values are part of the fused projection; the output is laid out anew
-        # Without rotary embedding the fused projection itself, unless queries have to be laid out anew, and the output.
-        plain = 2.0 * query + 2 * key + query * (1 < self.model.query_groups < self.model.num_attention_heads)
-        whole = self._with_rope * whole + (1 - self._with_rope) * plain
-        if not self.on_gpu:
-            return whole + (2 * (cp - 1) * key if cp > 1 else 0)
-        packed = 2.0 * query + 2 * key if several else 3.0 * query + 3 * key
-        if cp > 1:  # queries exchanged, keys and values of the whole sequence, and those that the two pieces see
-            packed = 3.0 * query + 2 * key * cp + 2 * key * (cp + 0.5)
-        return packed if varlen else local * packed + (1 - local) * whole
-
-    def _latent_attention(self) -> float:
-        model, tp, value = self.model, self.layout.tp, self.value
-        assert model.kv_lora_rank is not None
-        query, out, heads = model.query_width, model.output_width, model.num_attention_heads
-        # Queries, keys, padded values, the padded output and the values of it; or, where values are as wide as keys,
-        # those of the projection that they are part of, and the output laid out anew.
-        nope = heads * model.qk_nope_head_dim
-        core = 4 * query + out if model.v_head_dim < model.head_width else 2 * query + nope + out + 2 * out
-        down = model.q_lora_rank or 0
-        latent = value * 2 * (down + model.kv_lora_rank) + FLOAT * (1 + bool(down))
-        latent += 0 if self.on_gpu else value * model.qk_rope_head_dim
-        scaled = bool(model.rope_scaling.mscale_all_dim)
-        per_token = (value * core + FLOAT * heads) / tp + scaled * FLOAT * model.rotary_width
-        return self.tokens * per_token + self.outside * latent

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from corpus.prepare import Source
-from corpus.stream import TrainStream, ValidWindows, micro_batches, positions_within
+from corpus.stream import BatchShard, TrainStream, ValidWindows, positions_within
 from tests.corpus.helpers import prepared_of, write_pair
 
 # Every token of a document occurs once in the whole corpus, so that a token in a sample tells where it came from.
@@ -252,13 +252,9 @@ class Numbers:
 
 def test_micro_batches_deal_out_the_samples_of_a_step():
     # Global batch of 12 from sample 24: two ranks, three micro-batches each, two samples per micro-batch.
-    batches = [
-        [
-            batch["tokens"][:, 0].tolist()
-            for batch in micro_batches(
-                Numbers(), first_sample=24, micro_batch_size=2, num_micro_batches=3, dp_rank=rank, dp_size=2
-            )
-        ]
+    shards = [
+        BatchShard(first_sample=24, micro_batch_size=2, num_micro_batches=3, dp_rank=rank, dp_size=2)
         for rank in range(2)
     ]
+    batches = [[batch["tokens"][:, 0].tolist() for batch in shard.micro_batches(Numbers())] for shard in shards]
     assert batches == [[[24, 25], [28, 29], [32, 33]], [[26, 27], [30, 31], [34, 35]]]

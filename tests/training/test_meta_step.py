@@ -25,7 +25,7 @@ def counted(world: World, overrides: str, ranks: int, on_gpu: bool, bf16: bool, 
     config = composed(overrides.split())
     layout = Layout.of(config.parallel, ranks)
     found = meta_step(config, layout, stage, on_gpu=on_gpu, bf16=bf16)
-    kinds = {kind: sizes[-1] for kind, sizes in found.of_layers.items() if sizes}
+    kinds = {kind: sum(sizes) / len(sizes) for kind, sizes in found.of_layers.items() if sizes}
     in_flight = micro_batches_in_flight(layout, stage, 10**6)
     return {**kinds, "stage": found.activations(in_flight), "buffer": found.buffer}
 
@@ -44,11 +44,9 @@ def test_one_h200_held_what_is_counted(overrides: str, ranks: RankPool) -> None:
 SIZES = "train.sequence_length=512 train.micro_batch_size=2 train.global_batch_size=1024 model.vocab_size=4096"
 QWEN = "model=qwen3_30b_a3b model.num_layers=2"
 TP = "parallel.tp=2 parallel.sequence_parallel=true"
-DENSE = "model=tiny_dense model.hidden_size=128 model.num_attention_heads=4 model.ffn_hidden_size=512"
-"""Of two heads per rank: of one, queries and keys are contiguous, and a copy less is kept than the formula counts."""
 LAYOUTS = {
-    DENSE: 1,
-    f"{DENSE} parallel.tp=2": 2,
+    "model=tiny_dense": 1,
+    "model=tiny_dense parallel.tp=2": 2,
     "model=switch_base_8 model.num_layers=4": 1,
     "model=switch_base_8 model.num_layers=4 parallel.ep=2 model.moe.jitter=0.1": 2,
     "model=olmoe_1b_7b model.num_layers=2": 1,
@@ -86,6 +84,34 @@ def test_formulas_are_what_is_counted(overrides: str, world: int, on_gpu: bool, 
     assert of.gathered() == found["buffer"]
     memory = stage_memory(config, layout, stages_of(config.model, layout)[0], bf16=on_gpu, on_gpu=on_gpu)
     assert memory.activations == pytest.approx(found["stage"], rel=0.05)
+
+
+ATTENTION = {
+    "model.num_attention_heads=1": 1,
+    "model.num_attention_heads=2": 1,
+    "model.num_attention_heads=2 parallel.tp=2": 2,
+    "model.num_attention_heads=1 parallel.cp=2": 2,
+    "model.num_attention_heads=8 model.num_query_groups=2 model.qk_norm=null parallel.cp=4": 4,
+    "model.num_attention_heads=4 model.num_query_groups=2 model.no_rope_every=2": 1,
+    "model.num_attention_heads=2 model.qk_norm=l2": 1,
+    "model.num_attention_heads=4 model.num_query_groups=1 model.qk_norm=full": 1,
+}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(("overrides", "world"), ATTENTION.items())
+def test_every_tensor_that_attention_keeps_is_counted(
+    overrides: str, world: int, on_gpu: bool, ranks: RankPool
+) -> None:
+    """In a layer so narrow that a copy of the queries is 3 % of it."""
+    if on_gpu:
+        pytest.importorskip("triton", reason="Triton is not installed: bash launch/setup.sh kernels")
+    narrow = "model=tiny_dense model.hidden_size=128 model.ffn_hidden_size=512 model.num_layers=2"
+    overrides = f"{narrow} {overrides} {SIZES}"
+    found = ranks.run(1, counted, overrides, world, on_gpu, on_gpu, timeout=120)[0]
+    config = composed(overrides.split())
+    of = Activations(config, Layout.of(config.parallel, world), bf16=on_gpu, on_gpu=on_gpu)
+    assert of.layer(sparse=False) == pytest.approx(found["dense"], rel=0.002)
 
 
 def test_frozen_layers_gather_into_no_buffer(ranks: RankPool) -> None:
