@@ -36,6 +36,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
         | {"head_dim": 64, "norm_topk_prob": True},
     ),
+    "olmoe": (
+        "Olmoe",
+        {"num_key_value_heads": 8, "num_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 256},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {"num_key_value_heads": 2, "num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 256}
+        | {"head_dim": 64, "sliding_window": 32},
+    ),
     "deepseek_v3": (
         "DeepseekV3",
         {**LATENT, "num_key_value_heads": 8, "n_routed_experts": 32, "num_experts_per_tok": 4, "n_shared_experts": 1}

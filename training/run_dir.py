@@ -17,8 +17,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from conf.blend_plan import refused_change
+from conf.config_view import ConfigView
+from conf.limits import has_chats
 from conf.override_text import command, override, setting
 from conf.schema import Config
+from corpus.chat_template import DEFAULT_NAME, ChatTemplate
 from corpus.prepare import Prepared
 from corpus.tokenizer_files import CHAT_TEMPLATE, COMPANION_DIR, TOKENIZER, companions
 from training.compatibility import describe_changes, differences, model_differences, overrides_to_restore
@@ -111,10 +114,12 @@ class RunDir:
             for file in companions(tokenizer):
                 (self.path / COMPANION_DIR).mkdir(exist_ok=True)
                 write_atomically(self.path / COMPANION_DIR / file.name, file.read_bytes())
-            if config.data.chat_template is not None:
-                (self.path / COMPANION_DIR).mkdir(exist_ok=True)
-                template = Path(config.data.chat_template).expanduser().read_bytes()
-                write_atomically(self.path / COMPANION_DIR / CHAT_TEMPLATE, template)
+            if has_chats(ConfigView(config, 1)):
+                # Also the default one, so that an export and lm-eval have it.
+                template = ChatTemplate.of_data(config.data, tokenizer)
+                if config.data.chat_template is not None or template.name == DEFAULT_NAME:
+                    (self.path / COMPANION_DIR).mkdir(exist_ok=True)
+                    write_atomically(self.path / COMPANION_DIR / CHAT_TEMPLATE, template.source.encode())
         write_atomically(self.path / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
     def _check_tokenizer(self, tokenizer: str | None) -> None:

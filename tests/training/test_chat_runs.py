@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conf.schema import BlendPart, CheckpointConfig, Config, DataConfig, EvalConfig
+from corpus.chat_template import DEFAULT_TEMPLATE
 from corpus.example_chat import conversations
 from corpus.tokenizer_files import COMPANION_DIR
 from parallel.local_launcher import RankPool
@@ -46,6 +47,7 @@ def test_a_run_on_conversations_starts_from_weights_and_continues(ranks: RankPoo
     first = rows(tmp_path / "run")[0]
     assert first["step"] == 1 and first["lr"] == pytest.approx(config.optim.lr / config.optim.warmup_steps)
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "run" / COMPANION_DIR / "chat_template.jinja").read_text() == DEFAULT_TEMPLATE
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     held_out = [row["val_loss"] for row in map(json.loads, lines) if "val_loss" in row]
     assert held_out[-1] < held_out[0]
