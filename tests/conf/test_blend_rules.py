@@ -92,11 +92,13 @@ def test_epochs_of_a_part(parts, stages, expected):
     assert expected in error_message(view({"data.kind": "blend", "data.blend": parts, "data.stages": stages}))
 
 
-def test_temperature_needs_weights():
+def test_temperature_needs_weights_and_is_no_smaller_than_floats_can_tell():
     cfg = view({"data.kind": "blend", "data.blend": [WIKI], "data.temperature": 2.0})
     assert "data.temperature needs a part of data.blend with a weight, but all have epochs; nearest: data.temper" in (
         error_message(cfg)
     )
+    cfg = view({"data.kind": "blend", "data.blend": [WEB], "data.temperature": 0.01})
+    assert "data.temperature >= 0.05, but it is 0.01; nearest: data.temperature=0.05" in error_message(cfg)
 
 
 def config_of(parts: list[BlendPart], steps: int, stages: list[BlendStage] = []) -> Config:  # noqa: B006
