@@ -58,8 +58,8 @@ def _plan(
 
 
 def refused_change(old: Mapping[str, Any], config: Config, step: int) -> str | None:
-    """Why a run cannot continue after a step: some of its samples would be others. Only with epochs: where weights
-    change, samples go on from where they are.
+    """Why a run cannot continue after a step: some of the samples that it has had would be others, and documents would
+    be repeated or left out. Other weights in data.blend are other data, which `RunDir.changed_data` names.
 
     Args:
         old: the settings that the run had until then.
@@ -71,10 +71,12 @@ def refused_change(old: Mapping[str, Any], config: Config, step: int) -> str | N
     is_blend = data.get("kind") == "blend"
     parts = [_of(BlendPart, part) for part in data.get("blend", ())] if is_blend else []
     stages = [_of(BlendStage, stage) for stage in data.get("stages", ())] if is_blend else []
-    if all(part.epochs is None for part in (*parts, *config.data.blend)):
+    if not is_blend and all(part.epochs is None for part in config.data.blend):
         return None
     steps, size = train["steps"], train["global_batch_size"]
     before = _plan(parts, stages, steps, size)
+    if all(part.epochs is None for part in (*parts, *config.data.blend)):
+        return _refused_stages(before, config, step, size)
     taken = _taken(before, step * size)
     if taken == _taken(blend_plan(config), step * size):
         return None
@@ -93,6 +95,32 @@ def refused_change(old: Mapping[str, Any], config: Config, step: int) -> str | N
         "Restore data.blend, data.stages, train.steps and train.global_batch_size, or start another run from its "
         "weights (checkpoint.load)"
     )
+
+
+def _refused_stages(before: Sequence[StagePlan], config: Config, step: int, size: int) -> str | None:
+    """`refused_change` where all parts have weights.
+
+    Args:
+        size: the global batch size until then.
+    """
+    after = blend_plan(config)
+    if max(len(before), len(after)) < 2 or not after:
+        return None
+    if size != config.train.global_batch_size:
+        return (
+            f"data.stages begin at steps of train.global_batch_size={size} sequences, and would begin elsewhere with "
+            f"{config.train.global_batch_size}. Restore it, or start another run from its weights (checkpoint.load)"
+        )
+
+    def begun(plan: Sequence[StagePlan]) -> list[Any]:
+        return [(stage.begin, stage.weights) for stage in plan[1:] if stage.begin < step * size]
+
+    if begun(before) != begun(after):
+        return (
+            f"data.stages may change from step {step + 1} on: samples up to there would be others. Restore the stages "
+            "before it, or start another run from its weights (checkpoint.load)"
+        )
+    return None
 
 
 def overrides_to_continue(config: Config) -> list[str] | None:

@@ -132,8 +132,9 @@ class DataConfig:
     """Field of a row that holds its text, a string or a list of lines. `a.b`: field b of the object in a."""
     strict: bool = False
     """Stop at the first row without text (null, another type, no such field, invalid JSON), or of chats without a
-    valid conversation, and at a damaged file. false: leave such rows, and files from where they are damaged, out and
-    report their number and positions; data of which nothing is left is an error in both cases."""
+    valid conversation, at a damaged file, and at a token file shorter than a sequence. false: leave such rows, and
+    files from where they are damaged, out and report their number and positions; data of which nothing is left is an
+    error in both cases."""
     tokenizer: str | None = None
     """Path of a Hugging Face tokenizer.json, or of a directory that holds one, or whose files Transformers converts to
     one (the run keeps its settings and chat template too), or of a file of SentencePiece (.model) or tiktoken
@@ -147,7 +148,7 @@ class DataConfig:
     """Reset attention and positions at document boundaries."""
     blend: list[BlendPart] = field(default_factory=list)
     """The parts of data=blend: [{weight: 1, kind: text, files: [PATH]}, ...]."""
-    temperature: float | None = setting(None, gt=0)
+    temperature: float | None = setting(None, ge=0.05)
     """Lets the size of a part of data=blend count: its share is proportional to weight * tokens^(1 / temperature). 1:
     parts of equal weight pass through their epochs at the same rate, and weights are relative numbers of epochs. Larger
     values favour small parts. null: the weights alone count. Parts with epochs are left as they are."""

@@ -176,6 +176,7 @@ def held_out_parts(prepared: Prepared, config: Config) -> dict[str, HeldOut]:
     for number, name in enumerate(part_names(config.data.blend) if config.eval.by_part else ()):
         sources = [source for source in prepared.valid if source.part == number]
         if sources:
-            of_part = replace(prepared, valid=sources)
-            parts[name] = held_out_samples(of_part, config.data, sequence_length=length)
+            windows = held_out_samples(replace(prepared, valid=sources), config.data, sequence_length=length)
+            if len(windows):  # one token alone is the label of nothing
+                parts[name] = windows
     return parts

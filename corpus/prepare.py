@@ -21,7 +21,7 @@ from corpus.dataset_specs import DatasetSpec, dataset_specs
 from corpus.integrity import digests
 from corpus.object_blocks import described
 from corpus.objects import content_of_pair, hash_files, local_pairs
-from corpus.prepared_checks import check_conversations, check_held_out, check_training
+from corpus.prepared_checks import check_conversations, check_held_out, check_training, without_short_files
 from corpus.text import MANIFEST, Progress, TextCorpus, tokenizer_sample, write_corpus
 from corpus.tokenizer_files import tokenizer_json
 
@@ -156,6 +156,7 @@ def prepare(
         check_conversations(prepared, data, held_out_only)
     elif data.kind != "preference":
         if not held_out_only:
+            prepared = without_short_files(prepared, sequence_length, data)
             check_training(prepared, sequence_length, data)
         check_held_out(prepared, 1 if held_out_only else sequence_length, data)
     return replace(prepared, notes=[*prepared.notes, *answers.notes()])

@@ -1,12 +1,15 @@
 """Checks that prepared data are enough to train and evaluate on."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from conf.schema import DataConfig
 from corpus.dataset_specs import is_chat
 
 if TYPE_CHECKING:
-    from corpus.prepare import Prepared
+    from corpus.prepare import Prepared, Source
+
+_NAMED = 3
 
 
 def check_conversations(prepared: "Prepared", data: DataConfig, held_out_only: bool) -> None:
@@ -14,6 +17,31 @@ def check_conversations(prepared: "Prepared", data: DataConfig, held_out_only: b
         raise ValueError("no conversation is left to train on; lower data.valid_fraction or add conversations")
     if not prepared.valid:
         raise ValueError("no conversation is held out; set data.valid_files, or raise data.valid_fraction")
+
+
+def without_short_files(prepared: "Prepared", sequence_length: int, data: DataConfig) -> "Prepared":
+    """The data without training files that are shorter than a sequence, such as the shard of a task of which filters
+    have left little: of parts that have longer ones, and not with data.strict. A part keeps its weight."""
+
+    def is_short(source: "Source") -> bool:
+        return source.num_tokens <= sequence_length and not is_chat(data, source.part)
+
+    kept = [source for source in prepared.train if not is_short(source)]
+    usable = {source.part for source in kept}
+    short = list(filter(is_short, prepared.train))
+    if not short or data.strict or {source.part for source in prepared.train} != usable:
+        return prepared
+    before, after = (
+        {part: sum(source.weight for source in sources if source.part == part) for part in usable}
+        for sources in (prepared.train, kept)
+    )
+    kept = [
+        replace(source, weight=source.weight * before[source.part] / (after[source.part] or 1.0)) for source in kept
+    ]
+    named = "; ".join(f"{source.prefix}.bin: {source.num_tokens} tokens" for source in short[:_NAMED])
+    more = f"; and {len(short) - _NAMED} more" if len(short) > _NAMED else ""
+    note = f"shorter than a sequence of {sequence_length + 1} tokens: left out (an error with data.strict=true): "
+    return replace(prepared, train=kept, notes=[*prepared.notes, note + named + more])
 
 
 def check_training(prepared: "Prepared", sequence_length: int, data: DataConfig) -> None:

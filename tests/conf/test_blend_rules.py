@@ -92,11 +92,13 @@ def test_epochs_of_a_part(parts, stages, expected):
     assert expected in error_message(view({"data.kind": "blend", "data.blend": parts, "data.stages": stages}))
 
 
-def test_temperature_needs_weights():
+def test_temperature_needs_weights_and_is_no_smaller_than_floats_can_tell():
     cfg = view({"data.kind": "blend", "data.blend": [WIKI], "data.temperature": 2.0})
     assert "data.temperature needs a part of data.blend with a weight, but all have epochs; nearest: data.temper" in (
         error_message(cfg)
     )
+    cfg = view({"data.kind": "blend", "data.blend": [WEB], "data.temperature": 0.01})
+    assert "data.temperature >= 0.05, but it is 0.01; nearest: data.temperature=0.05" in error_message(cfg)
 
 
 def config_of(parts: list[BlendPart], steps: int, stages: list[BlendStage] = []) -> Config:  # noqa: B006
@@ -130,6 +132,39 @@ def test_a_run_that_continues_keeps_its_samples(new, step, expected):
     assert found is None if expected is None else expected in found
     without = config_of([WEB, replace(WIKI, epochs=None)], 100)
     assert refused_change(asdict(without), config_of(without.data.blend, 300), step) is None
+
+
+STAGED = [BlendStage(41, [1, 1]), BlendStage(81, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("stages", "size", "expected"),
+    [
+        (STAGED, 8, None),
+        ([STAGED[0], BlendStage(51, [0, 1])], 8, None),
+        ([STAGED[0], BlendStage(50, [0, 1])], 8, "data.stages may change from step 51 on"),
+        ([STAGED[0]], 8, None),
+        ([BlendStage(31, [1, 1]), STAGED[1]], 8, "data.stages may change from step 51 on"),
+        ([BlendStage(41, [1, 2]), STAGED[1]], 8, "data.stages may change from step 51 on"),
+        ([], 8, "data.stages may change from step 51 on"),
+        (STAGED, 16, "begin at steps of train.global_batch_size=8 sequences"),
+    ],
+)
+def test_stages_that_have_begun_stay(stages, size, expected):
+    parts = [WEB, replace(WIKI, epochs=None)]
+    old, new = config_of(parts, 100, STAGED), config_of(parts, 120, stages)
+    old.train.global_batch_size, new.train.global_batch_size = 8, size
+    found = refused_change(asdict(old), new, 50)
+    assert found is None if expected is None else found is not None and expected in found
+
+
+def test_steps_of_another_size_are_none_of_stages_business_without_stages():
+    parts = [WEB, replace(WIKI, epochs=None)]
+    old, new = config_of(parts, 100), config_of(parts, 100)
+    new.train.global_batch_size *= 2
+    assert refused_change(asdict(old), new, 50) is None
+    new.data.stages = [BlendStage(60, [1, 1])]
+    assert "begin at steps of train.global_batch_size=" in (refused_change(asdict(old), new, 50) or "")
 
 
 @pytest.mark.parametrize("stages", [[], [BlendStage(60, [0.5, 1])], [BlendStage(60, [2, 0])]])

@@ -287,6 +287,22 @@ def test_megatron_data_holds_out_the_last_documents(pairs, tmp_path):
     assert held_out.train == [Source(a, 1.0, 0, 100, 300)] and held_out.valid == [Source(b, 1.0, 0, 10, 300)]
 
 
+def test_a_file_shorter_than_a_sequence_is_left_out(pairs, tmp_path):
+    a, b = pairs
+    short = [write_pair(tmp_path / f"short{n}", [[1, 2, n]] * 3) for n in range(5)]
+    data = DataConfig(kind="megatron", files=[a, *short, b], valid_fraction=0.1, cache_dir=str(tmp_path / "cache"))
+    prepared = run(data, sequence_length=16)
+    assert prepared.train == [Source(a, 0.5, 0, 90, 270), Source(b, 0.5, 0, 9, 270)]
+    (note,) = prepared.notes
+    assert note.startswith("shorter than a sequence of 17 tokens: left out (an error with data.strict=true): ")
+    assert f"{short[0]}.bin: 6 tokens; " in note and note.endswith("; and 2 more")
+    refused(replace(data, strict=True), r"too little text: 6 tokens .*short0\.bin", sequence_length=16)
+    refused(replace(data, files=short), r"too little text: 6 tokens .*short0\.bin", sequence_length=16)
+    parts = [BlendPart(kind="megatron", files=[short[0], a], weight=1), BlendPart(kind="megatron", files=[b], weight=3)]
+    blend = run(replace(data, kind="blend", files=[], blend=parts), sequence_length=16)
+    assert [(source.prefix, source.weight) for source in blend.train] == [(a, 0.25), (b, 0.75)]
+
+
 def test_token_ids_are_scanned_once(pairs, tmp_path, monkeypatch):
     data = DataConfig(kind="megatron", files=list(pairs), valid_fraction=0.1, cache_dir=str(tmp_path / "cache"))
     run(data)

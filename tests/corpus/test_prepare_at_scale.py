@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import BlendPart, DataConfig
+from conf.schema import BlendPart, Config, DataConfig
+from corpus.open_data import held_out_parts
 from corpus.prepare import Prepared, prepare
 from tests.corpus.helpers import write_pair
 
@@ -32,6 +33,18 @@ def test_the_size_of_a_part_counts_by_temperature(tmp_path, pairs, temperature):
     weights = np.array([source.weight for source in prepared.train])
     assert weights / weights[1] == pytest.approx([3 / second * 2, 1, 1])
     assert weights.sum() == pytest.approx(1)
+
+
+def test_a_part_of_whose_held_out_text_no_token_can_be_predicted(tmp_path, pairs):
+    """It has no held-out loss; that of the other part stays."""
+    one = write_pair(tmp_path / "one", [[1, 2, 0]] * 10 + [[5]])
+    parts = [BlendPart(name=name, kind="megatron", files=[path]) for name, path in (("a", pairs[0]), ("one", one))]
+    config = Config()
+    config.data = DataConfig(kind="blend", blend=parts)
+    config.eval.by_part, config.train.sequence_length = True, 8
+    prepared = run(tmp_path, kind="blend", blend=parts)
+    assert [source.num_tokens for source in prepared.valid] == [30, 1]
+    assert list(held_out_parts(prepared, config)) == ["a"]
 
 
 def test_an_index_is_validated_again_only_when_it_changes(tmp_path, pairs, monkeypatch):

@@ -8,6 +8,7 @@ import lzma
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,8 @@ def test_a_link_to_nothing(tmp_path: Path) -> None:
 def test_numbers_that_are_no_token_ids(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], number: float, with_tokenizer: bool
 ) -> None:
-    prefix = write_pair(tmp_path / "pair", [[1, 2, 3], [4, number], [number]], dtype=np.float32)
+    floats: dict[str, Any] = {"documents": [[1, 2, 3], [4, number], [number]], "dtype": np.float32}
+    prefix = write_pair(tmp_path / "pair", **floats)
     assert inspect(InspectDataConfig(path=prefix, tokenizer=tokenizer if with_tokenizer else None)) == 0
     printed = capsys.readouterr().out
     assert f"problem: 2 x number that is no token id: {prefix}, document 2: {number:.1f}; and 1 more" in printed

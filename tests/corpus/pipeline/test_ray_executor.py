@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,12 +40,7 @@ class StandIn:
     def remote(self, **options: Any) -> Any:
         assert options["max_retries"] == 0
 
-        def decorate(function: Any) -> Any:
-            decorated = type("Remote", (), {})()
-            decorated.remote = lambda *arguments: (function, arguments)
-            return decorated
-
-        return decorate
+        return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
 
     def put(self, value: Any) -> Any:
         return value
