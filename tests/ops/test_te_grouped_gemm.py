@@ -125,16 +125,28 @@ def test_it_is_tried_before_it_is_used(runtime: Runtime, monkeypatch: pytest.Mon
     assert row(runtime, "te").name == "te"
     right = extensions.general_grouped_gemm
 
-    def off(A: Any, B: Any, out: Any, quantization_params: Any, out_dtype: Any, layout: str = "TN", **how: Any) -> None:
-        right(A, B, out, quantization_params, out_dtype, layout, **how)
-        [t.mul_(1.05) for t in out if layout == "TN"]
+    def off(of: str) -> Callable[..., None]:
+        """By 5 % in bf16, in one of forward pass (NN), input gradient (TN) and weight gradient (NT)."""
+
+        def gemm(
+            A: Any, B: Any, out: Any, quantization_params: Any, out_dtype: Any, layout: str = "TN", **how: Any
+        ) -> None:
+            right(A, B, out, quantization_params, out_dtype, layout, **how)
+            [t.mul_(1.05) for t in out if layout == of and A[0].dtype == torch.bfloat16]
+
+        return gemm
 
     def forgets(
         A: Any, B: Any, out: Any, quantization_params: Any, out_dtype: Any, accumulate: bool = False, **how: Any
     ) -> None:
         right(A, B, out, quantization_params, out_dtype, **how)
 
-    for wrong in (off, forgets):
+    def writes_where_no_row_is(A: Any, B: Any, out: Any, *args: Any, layout: str = "TN", **how: Any) -> None:
+        right(A, B, out, *args, layout=layout, **how)
+        [t.add_(1.0) for t, rows in zip(out, B, strict=False) if layout == "NT" and not len(rows)]
+
+    writes_where_no_row_is.__signature__ = inspect.signature(right)
+    for wrong in (off("NN"), off("TN"), off("NT"), writes_where_no_row_is, forgets):
         monkeypatch.setattr(extensions, "general_grouped_gemm", wrong)
         with pytest.raises(ValueError, match=r"backend=te differs from the reference by .*backend=loop"):
             row(runtime, "te")

@@ -137,6 +137,10 @@ def first_micro_batch(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, x, *args, **how: right(self, x, True)
 
 
+def weight_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weight, gradient_NK, **how: right(weight, gradient_NK * 1.05, **how)
+
+
 def raises(right: Callable[..., Any]) -> Callable[..., Any]:
     def fails(*args: Any, **how: Any) -> Any:
         raise RuntimeError("no kernel image is available for execution on the device")
@@ -152,10 +156,12 @@ WRONG = [
     ("linear", "Linear.forward", output),
     ("linear", "Linear.forward", gradient),
     ("linear", "Linear.forward", first_micro_batch),
+    ("linear", "products.add_weight_gradient", weight_gradient),
     ("linear", "Linear.forward", raises),
     ("norm_linear", "LayerNormLinear.forward", output),
     ("norm_linear", "LayerNormLinear.forward", gradient),
     ("norm_linear", "LayerNormLinear.forward", first_micro_batch),
+    ("norm_linear", "products.add_weight_gradient", weight_gradient),
     ("rms_norm", "RMSNorm", raises),
     ("causal_attention", "DotProductAttention.forward", output),
     ("causal_attention", "DotProductAttention.forward", gradient),
