@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ __all__ = [
     "resolve",
     "step_directories",
 ]
+T = TypeVar("T")
 _ABANDONED_AFTER = 3600.0
 """Seconds since the last change after which a temporary directory is deleted: its process has ended."""
 
@@ -248,7 +249,7 @@ class Checkpointer:
         if failed := first_found(error, self.engine.runtime.device):
             raise ValueError(failed)
 
-    def _on_first(self, action: Callable[[], Any]) -> Any:
+    def _on_first(self, action: Callable[[], T]) -> T:
         """The result of an action that rank 0 runs, on every rank. If it raises OSError or ValueError, every rank
         raises ValueError with its message."""
         self.stages += 1
