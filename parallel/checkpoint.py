@@ -29,6 +29,7 @@ from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
     Loaded,
+    Manifest,
     UnsupportedVersion,
     find_damage,
     read_manifest,
@@ -354,7 +355,7 @@ class Checkpointer:
             restore_random_state(dict(random.values()))
         return state
 
-    def _random_to_load(self, directory: Path, manifest: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
+    def _random_to_load(self, directory: Path, manifest: Manifest) -> dict[str, tuple[str, torch.Tensor]]:
         """Key -> (name, uninitialized tensor) of the states of this rank's generators, which become tensors of the
         manifest."""
         device, row = self.engine.runtime.device, None
