@@ -5,7 +5,7 @@ Legend: R sequences, B sequences of this rank, S tokens of a pass, V vocabulary,
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from parallel.batch_context import GENERATE, BatchContext
 from parallel.engine import Batch, Engine
 from parallel.layout import cache_unsupported_reason
 
+T = TypeVar("T")
 Routed = dict[int, tuple[list[list[int]], list[list[float]]]]
 """Of a sequence's new tokens: sparse layer -> (experts, gates), each `[S, K]`."""
 
@@ -94,7 +95,7 @@ class CachedLogits:
         tokens = [[0] * n + context for n, context in zip(padding, self.contexts, strict=True)]
         return self._forward(tokens, [False] * len(tokens), added)
 
-    def _mine(self, of_sequences: list[Any], otherwise: object) -> list[Any]:
+    def _mine(self, of_sequences: list[T], otherwise: T) -> list[T]:
         """Of this data-parallel rank's sequences; `otherwise` for those that are missing from the last rank."""
         dp = self.engine.runtime.groups.dp
         each = -(-len(of_sequences) // dp.size())

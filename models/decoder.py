@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,8 @@ from parallel.batch_context import DEFAULT_CONTEXT, TRAIN, BatchContext, entered
 from parallel.process_groups import Runtime
 from parallel.sharding import mark, set_sharding
 from parallel.tensor_parallel import INIT_LATER
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Block(nn.Module):
             out_SBD, report = self._normed(self.ffn_norm, x_SBD, self.ffn), None
         return torch.add(x_SBD, out_SBD, alpha=self.multiplier), report
 
-    def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], Any]) -> Any:
+    def _normed(self, norm: RMSNorm, x_SBD: Tensor, layer: Callable[[Tensor], T]) -> T:
         return checkpoint_without_output(norm, [x_SBD], layer) if "norm" in self.recompute else layer(norm(x_SBD))
 
 

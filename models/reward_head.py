@@ -3,11 +3,10 @@
 Legend: S sequence (this rank's slice), B batch, D hidden.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parallel.process_groups import Groups
@@ -17,7 +16,7 @@ from parallel.sharding import mark, set_sharding
 class RewardHead(nn.Module):
     """The reward of every token, in fp32. Replicated over the tensor-parallel ranks."""
 
-    def __init__(self, hidden_size: int, config: Any, groups: Groups):
+    def __init__(self, hidden_size: int, config: TransformerConfig, groups: Groups):
         super().__init__()
         self.groups, self.sequence_parallel = groups, config.sequence_parallel
         weight_1D = nn.Parameter(torch.empty(1, hidden_size, dtype=config.params_dtype))

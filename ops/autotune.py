@@ -4,7 +4,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ WORTH = 0.95
 may be noise, and the default keeps less for the backward pass."""
 _LOG = logging.getLogger("switchyard")
 
+T = TypeVar("T")
 Step = Callable[[int], None]
 """A forward and backward pass of the round of this number."""
 
@@ -32,7 +33,9 @@ class Memory(Protocol):
         """The implementation that this run has used so far."""
         ...
 
-    def timings(self, key: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+    def timings(
+        self, key: Mapping[str, object], measure: Callable[[], dict[str, float]]
+    ) -> tuple[dict[str, float], bool]:
         """(seconds by name, whether they were measured just now)."""
         ...
 
@@ -42,7 +45,7 @@ def choose(
     names: Sequence[str],
     default: tuple[str, str],
     context: RunContext,
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, object],
     memory: Memory,
 ) -> tuple[str, str, bool]:
     """(name, why, whether one failed). Implementations round differently, so a run keeps the one that it began with.
@@ -81,7 +84,7 @@ def measure(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
         TooSlow: shapes too large, or a machine too busy, to say anything in this time.
     """
 
-    def run(name: str, what: Callable[[], Any]) -> Any:
+    def run(name: str, what: Callable[[], T]) -> T | None:
         try:
             return what()
         except Exception:

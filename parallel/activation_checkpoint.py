@@ -6,14 +6,17 @@ another expert by a rounding difference. `save_for_recompute` marks the tensors 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from parallel import batch_context
+
+T = TypeVar("T")
 
 LIBRARY = torch.library.Library("switchyard", "DEF")
 """Operators that the policy of `checkpointed` can name. `torch.library.custom_op` is not used: its wrapper takes half a
@@ -32,12 +35,14 @@ MUST_SAVE_OPS = {torch.ops.switchyard.save_for_recompute.default}
 MATMUL_OPS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default})
 
 
-def _policy(save_ops: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(
+    save_ops: frozenset[OpOverload], context: object, operation: OpOverload, *args: object, **kwargs: object
+) -> CheckpointPolicy:
     must_save = operation in MUST_SAVE_OPS or operation in save_ops
     return CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpointed(function: Callable[..., Any], *args: Any, save_ops: frozenset[Any] = frozenset()) -> Any:
+def checkpointed(function: Callable[..., T], *args: object, save_ops: frozenset[OpOverload] = frozenset()) -> T:
     """function(*args) under selective activation checkpointing. The function must have no side effects: it runs twice.
 
     Args:
@@ -52,14 +57,14 @@ def checkpointed(function: Callable[..., Any], *args: Any, save_ops: frozenset[A
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _within(batch_ctx: batch_context.BatchContext | None, function: Callable[..., Any], *args: Any) -> Any:
+def _within(batch_ctx: batch_context.BatchContext | None, function: Callable[..., T], *args: object) -> T:
     with batch_context.entered(batch_ctx):
         return function(*args)
 
 
 def checkpoint_without_output(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], consumer: Callable[[Tensor], Any]
-) -> Any:
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], consumer: Callable[[Tensor], T]
+) -> T:
     """consumer(function(*inputs)), where the output of `function` is not saved for the backward pass but recomputed
     from the inputs.
 

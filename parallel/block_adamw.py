@@ -134,7 +134,7 @@ class BlockAdamW(torch.optim.Optimizer):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned).copy_(tensor)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:
         assert closure is None
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from parallel.checkpoint_manifest import (
     MANIFEST,
     UPDATES,
     Loaded,
+    Manifest,
     UnsupportedVersion,
     find_damage,
     read_manifest,
@@ -57,6 +58,7 @@ __all__ = [
     "resolve",
     "step_directories",
 ]
+T = TypeVar("T")
 _ABANDONED_AFTER = 3600.0
 """Seconds since the last change after which a temporary directory is deleted: its process has ended."""
 
@@ -248,7 +250,7 @@ class Checkpointer:
         if failed := first_found(error, self.engine.runtime.device):
             raise ValueError(failed)
 
-    def _on_first(self, action: Callable[[], Any]) -> Any:
+    def _on_first(self, action: Callable[[], T]) -> T:
         """The result of an action that rank 0 runs, on every rank. If it raises OSError or ValueError, every rank
         raises ValueError with its message."""
         self.stages += 1
@@ -353,7 +355,7 @@ class Checkpointer:
             restore_random_state(dict(random.values()))
         return state
 
-    def _random_to_load(self, directory: Path, manifest: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
+    def _random_to_load(self, directory: Path, manifest: Manifest) -> dict[str, tuple[str, torch.Tensor]]:
         """Key -> (name, uninitialized tensor) of the states of this rank's generators, which become tensors of the
         manifest."""
         device, row = self.engine.runtime.device, None

@@ -35,6 +35,8 @@ DATA_ORDER = 2
 UPDATES = "optimizer.updates"
 """A tensor of one element: the optimizer's own count of updates."""
 Loaded = TypeVar("Loaded")
+Manifest = dict[str, Any]
+"""What `read_manifest` returns."""
 _STEP = re.compile(r"step_(\d{8})$")
 
 
@@ -71,12 +73,12 @@ def set_aside(directory: Path) -> Path:
     return aside
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
+def _digest_of(manifest: Manifest) -> str:
     """The hash of a manifest's content. Every format has one, so that damage is told apart from another version."""
     return _digest_of_text(_as_text({key: value for key, value in manifest.items() if key != "digest"}))
 
 
-def _as_text(said: dict[str, Any]) -> str:
+def _as_text(said: Manifest) -> str:
     return json.dumps(said, sort_keys=True, separators=(",", ":"))
 
 
@@ -111,7 +113,7 @@ def write_manifest(
         os.fsync(file.fileno())
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Manifest:
     """{"state": the loop's counters, "files": {name: [bytes, digest]}, "tensors": {name: StoredTensor},
     "base": as `write_manifest` takes it}.
 
@@ -133,7 +135,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UnsupportedVersion(f"{directory} {error}") from None
 
 
-def read_manifest_together(directory: Path) -> dict[str, Any]:
+def read_manifest_together(directory: Path) -> Manifest:
     """As `read_manifest`, with rank 0 reading for all ranks. Errors are raised on all. Every rank calls this
     together."""
     answer: list[Any] = [None]
@@ -148,7 +150,7 @@ def read_manifest_together(directory: Path) -> dict[str, Any]:
     return answer[0]
 
 
-def _understood(manifest: Any) -> dict[str, Any]:
+def _understood(manifest: Any) -> Manifest:
     if not isinstance(manifest, dict):
         raise CheckpointDamaged("holds no JSON object")
     version = manifest.get("format")
@@ -257,7 +259,7 @@ def _check_list(directory: Path, files: dict[str, Any]) -> None:
         raise CheckpointDamaged(f"{extra[0]} is not listed in {MANIFEST}")
 
 
-def _check_counters(directory: Path, manifest: dict[str, Any]) -> Iterator[int]:
+def _check_counters(directory: Path, manifest: Manifest) -> Iterator[int]:
     """Compares the counters with the directory's name and with the optimizer's own count."""
     state, updates = manifest["state"], torch.zeros(1, dtype=torch.int64)
     if state["step"] != step_of(directory):

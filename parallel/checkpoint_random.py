@@ -8,13 +8,13 @@ each rank which files hold its states.
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, TensorFile, TensorShard
+from parallel.checkpoint_manifest import Manifest
 from parallel.checkpoint_plan import file_of
 from parallel.layout import Layout
 from parallel.process_groups import Runtime
@@ -59,7 +59,7 @@ def first_ranks(layout: Layout) -> Tensor:
 
 
 def find(
-    directory: Path, manifest: dict[str, Any], rank: int, firsts: Tensor | None
+    directory: Path, manifest: Manifest, rank: int, firsts: Tensor | None
 ) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, Tensor]]]:
     """Where the states of a rank are stored, and for each of these tensors (name of the state, tensor for it).
 

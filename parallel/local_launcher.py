@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Collection, Generator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from parallel.device_env import may_have_gpu
 from parallel.env import World
@@ -27,6 +27,7 @@ from parallel.layout import Layout
 if TYPE_CHECKING:  # importing it takes seconds
     from parallel.process_groups import Runtime
 
+T = TypeVar("T")
 _GRACE = 10.0
 """Seconds between asking a rank to exit and killing it."""
 
@@ -64,7 +65,7 @@ _parent: Connection | None = None
 """The connection of a simulated rank to its parent process."""
 
 
-def send_to_parent(kind: str, value: Any) -> bool:
+def send_to_parent(kind: str, value: object) -> bool:
     """Sends a message from a simulated rank to its parent: "watched" once parallel.watchdog will explain failures,
     "diagnosis" with that explanation. Returns False, and does nothing, in other processes."""
     if _parent is not None:
@@ -150,7 +151,7 @@ class RankPool:
             for number in list(self._sent):
                 os.kill(process.pid, number)
 
-    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
+    def run(self, n: int, function: Callable[..., T], *args: object, timeout: float | None = None) -> list[T]:
         """Calls function(world, *args) on n ranks and returns their results in rank order.
 
         Args:
@@ -244,7 +245,7 @@ class RankPool:
         self._sent.clear()
 
 
-def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
+def run_ranks(n: int, function: Callable[..., T], *args: object, timeout: float) -> list[T]:
     """Calls function(world, *args) on n new ranks and returns their results in rank order. All processes have ended
     when it returns or raises.
 

@@ -17,7 +17,7 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,21 +26,22 @@ from torch.utils._device import _device_constructors  # pyright: ignore[reportPr
 
 from parallel.patching import Patch, Saved, absent, patched, restore
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
-def _returning(value: Any) -> Callable[..., Any]:
+def _returning(value: T) -> Callable[..., T]:
     """A new function that ignores its arguments. Each patched name gets its own, since torch.compile requires that no
     two names in torch are the same function."""
     return lambda *args, **kwargs: value
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+def _on_cpu(factory: Callable[..., T]) -> Callable[..., T]:
     """The factory with device="cuda" replaced by the CPU. A wrapper per factory costs far less than a
     TorchFunctionMode, which intercepts every torch call."""
 
     @functools.wraps(factory)
-    def make(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+    def make(*args: object, device: object = None, **kwargs: object) -> T:
         if device is None:
             return factory(*args, **kwargs)
         if device == "cuda" or getattr(device, "type", None) == "cuda":
@@ -50,11 +51,11 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_alone(collective: Callable[..., T]) -> Callable[..., T | None]:
     """Skips an in-place collective over a single rank, as NCCL does; gloo would copy the whole bucket twice."""
 
     @functools.wraps(collective)
-    def call(output: Tensor, given: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+    def call(output: Tensor, given: Tensor, *args: object, group: dist.ProcessGroup, **kwargs: object) -> T | None:
         if group.size() == 1 and output.data_ptr() == given.data_ptr():
             return None
         return collective(output, given, *args, group=group, **kwargs)
@@ -91,13 +92,13 @@ CPU_PATCHES = (
 )
 
 
-def _without_graph_break(step: Callable[..., Any]) -> Callable[..., Any]:
+def _without_graph_break(step: Callable[..., T]) -> Callable[..., T]:
     """A step of torch.optim, whose decorators all call functions of torch's compiler but the innermost."""
 
     innermost = inspect.unwrap(step)
 
     @functools.wraps(innermost)
-    def run(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def run(self: torch.optim.Optimizer, *args: object, **kwargs: object) -> T:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return innermost(self, *args, **kwargs)
 
@@ -209,8 +210,8 @@ def load() -> ModuleType:
     return core
 
 
-def _cuda_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
-    def named_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _cuda_name(type_of: Callable[..., T]) -> Callable[..., T | str]:
+    def named_cuda(self: Tensor, *args: object, **kwargs: object) -> T | str:
         result = type_of(self, *args, **kwargs)
         if isinstance(result, str) and not result.startswith("torch.cuda"):
             return result.replace("torch.", "torch.cuda.")

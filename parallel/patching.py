@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-Saved = list[tuple[Any, str, Any]]
+Saved = list[tuple[object, str, object]]
 """(owner, name, original)"""
 
 

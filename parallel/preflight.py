@@ -125,10 +125,10 @@ def _free_memory(device: torch.device, local_size: int) -> float:
     return psutil.virtual_memory().available / local_size
 
 
-def _best_seconds(action: Callable[[], Any], device: torch.device, times: int = 4) -> float:
-    """The shortest duration of several calls; the first is a warm-up."""
+def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
+    """The shortest duration of four calls; the first is a warm-up."""
     taken = []
-    for _ in range(times):
+    for _ in range(4):
         began = time.perf_counter()
         action()
         if device.type == "cuda":

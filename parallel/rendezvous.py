@@ -12,11 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from parallel.env import World
+
+T = TypeVar("T")
 
 _POLL = 0.05
 _WAIT = 10.0
@@ -40,13 +42,13 @@ class TimeoutStore:
 
     def __init__(self, connect: Callable[[], dist.Store]) -> None:
         """connect: called in that thread."""
-        self._tasks: queue.SimpleQueue[tuple[Callable[[dist.Store], Any], list[Any], threading.Event] | None]
+        self._tasks: queue.SimpleQueue[tuple[Callable[[dist.Store], object], list[Any], threading.Event] | None]
         self._tasks, self._pending = queue.SimpleQueue(), None
         self._connect = connect
         threading.Thread(target=self._serve, name="store", daemon=True).start()
 
-    def ask(self, request: Callable[[dist.Store], Any], seconds: float) -> Any:
-        """question(store).
+    def ask(self, request: Callable[[dist.Store], T], seconds: float) -> T:
+        """request(store).
 
         Raises:
             StoreTimeout: no answer within `seconds` to this request or the previous one.

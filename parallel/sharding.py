@@ -64,18 +64,6 @@ class Sharding:
         """The shape of the logical parameter, given the shape of this rank's shard."""
         return tuple(n * self.shard_index_and_count(dim)[1] for dim, n in enumerate(local))
 
-    def logical_index(self, local: torch.Size, start: int, end: int, device: torch.device) -> torch.Tensor:
-        """int64 [end - start]: the indices in the flattened logical parameter of elements `start` to `end` of this
-        rank's flattened shard.
-
-        Args:
-            local: shape of the shard.
-        """
-        index = torch.arange(start, end, device=device)
-        for inner, skipped, first in self.index_steps(local):
-            index += index // inner * skipped + first
-        return index
-
     def index_steps(self, local: torch.Size) -> list[tuple[int, int, int]]:
         """(inner, skipped, first), to be applied in order: `index += index // inner * skipped + first` leads from an
         index in this rank's flattened shard to the one in the flattened logical parameter."""

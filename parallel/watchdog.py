@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
@@ -33,6 +33,7 @@ from parallel.node_watch import NodeWatch
 from parallel.rendezvous import StoreTimeout, TimeoutStore
 from parallel.torch_private import default_store
 
+T = TypeVar("T")
 FAILED = 1
 """Exit code of a rank that the watchdog ends."""
 _REQUESTS = 4096
@@ -197,7 +198,7 @@ class Watchdog:
         self,
         world: World,
         timeout: float,
-        progress: Callable[[], tuple[int, Any]] | None = None,
+        progress: Callable[[], tuple[int, object]] | None = None,
         *,
         store: dist.Store | None = None,
         expected: tuple[type[Exception], ...] = (ValueError,),
@@ -226,7 +227,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def follow(self, progress: Callable[[], tuple[int, Any]]) -> None:
+    def follow(self, progress: Callable[[], tuple[int, object]]) -> None:
         """Starts monitoring progress."""
         self._progress = progress
 
@@ -237,7 +238,7 @@ class Watchdog:
         if self.world.size > 1:
             faulthandler.enable(file=descriptor)
 
-    def progress(self) -> tuple[int, Any]:
+    def progress(self) -> tuple[int, object]:
         return self._progress() if self._progress else (0, None)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -310,7 +311,7 @@ class Watchdog:
             _LOG.error(message)
         return message
 
-    def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
+    def _ask(self, question: Callable[[dist.Store], T]) -> T:
         return self._store.ask(question, self._grace)
 
     def _collect(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel import optimizer_state
 from parallel.checkpoint_exchange import broadcast_from_readers, reader
 from parallel.checkpoint_format import CheckpointDamaged, StoredTensor, read_tensors
-from parallel.checkpoint_manifest import read_manifest_together, run_to_completion
+from parallel.checkpoint_manifest import Manifest, read_manifest_together, run_to_completion
 from parallel.engine import Engine
 from parallel.first_found import first_found
 from parallel.progress_sync import ProgressSync
@@ -140,7 +140,7 @@ def load_weights(
 def read_once(
     engine: Engine,
     directory: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     wanted: dict[str, Any],
     keep: Callable[[str, Tensor], None],
     progress_sync: ProgressSync | None,
@@ -175,7 +175,7 @@ def read_once(
 
 def read_together(
     directory: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     targets: dict[str, Target],
     device: torch.device,
     progress_sync: ProgressSync | None,

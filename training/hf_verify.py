@@ -120,7 +120,7 @@ def write_reference(directory: Path, ids: list[int], precision: str, path: Path,
         _add_adapters(model, adapter)
     kept: dict[str, torch.Tensor] = {}
 
-    def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
+    def keep(_module: object, _inputs: object, output: Any, name: str) -> None:
         kept[name] = (output[0] if isinstance(output, tuple) else output)[0].float().contiguous()
 
     rewards = type(model).__name__.endswith(SUFFIX)
@@ -293,7 +293,7 @@ def outputs_kept(loaded: LoadedModel) -> Iterator[dict[int, Any]]:
     """The output of every layer of this rank, while this is entered."""
     kept: dict[int, Any] = {}
 
-    def keep(_module: Any, _inputs: Any, output_SBD: Any, layer: int) -> None:
+    def keep(_module: object, _inputs: object, output_SBD: Any, layer: int) -> None:
         kept.setdefault(layer, output_SBD[:, 0].float().cpu())
 
     blocks = [(int(i), block) for module in loaded.built.engine.modules for i, block in module.layers.items()]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from conf import rules
 from conf.commands import InferenceConfig
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # imports Megatron-Core, which warns: see redirect_output
     from parallel.engine import Engine
     from training.builder import BuiltModel
 
+C = TypeVar("C")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -34,7 +36,7 @@ class LoadedModel:
     """None for a run on token files without a tokenizer."""
 
 
-def on_every_rank(run: Callable[[World, Any], int], config: Any) -> int:
+def on_every_rank(run: Callable[[World, C], int], config: C) -> int:
     """Calls run(world, config) as a rank of a torchrun or Slurm job, on each of N simulated ranks (NPROC=N), or as the
     only rank. Returns the exit code.
 
@@ -56,7 +58,7 @@ def on_every_rank(run: Callable[[World, Any], int], config: Any) -> int:
     return code
 
 
-def _outcome(world: World, run: Callable[[World, Any], int], config: Any) -> tuple[int, str]:
+def _outcome(world: World, run: Callable[[World, C], int], config: C) -> tuple[int, str]:
     """(exit code, message) of a simulated rank."""
     try:
         return run(world, config), ""

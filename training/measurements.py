@@ -4,7 +4,6 @@ shapes on such a machine."""
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from corpus.cache import Cache, ReadOnlyCache
 from training.run_files import json_lines, write_atomically
@@ -26,7 +25,9 @@ class Measurements:
         """For the run's next start."""
         write_atomically(self._path, json.dumps({"backend": backend}).encode())
 
-    def timings(self, key: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+    def timings(
+        self, key: Mapping[str, object], measure: Callable[[], dict[str, float]]
+    ) -> tuple[dict[str, float], bool]:
         fresh: dict[str, float] = {}
 
         def build(folder: Path) -> None:

@@ -60,9 +60,7 @@ class MetaStep:
         return (in_flight - 1) * self.kept + self.peak + self.buffer
 
 
-def meta_step(
-    config: Config, layout: Layout, stage: int, *, on_gpu: bool, bf16: bool, imbalance: float = 1.0
-) -> MetaStep:
+def meta_step(config: Config, layout: Layout, stage: int, *, on_gpu: bool, bf16: bool) -> MetaStep:
     """Runs a pipeline stage. With virtual stages, those of the stage one after the other: `kept` is the sum, and the
     peak is that of the one which needs most beyond what it keeps.
 
@@ -70,7 +68,6 @@ def meta_step(
 
     Args:
         bf16: whether weights and activations are in bf16.
-        imbalance: rows that this rank's experts receive, relative to the mean.
     """
     dtype, found, beyond = torch.bfloat16 if bf16 else torch.float32, MetaStep(), 0.0
     # Of the ranks of a sequence the second one keeps most: its queries see neither few keys nor all.
@@ -85,7 +82,7 @@ def meta_step(
             if config.lora.rank is not None:
                 freeze([chunk], lambda name: not is_adapter(name))
             # As in a run: what code does not place lies on the host.
-            with torch.device("cpu"), _counts(config, layout, imbalance):
+            with torch.device("cpu"), _counts(config, layout):
                 kept, peak = _run(chunk, config, layout, on_gpu, found)
             found.kept, beyond = found.kept + kept, max(beyond, peak - kept)
     found.peak, found.buffer = found.kept + beyond, buffer.size
@@ -219,13 +216,12 @@ def _without_device(on_gpu: bool) -> Iterator[_GatherBuffer]:
 
 
 @contextlib.contextmanager
-def _counts(config: Config, layout: Layout, imbalance: float) -> Iterator[None]:
+def _counts(config: Config, layout: Layout) -> Iterator[None]:
     """The host reads row counts from the device, and meta tensors have none: experts get as many rows each."""
     train, moe = config.train, config.model.moe
     mine = train.micro_batch_size * train.sequence_length // (layout.cp * layout.tp) * moe.top_k
     ranks, etp, experts = layout.ep, layout.etp, max(1, moe.num_experts // layout.ep)
     parts = 1 if ranks == etp == 1 else moe.overlap_degree
-    arrived = round(mine * imbalance)
 
     def shares(rows: int, parts: int) -> list[int]:
         return [rows // parts + (i < rows % parts) for i in range(parts)]
@@ -234,11 +230,11 @@ def _counts(config: Config, layout: Layout, imbalance: float) -> Iterator[None]:
         if not tensor.is_meta:
             return original(tensor)
         if len(tensor) == experts:  # of a dispatcher that knows them without asking
-            return shares(arrived * etp, experts)
+            return shares(mine * etp, experts)
         assert len(tensor) == parts * (2 * ranks + etp) + experts
-        sent, received = shares(mine, parts), shares(arrived, parts)
-        figures = [[shares(n, ranks) for n in sent], [shares(n, ranks) for n in received]]
-        figures += [[[n] * etp for n in received], [shares(n * etp, experts // parts) for n in received]]
+        rows = shares(mine, parts)
+        figures = [[shares(n, ranks) for n in rows]] * 2  # sent and received
+        figures += [[[n] * etp for n in rows], [shares(n * etp, experts // parts) for n in rows]]
         return [number for figure in figures for part in figure for number in part]
 
     original = torch.Tensor.tolist

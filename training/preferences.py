@@ -36,7 +36,9 @@ from training.run_files import write_atomically
 REFERENCE_FILE = "reference.npz"
 
 
-def open_data(config: Config, prepared: Prepared, note: Any, *, ahead: bool = False) -> tuple[Stream, HeldOut]:
+def open_data(
+    config: Config, prepared: Prepared, note: Callable[[str], None], *, ahead: bool = False
+) -> tuple[Stream, HeldOut]:
     """The training stream and the held-out windows of a run. `ahead`: as of TrainStream."""
     train, data = config.train, config.data
     length = train.sequence_length

@@ -11,7 +11,7 @@ from conf.config_view import format_value
 from conf.schema import ModelConfig, MoeConfig
 from models.hf.decoder import FULL
 from models.hf.families import FAMILIES, family_named
-from models.hf.family import Family, Field
+from models.hf.family import Family, Field, HfConfig
 from models.hf.quantization import KEY as QUANTIZATION
 from models.hf.quantization import unsupported as quantization_error
 from models.hf.rope import PARTIAL, ROPE_KEYS, ROPE_SETTINGS, ROTATED, rope_settings, with_rope
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfig]:
+def model_of(config: HfConfig, where: Path) -> tuple[Family, ModelConfig]:
     """The family and the settings of the model that a config.json describes.
 
     Raises:
@@ -69,7 +69,7 @@ def model_of(config: Mapping[str, Any], where: Path) -> tuple[Family, ModelConfi
     return family, model
 
 
-def _key_in(config: Mapping[str, Any], field: Field) -> str:
+def _key_in(config: HfConfig, field: Field) -> str:
     """The name that a config.json uses for a field."""
     return next((name for name in (field.key, *field.aliases) if name in config), field.key)
 
@@ -97,7 +97,7 @@ def _value_error(field: Field, value: Any) -> str | None:
     return None if number else f"{item}: must be a number"
 
 
-def _unsupported(family: Family, config: Mapping[str, Any]) -> list[str]:
+def _unsupported(family: Family, config: HfConfig) -> list[str]:
     """Keys of config.json that enable unsupported features or are unknown."""
     rope = ROPE_KEYS if family.partial_rotary is None else (*ROPE_KEYS, PARTIAL, ROTATED)
     known = {*NEUTRAL_KEYS, *family.neutral_keys, *rope, *(_key_in(config, field) for field in family.fields)}
@@ -185,7 +185,7 @@ def _with_common_width(family: Family, model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, ffn_hidden_size=model.expert_width, moe=moe)
 
 
-def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(family: Family, model: ModelConfig, base: HfConfig) -> dict[str, Any]:
     """The config.json of a model.
 
     Args:
@@ -207,7 +207,7 @@ def config_of(family: Family, model: ModelConfig, base: Mapping[str, Any]) -> di
     return with_rope(config, family, model)
 
 
-def _setting_of(field: Field, config: Mapping[str, Any], family: Family) -> Any:
+def _setting_of(field: Field, config: HfConfig, family: Family) -> Any:
     """The value of a setting that a config.json has; None if it is invalid."""
     full = {other.key: config.get(_key_in(config, other), other.default) for other in family.fields}
     value = full[field.key]

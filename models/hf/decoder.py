@@ -1,11 +1,11 @@
 """The parts that families share: the fields and tensors of Llama's decoder (transformers/models/llama)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from conf.schema import ModelConfig
-from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, WeightMapping
+from models.hf.family import GATE_AND_UP, QKV, TRANSPOSED, Field, HfConfig, WeightMapping
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 """hidden_act -> activation of gated feed-forward layers; an export writes the first matching name."""
@@ -47,7 +47,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def local_fields(
-    kind: str, key: str, size: int | None, is_local: Callable[[Mapping[str, Any]], list[bool]]
+    kind: str, key: str, size: int | None, is_local: Callable[[HfConfig], list[bool]]
 ) -> tuple[Field, ...]:
     """The size of windows or chunks, and layer_types.
 
@@ -58,7 +58,7 @@ def local_fields(
         is_local: config.json with defaults -> which layers are of this kind if it has no layer_types.
     """
 
-    def local(config: Mapping[str, Any]) -> list[bool]:
+    def local(config: HfConfig) -> list[bool]:
         layers = config["num_hidden_layers"]
         kinds = config["layer_types"] or [kind if is_one else FULL for is_one in is_local(config)]
         if others := sorted({str(other) for other in kinds} - {kind, FULL}):
@@ -67,12 +67,12 @@ def local_fields(
             raise ValueError(f"must have an entry for each of the {layers} layers")
         return [other == kind for other in kinds]
 
-    def width(value: int | None, config: Mapping[str, Any]) -> int | None:
+    def width(value: int | None, config: HfConfig) -> int | None:
         if value is None and any(local(config)):
             raise ValueError(f"must be a positive integer, since layer_types has {kind}")
         return value if any(local(config)) else None
 
-    def pattern(value: Any, config: Mapping[str, Any]) -> tuple[int | None, int]:
+    def pattern(value: Any, config: HfConfig) -> tuple[int | None, int]:
         """(full_attention_every, first_full_attention_layers)."""
         wanted = local(config)
         if not any(wanted):
@@ -83,7 +83,7 @@ def local_fields(
                     return every, first
         raise ValueError("only every n-th layer, and a number of first layers, with full attention")
 
-    def kinds(_: Any, model: ModelConfig) -> list[str]:
+    def kinds(_: object, model: ModelConfig) -> list[str]:
         return [kind if layer in model.local_layers else FULL for layer in range(model.num_layers)]
 
     return (
@@ -93,12 +93,12 @@ def local_fields(
     )
 
 
-def alternating(config: Mapping[str, Any]) -> list[bool]:
+def alternating(config: HfConfig) -> list[bool]:
     """Local attention in layers 0, 2, 4, ..."""
     return [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
 
 
-def _count_sparse(config: Mapping[str, Any]) -> int:
+def _count_sparse(config: HfConfig) -> int:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return sum((i + 1) % step == 0 and i not in dense for i in range(config["num_hidden_layers"]))
 
@@ -115,7 +115,7 @@ def balancing_field(default: float) -> Field:
     )
 
 
-def _first_layers(value: list[int] | None, config: Mapping[str, Any]) -> int:
+def _first_layers(value: list[int] | None, config: HfConfig) -> int:
     """mlp_only_layers as the number of dense layers at the beginning."""
     count = len(value or [])
     if (value or []) != list(range(count)):

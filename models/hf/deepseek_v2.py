@@ -1,15 +1,14 @@
 """DeepSeek-V2 (transformers/models/deepseek_v2: configuration_deepseek_v2.py, modeling_deepseek_v2.py), and what
 DeepSeek-V3 has in common with it. Keys that only the files on the hub have are those of their own modeling code."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from conf.schema import ModelConfig
 from models.hf.decoder import DENSE_FFN, DROPLESS, EMBEDDING_AND_HEAD, LAYER, NORMS, SPARSE_FFN, decoder_fields
-from models.hf.family import Family, Field, WeightMapping
+from models.hf.family import Family, Field, HfConfig, WeightMapping
 
 
-def _no_query_groups(value: int | None, config: Mapping[str, Any]) -> None:
+def _no_query_groups(value: int | None, config: HfConfig) -> None:
     if value not in (None, config["num_attention_heads"]):
         raise ValueError("only num_attention_heads: latent attention has no groups of query heads")
 
@@ -35,7 +34,7 @@ def latent_fields(*, q_lora_rank: int, **sizes: Any) -> tuple[Field, ...]:
     )
 
 
-def _needed(value: int | None, _: Mapping[str, Any]) -> int:
+def _needed(value: int | None, _: HfConfig) -> int:
     if value is None:
         raise ValueError("a number is needed")
     return value
@@ -80,7 +79,7 @@ NEUTRAL = ("head_dim", "qk_head_dim", "pretraining_tp", "auto_map", "ep_size", "
 """The first two follow from others."""
 
 
-def _groups(value: int | None, config: Mapping[str, Any]) -> int:
+def _groups(value: int | None, config: HfConfig) -> int:
     """n_group or topk_group."""
     if config["topk_method"] == "greedy":
         return 1

@@ -1,17 +1,15 @@
 """DeepSeek-V3 (transformers/models/deepseek_v3: configuration_deepseek_v3.py, modeling_deepseek_v3.py), and models with
 the same architecture: Moonlight under the same model_type, Kimi-K2 under another."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from conf.schema import ModelConfig
 from models.hf.decoder import LAYER, MTP, MTP_COPIES, MTP_FIELD, MTP_TENSOR, NORM_TOPK
 from models.hf.deepseek_v2 import DISABLED, NEUTRAL, TRAINING, WEIGHTS, expert_fields, latent_fields, refuse
-from models.hf.family import Family, Field, WeightMapping
+from models.hf.family import Family, Field, HfConfig, WeightMapping
 
 
-def _groups(value: int | None, config: Mapping[str, Any]) -> int:
+def _groups(value: int | None, config: HfConfig) -> int:
     """n_group or topk_group; a single group if all of them are selected."""
     groups, chosen = config["n_group"] or 1, config["topk_group"] or 1
     return (value or 1) if chosen < groups else 1

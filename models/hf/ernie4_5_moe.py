@@ -1,9 +1,6 @@
 """ERNIE 4.5, text (transformers/models/ernie4_5_moe: configuration_ernie4_5_moe.py, modeling_ernie4_5_moe.py; the names
 of stored tensors are those of conversion_mapping.py)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from conf.schema import ModelConfig
 from models.hf.decoder import (
     ATTENTION,
@@ -19,7 +16,7 @@ from models.hf.decoder import (
 )
 from models.hf.deepseek_v2 import SHARED_FFN, TRAINING
 from models.hf.deepseek_v3 import needs_bias
-from models.hf.family import Family, Field, Layout, WeightMapping
+from models.hf.family import Family, Field, HfConfig, Layout, WeightMapping
 
 _ONE_ROW = Layout(lambda parts, _: parts[0].squeeze(0), lambda whole, _: [whole.unsqueeze(0)])
 """The correction bias [1, E] <-> [E]."""
@@ -28,7 +25,7 @@ _BIASES = ("attention_bias", "attention_output_bias", "ffn_bias", "head_bias")
 """The settings of use_bias. Routed experts have none."""
 
 
-def _every(value: int | None, config: Mapping[str, Any]) -> int:
+def _every(value: int | None, config: HfConfig) -> int:
     """moe_layer_interval, of a model whose last layers are not dense again."""
     end, last = config["moe_layer_end_index"], config["num_hidden_layers"] - 1
     if end not in (None, -1, last):

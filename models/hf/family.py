@@ -12,6 +12,9 @@ from torch import Tensor
 
 from conf.schema import ModelConfig
 
+HfConfig = Mapping[str, Any]
+"""What a config.json contains."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -78,7 +81,7 @@ class Field:
     """If the default is null: whether other values are any number instead of a positive integer."""
     values: Mapping[Any, Any] | None = None
     """Value in config.json -> value of the setting; others are refused. None: the same values."""
-    from_hf: Callable[[Any, Mapping[str, Any]], Any] = lambda value, _: value
+    from_hf: Callable[[Any, HfConfig], Any] = lambda value, _: value
     """(value in config.json, config.json with defaults) -> value of the setting. Raises ValueError, whose message is
     what would be supported."""
     to_hf: Callable[[Any, ModelConfig], Any] = lambda value, _: value
@@ -96,16 +99,16 @@ class Family:
     weights: tuple[WeightMapping, ...]
     rope_theta: float
     """Base of the rotary embedding's frequencies if config.json does not have it."""
-    disabled: Mapping[str, Any]
+    disabled: Mapping[str, object]
     """Unsupported features: key -> the value that disables it. Any other value is refused."""
-    settings: Mapping[str, tuple[Any, ...]]
+    settings: Mapping[str, tuple[object, ...]]
     """Settings, below `model.`, that all models of the family have in common: the value that an import sets, then
     further equivalent values. Every setting that is neither here nor in `fields` must have its default."""
-    training: Mapping[str, Any]
+    training: Mapping[str, object]
     """Further settings of an import, which affect only training and evaluation."""
     neutral_keys: tuple[str, ...] = ()
     """Further keys of config.json that do not change what the model computes."""
-    rope_parameters: Mapping[str, Any] | None = None
+    rope_parameters: HfConfig | None = None
     """Of the rotary embedding if config.json has neither these nor rope_scaling. None: no scaling."""
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """What rope_type may be."""

@@ -1,8 +1,5 @@
 """Llama 4, text (transformers/models/llama4: Llama4TextConfig in configuration_llama4.py, modeling_llama4.py)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from conf.schema import ModelConfig
 from models.hf.decoder import (
     ATTENTION,
@@ -16,7 +13,7 @@ from models.hf.decoder import (
     decoder_fields,
     local_fields,
 )
-from models.hf.family import Family, Field, Layout, WeightMapping
+from models.hf.family import Family, Field, HfConfig, Layout, WeightMapping
 
 HALVES = Layout(
     lambda parts, _: parts[0].unflatten(-1, (2, -1)),
@@ -26,13 +23,13 @@ HALVES = Layout(
 BLOCK = f"model.{LAYER}feed_forward."
 
 
-def _has_rope(config: Mapping[str, Any]) -> list[bool]:
+def _has_rope(config: HfConfig) -> list[bool]:
     """no_rope_layers, which has 1 for a layer with rotary embedding, or what follows from no_rope_layer_interval."""
     layers, interval = config["num_hidden_layers"], config["no_rope_layer_interval"]
     return [bool(kind) for kind in config["no_rope_layers"] or [(i + 1) % interval for i in range(layers)]]
 
 
-def _no_rope_every(_: Any, config: Mapping[str, Any]) -> int | None:
+def _no_rope_every(_: object, config: HfConfig) -> int | None:
     layers, wanted = config["num_hidden_layers"], _has_rope(config)
     for every in (None, *range(2, layers + 1)):
         if wanted[:layers] == [every is None or i % every != every - 1 for i in range(layers)]:
@@ -40,12 +37,12 @@ def _no_rope_every(_: Any, config: Mapping[str, Any]) -> int | None:
     raise ValueError("only every n-th layer without rotary embedding, n > 1, with an entry for each layer")
 
 
-def _temperature(_: Any, config: Mapping[str, Any]) -> float | None:
+def _temperature(_: object, config: HfConfig) -> float | None:
     tuned = config["attn_temperature_tuning"] and _no_rope_every(None, config) is not None
     return config["attn_scale"] or None if tuned else None
 
 
-def _sparse(_: Any, config: Mapping[str, Any]) -> tuple[int, int]:
+def _sparse(_: object, config: HfConfig) -> tuple[int, int]:
     """(every, first_dense_layers) of moe_layers, or of interleave_moe_layer_step."""
     layers, step = config["num_hidden_layers"], config["interleave_moe_layer_step"]
     if not config["moe_layers"]:

@@ -1,9 +1,6 @@
 """Phi-3.5-MoE (transformers/models/phimoe/configuration_phimoe.py, modeling_phimoe.py; the names of stored tensors are
 those of conversion_mapping.py)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from conf.schema import ModelConfig
 from models.hf.decoder import (
     ATTENTION,
@@ -19,22 +16,22 @@ from models.hf.decoder import (
     decoder_fields,
     sparse_ffn,
 )
-from models.hf.family import Family, Field
+from models.hf.family import Family, Field, HfConfig
 
 
-def _two(value: int, _: Mapping[str, Any]) -> int:
+def _two(value: int, _: HfConfig) -> int:
     if value != 2:
         raise ValueError("only 2: Transformers takes two experts, whatever it is")
     return value
 
 
-def _near(value: float, _: Mapping[str, Any]) -> float:
+def _near(value: float, _: HfConfig) -> float:
     if value <= 0:
         raise ValueError("only a positive number: every gate would be 1")
     return value
 
 
-def _no_noise(value: float, _: Mapping[str, Any]) -> float:
+def _no_noise(value: float, _: HfConfig) -> float:
     if value:
         raise ValueError("only 0.0: it is noise of training alone, of the experts' inputs too. Set it to 0.0 to import")
     return value

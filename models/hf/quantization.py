@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from conf.config_view import format_value
+from models.hf.family import HfConfig
 
 KEY = "quantization_config"
 FP8 = "F8_E4M3"
@@ -48,7 +49,7 @@ def unsupported(found: Any) -> str | None:
     return None
 
 
-def block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def block_of(config: HfConfig) -> tuple[int, int] | None:
     """(rows, columns) that share a scale. None: the weights are not quantised.
 
     Args:

@@ -1,8 +1,5 @@
 """Qwen2, dense and sparse (transformers/models/qwen2 and qwen2_moe: configuration_*.py, modeling_*.py)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from models.hf.decoder import (
     ATTENTION,
     DENSE_FFN,
@@ -17,7 +14,7 @@ from models.hf.decoder import (
     balancing_field,
     decoder_fields,
 )
-from models.hf.family import Family, Field, WeightMapping
+from models.hf.family import Family, Field, HfConfig, WeightMapping
 from models.hf.qwen3 import DISABLED, late_layers, window_fields
 
 SHARED = f"model.{LAYER}mlp.shared_expert"
@@ -30,7 +27,7 @@ SHARED_FFN = (
 )
 
 
-def _even_layers(config: Mapping[str, Any]) -> list[bool]:
+def _even_layers(config: HfConfig) -> list[bool]:
     """A window in layers 0, 2, 4, ... before max_window_layers."""
     count = config["max_window_layers"] if config["use_sliding_window"] else 0
     return [layer % 2 == 0 and layer < count for layer in range(config["num_hidden_layers"])]

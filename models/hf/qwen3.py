@@ -1,8 +1,7 @@
 """Qwen3, dense and sparse (transformers/models/qwen3 and qwen3_moe: configuration_*.py, modeling_*.py)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from models.hf.decoder import (
     ATTENTION,
@@ -22,17 +21,17 @@ from models.hf.decoder import (
     decoder_fields,
     local_fields,
 )
-from models.hf.family import Family, Field
+from models.hf.family import Family, Field, HfConfig
 
 DISABLED = {"attention_dropout": 0.0}
 
 
-def _window(value: int | None, config: Mapping[str, Any]) -> int | None:
+def _window(value: int | None, config: HfConfig) -> int | None:
     """sliding_window, which has no effect unless use_sliding_window is set."""
     return value or None if config["use_sliding_window"] else None
 
 
-def window_fields(is_local: Callable[[Mapping[str, Any]], list[bool]], unused: int | None = None) -> tuple[Field, ...]:
+def window_fields(is_local: Callable[[HfConfig], list[bool]], unused: int | None = None) -> tuple[Field, ...]:
     """use_sliding_window, sliding_window, max_window_layers and layer_types.
 
     Args:
@@ -41,7 +40,7 @@ def window_fields(is_local: Callable[[Mapping[str, Any]], list[bool]], unused: i
     """
     size, *kinds = local_fields(SLIDING, "sliding_window", 4096, is_local)
 
-    def window(config: Mapping[str, Any]) -> int | None:
+    def window(config: HfConfig) -> int | None:
         return size.from_hf(_window(config["sliding_window"], config), config)
 
     return (
@@ -70,7 +69,7 @@ def window_fields(is_local: Callable[[Mapping[str, Any]], list[bool]], unused: i
     )
 
 
-def late_layers(config: Mapping[str, Any]) -> list[bool]:
+def late_layers(config: HfConfig) -> list[bool]:
     """A window from layer max_window_layers on."""
     windowed, first = _window(config["sliding_window"], config) is not None, config["max_window_layers"]
     return [windowed and layer >= first for layer in range(config["num_hidden_layers"])]
@@ -79,7 +78,7 @@ def late_layers(config: Mapping[str, Any]) -> list[bool]:
 NORMED_HEADS = {"qk_norm": ("head",)}
 
 
-def _every_window(_: Any, config: Mapping[str, Any]) -> int | None:
+def _every_window(_: object, config: HfConfig) -> int | None:
     return _window(config["sliding_window"], config)
 
 

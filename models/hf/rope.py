@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from conf.schema import ModelConfig, RopeScalingConfig
-from models.hf.family import Family
+from models.hf.family import Family, HfConfig
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 """Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling."""
@@ -27,7 +26,7 @@ _SCALING: dict[str, tuple[str, ...]] = {
 """rope_type -> its further keys, which are those of conf.schema.RopeScalingConfig."""
 
 
-def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+def rope_settings(config: HfConfig, family: Family) -> tuple[dict[str, Any], list[str]]:
     """(ROPE_SETTINGS of a config.json with their values, unsupported values)."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     found = {
@@ -54,7 +53,7 @@ def rope_settings(config: Mapping[str, Any], family: Family) -> tuple[dict[str, 
     return {"rope_theta": float(theta), PARTIAL: float(partial), "rope_scaling": scaling}, []
 
 
-def _rotated_share(config: Mapping[str, Any]) -> float | None:
+def _rotated_share(config: HfConfig) -> float | None:
     """rotary_dim as a share of a head; None: it is not given."""
     rotated = config.get(ROTATED)
     if rotated is None:
@@ -62,7 +61,7 @@ def _rotated_share(config: Mapping[str, Any]) -> float | None:
     return rotated / (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _complete(found: dict[str, Any], kind: str, config: Mapping[str, Any]) -> list[str]:
+def _complete(found: dict[str, Any], kind: str, config: HfConfig) -> list[str]:
     """Adds the values that follow from others, as in Transformers. Returns what is missing or invalid."""
     longest = config.get("max_position_embeddings")
     if kind in ("llama3", "yarn") and longest:
@@ -88,7 +87,7 @@ def _complete(found: dict[str, Any], kind: str, config: Mapping[str, Any]) -> li
     return wrong
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -71,7 +71,7 @@ def _rows(input_RK: Tensor, rows: Tensor | None) -> int:
     return (input_RK if rows is None else rows).shape[0]
 
 
-def _nothing(*arguments: Any) -> None:
+def _nothing(*arguments: object) -> None:
     """Of an operator that writes into an argument."""
 
 

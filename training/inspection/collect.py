@@ -57,7 +57,7 @@ def recorded_routing(loaded: LoadedModel) -> Iterator[dict[int, list[Routing]]]:
     for module in loaded.built.engine.modules:
         for layer, moe in module.sparse().items():
 
-            def keep(_: nn.Module, __: Any, routing: Routing, layer: int = layer) -> None:
+            def keep(_: nn.Module, __: object, routing: Routing, layer: int = layer) -> None:
                 found.setdefault(layer, []).append(routing)
 
             handles.append(moe.router.register_forward_hook(keep))
