@@ -57,7 +57,10 @@ def test_a_run_on_conversations_starts_from_weights_and_continues(ranks: RankPoo
     # Stopped and continued, on two ranks: the same.
     other = chat_config(tmp_path, base, tmp_path / "other")
     assert ranks.run(1, run, replace(other, train=replace(other.train, stop_after=3)), timeout=LIMIT) == [0]
+    kept = tmp_path / "other" / COMPANION_DIR / "chat_template.jinja"
+    kept.unlink()  # as of a version that did not keep the default template
     assert ranks.run(1, run, other, timeout=LIMIT) == [0]
+    assert kept.read_text() == DEFAULT_TEMPLATE
     assert trajectory(tmp_path / "other") == trajectory(tmp_path / "run")
     two = with_layout(chat_config(tmp_path, base, tmp_path / "two"), ep=2)
     assert ranks.run(2, run, two, timeout=LIMIT) == [0, 0]
