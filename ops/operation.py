@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ def is_absent(error: Exception) -> bool:
     """Whether an import failed because an optional package is not installed. One that is there and broken, of a version
     without what is imported, or without a package that it needs itself, is not absent."""
     name = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
-    package = name.partition(".")[0]  # None among the modules: its import is forbidden
-    return package in OPTIONAL_PACKAGES and (name == package or sys.modules.get(package, package) is None)
+    package, loaded = name.partition(".")[0], cast("dict[str, object]", sys.modules)
+    # None among the modules: its import is forbidden.
+    return package in OPTIONAL_PACKAGES and (name == package or loaded.get(package, package) is None)
 
 
 def brief(error: Exception) -> str:
