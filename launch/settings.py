@@ -11,6 +11,11 @@ _NO_FP8_PARAMETERS = (
 )
 NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS)
 """Keys, or last parts of keys, that users of Megatron-LM may look for and no setting here is like: what to say."""
+CALLED_HERE = {
+    **dict.fromkeys(("optim.kind", "optim.type", "optim.optimizer"), "optim.name"),
+    **dict.fromkeys(("evaluate.during", "eval.tasks"), "eval_tasks.tasks, with eval_tasks.every"),
+}
+"""Keys that a user may guess, where the most similarly spelled setting is not the one that is meant."""
 
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -29,6 +34,8 @@ def nearest_settings(key: str, known: Iterable[str]) -> str:
     section, _, name = key.rpartition(".")
     if name in NOT_OFFERED or key in NOT_OFFERED:
         return NOT_OFFERED.get(key) or NOT_OFFERED[name]
+    if key in CALLED_HERE:
+        return f"it is called {CALLED_HERE[key]} here"
 
     def similarity(one: str, other: str) -> float:
         part = len(one) > 2 and one in other.split("_")  # heads -> num_attention_heads

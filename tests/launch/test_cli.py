@@ -63,6 +63,8 @@ MISTAKES = [
     ),
     (["zebra.widgets=8"], ["no setting zebra.widgets; --help lists all"]),
     (["optimizer.lr=1"], ["did you mean optim.lr?"]),
+    (["optim.kind=muon"], ["it is called optim.name here"]),
+    (["evaluate.during=true"], ["it is called eval_tasks.tasks, with eval_tasks.every here"]),
     (["optim.amsgrad=1"], ["there are optim.name, optim.lr, ", "optim.beta1"]),
     (["optim={lr: 1, betta1: 2}"], ["no setting optim.betta1;", "nearest is optim.beta1"]),
     (["data.blend=[{wieght: 1}]"], ["no setting wieght in a BlendPart", "nearest is weight"]),
