@@ -35,6 +35,7 @@ def cached_attention(
         scores = (q @ k_BGTN.mT).float() * scale
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         sinks = sinks_H.float().view(groups, -1, 1).expand(-1, -1, queries).reshape(1, groups, -1, 1)
-        total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
-        out = (scores - total).exp().to(v_BGTN.dtype) @ v_BGTN
+        # A sink is one more key that every query sees, and whose value is zero.
+        weights = torch.cat((scores, sinks.expand(batch, -1, -1, -1)), dim=-1).softmax(-1)[..., :-1]
+        out = weights.to(v_BGTN.dtype) @ v_BGTN
     return out.view(batch, heads, queries, width)
