@@ -4,11 +4,11 @@ DocumentTokenizer, on the same text and tokenizer.
     python -m benchmarks.tokenise [--mb N] [--corpus FILE.jsonl] [--megatron DIR] [--vocabulary N] [--cores N ...]
                                   [--only TOOL ...] [--json]
 
-DIR is a checkout of Megatron-LM; datatrove is used where it can be imported. Each tool tokenises a tenth of the text
-and all of it, on one core and on all or on those of --cores, and its rate is that of the other nine tenths: imports do
-not count. A rate per core is that of a second of CPU time of all its processes, which hardly depends on what else the
-machine does. datatrove gets a file for each core, since it reads a file in one process. The peak is the memory of all
-processes of a tool, with what they share counted once.
+DIR is a checkout of Megatron-LM; datatrove is used where it and orjson are installed. Each tool tokenises a tenth of
+the text and all of it, on one core and on all or on those of --cores, and its rate is that of the other nine tenths:
+imports do not count. A rate per core is that of a second of CPU time of all its processes, which hardly depends on what
+else the machine does. datatrove gets a file for each core, since it reads a file in one process. The peak is the memory
+of all processes of a tool, with what they share counted once.
 """
 
 import argparse
@@ -227,9 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", choices=(OURS, MEGATRON, DATATROVE), help="tools to run")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
+    missing = [package for package in ("datatrove", "orjson") if not importlib.util.find_spec(package)]
     absent = {
         MEGATRON: None if args.megatron else "give its checkout: --megatron DIR",
-        DATATROVE: None if importlib.util.find_spec("datatrove") else "it is not installed",
+        DATATROVE: f"not installed: {', '.join(missing)}" if missing else None,
     }
     wanted = args.only or [OURS, MEGATRON, DATATROVE]
     tools = [tool for tool in wanted if not absent.get(tool)]
