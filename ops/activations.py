@@ -75,7 +75,7 @@ def clamped_swiglu(alpha: float, limit: float) -> Activation:
     return Activation(
         "clamped_swiglu",
         True,
-        Function.apply,
+        lambda h: Function.apply(h) if torch.is_grad_enabled() else function(h),
         gradient,
         of_up=lambda up: up.clamp(-limit, limit) + 1,
         gradient_of_up=lambda grad, up: grad * (up.abs() <= limit),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,16 +145,19 @@ def _many_are_busy(x_RD: Tensor, counts: Sequence[int], *weights: Tensor) -> boo
 
 def _few_rows(x_RK: Tensor, w_LKN: Tensor, counts: Sequence[int]) -> Tensor:
     """A Product with a call for each expert that has rows."""
-    y_RN, w_KN = x_RK.new_empty((len(x_RK), w_LKN.shape[2])), w_LKN.unbind(0)
+    y_RN = x_RK.new_empty((len(x_RK), w_LKN.shape[2]))
     busy = [e for e, n in enumerate(counts) if n]
     rows = [counts[e] for e in busy]
-    for e, x, y in zip(busy, x_RK.split(rows), y_RN.split(rows), strict=True):
-        torch.mm(x, w_KN[e], out=y)
+    for e, x, y in zip(busy, x_RK.split_with_sizes(rows), y_RN.split_with_sizes(rows), strict=True):
+        torch.mm(x, w_LKN.select(0, e), out=y)
     return y_RN
 
 
 def of_rows(per_expert: Tensor, counts: Sequence[int]) -> Tensor:
     """[L, ...] -> [R, ...]: for every row what belongs to its expert."""
+    if not torch.is_grad_enabled():  # less of the host's time
+        experts_R = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+        return per_expert.index_select(0, experts_R.to(per_expert.device, non_blocking=True))
     repeats = _on_device(counts, per_expert.device)
     return per_expert.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
