@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.eval_rules import check_installed
 from conf.eval_schema import TaskSettings
+from corpus.documents import nearest_existing
 from corpus.tokenizer_files import companions
 from training import noncausal
 from training.builder import BuiltModel
@@ -140,7 +141,8 @@ def load_tasks(settings: TaskSettings) -> Any:
 
     include = None if settings.include_path is None else str(Path(settings.include_path).expanduser())
     if include is not None and not Path(include).is_dir():
-        raise ValueError(f"include_path={settings.include_path} is not a directory")
+        nearest = "" if Path(include).exists() else nearest_existing(include)
+        raise ValueError(f"include_path={settings.include_path} is not a directory{nearest}")
     manager = Loaded(include_path=include, include_defaults=False)
     names, unknown = _matched(settings.tasks, manager)
     if unknown:
