@@ -5,12 +5,17 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, get_type_hints
 
+from conf.schema import OPTIMIZERS
+
 _NO_FP8_PARAMETERS = (
     "parameters are kept and gathered in bf16, not in FP8; the nearest is precision=fp8 fp8.kernels=te, by which they "
     "are quantized once a step"
 )
-NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS)
-"""Keys, or last parts of keys, that users of Megatron-LM may look for and no setting here is like: what to say."""
+_OPTIMIZER = f"the optimizer is chosen by optim.name: {' or '.join(OPTIMIZERS)}"
+NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS) | dict.fromkeys(
+    ("optim.kind", "optim.type", "optim.optimizer", "optimizer"), _OPTIMIZER
+)
+"""Keys, or last parts of keys, that users of other trainers may look for and no setting here is like: what to say."""
 
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:

@@ -63,6 +63,7 @@ MISTAKES = [
     ),
     (["zebra.widgets=8"], ["no setting zebra.widgets; --help lists all"]),
     (["optimizer.lr=1"], ["did you mean optim.lr?"]),
+    (["optim.kind=muon"], ["no setting optim.kind; the optimizer is chosen by optim.name: adamw or muon"]),
     (["optim.amsgrad=1"], ["there are optim.name, optim.lr, ", "optim.beta1"]),
     (["optim={lr: 1, betta1: 2}"], ["no setting optim.betta1;", "nearest is optim.beta1"]),
     (["data.blend=[{wieght: 1}]"], ["no setting wieght in a BlendPart", "nearest is weight"]),
