@@ -13,7 +13,7 @@ import numpy as np
 from corpus.cache import Cache
 from corpus.chat_template import ChatTemplate, encode_chat
 from corpus.conversations import FIRST_LABEL, WEIGHTS, Conversation, read_conversations
-from corpus.documents import BadRow, Document, SkippedRows
+from corpus.documents import BadFile, BadRow, Document, SkippedRows
 from corpus.objects import sizes_of
 from corpus.pair_writer import PairWriter, dtype_of, remove_lengths
 from corpus.text import Progress, Split, TextCorpus
@@ -59,18 +59,32 @@ class ChatCorpus(TextCorpus):
         sizes = sizes_of(self.spec.files)
         before, total = 0, sum(sizes)
         for path, size in zip(self.spec.files, sizes, strict=True):
+            usable = False
             for document, held_out in self.documents(path):
                 assert isinstance(document, _ChatDocument)
                 chat = document.conversation
                 try:
                     ids, weights = encode_chat(template, tokenizer, chat.messages, chat.tools)
                     if not any(weights[1:]):
-                        raise ValueError("no token of the assistant has a weight")
+                        raise ValueError(_why_untrained(template, chat))
                 except ValueError as error:
                     self.skipped[path].add(BadRow(chat.where, f": {error}"), path, strict=self._strict)
                     continue
+                usable = True
                 yield ids, weights, held_out, (before + document.done * size) / total
+            if not usable and not self.skipped[path].rest:
+                try:
+                    self.skipped[path].check_usable(path)
+                except BadFile as error:
+                    self.skipped[path].rest = str(error)
             before += size
+
+
+def _why_untrained(template: ChatTemplate, chat: Conversation) -> str:
+    """Why no token of a conversation has a weight."""
+    if any(message["role"] == "assistant" and message.get("weight") != 0 for message in chat.messages):
+        return f"{template.name} writes nothing of what the assistant says, or does not mark it"
+    return "every message of the assistant has weight 0"
 
 
 class _Writer:

@@ -17,6 +17,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.schema import DataConfig
+from corpus.paths import nearest_existing
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import CHAT_TEMPLATE, COMPANION_DIR, TOKENIZER, companions
 
@@ -132,6 +133,8 @@ class ChatTemplate:
         if data.chat_template is None:
             return of_tokenizer
         path = Path(data.chat_template).expanduser()
+        if not path.exists():
+            raise ValueError(f"data.chat_template={path} does not exist{nearest_existing(str(path))}")
         return cls(_read(path), str(path), of_tokenizer.special_tokens)
 
     def identity(self) -> list[Any]:
@@ -322,7 +325,9 @@ def _environment() -> jinja2.Environment:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

@@ -114,6 +114,13 @@ def _message(url: str, error: Exception) -> str:
     return f"{url} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
+def check_exists(setting: str, path: str) -> None:
+    """Raises ValueError, with what is nearest, if the path that a setting names is not there."""
+    given = os.path.expanduser(path)
+    if not os.path.exists(given):
+        raise ValueError(f"{setting}={path} does not exist{nearest_existing(given)}")
+
+
 def nearest_existing(path: str) -> str:
     """The end of a message about a missing file: the most similar name in its directory, or the missing directory."""
     if storage.is_url(path):

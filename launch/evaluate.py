@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from conf.commands import EvaluateConfig
+from conf.config_view import format_value
 from conf.eval_rules import check_installed
 from conf.eval_schema import TaskSettings
 from conf.preference_schema import sequences_per_prompt
@@ -12,6 +13,7 @@ from conf.schema import DataConfig
 from corpus.documents import expand, has_rows
 from corpus.prepare import Prepared, prepare
 from launch.cli import command
+from launch.generate import check_given_file, check_new_file
 from parallel.env import World
 from training import noncausal
 from training.console import Console
@@ -46,10 +48,16 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(f"batches={config.batches} must be >= 1, or null for all of the text")
     if config.record_routing_weights and not config.record_routing:
         raise ValueError("record_routing_weights needs record_routing, and would be ignored")
+    for name in ("output", "record_routing"):
+        if path := getattr(config, name):
+            check_new_file(name, path)
+    if config.replay_routing:
+        check_given_file("replay_routing", config.replay_routing)
     for field in fields(TaskSettings):
         bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
         if bounds is not None and value is not None and not bounds.contain(value):
-            raise ValueError(f"{field.name} {bounds}, but it is {value}; nearest: {bounds.nearest(field.default)}")
+            nearest = bounds.nearest(field.default)
+            raise ValueError(f"{field.name} {bounds}, but it is {value}; nearest: {format_value(nearest)}")
 
 
 def tasks_rank(world: World, config: EvaluateConfig) -> int:
@@ -86,10 +94,11 @@ def evaluate_rank(world: World, config: EvaluateConfig) -> int:
         recording = None
         if config.record_routing:
             recording = RoutingRecording(loaded.built, weights=config.record_routing_weights)
-        text = ReplayedWindows(windows, Path(config.replay_routing), loaded.built) if config.replay_routing else windows
+        replayed = config.replay_routing and Path(config.replay_routing).expanduser()
+        text = ReplayedWindows(windows, replayed, loaded.built) if replayed else windows
         result = evaluate(loaded.built, text, lengths, batches=config.batches, recording=recording)
         if recording and config.record_routing:
-            recording.save(Path(config.record_routing), windows)
+            recording.save(Path(config.record_routing).expanduser(), windows)
         console.note(f"{loaded.directory}: {result.tokens:,.10g} tokens of {_what(config)}")
         if warning := noncausal.warning(run.model):
             console.warning(warning)

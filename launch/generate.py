@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.commands import GenerateConfig, SamplingConfig
 from conf.printable import visible
+from corpus.documents import nearest_existing
 from launch.cli import command
 from parallel.env import World
 from parallel.layout import cache_unsupported_reason
@@ -57,6 +58,19 @@ def check_new_file(name: str, path: str) -> None:
         raise ValueError(f"{name}={path} exists already; remove it, or choose another name")
     if not file.parent.is_dir():
         raise ValueError(f"{name}={path}: there is no folder {file.parent}; create it, or choose another name")
+
+
+def check_given_file(name: str, path: str) -> None:
+    """Raises ValueError if there is no file of this name: before a model is loaded.
+
+    Args:
+        name: the setting.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"{name}={path} is a directory; name a file")
+    if not file.is_file():
+        raise ValueError(f"{name}={path} does not exist{nearest_existing(str(file))}")
 
 
 def check_settings(config: SamplingConfig) -> None:

@@ -11,7 +11,7 @@ from conf.score_config import ScoreConfig
 from corpus import storage
 from corpus.documents import Row, has_rows, read_rows, row_formats
 from launch.cli import command
-from launch.generate import check_new_file
+from launch.generate import check_given_file, check_new_file
 from parallel.env import World
 from training.console import Console
 from training.load_checkpoint import load_model, on_every_rank
@@ -27,6 +27,8 @@ def main(config: ScoreConfig) -> int:
     """
     if not checkpoints(config):
         raise ValueError("checkpoint=[] names no reward model")
+    if not storage.is_url(config.input):
+        check_given_file("input", config.input)
     if not has_rows(config.input) or not storage.is_file(config.input):
         raise ValueError(f"input={config.input} is not a file with one of the suffixes {row_formats()}")
     if not config.output.endswith(".jsonl"):

@@ -5,17 +5,19 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, get_type_hints
 
+from conf.schema import OPTIMIZERS
+
 _NO_FP8_PARAMETERS = (
     "parameters are kept and gathered in bf16, not in FP8; the nearest is precision=fp8 fp8.kernels=te, by which they "
     "are quantized once a step"
 )
-NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS)
-"""Keys, or last parts of keys, that users of Megatron-LM may look for and no setting here is like: what to say."""
-CALLED_HERE = {
-    **dict.fromkeys(("optim.kind", "optim.type", "optim.optimizer"), "optim.name"),
-    **dict.fromkeys(("evaluate.during", "eval.tasks"), "eval_tasks.tasks, with eval_tasks.every"),
+_OPTIMIZER = f"the optimizer is chosen by optim.name: {' or '.join(OPTIMIZERS)}"
+NOT_OFFERED = {
+    **dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS),
+    **dict.fromkeys(("optim.kind", "optim.type", "optim.optimizer", "optimizer"), _OPTIMIZER),
+    **dict.fromkeys(("evaluate.during", "eval.tasks"), "eval_tasks.tasks are evaluated every eval_tasks.every steps"),
 }
-"""Keys that a user may guess, where the most similarly spelled setting is not the one that is meant."""
+"""Keys, or last parts of keys, that users of other trainers may look for and no setting here is like: what to say."""
 
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -34,8 +36,6 @@ def nearest_settings(key: str, known: Iterable[str]) -> str:
     section, _, name = key.rpartition(".")
     if name in NOT_OFFERED or key in NOT_OFFERED:
         return NOT_OFFERED.get(key) or NOT_OFFERED[name]
-    if key in CALLED_HERE:
-        return f"it is called {CALLED_HERE[key]} here"
 
     def similarity(one: str, other: str) -> float:
         part = len(one) > 2 and one in other.split("_")  # heads -> num_attention_heads

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from conf.eval_rules import check_installed
 from conf.eval_schema import TaskSettings
+from corpus.documents import nearest_existing
 from corpus.tokenizer_files import companions
 from training import noncausal
 from training.builder import BuiltModel
@@ -140,7 +143,8 @@ def load_tasks(settings: TaskSettings) -> Any:
 
     include = None if settings.include_path is None else str(Path(settings.include_path).expanduser())
     if include is not None and not Path(include).is_dir():
-        raise ValueError(f"include_path={settings.include_path} is not a directory")
+        nearest = "" if Path(include).exists() else nearest_existing(include)
+        raise ValueError(f"include_path={settings.include_path} is not a directory{nearest}")
     manager = Loaded(include_path=include, include_defaults=False)
     names, unknown = _matched(settings.tasks, manager)
     if unknown:
@@ -148,7 +152,8 @@ def load_tasks(settings: TaskSettings) -> Any:
         names, unknown = _matched(settings.tasks, manager)
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3, cutoff=0.0)
-        raise ValueError(f"tasks: lm-eval has no task {unknown[0]}; nearest: {', '.join(near)}")
+        unread = "".join(f"; {problem}" for problem in _unreadable(include)) if include is not None else ""
+        raise ValueError(f"tasks: lm-eval has no task {unknown[0]}; nearest: {', '.join(near)}{unread}")
     manager.names = names
     try:
         with _no_progress_bars():
@@ -160,6 +165,18 @@ def load_tasks(settings: TaskSettings) -> Any:
         )
         raise ValueError(f"tasks: {', '.join(names)} cannot be loaded: {reason}{offline}") from error
     return manager
+
+
+def _unreadable(folder: str) -> Iterator[str]:
+    """What is wrong with the YAML files of a directory, which lm-eval passes over without a word."""
+    for path in sorted(Path(folder).glob("**/*.yaml")):
+        try:
+            for _ in yaml.parse(path.read_text(encoding="utf-8")):
+                pass
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            yield f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}"
 
 
 def _matched(wanted: list[str], manager: Any) -> tuple[list[str], list[str]]:

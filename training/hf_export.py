@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conf import rules
 from conf.commands import ExportConfig
 from conf.schema import Config, LoraConfig
+from corpus.paths import check_exists
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizer_files import companions
 from models.hf.configuration import CONFIG, config_of, family_for, read_json
@@ -50,6 +51,7 @@ def export_model(config: ExportConfig) -> int:
         hf_verify.check_available(config.precision, adapter=config.adapter)
     from parallel.checkpoint_manifest import resolve
 
+    check_exists("checkpoint", config.checkpoint)
     directory = resolve(config.checkpoint)
     run_dir = directory.parent.parent
     run = load_config(run_dir)

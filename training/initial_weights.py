@@ -7,6 +7,7 @@ from pathlib import Path
 from conf.extensions import yields_documents
 from conf.override_text import setting
 from conf.schema import Config, DataConfig
+from corpus.paths import nearest_existing
 from corpus.tokenizer_files import tokenizer_json
 from training.adapters import as_base, check_base
 from training.compatibility import describe_changes, model_differences, overrides_to_restore
@@ -77,7 +78,10 @@ def find_source(load: str) -> Source:
         if _is_complete(directory):
             return Source(directory.absolute().parent.parent, directory)
     what = f"only incomplete ones ({', '.join(p.name for p in found)})" if found else "no checkpoint"
-    raise ValueError(f"checkpoint.load={load}: found {what}; a run directory or one of its step_NNNNNNNN is needed")
+    hint = "" if given.exists() else nearest_existing(str(given))
+    raise ValueError(
+        f"checkpoint.load={load}: found {what}; a run directory or one of its step_NNNNNNNN is needed{hint}"
+    )
 
 
 def _is_complete(directory: Path) -> bool:

@@ -11,6 +11,7 @@ from conf import rules
 from conf.commands import InferenceConfig
 from conf.extensions import import_extensions
 from conf.schema import Config
+from corpus.paths import check_exists
 from corpus.tokenizer import Tokenizer
 from parallel.env import World, started_ranks
 from parallel.local_launcher import RankPool
@@ -95,6 +96,7 @@ def load_model(path: str, here: InferenceConfig, world: World | None = None) -> 
     Raises:
         ValueError: there is no complete checkpoint, it is of another version, or a layout or backend is not supported.
     """
+    check_exists("checkpoint", path)
     import_extensions(here.extensions)
     world = world or World()
     redirection = redirect_output(world.rank)

@@ -23,6 +23,11 @@ def check_can_generate(model: ModelConfig) -> None:
         )
 
 
+def can_generate(model: ModelConfig) -> bool:
+    """Whether `check_can_generate` accepts it."""
+    return not model.reward_head and not _looks_ahead(model)
+
+
 def check_predicts_tokens(model: ModelConfig) -> None:
     """Raises ValueError for a reward model."""
     if model.reward_head:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from conf.blend_plan import overrides_to_continue
-from conf.override_text import command, override
+from conf.override_text import command
 from corpus.chat_stream import describe_example
 from corpus.open_data import PartShares, example_chat, held_out_parts
 from corpus.prepare import Prepared
@@ -37,6 +37,7 @@ from training.run_files import METRICS, json_lines
 from training.signals import FAIL, GO_ON, LEAVE, StopRequest
 from training.step_metrics import StepMetrics
 from training.training_tasks import TrainingTasks
+from training.writing_command import writing_command
 
 
 @dataclasses.dataclass
@@ -326,11 +327,7 @@ class Trainer:
         self._log_evaluation(log, held_out)
         self.tasks.run(self.progress.step, log)
         sample = self._sample()
-        writes = [] if self.config.model.reward_head else [[".venv/bin/python", "-m", "launch.generate"]]
         path = self.run_dir.path
-        text = [override("checkpoint", str(path)), override("prompt", "def ")]
-        if self.config.extensions:
-            text.append(override("extensions", self.config.extensions))
         self.console.summary(
             held_out.row(self.progress.step),
             gzip_bits_per_byte=self.prepared.gzip_bits_per_byte(),
@@ -340,7 +337,7 @@ class Trainer:
                 ("run directory", str(path)),
                 ("checkpoint", str(self.run_dir.checkpoints / f"step_{self.progress.step:08d}")),
                 ("charts", command([".venv/bin/tensorboard", "--logdir", str(path)], [])),
-                *(("write text", command(generate_text, text)) for generate_text in writes),
+                *writing_command(self.config, path, has_tokenizer=self.tokenizer is not None),
                 *(("continue", line) for line in self._continuing()),
             ],
         )

@@ -9,6 +9,7 @@ from conf.commands import UpcycleConfig
 from conf.config_view import format_value
 from conf.override_text import command, override
 from conf.schema import CheckpointConfig, Config, LoraConfig, ModelConfig, MoeConfig, ParallelConfig, RunConfig
+from corpus.paths import check_exists
 from corpus.tokenizer_files import COMPANION_DIR, TOKENIZER
 from parallel.env import World, started_ranks
 from training import hf_verify
@@ -35,6 +36,7 @@ def upcycle(config: UpcycleConfig) -> int:
         raise ValueError("start a single process, with NPROC=N to verify on N simulated ranks")
     if config.precision not in hf_verify.BOUNDS:
         raise ValueError(f"precision={config.precision} is not one of {', '.join(hf_verify.BOUNDS)}; nearest: fp32")
+    check_exists("checkpoint", config.checkpoint)
     source, output = resolve(config.checkpoint), Path(config.output).expanduser()
     dense = load_config(source.parent.parent)
     _check(config, dense.model)

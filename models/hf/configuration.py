@@ -26,6 +26,9 @@ NEUTRAL_KEYS = (
 """Keys of any config.json that do not change what the model computes. (In Transformers output_router_logits determines
 whether the load-balancing loss is added; here only its coefficient does.)"""
 
+_MOST_NAMED = 3
+"""Families whose differences a message names."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if it is missing or something else."""
@@ -132,15 +135,18 @@ def family_for(model: ModelConfig, wanted: str | None) -> Family:
         wanted: the name of the family. None: the first one that fits.
 
     Raises:
-        ValueError: none fits, or not the wanted one; the message names the settings.
+        ValueError: none fits, or not the wanted one; the message names the settings, those of the nearest families.
     """
     tried = [family_named(wanted, "family")] if wanted else list(FAMILIES.values())
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for family in tried:
         if not (wrong := differences(family, model)):
             return family
-        reasons.append(f"{family.name}: {'; '.join(wrong)}")
-    raise ValueError("the model fits no supported family. " + " | ".join(reasons))
+        reasons[family.name] = wrong
+    nearest = sorted(reasons, key=lambda name: len(reasons[name]))
+    named = " | ".join(f"{name}: {'; '.join(reasons[name])}" for name in nearest[:_MOST_NAMED])
+    others = f". Further from it: {', '.join(rest)} (family=NAME says why)" if (rest := nearest[_MOST_NAMED:]) else ""
+    raise ValueError(f"the model fits no supported family{', nearest first' if rest else ''}. {named}{others}")
 
 
 def differences(family: Family, model: ModelConfig) -> list[str]:

@@ -139,6 +139,42 @@ def test_refused_conversations_are_counted_or_an_error(tmp_path: Path) -> None:
         prepared_of(replace(data, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("template", "weight", "why"),
+    [
+        ("{{ raise_exception('not today') }}", 1, r"\S*template\.jinja: not today"),
+        ("{{ messages[0].content }}", 1, r"\S*template\.jinja writes nothing of what the assistant says"),
+        (None, 0, "every message of the assistant has weight 0"),
+    ],
+)
+def test_a_file_of_which_no_conversation_can_be_used(
+    template: str | None, weight: float, why: str, tmp_path: Path
+) -> None:
+    rows = conversations(3)
+    for message in (message for row in rows for message in row["messages"] if message["role"] == "assistant"):
+        message["weight"] = weight
+    data = settings(tmp_path, rows)
+    if template is not None:
+        (tmp_path / "template.jinja").write_text(template)
+        data = replace(data, chat_template=str(tmp_path / "template.jinja"))
+    with pytest.raises(ValueError, match=rf"^\S*chats\.jsonl line 1: {why}.*; none of its 3 rows can be used$"):
+        prepared_of(data)
+    more = str(write_rows(tmp_path / "more.jsonl", conversations(12)))
+    if template is None:
+        (note,) = prepared_of(replace(data, files=[*data.files, more])).notes
+        assert note.endswith(f"{why}; none of its 3 rows can be used: left out (an error with strict=true)")
+
+
+def test_a_chat_template_that_is_not_there(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^data.chat_template=\S*templat.jinja does not exist; did you mean \S*e.jinja"
+    ):
+        prepared_of(replace(data, chat_template=str(tmp_path / "templat.jinja")))
+    with pytest.raises(ValueError, match=r"template.jinja cannot be read: Is a directory$"):
+        prepared_of(replace(data, chat_template=str(tmp_path / "template.jinja")))
+
+
 def test_other_templates_and_weights_are_other_data(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     rows = conversations(12)

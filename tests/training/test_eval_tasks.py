@@ -210,7 +210,10 @@ def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) 
         "beams": answer | {"generation_kwargs": {"until": ["."], "max_gen_toks": 8, "num_beams": 4}},
     }.items():
         (folder / "other" / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "one.yaml").write_text("task: one\n  x: [")
     wanted = {
+        "one.yaml is not valid YAML, line 2: ": {"tasks": ["one"], "include_path": str(folder / "broken")},
         "has no chat template": {"apply_chat_template": True},
         "include_path=nowhere is not a directory": {"include_path": "nowhere"},
         "no_data cannot be loaded: FileNotFoundError": {"tasks": ["no_data"]},
@@ -234,6 +237,7 @@ def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) 
         ({"tasks": ["a"], "batch_size": 0}, r"batch_size >= 1, but it is 0; nearest: 1"),
         ({"record_routing_weights": True}, "record_routing_weights needs record_routing"),
         ({"batches": 0}, "batches=0 must be >= 1"),
+        ({"tasks": ["a"], "limit": 0}, r"limit > 0, but it is 0; nearest: null"),
     ],
     ids=str,
 )
@@ -242,6 +246,27 @@ def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], me
 
     with pytest.raises(ValueError, match=message):
         main(EvaluateConfig(checkpoint="nowhere", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"record_routing": "there"}, r"record_routing=.*there exists already"),
+        ({"record_routing": "no/file"}, r"record_routing=.*file: there is no folder .*no; create it"),
+        ({"tasks": ["a"], "output": "there"}, r"output=.*there exists already"),
+        ({"replay_routing": "ther"}, r"replay_routing=.*ther does not exist; did you mean .*there\?"),
+        ({"replay_routing": ""}, r"replay_routing=.* is a directory; name a file"),
+    ],
+    ids=str,
+)
+def test_files_are_checked_before_the_model_is_loaded(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from launch.evaluate import main
+
+    (tmp_path / "there").write_text("kept")
+    paths = {name: f"{tmp_path}/{value}" if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        main(EvaluateConfig(checkpoint="nowhere", **paths))
+    assert (tmp_path / "there").read_text() == "kept"
 
 
 def test_without_lm_eval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,11 @@ def test_a_source_that_is_not_there_is_found_out_first(corpus: Path, tmp_path: P
     assert process.returncode == 2 and sorted(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_source_is_told_the_nearest(config: Config, source: Path) -> None:
+    config.checkpoint.load = f"{source}x"
+    refused(config, f"checkpoint.load={source}x: found no checkpoint", f"did you mean {source}?")
+
+
 def test_the_check_reads_every_file(config: Config, source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "copy")
     (step,) = (tmp_path / "copy" / "checkpoints").iterdir()

@@ -110,6 +110,7 @@ def test_rows_that_are_no_conversations(ranks, run_dir, tmp_path, row, message):
         ({"checkpoint": None}, "checkpoint=None is not a run directory"),
         ({"checkpoint": ["a", {"b": 1}]}, r"checkpoint=\{'b': 1\} is not a run directory"),
         ({"output": "/nowhere/scores.jsonl"}, "there is no folder /nowhere"),
+        ({"input": "/nowhere/rows.jsonl"}, r"input=/nowhere/rows\.jsonl does not exist; there is no nowhere in /"),
     ],
 )
 def test_settings_that_cannot_be_served(run_dir, settings, message):

@@ -1,6 +1,7 @@
 """Invalid or unsupported sources and models are refused by name, and nothing is written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,20 @@ def test_a_model_that_fits_no_family(settings: dict, moe: dict, expected: str) -
     with pytest.raises(ValueError, match="fits no supported family") as caught:
         family_for(model, None)
     assert expected in str(caught.value)
+
+
+def test_the_nearest_families_are_named_first() -> None:
+    moe = MoeConfig(num_experts=8, top_k=2)
+    with pytest.raises(ValueError) as caught:
+        family_for(ModelConfig(qk_norm="head", embedding_multiplier=16.0, moe=moe), None)
+    message = str(caught.value)
+    assert (
+        " family, nearest first. qwen3_moe: model.embedding_multiplier=16.0, but the family has only 1.0 | " in message
+    )
+    assert message.count(" | ") == 2 and " | phimoe" not in message
+    assert re.search(r"\. Further from it: .*phimoe.* \(family=NAME says why\)$", message)
+    with pytest.raises(ValueError, match=r"fits no supported family\. phimoe: model\.qk_norm=head.*layernorm"):
+        family_for(ModelConfig(qk_norm="head", moe=moe), "phimoe")
 
 
 @pytest.mark.parametrize(
