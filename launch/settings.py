@@ -12,9 +12,10 @@ _NO_FP8_PARAMETERS = (
     "are quantized once a step"
 )
 _OPTIMIZER = f"the optimizer is chosen by optim.name: {' or '.join(OPTIMIZERS)}"
-NOT_OFFERED = dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS) | dict.fromkeys(
-    ("optim.kind", "optim.type", "optim.optimizer", "optimizer"), _OPTIMIZER
-)
+NOT_OFFERED: dict[str, str] = {
+    **dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS),
+    **dict.fromkeys(("optim.kind", "optim.type", "optim.optimizer", "optimizer"), _OPTIMIZER),
+}
 """Keys, or last parts of keys, that users of other trainers may look for and no setting here is like: what to say."""
 
 
