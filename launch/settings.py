@@ -12,7 +12,7 @@ _NO_FP8_PARAMETERS = (
     "are quantized once a step"
 )
 _OPTIMIZER = f"the optimizer is chosen by optim.name: {' or '.join(OPTIMIZERS)}"
-NOT_OFFERED = {
+NOT_OFFERED: dict[str, str] = {
     **dict.fromkeys(("fp8_param_gather", "fp8_param", "fp8.param_gather"), _NO_FP8_PARAMETERS),
     **dict.fromkeys(("optim.kind", "optim.type", "optim.optimizer", "optimizer"), _OPTIMIZER),
     **dict.fromkeys(("evaluate.during", "eval.tasks"), "eval_tasks.tasks are evaluated every eval_tasks.every steps"),
