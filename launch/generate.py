@@ -53,9 +53,20 @@ def check_new_file(name: str, path: str) -> None:
     Args:
         name: the setting.
     """
-    file = Path(path).expanduser()
-    if file.exists():
+    if Path(path).expanduser().exists():
         raise ValueError(f"{name}={path} exists already; remove it, or choose another name")
+    check_folder(name, path)
+
+
+def check_folder(name: str, path: str) -> None:
+    """Raises ValueError if a file cannot be written there, whether or not one of this name exists.
+
+    Args:
+        name: the setting.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"{name}={path} is a directory; name a file")
     if not file.parent.is_dir():
         raise ValueError(f"{name}={path}: there is no folder {file.parent}; create it, or choose another name")
 

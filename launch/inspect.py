@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.commands import InspectConfig
+from corpus.paths import check_exists
 from launch.cli import command
+from launch.generate import check_folder, check_given_file
 from parallel.env import World, started_ranks
 from training.load_checkpoint import LoadedModel, load_model
 from training.run_dir import TOKENIZER
@@ -27,10 +29,16 @@ def main(config: InspectConfig) -> int:
         raise ValueError("launch.inspect runs on one rank, but there are more; nearest: NPROC=1")
     if config.tokens < FEWEST:
         raise ValueError(f"tokens >= {FEWEST}, but it is {config.tokens}; nearest: tokens={FEWEST}")
+    if config.output is not None:
+        check_folder("output", config.output)
+    if config.text is not None:
+        check_given_file("text", config.text)
+    if config.compare is not None:
+        check_exists("compare", config.compare)
     from training.inspection.write import page
 
     runs = [_run(world, config, path) for path in (config.checkpoint, config.compare) if path]
-    output = Path(config.output or f"{Path(config.checkpoint).resolve().name}.html")
+    output = Path(config.output or f"{Path(config.checkpoint).resolve().name}.html").expanduser()
     output.write_text(page(runs), encoding="utf-8")
     print(output)
     return 0
@@ -54,7 +62,7 @@ def _ids(config: InspectConfig, loaded: LoadedModel) -> list[int]:
     if config.text is None:
         return _held_out(loaded, config.tokens)
     try:
-        text = Path(config.text).read_text(encoding="utf-8")
+        text = Path(config.text).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text={config.text} cannot be read: {error}") from error
     ids = loaded.tokenizer.encode(text[: 16 * config.tokens])[: config.tokens]

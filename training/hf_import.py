@@ -9,6 +9,7 @@ from conf import rules
 from conf.commands import ImportConfig
 from conf.override_text import command, override
 from conf.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from corpus.paths import check_exists
 from corpus.tokenizer import Tokenizer
 from models.hf.configuration import CONFIG as THEIR_CONFIG
 from models.hf.configuration import model_of, read_json
@@ -41,6 +42,7 @@ def import_model(config: ImportConfig) -> int:
         from training.hf_adapter_import import import_adapter
 
         return import_adapter(config, ranks)
+    check_exists("source", config.source)
     if not (source / THEIR_CONFIG).is_file():
         raise ValueError(f"source={config.source} is no directory with a {THEIR_CONFIG}, as `hf download` makes it")
     theirs = read_json(source / THEIR_CONFIG)
