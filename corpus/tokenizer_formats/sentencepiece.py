@@ -3,6 +3,8 @@
 The file is a Protocol Buffers message, of which few fields are needed, so that neither `protobuf` nor `sentencepiece`
 has to be installed. Field numbers: sentencepiece_model.proto, ModelProto. Of two splits of a text that are equally
 probable under a unigram model, such as `0 0 000` and `0 000 0`, SentencePiece may take the other one: it adds in fp32.
+Rules of normalisation are applied by `tokenizers`, to a grapheme at a time as in Transformers: a character with a
+combining mark, a modifier or a joiner may become another than in SentencePiece, which applies them to the characters.
 """
 
 import re

@@ -155,7 +155,29 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @given(text=texts)
 def test_sentencepiece_gives_the_same_ids(trained: tuple[Any, Tokenizer], text: str) -> None:
     theirs, ours = trained
+    if normalised(ours, text) != theirs.normalize(text).replace(" ", "▁"):
+        graphemes = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\X"), "isolated").pre_tokenize_str(text)
+        assert any(len(grapheme) > 1 for grapheme, _ in graphemes)  # the module's docstring
+        return
     assert same_or_tied(trained, ours.encode(text), theirs.encode(text))
+
+
+def normalised(ours: Tokenizer, text: str) -> str:
+    steps = ours._inner.normalizer
+    return (steps.normalize_str(text) if steps else text).replace(" ", "▁")
+
+
+@pytest.mark.parametrize("trained", ["unigram"], indirect=True)
+def test_rules_of_normalisation_are_applied_by_grapheme(trained: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = trained
+    for text, by_grapheme, by_character in (
+        ("e\u0301", "é", "é"),
+        ("\ufb01", "fi", "fi"),
+        ("e\u0301\U0001f3fb", "e\u0301\U0001f3fb", "é\U0001f3fb"),
+        ("\ufb01\u0301", "fi", "fi\u0301"),
+    ):
+        assert normalised(ours, text) == f"▁{by_grapheme}"
+        assert theirs.normalize(text).replace(" ", "▁") == f"▁{by_character}"
 
 
 def test_a_long_text_of_sentencepiece(trained: tuple[Any, Tokenizer]) -> None:
