@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -36,13 +35,13 @@ MATMUL_OPS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.de
 
 
 def _policy(
-    save_ops: frozenset[OpOverload], context: object, operation: OpOverload, *args: object, **kwargs: object
+    save_ops: frozenset[object], context: object, operation: object, *args: object, **kwargs: object
 ) -> CheckpointPolicy:
     must_save = operation in MUST_SAVE_OPS or operation in save_ops
     return CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpointed(function: Callable[..., T], *args: object, save_ops: frozenset[OpOverload] = frozenset()) -> T:
+def checkpointed(function: Callable[..., T], *args: object, save_ops: frozenset[object] = frozenset()) -> T:
     """function(*args) under selective activation checkpointing. The function must have no side effects: it runs twice.
 
     Args:

@@ -37,9 +37,13 @@ class RankFailed(RuntimeError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine that nothing listens on, below those that systems give to connections by themselves: of
+    these another process could get it before it is listened on."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _end_with_parent() -> None:
