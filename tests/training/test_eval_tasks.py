@@ -210,10 +210,8 @@ def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) 
         "beams": answer | {"generation_kwargs": {"until": ["."], "max_gen_toks": 8, "num_beams": 4}},
     }.items():
         (folder / "other" / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
-    (folder / "broken").mkdir()
-    (folder / "broken" / "one.yaml").write_text("task: one\n  x: [")
+    (folder / "other" / "broken.yaml").write_text("task: one\n  x: [")
     wanted = {
-        "one.yaml is not valid YAML, line 2: ": {"tasks": ["one"], "include_path": str(folder / "broken")},
         "has no chat template": {"apply_chat_template": True},
         "include_path=nowhere is not a directory": {"include_path": "nowhere"},
         "no_data cannot be loaded: FileNotFoundError": {"tasks": ["no_data"]},
@@ -226,6 +224,7 @@ def test_what_cannot_be_evaluated_is_one_message(ranks: RankPool, folder: Path) 
     (messages,) = ranks.run(1, refusals, settings, timeout=LIMIT)
     for message, part in zip(messages, wanted, strict=True):
         assert part in message and "\n" not in message
+    assert "broken.yaml is not valid YAML, line 2: " in messages[-1]
 
 
 @pytest.mark.parametrize(
