@@ -148,6 +148,6 @@ def test_clicks_change_what_a_browser_shows(written: Path) -> None:
 
 def test_what_cannot_be_shown_is_said(run: Path, tmp_path: Path) -> None:
     assert "nearest: tokens=2" in inspected(f"checkpoint={run}", "tokens=1", code=2).stderr
-    assert "cannot be read" in inspected(f"checkpoint={run}", f"text={tmp_path / 'none'}", code=2).stderr
+    assert "none does not exist" in inspected(f"checkpoint={run}", f"text={tmp_path / 'none'}", code=2).stderr
     (tmp_path / "empty.txt").write_text("")
     assert "has 0 tokens" in inspected(f"checkpoint={run}", f"text={tmp_path / 'empty.txt'}", code=2).stderr
