@@ -272,6 +272,11 @@ CONDITIONS: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("data other than preference", lambda c: c["data.kind"] != "preference", "data.document_mask"),
     ("parameters in bf16 (precision)", lambda c: c["precision"] != "fp32", "optim.grad_dtype"),
+    (
+        "model.moe.num_experts > 0 and lora.rank=null, which trains routers and experts",
+        lambda c: c["model.moe.num_experts"] > 0 and c["lora.rank"] is None,
+        "optim.router_lr_scale optim.expert_lr_scale",
+    ),
     ("optim.name=muon", lambda c: c["optim.name"] == "muon", "optim.muon_momentum"),
     (
         "optim.name=muon and model.kv_lora_rank=null",

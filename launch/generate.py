@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.commands import GenerateConfig, SamplingConfig
 from conf.printable import visible
-from corpus.documents import nearest_existing
+from corpus.paths import check_exists
 from launch.cli import command
 from parallel.env import World
 from parallel.layout import cache_unsupported_reason
@@ -64,9 +64,8 @@ def check_folder(name: str, path: str) -> None:
     Args:
         name: the setting.
     """
+    _check_no_directory(name, path)
     file = Path(path).expanduser()
-    if file.is_dir():
-        raise ValueError(f"{name}={path} is a directory; name a file")
     if not file.parent.is_dir():
         raise ValueError(f"{name}={path}: there is no folder {file.parent}; create it, or choose another name")
 
@@ -77,11 +76,13 @@ def check_given_file(name: str, path: str) -> None:
     Args:
         name: the setting.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
+    check_exists(name, path)
+    _check_no_directory(name, path)
+
+
+def _check_no_directory(name: str, path: str) -> None:
+    if Path(path).expanduser().is_dir():
         raise ValueError(f"{name}={path} is a directory; name a file")
-    if not file.is_file():
-        raise ValueError(f"{name}={path} does not exist{nearest_existing(str(file))}")
 
 
 def check_settings(config: SamplingConfig) -> None:

@@ -33,6 +33,13 @@ BROKEN = [
     ({**A2A, "model.num_query_groups": 1}, 2, "model.num_query_groups % (parallel.tp * parallel.cp)", "comm_type=p2p"),
     ({**P2P, "parallel.cp": 1}, 2, "cp_comm_type needs parallel.cp > 1", GATHER),
     ({"model.hidden_size": 250}, 1, "250 % 4 = 2", "model.head_dim=62"),
+    (
+        {"optim.router_lr_scale": 0.3, "model.moe.num_experts": 0},
+        1,
+        "router_lr_scale needs model.moe.num_experts > 0",
+        "optim.router_lr_scale=1.0",
+    ),
+    ({"optim.expert_lr_scale": 0.3, "lora.rank": 4}, 1, "lora.rank=null, which trains", "optim.expert_lr_scale=1.0"),
     ({"optim.muon_momentum": 0.9}, 1, "muon_momentum needs optim.name=muon", "optim.muon_momentum=0.95"),
     (
         {"optim.name": "muon", "optim.muon_split_qkv": False, **LATENT},
